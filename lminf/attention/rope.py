@@ -1,0 +1,260 @@
+"""Position encodings: rotary angles and their scalings, ALiBi slopes. Everything takes positions.
+
+A rotary angle is `position * frequency`, reduced modulo one turn. In float32 that product is off
+by 0.05 rad at a million tokens and is meaningless at 10^8, so the reduction is done in integers:
+a frequency is held as a 64-bit binary fraction of a turn, the product with a 32-bit position wraps
+around by itself, and only the remainder becomes a float. Angles are good to 2e-7 rad at any
+position, and the difference of two positions is all that a score can see.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int, UInt32
+
+TURN = 2 * math.pi
+
+
+# --- Frequency schedules. `frequencies` gives rad/token, [dim / 2], fastest channel first. --------
+
+
+def _powers(base, dim: int):
+    return base ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+
+
+@dataclass(frozen=True)
+class Unscaled:
+    """theta_m = base^(-2m/dim). Source: Su et al. 2021, arXiv:2104.09864."""
+
+    temperature = 1.0
+
+    def frequencies(self, base: float, dim: int) -> np.ndarray:
+        return _powers(base, dim)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Positions divided by `factor` (position interpolation). Source: Chen et al. 2023, arXiv:2306.15595."""
+
+    factor: float
+    temperature = 1.0
+
+    def frequencies(self, base: float, dim: int) -> np.ndarray:
+        return _powers(base, dim) / self.factor
+
+
+@dataclass(frozen=True)
+class NTKAware:
+    """Base grown by alpha^(dim/(dim-2)): the slowest channel is slowed by alpha, the fastest not at all."""
+
+    alpha: float
+    temperature = 1.0
+
+    def frequencies(self, base: float, dim: int) -> np.ndarray:
+        return _powers(base * self.alpha ** (dim / (dim - 2)), dim)
+
+
+@dataclass(frozen=True)
+class DynamicNTK:
+    """NTK-aware with the base following the current length n once n exceeds the trained length.
+
+    base' = base * (alpha*n/trained - (alpha - 1))^(dim/(dim-2)). All keys share the base of the
+    current n, so caches must hold keys un-rotated.
+    """
+
+    alpha: float
+    trained_length: int  # tokens
+    temperature = 1.0
+
+    def frequencies_at(self, base: float, dim: int, length) -> Float32[Array, " P"]:
+        """Frequencies when `length` tokens (a traced integer) have been read."""
+        stretch = self.alpha * jnp.asarray(length, jnp.float32) / self.trained_length - (
+            self.alpha - 1
+        )
+        grown = jnp.log(jnp.float32(base)) + jnp.log(jnp.maximum(stretch, 1.0)) * (dim / (dim - 2))
+        exponent = jnp.asarray(-np.arange(0, dim, 2) / dim, jnp.float32)
+        return jnp.exp(grown * exponent)
+
+
+@dataclass(frozen=True)
+class YaRN:
+    """Per-channel blend of interpolated and original frequencies, with a temperature on cos and sin.
+
+    Channels that turn more than `beta_fast` times within the trained length keep their frequency,
+    those that turn less than `beta_slow` times are slowed by `factor`, a linear ramp between.
+    Source: Peng et al. 2023, arXiv:2309.00071.
+    """
+
+    factor: float
+    trained_length: int  # tokens
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None  # None: 0.1 ln(factor) + 1
+    truncate: bool = True  # round the ramp's ends outwards to whole channels
+
+    @property
+    def temperature(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+    def frequencies(self, base: float, dim: int) -> np.ndarray:
+        def channel(turns):  # the (real-valued) channel that turns this often in the trained length
+            return dim * math.log(self.trained_length / (turns * TURN)) / (2 * math.log(base))
+
+        low, high = channel(self.beta_fast), channel(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        ramp = (np.arange(dim // 2) - low) / max(high - low, 1e-3)
+        keep = 1.0 - np.clip(ramp, 0.0, 1.0)
+        theta = _powers(base, dim)
+        return (1 - keep) * theta / self.factor + keep * theta
+
+
+@dataclass(frozen=True)
+class Llama3:
+    """Wavelengths beyond trained/low_freq_factor slowed by `factor`, short ones kept, smooth between.
+
+    Source: the Llama 3.1 release (Dubey et al. 2024, arXiv:2407.21783).
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    trained_length: int  # tokens
+    temperature = 1.0
+
+    def frequencies(self, base: float, dim: int) -> np.ndarray:
+        theta = _powers(base, dim)
+        turns = self.trained_length * theta / TURN  # within the trained length
+        span = self.high_freq_factor - self.low_freq_factor
+        keep = np.clip((turns - self.low_freq_factor) / span, 0.0, 1.0)
+        return (1 - keep) * theta / self.factor + keep * theta
+
+
+Scaling = Unscaled | Linear | NTKAware | DynamicNTK | YaRN | Llama3
+
+
+# --- Encodings ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary encoding of the first `dim` channels of each head; the others carry no position."""
+
+    base: float
+    dim: int  # channels, even
+    layout: Literal["half", "interleaved"]  # pairs (c, c + dim/2), or (2c, 2c + 1)
+    scaling: Scaling = Unscaled()
+
+
+@dataclass(frozen=True)
+class Alibi:
+    """Score minus slope * distance, one slope a head. Source: Press et al. 2022, arXiv:2108.12409."""
+
+    max_bias: float
+
+    def slopes(self, num_heads: int) -> np.ndarray:
+        """[N] float32. Where N is no power of two, the odd slopes of the next power fill up."""
+        ceiling = 2 ** math.ceil(math.log2(num_heads))
+        slopes = 2.0 ** (-np.arange(1, ceiling + 1) * self.max_bias / ceiling)
+        if ceiling != num_heads:
+            slopes = np.concatenate([slopes[1::2], slopes[::2]])[:num_heads]
+        return slopes.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class NoEncoding:
+    """No positions at all; order is known only through the causal mask."""
+
+
+Encoding = Rotary | Alibi | NoEncoding
+
+
+# --- Angles ---------------------------------------------------------------------------------------
+
+
+class Rotation(NamedTuple):
+    """cos and sin of every pair's angle, times the schedule's temperature: [..., T, P] float32."""
+
+    cos: Float32[Array, "*B T P"]
+    sin: Float32[Array, "*B T P"]
+
+
+def rotation(
+    encoding: Rotary, positions: Int[Array, "*B T"], *, scale: float = 1.0, length=None
+) -> Rotation:
+    """Rotation of every position. `scale` stretches the positions (1/k for Leaky ReRoPE);
+    `length` is how many tokens have been read, which only DynamicNTK asks for.
+    """
+    scaling = encoding.scaling
+    if isinstance(scaling, DynamicNTK):
+        if length is None:
+            raise ValueError("DynamicNTK needs length=, the number of tokens read so far")
+        turns = _split_traced(
+            scaling.frequencies_at(encoding.base, encoding.dim, length) * (scale / TURN)
+        )
+    else:
+        turns = _split(scaling.frequencies(encoding.base, encoding.dim) * (scale / TURN))
+    angle = _angle(positions[..., None], *turns)
+    return Rotation(
+        jnp.cos(angle) * jnp.float32(scaling.temperature),
+        jnp.sin(angle) * jnp.float32(scaling.temperature),
+    )
+
+
+def rotate(
+    x: Float[Array, "*B T N H"], by: Rotation, layout: Literal["half", "interleaved"]
+) -> Float[Array, "*B T N H"]:
+    """x with its first 2P channels rotated; the same dtype, the arithmetic in float32."""
+    pairs = by.cos.shape[-1]
+    cos, sin = by.cos[..., None, :], by.sin[..., None, :]
+    turned, rest = x[..., : 2 * pairs].astype(jnp.float32), x[..., 2 * pairs :]
+    if layout == "half":
+        a, b = turned[..., :pairs], turned[..., pairs:]
+        out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+    else:
+        a, b = turned[..., ::2], turned[..., 1::2]
+        out = jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(turned.shape)
+    return jnp.concatenate([out.astype(x.dtype), rest], -1)
+
+
+def _split(turns_per_token: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A fraction of a turn as the two 32-bit words of a 64-bit binary fraction."""
+    words = [round(float(t) * 2.0**64) % 2**64 for t in turns_per_token]
+    return (
+        np.array([w >> 32 for w in words], np.uint32),
+        np.array([w & 0xFFFFFFFF for w in words], np.uint32),
+    )
+
+
+def _split_traced(turns_per_token: Float32[Array, " P"]):
+    # A float32 has 24 bits, so both words are exact: every position uses one and the same frequency.
+    high = turns_per_token * jnp.float32(2.0**32)
+    whole = jnp.floor(high)
+    low = (high - whole) * jnp.float32(2.0**32)
+    return whole.astype(jnp.uint32), low.astype(jnp.uint32)
+
+
+def _angle(positions: Int[Array, "..."], high, low) -> Float32[Array, "..."]:
+    """positions * frequency modulo one turn, in (-pi, pi]; |error| < 2e-7."""
+    position = jax.lax.bitcast_convert_type(positions.astype(jnp.int32), jnp.uint32)
+    carry = _multiply_high(position, jnp.asarray(low))
+    carry = carry - jnp.where(positions < 0, jnp.asarray(low), jnp.uint32(0))
+    phase = position * jnp.asarray(high) + carry
+    signed = jax.lax.bitcast_convert_type(phase, jnp.int32).astype(jnp.float32)
+    return signed * jnp.float32(TURN / 2.0**32)
+
+
+def _multiply_high(a: UInt32[Array, "..."], b: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """Upper 32 bits of a 64-bit product, without 64-bit integers."""
+    half = jnp.uint32(0xFFFF)
+    a_low, a_high, b_low, b_high = a & half, a >> 16, b & half, b >> 16
+    middle = a_high * b_low + ((a_low * b_low) >> 16)
+    other = a_low * b_high + (middle & half)
+    return a_high * b_high + (middle >> 16) + (other >> 16)

@@ -1,0 +1,83 @@
+"""ModelSpec: the shapes and rules of one decoder, and what follows from them.
+
+A spec holds what a checkpoint fixes, so it has no defaults for facts: an importer reads every
+field or refuses. How attention is *run* (the policy) is not here, except what the model was
+trained with (`windows`).
+
+Parameters of a spec, as a nested dictionary (letters: lminf/types.py; L stacked on axis 0):
+
+    embed                         [V, D]
+    layers/attention_norm/scale   [L, D]      /bias when norm.bias
+    layers/attention/wq wk wv     [L, D, N, H] [L, D, K, H] [L, D, K, H]   bq bk bv when qkv_bias
+    layers/attention/wo           [L, N, H, D]                             bo when out_bias
+    layers/attention/q_norm k_norm [L, H]     when qk_norm
+    layers/attention_post_norm/…  [L, D]      when post_norms
+    layers/mlp_norm/scale         [L, D]      unless residual == "parallel_shared"
+    layers/mlp/w_gate             [L, D, F]   when mlp.gated                b_gate when mlp.bias
+    layers/mlp/w_up w_down        [L, D, F] [L, F, D]                       b_up b_down when mlp.bias
+    layers/mlp_post_norm/…        [L, D]      when post_norms
+    final_norm/scale              [D]
+    head                          [V, D]      unless tied
+    head_bias                     [V]         when head_bias
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lminf.attention.rope import Encoding
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    kind: Literal["rms", "layer"]
+    epsilon: float
+    bias: bool  # only layer norms have one
+    scale_offset: float  # added to the stored scale: 1.0 for Gemma, else 0.0
+
+
+@dataclass(frozen=True)
+class MLPSpec:
+    hidden_dim: int  # F
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"]
+    gated: bool  # act(x w_gate) * (x w_up), else act(x w_up)
+    bias: bool
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    family: str  # the architecture's name in checkpoints: llama, mistral, qwen2, …
+    vocab_size: int  # V, rows of the embedding
+    width: int  # D
+    num_layers: int  # L
+    num_heads: int  # N
+    num_kv_heads: int  # K
+    head_dim: int  # H
+    mlp: MLPSpec
+    norm: NormSpec
+    encoding: Encoding
+    trained_length: int  # tokens the checkpoint says it was trained to read
+    windows: tuple[int | None, ...]  # [L] the layer's own attention window in tokens; None: all
+    residual: Literal[
+        "sequential", "parallel", "parallel_shared"
+    ]  # parallel_shared: one norm for both
+    qkv_bias: bool
+    out_bias: bool
+    qk_norm: bool
+    post_norms: bool  # Gemma 2: norms after attention and MLP too
+    query_scale: float  # multiplies the scores; usually head_dim ** -0.5
+    qkv_clip: float | None  # MPT: queries, keys, values clipped to +- this
+    attention_soft_cap: float | None
+    final_soft_cap: float | None
+    embed_scale: float  # multiplies the embeddings: sqrt(D) for Gemma, else 1.0
+    tied: bool  # the head is the embedding
+    head_bias: bool
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        if len(self.windows) != self.num_layers:
+            raise ValueError(
+                f"windows has {len(self.windows)} entries for {self.num_layers} layers"
+            )

@@ -1,0 +1,149 @@
+"""The bytes of a GGUF file: its metadata as a dictionary, its tensors as float32.
+
+Layout (little-endian): magic, version, counts; key/value pairs; one record per tensor with its
+offset; padding; data. Source: ggml's docs/gguf.md. Only the header is parsed here, because the
+`gguf` package's reader keeps every string of the vocabulary as its own memory map and needs three
+seconds for what takes a tenth; the numbers behind each tensor type are the package's.
+"""
+
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+
+from lminf.errors import InputError
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # fmt: skip
+_STRING, _ARRAY = 8, 9
+_BYTES_AT_ONCE = 1 << 22  # dequantised this much at a time, so that temporaries stay in cache
+
+
+class TensorRecord(NamedTuple):
+    shape: tuple[int, ...]  # slowest axis first, as numpy has it
+    type: gguf.GGMLQuantizationType
+    start: int  # byte in the file
+    size_bytes: int
+
+
+class _Cursor:
+    """Reads values one after another; running off the end means the file was cut short."""
+
+    def __init__(self, data: mmap.mmap, path: Path):
+        self.data, self.path, self.at = data, path, 0
+
+    def take(self, count: int) -> bytes:
+        if count > len(self.data) - self.at:
+            raise cut_short(self.path, len(self.data))
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def scalar(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def string(self) -> str:
+        return self.take(self.scalar("Q")).decode("utf-8")
+
+    def value(self, kind: int) -> Any:
+        if kind in _SCALARS:
+            return self.scalar(_SCALARS[kind])
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            inner, count = self.scalar("I"), self.scalar("Q")
+            if inner in _SCALARS:
+                code = f"<{count}{_SCALARS[inner]}"
+                return list(struct.unpack(code, self.take(struct.calcsize(code))))
+            return [self.value(inner) for _ in range(count)]
+        raise InputError(
+            f"{self.path} has a metadata value of the unknown kind {kind}; it is damaged or newer "
+            f"than version 3 of GGUF"
+        )
+
+
+def cut_short(path: Path, found: int) -> InputError:
+    return InputError(
+        f"{path} is cut short: its {found} bytes end before what its header announces; fetch it again"
+    )
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorRecord]
+    data: mmap.mmap
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor as float32, in its stored shape."""
+        record = self.tensors[name]
+        raw = np.frombuffer(self.data, np.uint8, record.size_bytes, record.start)
+        if record.type == gguf.GGMLQuantizationType.F32:
+            return raw.view(np.float32).reshape(record.shape)
+        rows = raw.reshape(math.prod(record.shape[:-1]), -1)
+        out = np.empty((rows.shape[0], record.shape[-1]), np.float32)
+        step = max(1, _BYTES_AT_ONCE // (4 * record.shape[-1]))
+        for i in range(0, rows.shape[0], step):
+            out[i : i + step] = _dequantised(rows[i : i + step], record.type)
+        return out.reshape(record.shape)
+
+
+def _dequantised(rows: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    if kind == gguf.GGMLQuantizationType.F16:
+        return rows.view(np.float16)
+    return gguf.quants.dequantize(rows, kind)
+
+
+def open_gguf(path: Path) -> GGUFFile:
+    """The file's header, checked against its length; tensors stay on disk until they are read."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise InputError(
+                f"{path} is not a GGUF file (it does not begin with the letters GGUF); give a .gguf "
+                f"file or a folder with safetensors"
+            )
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    cursor = _Cursor(data, path)
+    cursor.at = 4
+    version = cursor.scalar("I")
+    if version not in (2, 3):
+        raise InputError(
+            f"{path} is version {version} of GGUF, or written for big-endian machines; versions 2 "
+            f"and 3, little-endian, are read"
+        )
+    tensor_count, pair_count = cursor.scalar("Q"), cursor.scalar("Q")
+    metadata = {}
+    for _ in range(pair_count):
+        key = cursor.string()
+        metadata[key] = cursor.value(cursor.scalar("I"))
+    records = []
+    for _ in range(tensor_count):
+        name = cursor.string()
+        shape = tuple(cursor.scalar("Q") for _ in range(cursor.scalar("I")))[::-1]
+        records.append((name, shape, cursor.scalar("I"), cursor.scalar("Q")))
+    alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+    start = -(-cursor.at // alignment) * alignment
+    tensors = {}
+    for name, shape, kind, offset in records:
+        if name in tensors:
+            raise InputError(f"{path} holds {name} twice; it is damaged, fetch it again")
+        tensors[name] = _record(path, name, shape, kind, start + offset)
+        if tensors[name].start + tensors[name].size_bytes > len(data):
+            raise cut_short(path, len(data))
+    return GGUFFile(path, metadata, tensors, data)
+
+
+def _record(path: Path, name: str, shape: tuple[int, ...], kind: int, start: int) -> TensorRecord:
+    try:
+        tensor_type = gguf.GGMLQuantizationType(kind)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[tensor_type]
+    except (ValueError, KeyError):
+        raise InputError(
+            f"{name} in {path} has the tensor type {kind}, which is not known; use a file quantised "
+            f"as F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K or Q6_K"
+        ) from None
+    return TensorRecord(shape, tensor_type, start, math.prod(shape) // block * block_bytes)

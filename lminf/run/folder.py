@@ -1,0 +1,197 @@
+"""One folder per run: what was asked, on what machine, what was measured.
+
+    config.json       the resolved configuration
+    config.py         the config file, verbatim
+    overrides.json    what the command line changed
+    environment.json  versions, devices, commit, uncommitted diff, command
+    rows.jsonl        one measured cell per line
+    metrics.jsonl     values over time
+    plots/            figures, drawn from rows.jsonl alone
+    report.md         question, command, table, figure, hardware, time
+
+Whole files appear by a rename, so a reader never sees half of one; the two .jsonl files grow by
+whole lines.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lminf.errors import InputError
+from lminf.run import environment
+
+Row = dict[str, Any]  # column -> str, int, finite float, bool or None
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an operating system's refusal to write into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}; "
+            "free some space, or name another folder with --out"
+        ) from error
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Puts `content` at `path` in one step: a reader sees the old file or the new one."""
+    data = content.encode() if isinstance(content, str) else content
+    with writing(path):
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)  # mkstemp gives 0600, and results are meant to be read
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+def append_line(path: Path, row: Mapping[str, Any]) -> None:
+    """Adds one JSON line, flushed; NaN, infinities and nested values are refused."""
+    line = json.dumps({key: _scalar(key, value) for key, value in row.items()}, allow_nan=False)
+    data = (line + "\n").encode()
+    with writing(path), open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            # A full disk can accept part of a line without an error.
+            if file.write(data) != len(data):
+                raise OSError(None, "the disk is full")
+        except BaseException:
+            os.truncate(path, end)
+            raise
+
+
+def read_lines(path: Path) -> list[Row]:
+    """The rows of a .jsonl file; none if there is no such file."""
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise InputError(f"line {number} of {path} is not JSON ({error}); delete it") from error
+    return rows
+
+
+def _scalar(column: str, value: Any) -> Any:
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        value = value.item()  # a NumPy or JAX scalar
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(
+            f"the measured {column} is {value}, which is no measurement; "
+            "leave the cell out of the rows, or find out what overflowed"
+        )
+    if value is not None and not isinstance(value, (str, int, float, bool)):
+        raise TypeError(f"column {column!r} holds {type(value).__name__}: one scalar per cell")
+    return value
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run. It is an os.PathLike, and hands out the paths inside it."""
+
+    path: Path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def plots(self) -> Path:
+        return self.path / "plots"
+
+    def append_row(self, row: Mapping[str, Any]) -> None:
+        append_line(self.path / "rows.jsonl", row)
+
+    def append_metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        append_line(self.path / "metrics.jsonl", {"step": step, **values})
+
+    def rows(self) -> list[Row]:
+        return read_lines(self.path / "rows.jsonl")
+
+    def metrics(self) -> list[Row]:
+        return read_lines(self.path / "metrics.jsonl")
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        """Writes a whole file (folders in `name` are made); returns its path."""
+        path = self.path / name
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content)
+        return path
+
+    def read_json(self, name: str) -> Any:
+        return json.loads((self.path / name).read_text())
+
+    def remove(self) -> None:
+        """Deletes the folder and all that is in it."""
+        with writing(self.path):
+            shutil.rmtree(self.path)
+
+    def write_json(self, name: str, value: Any) -> Path:
+        return self.write(name, json.dumps(value, indent=2) + "\n")
+
+
+def create(
+    experiment: str,
+    *,
+    config: Mapping[str, Any],
+    config_source: str,
+    overrides: Mapping[str, Any],
+    command: Sequence[str],
+    at: Path | None = None,
+) -> RunFolder:
+    """A new run folder with everything that is known before the run.
+
+    At `at`, which must be new or empty, else at runs/<experiment>/<date-time>-<short>, where
+    `short` is the start of a digest of `config`: equal settings end alike.
+    """
+    resolved = json.dumps(config, indent=2) + "\n"
+    short = hashlib.sha256(resolved.encode()).hexdigest()[:6]
+    path = _claim(at) if at is not None else _new_folder(Path("runs") / experiment, short)
+    folder = RunFolder(path)
+    folder.write("config.json", resolved)
+    folder.write("config.py", config_source)
+    folder.write_json("overrides.json", dict(overrides))
+    folder.write_json("environment.json", environment.describe(command))
+    with writing(folder.plots):
+        folder.plots.mkdir(exist_ok=True)
+    return folder
+
+
+def _claim(path: Path) -> Path:
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise InputError(f"{path} already holds files; name a new or empty folder with --out")
+    return path
+
+
+def _new_folder(parent: Path, short: str) -> Path:
+    name = f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}-{short}"
+    with writing(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        for suffix in ("", *(f"-{count}" for count in range(2, 100))):
+            with contextlib.suppress(FileExistsError):  # two runs in one second
+                (parent / (name + suffix)).mkdir()
+                return parent / (name + suffix)
+    raise InputError(f"{parent} holds a hundred runs called {name}; name a folder with --out")

@@ -1,0 +1,50 @@
+"""What an experiment asks and how long it takes, read from the docstring of its config file.
+
+The first paragraph is the title; then lines of `Keyword   text`, continued by indented lines. The
+file is parsed, not imported: listing experiments runs none of their code.
+"""
+
+import ast
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lminf.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]  # beside lminf/ in a checkout and in site-packages
+CONFIGS = ROOT / "configs"
+ENTRY = re.compile(r"([A-Z]\w*)(?:: *| {2,})(\S.*)")
+
+
+@dataclass(frozen=True)
+class Header:
+    name: str  # of the experiment: the stem of its config file
+    title: str
+    entries: dict[str, str]  # Question, Paper, Command, Time, Tiny, Expected, …
+
+
+def read(path: Path) -> Header:
+    """The header of a config file."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, SyntaxError) as error:
+        raise InputError(f"cannot read the config file {path}: {error}") from error
+    title, _, body = (ast.get_docstring(tree) or "").partition("\n\n")
+    entries: dict[str, str] = {}
+    latest = None
+    for line in body.splitlines():
+        match = ENTRY.fullmatch(line.rstrip())
+        if match:
+            latest = match[1]
+            entries[latest] = match[2]
+        elif latest and line.startswith(" "):
+            entries[latest] += " " + line.strip()
+        elif line.strip():
+            latest = None
+    return Header(path.stem, " ".join(title.split()), entries)
+
+
+def experiments(folder: Path = CONFIGS) -> list[Header]:
+    """The header of every config file that asks a question, by name; the others are shared parts."""
+    headers = [read(path) for path in sorted(folder.glob("[!_]*.py"))]
+    return [header for header in headers if "Question" in header.entries]

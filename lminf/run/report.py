@@ -1,0 +1,43 @@
+"""report.md: question, command, table, figure, hardware, time, in that order."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lminf.run import environment, tables
+from lminf.run.folder import Row
+from lminf.run.header import Header
+
+
+def compose(
+    header: Header,
+    *,
+    state: str,
+    described: Mapping[str, Any],
+    config: str,
+    table: Sequence[Row],
+    figures: Sequence[str],
+    seconds: float,
+) -> str:
+    """The report as Markdown. `state` is one sentence on how the run ended."""
+    entries = [f"- **{key}**: {text}" for key, text in header.entries.items() if key != "Command"]
+    source = described["source"]
+    commit = "not a git checkout"
+    if source:
+        changed = " with uncommitted changes (environment.json)" if source["diff"] else ""
+        commit = f"commit {source['commit']}{changed}"
+    packages = ", ".join(
+        f"{name} {found}" for name, found in described["packages"].items() if found
+    )
+    parts = [
+        f"# {header.title or header.name}",
+        "\n".join(entries),
+        state,
+        f"```\n{described['command']}\n```",
+        tables.markdown(table),
+        *(f"![{os.path.basename(path)}]({path})" for path in figures),
+        f"Hardware: {environment.hardware(dict(described))}.  \nTime: {seconds:.1f} s.  \n"
+        f"Source: {commit}.  \nVersions: Python {described['python']}, {packages}.",
+        f"<details><summary>Configuration</summary>\n\n```json\n{config.strip()}\n```\n\n</details>",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"

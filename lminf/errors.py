@@ -2,4 +2,4 @@
 
 
 class InputError(ValueError):
-    """One sentence: what was wrong, what was found, what to do. The command line exits with 2 on it."""
+    """One sentence: what was wrong, what was found, what to do. Commands exit with 2 on it."""

@@ -38,7 +38,7 @@ class Unscaled:
 
 @dataclass(frozen=True)
 class Linear:
-    """Positions divided by `factor` (position interpolation). Source: Chen et al. 2023, arXiv:2306.15595."""
+    """Positions divided by `factor`: interpolation. Source: Chen et al. 2023, arXiv:2306.15595."""
 
     factor: float
     temperature = 1.0
@@ -49,7 +49,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class NTKAware:
-    """Base grown by alpha^(dim/(dim-2)): the slowest channel is slowed by alpha, the fastest not at all."""
+    """Base times alpha^(dim/(dim-2)): the slowest channel slows by alpha, the fastest stays."""
 
     alpha: float
     temperature = 1.0
@@ -82,7 +82,7 @@ class DynamicNTK:
 
 @dataclass(frozen=True)
 class YaRN:
-    """Per-channel blend of interpolated and original frequencies, with a temperature on cos and sin.
+    """Interpolated and original frequencies blended by channel, cos and sin times a temperature.
 
     Channels that turn more than `beta_fast` times within the trained length keep their frequency,
     those that turn less than `beta_slow` times are slowed by `factor`, a linear ramp between.
@@ -118,7 +118,7 @@ class YaRN:
 
 @dataclass(frozen=True)
 class Llama3:
-    """Wavelengths beyond trained/low_freq_factor slowed by `factor`, short ones kept, smooth between.
+    """Wavelengths past trained/low_freq_factor slowed by `factor`, short ones kept, a ramp between.
 
     Source: the Llama 3.1 release (Dubey et al. 2024, arXiv:2407.21783).
     """
@@ -155,7 +155,7 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Alibi:
-    """Score minus slope * distance, one slope a head. Source: Press et al. 2022, arXiv:2108.12409."""
+    """Score minus slope * distance, by head. Source: Press et al. 2022, arXiv:2108.12409."""
 
     max_bias: float
 
@@ -234,7 +234,7 @@ def _split(turns_per_token: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _split_traced(turns_per_token: Float32[Array, " P"]):
-    # A float32 has 24 bits, so both words are exact: every position uses one and the same frequency.
+    # A float32 has 24 bits, so both words are exact and every position uses the same frequency.
     high = turns_per_token * jnp.float32(2.0**32)
     whole = jnp.floor(high)
     low = (high - whole) * jnp.float32(2.0**32)

@@ -14,7 +14,7 @@ Parameters of a spec, as a nested dictionary (letters: lminf/types.py; L stacked
     layers/attention_post_norm/…  [L, D]      when post_norms
     layers/mlp_norm/scale         [L, D]      unless residual == "parallel_shared"
     layers/mlp/w_gate             [L, D, F]   when mlp.gated                b_gate when mlp.bias
-    layers/mlp/w_up w_down        [L, D, F] [L, F, D]                       b_up b_down when mlp.bias
+    layers/mlp/w_up w_down        [L, D, F] [L, F, D]             b_up b_down when mlp.bias
     layers/mlp_post_norm/…        [L, D]      when post_norms
     final_norm/scale              [D]
     head                          [V, D]      unless tied

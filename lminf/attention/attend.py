@@ -1,0 +1,377 @@
+"""Attention for any policy and any encoding: the dense reference, and the forms that models run.
+
+    reference   one dense softmax over all pairs; O(T S) memory; what every other form is tested on
+    whole       a text at once: kernels.lambda_attention
+    through     a chunk against a cache: kernels.lambda_attention, or for one token the slots
+
+`whole` and `through` are asked once per forward pass, compute every rotation there, and return the
+function that each layer calls, so angles are not recomputed per layer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+import kernels
+from lminf.attention import cache as caches
+from lminf.attention import rope
+from lminf.attention.policies import LayerPolicy, PerHead, Policy
+
+Whole: TypeAlias = Callable[[Array, Array, Array], Array]  # (q, k, v) -> out, all [B, T, heads, H]
+# (q, k, v, stored_k, stored_v, layer) -> out, stored_k, stored_v
+Through: TypeAlias = Callable[..., tuple[Array, Array, Array]]
+
+MASKED = -1e30  # finite: a row with nothing to see must not become NaN
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a model turns a query and a key into a score, apart from which pairs it scores."""
+
+    encoding: rope.Encoding
+    scale: float
+    soft_cap: float | None
+
+    def slopes(self, num_heads: int) -> Float[Array, " N"] | None:
+        if isinstance(self.encoding, rope.Alibi):
+            return jnp.asarray(self.encoding.slopes(num_heads))
+        return None
+
+
+# --- The reference --------------------------------------------------------------------------------
+
+
+def reference(
+    policy: LayerPolicy,
+    scoring: Scoring,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    q_pos: Int[Array, "B T"],
+    k_pos: Int[Array, "B S"],
+    q_segments: Int[Array, "B T"] | None = None,
+    k_segments: Int[Array, "B S"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attention output; zero for a query that sees nothing. k_pos < 0 marks an empty slot."""
+    to, at = q_pos[:, :, None], k_pos[:, None, :]
+    length = _length(q_pos)
+    same_text = (at >= 0) & (to >= 0)
+    if q_segments is not None and k_segments is not None:
+        same_text &= q_segments[:, :, None] == k_segments[:, None, :]
+
+    def dense(part: Policy, q, k, v, slopes):
+        gain = part.query_gain(q_pos)
+        if gain is not None:
+            q = q * gain[..., None, None].astype(q.dtype)
+        far = part.far()
+        near = _scores(scoring, slopes, q, k, q_pos, k_pos, 1.0, length)
+        beyond = _scores(scoring, slopes, q, k, far.at_q(q_pos), far.at_k(k_pos), far.scale, length)
+        scores = jnp.where(part.near(to, at)[:, None, None], near, beyond)
+        seen = part.visible(to, at) & same_text
+        return _softmax_values(scoring, scores, seen, v).reshape(q.shape[:3] + v.shape[3:])
+
+    return _by_head(policy, dense, scoring)(q, k, v)
+
+
+def _scores(scoring, slopes, q, k, q_at, k_at, scale, length) -> Float[Array, "B K G T S"]:
+    """Scaled scores with every pair placed at (q_at, k_at) * scale, before the soft cap."""
+    if isinstance(scoring.encoding, rope.Rotary):
+        rotary = scoring.encoding
+        by_q = rope.rotation(rotary, q_at, scale=scale, length=length)
+        by_k = rope.rotation(rotary, k_at, scale=scale, length=length)
+        q, k = rope.rotate(q, by_q, rotary.layout), rope.rotate(k, by_k, rotary.layout)
+    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    scores = scores * jnp.float32(scoring.scale)
+    if slopes is not None:
+        distance = (q_at[:, :, None] - k_at[:, None, :]).astype(jnp.float32) * scale
+        steep = slopes.reshape(k.shape[2], -1)
+        scores = scores - steep[None, :, :, None, None] * distance[:, None, None]
+    return scores
+
+
+def _softmax_values(scoring, scores, seen: Bool[Array, "B T S"], v) -> Float[Array, "B T K G H"]:
+    if scoring.soft_cap is not None:
+        scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
+    seen = seen[:, None, None]
+    scores = jnp.where(seen, scores, MASKED)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    weights = jnp.where(seen, weights, 0.0)
+    total = weights.sum(-1, keepdims=True)
+    weights = weights / jnp.where(total == 0, 1.0, total)
+    return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
+
+
+# --- A text at once -------------------------------------------------------------------------------
+
+
+def whole(
+    policy: LayerPolicy,
+    scoring: Scoring,
+    positions: Int[Array, "B T"],
+    *,
+    segments: Int[Array, "B T"] | None = None,
+    implementation: str | None = None,
+) -> Whole:
+    """Attention of a text over itself. Positions rise by one along a row (or along a segment).
+
+    Rows may begin below 0: such tokens are padding, see nothing and are not seen.
+    """
+    runs = {
+        part: _whole(part, scoring, positions, segments, implementation) for part in _parts(policy)
+    }
+    return _by_head(policy, lambda part, *arrays: runs[part](*arrays), scoring)
+
+
+def _whole(policy, scoring, positions, segments, implementation):
+    batch, tokens = positions.shape
+    count = tokens if policy.far_count is None else min(policy.far_count, tokens)
+    place = _Placement(policy, scoring, positions, positions, _length(positions))
+    if segments is None:
+        # Far keys are the tokens at positions 0.. of each row: behind the padding, if any.
+        firsts = jnp.arange(count, dtype=positions.dtype)[None]
+        rows = jnp.clip(firsts - positions[:, :1], 0, tokens - 1)
+        key_start = positions[:, 0]
+    else:
+        rows = key_start = None
+    far_pos = positions if rows is None else jnp.broadcast_to(firsts, (batch, count))
+    far = place.far(far_pos)
+
+    def run(q, k, v, slopes):
+        far_k, far_v = (k, v) if rows is None else (_rows(k, rows), _rows(v, rows))
+        return _lambda_attention(
+            place, far, q, k, v, far_k, far_v, slopes, count,
+            key_start=key_start, query_offset=None, segments=segments,
+            implementation=implementation,
+        )  # fmt: skip
+
+    return run
+
+
+# --- A chunk against a cache ----------------------------------------------------------------------
+
+
+def through(
+    policy: LayerPolicy,
+    scoring: Scoring,
+    layout: caches.Layout,
+    stored_pos: Int[Array, "B S"],
+    positions: Int[Array, "B T"],
+    *,
+    implementation: str | None = None,
+) -> tuple[Through, Int[Array, "B S"]]:
+    """Attention of new tokens over what the cache holds and over themselves; and the new `pos`.
+
+    Positions rise by one along a row and continue what the row has read. A row that begins below 0
+    is padded: those tokens see nothing and are not stored.
+    """
+    slots = caches.destinations(layout, positions)
+    new_pos = caches.write_pos(stored_pos, positions, slots)
+    one = positions.shape[1] == 1
+
+    def reader(part: Policy):
+        if one:
+            return _over_slots(part, scoring, layout, new_pos, positions)
+        if part.bounded:
+            return _over_window(part, scoring, layout, positions, implementation)
+        return _over_all(part, scoring, layout, positions, implementation)
+
+    readers = {part: reader(part) for part in _parts(policy)}
+    read = _by_head(policy, lambda part, *arrays: readers[part](*arrays), scoring)
+
+    def step(q, k, v, stored_k, stored_v, layer):
+        before = stored_k[layer], stored_v[layer]
+        stored_k = caches.write(stored_k, k, layer, slots)
+        stored_v = caches.write(stored_v, v, layer, slots)
+        after = stored_k[layer], stored_v[layer]
+        return read(q, k, v, *before, *after), stored_k, stored_v
+
+    return step, new_pos
+
+
+def _over_slots(policy, scoring, layout, slot_pos, positions):
+    """One token per row over all slots, itself included: what decoding runs."""
+    slots = layout.slots
+    count = slots if policy.far_count is None else policy.far_count
+    place = _Placement(policy, scoring, positions, slot_pos, _length(positions))
+    # In both layouts the slots of the first positions are the first slots.
+    far = place.far(slot_pos[:, :count])
+    seen = policy.visible(positions[:, :, None], slot_pos[:, None]) & (slot_pos[:, None] >= 0)
+    is_near = policy.near(positions[:, :, None], slot_pos[:, None])[:, None, None]
+
+    def read(q, k, v, before_k, before_v, stored_k, stored_v, slopes):
+        del k, v, before_k, before_v
+        scores = place.scores(*place.near(q, stored_k), slopes)
+        if count:
+            beyond = place.scores(*far(q, stored_k[:, :count]), slopes, far=True)
+            first = jnp.where(is_near[..., :count], scores[..., :count], beyond)
+            scores = jnp.concatenate([first, scores[..., count:]], -1)
+        return _softmax_values(scoring, scores, seen, stored_v).reshape(q.shape)
+
+    return read
+
+
+def _over_window(policy, scoring, layout, positions, implementation):
+    """A chunk over the last `near_width` stored tokens, itself, and the first `far_count`."""
+    batch = positions.shape[0]
+    width, count = policy.near_width, policy.far_count
+    recent = positions[:, :1] - width + jnp.arange(width, dtype=positions.dtype)
+    recent_slots = jnp.clip(layout.slot(recent), 0, layout.slots - 1)
+    key_pos = jnp.concatenate([recent, positions], 1)
+    place = _Placement(policy, scoring, positions, key_pos, _length(positions))
+    far = place.far(jnp.broadcast_to(jnp.arange(count, dtype=positions.dtype), (batch, count)))
+
+    def read(q, k, v, before_k, before_v, after_k, after_v, slopes):
+        window_k = jnp.concatenate([_rows(before_k, recent_slots).astype(k.dtype), k], 1)
+        window_v = jnp.concatenate([_rows(before_v, recent_slots).astype(v.dtype), v], 1)
+        far_k, far_v = after_k[:, :count].astype(k.dtype), after_v[:, :count].astype(v.dtype)
+        return _lambda_attention(
+            place, far, q, window_k, window_v, far_k, far_v, slopes, count,
+            key_start=recent[:, 0], query_offset=width, segments=None,
+            implementation=implementation,
+        )  # fmt: skip
+
+    return read
+
+
+def _over_all(policy, scoring, layout, positions, implementation):
+    """A chunk over a cache that keeps everything in order."""
+    batch = positions.shape[0]
+    in_order = jnp.arange(layout.slots, dtype=positions.dtype)
+    slot_pos = jnp.broadcast_to(in_order, (batch, layout.slots))
+    count = layout.slots if policy.far_count is None else policy.far_count
+    place = _Placement(policy, scoring, positions, slot_pos, _length(positions))
+    far = place.far(slot_pos[:, :count])
+
+    def read(q, k, v, before_k, before_v, after_k, after_v, slopes):
+        del before_k, before_v
+        all_k, all_v = after_k.astype(k.dtype), after_v.astype(v.dtype)
+        return _lambda_attention(
+            place, far, q, all_k, all_v, all_k[:, :count], all_v[:, :count], slopes, count,
+            key_start=jnp.zeros(batch, positions.dtype), query_offset=positions[:, 0],
+            segments=None, implementation=implementation,
+        )  # fmt: skip
+
+    return read
+
+
+# --- Shared parts ---------------------------------------------------------------------------------
+
+
+class _Placement:
+    """Every rotation of one forward pass, computed once, and applied in each layer."""
+
+    def __init__(self, policy: Policy, scoring: Scoring, q_pos, k_pos, length):
+        self.policy, self.scoring, self.q_pos, self.k_pos = policy, scoring, q_pos, k_pos
+        self.length = length
+        self.gain = policy.query_gain(q_pos)
+        self._q, self._k = self._rotation(q_pos, 1.0), self._rotation(k_pos, 1.0)
+        self.far_scale = policy.far().scale
+        self.far_q_pos = policy.far().at_q(q_pos)
+
+    def near(self, q, k):
+        return self._rotate(self._gained(q), self._q), self._rotate(k, self._k)
+
+    def far(self, far_pos: Int[Array, "B F"]):
+        """The function that places q and the keys at `far_pos` for the far branch."""
+        self.far_k_pos = self.policy.far().at_k(far_pos)
+        by_q = self._rotation(self.far_q_pos, self.far_scale)
+        by_k = self._rotation(self.far_k_pos, self.far_scale)
+        return lambda q, k: (self._rotate(self._gained(q), by_q), self._rotate(k, by_k))
+
+    def scores(self, q, k, slopes, *, far: bool = False) -> Float[Array, "B K G T S"]:
+        """Scores of operands that are placed already."""
+        plain = Scoring(rope.NoEncoding(), self.scoring.scale, None)
+        if slopes is None:
+            return _scores(plain, None, q, k, self.q_pos, self.k_pos, 1.0, None)
+        q_at, k_at, scale = (
+            (self.far_q_pos, self.far_k_pos, self.far_scale)
+            if far
+            else (self.q_pos, self.k_pos, 1.0)
+        )
+        return _scores(plain, slopes, q, k, q_at, k_at, scale, None)
+
+    def _gained(self, q):
+        return q if self.gain is None else q * self.gain[..., None, None].astype(q.dtype)
+
+    def _rotation(self, positions, scale):
+        if not isinstance(self.scoring.encoding, rope.Rotary):
+            return None
+        return rope.rotation(self.scoring.encoding, positions, scale=scale, length=self.length)
+
+    def _rotate(self, x, by):
+        return x if by is None else rope.rotate(x, by, self.scoring.encoding.layout)
+
+
+def _lambda_attention(
+    place, far, q, k, v, far_k, far_v, slopes, count, *,
+    key_start, query_offset, segments, implementation,
+):  # fmt: skip
+    near_q, near_k = place.near(q, k)
+    options = {
+        "num_global": count,
+        "window_size": k.shape[1] if place.policy.near_width is None else place.policy.near_width,
+        "scale": place.scoring.scale,
+        "logits_soft_cap": place.scoring.soft_cap,
+        "implementation": implementation,
+    }
+    if count:
+        options["query_global"], options["key_global"] = far(q, far_k)
+        options["value_global"] = far_v
+    if slopes is not None:
+        options["alibi_slopes"] = slopes
+        if count:
+            options["global_distance"] = kernels.GlobalDistance(
+                place.far_q_pos, place.far_k_pos, place.far_scale
+            )
+    if segments is not None:
+        options["segment_ids"] = kernels.SegmentIds(segments, segments)
+    else:
+        options["key_start"] = key_start
+    if query_offset is not None:
+        options["query_offset"] = query_offset
+    return kernels.lambda_attention(near_q, near_k, v, **options)
+
+
+def _parts(policy: LayerPolicy) -> tuple[Policy, ...]:
+    return tuple(dict.fromkeys(policy.policies)) if isinstance(policy, PerHead) else (policy,)
+
+
+def _by_head(policy: LayerPolicy, attend, scoring: Scoring):
+    """`run(q, *arrays)` calling `attend(part, q, *arrays, slopes)` for the heads of each part.
+
+    `arrays` have their key/value heads on axis 2, as q has its query heads.
+    """
+
+    def run(q, *arrays):
+        slopes = scoring.slopes(q.shape[2])
+        if not isinstance(policy, PerHead):
+            return attend(policy, q, *arrays, slopes)
+        group = q.shape[2] // len(policy.policies)
+        out: list = [None] * q.shape[2]
+        for part in _parts(policy):
+            heads = [i for i, chosen in enumerate(policy.policies) if chosen == part]
+            queries = np.array([i * group + j for i in heads for j in range(group)])
+            taken = [x[:, :, np.array(heads)] for x in arrays]
+            steep = None if slopes is None else slopes[queries]
+            some = attend(part, q[:, :, queries], *taken, steep)
+            for index, head in enumerate(queries):
+                out[head] = some[:, :, index]
+        return jnp.stack(out, 2)
+
+    return run
+
+
+def _rows(x: Float[Array, "B S K H"], rows: Int[Array, "B R"]) -> Float[Array, "B R K H"]:
+    return jnp.take_along_axis(x, rows[:, :, None, None], axis=1)
+
+
+def _length(positions) -> Int[Array, ""]:
+    """Tokens read once these positions are: what dynamic rotary scaling follows."""
+    return positions.max() + 1

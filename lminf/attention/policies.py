@@ -1,0 +1,346 @@
+"""Which earlier tokens a token sees, and how far away they seem: each policy as data.
+
+Every policy here is two branches over absolute positions q (query) and k (key), q >= k:
+
+    near   q - k <  near_width            seen at the true distance
+    far    q - k >= near_width, k < far_count   seen as if at positions (at_q(q), at_k(k)) * scale
+
+`near_width = None` means all, `far_count = None` means every earlier token. The branches are
+disjoint, so attention is one softmax over their union. A policy that bounds both is bounded in
+memory: first `far_count` and last `near_width` tokens are all it can ever see.
+
+| policy      | sees                  | far keys seem to be at          |
+|-------------|-----------------------|---------------------------------|
+| Full        | all earlier           | –                               |
+| Window      | last w                | –                               |
+| Lambda      | first g, last w       | where they are                  |
+| LMInfinite  | first g, last w       | distance w (or `distance`)      |
+| Streaming   | first g, last w       | their place in the cache        |
+| ReRoPE      | all earlier           | distance w                      |
+| LeakyReRoPE | all earlier           | distance w + (d - w) / stretch  |
+| SelfExtend  | all earlier           | floor-divided positions         |
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lminf.errors import InputError
+
+PositionMap: TypeAlias = Callable[[Int[Array, "..."]], Int[Array, "..."]]
+
+
+class Far(NamedTuple):
+    """Far pairs see each other as if at positions (at_q(q), at_k(k)), times `scale`."""
+
+    at_q: PositionMap
+    at_k: PositionMap
+    scale: float = 1.0
+
+
+def _same(positions):
+    return positions
+
+
+def _constant(value: int) -> PositionMap:
+    return lambda positions: jnp.full_like(positions, value)
+
+
+class Policy:
+    """What all policies answer. Subclasses are frozen dataclasses and hash by value."""
+
+    near_width: int | None  # tokens, the query's own included
+    far_count: int | None  # tokens at the start of the text
+
+    def far(self) -> Far:
+        """How far keys seem placed. Only asked where some are visible."""
+        return Far(_same, _same)
+
+    def query_gain(self, q: Int[Array, "*B"]) -> Float[Array, "*B"] | None:
+        """Factor on the scores of queries at these positions; None: 1."""
+        return None
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a fixed number of tokens is all that is ever seen."""
+        return self.near_width is not None and self.far_count is not None
+
+    def near(self, q: Int[Array, "..."], k: Int[Array, "..."]) -> Bool[Array, "..."]:
+        """Pairs that see each other at their true distance."""
+        causal = k <= q
+        return causal if self.near_width is None else causal & (q - k < self.near_width)
+
+    def visible(self, q: Int[Array, "..."], k: Int[Array, "..."]) -> Bool[Array, "..."]:
+        """Pairs that see each other at all."""
+        first = (k <= q) if self.far_count is None else (k <= q) & (k < self.far_count)
+        return self.near(q, k) | first
+
+    @property
+    def name(self) -> str:
+        """As on the command line: `lm_infinite:window=4096,sinks=10`."""
+        kind = NAMES[type(self)]
+        set_fields = ",".join(f"{k}={v}" for k, v in vars(self).items() if v is not None)
+        return f"{kind}:{set_fields}" if set_fields else kind
+
+
+@dataclass(frozen=True)
+class Full(Policy):
+    """All earlier tokens at their true distance: the model's own attention."""
+
+    @property
+    def near_width(self):
+        return None
+
+    @property
+    def far_count(self):
+        return 0
+
+
+@dataclass(frozen=True)
+class Window(Policy):
+    """The last `window` tokens. Fluent only while the first tokens are still among them."""
+
+    window: int  # tokens, the query's own included
+
+    def __post_init__(self):
+        _positive(self, "window")
+
+    @property
+    def near_width(self):
+        return self.window
+
+    @property
+    def far_count(self):
+        return 0
+
+
+@dataclass(frozen=True)
+class Lambda(Policy):
+    """First `sinks` and last `window` tokens, where they are: the mask of LM-Infinite alone."""
+
+    window: int  # tokens, the query's own included
+    sinks: int  # tokens at the start that stay visible
+
+    def __post_init__(self):
+        _positive(self, "window")
+        _not_negative(self, "sinks")
+
+    @property
+    def near_width(self):
+        return self.window
+
+    @property
+    def far_count(self):
+        return self.sinks
+
+
+@dataclass(frozen=True)
+class LMInfinite(Lambda):
+    """Λ mask, and every far key at one distance. Source: Han et al. 2024, arXiv:2308.16137."""
+
+    distance: int | None = None  # tokens; None: the window, one past the largest near distance
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.distance is not None:
+            _not_negative(self, "distance")
+
+    def far(self) -> Far:
+        limit = self.window if self.distance is None else self.distance
+        return Far(_constant(limit), _constant(0))
+
+
+@dataclass(frozen=True)
+class Streaming(Lambda):
+    """Λ mask with positions counted inside the cache. Source: Xiao et al. 2023, arXiv:2309.17453.
+
+    A sink at j is min(q, sinks + window - 1) - j away: its distance in a cache of sinks + window
+    slots. The reference keeps `recent` tokens besides the query, so its recent is window - 1.
+    """
+
+    def far(self) -> Far:
+        last_slot = self.sinks + self.window - 1
+        return Far(lambda q: jnp.minimum(q, jnp.asarray(last_slot, q.dtype)), _same)
+
+
+@dataclass(frozen=True)
+class ReRoPE(Policy):
+    """All earlier tokens, none farther than `window`. Source: the ReRoPE release (Su 2023)."""
+
+    window: int  # tokens
+    log_from: int | None = None  # trained length: scores times max(1, ln(q+1)/ln(log_from))
+
+    def __post_init__(self):
+        _positive(self, "window")
+
+    @property
+    def near_width(self):
+        return self.window
+
+    @property
+    def far_count(self):
+        return None
+
+    def far(self) -> Far:
+        return Far(_constant(self.window), _constant(0))
+
+    def query_gain(self, q):
+        if self.log_from is None:
+            return None
+        grown = jnp.log(q.astype(jnp.float32) + 1) / math.log(self.log_from)
+        return jnp.maximum(grown, 1.0)
+
+
+@dataclass(frozen=True)
+class LeakyReRoPE(Policy):
+    """All earlier tokens; beyond `window`, distance grows `stretch` times slower."""
+
+    window: int  # tokens
+    stretch: int
+
+    def __post_init__(self):
+        _positive(self, "window")
+        _positive(self, "stretch")
+
+    @property
+    def near_width(self):
+        return self.window
+
+    @property
+    def far_count(self):
+        return None
+
+    def far(self) -> Far:
+        # w + (d - w)/s = (q + w(s - 1) - k)/s: whole positions, and one factor on the frequencies.
+        offset = self.window * (self.stretch - 1)
+        return Far(lambda q: q + offset, _same, 1.0 / self.stretch)
+
+
+@dataclass(frozen=True)
+class SelfExtend(Policy):
+    """All earlier tokens; beyond `window`, positions are floor-divided by `group`.
+
+    Source: Jin et al. 2024, arXiv:2401.01325.
+    """
+
+    window: int  # tokens
+    group: int  # tokens that share one far position
+
+    def __post_init__(self):
+        _positive(self, "window")
+        _positive(self, "group")
+
+    @property
+    def near_width(self):
+        return self.window
+
+    @property
+    def far_count(self):
+        return None
+
+    def far(self) -> Far:
+        offset = self.window - self.window // self.group
+        return Far(lambda q: q // self.group + offset, lambda k: k // self.group)
+
+
+@dataclass(frozen=True)
+class PerHead:
+    """One policy for each key/value head, in order; its query heads follow."""
+
+    policies: tuple[Policy, ...]  # [K]
+
+    @property
+    def bounded(self) -> bool:
+        return all(policy.bounded for policy in self.policies)
+
+    @property
+    def name(self) -> str:
+        return "per_head(" + ";".join(policy.name for policy in self.policies) + ")"
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """One policy for each layer; a shorter tuple repeats, so it must divide the layers."""
+
+    policies: tuple[Policy | PerHead, ...]
+
+    @property
+    def name(self) -> str:
+        return "per_layer(" + ";".join(policy.name for policy in self.policies) + ")"
+
+
+LayerPolicy: TypeAlias = Policy | PerHead
+AnyPolicy: TypeAlias = Policy | PerHead | PerLayer
+
+POLICIES: dict[str, type[Policy]] = {
+    "full": Full,
+    "window": Window,
+    "lambda": Lambda,
+    "lm_infinite": LMInfinite,
+    "streaming": Streaming,
+    "rerope": ReRoPE,
+    "leaky_rerope": LeakyReRoPE,
+    "self_extend": SelfExtend,
+}
+NAMES = {kind: name for name, kind in POLICIES.items()}
+
+
+def by_layer(
+    policy: AnyPolicy, *, windows: tuple[int | None, ...], num_kv_heads: int
+) -> tuple[LayerPolicy, ...]:
+    """The policy of every layer of a model whose layers were trained with these windows.
+
+    Full is the model's own attention: a layer's trained window stays. Any other policy replaces
+    the attention of the layers that read everything, or of all layers where none does; a layer
+    that was trained local in a model that also reads everything (Gemma 2) stays local.
+    """
+    own = tuple(Full() if width is None else Window(width) for width in windows)
+    pattern = policy.policies if isinstance(policy, PerLayer) else (policy,)
+    if not pattern or len(windows) % len(pattern):
+        raise InputError(
+            f"{len(pattern)} policies do not divide {len(windows)} layers; "
+            f"give one policy for each layer, or a pattern whose length divides {len(windows)}"
+        )
+    wanted = pattern * (len(windows) // len(pattern))
+    for chosen in wanted:
+        if isinstance(chosen, PerHead) and len(chosen.policies) != num_kv_heads:
+            raise InputError(
+                f"{len(chosen.policies)} head policies but the model has {num_kv_heads} "
+                f"key/value heads; give one policy for each"
+            )
+    mixed = any(width is None for width in windows)
+    return tuple(
+        trained if chosen == Full() or (mixed and width is not None) else chosen
+        for chosen, trained, width in zip(wanted, own, windows, strict=True)
+    )
+
+
+def check_trained(policy: AnyPolicy, trained_length: int) -> None:
+    """Refuses a window that reaches past the distances the model was trained on."""
+    for part in _parts(policy):
+        window = getattr(part, "window", None)
+        if window is not None and window > trained_length:
+            raise InputError(
+                f"window={window} but this model was trained at {trained_length} tokens; "
+                f"use window<={trained_length} or a rotary scaling that stretches positions"
+            )
+
+
+def _parts(policy: AnyPolicy) -> list[Policy]:
+    if isinstance(policy, PerLayer | PerHead):
+        return [leaf for part in policy.policies for leaf in _parts(part)]
+    return [policy]
+
+
+def _positive(policy: Policy, field: str) -> None:
+    if getattr(policy, field) < 1:
+        raise InputError(f"{field}={getattr(policy, field)}: give at least 1 token")
+
+
+def _not_negative(policy: Policy, field: str) -> None:
+    if getattr(policy, field) < 0:
+        raise InputError(f"{field}={getattr(policy, field)}: give 0 or more tokens")

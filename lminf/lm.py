@@ -1,0 +1,181 @@
+"""LM: a spec, parameters, a tokenizer and a policy, with the verbs that people use.
+
+    lm = lminf.LM.from_pretrained("smollm2-135m-instruct", policy=LMInfinite(window=4096, sinks=10))
+    lm.nll(text).mean                  nats per token
+    lm.generate("Once upon a time")    text
+    lm.with_policy(Full())             the same weights, attended otherwise
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, Int
+
+from lminf.attention import policies, rope
+from lminf.attention.policies import AnyPolicy, Full
+from lminf.errors import InputError
+from lminf.losses import xent
+from lminf.models import decoder
+from lminf.models.spec import ModelSpec
+from lminf.types import Params
+
+Progress: TypeAlias = Callable[[int, int], None]  # (done, of), in tokens
+
+CHUNK = 2048  # tokens read at a time: wide enough for full-speed products, small beside a window
+
+
+@dataclass(frozen=True)
+class NLL:
+    """How well a text was predicted."""
+
+    token_nll: Float32[np.ndarray, " T-1"]  # nats of tokens 1.. given all before them
+    token_bytes: Int[np.ndarray, " T-1"]  # UTF-8 bytes of those tokens
+
+    @property
+    def mean(self) -> float:
+        """Nats per token."""
+        return float(self.token_nll.mean(dtype=np.float64))
+
+    @property
+    def bits_per_byte(self) -> float:
+        return float(self.token_nll.sum(dtype=np.float64) / np.log(2) / self.token_bytes.sum())
+
+    def blocks(self, block: int) -> list[float]:
+        """Mean nats per token over each `block` positions of the text; the first token has none."""
+        starts = range(0, len(self.token_nll) + 1, block)
+        parts = (self.token_nll[max(start - 1, 0) : start - 1 + block] for start in starts)
+        return [float(part.mean(dtype=np.float64)) for part in parts if len(part)]
+
+
+@dataclass(frozen=True)
+class LM:
+    """A language model and how it attends. Values never change; `with_…` makes another."""
+
+    spec: ModelSpec
+    params: Params
+    tokenizer: Any  # lminf.data.tokenizers.Tokenizer or ByteTokenizer
+    policy: AnyPolicy = Full()
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        policies.check_trained(self.policy, self.reach)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        policy: AnyPolicy | None = None,
+        dtype: Any = jnp.float32,
+        progress: Progress | None = None,
+    ) -> "LM":
+        """A model of the table (`lminf list`), a local folder, a .gguf file or a hub repository."""
+        from lminf import checkpoints
+
+        loaded = checkpoints.load(name, dtype=dtype, progress=progress)
+        params = jax.tree.map(jnp.asarray, loaded.params)
+        return cls(loaded.spec, params, loaded.tokenizer, policy or Full(), dtype)
+
+    @property
+    def reach(self) -> int:
+        """Tokens apart that the model can place: trained length times what a scaling stretches."""
+        return int(self.spec.trained_length * stretch_of(self.spec.encoding))
+
+    @property
+    def decoder(self) -> decoder.Decoder:
+        by_layer = policies.by_layer(
+            self.policy, windows=self.spec.windows, num_kv_heads=self.spec.num_kv_heads
+        )
+        return decoder.Decoder(self.spec, by_layer, dtype=self.dtype)
+
+    def with_policy(self, policy: AnyPolicy) -> "LM":
+        return dataclasses.replace(self, policy=policy)
+
+    def with_scaling(self, scaling: rope.Scaling) -> "LM":
+        """The same weights with another rotary schedule."""
+        if not isinstance(self.spec.encoding, rope.Rotary):
+            raise InputError(
+                f"this model's positions are {type(self.spec.encoding).__name__}, not rotary; "
+                f"a rotary scaling does not apply"
+            )
+        encoding = dataclasses.replace(self.spec.encoding, scaling=scaling)
+        return dataclasses.replace(self, spec=dataclasses.replace(self.spec, encoding=encoding))
+
+    def init_caches(self, *, batch: int, capacity: int):
+        """Empty caches; `capacity` (tokens) is what policies that keep everything can hold."""
+        module = self.decoder
+        return decoder.init_caches(
+            self.spec, module.policies, batch=batch, capacity=capacity, dtype=self.dtype
+        )
+
+    def token_nll(
+        self, tokens: Sequence[int] | np.ndarray, *, progress: Progress | None = None
+    ) -> Float32[np.ndarray, " T-1"]:
+        """-log p of tokens 1.. given all before them, nats. Reads in chunks through the cache."""
+        ids = np.asarray(tokens, np.int32)
+        total = len(ids) - 1
+        if total < 1:
+            raise InputError(f"{len(ids)} tokens: nothing to predict; give at least 2")
+        chunk = min(CHUNK, max(16, 1 << (total - 1).bit_length()))
+        padded = np.pad(ids, (0, -total % chunk))
+        caches = self.init_caches(batch=1, capacity=len(padded) - 1)
+        losses = []
+        for start in range(0, total, chunk):
+            piece = jnp.asarray(padded[None, start : start + chunk + 1])
+            loss, caches = _score(self.decoder, self.params, piece, jnp.int32(start), caches)
+            losses.append(np.asarray(loss[0]))
+            if progress:
+                progress(min(start + chunk, total), total)
+        return np.concatenate(losses)[:total]
+
+    def nll(
+        self, text: str, *, length: int | None = None, progress: Progress | None = None
+    ) -> NLL:
+        """How well the first `length` tokens of a text (None: all) are predicted."""
+        ids, ends = self.encode(text, length=length)
+        token_nll = self.token_nll(ids, progress=progress)
+        return NLL(token_nll, np.diff(ends)[-len(token_nll) :])
+
+    def encode(
+        self, text: str, *, length: int | None = None
+    ) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"]]:
+        """Token ids, with BOS where the model wants one, and the byte where each token ends."""
+        if not text:
+            raise InputError("the text is empty; give a text with at least two tokens")
+        ids, ends = self.tokenizer.encode_with_bytes(text)
+        if self.tokenizer.add_bos:
+            ids = np.concatenate([[self.tokenizer.bos_id], ids]).astype(np.int32)
+            ends = np.concatenate([[0], ends])
+        if length is not None:
+            if len(ids) < length:
+                raise InputError(
+                    f"the text has {len(ids)} tokens but length={length} was asked for; "
+                    f"give a longer text or a smaller length"
+                )
+            ids, ends = ids[:length], ends[:length]
+        return ids, ends
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _score(module: decoder.Decoder, params, tokens: Int[Array, "B C+1"], start, caches):
+    """Losses [B, C] of the tokens after each, and the caches with the first C read."""
+    chunk = tokens.shape[1] - 1
+    positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32), (len(tokens), chunk))
+    hidden, caches = module.apply(
+        {"params": params}, tokens[:, :-1], positions=positions, caches=caches
+    )
+    return xent.token_nll(module.spec, params, hidden, tokens[:, 1:]), caches
+
+
+def stretch_of(encoding: rope.Encoding) -> float:
+    """How many times its trained length a rotary scaling asks a model to reach."""
+    scaling = encoding.scaling if isinstance(encoding, rope.Rotary) else None
+    if isinstance(scaling, rope.Linear | rope.YaRN):
+        return scaling.factor
+    return scaling.alpha if isinstance(scaling, rope.NTKAware | rope.DynamicNTK) else 1.0

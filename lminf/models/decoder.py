@@ -1,0 +1,314 @@
+"""A decoder-only transformer: tokens to hidden states. Heads are functions of hidden states.
+
+Layers are one Block whose parameters are stacked on axis 0, scanned over. Which tokens a layer
+sees is not the model's business: every layer is handed the function that attends. A pattern of
+different policies (local and global layers in turn) makes the scan's step one period long.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lminf.attention import attend, cache, policies
+from lminf.attention.policies import LayerPolicy
+from lminf.models.spec import MLPSpec, ModelSpec, NormSpec
+from lminf.types import Hidden, Params, Positions, Tokens
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+# Parameter path -> logical axes; lminf.parallel turns them into shardings.
+AXES = {
+    "embed": ("vocab", "embed"),
+    "head": ("vocab", "embed"),
+    "head_bias": ("vocab",),
+    "final_norm/(scale|bias)": ("embed",),
+    "layers/(attention|attention_post|mlp|mlp_post)_norm/(scale|bias)": ("layers", "embed"),
+    "layers/attention/wq": ("layers", "embed", "heads", "head_dim"),
+    "layers/attention/w[kv]": ("layers", "embed", "kv_heads", "head_dim"),
+    "layers/attention/bq": ("layers", "heads", "head_dim"),
+    "layers/attention/b[kv]": ("layers", "kv_heads", "head_dim"),
+    "layers/attention/wo": ("layers", "heads", "head_dim", "embed"),
+    "layers/attention/bo": ("layers", "embed"),
+    "layers/attention/[qk]_norm/scale": ("layers", "head_dim"),
+    "layers/mlp/w_(gate|up)": ("layers", "embed", "mlp"),
+    "layers/mlp/b_(gate|up)": ("layers", "mlp"),
+    "layers/mlp/w_down": ("layers", "mlp", "embed"),
+    "layers/mlp/b_down": ("layers", "embed"),
+}
+
+
+class Norm(nn.Module):
+    """RMS or layer normalisation over the last axis, statistics in float32."""
+
+    spec: NormSpec
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        offset = self.spec.scale_offset
+        scale = self.param("scale", nn.initializers.constant(1.0 - offset), (self.width,))
+        y = x.astype(jnp.float32)
+        if self.spec.kind == "layer":
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.spec.epsilon)
+        y = y * (scale.astype(jnp.float32) + offset)
+        if self.spec.bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.width,))
+            y = y + bias.astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class Attention(nn.Module):
+    spec: ModelSpec
+
+    @nn.compact
+    def __call__(self, x: Hidden, attend) -> tuple[Hidden, Any]:
+        """Output, and what else `attend(q, k, v)` returned beside its first result."""
+        s = self.spec
+        into = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+        back = nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
+        wq = self.param("wq", into, (s.width, s.num_heads, s.head_dim))
+        wk = self.param("wk", into, (s.width, s.num_kv_heads, s.head_dim))
+        wv = self.param("wv", into, (s.width, s.num_kv_heads, s.head_dim))
+        wo = self.param("wo", back, (s.num_heads, s.head_dim, s.width))
+        q, k, v = (jnp.einsum("btd,dnh->btnh", x, w.astype(x.dtype)) for w in (wq, wk, wv))
+        if s.qkv_bias:
+            zeros = nn.initializers.zeros
+            q = q + self.param("bq", zeros, (s.num_heads, s.head_dim)).astype(x.dtype)
+            k = k + self.param("bk", zeros, (s.num_kv_heads, s.head_dim)).astype(x.dtype)
+            v = v + self.param("bv", zeros, (s.num_kv_heads, s.head_dim)).astype(x.dtype)
+        if s.qkv_clip is not None:
+            q, k, v = (jnp.clip(y, -s.qkv_clip, s.qkv_clip) for y in (q, k, v))
+        if s.qk_norm:
+            q = Norm(s.norm, s.head_dim, name="q_norm")(q)
+            k = Norm(s.norm, s.head_dim, name="k_norm")(k)
+        for name, value in (("q", q), ("k", k), ("v", v)):
+            self.sow("intermediates", name, value)
+        out, *rest = attend(q, k, v)
+        out = jnp.einsum("btnh,nhd->btd", out, wo.astype(x.dtype))
+        if s.out_bias:
+            out = out + self.param("bo", nn.initializers.zeros, (s.width,)).astype(x.dtype)
+        return out, tuple(rest)
+
+
+class MLP(nn.Module):
+    spec: MLPSpec
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Hidden) -> Hidden:
+        act, init = ACTIVATIONS[self.spec.activation], nn.initializers.lecun_normal()
+        D, F = self.width, self.spec.hidden_dim
+
+        def weight(name, shape):
+            return self.param(name, init, shape).astype(x.dtype)
+
+        def bias(name, size):
+            if not self.spec.bias:
+                return jnp.zeros((), x.dtype)
+            return self.param(name, nn.initializers.zeros, (size,)).astype(x.dtype)
+
+        up = x @ weight("w_up", (D, F)) + bias("b_up", F)
+        if self.spec.gated:
+            up = act(x @ weight("w_gate", (D, F)) + bias("b_gate", F)) * up
+        else:
+            up = act(up)
+        return up @ weight("w_down", (F, D)) + bias("b_down", D)
+
+
+class Block(nn.Module):
+    """One layer. `attend(q, k, v)` returns the attention output first."""
+
+    spec: ModelSpec
+
+    @nn.compact
+    def __call__(self, x: Hidden, attend) -> tuple[Hidden, Any]:
+        s = self.spec
+        attention, mlp = Attention(s, name="attention"), MLP(s.mlp, s.width, name="mlp")
+
+        def norm(name):
+            return Norm(s.norm, s.width, name=name)
+
+        def post(name, y):
+            return norm(name)(y) if s.post_norms else y
+
+        normed = norm("attention_norm")(x)
+        seen, rest = attention(normed, attend)
+        seen = post("attention_post_norm", seen)
+        if s.residual == "sequential":
+            x = x + seen
+            x = x + post("mlp_post_norm", mlp(norm("mlp_norm")(x)))
+        else:
+            shared = s.residual == "parallel_shared"
+            x = x + seen + mlp(normed if shared else norm("mlp_norm")(x))
+        self.sow("intermediates", "hidden", x)
+        return x, rest
+
+
+class Decoder(nn.Module):
+    """Tokens to final hidden states [B, T, D], after the last norm."""
+
+    spec: ModelSpec
+    policies: tuple[LayerPolicy, ...]  # [L]
+    dtype: Any = jnp.float32  # of the computation; parameters are cast to it where they are used
+    remat: Any = None  # a jax.checkpoint policy; None keeps every activation
+    implementation: str | None = None  # of kernels.lambda_attention; None chooses
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Tokens,
+        *,
+        positions: Positions,
+        segments: Int[Array, "B T"] | None = None,
+        caches: tuple[cache.Cache, ...] | None = None,
+    ) -> tuple[Hidden, tuple[cache.Cache, ...] | None]:
+        """Hidden states, and the caches (one for each layer of a period) with these tokens in them.
+
+        Positions rise by one along each row (or segment); a row below 0 is padding.
+        """
+        s = self.spec
+        embed = self.param("embed", nn.initializers.normal(s.width**-0.5), (s.vocab_size, s.width))
+        layers = self.param("layers", lambda key: _init_layers(s, key))
+        x = embed[tokens].astype(self.dtype) * jnp.asarray(s.embed_scale, self.dtype)
+        if not s.tied:
+            self.param("head", nn.initializers.normal(s.width**-0.5), (s.vocab_size, s.width))
+        if s.head_bias:
+            self.param("head_bias", nn.initializers.zeros, (s.vocab_size,))
+        watched = self.is_mutable_collection("intermediates") and not self.is_initializing()
+        x, caches, sown = self._run_layers(layers, x, positions, segments, caches, watched)
+        if watched:
+            self.put_variable("intermediates", "layers", sown)
+        return Norm(s.norm, s.width, name="final_norm")(x), caches
+
+    def _run_layers(self, layers, x, positions, segments, caches, watched):
+        s, period = self.spec, period_of(self.policies)
+        scoring, block = scoring_of(s), Block(s)
+        if caches is None:
+            readers = [
+                attend.whole(
+                    policy, scoring, positions, segments=segments,
+                    implementation=self.implementation,
+                )
+                for policy in self.policies[:period]
+            ]  # fmt: skip
+            pos = ()
+        else:
+            steps = [
+                attend.through(
+                    policy, scoring, stored.layout, stored.pos, positions,
+                    implementation=self.implementation,
+                )
+                for policy, stored in zip(self.policies[:period], caches, strict=True)
+            ]  # fmt: skip
+            readers, pos = [step for step, _ in steps], [pos for _, pos in steps]
+
+        def one_layer(x, params, reader, stored, index):
+            def attended(q, k, v):
+                return (reader(q, k, v),) if stored is None else reader(q, k, v, *stored, index)
+
+            if watched:
+                (x, rest), sown = block.apply(
+                    {"params": params}, x, attended, mutable=["intermediates"]
+                )
+                return x, rest, sown["intermediates"]
+            x, rest = block.apply({"params": params}, x, attended)
+            return x, rest, {}
+
+        if self.remat is not None:
+            one_layer = jax.checkpoint(one_layer, policy=self.remat, static_argnums=(2,))
+
+        def one_period(carry, scanned):
+            x, stored = carry
+            params, index = scanned
+            stored, sown = list(stored), []
+            for i, reader in enumerate(readers):
+                mine = jax.tree.map(lambda leaf, i=i: leaf[i], params)
+                x, rest, seen = one_layer(x, mine, reader, stored[i] if stored else None, index)
+                sown.append(seen)
+                if stored:
+                    stored[i] = rest
+            return (x, tuple(stored)), jax.tree.map(lambda *leaves: jnp.stack(leaves), *sown)
+
+        rounds = s.num_layers // period
+        by_period = jax.tree.map(lambda w: w.reshape(rounds, period, *w.shape[1:]), layers)
+        start = () if caches is None else tuple((c.k, c.v) for c in caches)
+        (x, stored), sown = jax.lax.scan(
+            one_period, (x, start), (by_period, jnp.arange(rounds, dtype=jnp.int32))
+        )
+        sown = jax.tree.map(lambda y: y.reshape(s.num_layers, *y.shape[2:]), sown)
+        if caches is not None:
+            caches = tuple(
+                cache.Cache(k, v, p, old.layout)
+                for (k, v), p, old in zip(stored, pos, caches, strict=True)
+            )
+        return x, caches, sown
+
+
+def scoring_of(spec: ModelSpec) -> attend.Scoring:
+    return attend.Scoring(spec.encoding, spec.query_scale, spec.attention_soft_cap)
+
+
+def period_of(pattern: Sequence[LayerPolicy]) -> int:
+    """The shortest p that divides the layers and after which the policies repeat."""
+    layers = len(pattern)
+    return next(
+        p
+        for p in range(1, layers + 1)
+        if layers % p == 0 and all(pattern[i] == pattern[i % p] for i in range(layers))
+    )
+
+
+def init_caches(
+    spec: ModelSpec, by_layer: Sequence[LayerPolicy], *, batch: int, capacity: int, dtype
+) -> tuple[cache.Cache, ...]:
+    """Empty caches for `Decoder`; `capacity` (tokens) is what unbounded policies can hold."""
+    period = period_of(by_layer)
+    return tuple(
+        cache.empty(
+            cache.layout_for(policy, capacity),
+            layers=spec.num_layers // period,
+            batch=batch,
+            kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            dtype=dtype,
+        )
+        for policy in by_layer[:period]
+    )
+
+
+def head_of(params: Params) -> Float[Array, "V D"]:
+    """The classifier: the embedding where the model ties them."""
+    return params.get("head", params["embed"])
+
+
+def logits(spec: ModelSpec, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    """Next-token logits, float32."""
+    head = head_of(params).astype(hidden.dtype)
+    out = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+    if spec.head_bias:
+        out = out + params["head_bias"].astype(jnp.float32)
+    if spec.final_soft_cap is not None:
+        out = spec.final_soft_cap * jnp.tanh(out / spec.final_soft_cap)
+    return out
+
+
+def init(spec: ModelSpec, *, key: jax.Array) -> Params:
+    """Fresh float32 parameters."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    by_layer = tuple(policies.Full() for _ in range(spec.num_layers))
+    return Decoder(spec, by_layer).init(key, tokens, positions=tokens)["params"]
+
+
+def _init_layers(spec: ModelSpec, key):
+    x = jnp.zeros((1, 1, spec.width))
+    each = jax.random.split(key, spec.num_layers)
+    return jax.vmap(lambda k: Block(spec).init(k, x, lambda q, k, v: (q,))["params"])(each)

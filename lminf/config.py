@@ -120,8 +120,7 @@ def _chosen_class(name: Any, candidates: Mapping[str, type], where: str) -> type
 
 def _from_stored(value: Any, hint: Any, candidates: Mapping[str, type], where: str) -> Any:
     if isinstance(value, (Mapping, config_dict.ConfigDict)):
-        nested = _candidates(hint) or candidates
-        return _from_section(value, nested, where)
+        return _from_section(value, _nested(hint, candidates), where)
     if isinstance(value, (tuple, list)):
         items = tuple(value)
         hint = next((member for member in _members(hint) if _origin(member) is tuple), hint)
@@ -205,18 +204,21 @@ def _split(text: str, whole: str) -> list[str]:
 
 
 def _parse_value(text: str, hint: Any, choices: Mapping[str, type], where: str) -> Any:
-    members = _members(hint)
     # Most specific first, so that `int | str` reads 12 as a number.
-    for member in sorted(members, key=_specificity):
+    for member in sorted(_members(hint), key=_specificity):
         found, value = _parse_as(text, member, choices, where)
         if found:
             return value
-    words = [str(option) for member in members for option in _options(member)]
+    nested = _nested(hint, choices) if any(map(_is_choice, _members(hint))) else {}
+    if nested:
+        return parse_choice(text[1:-1] if _parenthesised(text) else text, nested)
+    words = [str(option) for member in _members(hint) for option in _options(member)]
     suggestion = f"; {closest(text, words)}" if words else ""
     raise InputError(f"{where} takes {_spell(hint)}, not {text!r}{suggestion}")
 
 
 def _parse_as(text: str, hint: Any, choices: Mapping[str, type], where: str) -> tuple[bool, Any]:
+    """Whether `text` is a value of the plain type `hint`, and which."""
     if hint is types.NoneType:
         return text.lower() == "none", None
     if hint is bool:
@@ -232,18 +234,13 @@ def _parse_as(text: str, hint: Any, choices: Mapping[str, type], where: str) -> 
     if _origin(hint) is Literal:
         named = {str(option): option for option in typing.get_args(hint)}
         return text in named, named.get(text)
-    if _origin(hint) is tuple:
-        if not _parenthesised(text):
-            return False, None
+    if _origin(hint) is tuple and _parenthesised(text):
         items = [item.strip() for item in _split(text[1:-1], text)]
         hints = _item_hints(hint, len(items), where)
         return True, tuple(
             _parse_value(item, of, choices, f"{where}[{index}]")
             for index, (item, of) in enumerate(zip(items, hints, strict=True))
         )
-    if isinstance(hint, type):
-        nested = text[1:-1] if _parenthesised(text) else text
-        return True, parse_choice(nested, choices)
     return False, None
 
 
@@ -309,6 +306,22 @@ def _candidates(expected: Expected) -> dict[str, type]:
         return dict(expected)
     kinds = [member for member in _members(expected) if dataclasses.is_dataclass(member)]
     return {kind.__name__: kind for kind in kinds if isinstance(kind, type)}
+
+
+def _is_choice(hint: Any) -> bool:
+    """Whether values of this type are written as a choice: a class, but not a plain one."""
+    return isinstance(hint, type) and hint not in (types.NoneType, bool, int, float, str, tuple)
+
+
+def _nested(hint: Any, outer: Mapping[str, type]) -> dict[str, type]:
+    """What a field inside a choice may be: the outer choices that fit its type, and the dataclasses
+    that the type names itself."""
+    classes = [member for member in _members(hint) if _is_choice(member)]
+    # A protocol says nothing about names: every outer choice may satisfy it.
+    open_ended = not classes or any(getattr(member, "_is_protocol", False) for member in classes)
+    fitting = {n: kind for n, kind in outer.items() if open_ended or issubclass(kind, (*classes,))}
+    own = {n: kind for n, kind in _candidates(hint).items() if kind not in fitting.values()}
+    return fitting | own
 
 
 def _item_hints(hint: Any, count: int, where: str) -> Sequence[Any]:

@@ -26,14 +26,12 @@ from rich.console import Console
 
 from lminf.config import closest
 from lminf.errors import InputError
-from lminf.run import environment, folder, header, plots, report, tables
+from lminf.run import environment, exits, folder, header, plots, report, tables
 from lminf.run.folder import Row, RunFolder
 
 Run = Callable[[Any, RunFolder], Iterator[Row]]
 Plot = Callable[[list[Row]], Figure | Mapping[str, Figure]]
 TableOf = Callable[[list[Row]], list[Row]]
-
-INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 
 
 def main(
@@ -41,19 +39,10 @@ def main(
 ) -> None:
     """Parses the command line, runs, and leaves rows, figures and a report; exits the process."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    try:
+    with exits.orderly(debug="--debug" in arguments):
         request = parse(Path(inspect.getfile(run)).stem, arguments)
-        if request is None:  # --help
-            return
-        measure(request, run, plot, table)
-    except InputError as error:
-        if "--debug" in arguments:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        if request is not None:  # None: --help
+            measure(request, run, plot, table)
 
 
 # --- From values to a finished folder -------------------------------------------------------------
@@ -119,7 +108,7 @@ def finish(
     names: list[str] = []
     if not state:
         shown = table(rows) if table else rows
-        names = draw(out, plot, rows, request.experiment)
+        names = plots.write(out, plot(rows), request.experiment)
     text = report.compose(
         header.read(request.config_path),
         state=state.format(rows=len(rows)),
@@ -136,17 +125,6 @@ def finish(
             print(f"figure  {out / name}")
     print(f"report  {out / 'report.md'}")
     print(f"rows    {out / 'rows.jsonl'}")
-
-
-def draw(out: RunFolder, plot: Plot, rows: list[Row], experiment: str) -> list[str]:
-    """Draws the figures into plots/; returns their names relative to the folder."""
-    drawn = plot(rows)
-    figures = {experiment: drawn} if isinstance(drawn, Figure) else drawn
-    names = []
-    for stem, figure in figures.items():
-        out.write(f"plots/{stem}.png", plots.save(figure))
-        names.append(f"plots/{stem}.png")
-    return names
 
 
 # --- From a command line to values ----------------------------------------------------------------

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lminf.config import closest
 from lminf.errors import InputError
 from lminf.run import environment
 
@@ -119,6 +120,10 @@ class RunFolder:
     def plots(self) -> Path:
         return self.path / "plots"
 
+    def experiment(self) -> str:
+        """The name of the experiment that made this folder."""
+        return self.read_json("environment.json")["experiment"]
+
     def append_row(self, row: Mapping[str, Any]) -> None:
         append_line(self.path / "rows.jsonl", row)
 
@@ -172,10 +177,24 @@ def create(
     folder.write("config.json", resolved)
     folder.write("config.py", config_source)
     folder.write_json("overrides.json", dict(overrides))
-    folder.write_json("environment.json", environment.describe(command))
+    folder.write_json(
+        "environment.json", {"experiment": experiment, **environment.describe(command)}
+    )
     with writing(folder.plots):
         folder.plots.mkdir(exist_ok=True)
     return folder
+
+
+def find(name: str, *, runs: Path = Path("runs")) -> RunFolder:
+    """The run in the folder `name`, or the latest run of the experiment `name` below `runs`."""
+    if (Path(name) / "environment.json").is_file():
+        return RunFolder(Path(name))
+    latest = sorted((runs / name).glob("*/environment.json"))  # their names start with the time
+    if latest:
+        return RunFolder(latest[-1].parent)
+    known = [path.name for path in runs.glob("*") if path.is_dir()]
+    meant = closest(name, known) if known else "run an experiment first"
+    raise InputError(f"{name!r} is no run's folder and {runs}/ holds no run of it; {meant}")
 
 
 def _claim(path: Path) -> Path:

@@ -6,9 +6,11 @@ file is parsed, not imported: listing experiments runs none of their code.
 
 import ast
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lminf.config import closest
 from lminf.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]  # beside lminf/ in a checkout and in site-packages
@@ -44,7 +46,11 @@ def read(path: Path) -> Header:
     return Header(path.stem, " ".join(title.split()), entries)
 
 
-def experiments(folder: Path = CONFIGS) -> list[Header]:
-    """The header of every config file that asks a question, by name; the others are shared parts."""
-    headers = [read(path) for path in sorted(folder.glob("[!_]*.py"))]
-    return [header for header in headers if "Question" in header.entries]
+def experiments(names: Sequence[str] = (), *, configs: Path = CONFIGS) -> list[Header]:
+    """The headers of these experiments, or of all: the config files that ask a question."""
+    headers = {path.stem: read(path) for path in sorted(configs.glob("[!_]*.py"))}
+    found = {name: own for name, own in headers.items() if "Question" in own.entries}
+    for name in names:
+        if name not in found:
+            raise InputError(f"there is no experiment {name!r}; {closest(name, found)}")
+    return [found[name] for name in names or found]

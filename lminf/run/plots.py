@@ -1,11 +1,11 @@
 """Rows -> figures in one style: colour-blind safe, labels on lines, log2 lengths, units on axes.
 
 Figures are made without pyplot, so nothing global changes and no display is needed. A figure is
-drawn from rows alone; save it with `save`.
+drawn from rows alone.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from lminf.run.folder import Row
+from lminf.run.folder import Row, RunFolder
 
 # Okabe and Ito's palette without its yellow, which is hard to see as a line on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -142,6 +142,15 @@ def save(figure: Figure) -> bytes:
     # No software version in the file: the same rows give the same bytes.
     figure.savefig(buffer, format="png", metadata={"Software": None}, bbox_inches="tight")
     return buffer.getvalue()
+
+
+def write(out: RunFolder, drawn: Figure | Mapping[str, Figure], stem: str) -> list[str]:
+    """Saves one figure as plots/<stem>.png, or several by their own stems; their names in `out`."""
+    figures = {stem: drawn} if isinstance(drawn, Figure) else drawn
+    return [
+        str(out.write(f"plots/{name}.png", save(figure)).relative_to(out.path))
+        for name, figure in figures.items()
+    ]
 
 
 def axis_label(column: str) -> str:

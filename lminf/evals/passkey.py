@@ -1,0 +1,174 @@
+"""Passkey retrieval: a five-digit key inside a long, dull text, and a question at the end.
+
+Two generators from the literature, which no table should mix:
+
+    lm_infinite   everything joined by spaces, filler in whole copies, the key between two copies.
+                  Prompts end up to one copy short of the length asked for.
+                  Source: Han et al. 2024, arXiv:2308.16137.
+    landmark      five lines; filler cut by characters, before the key and (afresh) after it.
+                  Prompts have exactly the length asked for, wherever the tokenizer allows it.
+                  Source: Mohtashami & Jaggi 2023, arXiv:2305.16300.
+
+We differ from both in three ways. Lengths are counted in tokens of the whole prompt, as the model
+will read it. Keys have five digits, so that every answer is of one length. `lm_infinite` does not
+end in a space, which most tokenizers would split from the key in a way no model was trained on.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from lminf.errors import InputError
+from lminf.evals import score
+
+TASK = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them."
+    " I will quiz you about the important information there."
+)
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+KEY_LINE = "The pass key is {key}. Remember it. {key} is the pass key."
+QUESTION = "What is the pass key? The pass key is"
+ANSWER_TOKENS = 10  # enough for a space and five digits in any tokenizer; the budget of YaRN's test
+
+Encode = Callable[[str], Sequence[int]]  # text -> tokens as the model reads them, BOS included
+Generator = Literal["lm_infinite", "landmark"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    prompt: str
+    key: int
+    depth: float  # share of the filler that stands before the key
+    tokens: int  # of the whole prompt
+    key_at: int  # tokens before the line with the key; visible in a window > tokens - key_at
+
+    def correct(self, completion: str) -> bool:
+        """Whether the first integer in the completion is the key."""
+        return score.first_integer(completion) == self.key
+
+
+def draw(
+    generator: Generator,
+    encode: Encode,
+    *,
+    length: int,
+    count: int,
+    seed: int,
+    depth: float | None = None,
+) -> list[Sample]:
+    """`count` prompts of at most `length` tokens, the same for the same seed.
+
+    Keys do not depend on length or depth, so that columns of a table ask for the same keys.
+    Without `depth` it is uniform in [0, 1).
+    """
+    if depth is not None and not 0 <= depth <= 1:
+        raise InputError(f"depth={depth} for a passkey; give 0 (before the filler) to 1 (after it)")
+    random = np.random.default_rng(seed)
+    keys = random.integers(10_000, 100_000, count)
+    depths = random.random(count) if depth is None else np.full(count, depth)
+    make = {"lm_infinite": lm_infinite, "landmark": landmark}[generator]
+    return [
+        make(encode, length=length, key=int(key), depth=float(where))
+        for key, where in zip(keys, depths, strict=True)
+    ]
+
+
+def lm_infinite(encode: Encode, *, length: int, key: int, depth: float) -> Sample:
+    """One prompt: task, copies of the filler with the key among them, question."""
+    key_line = KEY_LINE.format(key=key)
+
+    def pieces(copies):
+        before = int(depth * copies)
+        return [TASK, *[FILLER] * before], [key_line, *[FILLER] * (copies - before), QUESTION]
+
+    def prompt(copies):
+        before, after = pieces(copies)
+        return " ".join(before + after)
+
+    copy_tokens = len(encode(f"{FILLER} {FILLER}")) - len(encode(FILLER))
+    copies, tokens = _fill(encode, prompt, length=length, unit=copy_tokens)
+    before, _ = pieces(copies)
+    return Sample(
+        prompt=prompt(copies),
+        key=key,
+        depth=(len(before) - 1) / max(copies, 1),
+        tokens=tokens,
+        key_at=len(encode(" ".join(before))),
+    )
+
+
+def landmark(encode: Encode, *, length: int, key: int, depth: float) -> Sample:
+    """One prompt: task, filler, key, filler, question, each on its own line."""
+    key_line = KEY_LINE.format(key=key)
+    cut = _FillerByTokens(encode)
+
+    def lines(tokens):
+        before = int(depth * tokens)
+        return [TASK, cut(before)], [key_line, cut(tokens - before), QUESTION]
+
+    def prompt(tokens):
+        before, after = lines(tokens)
+        return "\n".join(before + after)
+
+    filler_tokens, tokens = _fill(encode, prompt, length=length, unit=1)
+    before, _ = lines(filler_tokens)
+    return Sample(
+        prompt=prompt(filler_tokens),
+        key=key,
+        depth=int(depth * filler_tokens) / max(filler_tokens, 1),
+        tokens=tokens,
+        key_at=len(encode("\n".join(before))),
+    )
+
+
+class _FillerByTokens:
+    """Calling it with n gives the longest beginning of the endless filler with about n tokens.
+
+    One copy is tokenised once, cut after each of its characters; longer texts are arithmetic.
+    A count can be off by one or two where pieces meet, which `_fill` sees and mends.
+    """
+
+    def __init__(self, encode: Encode):
+        self.copy = f" {FILLER}"
+        whole = len(encode(FILLER))
+        counts = [
+            len(encode(FILLER + self.copy[:end])) - whole for end in range(len(self.copy) + 1)
+        ]
+        self.copy_tokens = counts[-1]
+        # The longest cut with at most n tokens: counts are no monotone function of characters,
+        # because a whole word often has fewer tokens than its beginning.
+        self.longest = [
+            max(end for end, count in enumerate(counts) if count <= n)
+            for n in range(self.copy_tokens)
+        ]
+
+    def __call__(self, tokens: int) -> str:
+        copies, rest = divmod(tokens, self.copy_tokens)
+        return (self.copy * copies + self.copy[: self.longest[rest]]).removeprefix(" ")
+
+
+def _fill(
+    encode: Encode, prompt: Callable[[int], str], *, length: int, unit: int
+) -> tuple[int, int]:
+    """(n, tokens): the most filler n for which prompt(n) was seen to have at most `length` tokens.
+
+    Filler adds `unit` tokens per step, so the answer is computed; the tokenizer is asked for the
+    empty prompt and to confirm, again only if pieces merged where they meet.
+    """
+    n, tokens = 0, len(encode(prompt(0)))
+    if tokens > length:
+        raise InputError(
+            f"a passkey prompt of length={length} tokens has no room for its {tokens} tokens of "
+            f"task, key and question; ask for length>={tokens + unit}"
+        )
+    best, tried = (n, tokens), {n}
+    while True:
+        n = max(n + (length - tokens) // unit, 0)
+        if n in tried:
+            return best
+        tried.add(n)
+        tokens = len(encode(prompt(n)))
+        if tokens <= length and n > best[0]:
+            best = (n, tokens)

@@ -1,0 +1,15 @@
+"""Attention and loss kernels: arrays in, arrays out. Imports nothing of lminf."""
+
+from kernels.common.dispatch import Decision, explain
+from kernels.common.masks import GlobalDistance, SegmentIds
+from kernels.lambda_attention.api import lambda_attention
+from kernels.lambda_attention.operands import Residuals
+
+__all__ = [
+    "Decision",
+    "GlobalDistance",
+    "Residuals",
+    "SegmentIds",
+    "explain",
+    "lambda_attention",
+]

@@ -1,0 +1,94 @@
+"""Choosing an implementation by platform, with a reason for every one that was passed over.
+
+An implementation is a function that raises NotImplementedError, with the reason as its message,
+for what it does not support. Nothing is chosen by trial and error beyond that.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import jax
+
+Choice: TypeAlias = str | Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which implementation served one call, and why those before it in the order did not."""
+
+    op: str
+    chosen: str
+    refused: Mapping[str, str]  # name -> reason
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.chosen}"]
+        return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.refused.items()])
+
+
+_record: contextvars.ContextVar[list[Decision] | None] = contextvars.ContextVar(
+    "kernel_decisions", default=None
+)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Decision]]:
+    """Collects the decisions of every call traced inside the block."""
+    decisions: list[Decision] = []
+    token = _record.set(decisions)
+    try:
+        yield decisions
+    finally:
+        _record.reset(token)
+
+
+def explain(fn: Callable, *args, **kwargs) -> list[Decision]:
+    """One Decision for each kernel that `fn(*args, **kwargs)` would call; nothing is computed."""
+    with recording() as decisions:
+        # A fresh wrapper: an already traced `fn` would come from jax's cache and decide nothing.
+        jax.eval_shape(lambda *a, **k: fn(*a, **k), *args, **kwargs)
+    return decisions
+
+
+def run(
+    op: str,
+    implementations: Mapping[str, Callable[..., Any]],
+    order: Mapping[str, Sequence[str]],
+    choice: Choice,
+    *args,
+    **kwargs,
+):
+    """The result of the first implementation in the order that supports the call.
+
+    `choice` None means `order[platform]`; a name or a sequence of names is tried as given. Raises
+    an ExceptionGroup that carries every reason if none can, ValueError for an unknown name.
+    """
+    names = _names(implementations, order, choice)
+    reasons: list[NotImplementedError] = []
+    refused: dict[str, str] = {}
+    for name in names:
+        try:
+            result = implementations[name](*args, **kwargs)
+        except NotImplementedError as reason:
+            refused[name] = str(reason)
+            reasons.append(NotImplementedError(f"{name}: {reason}"))
+            continue
+        decisions = _record.get()
+        if decisions is not None:
+            decisions.append(Decision(op, name, refused))
+        return result
+    raise ExceptionGroup(f"{op}: no implementation in {list(names)} supports this call", reasons)
+
+
+def _names(implementations, order, choice: Choice) -> tuple[str, ...]:
+    if choice is None:
+        return tuple(order.get(jax.default_backend(), order["cpu"]))
+    names = (choice,) if isinstance(choice, str) else tuple(choice)
+    unknown = [name for name in names if name not in implementations]
+    if unknown or not names:
+        raise ValueError(
+            f"implementation={choice!r} is not known; choose from {sorted(implementations)}"
+        )
+    return names

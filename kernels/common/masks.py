@@ -1,0 +1,38 @@
+"""What decides visibility beside the arguments of an operation: segments and distances."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+PADDING = -1  # the segment id of rows that see nothing and are seen by nobody
+
+
+class SegmentIds(NamedTuple):
+    """Documents packed into one row: pairs with different ids do not see each other.
+
+    A segment is one contiguous run of equal ids; -1 marks padding. Query row i stands beside key
+    row query_offset + i and has the same id.
+    """
+
+    q: Int[Array, "B T"]
+    kv: Int[Array, "B S"]
+
+
+class GlobalDistance(NamedTuple):
+    """How far away the global branch seems to ALiBi: (query_i - key_r) * scale, in tokens.
+
+    The difference is taken in int32, so positions past 2^24 lose nothing.
+    """
+
+    query: Int[Array, "B|1 T"]
+    key: Int[Array, "B|1 R"]
+    scale: float = 1.0
+
+
+def run_starts(ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """For every row, the index of the first row of its run of equal ids."""
+    index = jnp.arange(ids.shape[-1], dtype=jnp.int32)
+    new = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], 1)
+    return jax.lax.cummax(jnp.where(new, index, 0), axis=1)

@@ -1,13 +1,13 @@
 """LM: a spec, parameters, a tokenizer and a policy, with the verbs that people use.
 
-    lm = lminf.LM.from_pretrained("smollm2-135m-instruct", policy=LMInfinite(window=4096, sinks=10))
-    lm.nll(text).mean                  nats per token
-    lm.generate("Once upon a time")    text
-    lm.with_policy(Full())             the same weights, attended otherwise
+lm = lminf.LM.from_pretrained("smollm2-135m-instruct", policy=LMInfinite(window=4096, sinks=10))
+lm.nll(text).mean                  nats per token
+lm.generate("Once upon a time")    text
+lm.with_policy(Full())             the same weights, attended otherwise
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -15,11 +15,12 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int
+from jaxtyping import Float32, Int
 
 from lminf.attention import policies, rope
-from lminf.attention.policies import AnyPolicy, Full
+from lminf.attention.policies import FULL, AnyPolicy
 from lminf.errors import InputError
+from lminf.generation import GREEDY, Sampling, TextStream, generate_tokens
 from lminf.losses import xent
 from lminf.models import decoder
 from lminf.models.spec import ModelSpec
@@ -60,7 +61,7 @@ class LM:
     spec: ModelSpec
     params: Params
     tokenizer: Any  # lminf.data.tokenizers.Tokenizer or ByteTokenizer
-    policy: AnyPolicy = Full()
+    policy: AnyPolicy = FULL
     dtype: Any = jnp.float32
 
     def __post_init__(self):
@@ -80,7 +81,7 @@ class LM:
 
         loaded = checkpoints.load(name, dtype=dtype, progress=progress)
         params = jax.tree.map(jnp.asarray, loaded.params)
-        return cls(loaded.spec, params, loaded.tokenizer, policy or Full(), dtype)
+        return cls(loaded.spec, params, loaded.tokenizer, policy or FULL, dtype)
 
     @property
     def reach(self) -> int:
@@ -134,13 +135,81 @@ class LM:
                 progress(min(start + chunk, total), total)
         return np.concatenate(losses)[:total]
 
-    def nll(
-        self, text: str, *, length: int | None = None, progress: Progress | None = None
-    ) -> NLL:
+    def nll(self, text: str, *, length: int | None = None, progress: Progress | None = None) -> NLL:
         """How well the first `length` tokens of a text (None: all) are predicted."""
         ids, ends = self.encode(text, length=length)
         token_nll = self.token_nll(ids, progress=progress)
         return NLL(token_nll, np.diff(ends)[-len(token_nll) :])
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        max_new_tokens: int = 128,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> str | list[str]:
+        """What the model writes after a prompt, or after each of several, without the prompt."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        texts = [""] * len(prompts)
+        for row, piece in self.stream(
+            prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, seed=seed
+        ):
+            texts[row] += piece
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 128,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> Iterator[tuple[int, str]]:
+        """(row, text) as it is written. A row ends at an end token, a stop string or the limit."""
+        encoded = [self.encode(text)[0] for text in prompts]
+        yield from self._write(encoded, max_new_tokens, sampling, stop, seed)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        max_new_tokens: int = 512,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """The assistant's answer, piece by piece. Messages have a `role` and a `content`."""
+        # The template writes every special token, a BOS included.
+        ids = self.tokenizer.encode(self.tokenizer.chat(messages))
+        for _, piece in self._write([ids], max_new_tokens, sampling, (), seed):
+            yield piece
+
+    def _write(self, prompts, max_new_tokens, sampling, stop, seed) -> Iterator[tuple[int, str]]:
+        rows = [TextStream(self.tokenizer, stop) for _ in prompts]
+        self._check_room(max(len(ids) for ids in prompts) + max_new_tokens)
+        for tokens in generate_tokens(
+            self, prompts, sampling=sampling, max_new_tokens=max_new_tokens,
+            key=jax.random.key(seed),
+        ):  # fmt: skip
+            for row, token in enumerate(tokens):
+                if piece := rows[row].feed(int(token)):
+                    yield row, piece
+            if all(row.done for row in rows):
+                return
+        for row, text in enumerate(rows):
+            if piece := text.finish():
+                yield row, piece
+
+    def _check_room(self, tokens: int) -> None:
+        most = policies.longest(self.policy, self.reach)
+        if most is not None and tokens > most:
+            raise InputError(
+                f"{self.policy.name} places at most {most} tokens within the {self.reach} this "
+                f"model was trained on, but prompt and answer take {tokens}; "
+                f"shorten the prompt or raise its group or stretch"
+            )
 
     def encode(
         self, text: str, *, length: int | None = None
@@ -163,7 +232,7 @@ class LM:
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _score(module: decoder.Decoder, params, tokens: Int[Array, "B C+1"], start, caches):
+def _score(module: decoder.Decoder, params, tokens: Int[jax.Array, "B C+1"], start, caches):
     """Losses [B, C] of the tokens after each, and the caches with the first C read."""
     chunk = tokens.shape[1] - 1
     positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32), (len(tokens), chunk))

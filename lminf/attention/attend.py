@@ -135,12 +135,12 @@ def _whole(policy, scoring, positions, segments, implementation):
     place = _Placement(policy, scoring, positions, positions, _length(positions))
     if segments is None:
         # Far keys are the tokens at positions 0.. of each row: behind the padding, if any.
-        firsts = jnp.arange(count, dtype=positions.dtype)[None]
-        rows = jnp.clip(firsts - positions[:, :1], 0, tokens - 1)
+        far_pos = jnp.broadcast_to(jnp.arange(count, dtype=positions.dtype), (batch, count))
+        rows = jnp.clip(far_pos - positions[:, :1], 0, tokens - 1)
         key_start = positions[:, 0]
     else:
-        rows = key_start = None
-    far_pos = positions if rows is None else jnp.broadcast_to(firsts, (batch, count))
+        # Every segment has first tokens of its own: the kernel picks them out of all.
+        far_pos, rows, key_start = positions, None, None
     far = place.far(far_pos)
 
     def run(q, k, v, slopes):
@@ -306,37 +306,51 @@ class _Placement:
         return rope.rotation(self.scoring.encoding, positions, scale=scale, length=self.length)
 
     def _rotate(self, x, by):
-        return x if by is None else rope.rotate(x, by, self.scoring.encoding.layout)
+        encoding = self.scoring.encoding
+        return rope.rotate(x, by, encoding.layout) if isinstance(encoding, rope.Rotary) else x
 
 
 def _lambda_attention(
     place, far, q, k, v, far_k, far_v, slopes, count, *,
     key_start, query_offset, segments, implementation,
-):  # fmt: skip
+) -> Array:  # fmt: skip
     near_q, near_k = place.near(q, k)
-    options = {
+    width = k.shape[1] if place.policy.near_width is None else place.policy.near_width
+    fixed = {
         "num_global": count,
-        "window_size": k.shape[1] if place.policy.near_width is None else place.policy.near_width,
+        "window_size": width,
         "scale": place.scoring.scale,
         "logits_soft_cap": place.scoring.soft_cap,
         "implementation": implementation,
     }
-    if count:
-        options["query_global"], options["key_global"] = far(q, far_k)
-        options["value_global"] = far_v
     if slopes is not None:
-        options["alibi_slopes"] = slopes
-        if count:
-            options["global_distance"] = kernels.GlobalDistance(
-                place.far_q_pos, place.far_k_pos, place.far_scale
-            )
+        fixed["alibi_slopes"] = slopes
+    by_row: dict = {"query": near_q, "key": near_k, "value": v}  # everything with a batch axis
+    if count:
+        by_row["query_global"], by_row["key_global"] = far(q, far_k)
+        by_row["value_global"] = far_v
+    if slopes is not None and count:
+        by_row["global_distance"] = kernels.GlobalDistance(
+            place.far_q_pos, place.far_k_pos, place.far_scale
+        )
     if segments is not None:
-        options["segment_ids"] = kernels.SegmentIds(segments, segments)
-    else:
-        options["key_start"] = key_start
-    if query_offset is not None:
-        options["query_offset"] = query_offset
-    return kernels.lambda_attention(near_q, near_k, v, **options)
+        return _outputs(**by_row, **fixed, segment_ids=kernels.SegmentIds(segments, segments))
+    if query_offset is None or isinstance(query_offset, int):
+        return _outputs(**by_row, **fixed, key_start=key_start, query_offset=query_offset or 0)
+    # Rows of unequal length: each has its own offset, and the kernel takes one.
+    return jax.vmap(
+        lambda row, start, offset: _outputs(
+            **jax.tree.map(lambda x: x[None] if jnp.ndim(x) else x, row),
+            **fixed, key_start=start, query_offset=offset,
+        )[0],
+        in_axes=(jax.tree.map(lambda x: 0 if jnp.ndim(x) else None, by_row), 0, 0),
+    )(by_row, key_start, query_offset)  # fmt: skip
+
+
+def _outputs(query, key, value, **options) -> Array:
+    out = kernels.lambda_attention(query, key, value, **options)
+    assert isinstance(out, jax.Array)  # residuals are not asked for
+    return out
 
 
 def _parts(policy: LayerPolicy) -> tuple[Policy, ...]:

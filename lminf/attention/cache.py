@@ -59,9 +59,7 @@ class SinkRing:
 Layout: TypeAlias = Append | SinkRing
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["k", "v", "pos"], meta_fields=["layout"]
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "pos"], meta_fields=["layout"])
 @dataclass(frozen=True)
 class Cache:
     """What layers of one layout remember. Empty slots hold zeros and pos = -1."""

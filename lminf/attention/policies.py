@@ -53,8 +53,15 @@ def _constant(value: int) -> PositionMap:
 class Policy:
     """What all policies answer. Subclasses are frozen dataclasses and hash by value."""
 
-    near_width: int | None  # tokens, the query's own included
-    far_count: int | None  # tokens at the start of the text
+    @property
+    def near_width(self) -> int | None:
+        """Tokens seen at their true distance, the query's own included; None: all."""
+        return None
+
+    @property
+    def far_count(self) -> int | None:
+        """Tokens at the start of the text seen beyond the near ones; None: all."""
+        return 0
 
     def far(self) -> Far:
         """How far keys seem placed. Only asked where some are visible."""
@@ -91,14 +98,6 @@ class Policy:
 class Full(Policy):
     """All earlier tokens at their true distance: the model's own attention."""
 
-    @property
-    def near_width(self):
-        return None
-
-    @property
-    def far_count(self):
-        return 0
-
 
 @dataclass(frozen=True)
 class Window(Policy):
@@ -107,34 +106,25 @@ class Window(Policy):
     window: int  # tokens, the query's own included
 
     def __post_init__(self):
-        _positive(self, "window")
+        _at_least(self, "window", 1)
 
     @property
-    def near_width(self):
+    def near_width(self) -> int:
         return self.window
-
-    @property
-    def far_count(self):
-        return 0
 
 
 @dataclass(frozen=True)
-class Lambda(Policy):
+class Lambda(Window):
     """First `sinks` and last `window` tokens, where they are: the mask of LM-Infinite alone."""
 
-    window: int  # tokens, the query's own included
     sinks: int  # tokens at the start that stay visible
 
     def __post_init__(self):
-        _positive(self, "window")
-        _not_negative(self, "sinks")
+        super().__post_init__()
+        _at_least(self, "sinks", 0)
 
     @property
-    def near_width(self):
-        return self.window
-
-    @property
-    def far_count(self):
+    def far_count(self) -> int:
         return self.sinks
 
 
@@ -147,7 +137,7 @@ class LMInfinite(Lambda):
     def __post_init__(self):
         super().__post_init__()
         if self.distance is not None:
-            _not_negative(self, "distance")
+            _at_least(self, "distance", 0)
 
     def far(self) -> Far:
         limit = self.window if self.distance is None else self.distance
@@ -167,23 +157,19 @@ class Streaming(Lambda):
         return Far(lambda q: jnp.minimum(q, jnp.asarray(last_slot, q.dtype)), _same)
 
 
+class _SeesAll(Window):
+    """Near tokens at their true distance, and every earlier one somewhere nearer than it is."""
+
+    @property
+    def far_count(self) -> None:
+        return None
+
+
 @dataclass(frozen=True)
-class ReRoPE(Policy):
+class ReRoPE(_SeesAll):
     """All earlier tokens, none farther than `window`. Source: the ReRoPE release (Su 2023)."""
 
-    window: int  # tokens
     log_from: int | None = None  # trained length: scores times max(1, ln(q+1)/ln(log_from))
-
-    def __post_init__(self):
-        _positive(self, "window")
-
-    @property
-    def near_width(self):
-        return self.window
-
-    @property
-    def far_count(self):
-        return None
 
     def far(self) -> Far:
         return Far(_constant(self.window), _constant(0))
@@ -196,23 +182,14 @@ class ReRoPE(Policy):
 
 
 @dataclass(frozen=True)
-class LeakyReRoPE(Policy):
+class LeakyReRoPE(_SeesAll):
     """All earlier tokens; beyond `window`, distance grows `stretch` times slower."""
 
-    window: int  # tokens
     stretch: int
 
     def __post_init__(self):
-        _positive(self, "window")
-        _positive(self, "stretch")
-
-    @property
-    def near_width(self):
-        return self.window
-
-    @property
-    def far_count(self):
-        return None
+        super().__post_init__()
+        _at_least(self, "stretch", 1)
 
     def far(self) -> Far:
         # w + (d - w)/s = (q + w(s - 1) - k)/s: whole positions, and one factor on the frequencies.
@@ -221,26 +198,17 @@ class LeakyReRoPE(Policy):
 
 
 @dataclass(frozen=True)
-class SelfExtend(Policy):
+class SelfExtend(_SeesAll):
     """All earlier tokens; beyond `window`, positions are floor-divided by `group`.
 
     Source: Jin et al. 2024, arXiv:2401.01325.
     """
 
-    window: int  # tokens
     group: int  # tokens that share one far position
 
     def __post_init__(self):
-        _positive(self, "window")
-        _positive(self, "group")
-
-    @property
-    def near_width(self):
-        return self.window
-
-    @property
-    def far_count(self):
-        return None
+        super().__post_init__()
+        _at_least(self, "group", 1)
 
     def far(self) -> Far:
         offset = self.window - self.window // self.group
@@ -272,6 +240,8 @@ class PerLayer:
     def name(self) -> str:
         return "per_layer(" + ";".join(policy.name for policy in self.policies) + ")"
 
+
+FULL = Full()
 
 LayerPolicy: TypeAlias = Policy | PerHead
 AnyPolicy: TypeAlias = Policy | PerHead | PerLayer
@@ -322,25 +292,35 @@ def by_layer(
 def check_trained(policy: AnyPolicy, trained_length: int) -> None:
     """Refuses a window that reaches past the distances the model was trained on."""
     for part in _parts(policy):
-        window = getattr(part, "window", None)
-        if window is not None and window > trained_length:
+        if part.near_width is not None and part.near_width > trained_length:
             raise InputError(
-                f"window={window} but this model was trained at {trained_length} tokens; "
+                f"window={part.near_width} but this model was trained at {trained_length} tokens; "
                 f"use window<={trained_length} or a rotary scaling that stretches positions"
             )
 
 
+def longest(policy: AnyPolicy, trained_length: int) -> int | None:
+    """Tokens up to which no distance seems longer than in training; None: the policy sets no end.
+
+    Only the policies that compress distances have one: past it they are where Full is past the
+    trained length.
+    """
+    ends = []
+    for part in _parts(policy):
+        if isinstance(part, SelfExtend):
+            ends.append((trained_length - part.window) * part.group + part.window)
+        elif isinstance(part, LeakyReRoPE):
+            ends.append((trained_length - part.window) * part.stretch + part.window)
+    return min(ends, default=None)
+
+
 def _parts(policy: AnyPolicy) -> list[Policy]:
-    if isinstance(policy, PerLayer | PerHead):
+    if not isinstance(policy, Policy):
         return [leaf for part in policy.policies for leaf in _parts(part)]
     return [policy]
 
 
-def _positive(policy: Policy, field: str) -> None:
-    if getattr(policy, field) < 1:
-        raise InputError(f"{field}={getattr(policy, field)}: give at least 1 token")
-
-
-def _not_negative(policy: Policy, field: str) -> None:
-    if getattr(policy, field) < 0:
-        raise InputError(f"{field}={getattr(policy, field)}: give 0 or more tokens")
+def _at_least(policy: Policy, field: str, least: int) -> None:
+    value = getattr(policy, field)
+    if value < least:
+        raise InputError(f"{field}={value}: give at least {least}")

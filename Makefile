@@ -1,0 +1,66 @@
+# Everything a fresh machine with Python >= 3.11, pip and make needs: `make run`, `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+PARITY_VENV ?= .venv-parity
+MODEL ?= smollm2-135m-instruct
+ARGS ?=
+# Two workers: the suite is compile-bound, and each further worker costs 4 s of imports.
+WORKERS ?= 2
+
+# Debian ships python3 without ensurepip, so the pip beside PYTHON installs into the environment.
+PIP = $(PYTHON) -m pip --disable-pip-version-check --python
+IN = $(VENV)/bin/
+
+.PHONY: help run test slow parity lint format clean
+
+help:
+	@echo "make run      install, fetch $(MODEL), measure it past its training length"
+	@echo "make test     the fast tests          make slow    the real model, minutes"
+	@echo "make lint     ruff and pyright        make parity  against transformers and torch"
+
+run: $(VENV)/.installed
+	$(IN)lminf fetch $(MODEL)
+	$(IN)python -m experiments.length_generalization $(ARGS)
+
+test slow parity: export JAX_PLATFORMS = cpu
+
+test: $(VENV)/.installed-dev
+	$(IN)python -m pytest -m "not slow and not parity" -n $(WORKERS) $(ARGS)
+
+slow: $(VENV)/.installed-dev
+	$(IN)python -m pytest -m "slow and not parity" $(ARGS)
+
+parity: $(PARITY_VENV)/.installed-parity
+	$(PARITY_VENV)/bin/python -m pytest -m parity $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(IN)ruff check .
+	$(IN)ruff format --check .
+	$(IN)pyright --pythonpath $(IN)python
+
+format: $(VENV)/.installed-dev
+	$(IN)ruff check --fix .
+	$(IN)ruff format .
+
+clean:
+	rm -rf $(VENV) $(PARITY_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.installed: pyproject.toml
+	$(call make_venv,$(VENV))
+	$(PIP) $(VENV) install -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) $(VENV) install -e '.[dev]'
+	@touch $@
+
+# torch 2.13.0 exactly (pyproject.toml): other specifiers pull gigabytes of CUDA wheels.
+$(PARITY_VENV)/.installed-parity: pyproject.toml
+	$(call make_venv,$(PARITY_VENV))
+	$(PIP) $(PARITY_VENV) install -e '.[dev,parity]'
+	@touch $@
+
+define make_venv
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "error: $(PYTHON) is Python %d.%d; use make PYTHON=python3.11 or newer" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(1) || $(PYTHON) -m venv --clear --without-pip $(1)
+endef

@@ -24,7 +24,7 @@ Parameters of a spec, as a nested dictionary (letters: lminf/types.py; L stacked
 from dataclasses import dataclass
 from typing import Literal
 
-from lminf.attention.rope import Encoding
+from lminf.attention.rope import Encoding, Rotary
 
 
 @dataclass(frozen=True)
@@ -81,3 +81,44 @@ class ModelSpec:
             raise ValueError(
                 f"windows has {len(self.windows)} entries for {self.num_layers} layers"
             )
+
+
+def llama(
+    *,
+    vocab_size: int,
+    width: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    hidden_dim: int,
+    trained_length: int,
+    rope_base: float = 10_000.0,
+) -> ModelSpec:
+    """A Llama shape for training from scratch, where the facts are ours to choose."""
+    head_dim = width // num_heads
+    return ModelSpec(
+        family="llama",
+        vocab_size=vocab_size,
+        width=width,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        mlp=MLPSpec(hidden_dim, "silu", gated=True, bias=False),
+        norm=NormSpec("rms", 1e-5, bias=False, scale_offset=0.0),
+        encoding=Rotary(rope_base, head_dim, "half"),
+        trained_length=trained_length,
+        windows=(None,) * num_layers,
+        residual="sequential",
+        qkv_bias=False,
+        out_bias=False,
+        qk_norm=False,
+        post_norms=False,
+        query_scale=head_dim**-0.5,
+        qkv_clip=None,
+        attention_soft_cap=None,
+        final_soft_cap=None,
+        embed_scale=1.0,
+        tied=True,
+        head_bias=False,
+    )

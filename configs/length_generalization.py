@@ -1,0 +1,31 @@
+"""Loss by position, far past the training length.
+
+Question   Does a policy keep a model fluent at lengths it never saw?
+Paper      LM-Infinite (Han et al. 2024, arXiv:2308.16137)
+Command    python -m experiments.length_generalization
+Time       about 5 minutes on two CPU cores
+Expected   past 8,192 tokens Full is more than 3 nats above re-reading, LM-Infinite near it
+Tiny       --config=:tiny trains a byte model at 64 tokens and reads 1,024: under 2 minutes; Full
+           rises by more than 1 bit per byte, LM-Infinite does not rise
+"""
+
+from configs import base
+
+
+def get_config(arg: str = ""):
+    c = base.get_config(arg)
+    c.model = "smollm2-135m-instruct"  # a name of the table, a folder, a .gguf file, owner/name
+    c.text = ""  # a UTF-8 file; "" is the interpreter's reference documentation
+    c.length = 16384  # tokens read
+    c.block = 2048  # tokens averaged into one row
+    c.policies = (
+        "full",
+        "window:window=4096",
+        "lm_infinite:window=4096,sinks=10",
+        "lm_infinite:window=2048,sinks=10",
+    )
+    if arg == "tiny":
+        c.model = "tiny"
+        c.length, c.block = 1024, 64
+        c.policies = ("full", "window:window=64", "lm_infinite:window=64,sinks=4")
+    return c

@@ -1,0 +1,99 @@
+"""NLL by position under several policies, beside the costly re-reading that they replace."""
+
+import time
+
+import numpy as np
+
+from experiments import _models
+from experiments._main import main
+from lminf.attention.policies import FULL, POLICIES
+from lminf.config import parse_choice
+from lminf.data import sources
+from lminf.evals import perplexity, reread
+from lminf.run import plots, tables
+from lminf.run.progress import Progress
+
+REREAD = "re-read"
+
+
+def run(c, out):
+    policies = [parse_choice(text, POLICIES) for text in c.policies]
+    text = sources.text_of(c.text)
+    lm = _models.load(c.model, seed=c.seed)
+    for policy in policies:
+        lm.with_policy(policy)  # refuses what the model cannot do before an hour is spent
+    tokens, ends = lm.encode(text, length=c.length)
+    token_bytes = np.diff(ends)
+    facts = {
+        "model": c.model,
+        "tokens": len(tokens),
+        "trained_length": lm.spec.trained_length,
+        "text_digest": sources.digest(text),
+    }
+
+    def timed(label, read):
+        with Progress(len(tokens), label=label, unit="tokens") as progress:
+            started = time.perf_counter()
+            nll = read(lambda done, _: progress.update(done))
+            return nll, time.perf_counter() - started
+
+    by_policy = {
+        policy: timed(policy.name, lambda show, p=policy: lm.with_policy(p).token_nll(
+            tokens, progress=show
+        ))
+        for policy in policies
+    }  # fmt: skip
+    known = by_policy[FULL][0] if FULL in by_policy else None
+    base, seconds = timed(
+        REREAD, lambda show: reread.token_nll(lm, tokens, head=known, progress=show)
+    )
+    reference = perplexity.by_position([base], block=c.block)
+    for name, (nll, took) in {
+        REREAD: (base, seconds),
+        **{policy.name: result for policy, result in by_policy.items()},
+    }.items():
+        for block, against in zip(
+            perplexity.by_position([nll], block=c.block), reference, strict=True
+        ):
+            scored = slice(max(block.start - 1, 0), block.stop - 1)
+            yield {
+                **facts,
+                "policy": name,
+                "start": block.start,
+                "stop": block.stop,
+                "nll": block.nll,
+                "excess_over_reread": block.nll - against.nll,
+                "bits_per_byte": perplexity.bits_per_byte(nll[scored], token_bytes[scored]),
+                "seconds": took,
+            }
+
+
+def plot(rows):
+    mark = rows[0]["trained_length"]
+    shown = [{**row, "policy": row["policy"].replace(":", "\n")} for row in rows]
+    return {
+        "length_generalization": plots.curves(
+            shown, x="stop", y="nll", by="policy", mark=mark,
+            x_label="position (tokens)", y_label="loss (nats/token)",
+        ),
+        "excess_over_reread": plots.curves(
+            [row for row in shown if row["policy"] != REREAD],
+            x="stop", y="excess_over_reread", by="policy", mark=mark,
+            x_label="position (tokens)", y_label="loss above re-reading (nats/token)",
+        ),
+    }  # fmt: skip
+
+
+def table(rows):
+    """Loss and excess by block; a policy a line."""
+    named = [{**row, "tokens": f"{row['start']}–{row['stop']}"} for row in rows]
+    loss = tables.pivot(named, index="policy", columns="tokens", value="nll")
+    excess = tables.pivot(
+        [row for row in named if row["policy"] != REREAD],
+        index="policy", columns="tokens", value="excess_over_reread",
+    )  # fmt: skip
+    return loss + [{**row, "policy": f"{row['policy']} − {REREAD}"} for row in excess]
+
+
+if __name__ == "__main__":
+    main(run, plot, table=table)

@@ -1,0 +1,59 @@
+"""lminf generate MODEL PROMPT: what a model says next, as it says it."""
+
+import argparse
+import sys
+
+from lminf.attention.policies import POLICIES
+from lminf.config import parse_choice
+from lminf.errors import InputError
+from lminf.generation import Sampling
+from lminf.lm import LM
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="a table name, a folder, a .gguf file, owner/name"
+    )
+    parser.add_argument("prompt", nargs="?", help="default: standard input")
+    parser.add_argument("--policy", default="full", help="as in lm_infinite:window=4096,sinks=10")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token")
+    parser.add_argument("--top-k", type=int, help="draw among the k most likely tokens")
+    parser.add_argument("--top-p", type=float, help="draw among the fewest that hold this much")
+    parser.add_argument("--stop", action="append", default=[], help="text to end at; may repeat")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--chat", action="store_true", help="use the model's chat template; "
+                        "without a prompt, a conversation, a line a turn")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    policy = parse_choice(args.policy, POLICIES)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    if args.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens={args.max_new_tokens}: give at least 1")
+    lm = LM.from_pretrained(args.model, policy=policy)
+    if args.chat:
+        converse(lm, args, sampling)
+        return
+    prompt = sys.stdin.read() if args.prompt is None else args.prompt
+    for _, piece in lm.stream(
+        [prompt], max_new_tokens=args.max_new_tokens, sampling=sampling, stop=args.stop,
+        seed=args.seed,
+    ):  # fmt: skip
+        print(piece, end="", flush=True)
+    print()
+
+
+def converse(lm: LM, args: argparse.Namespace, sampling: Sampling) -> None:
+    """One answer to the prompt; without one, a turn for each line of standard input."""
+    messages: list[dict[str, str]] = []
+    for line in [args.prompt] if args.prompt is not None else sys.stdin:
+        messages.append({"role": "user", "content": line.rstrip("\n")})
+        said = ""
+        for piece in lm.chat(
+            messages, max_new_tokens=args.max_new_tokens, sampling=sampling, seed=args.seed
+        ):
+            print(piece, end="", flush=True)
+            said += piece
+        print()
+        messages.append({"role": "assistant", "content": said})

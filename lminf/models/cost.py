@@ -1,0 +1,59 @@
+"""What a model costs, from its spec and the policies of its layers: nothing is run."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from lminf.attention import cache
+from lminf.attention.policies import LayerPolicy, PerHead, Policy
+from lminf.models import decoder
+from lminf.models.spec import ModelSpec
+
+
+def parameters(spec: ModelSpec) -> int:
+    """Numbers in the checkpoint; a tied head counts once."""
+    shapes = jax.eval_shape(lambda: decoder.init(spec, key=jax.random.key(0)))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def matmul_flops_per_token(spec: ModelSpec) -> int:
+    """Forward FLOPs of every product with a weight, the head included."""
+    attention = spec.width * spec.head_dim * 2 * (spec.num_heads + spec.num_kv_heads)
+    mlp = spec.width * spec.mlp.hidden_dim * (3 if spec.mlp.gated else 2)
+    return 2 * (spec.num_layers * (attention + mlp) + spec.width * spec.vocab_size)
+
+
+def attention_flops(spec: ModelSpec, by_layer: Sequence[LayerPolicy], length: int) -> int:
+    """Forward FLOPs of scores and weighted values over a whole text of `length` tokens."""
+    return sum(
+        4 * spec.head_dim * (spec.num_heads // len(parts)) * attended_pairs(part, length)
+        for layer in by_layer
+        for parts in [layer.policies if isinstance(layer, PerHead) else (layer,)]
+        for part in parts
+    )
+
+
+def attended_pairs(policy: Policy, length: int) -> int:
+    """(query, key) pairs that a text of `length` tokens attends over, each counted once."""
+
+    def triangle(n: int) -> int:
+        return n * (n + 1) // 2
+
+    near = length if policy.near_width is None else min(policy.near_width, length)
+    pairs = triangle(near) + (length - near) * near
+    if policy.far_count is None:
+        return triangle(length)
+    # The query at i sees min(far_count, i - near + 1) tokens beyond its window.
+    beyond = length - near
+    few = min(policy.far_count, beyond)
+    return pairs + triangle(few) + (beyond - few) * few
+
+
+def cache_bytes(
+    spec: ModelSpec, by_layer: Sequence[LayerPolicy], *, tokens: int, dtype=jnp.float32
+) -> int:
+    """Keys and values held for one sequence of `tokens`, over all layers."""
+    each = 2 * spec.num_kv_heads * spec.head_dim * jnp.dtype(dtype).itemsize
+    return sum(each * cache.layout_for(policy, tokens).slots for policy in by_layer)

@@ -218,7 +218,6 @@ def build(case: str, seed: int):
                 parameter.copy_(0.3 * noise)
             else:
                 parameter.copy_(one_centred + 0.3 * noise)
-        model.get_input_embeddings().weight.mul_(1.5)
     return model
 
 

@@ -8,19 +8,21 @@ if __name__ == "__main__":
     main(run, plot, table=table)
 """
 
+import ast
 import importlib.util
 import inspect
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from absl import flags
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict, FieldReference
+from ml_collections.config_dict import placeholder
 from ml_collections.config_flags import config_flags
 from rich.console import Console
 
@@ -139,6 +141,7 @@ def parse(experiment: str, arguments: Sequence[str]) -> Request | None:
         show_help(experiment, path, config)
         return None
     check_overrides(arguments, config)
+    arguments = [quote_words(argument, config) for argument in arguments]
     values = flags.FlagValues()
     flags.DEFINE_string("out", None, "the run's folder", flag_values=values)
     flags.DEFINE_boolean("debug", False, "show a traceback with an error", flag_values=values)
@@ -204,14 +207,26 @@ def load_config(path: Path, variant: str) -> ConfigDict:
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise InputError(f"{path} is not a Python file; a config file ends in .py")
-    module: ModuleType = importlib.util.module_from_spec(spec)
+    module: types.ModuleType = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except (SyntaxError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the config file {path}: {error}") from error
     if not hasattr(module, "get_config"):
         raise InputError(f"{path} has no get_config(arg); every config file defines one")
-    return module.get_config(variant)
+    config = module.get_config(variant)
+    accept_values_for_none(config)
+    return config
+
+
+def accept_values_for_none(config: ConfigDict) -> None:
+    """Lets a field that is None in the file be given any value; it would refuse all others."""
+    for key in config:
+        if isinstance(config[key], ConfigDict):
+            accept_values_for_none(config[key])
+        elif config[key] is None and config.get_type(key) is types.NoneType:
+            with config.ignore_type():
+                config[key] = placeholder(object)
 
 
 def check_overrides(arguments: Sequence[str], config: ConfigDict) -> None:
@@ -228,6 +243,19 @@ def check_overrides(arguments: Sequence[str], config: ConfigDict) -> None:
                 inner = [field for field in fields if field.startswith(f"{name}.")]
                 raise InputError(f"config.{name} is a section; override {', '.join(inner)}")
             raise InputError(f"the config has no field {name!r}; {closest(name, fields)}")
+
+
+def quote_words(argument: str, config: ConfigDict) -> str:
+    """`--config.policies=full` with the quotes that a tuple of words needs to be read as one."""
+    flag, equals, text = argument.partition("=")
+    value = dict(leaves(config)).get(flag.lstrip("-").removeprefix("config."))
+    if not equals or not isinstance(value, tuple) or not all(isinstance(x, str) for x in value):
+        return argument
+    try:
+        ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return f"{flag}={text!r}"
+    return argument
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -56,9 +56,10 @@ def combined(
 
 
 def title(one: RunFolder) -> str:
-    """`attention.window=512`: what was changed for this run; its folder's name if nothing was."""
-    changed = one.read_json("overrides.json")
-    return " ".join(f"{key}={value}" for key, value in changed.items()) or one.path.name
+    """`tiny seed=1`: the variant and what was changed for this run; else its folder's name."""
+    changed = [f"{key}={value}" for key, value in one.read_json("overrides.json").items()]
+    variant = one.read_json("config.json").get("variant")
+    return " ".join([*([variant] if variant else []), *changed]) or one.path.name
 
 
 def experiment_module(name: str) -> ModuleType | None:

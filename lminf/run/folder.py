@@ -122,7 +122,7 @@ class RunFolder:
 
     def experiment(self) -> str:
         """The name of the experiment that made this folder."""
-        return self.read_json("environment.json")["experiment"]
+        return self.read_json("environment.json").get("experiment", "")
 
     def append_row(self, row: Mapping[str, Any]) -> None:
         append_line(self.path / "rows.jsonl", row)
@@ -145,7 +145,10 @@ class RunFolder:
         return path
 
     def read_json(self, name: str) -> Any:
-        return json.loads((self.path / name).read_text())
+        try:
+            return json.loads((self.path / name).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise InputError(f"cannot read {self.path / name} ({error}); is it a run?") from error
 
     def remove(self) -> None:
         """Deletes the folder and all that is in it."""

@@ -1,0 +1,27 @@
+"""What every test runs under: eight CPU devices, strict dtypes and ranks, checked shapes."""
+
+import importlib.util
+import os
+
+# Before jax is imported. Eight devices cost nothing where one is used (measured: start, compile
+# and matmul times are the same within noise).
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+DEVICES = "--xla_force_host_platform_device_count=8"
+if DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
+
+import hypothesis
+import jax
+import jaxtyping
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Annotated shapes become assertions in the packages that handle arrays: 1 s per process.
+CHECKED = ["lminf.attention", "lminf.models", "lminf.losses", "lminf.generation", "kernels"]
+if importlib.util.find_spec("beartype"):
+    jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
+
+# Compiling is slow and its time varies, so no deadline; the same examples on every machine.
+hypothesis.settings.register_profile("lminf", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("lminf")

@@ -1,0 +1,126 @@
+"""Imports point down: the table of docs/architecture.md, checked against every file's imports."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("lminf", "kernels", "configs", "experiments")
+
+# Layer -> the layers it may import, itself aside. A module belongs to the longest name that fits.
+BASE = {"lminf.errors", "lminf.types", "lminf.config"}
+ATTENTION = BASE | {"kernels", "lminf.attention"}
+MODELS = ATTENTION | {"lminf.models"}
+DATA = BASE | {"lminf.data"}
+TRAIN = MODELS | {"lminf.losses", "lminf.surgery", "lminf.parallel", "lminf.train"}
+CHECKPOINTS = TRAIN | DATA | {"lminf.checkpoints"}
+LM = CHECKPOINTS | {"lminf.generation", "lminf.lm"}
+EVALS = LM | {"lminf.evals"}
+LIBRARY = EVALS | {"lminf.scaling", "lminf.ngram", "lminf.run", "lminf"}
+LAYERS = {
+    "lminf.errors": set(),
+    "lminf.types": set(),
+    "lminf.config": {"lminf.errors"},
+    "kernels": set(),
+    "lminf.attention": BASE | {"kernels"},
+    "lminf.models": ATTENTION,
+    "lminf.losses": MODELS,
+    "lminf.surgery": MODELS,
+    "lminf.parallel": MODELS,
+    "lminf.scaling": BASE | {"lminf.models.spec"},
+    "lminf.train": TRAIN,
+    "lminf.data": BASE,
+    "lminf.ngram": BASE,
+    "lminf.checkpoints": TRAIN | DATA,
+    "lminf.generation": CHECKPOINTS,
+    "lminf.lm": CHECKPOINTS | {"lminf.generation"},
+    "lminf.evals": LM,
+    "lminf.run": {"lminf.errors", "lminf.config"},
+    "lminf": {"lminf.lm"},  # only inside a function, so that importing the package stays instant
+    "configs": MODELS | DATA | {"lminf.losses", "lminf.train", "lminf.parallel"},
+    "experiments": LIBRARY | {"configs"},
+    "lminf.commands": LIBRARY | {"configs", "experiments"},
+    "lminf.cli": {"lminf.errors", "lminf.config", "lminf.run", "lminf.commands"},
+}
+FLAX = ("lminf.models", "lminf.surgery.lora")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for package in PACKAGES for path in ROOT.glob(f"{package}/**/*.py")}
+
+
+def imports(name: str) -> set[str]:
+    """Every module that a file's import statements name, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} line {node.lineno}: relative import; write it in full"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if whole in FILES else str(node.module))
+    return found
+
+
+def within(name: str, layers) -> str | None:
+    """The longest of the layers that the module belongs to."""
+    fitting = [layer for layer in layers if name == layer or name.startswith(f"{layer}.")]
+    # `lminf` means the package's own __init__, not all that is below it.
+    fitting = [layer for layer in fitting if layer != "lminf" or name == "lminf"]
+    return max(fitting, key=len, default=None)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_point_down(name):
+    layer = within(name, LAYERS)
+    assert layer, f"{name} is in no layer; add it to the table here and in docs/architecture.md"
+    for imported in sorted(imports(name)):
+        if imported.split(".")[0] in PACKAGES:
+            allowed = LAYERS[layer] | {layer}
+            assert within(imported, allowed), f"{name} ({layer}) must not import {imported}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_models_import_flax(name):
+    if any(imported.split(".")[0] == "flax" for imported in imports(name)):
+        assert within(name, FLAX), f"{name} imports flax; only {', '.join(FLAX)} may"
+
+
+def test_the_table_points_down():
+    """Each layer may import only layers listed above it, so there is no way around in a circle."""
+    listed = list(LAYERS)
+    for layer, allowed in LAYERS.items():
+        above = listed[: listed.index(layer)]
+        assert all(within(other, above) for other in allowed - {layer}), layer
+
+
+def test_importing_starts_no_device_and_makes_no_array():
+    """With a platform that does not exist, the first array or device asked for is an error."""
+    names = [name for name in FILES if not name.endswith(".__main__")]
+    code = f"import importlib\nfor name in {names!r}:\n    importlib.import_module(name)\n"
+    environment = {**os.environ, "JAX_PLATFORMS": "no_such_platform"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_command_starts_without_jax():
+    code = (
+        "import sys\n"
+        "from lminf import cli\n"
+        "cli.main(['list'])\n"
+        "slow = {'jax', 'numpy', 'matplotlib', 'flax'} & set(sys.modules)\n"
+        "sys.exit(f'imported {slow}' if slow else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -19,7 +19,7 @@ def compose(
     figures: Sequence[str],
     seconds: float,
 ) -> str:
-    """The report as Markdown. `state` is one sentence on how the run ended."""
+    """The report as Markdown. `state` says how a run failed; empty for one that ended."""
     entries = [f"- **{key}**: {text}" for key, text in header.entries.items() if key != "Command"]
     source = described["source"]
     commit = "not a git checkout"

@@ -1,0 +1,209 @@
+"""A command line -> what it asks for: an experiment's config, its overrides and the run's folder.
+
+--config=FILE.py:variant  --config.FIELD=VALUE  --out=DIR  --debug  --help
+"""
+
+import ast
+import importlib.util
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, FieldReference
+from ml_collections.config_dict import placeholder
+from ml_collections.config_flags import config_flags
+
+from lminf.config import closest
+from lminf.errors import InputError
+from lminf.run import header
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one command line asks for."""
+
+    experiment: str
+    config: ConfigDict
+    config_path: Path
+    overrides: Mapping[str, Any]
+    out: Path | None  # the run's folder; None: a new one below runs/
+
+    def resolved(self) -> dict[str, Any]:
+        """The configuration as plain dictionaries, lists and scalars, ready for JSON."""
+        return to_dict(self.config)
+
+
+def parse(experiment: str, arguments: Sequence[str]) -> Request | None:
+    """What the arguments ask for; None when they ask for help, which is then printed."""
+    arguments = list(arguments)
+    path, variant = find_config(experiment, take(arguments, "config"))
+    config = load_config(path, variant)
+    if {"--help", "-h", "-help"} & set(arguments):
+        show_help(experiment, path, config)
+        return None
+    check_overrides(arguments, config)
+    arguments = [quote_words(argument, config) for argument in arguments]
+    values = flags.FlagValues()
+    flags.DEFINE_string("out", None, "the run's folder", flag_values=values)
+    flags.DEFINE_boolean("debug", False, "show a traceback with an error", flag_values=values)
+    overridden = config_flags.DEFINE_config_dict(
+        "config", config, flag_values=values, sys_argv=[experiment, *arguments]
+    )
+    before = dict(leaves(config))
+    try:
+        rest = values([experiment, *arguments])[1:]
+    except (flags.Error, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(" ".join(str(error).split()) + "; --help lists what there is") from error
+    if rest:
+        raise InputError(
+            f"{rest[0]!r} is not a flag; an override is written --config.FIELD=VALUE, a variant "
+            f"--config={experiment}:VARIANT"
+        )
+    config_flag: Any = values["config"]  # absl knows it only as some flag
+    overrides = dict(config_flag.override_values)
+    check_items(overrides, before)
+    return Request(
+        experiment=experiment,
+        config=overridden.value,
+        config_path=path,
+        overrides=overrides,
+        out=Path(values.out) if values.out else None,
+    )
+
+
+def take(arguments: list[str], name: str) -> str | None:
+    """Removes `--name=value` or `--name value` from the arguments; the value of the last one."""
+    value = None
+    position = 0
+    while position < len(arguments):
+        flag, equals, text = arguments[position].partition("=")
+        if flag not in (f"--{name}", f"-{name}"):
+            position += 1
+            continue
+        if not equals and position + 1 == len(arguments):
+            raise InputError(f"--{name} needs a value, as in --{name}=FILE.py:variant")
+        value = text if equals else arguments[position + 1]
+        del arguments[position : position + (1 if equals else 2)]
+    return value
+
+
+def find_config(experiment: str, given: str | None) -> tuple[Path, str]:
+    """The config file and its variant: `FILE.py:variant`, `NAME:variant`, `:variant`, or nothing.
+
+    A relative FILE is looked for from here, then from the repository, so that the commands of the
+    documentation work in any directory.
+    """
+    file, _, variant = (given or "").partition(":")
+    if not file:
+        file = experiment
+    if file.endswith(".py"):
+        places = [Path(file), header.ROOT / file]
+    else:
+        places = [header.CONFIGS / f"{file}.py"]
+    for path in places:
+        if path.is_file():
+            return path, variant
+    stems = [path.stem for path in sorted(header.CONFIGS.glob("[!_]*.py"))]
+    raise InputError(f"there is no config file {file!r}; {closest(Path(file).stem, stems)}")
+
+
+def load_config(path: Path, variant: str) -> ConfigDict:
+    """What the file's get_config returns for the variant."""
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{path} is not a Python file; a config file ends in .py")
+    module: types.ModuleType = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the config file {path}: {error}") from error
+    if not hasattr(module, "get_config"):
+        raise InputError(f"{path} has no get_config(arg); every config file defines one")
+    config = module.get_config(variant)
+    accept_values_for_none(config)
+    return config
+
+
+def accept_values_for_none(config: ConfigDict) -> None:
+    """Lets a field that is None in the file be given any value; it would refuse all others."""
+    for key in config:
+        value = config[key]
+        if isinstance(value, ConfigDict):
+            accept_values_for_none(value)
+        elif value is None and config.get_type(key) is types.NoneType:
+            with config.ignore_type():
+                config[key] = placeholder(object)
+
+
+def check_overrides(arguments: Sequence[str], config: ConfigDict) -> None:
+    """Refuses `--config.path` that names no field, with the closest field that exists."""
+    fields = dict(leaves(config))
+    sections = {name.rpartition(".")[0] for name in fields}
+    for argument in arguments:
+        flag = argument.partition("=")[0].lstrip("-")
+        for prefix in ("config.", "noconfig."):
+            name = flag.removeprefix(prefix)
+            if name == flag or name in fields:
+                continue
+            if name in sections:
+                inner = [field for field in fields if field.startswith(f"{name}.")]
+                raise InputError(f"config.{name} is a section; override {', '.join(inner)}")
+            raise InputError(f"the config has no field {name!r}; {closest(name, fields)}")
+
+
+def quote_words(argument: str, config: ConfigDict) -> str:
+    """`--config.policies=full` with the quotes that a tuple of words needs to be read as one."""
+    flag, equals, text = argument.partition("=")
+    value = dict(leaves(config)).get(flag.lstrip("-").removeprefix("config."))
+    if not equals or not isinstance(value, tuple) or not all(isinstance(x, str) for x in value):
+        return argument
+    try:
+        ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return f"{flag}={text!r}"
+    return argument
+
+
+def check_items(overrides: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Refuses a tuple whose items are of another type than the config file's."""
+    for name, value in overrides.items():
+        kinds = {type(item) for item in before[name]} if isinstance(value, tuple) else set()
+        allowed = kinds | ({int} if float in kinds else set())
+        for item in value if kinds else ():
+            if type(item) not in allowed:
+                names = " or ".join(sorted(kind.__name__ for kind in kinds))
+                raise InputError(f"config.{name} holds {names}, not {item!r}")
+
+
+def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of every field, in the order of the config file."""
+    for key in config:
+        value = config[key]
+        if isinstance(value, ConfigDict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def to_dict(value: Any) -> Any:
+    if isinstance(value, FieldReference):
+        value = value.get()
+    if isinstance(value, ConfigDict):
+        return {key: to_dict(value[key]) for key in value}
+    if isinstance(value, (tuple, list)):
+        return [to_dict(item) for item in value]
+    return value
+
+
+def show_help(experiment: str, path: Path, config: ConfigDict) -> None:
+    found = header.read(path)
+    print(f"{found.title}\n")
+    for key, text in found.entries.items():
+        print(f"{key:10} {text}")
+    print(f"\nusage: python -m experiments.{experiment} [--config=FILE.py[:variant]]", end=" ")
+    print("[--config.FIELD=VALUE ...] [--out=DIR] [--debug]\n")
+    for name, value in leaves(config):
+        print(f"  --config.{name}={value}")

@@ -10,9 +10,9 @@ DEVICES = "--xla_force_host_platform_device_count=8"
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
 
-import hypothesis
-import jax
-import jaxtyping
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -23,5 +23,5 @@ if importlib.util.find_spec("beartype"):
     jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 # Compiling is slow and its time varies, so no deadline; the same examples on every machine.
-hypothesis.settings.register_profile("lminf", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("lminf", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("lminf")

@@ -40,8 +40,9 @@ def markdown(rows: Sequence[Row], *, digits: int = 3) -> str:
         return "(no rows)"
     names = column_names(rows)
     rule = ["---:" if _numeric(rows, name) else "---" for name in names]
+    heads = [_escaped(name) for name in names]
     cells = [[_escaped(cell(row.get(name), digits)) for name in names] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [names, rule, *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in [heads, rule, *cells])
 
 
 def _escaped(text: str) -> str:

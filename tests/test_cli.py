@@ -1,0 +1,100 @@
+"""The lminf command: every one starts, errors are one line, pipes may close."""
+
+import subprocess
+import sys
+
+import pytest
+
+from lminf import cli
+from lminf.errors import InputError
+from lminf.run import folder, header
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as ending:
+        cli.main(["--help"])
+    assert ending.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help_of_its_own(name, capsys):
+    with pytest.raises(SystemExit) as ending:
+        cli.main([name, "--help"])
+    assert ending.value.code == 0
+    assert f"usage: lminf {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lst"], "there is no command 'lst'; did you mean 'list'"),
+        (["list", "length_generalisation"], "there is no experiment 'length_generalisation'"),
+        (["run", "nothing"], "there is no experiment 'nothing'"),
+        (["show", "nothing"], "'nothing' is no run's folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ending:
+        cli.main(arguments)
+    assert ending.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {message}")
+    assert printed.count("\n") == 1
+    for debugging in (["--debug", *arguments], [*arguments, "--debug"]):
+        if arguments[0] != "run":  # which hands on what follows the name
+            with pytest.raises(InputError):
+                cli.main(debugging)
+
+
+def test_list_prints_every_experiment_with_its_question(capsys):
+    cli.main(["list"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for found in header.experiments():
+        assert found.name in printed
+        assert found.entries["Question"] in printed
+
+
+def test_a_header_is_read_without_running_the_file(tmp_path):
+    (tmp_path / "demo.py").write_text(
+        '"""A title\nin two lines.\n\nQuestion   Is it\n    so?\nTiny: yes\n\nProse.\n"""\n'
+        "raise SystemExit\n"
+    )
+    (tmp_path / "base.py").write_text('"""Shared."""\n')
+    (found,) = header.experiments(configs=tmp_path)
+    assert found == header.Header(
+        "demo", "A title in two lines.", {"Question": "Is it so?", "Tiny": "yes"}
+    )
+
+
+def test_show_puts_runs_of_one_experiment_into_one_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in ((0, "plain"), (1, "changed")):
+        run = folder.create(
+            "no_such_experiment",
+            config={"seed": seed, "variant": "tiny"},
+            config_source="",
+            overrides={"seed": seed} if seed else {},
+            command=["demo"],
+            at=tmp_path / name,
+        )
+        run.append_row({"length": 8, "nll": 1.5 + seed})
+    cli.main(["show", "plain", "changed"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["│", "tiny", "│", "8", "│", "1.500", "│"] in lines
+    assert ["│", "tiny", "seed=1", "│", "8", "│", "2.500", "│"] in lines
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    code = (
+        "from lminf.run import exits\nwith exits.orderly(debug=False):\n    print('x' * 200_000)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(30) == 141
+    assert errors == b""

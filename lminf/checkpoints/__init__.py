@@ -1,0 +1,67 @@
+"""Checkpoints in and out: named models, Hugging Face folders, GGUF files."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lminf.checkpoints import fetch, gguf, hf
+from lminf.checkpoints.trees import Progress
+from lminf.data.tokenizers import Tokenizer
+from lminf.errors import InputError
+from lminf.models.spec import ModelSpec
+from lminf.types import Params
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    spec: ModelSpec
+    params: Params
+    tokenizer: Tokenizer
+    source: str  # the file or folder it was read from
+
+
+def load(
+    name: str | os.PathLike[str], *, dtype: Any = jnp.float32, progress: Progress | None = None
+) -> Checkpoint:
+    """A model by its name in the table, or a folder, a .gguf file, or `owner/name` on the hub.
+
+    Parameters are arrays of `dtype` on the default device. `progress` counts the bytes of a
+    download, then the tensors that are read.
+    """
+    path = _locate(str(name), progress)
+    read = gguf.load if path.is_file() else hf.load
+    spec, params, tokenizer = read(path, dtype=jnp.dtype(dtype), progress=progress)
+    if tokenizer.vocab_size > spec.vocab_size:
+        raise InputError(
+            f"the tokenizer of {path} has {tokenizer.vocab_size} tokens but the embedding only "
+            f"{spec.vocab_size} rows; the two belong to different models"
+        )
+    # On a CPU the arrays that were read are used as they are: no second copy of the model.
+    params = jax.tree.map(lambda array: jax.device_put(array, may_alias=True), params)
+    return Checkpoint(spec, params, tokenizer, str(path))
+
+
+def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
+    """Writes safetensors, config.json and tokenizer files, as transformers and `load` read them.
+
+    The folder must be new or empty; it appears whole or not at all.
+    """
+    hf.save(Path(folder), checkpoint.spec, checkpoint.params, checkpoint.tokenizer)
+
+
+def _locate(name: str, progress: Progress | None) -> Path:
+    """Where the checkpoint lies on this machine, fetching it if it is a name."""
+    path = Path(name).expanduser()
+    if name not in fetch.MODELS and path.exists():
+        if path.suffix in hf.PICKLES:
+            hf.refuse_pickle(path)
+        return path
+    looks_local = path.suffix in (".gguf", ".safetensors", *hf.PICKLES) or re.match(r"[./~]", name)
+    if looks_local:
+        raise InputError(f"there is no file or folder {name}; check the path")
+    return fetch.fetch(name, progress=progress)

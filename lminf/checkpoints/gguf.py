@@ -1,68 +1,205 @@
 """GGUF checkpoints: metadata -> ModelSpec, tensors -> parameter tree, vocabulary -> tokenizer."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from lminf.attention.rope import Rotary
-from lminf.checkpoints import gguf_tokenizer, maps
+from lminf.attention.rope import Linear, Llama3, Rotary, Scaling, Unscaled, YaRN
+from lminf.checkpoints import gguf_tokenizer, maps, trees
 from lminf.checkpoints.gguf_file import GGUFFile, open_gguf
 from lminf.data.tokenizers import Tokenizer
+from lminf.errors import InputError
 from lminf.models.spec import MLPSpec, ModelSpec, NormSpec
+
+Activation: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu"]
+# architecture in the file -> (family, activation)
+ARCHITECTURES: dict[str, tuple[str, Activation]] = {
+    "llama": ("llama", "silu"),
+    "qwen2": ("qwen2", "silu"),
+    "qwen3": ("qwen3", "silu"),
+    "gemma2": ("gemma2", "gelu_tanh"),
+    "gptneox": ("gpt_neox", "gelu"),
+}
+# Facts of an architecture that change nothing here: sizes said again, hints for quantisation.
+IRRELEVANT = frozenset({"vocab_size", "tensor_data_layout"})
+ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3's schedule divides each frequency by
+# The schedules of the released models; the file holds only the factors that follow from them.
+LLAMA3_SCHEDULES = tuple(Llama3(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0))
 
 
 def load(
-    path: Path, *, dtype: Any = np.float32, progress: Callable[[int, int], None] | None = None
+    path: Path, *, dtype: Any = np.float32, progress: trees.Progress | None = None
 ) -> tuple[ModelSpec, dict[str, Any], Tokenizer]:
-    """Spec, parameters (numpy, `dtype`) and tokenizer of a GGUF file."""
+    """Spec, parameters (numpy, of `dtype`) and tokenizer of a GGUF file."""
     file = open_gguf(path)
     spec = read_spec(file)
-    params = maps.read_tree(
+    tokenizer = gguf_tokenizer.from_metadata(file.metadata, str(path))
+    params = trees.read(
         spec,
-        maps.GGUF[spec.family],
-        shapes={name: t.shape for name, t in file.tensors.items()},
-        read=file.read,
+        maps.GGUF[file.metadata["general.architecture"]],
+        shapes={name: t.shape for name, t in file.tensors.items() if name != ROPE_FACTORS},
+        tensor=file.read,
         dtype=dtype,
         source=str(path),
         progress=progress,
     )
-    return spec, params, gguf_tokenizer.from_metadata(file.metadata)
+    return spec, params, tokenizer
+
+
+class _Facts:
+    """`<architecture>.*` by name; notes what was asked for, so that the rest can be refused."""
+
+    def __init__(self, file: GGUFFile, architecture: str):
+        self.file, self.prefix = file, architecture + "."
+        self.asked: set[str] = set()
+
+    def get(self, name: str, absent: Any = None) -> Any:
+        self.asked.add(name)
+        return self.file.metadata.get(self.prefix + name, absent)
+
+    def __getitem__(self, name: str) -> Any:
+        value = self.get(name)
+        if value is None:
+            raise InputError(
+                f"{self.file.path} has no {self.prefix}{name}; convert the model again with a "
+                f"current converter"
+            )
+        return value
+
+    def refuse_others(self) -> None:
+        for key, value in self.file.metadata.items():
+            name = key.removeprefix(self.prefix)
+            if name != key and name not in self.asked | IRRELEVANT:
+                raise InputError(
+                    f"{self.file.path} has {key} = {str(value)[:60]}, which is not understood; "
+                    f"only files whose every setting is understood are read"
+                )
 
 
 def read_spec(file: GGUFFile) -> ModelSpec:
-    family = file.metadata["general.architecture"]
+    """Every fact of the model; what is not understood is refused by name.
 
-    def fact(name: str) -> Any:
-        return file.metadata[f"{family}.{name}"]
-
-    head_dim = fact("embedding_length") // fact("attention.head_count")
-    return ModelSpec(
+    Keys outside the architecture's own and the tokenizer's are notes that others left in the file.
+    """
+    architecture = file.metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise InputError(
+            f"{file.path} holds a model of the architecture {architecture!r}; the architectures "
+            f"{', '.join(ARCHITECTURES)} are read"
+        )
+    if file.metadata.get("split.count", 1) > 1:
+        raise InputError(
+            f"{file.path} is one of {file.metadata['split.count']} parts; join them into one file"
+        )
+    if "token_embd.weight" not in file.tensors:
+        raise InputError(f"{file.path} has no token_embd.weight; fetch the file again, whole")
+    family, activation = ARCHITECTURES[architecture]
+    facts = _Facts(file, architecture)
+    gemma, neox = family == "gemma2", family == "gpt_neox"
+    width, layers, heads = (
+        facts["embedding_length"], facts["block_count"], facts["attention.head_count"]
+    )  # fmt: skip
+    head_dim = facts.get("attention.key_length", width // heads)
+    if facts.get("attention.value_length", head_dim) != head_dim:
+        raise InputError(
+            f"{file.path} has keys of {head_dim} channels but values of "
+            f"{facts['attention.value_length']}; only models where they are equal are read"
+        )
+    epsilon = facts["attention.layer_norm_epsilon" if neox else "attention.layer_norm_rms_epsilon"]
+    spec = ModelSpec(
         family=family,
         vocab_size=file.tensors["token_embd.weight"].shape[0],
-        width=fact("embedding_length"),
-        num_layers=fact("block_count"),
-        num_heads=fact("attention.head_count"),
-        num_kv_heads=fact("attention.head_count_kv"),
+        width=width,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=facts.get("attention.head_count_kv", heads),
         head_dim=head_dim,
-        mlp=MLPSpec(fact("feed_forward_length"), "silu", gated=True, bias=False),
-        norm=NormSpec(
-            "rms", fact("attention.layer_norm_rms_epsilon"), bias=False, scale_offset=0.0
+        mlp=MLPSpec(
+            facts["feed_forward_length"],
+            activation,
+            gated=not neox,
+            bias="blk.0.ffn_up.bias" in file.tensors,
         ),
-        encoding=Rotary(fact("rope.freq_base"), fact("rope.dimension_count"), "half"),
-        trained_length=fact("context_length"),
-        windows=(None,) * fact("block_count"),
-        residual="sequential",
-        qkv_bias=False,
-        out_bias=False,
-        qk_norm=False,
-        post_norms=False,
-        query_scale=head_dim**-0.5,
+        norm=NormSpec("layer" if neox else "rms", epsilon, neox, 1.0 if gemma else 0.0),
+        encoding=_encoding(facts, head_dim, family),
+        trained_length=facts["context_length"],
+        windows=_windows(facts, layers) if gemma else (None,) * layers,
+        residual=_residual(facts) if neox else "sequential",
+        qkv_bias=any(f"blk.0.attn_{x}.bias" in file.tensors for x in ("q", "qkv")),
+        out_bias="blk.0.attn_output.bias" in file.tensors,
+        qk_norm=family == "qwen3",
+        post_norms=gemma,
+        # Gemma 2 27B, of 46 layers, scales by its width over its heads; the file does not say so.
+        query_scale=(width // heads if gemma and layers == 46 else head_dim) ** -0.5,
         qkv_clip=None,
-        attention_soft_cap=None,
-        final_soft_cap=None,
-        embed_scale=1.0,
+        attention_soft_cap=facts["attn_logit_softcapping"] if gemma else None,
+        final_soft_cap=facts["final_logit_softcapping"] if gemma else None,
+        embed_scale=width**0.5 if gemma else 1.0,
         tied="output.weight" not in file.tensors,
         head_bias=False,
+    )
+    facts.refuse_others()
+    return spec
+
+
+def _residual(facts: _Facts) -> Literal["parallel", "sequential"]:
+    return "parallel" if facts["use_parallel_residual"] else "sequential"
+
+
+def _windows(facts: _Facts, layers: int) -> tuple[int | None, ...]:
+    window = facts["attention.sliding_window"]
+    return tuple(None if layer % 2 else window for layer in range(layers))
+
+
+def _encoding(facts: _Facts, head_dim: int, family: str) -> Rotary:
+    # The format's own default: files without this key are older than the key.
+    base = facts.get("rope.freq_base", 10000.0)
+    dim = facts.get("rope.dimension_count", head_dim)
+    if family == "gpt_neox" and "gptneox.rope.dimension_count" not in facts.file.metadata:
+        raise InputError(
+            f"{facts.file.path} does not say how many channels are rotated "
+            f"(gptneox.rope.dimension_count); convert the model again"
+        )
+    return Rotary(base, dim, "half", _scaling(facts, base, dim))
+
+
+def _scaling(facts: _Facts, base: float, dim: int) -> Scaling:
+    kind = facts.get("rope.scaling.type", "none")
+    factor = facts.get("rope.scaling.factor", facts.get("rope.scale_linear", 1.0))
+    trained = facts.get("rope.scaling.original_context_length", facts["context_length"])
+    facts.get("rope.scaling.finetuned")  # says only whether training went on with the scaling
+    attention_factor = facts.get("rope.scaling.attn_factor")
+    if ROPE_FACTORS in facts.file.tensors:
+        return _llama3(facts.file, base, dim)
+    if kind == "none" or (kind == "linear" and factor == 1.0):
+        return Unscaled()
+    if kind == "linear":
+        return Linear(factor)
+    if kind == "yarn":
+        fast = facts.get("rope.scaling.yarn_beta_fast", 32.0)
+        slow = facts.get("rope.scaling.yarn_beta_slow", 1.0)
+        if attention_factor not in (None, 1.0):
+            raise InputError(
+                f"{facts.file.path} has rope.scaling.attn_factor = {attention_factor}, which is "
+                f"not understood with YaRN; use the Hugging Face checkpoint of this model"
+            )
+        return YaRN(factor, trained, fast, slow)
+    raise InputError(
+        f"{facts.file.path} scales its rotary angles by {kind!r}; none, linear, yarn and Llama 3's "
+        f"factors are read"
+    )
+
+
+def _llama3(file: GGUFFile, base: float, dim: int) -> Llama3:
+    """The schedule whose factors the file holds."""
+    factors = file.read(ROPE_FACTORS)
+    plain = Unscaled().frequencies(base, dim)
+    for schedule in LLAMA3_SCHEDULES:
+        expected = plain / schedule.frequencies(base, dim)
+        if factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-3):
+            return schedule
+    raise InputError(
+        f"{file.path} holds rotary factors from {factors.min():.4g} to {factors.max():.4g}, those "
+        f"of no released Llama 3 model; use the Hugging Face checkpoint of this model"
     )

@@ -18,9 +18,10 @@ import numpy as np
 
 from lminf.errors import InputError
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # fmt: skip
+# Codes of `struct` by the format's number for a kind of value.
+_SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
-_BYTES_AT_ONCE = 1 << 22  # dequantised this much at a time, so that temporaries stay in cache
+_VALUES_AT_ONCE = 1 << 18  # dequantised at a time, so that temporaries stay in cache
 
 
 class TensorRecord(NamedTuple):
@@ -50,7 +51,9 @@ class _Cursor:
 
     def value(self, kind: int) -> Any:
         if kind in _SCALARS:
-            return self.scalar(_SCALARS[kind])
+            value = self.scalar(_SCALARS[kind])
+            # The shortest decimal that means this float32: 1e-5, not 9.999999747378752e-06.
+            return float(str(np.float32(value))) if _SCALARS[kind] == "f" else value
         if kind == _STRING:
             return self.string()
         if kind == _ARRAY:
@@ -67,7 +70,8 @@ class _Cursor:
 
 def cut_short(path: Path, found: int) -> InputError:
     return InputError(
-        f"{path} is cut short: its {found} bytes end before what its header announces; fetch it again"
+        f"{path} is cut short: its {found} bytes end before what its header announces; fetch it "
+        f"again"
     )
 
 
@@ -84,18 +88,16 @@ class GGUFFile:
         raw = np.frombuffer(self.data, np.uint8, record.size_bytes, record.start)
         if record.type == gguf.GGMLQuantizationType.F32:
             return raw.view(np.float32).reshape(record.shape)
-        rows = raw.reshape(math.prod(record.shape[:-1]), -1)
-        out = np.empty((rows.shape[0], record.shape[-1]), np.float32)
-        step = max(1, _BYTES_AT_ONCE // (4 * record.shape[-1]))
-        for i in range(0, rows.shape[0], step):
-            out[i : i + step] = _dequantised(rows[i : i + step], record.type)
+        if record.type == gguf.GGMLQuantizationType.F16:
+            return raw.view(np.float16).astype(np.float32).reshape(record.shape)
+        # Blocks follow one another whatever the rows, so one long row at a time will do.
+        out = np.empty(math.prod(record.shape), np.float32)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[record.type]
+        count = _VALUES_AT_ONCE // block
+        for i in range(0, record.size_bytes // block_bytes, count):
+            part = raw[i * block_bytes : (i + count) * block_bytes]
+            out[i * block : (i + count) * block] = gguf.quants.dequantize(part, record.type)
         return out.reshape(record.shape)
-
-
-def _dequantised(rows: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
-    if kind == gguf.GGMLQuantizationType.F16:
-        return rows.view(np.float16)
-    return gguf.quants.dequantize(rows, kind)
 
 
 def open_gguf(path: Path) -> GGUFFile:
@@ -103,8 +105,8 @@ def open_gguf(path: Path) -> GGUFFile:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise InputError(
-                f"{path} is not a GGUF file (it does not begin with the letters GGUF); give a .gguf "
-                f"file or a folder with safetensors"
+                f"{path} is not a GGUF file (it does not begin with the letters GGUF); give a "
+                f".gguf file or a folder with safetensors"
             )
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     cursor = _Cursor(data, path)
@@ -143,7 +145,7 @@ def _record(path: Path, name: str, shape: tuple[int, ...], kind: int, start: int
         block, block_bytes = gguf.GGML_QUANT_SIZES[tensor_type]
     except (ValueError, KeyError):
         raise InputError(
-            f"{name} in {path} has the tensor type {kind}, which is not known; use a file quantised "
-            f"as F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K or Q6_K"
+            f"{name} in {path} has the tensor type {kind}, which is not known; use a file "
+            f"quantised as F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K or Q6_K"
         ) from None
     return TensorRecord(shape, tensor_type, start, math.prod(shape) // block * block_bytes)

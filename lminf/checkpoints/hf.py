@@ -1,0 +1,169 @@
+"""Hugging Face folders: config.json, safetensors in one file or in shards, tokenizer files.
+
+Safetensors are data; nothing in a checkpoint is executed, so PyTorch's pickles are refused.
+"""
+
+import contextlib
+import json
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import safetensors
+
+from lminf.checkpoints import hf_config, hf_tokenizer, maps, trees
+from lminf.checkpoints.hf_tokenizer import read_json, write_json
+from lminf.checkpoints.whole import whole
+from lminf.data.tokenizers import Tokenizer
+from lminf.errors import InputError
+from lminf.models.spec import ModelSpec
+from lminf.types import Params
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+FLOATS = {"F64", "F32", "F16", "BF16"}
+DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+
+
+def refuse_pickle(path: Path) -> None:
+    raise InputError(
+        f"{path} is a PyTorch pickle, which can run code when it is opened; only safetensors and "
+        f"GGUF are read, no code is ever executed from a checkpoint: convert it to safetensors "
+        f"first"
+    )
+
+
+def load(
+    folder: Path, *, dtype: Any = np.float32, progress: trees.Progress | None = None
+) -> tuple[ModelSpec, dict[str, Any], Tokenizer]:
+    """Spec, parameters (numpy, of `dtype`) and tokenizer of a folder."""
+    tokenizer = hf_tokenizer.read(folder)
+    spec, params = load_model(folder, dtype=dtype, progress=progress)
+    return spec, params, tokenizer
+
+
+def load_model(
+    folder: Path, *, dtype: Any = np.float32, progress: trees.Progress | None = None
+) -> tuple[ModelSpec, dict[str, Any]]:
+    """Spec and parameters of a folder that may have no tokenizer."""
+    if not (folder / "config.json").exists():
+        raise InputError(
+            f"{folder} has no config.json; give a Hugging Face folder, a .gguf file, or the name "
+            f"of a model"
+        )
+    spec = hf_config.to_spec(read_json(folder / "config.json"), str(folder / "config.json"))
+    with _tensors(folder) as (shapes, tensor):
+        params = trees.read(
+            spec,
+            maps.HF[spec.family],
+            shapes={n: s for n, s in shapes.items() if not n.endswith(maps.HF_DERIVED)},
+            tensor=tensor,
+            dtype=dtype,
+            source=str(folder),
+            progress=progress,
+        )
+    return spec, params
+
+
+@contextlib.contextmanager
+def _tensors(
+    folder: Path,
+) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]]:
+    """Shape of every tensor in the folder by name, and a function that reads one."""
+    with contextlib.ExitStack() as stack:
+        shapes: dict[str, tuple[int, ...]] = {}
+        shards: dict[str, Any] = {}
+        for path in _files(folder):
+            try:
+                shard = stack.enter_context(safetensors.safe_open(path, "numpy"))
+            except safetensors.SafetensorError as error:
+                raise InputError(
+                    f"{path} is not a whole safetensors file ({error}); fetch it again"
+                ) from None
+            for name in shard.keys():  # noqa: SIM118 (no mapping: a handle with keys)
+                if name in shards:
+                    raise InputError(f"{folder} holds {name} twice; remove one of the files")
+                view = shard.get_slice(name)
+                if view.get_dtype() not in FLOATS:
+                    raise InputError(
+                        f"{name} in {path} has the type {view.get_dtype()}; tensors of "
+                        f"{', '.join(sorted(FLOATS))} are read"
+                    )
+                shapes[name], shards[name] = tuple(view.get_shape()), shard
+        yield shapes, lambda name: shards[name].get_tensor(name)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, each of them there."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        if lost := [name for name in names if not (folder / name).exists()]:
+            raise InputError(
+                f"{folder} lacks {lost[0]} ({len(lost)} of {len(names)} shards are missing); fetch "
+                f"the checkpoint again, whole"
+            )
+        return [folder / name for name in names]
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) > 1:
+        raise InputError(
+            f"{folder} holds {len(found)} safetensors files but no model.safetensors.index.json "
+            f"that says how they belong together; fetch the index too"
+        )
+    if not found:
+        pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
+        if pickles:
+            refuse_pickle(pickles[0])
+        raise InputError(f"{folder} holds no safetensors file; fetch the checkpoint again, whole")
+    return found
+
+
+def save(folder: Path, spec: ModelSpec, params: Params, tokenizer: Tokenizer | None) -> None:
+    """Writes a folder that transformers loads, all of it or nothing."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not an empty folder; choose a new one")
+    config = hf_config.from_spec(spec)
+    tensors = list(trees.write(spec, maps.HF[spec.family], params))
+    dtype = str(np.dtype(next(iter(trees.flattened(params).values())).dtype))
+    if dtype not in DTYPE_NAMES:
+        raise InputError(f"parameters of type {dtype} have no place in a checkpoint; cast them")
+    config |= {"torch_dtype": dtype, "use_cache": True}
+    generation: dict[str, Any] = {"do_sample": False}
+    if tokenizer is not None:
+        config["vocab_size"] = spec.vocab_size
+        ends = list(tokenizer.eos_ids)
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends[0] if ends else None}
+        config |= ids
+        generation |= ids | {"eos_token_id": ends}
+    with whole(folder) as temporary:
+        temporary.mkdir()
+        if tokenizer is not None:
+            hf_tokenizer.write(temporary, tokenizer)
+        write_json(temporary / "config.json", config)
+        write_json(temporary / "generation_config.json", generation)
+        with (temporary / "model.safetensors").open("wb") as file:
+            _write_safetensors(file, tensors, dtype)
+
+
+def _write_safetensors(
+    file: BinaryIO, tensors: list[tuple[trees.Stored, Callable[[], np.ndarray]]], dtype: str
+) -> None:
+    """The format by hand, so that one tensor at a time is in memory instead of a second model.
+
+    Layout: length of the header (8 bytes), header as JSON, data in the header's order.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end, width = 0, np.dtype(dtype).itemsize
+    for item, _ in tensors:
+        start, end = end, end + width * int(np.prod(item.shape))
+        header[item.name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(item.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data is aligned
+    file.write(struct.pack("<Q", len(text)) + text)
+    for _, make in tensors:
+        file.write(make().astype(dtype, copy=False).reshape(-1).view(np.uint8).data)

@@ -1,0 +1,185 @@
+"""Stored tensors -> parameter tree and back, through one table of lminf/checkpoints/maps.py.
+
+Every tensor is used exactly once, every place is filled exactly once, and one tensor at a time is
+in memory beside the tree it fills.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from lminf.checkpoints import maps
+from lminf.errors import InputError
+from lminf.models.spec import ModelSpec
+from lminf.types import Params
+
+Progress: TypeAlias = Callable[[int, int], None]  # (done, of)
+
+
+class Stored(NamedTuple):
+    """One tensor as a file holds it."""
+
+    name: str
+    layer: int | None
+    row: maps.Row
+    shape: tuple[int, ...]
+
+
+def stored(spec: ModelSpec, rows: Iterable[maps.Row]) -> Iterator[Stored]:
+    """Every tensor that a file of this spec holds, embedding first, then layer by layer."""
+    places, length = maps.tree_axes(spec), maps.sizes(spec)
+    used = [row for row in rows if all(place in places for place in row.places)]
+    if lost := set(places) - {place for row in used for place in row.places}:
+        raise InputError(
+            f"a {spec.family} checkpoint has no tensor for {_some(lost)}; the specification and "
+            f"the family do not fit each other"
+        )
+    shape = {row.name: maps.shape_of(row.axes.partition("->")[0], length) for row in used}
+    for row in used:
+        if "{}" not in row.name:
+            yield Stored(row.name, None, row, shape[row.name])
+    for layer in range(spec.num_layers):
+        for row in used:
+            if "{}" in row.name:
+                yield Stored(row.name.format(layer), layer, row, shape[row.name])
+
+
+def read(
+    spec: ModelSpec,
+    rows: Iterable[maps.Row],
+    *,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensor: Callable[[str], np.ndarray],
+    dtype: Any,
+    source: str,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The parameter tree in numpy arrays of `dtype`.
+
+    `shapes` lists what the file holds, `tensor` gives one of them by name.
+    """
+    wanted = list(stored(spec, rows))
+    check(spec, wanted, shapes, source)
+    flat = {path: _aligned(shape, dtype) for path, shape in maps.tree_shapes(spec).items()}
+    length = maps.sizes(spec)
+    for done, item in enumerate(wanted, 1):
+        moved = maps.rearrange(tensor(item.name), item.row.axes, length)
+        if item.row.offset:
+            moved = moved.astype(np.float32) - np.float32(item.row.offset)
+        parts = moved if len(item.row.places) > 1 else moved[None]
+        for place, part in zip(item.row.places, parts, strict=True):
+            target = flat[place] if item.layer is None else flat[place][item.layer]
+            target[...] = part
+        if progress is not None:
+            progress(done, len(wanted))
+    return nested(flat)
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An empty array at a multiple of 64 bytes, which JAX can use on a CPU without copying it."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def check(
+    spec: ModelSpec, wanted: list[Stored], shapes: Mapping[str, tuple[int, ...]], source: str
+) -> None:
+    """Refuses a file that lacks a tensor, holds one too many, or one of another shape."""
+    names = {item.name for item in wanted}
+    model = f"a {spec.family} model of {spec.num_layers} layers"
+    heads = {row.name for row in maps.HF.get(spec.family, ()) if row.places == ("head",)}
+    heads.add("output.weight")
+    missing, extra = names - set(shapes), set(shapes) - names
+    if missing and missing <= heads:
+        raise InputError(
+            f"{source} lacks {_some(missing)} although its configuration says that the head is not "
+            f"tied to the embedding; set tie_word_embeddings to true or fetch the missing tensor"
+        )
+    if missing:
+        raise InputError(
+            f"{source} lacks {_some(missing)}, which {model} needs; fetch the checkpoint again, "
+            f"whole"
+        )
+    if spec.tied and extra and extra <= heads:
+        raise InputError(
+            f"{source} holds {_some(extra)} although its configuration ties the head to the "
+            f"embedding; set tie_word_embeddings to false, or remove the tensor"
+        )
+    if extra:
+        raise InputError(
+            f"{source} holds {_some(extra)}, which {model} does not use; only checkpoints whose "
+            f"every tensor is understood are read"
+        )
+    for item in wanted:
+        if tuple(shapes[item.name]) != item.shape:
+            raise InputError(
+                f"{item.name} in {source} has shape {tuple(shapes[item.name])} where its "
+                f"configuration asks for {item.shape}; the two belong to different models"
+            )
+
+
+def write(
+    spec: ModelSpec, rows: Iterable[maps.Row], params: Params
+) -> Iterator[tuple[Stored, Callable[[], np.ndarray]]]:
+    """Every tensor of the checkpoint, each made only when its function is called."""
+    flat = flattened(params)
+    shapes = maps.tree_shapes(spec)
+    if set(flat) != set(shapes):
+        odd = set(flat) ^ set(shapes)
+        raise InputError(
+            f"the parameters and their specification differ in {_some(odd)}; save a tree together "
+            f"with the specification it was made for"
+        )
+    for path, shape in shapes.items():
+        if tuple(flat[path].shape) != shape:
+            raise InputError(
+                f"parameter {path} has shape {tuple(flat[path].shape)} where the specification "
+                f"asks for {shape}; save a tree together with the specification it was made for"
+            )
+    length = maps.sizes(spec)
+
+    def make(item: Stored) -> np.ndarray:
+        parts = [np.asarray(flat[place]) for place in item.row.places]
+        if item.layer is not None:
+            parts = [part[item.layer] for part in parts]
+        whole = np.stack(parts) if len(parts) > 1 else parts[0]
+        moved = maps.rearrange(whole, maps.backwards(item.row.axes), length)
+        if item.row.offset:
+            moved = moved + np.asarray(item.row.offset, moved.dtype)
+        return np.ascontiguousarray(moved)
+
+    for item in stored(spec, rows):
+        yield item, lambda item=item: make(item)
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b": x} as {"a": {"b": x}}."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *folders, name = path.split("/")
+        here = tree
+        for folder in folders:
+            here = here.setdefault(folder, {})
+        here[name] = value
+    return tree
+
+
+def flattened(tree: Mapping[str, Any], folder: str = "") -> dict[str, Any]:
+    """{"a": {"b": x}} as {"a/b": x}."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flattened(value, f"{folder}{name}/")
+        else:
+            flat[folder + name] = value
+    return flat
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    first = ", ".join(names[:3])
+    return first if len(names) <= 3 else f"{first} and {len(names) - 3} more"

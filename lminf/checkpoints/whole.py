@@ -1,0 +1,56 @@
+"""Files and folders that appear whole or not at all.
+
+What is written goes to a name beside the final one and is renamed when it is complete, so two
+processes can write the same thing and a reader never meets half of it.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from lminf.errors import InputError
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name to write a file or folder under; becomes `path` if the block ends well."""
+    temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part"
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            if temporary.is_dir() and path.is_dir():
+                path.rmdir()  # an empty one; Windows does not rename over it
+            os.replace(temporary, path)
+        finally:
+            if temporary.is_dir():
+                shutil.rmtree(temporary)
+            else:
+                temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns a disk that is full or may not be written into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(_existing(path)).free
+            raise InputError(
+                f"the disk is full: {path} could not be written with {free / 2**20:.0f} MiB free; "
+                f"make room, or choose another place"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise InputError(
+                f"{path} may not be written ({error.strerror}); choose another place"
+            ) from error
+        raise
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.parent)

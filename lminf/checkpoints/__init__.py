@@ -21,7 +21,7 @@ from lminf.types import Params
 class Checkpoint:
     spec: ModelSpec
     params: Params
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # None: the folder has none, the model reads token ids only
     source: str  # the file or folder it was read from
 
 
@@ -36,7 +36,7 @@ def load(
     path = _locate(str(name), progress)
     read = gguf.load if path.is_file() else hf.load
     spec, params, tokenizer = read(path, dtype=jnp.dtype(dtype), progress=progress)
-    if tokenizer.vocab_size > spec.vocab_size:
+    if tokenizer is not None and tokenizer.vocab_size > spec.vocab_size:
         raise InputError(
             f"the tokenizer of {path} has {tokenizer.vocab_size} tokens but the embedding only "
             f"{spec.vocab_size} rows; the two belong to different models"

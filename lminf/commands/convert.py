@@ -1,16 +1,20 @@
 """lminf convert SRC DST: any checkpoint that can be read, as safetensors and config.json."""
 
 import argparse
-from pathlib import Path
 
 from lminf import checkpoints
+from lminf.run.progress import Progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="a model's name, a folder or a .gguf file")
-    parser.add_argument("target", metavar="DST", type=Path, help="a new or empty folder")
+    parser.add_argument(
+        "source", metavar="SRC", help="a table name, a folder, a .gguf file, owner/name"
+    )
+    parser.add_argument("target", metavar="DST", help="a new or empty folder")
 
 
 def run(args: argparse.Namespace) -> None:
-    checkpoints.save(args.target, checkpoints.load(args.source))
+    with Progress(0, label="reading", unit="tensors") as progress:
+        checkpoint = checkpoints.load(args.source, progress=progress.show)
+    checkpoints.save(args.target, checkpoint)
     print(args.target)

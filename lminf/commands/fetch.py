@@ -3,11 +3,14 @@
 import argparse
 
 from lminf.checkpoints import fetch
+from lminf.run.progress import Progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help="a model of the table, or owner/name")
+    parser.add_argument("name", metavar="NAME", help=f"owner/name, or {', '.join(fetch.MODELS)}")
 
 
 def run(args: argparse.Namespace) -> None:
-    print(fetch.fetch(args.name))
+    with Progress(0, label=args.name, unit="bytes") as progress:
+        path = fetch.fetch(args.name, progress=progress.show)
+    print(path)

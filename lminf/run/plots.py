@@ -5,6 +5,7 @@ drawn from rows alone.
 """
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -218,7 +219,7 @@ def _label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[str, tuple, str
     """Each line's name beside its last point, moved up or down until no two names touch."""
     if not ends:
         return
-    height = LABEL_GAP * matplotlib.rcParams["font.size"]  # points
+    line_height = LABEL_GAP * matplotlib.rcParams["font.size"]  # points
     low, high = axes.get_ylim()
     to_points = 72 / figure.dpi
     figure.draw_without_rendering()  # settles the layout, and with it where a value lands
@@ -228,33 +229,37 @@ def _label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[str, tuple, str
     for _, (x, y), _ in ends:
         pixels = axes.transData.transform((x, min(max(y, low), high)))[1]
         wanted.append((pixels - box.y0) * to_points)
-    for (name, (x, y), colour), offset in zip(ends, spread(wanted, height), strict=True):
+    heights = [line_height * (1 + name.count("\n")) for name, _, _ in ends]
+    placed = spread(wanted, heights)
+    for (name, (x, y), colour), wish, offset in zip(ends, wanted, placed, strict=True):
         fraction = offset / (box.height * to_points)
-        moved = abs(offset - wanted[[end[0] for end in ends].index(name)]) > 2
         axes.annotate(
             name, (x, min(max(y, low), high)), xytext=(1.03, fraction), textcoords="axes fraction",
             color=colour, va="center", ha="left", annotation_clip=False,
             arrowprops={
                 "arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3,
-                "alpha": 0.7 if moved else 0.0,
+                "alpha": 0.7 if abs(offset - wish) > 2 else 0.0,
             },
         )  # fmt: skip
 
 
-def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """Places at least `gap` apart, in the order of `wanted` (ascending), close to it.
+def spread(wanted: Sequence[float], heights: Sequence[float]) -> list[float]:
+    """Centres of labels of these heights that do not overlap, in the order of `wanted` (ascending).
 
     Least squares: neighbours that would touch form a block centred on the mean of their wishes.
     """
-    blocks: list[list[float]] = []  # [sum of (wish - rank * gap), count]
-    for index, place in enumerate(wanted):
-        blocks.append([place - index * gap, 1])
-        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
-            total, count = blocks.pop()
-            blocks[-1][0] += total
-            blocks[-1][1] += count
-    starts = [total / count for total, count in blocks for _ in range(int(count))]
-    return [start + index * gap for index, start in enumerate(starts)]
+    offsets = [0.0]  # of each label above the first, were they all stacked
+    for below, above in itertools.pairwise(heights):
+        offsets.append(offsets[-1] + (below + above) / 2)
+    blocks: list[tuple[float, int]] = []  # sum of (wish - offset), and count
+    for wish, offset in zip(wanted, offsets, strict=False):
+        total, count = wish - offset, 1
+        while blocks and blocks[-1][0] / blocks[-1][1] > total / count:
+            before = blocks.pop()
+            total, count = total + before[0], count + before[1]
+        blocks.append((total, count))
+    starts = [total / count for total, count in blocks for _ in range(count)]
+    return [start + offset for start, offset in zip(starts, offsets, strict=False)]
 
 
 def _write_cells(axes: Axes, grid: np.ndarray, norm: Any) -> None:

@@ -14,7 +14,7 @@ PLAIN_SECONDS = 30.0  # in a log file
 
 
 class Progress:
-    """Steps done, rate and time left of one loop, as a context manager.
+    """Steps done, rate and time left of one loop, as a context manager. A `total` of 0 is unknown.
 
     with Progress(length, label="Full", unit="tokens") as progress:
         progress.update(4096, nll=2.31)
@@ -41,6 +41,8 @@ class Progress:
         return self
 
     def __exit__(self, *failure) -> None:
+        if not self.done:
+            return  # nothing happened, so there is nothing to tell
         self._show()
         if self.overwrites:
             self._write("\n")
@@ -52,16 +54,22 @@ class Progress:
         if self.clock() - self.shown >= period:
             self._show()
 
+    def show(self, done: int, total: int) -> None:
+        """`update` for those who report the total each time, as a download does."""
+        self.total = total
+        self.update(done)
+
     def line(self) -> str:
-        """`Full  4096/16384 tokens  2.1k tokens/s  0:06 left  nll 2.31`"""
+        """`Full  4,096/16,384 tokens  2.1k tokens/s  0:06 left  nll 2.31`"""
         seconds = self.clock() - self.started
         rate = self.done / seconds if seconds > 0 else 0.0
-        parts = [self.label, f"{self.done}/{self.total} {self.unit}"]
+        whole = f"/{_short(self.total)}" if self.total else ""
+        parts = [self.label, f"{_short(self.done)}{whole} {self.unit}"]
         if rate:
             parts.append(f"{_short(rate)} {self.unit}/s")
-        if self.done >= self.total:
+        if self.done >= self.total > 0:
             parts.append(f"{_clock(seconds)} in all")
-        elif rate:
+        elif rate and self.total:
             parts.append(f"{_clock((self.total - self.done) / rate)} left")
         parts += [f"{name} {value:.4g}" for name, value in self.values.items()]
         return "  ".join(parts)
@@ -94,6 +102,9 @@ def track(items: Iterable[Item], *, total: int, label: str, unit: str = "steps")
 
 
 def _short(number: float) -> str:
+    """Counts in full up to a million; beyond, and for rates, three digits and a letter."""
+    if isinstance(number, int) and number < 1_000_000:
+        return f"{number:,}"
     for suffix in ("", "k", "M", "G"):
         if number < 1000:
             return f"{number:.3g}{suffix}"

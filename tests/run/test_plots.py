@@ -10,20 +10,23 @@ from lminf.run import plots
 
 ROWS = [
     {"policy": policy, "length": length, "nll": 2.4 + 0.001 * rank}
-    for rank, policy in enumerate(["full", "window", "lambda", "lm_infinite", "streaming"])
+    for rank, policy in enumerate(["full", "window", "lambda\nsinks=4", "lm_infinite", "streaming"])
     for length in (512, 1024, 2048)
 ]
 
 
-@given(st.lists(st.floats(-500, 500), max_size=9), st.floats(1, 50))
-def test_spread_labels_keep_their_order_and_do_not_touch(wanted, gap):
-    placed = plots.spread(sorted(wanted), gap)
+@given(st.lists(st.tuples(st.floats(-500, 500), st.floats(1, 50)), max_size=9))
+def test_spread_labels_keep_their_order_and_do_not_touch(labels):
+    wanted, heights = sorted(wish for wish, _ in labels), [height for _, height in labels]
+    placed = plots.spread(wanted, heights)
     assert len(placed) == len(wanted)
-    assert all(b - a >= gap - 1e-6 for a, b in itertools.pairwise(placed))
+    ends = list(zip(placed, heights, strict=True))
+    for (low, below), (high, above) in itertools.pairwise(ends):
+        assert high - low >= (below + above) / 2 - 1e-6
 
 
 def test_labels_that_do_not_touch_stay_where_they_are():
-    assert plots.spread([0.0, 20.0, 45.0], 15.0) == pytest.approx([0.0, 20.0, 45.0])
+    assert plots.spread([0.0, 20.0, 45.0], [15.0] * 3) == pytest.approx([0.0, 20.0, 45.0])
 
 
 def test_the_names_beside_five_equal_lines_do_not_overlap():

@@ -16,6 +16,5 @@ def get_config(arg: str = "", *, variants: Sequence[str] = ("tiny",)) -> ConfigD
     if arg and arg not in variants:
         raise InputError(f"there is no variant {arg!r}; {config.closest(arg, variants)}")
     c = ConfigDict()
-    c.variant = arg
     c.seed = 0  # every random stream is derived from it
     return c

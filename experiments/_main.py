@@ -43,6 +43,7 @@ def measure(asked: Request, run: Run, plot: Plot, table: TableOf | None) -> RunF
     """Runs to the end, or leaves what was measured until then; returns the folder."""
     out = folder.create(
         asked.experiment,
+        variant=asked.variant,
         config=asked.resolved(),
         config_source=asked.config_path.read_text(encoding="utf-8"),
         overrides=asked.overrides,

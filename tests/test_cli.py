@@ -73,7 +73,8 @@ def test_show_puts_runs_of_one_experiment_into_one_table(tmp_path, monkeypatch, 
     for seed, name in ((0, "plain"), (1, "changed")):
         run = folder.create(
             "no_such_experiment",
-            config={"seed": seed, "variant": "tiny"},
+            variant="tiny",
+            config={"seed": seed},
             config_source="",
             overrides={"seed": seed} if seed else {},
             command=["demo"],

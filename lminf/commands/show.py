@@ -51,15 +51,8 @@ def combined(
     for one in runs:
         rows = one.rows()
         own = summary(rows) if summary and rows else rows
-        parts += [{"run": title(one), **row} for row in own] if len(runs) > 1 else own
+        parts += [{"run": one.title(), **row} for row in own] if len(runs) > 1 else own
     return parts
-
-
-def title(one: RunFolder) -> str:
-    """`tiny seed=1`: the variant and what was changed for this run; else its folder's name."""
-    changed = [f"{key}={value}" for key, value in one.read_json("overrides.json").items()]
-    variant = one.read_json("config.json").get("variant")
-    return " ".join([*([variant] if variant else []), *changed]) or one.path.name
 
 
 def experiment_module(name: str) -> ModuleType | None:

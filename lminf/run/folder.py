@@ -124,6 +124,12 @@ class RunFolder:
         """The name of the experiment that made this folder."""
         return self.read_json("environment.json").get("experiment", "")
 
+    def title(self) -> str:
+        """`tiny seed=1`: the variant and what was changed for this run; else the folder's name."""
+        variant = self.read_json("environment.json").get("variant")
+        changed = [f"{key}={value}" for key, value in self.read_json("overrides.json").items()]
+        return " ".join([*([variant] if variant else []), *changed]) or self.path.name
+
     def append_row(self, row: Mapping[str, Any]) -> None:
         append_line(self.path / "rows.jsonl", row)
 
@@ -162,6 +168,7 @@ class RunFolder:
 def create(
     experiment: str,
     *,
+    variant: str,
     config: Mapping[str, Any],
     config_source: str,
     overrides: Mapping[str, Any],
@@ -180,9 +187,8 @@ def create(
     folder.write("config.json", resolved)
     folder.write("config.py", config_source)
     folder.write_json("overrides.json", dict(overrides))
-    folder.write_json(
-        "environment.json", {"experiment": experiment, **environment.describe(command)}
-    )
+    facts = {"experiment": experiment, "variant": variant, **environment.describe(command)}
+    folder.write_json("environment.json", facts)
     with writing(folder.plots):
         folder.plots.mkdir(exist_ok=True)
     return folder

@@ -28,6 +28,7 @@ class Request:
     experiment: str
     config: ConfigDict
     config_path: Path
+    variant: str  # "" is the full form
     overrides: Mapping[str, Any]
     out: Path | None  # the run's folder; None: a new one below runs/
 
@@ -69,6 +70,7 @@ def parse(experiment: str, arguments: Sequence[str]) -> Request | None:
         experiment=experiment,
         config=overridden.value,
         config_path=path,
+        variant=variant,
         overrides=overrides,
         out=Path(values.out) if values.out else None,
     )

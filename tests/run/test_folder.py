@@ -21,6 +21,7 @@ def create(**changes):
     return folder.create(
         "demo",
         **{
+            "variant": "",
             "config": {"seed": 0},
             "config_source": "# the file\n",
             "overrides": {"seed": 0},

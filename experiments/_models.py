@@ -14,7 +14,7 @@ from lminf.train import loop, step
 
 TINY = "tiny"
 # A byte model that learns to spell in under a minute on two cores, at 64 bytes of context.
-TINY_LENGTH, TINY_STEPS, TINY_BATCH, TINY_RATE = 64, 500, 32, 3e-3
+TINY_LENGTH, TINY_STEPS, TINY_BATCH, TINY_RATE = 64, 200, 32, 3e-3
 
 
 def load(name: str, *, seed: int) -> LM:

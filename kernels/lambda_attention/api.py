@@ -11,14 +11,15 @@ from jaxtyping import Array, Float, Int
 
 from kernels.common import dispatch
 from kernels.common.masks import GlobalDistance, SegmentIds
-from kernels.lambda_attention import reference, xla_chunked
+from kernels.lambda_attention import reference, xla, xla_chunked
 from kernels.lambda_attention.operands import Operands, Places, Residuals, Rules
 
 IMPLEMENTATIONS = {
     "reference": reference.attention,
+    "xla": xla.attention,
     "xla_chunked": xla_chunked.attention,
 }
-ORDER = {"cpu": ("xla_chunked",)}
+ORDER = {"cpu": ("xla", "xla_chunked")}
 
 
 def lambda_attention(

@@ -20,8 +20,12 @@ def attention(rules: Rules, operands: Operands, places: Places, config: None) ->
     """Outputs and log-denominators, computed densely."""
     if config is not None:
         raise NotImplementedError("the reference has nothing to configure")
-    # float0-proof way to ask for float64: without x64 mode this canonicalises to float32.
-    dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
+    # Without x64 mode this canonicalises to float32.
+    return dense(rules, operands, places, jax.dtypes.canonicalize_dtype(jnp.float64))
+
+
+def dense(rules: Rules, operands: Operands, places: Places, dtype) -> Residuals:
+    """The definition, computed in `dtype`."""
     query, key, value = (x.astype(dtype) for x in operands[:3])
     heads = query.shape[2]
 

@@ -7,7 +7,8 @@ ARGS ?=
 # Two workers: the suite is compile-bound, and each further worker costs 4 s of imports.
 WORKERS ?= 2
 
-# Debian ships python3 without ensurepip, so the pip beside PYTHON installs into the environment.
+# Debian ships python3 without ensurepip, so the pip beside PYTHON installs into the environment,
+# and installs pip there too: `lminf fetch` calls it.
 PIP = $(PYTHON) -m pip --disable-pip-version-check --python
 IN = $(VENV)/bin/
 
@@ -47,7 +48,7 @@ clean:
 
 $(VENV)/.installed: pyproject.toml
 	$(call make_venv,$(VENV))
-	$(PIP) $(VENV) install -e .
+	$(PIP) $(VENV) install pip -e .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator, NullLocator
 
 from lminf.run.folder import Row, RunFolder
 
@@ -102,7 +102,7 @@ def bars(
             axes.bar(places, [row[y] for row in own], width * 0.92, color=colour, label=name)
         axes.set_xticks(range(len(groups)), [_tick(group) for group in groups])
         if len(names) > 1:  # above the bars, where it hides none
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
+            figure.legend(loc="outside upper left", ncols=4, frameon=False)
         return figure
 
 
@@ -194,6 +194,9 @@ def _length_ticks(axes: Axes, values: Sequence[float], log: bool) -> None:
         step = max(1, int(np.ceil((high - low) / 8)))
         axes.xaxis.set_major_locator(FixedLocator([2.0**e for e in np.arange(low, high + 1, step)]))
         axes.xaxis.set_minor_locator(NullLocator())
+    elif values and max(values) > 1024 and all(value % 1024 == 0 for value in values):
+        step = 2.0 ** np.ceil(np.log2(max(values) / 8))  # at most eight, all whole k
+        axes.xaxis.set_major_locator(MultipleLocator(max(step, 1024)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
 
 

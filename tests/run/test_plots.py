@@ -44,6 +44,9 @@ def test_the_names_beside_five_equal_lines_do_not_overlap():
 def test_lengths_are_marked_at_powers_of_two_with_units():
     axes = plots.curves(ROWS, x="length", y="nll", by="policy", log_x=True).axes[0]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["512", "1k", "2k"]
+    even = [{**row, "length": 8 * row["length"]} for row in ROWS]
+    axes = plots.curves(even, x="length", y="nll", by="policy").axes[0]
+    assert {"4k", "8k", "16k"} <= {text.get_text() for text in axes.get_xticklabels()}
     assert axes.get_xlabel() == "length (tokens)"
     assert axes.get_ylabel() == "NLL (nats/token)"
 

@@ -80,8 +80,12 @@ class LM:
         from lminf import checkpoints
 
         loaded = checkpoints.load(name, dtype=dtype, progress=progress)
-        params = jax.tree.map(jnp.asarray, loaded.params)
-        return cls(loaded.spec, params, loaded.tokenizer, policy or FULL, dtype)
+        if loaded.tokenizer is None:
+            raise InputError(
+                f"{loaded.source} has no tokenizer; add its tokenizer.json, or read token ids "
+                f"with lminf.checkpoints.load"
+            )
+        return cls(loaded.spec, loaded.params, loaded.tokenizer, policy or FULL, dtype)
 
     @property
     def reach(self) -> int:

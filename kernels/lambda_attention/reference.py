@@ -30,7 +30,7 @@ def dense(rules: Rules, operands: Operands, places: Places, dtype) -> Residuals:
     heads = query.shape[2]
 
     distance = _distances(places, query.shape[1], key.shape[1])
-    real = places.key_start[:, None] + jnp.arange(key.shape[1]) >= 0
+    real = places.key_start[:, None] + jnp.arange(key.shape[1])[None] >= 0
     visible = (distance >= 0) & (distance < rules.window) & real[:, None, :]
     visible &= _same_segment(places)
     logits = _logits(rules, places, query, key, distance)
@@ -48,7 +48,7 @@ def dense(rules: Rules, operands: Operands, places: Places, dtype) -> Residuals:
 
     visible = jnp.broadcast_to(visible[:, None], logits.shape)
     logits = jnp.where(visible, logits, numerics.MASK_VALUE)
-    sinks = None if operands.sinks is None else operands.sinks.astype(dtype)[:, None]
+    sinks = None if operands.sinks is None else operands.sinks.astype(dtype)[None, :, None]
     top = logits.max(-1) if sinks is None else jnp.maximum(logits.max(-1), sinks)
     top = jax.lax.stop_gradient(top)
     weights = jnp.where(visible, jnp.exp(logits - top[..., None]), 0)
@@ -65,7 +65,7 @@ def dense(rules: Rules, operands: Operands, places: Places, dtype) -> Residuals:
 
 
 def _distances(places: Places, queries: int, keys: int) -> Int[Array, "B T S"]:
-    rows = places.query_offset + jnp.arange(queries)[:, None] - jnp.arange(keys)
+    rows = places.query_offset + jnp.arange(queries)[:, None] - jnp.arange(keys)[None]
     return jnp.broadcast_to(rows, (places.key_start.shape[0], queries, keys))
 
 
@@ -81,12 +81,13 @@ def _global_branch(
 ) -> tuple[Bool[Array, "B T R"], Float[Array, "B T R"]]:
     """Visibility of every row of the globals, and how far away ALiBi takes it to be."""
     if places.segment_kv is None:  # row r is position r
-        positions = places.key_start[:, None] + places.query_offset + jnp.arange(distance.shape[1])
-        true = positions[:, :, None] - jnp.arange(rows)
-        visible = (true >= rules.window) & (jnp.arange(rows) < rules.num_global)
+        offsets = places.query_offset + jnp.arange(distance.shape[1])
+        positions = places.key_start[:, None] + offsets[None]
+        true = positions[:, :, None] - jnp.arange(rows)[None, None]
+        visible = (true >= rules.window) & (jnp.arange(rows) < rules.num_global)[None, None]
     else:  # row r is key r, and counts from the start of its segment
         true = distance
-        rank = jnp.arange(rows) - masks.run_starts(places.segment_kv)
+        rank = jnp.arange(rows)[None] - masks.run_starts(places.segment_kv)
         visible = (true >= rules.window) & (rank < rules.num_global)[:, None]
         visible &= _same_segment(places)
     seeming = true
@@ -109,7 +110,7 @@ def _logits(
     key = jnp.repeat(key, query.shape[2] // key.shape[2], 2)
     logits = jnp.einsum("btnh,bsnh->bnts", query, key, precision="highest") * rules.scale
     if places.alibi_slopes is not None:
-        slopes = places.alibi_slopes.astype(logits.dtype)[:, None, None]
+        slopes = places.alibi_slopes.astype(logits.dtype)[None, :, None, None]
         logits -= slopes * distance[:, None].astype(logits.dtype)
     if rules.soft_cap is not None:
         logits = rules.soft_cap * jnp.tanh(logits / rules.soft_cap)

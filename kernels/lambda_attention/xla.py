@@ -1,4 +1,4 @@
-"""Λ-attention by its dense definition, for texts so short that tiles would cost more than they save.
+"""Λ-attention by its dense definition, for texts so short that tiles cost more than they save.
 
 All logits of a call exist at once (and once more in the backward), so it refuses beyond LIMIT of
 them. A 64-token batch of 32 rows trains several times faster through it than tile by tile.

@@ -46,6 +46,12 @@ def load(
     return Checkpoint(spec, params, tokenizer, str(path))
 
 
+def read_spec(name: str | os.PathLike[str]) -> ModelSpec:
+    """The shapes and rules of a model, without reading its parameters."""
+    path = _locate(str(name), None)
+    return gguf.read_spec(gguf.open_gguf(path)) if path.is_file() else hf.read_spec(path)
+
+
 def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
     """Writes safetensors, config.json and tokenizer files, as transformers and `load` read them.
 

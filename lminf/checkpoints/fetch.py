@@ -7,6 +7,7 @@ or not at all.
 
 import contextlib
 import difflib
+import errno
 import hashlib
 import importlib.util
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import IO
 
 import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 
 from lminf.checkpoints.trees import Progress
@@ -173,7 +175,7 @@ def _download(package: Package, folder: Path, damaged: str) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         if "No space left on device" in done.stderr:
-            raise OSError(28, "No space left on device")
+            raise OSError(errno.ENOSPC, "No space left on device")
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         reason = next((line for line in lines if "ERROR" in line), lines[-1] if lines else "")
         raise InputError(
@@ -239,7 +241,7 @@ def sha256(path: Path) -> str:
 
 def _from_hub(repository: Repository) -> Path:
     """The repository's folder in huggingface_hub's own cache, which checks what it downloads."""
-    with _hub_errors(repository), disk_errors(Path(huggingface_hub.constants.HF_HUB_CACHE)):
+    with _hub_errors(repository), disk_errors(Path(constants.HF_HUB_CACHE)):
         return Path(
             huggingface_hub.snapshot_download(
                 repository.name,

@@ -38,12 +38,7 @@ def load(
     folder: Path, *, dtype: Any = np.float32, progress: trees.Progress | None = None
 ) -> tuple[ModelSpec, dict[str, Any], Tokenizer | None]:
     """Spec, parameters (numpy, of `dtype`) and, where the folder has one, tokenizer."""
-    if not (folder / "config.json").exists():
-        raise InputError(
-            f"{folder} has no config.json; give a Hugging Face folder, a .gguf file, or the name "
-            f"of a model"
-        )
-    spec = hf_config.to_spec(read_json(folder / "config.json"), str(folder / "config.json"))
+    spec = read_spec(folder)
     with _tensors(folder) as (shapes, tensor):
         params = trees.read(
             spec,
@@ -55,6 +50,17 @@ def load(
             progress=progress,
         )
     return spec, params, hf_tokenizer.read(folder)
+
+
+def read_spec(folder: Path) -> ModelSpec:
+    """What config.json says of the model; every setting in it is understood or refused."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise InputError(
+            f"{folder} has no config.json; give a Hugging Face folder, a .gguf file, or the name "
+            f"of a model"
+        )
+    return hf_config.to_spec(read_json(path), str(path))
 
 
 @contextlib.contextmanager

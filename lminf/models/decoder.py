@@ -59,6 +59,11 @@ def product(
     return out.reshape(*x.shape[:2], *w.shape[contract:])
 
 
+def along(vector: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`vector` with leading axes of length 1, to be added to or multiplied with x."""
+    return jax.lax.expand_dims(vector, range(x.ndim - vector.ndim))
+
+
 class Norm(nn.Module):
     """RMS or layer normalisation over the last axis, statistics in float32."""
 
@@ -73,10 +78,10 @@ class Norm(nn.Module):
         if self.spec.kind == "layer":
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.spec.epsilon)
-        y = y * (scale.astype(jnp.float32) + offset)
+        y = y * along(scale.astype(jnp.float32) + offset, y)
         if self.spec.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.width,))
-            y = y + bias.astype(jnp.float32)
+            y = y + along(bias.astype(jnp.float32), y)
         return y.astype(x.dtype)
 
 
@@ -96,9 +101,9 @@ class Attention(nn.Module):
         q, k, v = (product(x, w.astype(x.dtype)) for w in (wq, wk, wv))
         if s.qkv_bias:
             zeros = nn.initializers.zeros
-            q = q + self.param("bq", zeros, (s.num_heads, s.head_dim)).astype(x.dtype)
-            k = k + self.param("bk", zeros, (s.num_kv_heads, s.head_dim)).astype(x.dtype)
-            v = v + self.param("bv", zeros, (s.num_kv_heads, s.head_dim)).astype(x.dtype)
+            q = q + along(self.param("bq", zeros, (s.num_heads, s.head_dim)).astype(x.dtype), q)
+            k = k + along(self.param("bk", zeros, (s.num_kv_heads, s.head_dim)).astype(x.dtype), k)
+            v = v + along(self.param("bv", zeros, (s.num_kv_heads, s.head_dim)).astype(x.dtype), v)
         if s.qkv_clip is not None:
             q, k, v = (jnp.clip(y, -s.qkv_clip, s.qkv_clip) for y in (q, k, v))
         if s.qk_norm:
@@ -109,7 +114,8 @@ class Attention(nn.Module):
         out, *rest = attend(q, k, v)
         out = product(out, wo.astype(x.dtype), contract=2)
         if s.out_bias:
-            out = out + self.param("bo", nn.initializers.zeros, (s.width,)).astype(x.dtype)
+            bias = self.param("bo", nn.initializers.zeros, (s.width,)).astype(x.dtype)
+            out = out + along(bias, out)
         return out, tuple(rest)
 
 
@@ -128,7 +134,7 @@ class MLP(nn.Module):
         def bias(name, size):
             if not self.spec.bias:
                 return jnp.zeros((), x.dtype)
-            return self.param(name, nn.initializers.zeros, (size,)).astype(x.dtype)
+            return along(self.param(name, nn.initializers.zeros, (size,)).astype(x.dtype), x)
 
         up = product(x, weight("w_up", (D, F))) + bias("b_up", F)
         if self.spec.gated:
@@ -309,7 +315,7 @@ def logits(spec: ModelSpec, params: Params, hidden: Float[Array, "*B D"]) -> Flo
     head = head_of(params).astype(hidden.dtype)
     out = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
     if spec.head_bias:
-        out = out + params["head_bias"].astype(jnp.float32)
+        out = out + along(params["head_bias"].astype(jnp.float32), out)
     if spec.final_soft_cap is not None:
         out = spec.final_soft_cap * jnp.tanh(out / spec.final_soft_cap)
     return out

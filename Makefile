@@ -51,9 +51,10 @@ $(VENV)/.installed: pyproject.toml
 	$(PIP) $(VENV) install pip -e .
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) $(VENV) install -e '.[dev]'
-	@touch $@
+$(VENV)/.installed-dev: pyproject.toml
+	$(call make_venv,$(VENV))
+	$(PIP) $(VENV) install pip -e '.[dev]'
+	@touch $(VENV)/.installed $@
 
 # torch 2.13.0 exactly (pyproject.toml): other specifiers pull gigabytes of CUDA wheels.
 $(PARITY_VENV)/.installed-parity: pyproject.toml

@@ -26,6 +26,6 @@ def get_config(arg: str = ""):
     )
     if arg == "tiny":
         c.model = "tiny"
-        c.length, c.block = 1024, 64
+        c.length, c.block = 1024, 128
         c.policies = ("full", "window:window=64", "lm_infinite:window=64,sinks=4")
     return c

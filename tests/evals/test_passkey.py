@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lminf import checkpoints
 from lminf.errors import InputError
 from lminf.evals import passkey
 
@@ -133,3 +134,19 @@ def test_no_room_for_the_question_is_said_plainly():
 def test_the_first_integer_of_a_completion_is_the_answer(completion, right):
     sample = passkey.Sample(prompt="", key=54321, depth=0.5, tokens=0, key_at=0)
     assert sample.correct(completion) is right
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [200, 600, 1700, 3300, 8192, 16384])
+def test_prompts_of_the_default_model_have_their_length(length, default_tokenizer):
+    encode = default_tokenizer.encode
+    for sample in passkey.draw("landmark", encode, length=length, count=8, seed=0):
+        assert len(encode(sample.prompt)) == sample.tokens == length
+    copy = len(encode(f" {passkey.FILLER}"))
+    for sample in passkey.draw("lm_infinite", encode, length=length, count=8, seed=0):
+        assert length - copy < len(encode(sample.prompt)) == sample.tokens <= length
+
+
+@pytest.fixture(scope="module")
+def default_tokenizer():
+    return checkpoints.load("smollm2-135m-instruct").tokenizer

@@ -1,0 +1,287 @@
+"""Batched float64 fits of sum_i w_i Huber(residual_i): many starts times many draws, in JAX.
+
+With a Huber threshold of 1e-3 nearly every residual is on the linear branch, so the optimum is
+that of a median regression: flat, and with corners. Optimisers with numerical gradients stop
+early there and return other exponents. Here, for every draw:
+
+explore   Gauss-Newton on reweighted squares with damping; a wide threshold is smooth and finds the
+          basins. All starts take a few steps, the best SURVIVORS take the rest.
+polish    the best `keep` of those, then the best of all: steps with H + m M, the exact Hessian H
+          regularised by the reweighted one M (which always descends), while the threshold falls to
+          the wanted one; monotone in the objective.
+accept    a draw has converged when the projected gradient is GRADIENT_TOLERANCE of its own scale
+          (the same sum with absolute values). Everything else is reported as not converged.
+
+Only this module switches to 64 bits, and only inside its calls: float32 does not reproduce the
+published constants.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+Columns = Mapping[str, Float[np.ndarray, "rows"]]
+Residual = Callable[[Array, Mapping[str, Array]], Array]  # (parameters, columns) -> [rows]
+
+LEVELS = 6  # thresholds in one call of the explorer
+FIRST_THRESHOLDS = (0.1,) * LEVELS  # every start
+SURVIVORS = 48
+SECOND_THRESHOLDS = (0.1,) * 4 + (0.02,) * 4 + (0.005,) * 4
+POLISH_THRESHOLDS = (0.02, 0.005)  # then the wanted one
+ROUGH_STEPS, FINE_STEPS = 8, 150  # Newton steps; fine ones end by themselves after 5 to 40
+MIXES = (0.0, 0.01, 0.1, 0.5, 2.0)  # m in H + m M, tried together: an objective is cheaper than H
+GRADIENT_TOLERANCE = 1e-6
+DECREASE_TOLERANCE = 1e-10  # of the objective
+# Lanes (start, draw) and rows are filled up to fixed sizes, so that two programs serve every fit
+# of a law; compiling them takes longer than most fits. Few lanes in the polisher: all of a call
+# wait for its slowest.
+EXPLORE_LANES, POLISH_LANES = 64, 16
+ROW_MULTIPLE = 128
+
+
+class Solutions(NamedTuple):
+    """One optimum per draw."""
+
+    parameters: Float[np.ndarray, "draws parameters"]
+    objective: Float[np.ndarray, "draws"]  # sum of Huber
+    converged: np.ndarray  # [draws] bool
+    bound: np.ndarray  # [draws, parameters] -1 on the lower bound, 1 on the upper, else 0
+    gradient: Float[np.ndarray, "draws"]  # projected gradient over its own scale
+
+
+def huber(residual, threshold):
+    size = jnp.abs(residual)
+    return jnp.where(
+        size <= threshold, 0.5 * residual * residual, threshold * (size - 0.5 * threshold)
+    )
+
+
+def objective(residual: Residual, theta, columns, weights, threshold):
+    """Weighted sum of Huber(residual); traceable."""
+    return jnp.sum(weights * huber(residual(theta, columns), threshold))
+
+
+def gradient(
+    residual: Residual, theta, columns: Columns, *, threshold: float
+) -> Float[np.ndarray, "parameters"]:
+    """Automatic gradient of the objective in float64."""
+    with jax.enable_x64(True):
+        data = {name: jnp.asarray(value, jnp.float64) for name, value in columns.items()}
+        at = jnp.asarray(theta, jnp.float64)
+        return np.asarray(jax.grad(lambda t: objective(residual, t, data, 1.0, threshold))(at))
+
+
+def value(residual: Residual, theta, columns: Columns, *, threshold: float) -> float:
+    """The objective in float64."""
+    with jax.enable_x64(True):
+        data = {name: jnp.asarray(column, jnp.float64) for name, column in columns.items()}
+        return float(objective(residual, jnp.asarray(theta, jnp.float64), data, 1.0, threshold))
+
+
+def minimise(
+    residual: Residual,
+    columns: Columns,
+    *,
+    starts: Float[np.ndarray, "starts parameters"],
+    lower: Float[np.ndarray, "parameters"] | Float[np.ndarray, "draws parameters"],
+    upper: Float[np.ndarray, "parameters"] | Float[np.ndarray, "draws parameters"],
+    weights: Float[np.ndarray, "draws rows"],
+    threshold: float = 1e-3,
+    keep: int = 8,
+) -> Solutions:
+    """Global minimum over the starts for every draw. `lower == upper` holds a parameter fixed.
+
+    Columns are [rows], shared by all draws, or [draws, rows].
+    """
+    lanes = _Lanes(residual, columns, np.asarray(weights, np.float64), lower, upper, threshold)
+    draws, count = len(weights), len(starts)
+    every = np.arange(draws)
+    with jax.enable_x64(True):
+        theta = np.broadcast_to(np.asarray(starts, np.float64), (draws, *starts.shape))
+        theta = np.clip(theta, lanes.lower[:, None], lanes.upper[:, None])
+        theta = lanes.explore(theta, FIRST_THRESHOLDS)
+        theta = lanes.best(theta, min(SURVIVORS, count))
+        theta = lanes.best(lanes.explore(theta, SECOND_THRESHOLDS), min(keep, count))
+        levels = [max(level, threshold) for level in (*POLISH_THRESHOLDS, threshold)]
+        for level in levels:
+            theta = lanes.polish(theta, level, ROUGH_STEPS)
+        theta = lanes.polish(lanes.best(theta, 1), threshold, FINE_STEPS)
+        found, slope, decrease = (part[:, 0] for part in lanes.judge(theta))
+    theta = theta[every, 0]
+    small = (slope <= GRADIENT_TOLERANCE) | (decrease <= DECREASE_TOLERANCE * found)
+    free = lanes.lower < lanes.upper
+    bound = np.where(free & (theta >= lanes.upper), 1, 0)
+    bound = np.where(free & (theta <= lanes.lower), -1, bound)
+    return Solutions(theta, found, np.isfinite(found) & small, bound, slope)
+
+
+class _Lanes:
+    """The batch as flat lanes of fixed size: lane = (draw, candidate)."""
+
+    def __init__(self, residual, columns, weights, lower, upper, threshold):
+        draws, rows = weights.shape
+        spare = -rows % ROW_MULTIPLE  # repeats of the last row with weight 0
+        self.residual = residual
+        self.threshold = threshold
+        self.weights = np.pad(weights, ((0, 0), (0, spare)))
+        self.shared, self.own = {}, {}
+        for name, column in columns.items():
+            column = np.asarray(column, np.float64)
+            padding = ((0, 0),) * (column.ndim - 1) + ((0, spare),)
+            target = self.shared if column.ndim == 1 else self.own
+            target[name] = np.pad(column, padding, mode="edge")
+        shape = (draws, np.shape(lower)[-1])
+        self.lower = np.broadcast_to(np.asarray(lower, np.float64), shape)
+        self.upper = np.broadcast_to(np.asarray(upper, np.float64), shape)
+
+    def _map(self, program, theta, *extra):
+        """`program` over all lanes of theta [draws, candidates, parameters], in fixed chunks."""
+        draws, count = theta.shape[:2]
+        flat = theta.reshape(draws * count, -1)
+        draw = np.repeat(np.arange(draws), count)
+        size = EXPLORE_LANES if program is _explore_lanes else POLISH_LANES
+        pieces = []
+        for begin in range(0, len(flat), size):
+            index = np.minimum(np.arange(begin, begin + size), len(flat) - 1)
+            of = draw[index]
+            own = {name: column[of] for name, column in self.own.items()}
+            box = (self.lower[of], self.upper[of])
+            piece = program(
+                self.residual, flat[index], self.shared, own, self.weights[of], *box, *extra
+            )
+            used = min(size, len(flat) - begin)
+            pieces.append([np.asarray(part)[:used] for part in piece])
+        return [
+            np.concatenate(part).reshape(draws, count, *part[0].shape[1:])
+            for part in zip(*pieces, strict=True)
+        ]
+
+    def explore(self, theta, thresholds):
+        for begin in range(0, len(thresholds), LEVELS):
+            levels = np.asarray(thresholds[begin : begin + LEVELS], np.float64)
+            (theta,) = self._map(_explore_lanes, theta, levels)
+        return theta
+
+    def polish(self, theta, level, steps):
+        return self._map(_polish_lanes, theta, np.float64(level), np.int64(steps))[0]
+
+    def judge(self, theta):
+        """Objective, relative gradient and predicted decrease of each lane."""
+        return self._map(_polish_lanes, theta, np.float64(self.threshold), np.int64(0))[1:]
+
+    def best(self, theta, count):
+        found = self.judge(theta)[0]
+        order = np.argsort(np.where(np.isfinite(found), found, np.inf), axis=1, kind="stable")
+        return np.take_along_axis(theta, order[:, :count, None], axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _explore_lanes(residual, theta, shared, own, weights, lower, upper, levels):
+    def lane(theta, own, weight, low, high):
+        return (_explore(residual, theta, {**shared, **own}, weight, low, high, levels),)
+
+    return jax.vmap(lane)(theta, own, weights, lower, upper)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _polish_lanes(residual, theta, shared, own, weights, lower, upper, level, steps):
+    def lane(theta, own, weight, low, high):
+        return _polish(residual, theta, {**shared, **own}, weight, low, high, level, steps)
+
+    return jax.vmap(lane)(theta, own, weights, lower, upper)
+
+
+def _held(theta, slope, low, high):
+    """Parameters that cannot move: fixed, or on a bound with the slope pointing outwards."""
+    return (low >= high) | ((theta <= low) & (slope > 0)) | ((theta >= high) & (slope < 0))
+
+
+def _step(matrix, slope, held):
+    """Newton step of the free parameters; at most 2 in each: they are logarithms or exponents."""
+    free = jnp.where(held, 0.0, 1.0)
+    matrix = matrix * free[:, None] * free[None, :] + jnp.diag(jnp.where(held, 1.0, 0.0))
+    step = -jnp.linalg.solve(matrix, slope * free)
+    return jnp.clip(jnp.where(jnp.isfinite(step), step, 0.0), -2.0, 2.0)
+
+
+def _damping(matrix, amount):
+    diagonal = jnp.abs(jnp.diagonal(matrix))
+    return jnp.diag(amount * diagonal + 1e-13 * jnp.max(diagonal) + 1e-300)
+
+
+def _explore(residual, theta, data, weight, low, high, levels):
+    def body(carry, level):
+        theta, damping = carry
+        r = residual(theta, data)
+        jacobian = jax.jacfwd(residual)(theta, data)
+        robust = weight * jnp.minimum(1.0, level / jnp.maximum(jnp.abs(r), 1e-300))
+        slope = jacobian.T @ (robust * r)
+        curvature = (jacobian * robust[:, None]).T @ jacobian
+        held = _held(theta, slope, low, high)
+        step = _step(curvature + _damping(curvature, damping), slope, held)
+        new = jnp.clip(theta + step, low, high)
+        before = jnp.sum(weight * huber(r, level))
+        better = objective(residual, new, data, weight, level) < before
+        theta = jnp.where(better, new, theta)
+        return (theta, jnp.clip(jnp.where(better, damping * 0.2, damping * 5), 1e-9, 1e9)), None
+
+    start = (theta, jnp.asarray(1e-2, theta.dtype))
+    return jax.lax.scan(body, start, jnp.asarray(levels, theta.dtype))[0][0]
+
+
+def _polish(residual, theta, data, weight, low, high, level, steps):
+    """Parameters, objective, relative projected gradient, predicted decrease after `steps`."""
+
+    def measure(at):
+        return objective(residual, at, data, weight, level)
+
+    def local(theta):
+        """Slope, reweighted curvature, held parameters, slope over its scale, decrease."""
+        r = residual(theta, data)
+        jacobian = jax.jacfwd(residual)(theta, data)
+        influence = weight * jnp.clip(r, -level, level)
+        slope = jacobian.T @ influence
+        robust = weight * jnp.minimum(1.0, level / jnp.maximum(jnp.abs(r), 1e-300))
+        majorant = (jacobian * robust[:, None]).T @ jacobian
+        held = _held(theta, slope, low, high)
+        scale = jnp.abs(jacobian).T @ jnp.abs(influence) + 1e-300
+        relative = jnp.max(jnp.where(held, 0.0, jnp.abs(slope) / scale))
+        step = _step(majorant + _damping(majorant, 1e-9), slope, held)
+        return slope, majorant, held, relative, -jnp.dot(jnp.where(held, 0.0, slope), step)
+
+    def body(carry):
+        theta, found, damping, count, failures, (slope, majorant, held, _, _) = carry
+        exact = jax.hessian(measure)(theta)
+
+        def attempt(mix):
+            matrix = exact + mix * majorant + _damping(majorant, damping)
+            return jnp.clip(theta + _step(matrix, slope, held), low, high)
+
+        tries = jax.vmap(attempt)(jnp.asarray(MIXES, theta.dtype))
+        values = jax.vmap(measure)(tries)
+        values = jnp.where(jnp.isfinite(values), values, jnp.inf)
+        pick = jnp.argmin(values)
+        better = values[pick] < found
+        theta = jnp.where(better, tries[pick], theta)
+        found = jnp.where(better, values[pick], found)
+        damping = jnp.clip(jnp.where(better, damping * 0.1, damping * 30), 1e-9, 1e6)
+        failures = jnp.where(better, 0, failures + 1)
+        return theta, found, damping, count + 1, failures, local(theta)
+
+    def unfinished(carry):
+        _, found, _, count, failures, (_, _, _, relative, decrease) = carry
+        finished = (relative <= 1e-2 * GRADIENT_TOLERANCE) | (
+            decrease <= 1e-2 * DECREASE_TOLERANCE * found
+        )
+        return (count < steps) & (failures < 5) & ~finished
+
+    start = (theta, measure(theta), jnp.asarray(1e-6, theta.dtype), 0, 0, local(theta))
+    theta, found, _, _, _, (_, _, _, relative, decrease) = jax.lax.while_loop(
+        unfinished, body, start
+    )
+    return theta, found, relative, decrease

@@ -1,19 +1,31 @@
 """Length, vocabulary and hyper-parameters of language models."""
 
+import importlib
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lminf.attention.policies import Full, LMInfinite, ReRoPE, SelfExtend, Streaming, Window
+    from lminf.generation import Sampling
     from lminf.lm import LM
 
-__all__ = ["LM", "__version__"]
+__all__ = [
+    "LM",
+    "Full",
+    "LMInfinite",
+    "ReRoPE",
+    "Sampling",
+    "SelfExtend",
+    "Streaming",
+    "Window",
+    "__version__",
+]
+_HOMES = {"LM": "lminf.lm", "Sampling": "lminf.generation"}
 
 
 def __getattr__(name: str):
-    # The command line must start without waiting for jax.
-    if name == "LM":
-        from lminf.lm import LM
-
-        return LM
-    raise AttributeError(f"module 'lminf' has no attribute {name!r}")
+    # On first use: the command line must start without waiting for jax.
+    if name not in __all__:
+        raise AttributeError(f"module 'lminf' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES.get(name, "lminf.attention.policies")), name)

@@ -7,7 +7,8 @@ lm.with_policy(Full())             the same weights, attended otherwise
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -127,17 +128,44 @@ class LM:
         total = len(ids) - 1
         if total < 1:
             raise InputError(f"{len(ids)} tokens: nothing to predict; give at least 2")
-        chunk = min(CHUNK, max(16, 1 << (total - 1).bit_length()))
-        padded = np.pad(ids, (0, -total % chunk))
-        caches = self.init_caches(batch=1, capacity=len(padded) - 1)
-        losses = []
-        for start in range(0, total, chunk):
-            piece = jnp.asarray(padded[None, start : start + chunk + 1])
-            loss, caches = _score(self.decoder, self.params, piece, jnp.int32(start), caches)
-            losses.append(np.asarray(loss[0]))
+        losses, done = [], 0
+        for loss in self.read([ids], longest=len(ids)):
+            losses.append(loss)
+            done += len(loss)
             if progress:
-                progress(min(start + chunk, total), total)
-        return np.concatenate(losses)[:total]
+                progress(done, total)
+        return np.concatenate(losses)
+
+    def read(
+        self, pieces: Iterable[Int[np.ndarray, " _"]], *, longest: int | None = None
+    ) -> Iterator[Float32[np.ndarray, " _"]]:
+        """NLL of the tokens 1.. of a stream, in order, some at a time; what was read is forgotten
+        as the policy says. `longest` is the most tokens that may come: policies that keep
+        everything need it, and a short one saves work.
+        """
+        module = self.decoder
+        bounded = all(policy.bounded for policy in module.policies)
+        if longest is None and not bounded:
+            raise InputError(
+                f"{self.policy.name} keeps every token, so a stream needs longest=, the tokens to "
+                f"make room for; or read it under a policy with a window"
+            )
+        # No wider than the text, in powers of two, so that few shapes are compiled.
+        chunk = CHUNK if longest is None else min(CHUNK, max(16, _power_of_two(longest - 1)))
+        caches = self.init_caches(batch=1, capacity=-(-(longest or 0) // chunk) * chunk)
+        held, start = np.zeros(0, np.int32), 0
+        for piece in itertools.chain(pieces, [None]):
+            last = piece is None
+            held = held if last else np.concatenate([held, np.asarray(piece, np.int32)])
+            # A chunk needs the token after it; the last one is filled up with what is not scored.
+            while len(held) > chunk or (last and len(held) > 1):
+                scored = min(chunk, len(held) - 1)
+                tokens = np.pad(held[: chunk + 1], (0, max(chunk + 1 - len(held), 0)))
+                loss, caches = _score(
+                    module, self.params, jnp.asarray(tokens[None]), jnp.int32(start), caches
+                )
+                yield np.asarray(loss[0, :scored])
+                held, start = held[scored:], start + scored
 
     def nll(self, text: str, *, length: int | None = None, progress: Progress | None = None) -> NLL:
         """How well the first `length` tokens of a text (None: all) are predicted."""
@@ -244,6 +272,10 @@ def _score(module: decoder.Decoder, params, tokens: Int[jax.Array, "B C+1"], sta
         {"params": params}, tokens[:, :-1], positions=positions, caches=caches
     )
     return xent.token_nll(module.spec, params, hidden, tokens[:, 1:]), caches
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << max(least - 1, 0).bit_length()
 
 
 def stretch_of(encoding: rope.Encoding) -> float:

@@ -177,7 +177,8 @@ class ReRoPE(_SeesAll):
     def query_gain(self, q):
         if self.log_from is None:
             return None
-        grown = jnp.log(q.astype(jnp.float32) + 1) / math.log(self.log_from)
+        # Padding stands below 0, where the logarithm would be NaN and spoil gradients.
+        grown = jnp.log(jnp.maximum(q, 0).astype(jnp.float32) + 1) / math.log(self.log_from)
         return jnp.maximum(grown, 1.0)
 
 

@@ -18,9 +18,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 import kernels
+from kernels.common import masks
 from lminf.attention import cache as caches
 from lminf.attention import rope
 from lminf.attention.policies import LayerPolicy, PerHead, Policy
+from lminf.errors import InputError
 
 Whole: TypeAlias = Callable[[Array, Array, Array], Array]  # (q, k, v) -> out, all [B, T, heads, H]
 # (q, k, v, stored_k, stored_v, layer) -> out, stored_k, stored_v
@@ -58,12 +60,16 @@ def reference(
     q_segments: Int[Array, "B T"] | None = None,
     k_segments: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attention output; zero for a query that sees nothing. k_pos < 0 marks an empty slot."""
+    """Attention output; zero for a query that sees nothing.
+
+    A position below 0 marks an empty slot or padding, as the segment masks.PADDING does.
+    """
     to, at = q_pos[:, :, None], k_pos[:, None, :]
-    length = _length(q_pos)
+    length = _length(scoring, q_pos, q_segments)
     same_text = (at >= 0) & (to >= 0)
     if q_segments is not None and k_segments is not None:
         same_text &= q_segments[:, :, None] == k_segments[:, None, :]
+        same_text &= (q_segments != masks.PADDING)[:, :, None]
 
     def dense(part: Policy, q, k, v, slopes):
         gain = part.query_gain(q_pos)
@@ -119,9 +125,11 @@ def whole(
     segments: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
 ) -> Whole:
-    """Attention of a text over itself. Positions rise by one along a row (or along a segment).
+    """Attention of a text over itself.
 
-    Rows may begin below 0: such tokens are padding, see nothing and are not seen.
+    Positions rise by one along a row, from 0 or below (never above: the first tokens must be
+    there), or along each segment, from 0. Tokens below 0 are padding, as those in segment
+    masks.PADDING are: they see nothing and are not seen.
     """
     runs = {
         part: _whole(part, scoring, positions, segments, implementation) for part in _parts(policy)
@@ -132,7 +140,8 @@ def whole(
 def _whole(policy, scoring, positions, segments, implementation):
     batch, tokens = positions.shape
     count = tokens if policy.far_count is None else min(policy.far_count, tokens)
-    place = _Placement(policy, scoring, positions, positions, _length(positions))
+    length = _length(scoring, positions, segments)
+    place = _Placement(policy, scoring, positions, positions, length)
     if segments is None:
         # Far keys are the tokens at positions 0.. of each row: behind the padding, if any.
         far_pos = jnp.broadcast_to(jnp.arange(count, dtype=positions.dtype), (batch, count))
@@ -141,6 +150,7 @@ def _whole(policy, scoring, positions, segments, implementation):
     else:
         # Every segment has first tokens of its own: the kernel picks them out of all.
         far_pos, rows, key_start = positions, None, None
+        segments = jnp.where(positions < 0, masks.PADDING, segments)
     far = place.far(far_pos)
 
     def run(q, k, v, slopes):
@@ -199,7 +209,7 @@ def _over_slots(policy, scoring, layout, slot_pos, positions):
     """One token per row over all slots, itself included: what decoding runs."""
     slots = layout.slots
     count = slots if policy.far_count is None else policy.far_count
-    place = _Placement(policy, scoring, positions, slot_pos, _length(positions))
+    place = _Placement(policy, scoring, positions, slot_pos, _length(scoring, positions))
     # In both layouts the slots of the first positions are the first slots.
     far = place.far(slot_pos[:, :count])
     seen = policy.visible(positions[:, :, None], slot_pos[:, None]) & (slot_pos[:, None] >= 0)
@@ -221,10 +231,10 @@ def _over_window(policy, scoring, layout, positions, implementation):
     """A chunk over the last `near_width` stored tokens, itself, and the first `far_count`."""
     batch = positions.shape[0]
     width, count = policy.near_width, policy.far_count
-    recent = positions[:, :1] - width + jnp.arange(width, dtype=positions.dtype)
+    recent = positions[:, :1] + jnp.arange(-width, 0, dtype=positions.dtype)[None]
     recent_slots = jnp.clip(layout.slot(recent), 0, layout.slots - 1)
     key_pos = jnp.concatenate([recent, positions], 1)
-    place = _Placement(policy, scoring, positions, key_pos, _length(positions))
+    place = _Placement(policy, scoring, positions, key_pos, _length(scoring, positions))
     far = place.far(jnp.broadcast_to(jnp.arange(count, dtype=positions.dtype), (batch, count)))
 
     def read(q, k, v, before_k, before_v, after_k, after_v, slopes):
@@ -246,7 +256,7 @@ def _over_all(policy, scoring, layout, positions, implementation):
     in_order = jnp.arange(layout.slots, dtype=positions.dtype)
     slot_pos = jnp.broadcast_to(in_order, (batch, layout.slots))
     count = layout.slots if policy.far_count is None else policy.far_count
-    place = _Placement(policy, scoring, positions, slot_pos, _length(positions))
+    place = _Placement(policy, scoring, positions, slot_pos, _length(scoring, positions))
     far = place.far(slot_pos[:, :count])
 
     def read(q, k, v, before_k, before_v, after_k, after_v, slopes):
@@ -386,6 +396,14 @@ def _rows(x: Float[Array, "B S K H"], rows: Int[Array, "B R"]) -> Float[Array, "
     return jnp.take_along_axis(x, rows[:, :, None, None], axis=1)
 
 
-def _length(positions) -> Int[Array, ""]:
-    """Tokens read once these positions are: what dynamic rotary scaling follows."""
-    return positions.max() + 1
+def _length(scoring: Scoring, positions, segments=None) -> Int[Array, "B 1"] | None:
+    """Tokens of each row once these positions are read, which dynamic rotary scaling follows."""
+    encoding = scoring.encoding
+    if not isinstance(encoding, rope.Rotary) or not isinstance(encoding.scaling, rope.DynamicNTK):
+        return None
+    if segments is not None:
+        raise InputError(
+            "DynamicNTK follows the length of a row, but packed rows hold texts of several "
+            "lengths; give each text its own row or use NTKAware"
+        )
+    return positions.max(-1, keepdims=True) + 1

@@ -70,14 +70,14 @@ class DynamicNTK:
     trained_length: int  # tokens
     temperature = 1.0
 
-    def frequencies_at(self, base: float, dim: int, length) -> Float32[Array, " P"]:
-        """Frequencies when `length` tokens (a traced integer) have been read."""
-        stretch = self.alpha * jnp.asarray(length, jnp.float32) / self.trained_length - (
-            self.alpha - 1
-        )
-        grown = jnp.log(jnp.float32(base)) + jnp.log(jnp.maximum(stretch, 1.0)) * (dim / (dim - 2))
-        exponent = jnp.asarray(-np.arange(0, dim, 2) / dim, jnp.float32)
-        return jnp.exp(grown * exponent)
+    def frequencies_at(
+        self, base: float, dim: int, length: Int[Array, "*B"]
+    ) -> Float32[Array, "*B P"]:
+        """Frequencies when `length` tokens (traced integers) have been read."""
+        stretch = self.alpha * length.astype(jnp.float32) / self.trained_length - (self.alpha - 1)
+        grown = math.log(base) + jnp.log(jnp.maximum(stretch, 1.0)) * (dim / (dim - 2))
+        exponent = (-np.arange(0, dim, 2) / dim).astype(np.float32)
+        return jnp.exp(grown[..., None] * exponent.reshape((1,) * length.ndim + (-1,)))
 
 
 @dataclass(frozen=True)
@@ -187,10 +187,14 @@ class Rotation(NamedTuple):
 
 
 def rotation(
-    encoding: Rotary, positions: Int[Array, "*B T"], *, scale: float = 1.0, length=None
+    encoding: Rotary,
+    positions: Int[Array, "*B T"],
+    *,
+    scale: float = 1.0,
+    length: Int[Array, "*B 1"] | Int[Array, ""] | None = None,
 ) -> Rotation:
     """Rotation of every position. `scale` stretches the positions (1/k for Leaky ReRoPE);
-    `length` is how many tokens have been read, which only DynamicNTK asks for.
+    `length` is how many tokens have been read, in each row, which only DynamicNTK asks for.
     """
     scaling = encoding.scaling
     if isinstance(scaling, DynamicNTK):
@@ -201,7 +205,10 @@ def rotation(
         )
     else:
         turns = _split(scaling.frequencies(encoding.base, encoding.dim) * (scale / TURN))
-    angle = _angle(positions[..., None], *turns)
+    # One frequency for all rows, or one for each row: [P] or [*B 1 P] beside positions [*B T 1].
+    rank = positions.ndim + 1
+    high, low = (jnp.reshape(word, (1,) * (rank - word.ndim) + word.shape) for word in turns)
+    angle = _angle(positions[..., None], high, low)
     return Rotation(
         jnp.cos(angle) * jnp.float32(scaling.temperature),
         jnp.sin(angle) * jnp.float32(scaling.temperature),
@@ -244,9 +251,9 @@ def _split_traced(turns_per_token: Float32[Array, " P"]):
 def _angle(positions: Int[Array, "..."], high, low) -> Float32[Array, "..."]:
     """positions * frequency modulo one turn, in (-pi, pi]; |error| < 2e-7."""
     position = jax.lax.bitcast_convert_type(positions.astype(jnp.int32), jnp.uint32)
-    carry = _multiply_high(position, jnp.asarray(low))
-    carry = carry - jnp.where(positions < 0, jnp.asarray(low), jnp.uint32(0))
-    phase = position * jnp.asarray(high) + carry
+    carry = _multiply_high(position, low)
+    carry = carry - jnp.where(positions < 0, low, jnp.uint32(0))
+    phase = position * high + carry
     signed = jax.lax.bitcast_convert_type(phase, jnp.int32).astype(jnp.float32)
     return signed * jnp.float32(TURN / 2.0**32)
 

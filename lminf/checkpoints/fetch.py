@@ -33,6 +33,8 @@ HUB_FILES = ("*.safetensors", "*.json", "chat_template.jinja")
 # Weights again in another layout, and other tasks' files.
 HUB_SKIPPED = ("*/*", "consolidated*", "*.msgpack.json")
 CHUNK_BYTES = 1 << 20
+# What the hub's HTTP library, which it has changed before, raises for a lost connection.
+TRANSPORT_ERROR: type[Exception] = hub_errors.HfHubHTTPError.__mro__[1]
 
 
 @dataclass(frozen=True)
@@ -276,7 +278,6 @@ def _hub_errors(repository: Repository):
             f"{name} is not in the cache and could not be reached; check the network connection, "
             f"or give a folder or a .gguf file"
         ) from error
-    except hub_errors.HfHubHTTPError as error:
-        raise InputError(
-            f"{name} could not be fetched ({str(error).splitlines()[0][:200]}); try again later"
-        ) from error
+    except (OSError, TRANSPORT_ERROR) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise InputError(f"{name} could not be fetched ({reason}); try again later") from error

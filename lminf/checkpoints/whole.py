@@ -45,7 +45,7 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"the disk is full: {path} could not be written with {free / 2**20:.0f} MiB free; "
                 f"make room, or choose another place"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
             raise InputError(
                 f"{path} may not be written ({error.strerror}); choose another place"
             ) from error

@@ -12,7 +12,7 @@ WORKERS ?= 2
 PIP = $(PYTHON) -m pip --disable-pip-version-check --python
 IN = $(VENV)/bin/
 
-.PHONY: help run test slow parity lint format clean
+.PHONY: help run test slow parity lint lint-code lint-format lint-types format clean
 
 help:
 	@echo "make run      install, fetch $(MODEL), measure it past its training length"
@@ -34,9 +34,15 @@ slow: $(VENV)/.installed-dev
 parity: $(PARITY_VENV)/.installed-parity
 	$(PARITY_VENV)/bin/python -m pytest -m parity $(ARGS)
 
-lint: $(VENV)/.installed-dev
+lint: lint-code lint-format lint-types
+
+lint-code: $(VENV)/.installed-dev
 	$(IN)ruff check .
+
+lint-format: $(VENV)/.installed-dev
 	$(IN)ruff format --check .
+
+lint-types: $(VENV)/.installed-dev
 	$(IN)pyright --pythonpath $(IN)python
 
 format: $(VENV)/.installed-dev

@@ -1,57 +1,61 @@
-"""lminf nll MODEL: how well a model predicts a text, by position."""
+"""lminf nll MODEL: how well a model predicts texts, by position."""
 
 import argparse
 import json
 import time
 
+import numpy as np
 from rich.console import Console
 
 from lminf.attention.policies import POLICIES
 from lminf.config import parse_choice
 from lminf.data import sources
 from lminf.errors import InputError
-from lminf.evals import perplexity
+from lminf.evals import perplexity, stream
 from lminf.lm import LM
 from lminf.run import memory, tables
 from lminf.run.progress import Progress
 
+STREAM_CHUNK = 128_000  # tokens; that of the 200-million-token run
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", metavar="MODEL", help="a table name, a folder, a .gguf file, owner/name"
-    )
+    parser.add_argument("model", help="a table name, a folder, a .gguf file, owner/name")
     parser.add_argument("--policy", default="full", help="as in lm_infinite:window=4096,sinks=10")
-    parser.add_argument("--text", metavar="FILE", help="default: the interpreter's documentation")
-    parser.add_argument("--length", type=int, help="tokens to read; default: the whole text")
+    parser.add_argument("--text", action="append", metavar="FILE",
+                        help="may repeat; default: the interpreter's documentation")  # fmt: skip
+    parser.add_argument("--length", type=int, help="tokens to read of each text; default: all")
     parser.add_argument("--block", type=int, default=2048, help="tokens averaged into one number")
+    parser.add_argument("--protocol", choices=("document", "stream"), default="document",
+                        help="each text by itself, or all as one shuffled stream")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the stream's order")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> None:
     policy = parse_choice(args.policy, POLICIES)
-    for name in ("length", "block"):
-        value, least = getattr(args, name), {"length": 2, "block": 1}[name]
+    for name, least in {"length": 2, "block": 1}.items():
+        value = getattr(args, name)
         if value is not None and value < least:
             raise InputError(f"--{name}={value}: give at least {least} tokens")
-    text = sources.text_of(args.text)
+    texts = [sources.text_of(path) for path in args.text or [None]]
     lm = LM.from_pretrained(args.model, policy=policy)
-    tokens = args.length or len(lm.encode(text)[0])
+    encoded = [lm.encode(text, length=args.length) for text in texts]
     started = time.perf_counter()
-    with Progress(tokens, label=policy.name, unit="tokens") as progress:
-        result = lm.nll(text, length=args.length, progress=lambda done, _: progress.update(done))
-    seconds = time.perf_counter() - started
-    blocks = perplexity.by_position([result.token_nll], block=args.block)
+    blocks, bits, tokens = (along_stream if args.protocol == "stream" else by_document)(
+        lm, encoded, args
+    )
     found = {
         "blocks": [block.nll for block in blocks],
-        "bits_per_byte": result.bits_per_byte,
+        "bits_per_byte": bits,
         "tokens": tokens,
-        "seconds": seconds,
+        "seconds": time.perf_counter() - started,
         "peak_memory_bytes": memory.peak_bytes(),
-        "mean": result.mean,
         "block": args.block,
         "policy": policy.name,
+        "protocol": args.protocol,
         "model": args.model,
-        "text_digest": sources.digest(text),
+        "text_digests": [sources.digest(text) for text in texts],
     }
     if args.json:
         print(json.dumps(found))
@@ -59,6 +63,40 @@ def run(args: argparse.Namespace) -> None:
     rows = [{"tokens": f"{b.start}–{b.stop}", "nats/token": b.nll} for b in blocks]
     Console(highlight=False).print(tables.rich_table(rows, title=policy.name))
     print(
-        f"{result.mean:.4f} nats/token  {result.bits_per_byte:.4f} bits/byte  {tokens} tokens  "
-        f"{seconds:.1f} s  {found['peak_memory_bytes'] / 2**20:.0f} MiB"
+        f"{bits:.4f} bits/byte  {tokens} tokens  {found['seconds']:.1f} s  "
+        f"{found['peak_memory_bytes'] / 2**20:.0f} MiB"
     )
+
+
+def by_document(lm: LM, encoded, args) -> tuple[list[perplexity.Block], float, int]:
+    """Blocks of positions averaged over the texts, bits per byte, tokens read."""
+    losses, token_bytes, total = [], [], sum(len(ids) for ids, _ in encoded)
+    with Progress(total, label=lm.policy.name, unit="tokens") as progress:
+        before = 0
+        for ids, ends in encoded:
+            losses.append(
+                lm.token_nll(ids, progress=lambda done, _, b=before: progress.update(b + done))
+            )
+            token_bytes.append(np.diff(ends))
+            before += len(ids)
+    bits = perplexity.bits_per_byte(np.concatenate(losses), np.concatenate(token_bytes))
+    return perplexity.by_position(losses, block=args.block), bits, total
+
+
+def along_stream(lm: LM, encoded, args) -> tuple[list[perplexity.Block], float, int]:
+    """Blocks along one stream of all texts, bits per byte of the whole, tokens read."""
+    skip = int(lm.tokenizer.add_bos)  # the stream has one BOS, at its start
+    documents = [ids[skip:] for ids, _ in encoded]
+    places, nll = stream.token_nll(lm, documents, chunk=STREAM_CHUNK, seed=args.seed)
+    total = sum(len(ids) for ids in documents)
+    # One token in a chunk is not scored: its bytes are its share of the whole.
+    text_bytes = sum(int(ends[-1]) for _, ends in encoded) * len(nll) / total
+    bits = float(nll.sum(dtype=np.float64) / np.log(2) / text_bytes)
+    edges = np.arange(0, places[-1] + args.block + 1, args.block)
+    blocks = [
+        perplexity.Block(int(low), int(min(high, places[-1] + 1)), int(inside.sum()),
+                         float(nll[inside].mean(dtype=np.float64)))
+        for low, high in zip(edges, edges[1:], strict=False)
+        if (inside := (places >= low) & (places < high)).any()
+    ]  # fmt: skip
+    return blocks, bits, total

@@ -1,0 +1,198 @@
+"""Approach 2: the vocabulary at which FLOPs stop falling, for a fixed text.
+
+A larger V shortens the text and lengthens the head. At fixed characters H the FLOPs are
+6 (N_nv + V d) H f(V); their minimum over V gives one root for each N_nv, and only the exponent
+gamma of these roots is used, anchored at the best vocabulary of one small family.
+Source: arXiv:2407.13623, section 4.2.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from lminf.errors import InputError
+from lminf.scaling import accounting, laws, surfaces, vocab, vocab_isoflop
+from lminf.scaling.fertility import Fertility
+from lminf.scaling.tables import VocabTable
+
+PUBLISHED_SIZES = (33e6, 85e6, 151e6, 302e6, 631e6, 1130e6, 2870e6)  # N_nv, parameters
+ANCHOR_FLOPS = 2.7e17
+ANCHOR_RANGE = 0.12  # the best size goes from 4096 to 10240 within +-12 % of the anchor budget
+
+
+def flops_slope(vocab_size, *, n_nv, width, fertility: Fertility):
+    """d/dV of (N_nv + V d) f(V): negative below the optimum, positive above."""
+    size = np.asarray(vocab_size, np.float64)
+    return (n_nv + size * width) * fertility.slope(size) + fertility.tokens_per_character(
+        size
+    ) * width
+
+
+def flops_root(n_nv, *, width, fertility: Fertility) -> Float[np.ndarray, "sizes"]:
+    """V that minimises FLOPs at fixed text, in [64, the fertility's cap); NaN: no root."""
+    n_nv, width = np.atleast_1d(np.asarray(n_nv, np.float64)), np.asarray(width, np.float64)
+    low = max(vocab.SMALLEST_VOCAB, 1.0)
+    cap = min(fertility.cap, 1e7)
+    if fertility.kind == "table":
+        low, cap = fertility.fitted_range
+    inside = np.log(cap) - 1e-12  # at the cap itself f is constant and there is no root
+    found = vocab.bisect(
+        lambda log_v: flops_slope(np.exp(log_v), n_nv=n_nv, width=width, fertility=fertility),
+        np.full(n_nv.shape, np.log(low)),
+        np.full(n_nv.shape, inside),
+    )
+    return np.exp(found)
+
+
+def fit_gamma(n_nv, n_v) -> float:
+    """Exponent through the first model: ln(N_v,i / N_v,0) = gamma ln(N_nv,i / N_nv,0), Huber 1e-3."""
+    x, y = np.log(np.asarray(n_nv[1:]) / n_nv[0]), np.log(np.asarray(n_v[1:]) / n_v[0])
+    # One parameter and a convex objective whose derivative only rises: bisect it.
+    low, high = -5.0, 5.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        rising = np.sum(x * np.clip(middle * x - y, -1e-3, 1e-3)) > 0
+        low, high = (low, middle) if rising else (middle, high)
+    return (low + high) / 2
+
+
+def best_anchor(table: VocabTable, flops: float) -> tuple[float, float]:
+    """(V, N_v) with the lowest loss of the smallest family at a budget.
+
+    Each run's loss is a quadratic spline in linear FLOPs, continued past its end: the small
+    vocabularies end before the published anchor.
+    """
+    family = table.select(table.n_nv == table.n_nv.min())
+    best = (np.inf, np.nan, np.nan)
+    for size in np.unique(family.vocab_size):
+        run = family.select(family.vocab_size == size)
+        order = np.argsort(run.flops)
+        if len(order) < 3:
+            continue
+        at = np.array([flops])
+        loss = float(surfaces.quadratic_spline(run.flops[order], run.loss[order], at)[0])
+        best = min(best, (loss, float(size), float(size * run.width[0])))
+    if not np.isfinite(best[1]):
+        raise InputError(
+            "the smallest family has no run of three checkpoints, so there is no anchor for "
+            "approach 2; give N_v of a known optimum or add checkpoints"
+        )
+    return best[1], best[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DerivativeLaw(vocab.VocabLaw):
+    """N_v = N_v0 (N_nv / N_nv0)^gamma. It knows no budget: always the compute-optimal one."""
+
+    kind = "vocab-derivative"
+
+    def n_v(self, constants, *, n_nv, width, flops):
+        return np.exp(
+            constants["ln_n_v0"] + constants["gamma"] * (np.log(n_nv) - constants["ln_n_nv0"])
+        ) * np.ones_like(flops)
+
+    def optimum(self, *, n_nv, d=None, flops=None, tokens=None):
+        found = super().optimum(n_nv=n_nv, d=d, flops=flops, tokens=tokens)
+        if flops is None and tokens is None:
+            return found
+        note = "approach 2 knows no budget: its V is the compute-optimal one whatever was asked"
+        return vocab.Optimum(**{**vars(found), "warnings": (*found.warnings, note)})
+
+
+@dataclass(frozen=True)
+class VocabLaw2:
+    """Procedure of approach 2: roots at `sizes` with the ladder's width, anchored on the table."""
+
+    sizes: tuple[float, ...] = PUBLISHED_SIZES
+    anchor_flops: float = ANCHOR_FLOPS
+
+    def roots(self, fertility: Fertility) -> Float[np.ndarray, "sizes"]:
+        return flops_root(
+            self.sizes, width=accounting.ladder_width(self.sizes), fertility=fertility
+        )
+
+    def gamma(self, fertility: Fertility, leave_out: int | None = None) -> float:
+        keep = [i for i in range(len(self.sizes)) if i != leave_out]
+        sizes = np.asarray(self.sizes)[keep]
+        roots = self.roots(fertility)[keep]
+        if not np.all(np.isfinite(roots)):
+            raise InputError(
+                f"approach 2 has no root for N_nv={sizes[~np.isfinite(roots)][0]:g} with fertility "
+                f"{fertility.name!r}; drop that size from the list"
+            )
+        return fit_gamma(sizes, roots * accounting.ladder_width(sizes))
+
+    def fit(
+        self,
+        table: VocabTable,
+        *,
+        fertility: Fertility,
+        draws: int = 300,
+        cluster: str = "run",
+        seed: int = 0,
+    ) -> DerivativeLaw:
+        """gamma from the fertility alone, the anchor from the table's smallest family.
+
+        Draws: anchor budgets within +-12 % times leaving one size out of the list. They show how
+        fragile the anchor is; they are no sampling distribution.
+        """
+        smallest = table.select(table.n_nv == table.n_nv.min())
+        low, high = smallest.flops.min(), smallest.flops.max()
+        if not low <= self.anchor_flops <= high:
+            raise InputError(
+                f"the anchor budget {self.anchor_flops:.3g} FLOPs lies outside the smallest "
+                f"family's {low:.3g}..{high:.3g}; give --anchor-flops inside it"
+            )
+        size, n_v0 = best_anchor(table, self.anchor_flops)
+        n_nv0 = float(self.sizes[0])
+        budget = budget_constant(table, fertility)
+        constants = {
+            "gamma": self.gamma(fertility),
+            "ln_n_v0": float(np.log(n_v0)),
+            "ln_n_nv0": float(np.log(n_nv0)),
+            "ln_k_nnv": budget,
+            "alpha_nnv": 0.5,
+        }
+        drawn, how, spans = {}, "", {}
+        if draws:
+            random = np.random.default_rng(seed)
+            factors = random.uniform(1 - ANCHOR_RANGE, 1 + ANCHOR_RANGE, draws)
+            grid = np.linspace(1 - ANCHOR_RANGE, 1 + ANCHOR_RANGE, 49)
+            anchors = [np.log(best_anchor(table, self.anchor_flops * f)[1]) for f in grid]
+            nearest = np.abs(factors[:, None] - grid).argmin(1)
+            gammas = np.array([self.gamma(fertility, i) for i in range(1, len(self.sizes))])
+            drawn = {
+                "gamma": random.choice(gammas, draws),
+                "ln_n_v0": np.asarray(anchors)[nearest],
+            }
+            how = f"{draws} draws of the anchor budget within 12 % and of the size list"
+            spans = {name: vocab.resample.percentile_interval(v, 0.95) for name, v in drawn.items()}
+        return DerivativeLaw(
+            version=f"derivative-{table.digest[:8]}",
+            source=f"data sha256 {table.digest}",
+            constants=constants,
+            units={"N_nv, N_v": "parameters", "F": "FLOPs"},
+            procedure={
+                "approach": 2,
+                "sizes": list(self.sizes),
+                "anchor_flops": self.anchor_flops,
+                "anchor_vocab": size,
+                "fertility": fertility.to_json(),
+            },
+            fitted_range=vocab_isoflop.fitted_range(table),
+            draws=drawn,
+            resampling=how,
+            intervals=spans,
+        )
+
+
+def budget_constant(table: VocabTable, fertility: Fertility) -> float:
+    """ln k of N_nv = k F^0.5 on the table's envelope (approach 1, Huber): the default budget."""
+    kept = vocab_isoflop.VocabLaw1().envelope(table, fertility, np.ones(len(table), bool))
+    x, y, weights = vocab_isoflop._stack([kept])
+    k, _, converged, _ = vocab_isoflop.fit_lines(
+        x[:1], y[:1], weights[:1], np.array([0.5]), "huber"
+    )
+    laws.require_converged(bool(converged[0]), "the compute-optimal budget", np.nan)
+    return float(k[0])

@@ -36,22 +36,35 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The parsed arguments; `command` is the function to call with them."""
-    parser = argparse.ArgumentParser(prog="lminf", description="Length generalisation in JAX.")
+    at = next((i for i, word in enumerate(arguments) if not word.startswith("-")), None)
+    if at is None:
+        return overview().parse_args(arguments)
+    name = arguments[at]
+    if name not in COMMANDS:
+        raise InputError(f"there is no command {name!r}; {closest(name, COMMANDS)}")
+    module = importlib.import_module(f"lminf.commands.{name}")
+    parser = argparse.ArgumentParser(prog=f"lminf {name}", description=COMMANDS[name])
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    module.add_arguments(parser)
+    parser.set_defaults(command=module.run)
+    words = [*arguments[:at], *arguments[at + 1 :]]
+    if name == "run":  # passes on what it does not know, so the order matters
+        return parser.parse_args(words)
+    # In any order: plain parsing gives up on an optional word that stands behind an option.
+    return parser.parse_intermixed_args(words)
+
+
+def overview() -> argparse.ArgumentParser:
+    """The parser of the bare command: help, and the list of commands."""
+    parser = argparse.ArgumentParser(
+        prog="lminf",
+        description="Length, vocabulary and hyper-parameters of language models.",
+    )
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    asked = next((word for word in arguments if not word.startswith("-")), None)
-    if asked is not None and asked not in COMMANDS:
-        raise InputError(f"there is no command {asked!r}; {closest(asked, COMMANDS)}")
     for name, text in COMMANDS.items():
-        own = commands.add_parser(name, help=text, description=text)
-        # Accepted after the command too; SUPPRESS keeps it from undoing the one before.
-        own.add_argument("--debug", action="store_true", default=argparse.SUPPRESS,
-                         help="show a traceback with an error")  # fmt: skip
-        if name == asked:
-            module = importlib.import_module(f"lminf.commands.{name}")
-            module.add_arguments(own)
-            own.set_defaults(command=module.run)
-    return parser.parse_args(arguments)
+        commands.add_parser(name, help=text)
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """lminf nll MODEL: how well a model predicts texts, by position."""
 
 import argparse
+import itertools
 import json
 import time
 
@@ -96,7 +97,7 @@ def along_stream(lm: LM, encoded, args) -> tuple[list[perplexity.Block], float, 
     blocks = [
         perplexity.Block(int(low), int(min(high, places[-1] + 1)), int(inside.sum()),
                          float(nll[inside].mean(dtype=np.float64)))
-        for low, high in zip(edges, edges[1:], strict=False)
+        for low, high in itertools.pairwise(edges)
         if (inside := (places >= low) & (places < high)).any()
     ]  # fmt: skip
     return blocks, bits, total

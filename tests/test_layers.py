@@ -40,7 +40,7 @@ LAYERS = {
     "lminf.lm": CHECKPOINTS | {"lminf.generation"},
     "lminf.evals": LM,
     "lminf.run": {"lminf.errors", "lminf.config"},
-    "lminf": {"lminf.lm"},  # only inside a function, so that importing the package stays instant
+    "lminf": LM,  # on first use of a name, so that importing the package stays instant
     "configs": MODELS | DATA | {"lminf.losses", "lminf.train", "lminf.parallel"},
     "experiments": LIBRARY | {"configs"},
     "lminf.commands": LIBRARY | {"configs", "experiments"},

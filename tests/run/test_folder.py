@@ -120,7 +120,9 @@ def test_a_line_that_is_not_json_is_named(tmp_path):
         folder.read_lines(tmp_path / "rows.jsonl")
 
 
-def test_a_long_diff_is_cut_and_says_so(monkeypatch):
+def test_a_long_diff_is_cut_and_says_so(tmp_path, monkeypatch):
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setattr(environment, "SOURCE", tmp_path)
     monkeypatch.setattr(environment, "DIFF_CHARACTERS", 10)
     monkeypatch.setattr(environment, "_git", lambda *arguments: "x" * 50)
     found = environment.source()

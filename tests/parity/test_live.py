@@ -142,6 +142,9 @@ def test_what_we_export_transformers_reads_back_whole(peer, both, case, tmp_path
     )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(again) is type(theirs)
+    for name, weight in theirs.state_dict().items():
+        np.testing.assert_array_equal(again.state_dict()[name], weight, err_msg=name)
+    # Equal weights are not equal logits bit for bit: torch sums by how the memory is aligned.
     tokens = peer.draw_tokens(6)
-    ours, expected = peer.evaluate(again.eval(), tokens), peer.evaluate(theirs, tokens)
-    np.testing.assert_array_equal(ours["logits"], expected["logits"])
+    found, expected = peer.evaluate(again.eval(), tokens), peer.evaluate(theirs, tokens)
+    assert abs(found["logits"] - expected["logits"]).max() <= LOGITS / 4

@@ -1,4 +1,4 @@
-"""The default model's tokenizer, read from its GGUF file by us and by transformers."""
+"""The default model, read from its GGUF file by us and by transformers: tokens and losses."""
 
 import pydoc_data.topics
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lminf import checkpoints
+from lminf import LM, checkpoints
 from lminf.checkpoints import fetch
 from lminf.evals import passkey
 
@@ -55,10 +55,14 @@ def test_odd_texts_split_equally(tokenizers, name):
     assert ours.decode(found) == TEXTS[name]
 
 
+def default_text():
+    topics = pydoc_data.topics.topics
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
 def test_the_default_text_splits_equally(tokenizers):
     ours, theirs = tokenizers
-    topics = pydoc_data.topics.topics
-    text = "\n\n".join(topics[name] for name in sorted(topics))
+    text = default_text()
     np.testing.assert_array_equal(ours.encode(text), their_ids(theirs, text))
 
 
@@ -105,3 +109,20 @@ def test_passkey_prompts_have_their_length_in_transformers_tokens(tokenizers, le
     for sample in passkey.draw("lm_infinite", ours.encode, length=length, count=4, seed=0):
         copy = len(ours.encode(" " + passkey.FILLER))
         assert length - copy < len(their_ids(theirs, sample.prompt)) == sample.tokens <= length
+
+
+def test_the_default_model_predicts_as_well(peer, model):
+    torch = peer.torch
+    path = fetch.fetch(MODEL)
+    theirs = peer.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+    )
+    tokens = model.tokenizer.encode(default_text())[:700]
+    ids = torch.from_numpy(tokens).long()[None]
+    with torch.no_grad():
+        logits = theirs.eval()(input_ids=ids, use_cache=False).logits[0, :-1]
+    expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").numpy()
+    found = LM(model.spec, model.params, model.tokenizer).token_nll(tokens)
+    # Thirty layers of float32, and losses up to 20 nats.
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+    assert found.mean() == pytest.approx(expected.mean(), abs=1e-5)

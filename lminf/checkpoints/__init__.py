@@ -17,7 +17,7 @@ from lminf.models.spec import ModelSpec
 from lminf.types import Params
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
     spec: ModelSpec
     params: Params

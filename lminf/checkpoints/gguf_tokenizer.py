@@ -129,7 +129,7 @@ def from_metadata(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     return Tokenizer(
         backend,
         special={f"{name}_token": tokens[i] for name, i in ids.items() if i is not None},
-        add_bos=facts.get("add_bos_token", bos),
+        add_bos=ids["bos"] is not None and facts.get("add_bos_token", bos),
         end_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
         chat_template=metadata.get("tokenizer.chat_template"),
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import processors
 
 from lminf.data.tokenizers import Tokenizer
 from lminf.errors import InputError
@@ -63,7 +64,7 @@ def read(folder: Path) -> Tokenizer | None:
 
 def write(folder: Path, tokenizer: Tokenizer) -> None:
     """Saves a tokenizer as transformers and `read` load it."""
-    tokenizer.backend.save(str(folder / "tokenizer.json"))
+    _with_bos(tokenizer).save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": tokenizer.add_bos,
@@ -100,6 +101,20 @@ def _adds_bos(backend: tokenizers.Tokenizer, bos: str | None, stated: Any) -> bo
         return bool(stated)
     ids = backend.encode("a", add_special_tokens=True).ids
     return bool(ids) and ids[0] == backend.token_to_id(bos)
+
+
+def _with_bos(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """The backend, with a last step that adds BOS if the model wants one, as transformers does."""
+    bos = tokenizer.special.get("bos_token")
+    if not tokenizer.add_bos or bos is None or _adds_bos(tokenizer.backend, bos, None):
+        return tokenizer.backend
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.post_processor = processors.TemplateProcessing(
+        single=[bos, "$A"],
+        pair=[bos, "$A", bos, "$B:1"],
+        special_tokens=[(bos, backend.token_to_id(bos))],
+    )
+    return backend
 
 
 def _template(folder: Path, config: Mapping[str, Any]) -> str | None:

@@ -71,18 +71,18 @@ class Tokenizer:
         Where the tokenizer normalises the text, ends are those of the characters a token came from.
         """
         ids, data = self.encode(text), text.encode()
-        joined = b"".join(self.token_bytes[i] for i in ids)
-        sizes = np.array([len(self.token_bytes[i]) for i in ids], np.int64)
+        joined = b"".join(map(self.token_bytes.__getitem__, ids.tolist()))
+        ends = np.cumsum(self._token_sizes[ids])
         if joined == data:
-            return ids, np.cumsum(sizes)
+            return ids, ends
         if joined == b" " + data:  # the space that SentencePiece puts before a text
-            return ids, np.maximum(np.cumsum(sizes) - 1, 0)
+            return ids, np.maximum(ends - 1, 0)
         whole = self.backend.encode(text, add_special_tokens=False)
-        ends = [end for _, end in whole.offsets]
         bytes_before = np.cumsum([0, *(len(c.encode()) for c in text)])
-        ends = np.maximum.accumulate(bytes_before[ends]) if ends else np.empty(0, np.int64)
-        if len(ends):
-            ends[-1] = len(data)
+        ends = np.maximum.accumulate(
+            [bytes_before[end] for _, end in whole.offsets], dtype=np.int64
+        )
+        ends[-1:] = len(data)
         return np.asarray(whole.ids, np.int32), ends
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, " T"]) -> str:
@@ -133,8 +133,10 @@ class Tokenizer:
 
     @functools.cached_property
     def digest(self) -> str:
-        """sha256 of the serialised tokenizer, hexadecimal."""
-        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
+        """sha256 of the serialised tokenizer, hexadecimal; without the step that adds BOS, which
+        encode() leaves out."""
+        parts = json.loads(self.backend.to_str()) | {"post_processor": None}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @functools.cached_property
     def token_bytes(self) -> list[bytes]:
@@ -146,6 +148,10 @@ class Tokenizer:
         for i, added in self.backend.get_added_tokens_decoder().items():
             table[i] = added.content.encode()
         return table
+
+    @functools.cached_property
+    def _token_sizes(self) -> Int[np.ndarray, " V"]:
+        return np.array([len(token) for token in self.token_bytes], np.int64)
 
     def _bytes_of(self, token: int) -> bytes:
         # Embeddings are often padded to more rows than there are tokens; such rows say nothing.

@@ -60,6 +60,7 @@ def test_transformers_tokenizes_and_chats_with_what_we_export(transformers, tmp_
     for text in TEXTS:
         ids = theirs(text, add_special_tokens=False).input_ids
         assert ids == tokenizer.encode(text).tolist()
+    assert theirs("the").input_ids == [tokenizer.bos_id, *tokenizer.encode("the")]
     messages = [{"role": "user", "content": "the cat"}]
     said = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert said == tokenizer.chat(messages)

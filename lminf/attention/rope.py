@@ -3,7 +3,7 @@
 A rotary angle is `position * frequency`, reduced modulo one turn. In float32 that product is off
 by 0.05 rad at a million tokens and is meaningless at 10^8, so the reduction is done in integers:
 a frequency is held as a 64-bit binary fraction of a turn, the product with a 32-bit position wraps
-around by itself, and only the remainder becomes a float. Angles are good to 2e-7 rad at any
+around by itself, and only the remainder becomes a float. Angles are good to 3e-7 rad at any
 position, and the difference of two positions is all that a score can see.
 """
 
@@ -240,7 +240,7 @@ def _split(turns_per_token: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def _split_traced(turns_per_token: Float32[Array, " P"]):
+def _split_traced(turns_per_token: Float32[Array, "*B P"]):
     # A float32 has 24 bits, so both words are exact and every position uses the same frequency.
     high = turns_per_token * jnp.float32(2.0**32)
     whole = jnp.floor(high)
@@ -249,7 +249,7 @@ def _split_traced(turns_per_token: Float32[Array, " P"]):
 
 
 def _angle(positions: Int[Array, "..."], high, low) -> Float32[Array, "..."]:
-    """positions * frequency modulo one turn, in (-pi, pi]; |error| < 2e-7."""
+    """positions * frequency modulo one turn, in (-pi, pi]; |error| < 3e-7."""
     position = jax.lax.bitcast_convert_type(positions.astype(jnp.int32), jnp.uint32)
     carry = _multiply_high(position, low)
     carry = carry - jnp.where(positions < 0, low, jnp.uint32(0))
@@ -258,7 +258,9 @@ def _angle(positions: Int[Array, "..."], high, low) -> Float32[Array, "..."]:
     return signed * jnp.float32(TURN / 2.0**32)
 
 
-def _multiply_high(a: UInt32[Array, "..."], b: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+def _multiply_high(
+    a: UInt32[Array, "..."], b: UInt32[Array | np.ndarray, "..."]
+) -> UInt32[Array, "..."]:
     """Upper 32 bits of a 64-bit product, without 64-bit integers."""
     half = jnp.uint32(0xFFFF)
     a_low, a_high, b_low, b_high = a & half, a >> 16, b & half, b >> 16

@@ -10,7 +10,7 @@ implementation is tested against this one.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from kernels.common import masks, numerics
 from kernels.lambda_attention.operands import Operands, Places, Residuals, Rules
@@ -78,7 +78,7 @@ def _same_segment(places: Places) -> Bool[Array, "..."]:
 
 def _global_branch(
     rules: Rules, places: Places, rows: int, distance: Int[Array, "B T S"]
-) -> tuple[Bool[Array, "B T R"], Float[Array, "B T R"]]:
+) -> tuple[Bool[Array, "B T R"], Num[Array, "B T R"]]:
     """Visibility of every row of the globals, and how far away ALiBi takes it to be."""
     if places.segment_kv is None:  # row r is position r
         offsets = places.query_offset + jnp.arange(distance.shape[1])
@@ -105,7 +105,7 @@ def _logits(
     places: Places,
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
-    distance: Float[Array, "B T S"],
+    distance: Num[Array, "B T S"],
 ) -> Float[Array, "B N T S"]:
     key = jnp.repeat(key, query.shape[2] // key.shape[2], 2)
     logits = jnp.einsum("btnh,bsnh->bnts", query, key, precision="highest") * rules.scale

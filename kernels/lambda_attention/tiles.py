@@ -123,20 +123,22 @@ def plan(rules: Rules, block_q: int, block_k: int, operands: Operands, places: P
 
 def queries_first(
     x: Float[Array, "B T N H"], key_heads: int, block: int, fill: float = 0.0
-) -> Float[Array, "M G T H"]:
+) -> Float[Array, "M G padded H"]:
     b, t, n, h = x.shape
     x = jnp.pad(x, ((0, 0), (0, -t % block), (0, 0), (0, 0)), constant_values=fill)
     x = x.reshape(b, -1, key_heads, n // key_heads, h).transpose(0, 2, 3, 1, 4)
     return x.reshape(b * key_heads, n // key_heads, -1, h)
 
 
-def _keys_first(x: Float[Array, "B S K H"], pad: int) -> Float[Array, "M S H"]:
+def _keys_first(x: Float[Array, "B S K H"], pad: int) -> Float[Array, "M padded H"]:
     b, s, k, h = x.shape
     x = jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0)))
     return x.transpose(0, 2, 1, 3).reshape(b * k, s + pad, h)
 
 
-def keys_last(x: Float[Array, "M S H"], like: Float[Array, "B S K H"]) -> Float[Array, "B S K H"]:
+def keys_last(
+    x: Float[Array, "M padded H"], like: Float[Array, "B S K H"]
+) -> Float[Array, "B S K H"]:
     """Gradients of keys back in the shape and dtype of the keys."""
     b, s, k, h = like.shape
     return x[:, :s].reshape(b, k, s, h).transpose(0, 2, 1, 3).astype(like.dtype)

@@ -171,6 +171,11 @@ class ReRoPE(_SeesAll):
 
     log_from: int | None = None  # trained length: scores times max(1, ln(q+1)/ln(log_from))
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.log_from is not None:
+            _at_least(self, "log_from", 2)
+
     def far(self) -> Far:
         return Far(_constant(self.window), _constant(0))
 
@@ -301,7 +306,7 @@ def check_trained(policy: AnyPolicy, trained_length: int) -> None:
 
 
 def longest(policy: AnyPolicy, trained_length: int) -> int | None:
-    """Tokens up to which no distance seems longer than in training; None: the policy sets no end.
+    """Tokens up to which no distance seems past the trained length; None: the policy sets no end.
 
     Only the policies that compress distances have one: past it they are where Full is past the
     trained length.

@@ -77,17 +77,18 @@ class Surface:
         count = len(self.points)
         scale = np.ptp(self.points, axis=0).max()
         points = self.points / scale  # one factor for both axes: conditioning only
-        matrix = np.zeros((count, 2, count, 2))
+        one, two = self._edges.T
+        edge = points[two] - points[one]
+        weight = np.linalg.norm(edge, axis=1) ** -3
+        outer = edge[:, :, None] * edge[:, None, :] * weight[:, None, None]
+        pull = 6 * (values[two] - values[one])[:, None] * edge * weight[:, None]
+        matrix = np.zeros((count, count, 2, 2))
         right = np.zeros((count, 2))
-        for one, two in self._edges:
-            edge = points[two] - points[one]
-            weight = 1 / np.linalg.norm(edge) ** 3
-            outer = np.outer(edge, edge) * weight
-            for a, b in ((one, two), (two, one)):
-                matrix[a, :, a] += 4 * outer
-                matrix[a, :, b] += 2 * outer
-                right[a] += 6 * (values[two] - values[one]) * edge * weight
-        flat = matrix.reshape(2 * count, 2 * count)
+        for a, b in ((one, two), (two, one)):
+            np.add.at(matrix, (a, a), 4 * outer)
+            np.add.at(matrix, (a, b), 2 * outer)
+            np.add.at(right, a, pull)
+        flat = matrix.transpose(0, 2, 1, 3).reshape(2 * count, 2 * count)
         return np.linalg.solve(flat, right.ravel()).reshape(count, 2) / scale
 
     def one_sweep_gradients(

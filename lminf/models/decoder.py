@@ -38,7 +38,7 @@ AXES = {
     "layers/attention/b[kv]": ("layers", "kv_heads", "head_dim"),
     "layers/attention/wo": ("layers", "heads", "head_dim", "embed"),
     "layers/attention/bo": ("layers", "embed"),
-    "layers/attention/[qk]_norm/scale": ("layers", "head_dim"),
+    "layers/attention/[qk]_norm/(scale|bias)": ("layers", "head_dim"),
     "layers/mlp/w_(gate|up)": ("layers", "embed", "mlp"),
     "layers/mlp/b_(gate|up)": ("layers", "mlp"),
     "layers/mlp/w_down": ("layers", "mlp", "embed"),
@@ -168,7 +168,8 @@ class Block(nn.Module):
             x = x + post("mlp_post_norm", mlp(norm("mlp_norm")(x)))
         else:
             shared = s.residual == "parallel_shared"
-            x = x + seen + mlp(normed if shared else norm("mlp_norm")(x))
+            thought = mlp(normed if shared else norm("mlp_norm")(x))
+            x = x + seen + post("mlp_post_norm", thought)
         self.sow("intermediates", "hidden", x)
         return x, rest
 
@@ -193,7 +194,9 @@ class Decoder(nn.Module):
     ) -> tuple[Hidden, tuple[cache.Cache, ...] | None]:
         """Hidden states, and the caches (one for each layer of a period) with these tokens in them.
 
-        Positions rise by one along each row (or segment); a row below 0 is padding.
+        Positions rise by one along each row (or segment); a row below 0 is padding. With
+        mutable=["intermediates"], `layers` holds what every layer computed: attention/q, k, v
+        [L, B, T, heads, H] before rotation, and hidden [L, B, T, D] after it, each in a 1-tuple.
         """
         s = self.spec
         embed = self.param("embed", nn.initializers.normal(s.width**-0.5), (s.vocab_size, s.width))

@@ -10,7 +10,7 @@ Parameters of a spec, as a nested dictionary (letters: lminf/types.py; L stacked
     layers/attention_norm/scale   [L, D]      /bias when norm.bias
     layers/attention/wq wk wv     [L, D, N, H] [L, D, K, H] [L, D, K, H]   bq bk bv when qkv_bias
     layers/attention/wo           [L, N, H, D]                             bo when out_bias
-    layers/attention/q_norm k_norm [L, H]     when qk_norm
+    layers/attention/q_norm k_norm/… [L, H]   when qk_norm
     layers/attention_post_norm/…  [L, D]      when post_norms
     layers/mlp_norm/scale         [L, D]      unless residual == "parallel_shared"
     layers/mlp/w_gate             [L, D, F]   when mlp.gated                b_gate when mlp.bias

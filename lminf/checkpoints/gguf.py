@@ -1,5 +1,6 @@
 """GGUF checkpoints: metadata -> ModelSpec, tensors -> parameter tree, vocabulary -> tokenizer."""
 
+import math
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -67,6 +68,23 @@ class _Facts:
             )
         return value
 
+    def size(self, name: str, absent: int | None = None) -> int:
+        """A positive whole number."""
+        return self._positive(name, absent, int)
+
+    def number(self, name: str, absent: float | None = None) -> float:
+        """A positive number."""
+        return self._positive(name, absent, (int, float))
+
+    def _positive(self, name: str, absent: Any, kind: Any) -> Any:
+        value = self[name] if absent is None else self.get(name, absent)
+        if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise InputError(
+                f"{self.file.path} has {self.prefix}{name} = {str(value)[:60]}, which no model "
+                f"can have; the file is damaged, fetch it again"
+            )
+        return value
+
     def refuse_others(self) -> None:
         for key, value in self.file.metadata.items():
             name = key.removeprefix(self.prefix)
@@ -98,32 +116,35 @@ def read_spec(file: GGUFFile) -> ModelSpec:
     facts = _Facts(file, architecture)
     gemma, neox = family == "gemma2", family == "gpt_neox"
     width, layers, heads = (
-        facts["embedding_length"], facts["block_count"], facts["attention.head_count"]
-    )  # fmt: skip
-    head_dim = facts.get("attention.key_length", width // heads)
-    if facts.get("attention.value_length", head_dim) != head_dim:
+        facts.size(name) for name in ("embedding_length", "block_count", "attention.head_count")
+    )
+    kv_heads = facts.size("attention.head_count_kv", heads)
+    head_dim = facts.size("attention.key_length", width // heads)
+    values = facts.size("attention.value_length", head_dim)
+    if values != head_dim or heads % kv_heads or layers > len(file.tensors):
         raise InputError(
-            f"{file.path} has keys of {head_dim} channels but values of "
-            f"{facts['attention.value_length']}; only models where they are equal are read"
+            f"{file.path} has {heads} query and {kv_heads} key heads, keys of {head_dim} and "
+            f"values of {values} channels, and {len(file.tensors)} tensors for {layers} layers; no "
+            f"model of a known kind is like that"
         )
-    epsilon = facts["attention.layer_norm_epsilon" if neox else "attention.layer_norm_rms_epsilon"]
+    norm = "attention.layer_norm_epsilon" if neox else "attention.layer_norm_rms_epsilon"
     spec = ModelSpec(
         family=family,
         vocab_size=file.tensors["token_embd.weight"].shape[0],
         width=width,
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=facts.get("attention.head_count_kv", heads),
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
         mlp=MLPSpec(
-            facts["feed_forward_length"],
+            facts.size("feed_forward_length"),
             activation,
             gated=not neox,
             bias="blk.0.ffn_up.bias" in file.tensors,
         ),
-        norm=NormSpec("layer" if neox else "rms", epsilon, neox, 1.0 if gemma else 0.0),
+        norm=NormSpec("layer" if neox else "rms", facts.number(norm), neox, 1.0 if gemma else 0.0),
         encoding=_encoding(facts, head_dim, family),
-        trained_length=facts["context_length"],
+        trained_length=facts.size("context_length"),
         windows=_windows(facts, layers) if gemma else (None,) * layers,
         residual=_residual(facts) if neox else "sequential",
         qkv_bias=any(f"blk.0.attn_{x}.bias" in file.tensors for x in ("q", "qkv")),
@@ -133,8 +154,8 @@ def read_spec(file: GGUFFile) -> ModelSpec:
         # Gemma 2 27B, of 46 layers, scales by its width over its heads; the file does not say so.
         query_scale=(width // heads if gemma and layers == 46 else head_dim) ** -0.5,
         qkv_clip=None,
-        attention_soft_cap=facts["attn_logit_softcapping"] if gemma else None,
-        final_soft_cap=facts["final_logit_softcapping"] if gemma else None,
+        attention_soft_cap=facts.number("attn_logit_softcapping") if gemma else None,
+        final_soft_cap=facts.number("final_logit_softcapping") if gemma else None,
         embed_scale=width**0.5 if gemma else 1.0,
         tied="output.weight" not in file.tensors,
         head_bias=False,
@@ -148,26 +169,31 @@ def _residual(facts: _Facts) -> Literal["parallel", "sequential"]:
 
 
 def _windows(facts: _Facts, layers: int) -> tuple[int | None, ...]:
-    window = facts["attention.sliding_window"]
+    window = facts.size("attention.sliding_window")
     return tuple(None if layer % 2 else window for layer in range(layers))
 
 
 def _encoding(facts: _Facts, head_dim: int, family: str) -> Rotary:
     # The format's own default: files without this key are older than the key.
-    base = facts.get("rope.freq_base", 10000.0)
-    dim = facts.get("rope.dimension_count", head_dim)
+    base = float(facts.number("rope.freq_base", 10000.0))
+    dim = facts.size("rope.dimension_count", head_dim)
     if family == "gpt_neox" and "gptneox.rope.dimension_count" not in facts.file.metadata:
         raise InputError(
             f"{facts.file.path} does not say how many channels are rotated "
             f"(gptneox.rope.dimension_count); convert the model again"
+        )
+    if dim % 2 or dim > head_dim:
+        raise InputError(
+            f"{facts.file.path} rotates {dim} of {head_dim} channels; the file is damaged, fetch "
+            f"it again"
         )
     return Rotary(base, dim, "half", _scaling(facts, base, dim))
 
 
 def _scaling(facts: _Facts, base: float, dim: int) -> Scaling:
     kind = facts.get("rope.scaling.type", "none")
-    factor = facts.get("rope.scaling.factor", facts.get("rope.scale_linear", 1.0))
-    trained = facts.get("rope.scaling.original_context_length", facts["context_length"])
+    factor = facts.number("rope.scaling.factor", facts.number("rope.scale_linear", 1.0))
+    trained = facts.size("rope.scaling.original_context_length", facts.size("context_length"))
     facts.get("rope.scaling.finetuned")  # says only whether training went on with the scaling
     attention_factor = facts.get("rope.scaling.attn_factor")
     if ROPE_FACTORS in facts.file.tensors:
@@ -177,8 +203,8 @@ def _scaling(facts: _Facts, base: float, dim: int) -> Scaling:
     if kind == "linear":
         return Linear(factor)
     if kind == "yarn":
-        fast = facts.get("rope.scaling.yarn_beta_fast", 32.0)
-        slow = facts.get("rope.scaling.yarn_beta_slow", 1.0)
+        fast = facts.number("rope.scaling.yarn_beta_fast", 32.0)
+        slow = facts.number("rope.scaling.yarn_beta_slow", 1.0)
         if attention_factor not in (None, 1.0):
             raise InputError(
                 f"{facts.file.path} has rope.scaling.attn_factor = {attention_factor}, which is "

@@ -47,7 +47,14 @@ class _Cursor:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
     def string(self) -> str:
-        return self.take(self.scalar("Q")).decode("utf-8")
+        start = self.at
+        try:
+            return self.take(self.scalar("Q")).decode("utf-8")
+        except UnicodeDecodeError:
+            raise InputError(
+                f"{self.path} is damaged at byte {start}, where there should be text; fetch it "
+                f"again"
+            ) from None
 
     def value(self, kind: int) -> Any:
         if kind in _SCALARS:

@@ -162,6 +162,12 @@ def _byte_level(facts: _Facts) -> tuple[tokenizers.Tokenizer, bool]:
     make, whole_words = WORDS[name]
     merges = [tuple(merge.split(" ", 1)) for merge in facts["merges"]]
     vocab = {token: i for i, token in enumerate(facts["tokens"])}
+    for merge in merges:
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys():
+            raise InputError(
+                f"{facts.source} merges {' and '.join(map(repr, merge))}, which its vocabulary "
+                f"does not have; the file is damaged, fetch it again"
+            )
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=whole_words))
     if name in NFC:
         backend.normalizer = normalizers.NFC()

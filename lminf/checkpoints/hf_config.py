@@ -60,7 +60,15 @@ def to_spec(values: Mapping[str, Any], source: str) -> ModelSpec:
     fields.only("is_encoder_decoder", False)
     fields.only("add_cross_attention", False)
     fields.only("chunk_size_feed_forward", 0)
-    spec = FAMILIES[family][0](fields, family)
+    try:
+        spec = FAMILIES[family][0](fields, family)
+    except InputError:
+        raise
+    # Any of the fields may hold the wrong kind of value: text for a number, no heads at all.
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{source} has a value that no model can have ({error}); fetch the file again"
+        ) from error
     fields.refuse_others(IRRELEVANT)
     return spec
 

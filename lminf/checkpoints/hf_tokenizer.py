@@ -15,12 +15,15 @@ OTHER_FORMATS = ("tokenizer.model", "vocab.json", "tokenizer_config.json")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
-def read_json(path: Path) -> Any:
-    """Contents of a JSON file, or an InputError that names it."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or an InputError that names the file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not JSON ({error}); fetch it again") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds a {type(values).__name__}, no object; fetch it again")
+    return values
 
 
 def read(folder: Path) -> Tokenizer | None:

@@ -178,6 +178,9 @@ def test_deepseeks_pair_of_factors_is_a_temperature():
         ("llama", {"hidden_act": "mish"}, "hidden_act = 'mish'"),
         ("llama", {"rms_norm_eps": ...}, "no rms_norm_eps"),
         ("llama", {"is_encoder_decoder": True}, "is_encoder_decoder"),
+        ("llama", {"hidden_size": "wide"}, "a value that no model can have"),
+        ("llama", {"num_attention_heads": 0, "head_dim": ...}, "a value that no model can have"),
+        ("llama", {"num_key_value_heads": 3}, "no multiple of num_kv_heads=3"),
         ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "'longrope'"),
         ("llama", {"rope_parameters": {"rope_theta": 1.0, "spin": 3}}, "rope_parameters.spin = 3"),
         ("llama", {"rope_interleaved": True}, "rope_interleaved"),
@@ -316,6 +319,9 @@ def test_a_config_that_is_no_json_is_refused(tmp_path):
     folder = write_golden(tmp_path / "model", "llama")
     (folder / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"config\.json is not JSON"):
+        checkpoints.load(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(InputError, match=r"config\.json holds a list"):
         checkpoints.load(folder)
 
 

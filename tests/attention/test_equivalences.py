@@ -121,7 +121,8 @@ def test_lm_infinite_is_one_softmax_over_clipped_distances(encoding, limit):
 def test_each_causal_pair_is_near_or_far_or_unseen(policy):
     """Near and far are disjoint and make up what is visible, and nothing lies in the future."""
     i, j = np.meshgrid(np.arange(40), np.arange(40), indexing="ij")
-    near, visible = (np.asarray(f(i, j)) for f in (policy.near, policy.visible))
+    q, k = jnp.asarray(i), jnp.asarray(j)
+    near, visible = (np.asarray(f(q, k)) for f in (policy.near, policy.visible))
     width = 10**9 if policy.near_width is None else policy.near_width
     count = 10**9 if policy.far_count is None else policy.far_count
     far = (i - j >= width) & (j < count)

@@ -80,19 +80,16 @@ def test_a_whole_text_attends_as_the_formulas_of_every_policy_say(encoding, grou
     check_formulas(POLICIES, encoding, group, whole)
 
 
-@pytest.mark.parametrize(
-    ("encoding", "group"),
-    lanes(
-        [("rotary", 1), ("partial", 3), ("alibi", 1), ("none", 3), ("yarn", 1)],
-        itertools.product(cases.ENCODINGS, (1, 3)),
-    ),
-)
-@pytest.mark.parametrize("policies", ["some", pytest.param("all", marks=pytest.mark.slow)])
-def test_the_reference_and_decoding_token_by_token_are_the_formulas(policies, encoding, group):
-    some = [policy for policy, of, _ in COVER if of == encoding]
-    check_formulas(
-        some if policies == "some" else POLICIES, encoding, group, cases.reference, decoded
-    )
+SOME = [
+    (e, g, [p for p, of, _ in COVER if of == e])
+    for e, g in (("rotary", 1), ("partial", 3), ("alibi", 1), ("none", 3), ("yarn", 1))
+]
+ALL = [(encoding, 4 - group, list(POLICIES)) for encoding, group, _ in SOME]
+
+
+@pytest.mark.parametrize(("encoding", "group", "policies"), lanes(SOME, ALL))
+def test_the_reference_and_decoding_token_by_token_are_the_formulas(encoding, group, policies):
+    check_formulas(policies, encoding, group, cases.reference, decoded)
 
 
 # policy, encoding, group, implementation: the tiled form is what models run on long texts.
@@ -256,7 +253,7 @@ def test_windows_and_sinks_of_any_size(policy):
 
 
 @pytest.mark.slow
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(
     kind=st.sampled_from([Lambda, LMInfinite, Streaming]),
     window=st.integers(1, TOKENS + 4),

@@ -48,6 +48,10 @@ def change(spec: ModelSpec, *, norm=None, mlp=None, **fields) -> ModelSpec:
     )
 
 
+def shallow(spec: ModelSpec, layers: int) -> ModelSpec:
+    return dataclasses.replace(spec, num_layers=layers, windows=spec.windows[:layers])
+
+
 GEMMA = change(
     LLAMA, family="gemma2", norm={"scale_offset": 1.0}, mlp={"activation": "gelu_tanh"},
     windows=(6, None) * 2, post_norms=True, attention_soft_cap=5.0, final_soft_cap=3.0,

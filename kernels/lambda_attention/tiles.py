@@ -218,18 +218,18 @@ class Program:
 
     # Rows and tiles
 
-    def rows(self, x: Float[Array, "M G T X"]) -> Float[Array, "G*C X"]:
+    def rows(self, x: Float[Array, "M G T X"]) -> Float[Array, "rows X"]:
         """The block's rows of an array laid out like the queries."""
         _, group, _, width = x.shape
         size = (1, group, self.plan.block_q, width)
         block = jax.lax.dynamic_slice(x, (self.head, 0, self.row, 0), size)
         return block.reshape(self.plan.rows, width)
 
-    def scaled_rows(self, x: Float[Array, "M G T H"]) -> Float[Array, "G*C H"]:
+    def scaled_rows(self, x: Float[Array, "M G T H"]) -> Float[Array, "rows H"]:
         scaled = self.rows(x).astype(self.plan.dtype) * self.rules.scale
         return scaled.astype(x.dtype)
 
-    def per_row(self, x: Float[Array, "K G"]) -> Float[Array, "G*C 1"]:
+    def per_row(self, x: Float[Array, "K G"]) -> Float[Array, "rows 1"]:
         """One value for each query head, repeated for the block's rows."""
         return jnp.repeat(x[self.key_head].astype(self.plan.dtype), self.plan.block_q)[:, None]
 

@@ -21,6 +21,7 @@ def run(spec, params, tokens):
     """Logits, and the residual stream after each layer, under the model's own attention."""
     own = policies.by_layer(policies.Full(), windows=spec.windows, num_kv_heads=spec.num_kv_heads)
     model = decoder.Decoder(spec, own)
+    tokens = jnp.asarray(tokens)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
 
     def forward(params):

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 PADDING = -1  # the segment id of rows that see nothing and are seen by nobody
 
@@ -26,13 +26,13 @@ class GlobalDistance(NamedTuple):
     The difference is taken in int32, so positions past 2^24 lose nothing.
     """
 
-    query: Int[Array, "B|1 T"]
-    key: Int[Array, "B|1 R"]
-    scale: float = 1.0
+    query: Int[Array, "#B T"]
+    key: Int[Array, "#B R"]
+    scale: float | Float[Array, ""] = 1.0
 
 
 def run_starts(ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
     """For every row, the index of the first row of its run of equal ids."""
     index = jnp.arange(ids.shape[-1], dtype=jnp.int32)
     new = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], 1)
-    return jax.lax.cummax(jnp.where(new, index, 0), axis=1)
+    return jax.lax.cummax(jnp.where(new, index[None], 0), axis=1)

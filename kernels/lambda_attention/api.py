@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from kernels.common import dispatch
 from kernels.common.masks import GlobalDistance, SegmentIds
 from kernels.lambda_attention import reference, xla, xla_chunked
-from kernels.lambda_attention.operands import Operands, Places, Residuals, Rules
+from kernels.lambda_attention.operands import Branch, Operands, Places, Residuals, Rules
 
 IMPLEMENTATIONS = {
     "reference": reference.attention,
@@ -66,87 +66,18 @@ def lambda_attention(
     `head_window` and `head_num_global` give one value for each key head instead of one for all.
     A row that sees nothing has output 0, LSE -inf and no gradient. Statistics are float32.
     """
-    batch, queries, heads, width = _shape("query", query, "B T N H", (None,) * 4)
-    _, keys, key_heads, _ = _shape("key", key, "B S K H", (batch, None, None, width))
-    *_, value_width = _shape("value", value, "B S K Hv", (batch, keys, key_heads, None))
-    if heads % key_heads:
-        raise ValueError(f"query has {heads} heads, not a multiple of the {key_heads} of key")
-    _check_count("window_size", window_size, least=1)
-    _check_count("num_global", num_global, least=0)
-    if clip_distance is not None:
-        _check_count("clip_distance", clip_distance, least=1)
-    for name, vector in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
-        if vector is not None:
-            _shape(name, vector, "N", (heads,))
-    explicit = key_global is not None
-    from_zero = isinstance(key_start, int) and key_start == 0
-    if num_global and not explicit and not from_zero:
-        raise ValueError("key_start other than the int 0 needs key_global, the keys at 0, 1, ...")
-    if not explicit and value_global is not None:
-        raise ValueError("value_global needs key_global")
-    if segment_ids is not None:
-        _shape("segment_ids.q", segment_ids.q, "B T", (batch, queries))
-        _shape("segment_ids.kv", segment_ids.kv, "B S", (batch, keys))
-        if not from_zero:
-            raise ValueError(
-                "key_start must be the int 0 with segment_ids, whose positions restart"
-            )
-
-    if query_global is not None:
-        _shape("query_global", query_global, "B T N H", query.shape)
-    if segment_ids is not None:
-        rows = keys
-    else:
-        rows = num_global if explicit else min(num_global, keys)
-    if key_global is not None:
-        _shape("key_global", key_global, "B R K H", (batch, rows, key_heads, width))
-    if value_global is not None:
-        _shape("value_global", value_global, "B R K Hv", (batch, rows, key_heads, value_width))
-    if value_global is None and rows > keys:
-        raise ValueError(f"value_global is needed: {rows} globals but value has {keys} rows")
-    if global_distance is not None:
-        one_or_batch = global_distance.query.shape[0] if global_distance.query.ndim else None
-        if one_or_batch not in (1, batch):
-            raise ValueError(f"global_distance.query has shape {global_distance.query.shape}")
-        _shape("global_distance.query", global_distance.query, "B|1 T", (one_or_batch, queries))
-        one_or_batch = global_distance.key.shape[0] if global_distance.key.ndim else None
-        if one_or_batch not in (1, batch):
-            raise ValueError(f"global_distance.key has shape {global_distance.key.shape}")
-        _shape("global_distance.key", global_distance.key, "B|1 R", (one_or_batch, rows))
-
-    operands = Operands(
-        query,
-        key,
-        value,
-        query if query_global is None else query_global,
-        key[:, :rows] if key_global is None else key_global,
-        value[:, :rows] if value_global is None else value_global,
-        sinks,
-    )
-    places = Places(
-        key_start=jnp.broadcast_to(jnp.asarray(key_start, jnp.int32), (batch,)),
-        query_offset=jnp.asarray(query_offset, jnp.int32),
-        segment_q=None if segment_ids is None else segment_ids.q.astype(jnp.int32),
-        segment_kv=None if segment_ids is None else segment_ids.kv.astype(jnp.int32),
-        alibi_slopes=None if alibi_slopes is None else jax.lax.stop_gradient(alibi_slopes),
-        distance_query=None if global_distance is None else global_distance.query,
-        distance_key=None if global_distance is None else global_distance.key,
-        distance_scale=None
-        if global_distance is None
-        else jnp.asarray(global_distance.scale, jnp.float32),
-    )
-    rules = Rules(
-        window=window_size,
-        num_global=num_global,
-        scale=width**-0.5 if scale is None else scale,
-        soft_cap=logits_soft_cap,
-        clip_distance=clip_distance,
-        precision=precision,
-    )
+    operands, places, rules = _prepare(
+        query, key, value,
+        num_global=num_global, window_size=window_size,
+        query_global=query_global, key_global=key_global, value_global=value_global,
+        query_offset=query_offset, key_start=key_start, segment_ids=segment_ids,
+        alibi_slopes=alibi_slopes, clip_distance=clip_distance, global_distance=global_distance,
+        sinks=sinks, scale=scale, logits_soft_cap=logits_soft_cap, precision=precision,
+    )  # fmt: skip
 
     def attend(rules: Rules, operands: Operands, places: Places) -> Residuals:
         if rules.num_global == 0:
-            operands = operands._replace(query_global=None, key_global=None, value_global=None)
+            operands = operands._replace(far=None)
         return dispatch.run(
             "lambda_attention", IMPLEMENTATIONS, ORDER, implementation,
             rules, operands, places, config,
@@ -155,6 +86,7 @@ def lambda_attention(
     if head_window is None and head_num_global is None:
         result = attend(rules, operands, places)
     else:
+        key_heads = key.shape[2]
         windows = _per_head("head_window", head_window, window_size, key_heads, least=1)
         counts = _per_head("head_num_global", head_num_global, num_global, key_heads, least=0)
         if max(counts) > num_global:
@@ -163,37 +95,117 @@ def lambda_attention(
     return result if return_residuals else result.out
 
 
+def _prepare(
+    query, key, value, *, num_global, window_size, query_global, key_global, value_global,
+    query_offset, key_start, segment_ids, alibi_slopes, clip_distance, global_distance, sinks,
+    scale, logits_soft_cap, precision,
+) -> tuple[Operands, Places, Rules]:  # fmt: skip
+    """The arguments with defaults filled in; ValueError names what does not fit."""
+    batch, queries, heads, width = _shape("query", query, "B T N H", (None,) * 4)
+    _, keys, key_heads, _ = _shape("key", key, "B S K H", (batch, None, None, width))
+    *_, value_width = _shape("value", value, "B S K Hv", (batch, keys, key_heads, None))
+    if heads % key_heads:
+        raise ValueError(f"query has {heads} heads, not a multiple of the {key_heads} of key")
+    _count("window_size", window_size, least=1)
+    _count("num_global", num_global, least=0)
+    if clip_distance is not None:
+        _count("clip_distance", clip_distance, least=1)
+    for name, vector in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+        if vector is not None:
+            _shape(name, vector, "N", (heads,))
+
+    from_zero = isinstance(key_start, int) and key_start == 0
+    if segment_ids is not None:
+        _shape("segment_ids.q", segment_ids.q, "B T", (batch, queries))
+        _shape("segment_ids.kv", segment_ids.kv, "B S", (batch, keys))
+        if not from_zero:
+            raise ValueError("key_start must be the int 0 with segment_ids: positions restart")
+    if num_global and not from_zero and (key_global is None or value_global is None):
+        raise ValueError(
+            "key_start other than the int 0 needs key_global and value_global, the first keys"
+        )
+    if key_global is None and value_global is not None:
+        raise ValueError("value_global needs key_global")
+
+    rows = keys if segment_ids is not None else num_global
+    if key_global is None:
+        rows = min(rows, keys)
+        key_global = key[:, :rows]
+    if value_global is None:
+        if rows > keys:
+            raise ValueError(f"value_global is needed: value has {keys} rows for {rows} globals")
+        value_global = value[:, :rows]
+    if query_global is None:
+        query_global = query
+    _shape("query_global", query_global, "B T N H", (batch, queries, heads, width))
+    _shape("key_global", key_global, "B R K H", (batch, rows, key_heads, width))
+    _shape("value_global", value_global, "B R K Hv", (batch, rows, key_heads, value_width))
+    if global_distance is not None:
+        for name, array, length in (("query", global_distance.query, queries),
+                                    ("key", global_distance.key, rows)):  # fmt: skip
+            if array.shape not in ((1, length), (batch, length)):
+                raise ValueError(
+                    f"global_distance.{name} has shape {array.shape}; "
+                    f"it must be [1, {length}] or [{batch}, {length}]"
+                )
+
+    def int32(ids):
+        return jnp.asarray(ids, jnp.int32)
+
+    return (
+        Operands(Branch(query, key, value), Branch(query_global, key_global, value_global), sinks),
+        Places(
+            key_start=jnp.broadcast_to(int32(key_start), (batch,)),
+            query_offset=int32(query_offset),
+            segments=segment_ids and SegmentIds(*map(int32, segment_ids)),
+            alibi_slopes=None if alibi_slopes is None else jax.lax.stop_gradient(alibi_slopes),
+            far_distance=global_distance
+            and GlobalDistance(
+                int32(global_distance.query),
+                int32(global_distance.key),
+                jnp.asarray(global_distance.scale, jnp.float32),
+            ),
+        ),
+        Rules(
+            window=window_size,
+            num_global=num_global,
+            scale=width**-0.5 if scale is None else scale,
+            soft_cap=logits_soft_cap,
+            clip_distance=clip_distance,
+            precision=precision,
+        ),
+    )
+
+
 def _by_head(attend, rules, operands, places, windows, counts) -> Residuals:
     """The result where key heads differ: one call for each distinct (window, num_global)."""
-    key_heads = operands.key.shape[2]
-    group = operands.query.shape[2] // key_heads
-    kinds = sorted(set(zip(windows, counts, strict=True)))
+    key_heads = operands.near.key.shape[2]
+    group = operands.near.query.shape[2] // key_heads
     outs, lses, order = [], [], []
-    for window, count in kinds:
+    for window, count in sorted(set(zip(windows, counts, strict=True))):
         ours = [h for h in range(key_heads) if (windows[h], counts[h]) == (window, count)]
         queries = [h * group + n for h in ours for n in range(group)]
+        of_query, of_key = jnp.array(queries), jnp.array(ours)
         # Globals count from the front, except in packed rows, where they stand beside the keys.
-        rows = slice(None) if places.segment_kv is not None else slice(count)
+        rows = slice(None) if places.segments is not None else slice(count)
 
-        def pick(x, heads):
-            return x[:, :, jnp.array(heads)]
+        def pick(branch: Branch, rows, of_query=of_query, of_key=of_key) -> Branch:
+            query, key, value = branch
+            return Branch(
+                query[:, :, of_query], key[:, rows][:, :, of_key], value[:, rows][:, :, of_key]
+            )
 
+        slopes, distance, sinks = places.alibi_slopes, places.far_distance, operands.sinks
         result = attend(
             dataclasses.replace(rules, window=window, num_global=count),
             Operands(
-                pick(operands.query, queries),
-                pick(operands.key, ours),
-                pick(operands.value, ours),
-                pick(operands.query_global, queries),
-                pick(operands.key_global[:, rows], ours),
-                pick(operands.value_global[:, rows], ours),
-                None if operands.sinks is None else operands.sinks[jnp.array(queries)],
+                pick(operands.near, slice(None)),
+                pick(operands.far, rows),
+                None if sinks is None else sinks[of_query],
             ),
             places._replace(
-                alibi_slopes=None
-                if places.alibi_slopes is None
-                else places.alibi_slopes[jnp.array(queries)],
-                distance_key=None if places.distance_key is None else places.distance_key[:, rows],
+                alibi_slopes=None if slopes is None else slopes[of_query],
+                far_distance=distance and distance._replace(key=distance.key[:, rows]),
             ),
         )
         outs.append(result.out)
@@ -204,6 +216,7 @@ def _by_head(attend, rules, operands, places, windows, counts) -> Residuals:
 
 
 def _shape(name: str, x: Array, letters: str, expected: tuple[int | None, ...]) -> tuple[int, ...]:
+    """The shape of an argument; ValueError if it is not the one expected (None: any)."""
     fits = x.ndim == len(expected) and all(
         e is None or e == n for e, n in zip(expected, x.shape, strict=True)
     )
@@ -216,7 +229,7 @@ def _shape(name: str, x: Array, letters: str, expected: tuple[int | None, ...]) 
     return x.shape
 
 
-def _check_count(name: str, count: int, *, least: int) -> None:
+def _count(name: str, count: int, *, least: int) -> None:
     if not isinstance(count, int) or count < least:
         raise ValueError(f"{name}={count!r} must be an int of at least {least}")
 
@@ -227,5 +240,5 @@ def _per_head(name, values, default, key_heads: int, *, least: int) -> tuple[int
     if len(values) != key_heads:
         raise ValueError(f"{name} has {len(values)} values; key has {key_heads} heads")
     for value in values:
-        _check_count(name, value, least=least)
+        _count(name, value, least=least)
     return tuple(values)

@@ -3,21 +3,29 @@ place them, and numbers known when tracing. Defaults are already filled in; shap
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jaxtyping import Array, Float, Int
 
+from kernels.common.masks import GlobalDistance, SegmentIds
 
-class Operands(NamedTuple):
-    """The arrays that receive gradients. R rows of globals: g, or S where there are segments."""
+
+class Branch(NamedTuple):
+    """One branch's operands. The local branch has the S keys; the global branch R rows: the first
+    g keys, or, where there are segments, one row beside each key.
+    """
 
     query: Float[Array, "B T N H"]
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K Hv"]
-    query_global: Float[Array, "B T N H"] | None  # None: there is no global branch
-    key_global: Float[Array, "B R K H"] | None
-    value_global: Float[Array, "B R K Hv"] | None
+
+
+class Operands(NamedTuple):
+    """The arrays that receive gradients."""
+
+    near: Branch
+    far: Branch | None  # None: no globals
     sinks: Float[Array, " N"] | None
 
 
@@ -26,12 +34,9 @@ class Places(NamedTuple):
 
     key_start: Int[Array, " B"]
     query_offset: Int[Array, ""]
-    segment_q: Int[Array, "B T"] | None
-    segment_kv: Int[Array, "B S"] | None
+    segments: SegmentIds | None
     alibi_slopes: Float[Array, " N"] | None
-    distance_query: Int[Array, "B|1 T"] | None
-    distance_key: Int[Array, "B|1 R"] | None
-    distance_scale: Float[Array, ""] | None
+    far_distance: GlobalDistance | None
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,7 @@ class Rules:
 
 
 class Residuals(NamedTuple):
-    """Output and the logarithm of each row's softmax denominator (sinks included)."""
+    """Output, and the logarithm of each row's softmax denominator (sinks included)."""
 
     out: Float[Array, "B T N Hv"]
     lse: Float[Array, "B N T"]
-
-
-Implementation = Any  # (Rules, Operands, Places, config) -> Residuals

@@ -11,14 +11,15 @@ from kernels.lambda_attention.operands import Operands, Places, Residuals, Rules
 LIMIT = 2**22  # logits: 16 MB
 
 
-def attention(rules: Rules, operands: Operands, places: Places, config: None) -> Residuals:
+def attention(rules: Rules, operands: Operands, places: Places, config: object) -> Residuals:
     """Outputs and log-denominators, in float32 arithmetic (float64 for float64 inputs)."""
     if config is not None:
-        raise NotImplementedError("the dense form has nothing to configure")
-    batch, queries, heads, _ = operands.query.shape
-    far = 0 if operands.key_global is None else operands.key_global.shape[1]
-    logits = batch * heads * queries * (operands.key.shape[1] + far)
-    if logits > LIMIT:
-        raise NotImplementedError(f"{logits} logits at once; it takes up to {LIMIT}")
-    dtype = numerics.statistics_dtype(operands.query.dtype)
+        raise NotImplementedError("there is nothing to configure")
+    near, far, _ = operands
+    batch, queries, heads, _ = near.query.shape
+    keys = near.key.shape[1] + (0 if far is None else far.key.shape[1])
+    if batch * heads * queries * keys > LIMIT:
+        count = batch * heads * queries * keys
+        raise NotImplementedError(f"{count} logits at once; it takes up to {LIMIT}")
+    dtype = numerics.statistics_dtype(near.query.dtype)
     return reference.dense(rules, operands, places, dtype)

@@ -1,202 +1,217 @@
 """Λ-attention in plain XLA: online softmax over key tiles, O(T * (w + g)) time, O(T * H) memory.
 
 A program is one block of C query positions of one key head: G * C rows. It walks the tiles of the
-globals and then those of its window, keeping (maximum, sum, accumulator) for each row:
-    s = q k^T * scale;  m' = max(m, max s);  p = exp(s - m')
-    l' = l exp(m - m') + sum p;  acc' = acc exp(m - m') + p v
-Only tiles on an edge of the window are masked. Tiles that nobody sees are never visited, so the
+globals and then those of its window, keeping (maximum, sum, accumulator) for each row, in powers
+of two (s = q k^T * scale * log2 e, folded into q):
+    m' = max(m, max s);  p = 2^(s - m');  l' = l 2^(m - m') + sum p;  acc' = acc 2^(m - m') + p v
+Only tiles on an edge of the window are masked, and tiles that nobody sees are never visited: the
 same walk over all keys is causal attention at half the dense cost. The backward recomputes p from
 the saved LSE, with delta = sum(do * out):
-    dv = p^T do;  ds = p (do v^T - delta);  dq = ds k;  dk = ds^T q
+    dv = p^T do;  ds = p (do v^T - delta);  dk = ds^T q;  dq = ds k
+It works on p^T and ds^T, so that two of its three accumulating products read them as they lie
+(a product over the leading axis costs twice as much on a CPU).
 """
 
 import functools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from kernels.common import numerics
 from kernels.lambda_attention import tiles
-from kernels.lambda_attention.operands import Operands, Places, Residuals, Rules
+from kernels.lambda_attention.operands import Branch, Operands, Places, Residuals, Rules
 
-
-@dataclass(frozen=True)
-class Config:
-    """Sizes of the tiles, in positions."""
-
-    block_q: int = 128
-    block_k: int = 512
+Config = tiles.Config
 
 
 def attention(rules: Rules, operands: Operands, places: Places, config: Config | None) -> Residuals:
     """Outputs and log-denominators; differentiable in `operands`, through the LSE too."""
-    config = config or Config()
-    block_q = min(config.block_q, operands.query.shape[1])
-    if places.segment_q is not None and operands.key_global is not None:
+    queries, keys = operands.near.query.shape[1], operands.near.key.shape[1]
+    config = config or _default_config(rules, operands)
+    block_q = min(config.block_q, queries)
+    if places.segments is not None and operands.far is not None:
         # With blocks no longer than the window, all globals that a block sees belong to the
         # segment of its first row: an earlier one has ended, a later one has w keys to go.
         block_q = min(block_q, rules.window)
-    block_k = min(config.block_k, tiles.round_up(operands.key.shape[1], 16))
-    return _attention(rules, Config(block_q, block_k), operands, places)
+    block_k = min(config.block_k, keys)
+    edge_k = min(max(config.edge_k, block_q), block_k)
+    return _attention(rules, Config(block_q, block_k, edge_k), operands, places).result
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(rules: Rules, config: Config, operands: Operands, places: Places) -> Residuals:
-    return _forward(rules, config, operands, places)[0]
+def _default_config(rules: Rules, operands: Operands) -> Config:
+    """128 positions a block, and the tile of 320..640 keys that best fills the window.
+
+    Measured on two cores with 3 query heads a key head: a [384, 512] tile of scores (0.8 MB) stays
+    in the cache, 256 and 1024 keys cost 5-20 % more; widths that are no multiple of 64 cost 10 %.
+    """
+    interior = rules.window - 128
+    if rules.window >= operands.near.key.shape[1] or interior < 320:
+        return Config(128, 512)
+    widths = [512, 448, 384, 320, 576, 640]
+    return Config(128, min(widths, key=lambda width: interior % width))
 
 
-def _forward(rules: Rules, config: Config, operands: Operands, places: Places):
-    plan = tiles.plan(rules, config.block_q, config.block_k, operands, places)
-    blocks = jax.lax.map(
-        functools.partial(_forward_block, plan), jnp.arange(plan.programs, dtype=jnp.int32)
-    )
-    out, lse = (tiles.blocks_last(x, plan, operands.query.shape[:2]) for x in blocks)
-    result = Residuals(out, lse[..., 0].transpose(0, 2, 1))
-    return result, (operands, places, result)
+class Saved(NamedTuple):
+    """The result, and the LSE in powers of two as the backward wants it."""
+
+    result: Residuals
+    lse2: Float[Array, "B N T"]
 
 
-def _forward_block(plan: tiles.Plan, index):
+def _attend(rules: Rules, config: Config, operands: Operands, places: Places) -> Saved:
+    plan = tiles.plan(rules, config, operands, places)
+    index = jnp.arange(plan.programs, dtype=jnp.int32)
+    out, lse2 = jax.lax.map(functools.partial(_forward_block, plan, operands.sinks), index)
+    batch, length = operands.near.query.shape[:2]
+    out = tiles.blocks_last(out, plan, batch, length)
+    lse2 = tiles.blocks_last(lse2, plan, batch, length)[..., 0].transpose(0, 2, 1)
+    return Saved(Residuals(out, lse2 / numerics.LOG2_E), lse2)
+
+
+def _forward_block(plan: tiles.Plan, sinks, index):
     """Output [G, C, Hv] and LSE [G, C, 1] of one program."""
     program = tiles.Program(plan, index)
     dtype, precision = plan.dtype, plan.rules.precision
 
-    def visit(carry, start, masked, query, tile_of):
+    def visit(query, carry, tile, start):
         top, total, out = carry
-        key, value, logits_of = tile_of(start)
-        logits, _ = logits_of(query, key, start, masked)
+        scores = tiles.dot(query, tile.key, (1, 1), dtype, precision)
+        cube = scores.reshape(plan.group, plan.block_q, -1)
+        logits = program.logits(cube, tile, keys_first=False)[0].reshape(scores.shape)
         new_top = jnp.maximum(top, logits.max(-1, keepdims=True))
-        weights = jnp.exp(logits - new_top)
-        shrink = jnp.exp(top - new_top)
+        weights = numerics.exp2(logits - new_top)
+        shrink = jnp.exp2(top - new_top)  # not numerics.exp2: it hands on a NaN
         total = total * shrink + weights.sum(-1, keepdims=True)
-        out = out * shrink + tiles.dot(weights.astype(value.dtype), value, (1, 0), dtype, precision)
-        return new_top, total, out
+        product = tiles.dot(weights.astype(tile.value.dtype), tile.value, (1, 0), dtype, precision)
+        return new_top, total, out * shrink + product
 
-    rows = plan.rows
+    rows = plan.group * plan.block_q
     carry = (
         jnp.full((rows, 1), numerics.EMPTY_MAX, dtype),
         jnp.zeros((rows, 1), dtype),
-        jnp.zeros((rows, plan.layout.value.shape[2]), dtype),
+        jnp.zeros((rows, plan.value_width), dtype),
     )
-    if plan.far_width:
-        query = program.scaled_rows(plan.layout.query_global)
-        carry = tiles.walk(
-            program.far_span(), plan.far_width, plan.has_clear_tiles,
-            lambda c, start, masked: visit(c, start, masked, query, program.far_tile), carry,
-        )  # fmt: skip
-    query = program.scaled_rows(plan.layout.query)
-    top, total, out = tiles.walk(
-        program.near_span(), plan.near_width, plan.has_clear_tiles,
-        lambda c, start, masked: visit(c, start, masked, query, program.near_tile), carry,
-    )  # fmt: skip
+    for side in (plan.far, plan.near):
+        if side is not None:
+            carry = program.walk(side, functools.partial(visit, program.query(side)), carry)
+    top, total, out = carry
 
     empty = total == 0
-    if plan.layout.sinks is not None:
-        sink = program.per_row(plan.layout.sinks)
+    if sinks is not None:
+        sink = program.per_row(sinks) * numerics.LOG2_E
         new_top = jnp.maximum(top, sink)
-        shrink = jnp.exp(top - new_top)
+        shrink = jnp.exp2(top - new_top)
         top, out = new_top, out * shrink
-        total = total * shrink + jnp.exp(sink - new_top)
+        total = total * shrink + jnp.exp2(sink - new_top)
     total = jnp.where(empty, 1, total)
-    out = jnp.where(empty, 0, out / total)
-    lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
-    shape = (-1, plan.block_q)
-    return out.reshape(*shape, out.shape[1]).astype(plan.layout.query.dtype), lse.reshape(*shape, 1)
+    out = jnp.where(empty, 0, out / total).astype(plan.near.query.dtype)
+    lse2 = jnp.where(empty, -jnp.inf, top + jnp.log2(total))
+    cube = (plan.group, plan.block_q, -1)
+    return out.reshape(cube), lse2.reshape(cube)
 
 
-def _backward(rules: Rules, config: Config, saved, cotangents: Residuals):
-    operands, places, result = saved
-    plan = tiles.plan(rules, config.block_q, config.block_k, operands, places)
+def _forward(rules: Rules, config: Config, operands: Operands, places: Places):
+    saved = _attend(rules, config, operands, places)
+    return saved, (operands, places, saved.result.out, saved.lse2)
+
+
+def _backward(rules: Rules, config: Config, saved, cotangents: Saved):
+    operands, places, out, lse2 = saved
+    plan = tiles.plan(rules, config, operands, places)
     dtype = plan.dtype
-    key_heads = operands.key.shape[2]
+    batch, length = operands.near.query.shape[:2]
 
+    d_out, d_lse = cotangents.result
     # d(lse) joins delta: ds = p * (do v^T - delta), and d(lse)/ds = p.
-    delta = (cotangents.out.astype(dtype) * result.out.astype(dtype)).sum(-1)
-    delta -= cotangents.lse.transpose(0, 2, 1)
-    # A row that saw nothing weighs nothing: exp(MASK_VALUE - 1e38) is 0.
-    lse = jnp.where(jnp.isneginf(result.lse), -numerics.EMPTY_MAX, result.lse).transpose(0, 2, 1)
-    first = functools.partial(tiles.queries_first, key_heads=key_heads, block=plan.block_q)
-    statistics = (
-        first(cotangents.out),
-        first(delta[..., None]),
-        first(lse[..., None], fill=-numerics.EMPTY_MAX),
+    delta = (d_out.astype(dtype) * out.astype(dtype)).sum(-1) - d_lse.transpose(0, 2, 1)
+    # A row that saw nothing weighs nothing: 2^(MASK_VALUE - 1e38) is 0.
+    lse2 = jnp.where(jnp.isneginf(lse2), -numerics.EMPTY_MAX, lse2).transpose(0, 2, 1)
+    first = functools.partial(tiles.queries_first, key_heads=plan.key_heads, block=config.block_q)
+    statistics = Statistics(
+        first(d_out), first(delta[..., None]), first(lse2[..., None], fill=-numerics.EMPTY_MAX)
     )
 
-    def zeros(x):
-        return None if x is None else jnp.zeros(x.shape, dtype)
-
-    layout = plan.layout
-    carry = (
-        zeros(layout.key), zeros(layout.value), zeros(layout.key_global), zeros(layout.value_global)
-    )  # fmt: skip
-    (d_key, d_value, d_key_global, d_value_global), (d_query, d_query_global) = jax.lax.scan(
-        functools.partial(_backward_block, plan, statistics),
-        carry,
+    sides = [side for side in (plan.near, plan.far) if side is not None]
+    totals = [
+        (jnp.zeros(side.key.shape, dtype), jnp.zeros(side.value.shape, dtype)) for side in sides
+    ]
+    totals, d_queries = jax.lax.scan(
+        functools.partial(_backward_block, plan, sides, statistics),
+        totals,
         jnp.arange(plan.programs, dtype=jnp.int32),
     )
 
-    def queries(x):
-        return tiles.blocks_last(x, plan, operands.query.shape[:2]).astype(operands.query.dtype)
+    def branch(given: Branch, d_query, d_key, d_value) -> Branch:
+        d_query = tiles.blocks_last(d_query, plan, batch, length) * rules.scale
+        # The queries in ds^T q carry score_scale where the gradient asks for scale.
+        factor = rules.scale / plan.score_scale if plan.prescaled else rules.scale
+        return Branch(
+            d_query.astype(given.query.dtype),
+            tiles.keys_last(d_key * factor, given.key),
+            tiles.keys_last(d_value, given.value),
+        )
 
+    branches = [
+        branch(given, d_query, *total)
+        for given, d_query, total in zip(
+            (b for b in (operands.near, operands.far) if b is not None),
+            d_queries,
+            totals,
+            strict=True,
+        )
+    ]
     d_sinks = None
     if operands.sinks is not None:
         # The sink is one more logit, whose value is nothing: ds = p * (0 - delta).
-        share = jnp.exp(operands.sinks.astype(dtype) - lse)
+        sinks2 = operands.sinks.astype(dtype) * numerics.LOG2_E
+        share = jnp.exp2(sinks2[None, None] - lse2)
         d_sinks = -(share * delta).sum((0, 1)).astype(operands.sinks.dtype)
-    far = operands.key_global is not None
-    grads = Operands(
-        queries(d_query),
-        tiles.keys_last(d_key, operands.key),
-        tiles.keys_last(d_value, operands.value),
-        queries(d_query_global) if far else None,
-        tiles.keys_last(d_key_global, operands.key_global) if far else None,
-        tiles.keys_last(d_value_global, operands.value_global) if far else None,
-        d_sinks,
-    )
-    return grads, None
+    near, far = branches if len(branches) == 2 else (branches[0], None)
+    return Operands(near, far, d_sinks), None
 
 
-def _backward_block(plan: tiles.Plan, statistics, carry, index):
+class Statistics(NamedTuple):
+    """What the backward reads beside a block's queries, laid out like them."""
+
+    d_out: Float[Array, "M G T Hv"]
+    delta: Float[Array, "M G T 1"]
+    lse2: Float[Array, "M G T 1"]
+
+
+def _backward_block(plan: tiles.Plan, sides, statistics: Statistics, totals, index):
     """Adds one program's share to the gradients of keys and values; yields those of its queries."""
     program = tiles.Program(plan, index)
     dtype, precision = plan.dtype, plan.rules.precision
-    d_out, delta, lse = (program.rows(x) for x in statistics)
+    d_out = program.rows(statistics.d_out)
+    delta, lse2 = (program.rows(x).reshape(1, -1) for x in statistics[1:])
 
-    def visit(carry, start, masked, query, tile_of):
+    def visit(query, carry, tile, start):
         d_query, d_keys, d_values = carry
-        key, value, logits_of = tile_of(start)
-        logits, bend = logits_of(query, key, start, masked)
-        weights = jnp.exp(logits - lse)
-        d_value = tiles.dot(weights.astype(value.dtype), d_out, (0, 0), dtype, precision)
-        d_weights = tiles.dot(d_out, value, (1, 1), dtype, precision)
+        scores = tiles.dot(tile.key, query, (1, 1), dtype, precision)
+        cube = scores.reshape(-1, plan.group, plan.block_q)
+        logits, bend = program.logits(cube, tile, keys_first=True)
+        weights = numerics.exp2(logits.reshape(scores.shape) - lse2)
+        d_weights = tiles.dot(tile.value, d_out, (1, 1), dtype, precision)
         d_logits = weights * (d_weights - delta)
         if bend is not None:
-            d_logits = d_logits * bend
-        d_logits = d_logits.astype(key.dtype)
-        d_query = d_query + tiles.dot(d_logits, key, (1, 0), dtype, precision)
-        d_key = tiles.dot(d_logits, query, (0, 0), dtype, precision)
+            d_logits = d_logits * bend.reshape(scores.shape)
+        d_logits = d_logits.astype(tile.key.dtype)
+        d_value = tiles.dot(weights.astype(d_out.dtype), d_out, (1, 0), dtype, precision)
+        d_key = tiles.dot(d_logits, query, (1, 0), dtype, precision)
+        d_query = d_query + tiles.dot(d_logits, tile.key, (0, 0), dtype, precision)
         return d_query, program.add(d_keys, start, d_key), program.add(d_values, start, d_value)
 
-    d_keys, d_values, d_keys_global, d_values_global = carry
-    nothing = jnp.zeros((plan.rows, plan.layout.query.shape[3]), dtype)
-    shape = (-1, plan.block_q, nothing.shape[1])
-    d_query_global = None
-    if plan.far_width:
-        query_global = program.scaled_rows(plan.layout.query_global)
-        d_query_global, d_keys_global, d_values_global = tiles.walk(
-            program.far_span(), plan.far_width, plan.has_clear_tiles,
-            lambda c, start, masked: visit(c, start, masked, query_global, program.far_tile),
-            (nothing, d_keys_global, d_values_global),
-        )  # fmt: skip
-        d_query_global = (d_query_global * plan.rules.scale).reshape(shape)
-    query = program.scaled_rows(plan.layout.query)
-    d_query, d_keys, d_values = tiles.walk(
-        program.near_span(), plan.near_width, plan.has_clear_tiles,
-        lambda c, start, masked: visit(c, start, masked, query, program.near_tile),
-        (nothing, d_keys, d_values),
-    )  # fmt: skip
-    d_query = (d_query * plan.rules.scale).reshape(shape)
-    return (d_keys, d_values, d_keys_global, d_values_global), (d_query, d_query_global)
+    new_totals, d_queries = [], []
+    for side, total in zip(sides, totals, strict=True):
+        nothing = jnp.zeros((plan.group * plan.block_q, side.query.shape[3]), dtype)
+        visit_side = functools.partial(visit, program.query(side))
+        d_query, *total = program.walk(side, visit_side, (nothing, *total))
+        new_totals.append(tuple(total))
+        d_queries.append(d_query.reshape(plan.group, plan.block_q, -1))
+    return new_totals, d_queries
 
 
+_attention = jax.custom_vjp(_attend, nondiff_argnums=(0, 1))
 _attention.defvjp(_forward, _backward)

@@ -73,9 +73,7 @@ class _Grid:
         return self.near.cubic(self.near_loss, points, self.near_gradients)
 
 
-def gaps(
-    table: StepTable, rules: list[Rule], *, use_n: str = "total"
-) -> dict[str, list[GroupGap]]:
+def gaps(table: StepTable, rules: list[Rule], *, use_n: str = "total") -> dict[str, list[GroupGap]]:
     """Gap of every rule in every group. `use_n` for mixtures of experts: "total" or "active"."""
     if use_n not in ("total", "active"):
         raise InputError(f"n={use_n!r} is unknown; use total or active parameters")
@@ -129,4 +127,7 @@ def plateau(table: StepTable, levels=(0.00125, 0.0025, 0.005, 0.01)) -> dict[flo
     """Mean share of a group's cells within each relative excess of its best."""
     group, excess = table.group, table.excess
     ids = np.unique(group)
-    return {level: float(np.mean([np.mean(excess[group == g] < level) for g in ids])) for level in levels}
+    return {
+        level: float(np.mean([np.mean(excess[group == g] < level) for g in ids]))
+        for level in levels
+    }

@@ -35,9 +35,7 @@ def leave_one_out_weights(
     return ids, weights
 
 
-def percentile_interval(
-    values: Float[np.ndarray, "draws"], level: float
-) -> tuple[float, float]:
+def percentile_interval(values: Float[np.ndarray, "draws"], level: float) -> tuple[float, float]:
     tail = 50 * (1 - level)
     low, high = np.percentile(np.asarray(values, np.float64), [tail, 100 - tail])
     return float(low), float(high)

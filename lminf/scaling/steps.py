@@ -178,9 +178,7 @@ class StepLaw:
         if draws:
             names = {"group": rows["group"], "row": np.arange(count)}
             samples = {
-                name: self._regress(
-                    rows, resample.bootstrap_weights(ids, draws=draws, seed=seed)
-                )
+                name: self._regress(rows, resample.bootstrap_weights(ids, draws=draws, seed=seed))
                 for name, ids in names.items()
             }
             for name, (values, good) in samples.items():

@@ -137,9 +137,7 @@ class Surface:
 
         edge = {(i, j): towards(i, j) for i in range(3) for j in range(3) if i != j}
         # Ordinates one step from each corner towards the centroid.
-        inner = [
-            (f[:, i] + edge[i, (i + 1) % 3] + edge[i, (i + 2) % 3]) / 3 for i in range(3)
-        ]
+        inner = [(f[:, i] + edge[i, (i + 1) % 3] + edge[i, (i + 2) % 3]) / 3 for i in range(3)]
         side = []  # side[i]: the ordinate that decides the cross derivative on the edge opposite i
         for i in range(3):
             j, k = (i + 1) % 3, (i + 2) % 3

@@ -172,9 +172,7 @@ def _number(path, line: int, name: str, row: list[str], at: int) -> float:
     try:
         value = float(row[at])
     except ValueError:
-        raise InputError(
-            f"{path}: row {line}, column {name!r}: {row[at]!r} is no number"
-        ) from None
+        raise InputError(f"{path}: row {line}, column {name!r}: {row[at]!r} is no number") from None
     if not np.isfinite(value):
         raise InputError(
             f"{path}: row {line}, column {name!r}: {row[at]} is not finite; remove or repair the row"
@@ -220,9 +218,7 @@ def read_vocab(path, fertility: Fertility, n_nv: str = "as_published") -> VocabT
     params = _require(path, columns, "Non_vocab_parameters", 1e4, 1e14, "non-vocabulary parameters")
     flops = _require(path, columns, "FLOPs", 1e9, 1e32, "training FLOPs")
     loss = _require(path, columns, "Lossu", -30, 30, "a unigram-normalised loss (nats per token)")
-    expected = (
-        6 * (params + vocab * width) * characters * fertility.tokens_per_character(vocab)
-    )
+    expected = 6 * (params + vocab * width) * characters * fertility.tokens_per_character(vocab)
     _require_consistent(
         path, columns, "FLOPs", flops / expected,
         f"6 (N_nv + V d) H f(V) with fertility {fertility.name!r}",
@@ -277,9 +273,7 @@ def read_step(path, seq_len: int) -> StepTable:
     if "Na" not in columns and "ffnh" in columns:
         shapes = accounting.block_parameters(layers, width, columns["ffnh"])
         _require_consistent(path, columns, "N", n / shapes, "numl (4 h^2 + 3 h ffnh)")
-    per_token = accounting.flops_per_token(
-        active, layers=layers, width=width, seq_len=lengths
-    )
+    per_token = accounting.flops_per_token(active, layers=layers, width=width, seq_len=lengths)
     return StepTable(
         n, active, d, lr, sequences * lengths, loss, per_token, int(lengths[0]), digest
     )

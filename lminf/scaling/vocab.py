@@ -111,9 +111,7 @@ class VocabLaw(Law):
         constants = {name: np.broadcast_to(value, (count,)) for name, value in constants.items()}
         return self._solve(constants, n_nv, width, flops, tokens)[0] / width
 
-    def interval(
-        self, *, n_nv, d=None, flops=None, tokens=None, level: float = 0.95
-    ) -> Interval:
+    def interval(self, *, n_nv, d=None, flops=None, tokens=None, level: float = 0.95) -> Interval:
         """Percentile interval of the optimal V over the law's draws."""
         if not self.draws:
             reason = self.procedure.get("no_draws", "fit with draws > 0")

@@ -52,9 +52,7 @@ class Densifier:
         self._cache: dict[tuple, Points] = {}
         span = (table.n_nv.min(), table.n_nv.max())
         self._n_nv = np.geomspace(*span, GRID_POINTS)
-        self._characters = np.geomspace(
-            table.characters.min(), table.characters.max(), GRID_POINTS
-        )
+        self._characters = np.geomspace(table.characters.min(), table.characters.max(), GRID_POINTS)
         self._vocab = np.geomspace(self.sizes[0], self.sizes[-1], VOCAB_POINTS)
         self._width = {n: table.width[table.n_nv == n][0] for n in self.families}
 

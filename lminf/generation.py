@@ -25,7 +25,7 @@ class Sampling:
     top_p: float | None = None  # draw among the fewest that hold this probability
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not self.temperature >= 0:  # NaN too
             raise InputError(f"temperature={self.temperature}: give 0 (greedy) or more")
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"top_k={self.top_k}: give at least 1 token")
@@ -40,18 +40,20 @@ def sample(logits: Float[Array, "B V"], sampling: Sampling, *, key) -> Int[Array
     """The next token of each row."""
     if sampling.temperature == 0:
         return logits.argmax(-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        least = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+    # The largest becomes 0, so that no temperature, however small, makes two of them infinite.
+    logits = (logits - logits.max(-1, keepdims=True)) / sampling.temperature
+    if sampling.top_k is None and sampling.top_p is None:
+        return jax.random.categorical(key, logits).astype(jnp.int32)
+    # Places in the order of likelihood, not thresholds: equal logits must not make the set larger.
+    size = logits.shape[-1]
+    ordered, ids = jax.lax.top_k(logits, min(sampling.top_k or size, size))
     if sampling.top_p is not None:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
         chances = jax.nn.softmax(ordered, axis=-1)
         # A token stays when those before it hold less than top_p: the first always does.
         inside = jnp.cumsum(chances, axis=-1) - chances < sampling.top_p
-        least = jnp.where(inside, ordered, jnp.inf).min(-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return jax.random.categorical(key, logits).astype(jnp.int32)
+        ordered = jnp.where(inside, ordered, -jnp.inf)
+    drawn = jax.random.categorical(key, ordered)
+    return jnp.take_along_axis(ids, drawn[:, None], axis=1)[:, 0].astype(jnp.int32)
 
 
 def generate_tokens(
@@ -69,6 +71,8 @@ def generate_tokens(
     lengths = np.array([len(prompt) for prompt in prompts])
     if not len(prompts) or not lengths.min():
         raise InputError("a prompt has no tokens; give at least one")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens}: give at least 1")
     longest = int(lengths.max())
     chunk = STEP if longest > STEP else max(16, 1 << (longest - 1).bit_length())
     chunk = 4 * STEP if longest > 16 * STEP else chunk
@@ -111,7 +115,7 @@ class TextStream:
     def __init__(self, tokenizer: Any, stop: Sequence[str]):
         self._decoder = tokenizer.incremental()
         self._ends = frozenset(tokenizer.eos_ids)
-        self._stop = tuple(s for s in stop if s)
+        self._stop = tuple(s for s in ([stop] if isinstance(stop, str) else stop) if s)
         self._held = ""
         self.done = False
 
@@ -122,10 +126,8 @@ class TextStream:
         if token in self._ends:
             return self.finish()
         self._held += self._decoder.feed(token)
-        found = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
-        if found:
-            self.done = True
-            return self._held[: min(found)]
+        if self._cut():
+            return self._held
         keep = max((_overlap(self._held, s) for s in self._stop), default=0)
         shown, self._held = (
             self._held[: len(self._held) - keep],
@@ -138,7 +140,16 @@ class TextStream:
         if self.done:
             return ""
         self.done = True
-        return self._held + self._decoder.finish()
+        self._held += self._decoder.finish()
+        self._cut()
+        return self._held
+
+    def _cut(self) -> bool:
+        """Whether a stop string is there; it and what follows are then gone, and this is done."""
+        found = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
+        if found:
+            self.done, self._held = True, self._held[: min(found)]
+        return bool(found)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -67,6 +67,7 @@ class LM:
 
     def __post_init__(self):
         policies.check_trained(self.policy, self.reach)
+        self._by_layer()  # refuses a mix that does not fit the layers or heads
 
     @classmethod
     def from_pretrained(
@@ -95,10 +96,12 @@ class LM:
 
     @property
     def decoder(self) -> decoder.Decoder:
-        by_layer = policies.by_layer(
+        return decoder.Decoder(self.spec, self._by_layer(), dtype=self.dtype)
+
+    def _by_layer(self) -> tuple[policies.LayerPolicy, ...]:
+        return policies.by_layer(
             self.policy, windows=self.spec.windows, num_kv_heads=self.spec.num_kv_heads
         )
-        return decoder.Decoder(self.spec, by_layer, dtype=self.dtype)
 
     def with_policy(self, policy: AnyPolicy) -> "LM":
         return dataclasses.replace(self, policy=policy)
@@ -160,6 +163,11 @@ class LM:
             # A chunk needs the token after it; the last one is filled up with what is not scored.
             while len(held) > chunk or (last and len(held) > 1):
                 scored = min(chunk, len(held) - 1)
+                if not bounded and longest is not None and start + scored >= longest:
+                    raise InputError(
+                        f"more than longest={longest} tokens came, and {self.policy.name} keeps "
+                        f"every one; give the length of the stream"
+                    )
                 tokens = np.pad(held[: chunk + 1], (0, max(chunk + 1 - len(held), 0)))
                 loss, caches = _score(
                     module, self.params, jnp.asarray(tokens[None]), jnp.int32(start), caches
@@ -220,7 +228,7 @@ class LM:
 
     def _write(self, prompts, max_new_tokens, sampling, stop, seed) -> Iterator[tuple[int, str]]:
         rows = [TextStream(self.tokenizer, stop) for _ in prompts]
-        self._check_room(max(len(ids) for ids in prompts) + max_new_tokens)
+        self._check_room(max((len(ids) for ids in prompts), default=0) + max_new_tokens)
         for tokens in generate_tokens(
             self, prompts, sampling=sampling, max_new_tokens=max_new_tokens,
             key=jax.random.key(seed),
@@ -254,6 +262,8 @@ class LM:
             ids = np.concatenate([[self.tokenizer.bos_id], ids]).astype(np.int32)
             ends = np.concatenate([[0], ends])
         if length is not None:
+            if length < 1:
+                raise InputError(f"length={length}: give at least 2 tokens")
             if len(ids) < length:
                 raise InputError(
                     f"the text has {len(ids)} tokens but length={length} was asked for; "

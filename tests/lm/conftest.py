@@ -1,0 +1,30 @@
+import jax
+import pytest
+
+from lminf.attention.policies import Full, LMInfinite, PerLayer
+from lminf.data.tokenizers import ByteTokenizer
+from lminf.lm import LM
+from tests.models import specs
+
+
+@pytest.fixture(autouse=True)
+def compile_quickly():
+    """These tests compile much and compute little."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def lm() -> LM:
+    """A random byte model of two layers, one that forgets and one that does not."""
+    spec = specs.change(specs.shallow(specs.LLAMA, 2), vocab_size=257)
+    policy = PerLayer((LMInfinite(window=8, sinks=2), Full()))
+    return LM(spec, specs.parameters(spec), ByteTokenizer(), policy)
+
+
+@pytest.fixture
+def small_steps(monkeypatch):
+    """Texts of some twenty tokens are read in several chunks."""
+    monkeypatch.setattr("lminf.lm.CHUNK", 16)
+    monkeypatch.setattr("lminf.generation.STEP", 16)

@@ -1,0 +1,157 @@
+"""Generation: what greedy decoding must be, unequal prompts, stop strings, compilations."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lminf import generation
+from lminf.attention.policies import LMInfinite, SelfExtend
+from lminf.data.tokenizers import ByteTokenizer
+from lminf.errors import InputError
+from lminf.generation import GREEDY, Sampling, TextStream, generate_tokens
+from lminf.models import decoder
+from tests.attention import cases
+
+PROMPTS = ["Twenty bytes of text", "Seven b", "Eleven byte"]  # 20, 7 and 11 tokens
+NEW = 10
+
+
+def tokens_after(lm, prompts, *, sampling=GREEDY, new=NEW, seed=0):
+    """[B, new] tokens."""
+    encoded = [lm.tokenizer.encode(prompt) for prompt in prompts]
+    stream = generate_tokens(
+        lm, encoded, sampling=sampling, max_new_tokens=new, key=jax.random.key(seed)
+    )
+    return np.stack(list(stream), 1)
+
+
+def test_greedy_decoding_is_the_argmax_of_the_whole_text(lm, small_steps):
+    """The prompt takes two chunks, one of them padded; every token comes through the caches."""
+
+    @cases.compiled
+    def following(params, tokens):
+        at = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        hidden, _ = lm.decoder.apply({"params": params}, tokens, positions=at)
+        return decoder.logits(lm.spec, params, hidden[0]).argmax(-1)
+
+    text = np.zeros((1, 32), np.int32)
+    text[0, :20] = lm.tokenizer.encode(PROMPTS[0])
+    for end in range(20, 20 + NEW):
+        text[0, end] = following(lm.params, text)[end - 1]
+    np.testing.assert_array_equal(tokens_after(lm, PROMPTS[:1])[0], text[0, 20 : 20 + NEW])
+
+
+def test_prompts_of_unequal_length_are_each_alone(lm, small_steps):
+    together = tokens_after(lm, PROMPTS)
+    for row, prompt in enumerate(PROMPTS):
+        np.testing.assert_array_equal(together[row], tokens_after(lm, [prompt])[0])
+
+
+def test_decoding_compiles_once_for_all_lengths(lm, small_steps):
+    tokens_after(lm, PROMPTS[:1])
+    before = generation._advance._cache_size()
+    for prompt, new in (("a prompt", 11), ("another prompt, longer", 9), ("another", 24)):
+        assert len(prompt) + new in range(17, 33)  # the same room for layers that keep everything
+        tokens_after(lm, [prompt], new=new)
+    assert generation._advance._cache_size() == before
+    rows = tokens_after(lm, PROMPTS[:1], new=1)
+    assert rows.shape == (1, 1)
+
+
+def test_a_seed_fixes_what_is_drawn(lm, small_steps):
+    drawn = Sampling(temperature=2.0)
+    first = tokens_after(lm, PROMPTS[:1], sampling=drawn, seed=3)
+    np.testing.assert_array_equal(first, tokens_after(lm, PROMPTS[:1], sampling=drawn, seed=3))
+    assert (first != tokens_after(lm, PROMPTS[:1], sampling=drawn, seed=4)).any()
+    assert len(set(first[0])) > NEW // 2  # each step has a key of its own
+
+
+def test_text_is_what_the_tokens_say_up_to_the_stop_string(lm, small_steps):
+    tokens = tokens_after(lm, PROMPTS[:1])[0]
+    text = lm.generate(PROMPTS[0], max_new_tokens=NEW)
+    assert text == lm.tokenizer.decode(tokens)
+    stop = text[3:5]
+    expected = text[: text.find(stop)]
+    assert lm.generate(PROMPTS[0], max_new_tokens=NEW, stop=[stop]) == expected
+    assert lm.generate(PROMPTS[0], max_new_tokens=NEW, stop=stop) == expected
+    together = lm.generate(PROMPTS, max_new_tokens=NEW)
+    assert together[0] == text
+    assert len(together) == 3
+
+
+# --- Bad input ------------------------------------------------------------------------------------
+
+
+def test_prompts_and_budgets_that_cannot_be_are_refused(lm):
+    with pytest.raises(InputError, match="the text is empty"):
+        lm.generate("")
+    with pytest.raises(InputError, match="a prompt has no tokens; give at least one"):
+        lm.generate([])
+    with pytest.raises(InputError, match="max_new_tokens=0: give at least 1"):
+        lm.generate("abc", max_new_tokens=0)
+    with pytest.raises(InputError, match="no chat template"):
+        list(lm.chat([{"role": "user", "content": "hello"}]))
+
+
+def test_a_prompt_that_the_policy_cannot_place_is_refused(lm):
+    extended = lm.with_policy(SelfExtend(window=8, group=2))
+    # (32 - 8) * 2 + 8 tokens
+    with pytest.raises(InputError, match=r"places at most 56 tokens within the 32 .* take 57"):
+        extended.generate("x" * 47, max_new_tokens=10)
+    for policy in (LMInfinite(8, 2), lm.policy):
+        lm.with_policy(policy)._check_room(10**9)
+
+
+# --- Text out of tokens ---------------------------------------------------------------------------
+
+
+def pieces_tokenizer(pieces, ends=()):
+    """Token i says pieces[i]."""
+    decoder = SimpleNamespace(feed=lambda token: pieces[token], finish=lambda: "")
+    return SimpleNamespace(incremental=lambda: decoder, eos_ids=ends)
+
+
+LETTERS = st.text("ab", max_size=4)
+
+
+@given(st.lists(LETTERS, max_size=8), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+def test_stop_strings_are_never_shown_wherever_tokens_split_them(pieces, stops):
+    stream, shown = TextStream(pieces_tokenizer(pieces), stops), []
+    for token in range(len(pieces)):
+        shown.append(stream.feed(token))
+        text = "".join(pieces[: token + 1])
+        found = [text.find(stop) for stop in stops if stop in text]
+        if found:  # the first token that completes one ends the text
+            assert stream.done
+            assert "".join(shown) == text[: min(found)]
+            assert stream.feed(token) == stream.finish() == ""
+            return
+        # What is held back could become a stop string, and no more than that is.
+        held = text.removeprefix("".join(shown))
+        assert held == max(
+            (text[i:] for i in range(len(text) + 1) if any(s.startswith(text[i:]) for s in stops)),
+            key=len,
+            default="",
+        )
+    assert not stream.done
+    assert "".join(shown) + stream.finish() == "".join(pieces)
+
+
+def test_an_end_token_ends_a_row_and_shows_what_was_held():
+    stream = TextStream(pieces_tokenizer(["one ", "st", "", "more"], ends=(2,)), ["stop"])
+    assert [stream.feed(token) for token in (0, 1, 2, 3)] == ["one ", "", "st", ""]
+    assert stream.done
+
+
+def test_characters_are_shown_whole():
+    stream = TextStream(ByteTokenizer(), ["é!"])
+    shown = [stream.feed(byte) for byte in "né é!".encode()]
+    assert shown == ["n", "", "", "é ", "", "", ""]
+    half = TextStream(ByteTokenizer(), ["�"])
+    assert half.feed("é".encode()[0]) + half.finish() == ""  # the end completes the stop string
+    assert TextStream(ByteTokenizer(), [""]).feed(97) == "a"

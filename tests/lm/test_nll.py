@@ -1,0 +1,148 @@
+"""Losses of texts: through the cache, in chunks, and what is made of them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lminf.attention import rope
+from lminf.attention.policies import Full, LMInfinite, PerHead, SelfExtend, Window
+from lminf.data.tokenizers import ByteTokenizer
+from lminf.errors import InputError
+from lminf.lm import NLL
+from lminf.models import decoder
+from tests.attention import cases
+from tests.models import specs
+
+TEXT = "Straße: forty-one tokens, a few in bytes"  # ß is two bytes
+
+
+@pytest.fixture(scope="module")
+def one_shot(lm):
+    """NLL of the tokens 1.. from the logits of the whole text at once."""
+
+    @cases.compiled
+    def run(params, tokens):
+        at = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        hidden, _ = lm.decoder.apply({"params": params}, tokens, positions=at)
+        log_p = jax.nn.log_softmax(decoder.logits(lm.spec, params, hidden))
+        return -jnp.take_along_axis(log_p[0, :-1], tokens[0, 1:, None], axis=1)[:, 0]
+
+    ids = lm.tokenizer.encode(TEXT)
+    return np.asarray(run(lm.params, ids[None]))
+
+
+def test_losses_through_the_cache_are_those_of_the_whole_text(lm, one_shot, small_steps):
+    ids, calls = lm.tokenizer.encode(TEXT), []
+    found = lm.token_nll(ids, progress=lambda done, of: calls.append((done, of)))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, one_shot, atol=1e-5)
+    assert calls == [(16, 40), (32, 40), (40, 40)]
+    assert lm.token_nll(ids[:2]) == pytest.approx(one_shot[:1], abs=1e-5)
+
+
+def test_a_stream_in_pieces_of_any_size_is_the_text(lm, one_shot, small_steps):
+    ids = lm.tokenizer.encode(TEXT)
+    pieces = np.split(ids, [1, 1, 2, 20, 36])  # an empty one too
+    found = list(lm.read(pieces, longest=len(ids)))
+    assert [len(losses) for losses in found] == [16, 16, 8]
+    np.testing.assert_allclose(np.concatenate(found), one_shot, atol=1e-5)
+    assert list(lm.read([], longest=9)) == list(lm.read([ids[:1]], longest=9)) == []
+
+
+def test_a_policy_that_keeps_everything_needs_the_length_of_a_stream(lm, small_steps):
+    ids = lm.tokenizer.encode(TEXT)
+    with pytest.raises(InputError, match="keeps every token, so a stream needs longest="):
+        list(lm.read([ids]))
+    with pytest.raises(InputError, match="more than longest=40 tokens came, and per_layer"):
+        list(lm.read([ids], longest=40))
+
+
+@pytest.mark.slow
+def test_a_policy_with_a_window_reads_without_end(lm, small_steps):
+    bounded = lm.with_policy(LMInfinite(8, 2))
+    ids = np.tile(bounded.tokenizer.encode(TEXT), 9)
+    open_ended = np.concatenate(list(bounded.read(iter(np.array_split(ids, 7)))))
+    np.testing.assert_allclose(open_ended, bounded.token_nll(ids), atol=1e-6)
+    assert len(open_ended) == len(ids) - 1
+
+
+def test_nll_of_a_text_counts_its_bytes(lm, one_shot, small_steps):
+    nll = lm.nll(TEXT)
+    np.testing.assert_allclose(nll.token_nll, one_shot, atol=1e-5)
+    assert nll.token_bytes.sum() == len(TEXT.encode()) - 1  # the first token is not predicted
+    assert nll.mean == pytest.approx(one_shot.mean(), abs=1e-5)
+    assert nll.bits_per_byte == pytest.approx(one_shot.sum() / np.log(2) / 40, abs=1e-4)
+    part = lm.nll(TEXT, length=17)
+    np.testing.assert_allclose(part.token_nll, one_shot[:16], atol=1e-5)
+
+
+def test_a_bos_token_makes_the_first_token_count(lm, small_steps):
+    tokenizer = ByteTokenizer()
+    object.__setattr__(tokenizer, "add_bos", True)
+    with_bos = dataclasses.replace(lm, tokenizer=tokenizer)
+    ids, ends = with_bos.encode("aß")
+    assert ids.tolist() == [256, 97, 195, 159]
+    assert ids.dtype == np.int32
+    assert ends.tolist() == [0, 1, 2, 3]
+    nll = with_bos.nll(TEXT)
+    assert len(nll.token_nll) == nll.token_bytes.sum() == len(TEXT.encode())
+
+
+# --- Arithmetic -----------------------------------------------------------------------------------
+
+
+def test_blocks_are_means_over_positions_of_the_text():
+    nll = NLL(np.arange(1, 10, dtype=np.float32), np.ones(9, int))  # positions 1 to 9
+    assert nll.blocks(4) == [(1 + 2 + 3) / 3, (4 + 5 + 6 + 7) / 4, (8 + 9) / 2]
+    assert nll.blocks(5) == [2.5, 7.0]
+    assert nll.blocks(100) == [5.0]
+    assert nll.blocks(1) == list(range(1, 10))  # position 0 has no loss
+
+
+def test_bits_per_byte_is_total_bits_over_total_bytes():
+    nll = NLL(np.array([np.log(2), 3 * np.log(2)], np.float32), np.array([1, 3]))
+    assert nll.bits_per_byte == pytest.approx(1.0)
+    assert nll.mean == pytest.approx(2 * np.log(2))
+
+
+def test_means_of_long_texts_are_summed_in_float64():
+    nll = NLL(np.full(2**25, 0.1, np.float32), np.ones(2**25, np.int8))
+    assert nll.mean == pytest.approx(np.float32(0.1), rel=1e-12)
+
+
+# --- Bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "length", "message"),
+    [
+        ("", None, "the text is empty"),
+        ("a", None, "1 tokens: nothing to predict; give at least 2"),
+        ("abc", 9, "the text has 3 tokens but length=9 was asked for; give a longer text"),
+        ("abc", 1, "1 tokens: nothing to predict"),
+        ("abc", 0, "length=0: give at least 2 tokens"),
+        ("abc", -2, "length=-2: give at least 2 tokens"),
+        ("a\ud800", None, "half of a surrogate pair"),
+    ],
+)
+def test_texts_that_cannot_be_scored_are_refused(lm, text, length, message):
+    with pytest.raises(InputError, match=message):
+        lm.nll(text, length=length)
+
+
+def test_policies_that_the_model_cannot_run_are_refused(lm):
+    with pytest.raises(InputError, match="window=33 but this model was trained at 32 tokens"):
+        lm.with_policy(Window(33))
+    with pytest.raises(InputError, match="3 head policies but the model has 2 key/value heads"):
+        lm.with_policy(PerHead((Full(),) * 3))
+    scaled = lm.with_scaling(rope.Linear(2.0))
+    assert scaled.reach == 64
+    assert scaled.with_policy(Window(64)).spec.encoding.scaling == rope.Linear(2.0)
+    with pytest.raises(InputError, match="trained at 64 tokens"):
+        scaled.with_policy(SelfExtend(65, 2))
+    alibi = dataclasses.replace(lm, spec=specs.change(lm.spec, encoding=rope.Alibi(8.0)))
+    with pytest.raises(InputError, match="this model's positions are Alibi, not rotary"):
+        alibi.with_scaling(rope.Linear(2.0))

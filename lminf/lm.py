@@ -91,8 +91,8 @@ class LM:
 
     @property
     def reach(self) -> int:
-        """Tokens apart that the model can place: trained length times what a scaling stretches."""
-        return int(self.spec.trained_length * stretch_of(self.spec.encoding))
+        """Tokens apart that the model can place, as trained and scaled."""
+        return reach_of(self.spec)
 
     @property
     def decoder(self) -> decoder.Decoder:
@@ -288,9 +288,16 @@ def _power_of_two(least: int) -> int:
     return 1 << max(least - 1, 0).bit_length()
 
 
-def stretch_of(encoding: rope.Encoding) -> float:
-    """How many times its trained length a rotary scaling asks a model to reach."""
-    scaling = encoding.scaling if isinstance(encoding, rope.Rotary) else None
-    if isinstance(scaling, rope.Linear | rope.YaRN):
-        return scaling.factor
-    return scaling.alpha if isinstance(scaling, rope.NTKAware | rope.DynamicNTK) else 1.0
+def reach_of(spec: ModelSpec) -> int:
+    """Tokens apart that the model can place: its trained length, times what a scaling stretches.
+
+    YaRN names the length before stretching itself; a checkpoint's own is the one after.
+    """
+    scaling = spec.encoding.scaling if isinstance(spec.encoding, rope.Rotary) else None
+    if isinstance(scaling, rope.YaRN):
+        return int(scaling.trained_length * scaling.factor)
+    if isinstance(scaling, rope.Linear):
+        return int(spec.trained_length * scaling.factor)
+    if isinstance(scaling, rope.NTKAware | rope.DynamicNTK):
+        return int(spec.trained_length * scaling.alpha)
+    return spec.trained_length

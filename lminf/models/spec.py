@@ -16,7 +16,7 @@ Parameters of a spec, as a nested dictionary (letters: lminf/types.py; L stacked
     layers/mlp/w_gate             [L, D, F]   when mlp.gated                b_gate when mlp.bias
     layers/mlp/w_up w_down        [L, D, F] [L, F, D]             b_up b_down when mlp.bias
     layers/mlp_post_norm/…        [L, D]      when post_norms
-    final_norm/scale              [D]
+    final_norm/scale              [D]         every norm has a bias when norm.bias
     head                          [V, D]      unless tied
     head_bias                     [V]         when head_bias
 """

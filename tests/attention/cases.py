@@ -81,7 +81,7 @@ _FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": Fal
 
 
 @functools.cache
-def _accepted() -> dict:
+def fast_options() -> dict:
     try:
         jax.jit(lambda x: x + 1, compiler_options=_FAST)(0)
     except jax.errors.JaxRuntimeError:  # another XLA, without these options
@@ -90,7 +90,7 @@ def _accepted() -> dict:
 
 
 def compiled(function):
-    return jax.jit(function, compiler_options=_accepted())
+    return jax.jit(function, compiler_options=fast_options())
 
 
 # --- Running a policy -----------------------------------------------------------------------------

@@ -1,0 +1,95 @@
+"""What the compiled programs cost, before they run: losses without logits, decoding without end."""
+
+import jax
+import jax.numpy as jnp
+
+from lminf import generation
+from lminf import lm as language_model
+from lminf.attention.policies import Full, LMInfinite
+from lminf.generation import GREEDY
+from lminf.losses import xent
+from lminf.models import decoder
+from tests.attention import cases
+from tests.models import specs
+
+
+def shape(*sizes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def abstract_parameters(spec):
+    return jax.eval_shape(lambda: decoder.init(spec, key=jax.random.key(0)))
+
+
+def test_the_loss_holds_the_logits_of_one_chunk_whatever_the_vocabulary():
+    """Temporaries are a few times [512, V], and no [T, V]: more text costs nothing in V."""
+
+    def temporary_bytes(vocabulary, tokens):
+        spec = specs.change(specs.LLAMA, vocab_size=vocabulary)
+
+        def run(params, hidden, targets):
+            return xent.token_nll(spec, params, hidden, targets)
+
+        arrays = shape(1, tokens, spec.width), shape(1, tokens, dtype=jnp.int32)
+        program = cases.compiled(run).lower({"embed": shape(vocabulary, 16)}, *arrays).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    small, wide, long = (
+        temporary_bytes(*sizes) for sizes in ((4096, 1024), (8192, 1024), (8192, 4096))
+    )
+    one_chunk = xent.CHUNK * 4096 * 4
+    assert wide - small < 3 * one_chunk
+    assert long - wide < 0.1 * (4096 - 1024) * 8192 * 4
+
+
+def test_scoring_a_chunk_holds_no_more_than_its_states_and_one_chunk_of_logits():
+    spec = specs.change(specs.shallow(specs.LLAMA, 2), vocab_size=8192)
+    module = decoder.Decoder(spec, (LMInfinite(64, 4),) * 2, implementation="xla_chunked")
+
+    def temporary_bytes(tokens):
+        caches = jax.eval_shape(
+            lambda: decoder.init_caches(
+                spec, module.policies, batch=1, capacity=10**9, dtype=jnp.float32
+            )
+        )
+        return (
+            language_model._score.lower(
+                module, abstract_parameters(spec), shape(1, tokens + 1, dtype=jnp.int32),
+                shape(dtype=jnp.int32), caches,
+            ).compile(cases.fast_options()).memory_analysis().temp_size_in_bytes
+        )  # fmt: skip
+
+    assert temporary_bytes(2048) - temporary_bytes(1024) < 0.2 * 1024 * 8192 * 4
+
+
+def step(policy, capacity, batch=1):
+    """The program of one decoding step, not compiled yet."""
+    spec = specs.shallow(specs.LLAMA, 2)
+    module = decoder.Decoder(spec, (policy,) * 2)
+    caches = jax.eval_shape(
+        lambda: decoder.init_caches(
+            spec, module.policies, batch=batch, capacity=capacity, dtype=jnp.float32
+        )
+    )
+    return generation._advance.lower(
+        module, GREEDY, abstract_parameters(spec), shape(batch, 1, dtype=jnp.int32),
+        shape(batch, dtype=jnp.int32), caches, jax.eval_shape(lambda: jax.random.key(0)),
+    )  # fmt: skip
+
+
+def test_a_decoding_step_under_a_window_is_one_program_for_streams_of_any_length():
+    program = step(LMInfinite(24, 4), 1000).as_text()
+    assert step(LMInfinite(24, 4), 10**9).as_text() == program
+
+
+def test_the_work_of_a_decoding_step_is_that_of_what_is_kept():
+    def costs(policy, capacity):
+        costs = step(policy, capacity).compile(cases.fast_options()).cost_analysis()
+        return costs["flops"], costs["bytes accessed"]
+
+    kept, full, double = (
+        costs(*case) for case in ((LMInfinite(252, 4), 10**9), (Full(), 256), (Full(), 512))
+    )
+    for bounded, small, large in zip(kept, full, double, strict=True):
+        assert large > 1.2 * small
+        assert bounded < 1.5 * small

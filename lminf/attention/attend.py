@@ -79,22 +79,32 @@ def reference(
         near = _scores(scoring, slopes, q, k, q_pos, k_pos, 1.0, length)
         beyond = _scores(scoring, slopes, q, k, far.at_q(q_pos), far.at_k(k_pos), far.scale, length)
         scores = jnp.where(part.near(to, at)[:, None, None], near, beyond)
-        seen = part.visible(to, at) & same_text
-        return _softmax_values(scoring, scores, seen, v).reshape(q.shape[:3] + v.shape[3:])
+        weights = _softmax(scoring, scores, part.visible(to, at) & same_text)
+        return _mix(weights.astype(v.dtype), v)
 
     return _by_head(policy, dense, scoring)(q, k, v)
 
 
-def _scores(scoring, slopes, q, k, q_at, k_at, scale, length) -> Float[Array, "B K G T S"]:
+def _dot(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> Float[Array, "B K G T S"]:
+    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+    return jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
+
+
+def _mix(weights: Float[Array, "B K G T S"], v: Float[Array, "B S K H"]) -> Float[Array, "B T N H"]:
+    out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
+    return out.reshape(*out.shape[:2], -1, out.shape[4])
+
+
+def _scores(
+    scoring, slopes, q, k, q_at, k_at, scale, length, dot=_dot
+) -> Float[Array, "B K G T S"]:
     """Scaled scores with every pair placed at (q_at, k_at) * scale, before the soft cap."""
     if isinstance(scoring.encoding, rope.Rotary):
         rotary = scoring.encoding
         by_q = rope.rotation(rotary, q_at, scale=scale, length=length)
         by_k = rope.rotation(rotary, k_at, scale=scale, length=length)
         q, k = rope.rotate(q, by_q, rotary.layout), rope.rotate(k, by_k, rotary.layout)
-    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    scores = scores * jnp.float32(scoring.scale)
+    scores = dot(q, k) * jnp.float32(scoring.scale)
     if slopes is not None:
         distance = (q_at[:, :, None] - k_at[:, None, :]).astype(jnp.float32) * scale
         steep = slopes.reshape(k.shape[2], -1)
@@ -102,7 +112,8 @@ def _scores(scoring, slopes, q, k, q_at, k_at, scale, length) -> Float[Array, "B
     return scores
 
 
-def _softmax_values(scoring, scores, seen: Bool[Array, "B T S"], v) -> Float[Array, "B T K G H"]:
+def _softmax(scoring, scores, seen: Bool[Array, "B T S"]) -> Float[Array, "B K G T S"]:
+    """Weights of the values, float32; all zero for a query that sees nothing."""
     if scoring.soft_cap is not None:
         scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
     seen = seen[:, None, None]
@@ -110,8 +121,7 @@ def _softmax_values(scoring, scores, seen: Bool[Array, "B T S"], v) -> Float[Arr
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     weights = jnp.where(seen, weights, 0.0)
     total = weights.sum(-1, keepdims=True)
-    weights = weights / jnp.where(total == 0, 1.0, total)
-    return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
+    return weights / jnp.where(total == 0, 1.0, total)
 
 
 # --- A text at once -------------------------------------------------------------------------------
@@ -222,9 +232,36 @@ def _over_slots(policy, scoring, layout, slot_pos, positions):
             beyond = place.scores(*far(q, stored_k[:, :count]), slopes, far=True)
             first = jnp.where(is_near[..., :count], scores[..., :count], beyond)
             scores = jnp.concatenate([first, scores[..., count:]], -1)
-        return _softmax_values(scoring, scores, seen, stored_v).reshape(q.shape)
+        return _mix_of_one(_softmax(scoring, scores, seen).astype(stored_v.dtype), stored_v)
 
     return read
+
+
+# A product for each key head would first copy the cache, transposed, in every layer. Side by side
+# the heads are one product over the rows as they lie, and its zeros cost less than that copy: 0.8
+# of the time for 1 key head, 0.57 for 3, 0.35 for 8, 0.56 for 32 (4,106 slots, two cores).
+
+
+def _dot_of_one(q: Float[Array, "B 1 N H"], k: Float[Array, "B S K H"]):
+    """`_dot` of one query per row: each head's query in its key head's columns of one wide row."""
+    batch, slots, key_heads, _ = k.shape
+    own = np.repeat(np.eye(key_heads, dtype=bool), q.shape[2] // key_heads, axis=0)  # [N, K]
+    wide = jnp.where(own[None, :, :, None], q[:, 0, :, None], jnp.zeros((), q.dtype))
+    scores = jnp.einsum(
+        "bnc,bsc->bns", wide.reshape(batch, q.shape[2], -1), k.reshape(batch, slots, -1),
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    return scores.reshape(batch, key_heads, -1, 1, slots)
+
+
+def _mix_of_one(weights: Float[Array, "B K G 1 S"], v: Float[Array, "B S K H"]):
+    """`_mix` of one query per row: every head mixes all columns, and keeps its key head's."""
+    batch, slots, key_heads, width = v.shape
+    rows = weights.reshape(batch, -1, slots)
+    out = jnp.einsum("bns,bsc->bnc", rows, v.reshape(batch, slots, -1))
+    out = out.reshape(batch, key_heads, -1, key_heads, width)
+    own = jnp.stack([out[:, head, :, head] for head in range(key_heads)], 1)
+    return own.reshape(batch, 1, -1, width)
 
 
 def _over_window(policy, scoring, layout, positions, implementation):
@@ -295,17 +332,17 @@ class _Placement:
         by_k = self._rotation(self.far_k_pos, self.far_scale)
         return lambda q, k: (self._rotate(self._gained(q), by_q), self._rotate(k, by_k))
 
-    def scores(self, q, k, slopes, *, far: bool = False) -> Float[Array, "B K G T S"]:
-        """Scores of operands that are placed already."""
+    def scores(self, q, k, slopes, *, far: bool = False) -> Float[Array, "B K G 1 S"]:
+        """Scores of one query per row and keys, both placed already."""
         plain = Scoring(rope.NoEncoding(), self.scoring.scale, None)
         if slopes is None:
-            return _scores(plain, None, q, k, self.q_pos, self.k_pos, 1.0, None)
+            return _scores(plain, None, q, k, self.q_pos, self.k_pos, 1.0, None, _dot_of_one)
         q_at, k_at, scale = (
             (self.far_q_pos, self.far_k_pos, self.far_scale)
             if far
             else (self.q_pos, self.k_pos, 1.0)
         )
-        return _scores(plain, slopes, q, k, q_at, k_at, scale, None)
+        return _scores(plain, slopes, q, k, q_at, k_at, scale, None, _dot_of_one)
 
     def _gained(self, q):
         return q if self.gain is None else q * self.gain[..., None, None].astype(q.dtype)

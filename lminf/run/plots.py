@@ -37,7 +37,7 @@ STYLE: dict[Any, Any] = {  # matplotlib types the keys as literals
     "figure.dpi": 100,
     "savefig.dpi": 160,
 }
-LABEL_GAP = 1.15  # line heights between neighbouring labels
+LABEL_GAP = 1.3  # line heights between neighbouring labels
 
 
 def curves(
@@ -194,9 +194,9 @@ def _length_ticks(axes: Axes, values: Sequence[float], log: bool) -> None:
         step = max(1, int(np.ceil((high - low) / 8)))
         axes.xaxis.set_major_locator(FixedLocator([2.0**e for e in np.arange(low, high + 1, step)]))
         axes.xaxis.set_minor_locator(NullLocator())
-    elif values and max(values) > 1024 and all(value % 1024 == 0 for value in values):
-        step = 2.0 ** np.ceil(np.log2(max(values) / 8))  # at most eight, all whole k
-        axes.xaxis.set_major_locator(MultipleLocator(max(step, 1024)))
+    elif values and max(values) > 0 and all(value % 64 == 0 for value in values):  # lengths
+        step = 2.0 ** np.ceil(np.log2(max(values) / 8))  # at most eight, at powers of two
+        axes.xaxis.set_major_locator(MultipleLocator(max(step, 64)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
 
 

@@ -132,7 +132,7 @@ class CurveTable:
 # --- reading ------------------------------------------------------------------------------------
 
 
-def _read_columns(path, needed: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str], str]:
+def read_columns(path, needed: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str], str]:
     """Needed columns as float64 (and the header), or an error that names column and row."""
     file = Path(path)
     try:
@@ -211,7 +211,7 @@ def read_vocab(path, fertility: Fertility, n_nv: str = "as_published") -> VocabT
     n_nv="from_shapes" replaces the file's parameter counts, which are nominal, by those of the
     published shapes, and rescales the FLOPs; tokens stay.
     """
-    columns, _, digest = _read_columns(path, VOCAB_COLUMNS)
+    columns, _, digest = read_columns(path, VOCAB_COLUMNS)
     vocab = _require(path, columns, "vocab_size", 16, 1e7, "a vocabulary size (entries)")
     width = _require(path, columns, "embed_dim", 8, 1e6, "an embedding width (channels)")
     characters = _require(path, columns, "num_characters", 1e5, 1e17, "training characters")
@@ -252,9 +252,9 @@ def read_step(path, seq_len: int) -> StepTable:
 
     `seq_len` in tokens serves files without a seq_len column.
     """
-    columns, header, digest = _read_columns(path, STEP_COLUMNS)
+    columns, header, digest = read_columns(path, STEP_COLUMNS)
     extra = [name for name in ("seq_len", "Na", "M", "ffnh") if name in header]
-    more, _, _ = _read_columns(path, tuple(extra)) if extra else ({}, None, None)
+    more, _, _ = read_columns(path, tuple(extra)) if extra else ({}, None, None)
     columns.update(more)
     n = _require(path, columns, "N", 1e4, 1e14, "non-embedding parameters")
     d = _require(path, columns, "D", 1e5, 1e17, "training tokens")
@@ -282,12 +282,12 @@ def read_step(path, seq_len: int) -> StepTable:
 def read_curves(path, *, needs_score: bool) -> CurveTable:
     """Runs by N, D (raw) and loss; an optional column `run` names runs that share noise."""
     needed = DENSITY_COLUMNS if needs_score else CHINCHILLA_COLUMNS
-    columns, header, digest = _read_columns(path, needed)
+    columns, header, digest = read_columns(path, needed)
     n = _require(path, columns, "N", 1e4, 1e14, "parameters")
     d = _require(path, columns, "D", 1e5, 1e17, "training tokens")
     loss = _require(path, columns, "loss", 1e-6, 100, "a loss (nats per token)")
     score = columns["score"] if needs_score else None
     run = np.arange(len(n))
     if "run" in header:
-        run = np.unique(_read_columns(path, ("run",))[0]["run"], return_inverse=True)[1]
+        run = np.unique(read_columns(path, ("run",))[0]["run"], return_inverse=True)[1]
     return CurveTable(n, d, loss, score, run.astype(np.int64), digest)

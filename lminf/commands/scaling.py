@@ -15,7 +15,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -23,10 +23,18 @@ from rich.console import Console
 from lminf import scaling
 from lminf.errors import InputError
 from lminf.run import tables as show
-from lminf.scaling import accounting, chinchilla, checks, evidence, gap, published, rivals
+from lminf.scaling import (
+    accounting,
+    checks,
+    chinchilla,
+    evidence,
+    gap,
+    published,
+    rivals,
+    validation,
+)
 from lminf.scaling import fertility as fertilities
 from lminf.scaling import tables as files
-from lminf.scaling import validation
 from lminf.scaling.laws import Law
 from lminf.scaling.steps import StepLaw, StepPowerLaw
 from lminf.scaling.vocab import VocabLaw
@@ -36,6 +44,7 @@ from lminf.scaling.vocab_loss import BOUNDS, MODES, LossLaw, VocabLaw3
 
 SPREAD_WARNING = 1.25  # largest over smallest V of the approaches
 Row = dict[str, Any]
+AnyLaw = TypeVar("AnyLaw", bound=Law)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -191,8 +200,9 @@ def _predict_vocab(args):
 
     def text(console):
         console.print(
-            f"Loss-optimal vocabulary for N_nv = {args.n_nv:.4g} parameters, width {rows[0]['width']:g}"
-            f"; budgets in FLOPs, D in tokens; V rounded up to a multiple of {multiple}"
+            f"Loss-optimal vocabulary for N_nv = {args.n_nv:.4g} parameters, width "
+            f"{rows[0]['width']:g}; budgets in FLOPs, D in tokens; "
+            f"V rounded up to a multiple of {multiple}"
         )
         console.print(
             show.rich_table(
@@ -408,7 +418,7 @@ def _predict_chinchilla(args):
     return result, lambda console: console.print(show.rich_table(rows))
 
 
-def _load_kind(name: str, kind: type[Law]):
+def _load_kind(name: str, kind: type[AnyLaw]) -> AnyLaw:
     law = scaling.load(name)
     if not isinstance(law, kind):
         raise InputError(f"{name} holds a {law.kind} law; a {kind.kind} law is needed here")
@@ -628,8 +638,8 @@ def _loss_vocab(args):
         other = law._loss(law.constants, table.n_nv, table.n_v, table.tokens) - table.loss
         summary["rmse_with_true_tokens"] = float(np.sqrt(np.mean(other**2)))
         summary["warnings"].append(
-            "the loss uses the covariate that was fitted, H f(V/1000); the optimum of this mode uses "
-            "true tokens, with which the loss is off by rmse_with_true_tokens"
+            "the loss uses the covariate that was fitted, H f(V/1000); the optimum of this mode "
+            "uses true tokens, with which the loss is off by rmse_with_true_tokens"
         )
     rows = [
         {"row": i + 1, "n_nv": n, "vocab_size": v, "flops": f, "loss": y, "predicted": p}
@@ -726,7 +736,10 @@ ACTIONS: dict[tuple[str, str | None], Action] = {
     ),
     ("fit", "step"): (
         _fit_step,
-        ("data", "out", "threshold", "estimator", "target", "batch-n", "fix-n", "seq-len", *RESAMPLE),
+        (
+            "data", "out", "threshold", "estimator", "target", "batch-n", "fix-n", "seq-len",
+            *RESAMPLE,
+        ),
         ("data",),
     ),
     ("fit", "chinchilla"): (_fit_chinchilla, ("data", "out", *RESAMPLE), ("data",)),

@@ -73,7 +73,8 @@ def fit(
         options["cluster"] = cluster
     if isinstance(procedure, VOCAB_PROCEDURES):
         options["fertility"] = fertility
-    return procedure.fit(table, **options)
+    data: Any = table  # checked above
+    return procedure.fit(data, **options)
 
 
 def load(path) -> Any:

@@ -80,7 +80,7 @@ class ChinchillaFit(Law):
 
 
 def allocation(constants, flops):
-    """N_opt = G (C / 6)^a, a = beta / (alpha + beta), G = (alpha A / (beta B))^(1 / (alpha + beta))."""
+    """N_opt = G (C / 6)^a with a = beta / (alpha + beta), G^(alpha + beta) = alpha A / (beta B)."""
     alpha, beta = constants["alpha"], constants["beta"]
     total = alpha + beta
     scale = (alpha * constants["A"] / (beta * constants["B"])) ** (1 / total)

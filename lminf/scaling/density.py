@@ -176,10 +176,10 @@ def _fit_score(table: CurveTable, weights):
     low, high = score.min(), score.max()
     if high <= low:
         raise InputError("column 'score' has one value; the performance step needs several")
-    span = high - low
+    span, reach = high - low, np.ptp(loss)
     starts = np.array(
         [
-            (np.log(span * f), np.log(k / np.ptp(loss)), middle, low)
+            (np.log(span * f), np.log(k / reach), middle, low)
             for f in (1.0, 1.5)
             for k in (2.0, 8.0)
             for middle in np.percentile(loss, (20, 50, 80))
@@ -187,8 +187,8 @@ def _fit_score(table: CurveTable, weights):
     )
     return engine.minimise(
         score_residual, {"loss": loss, "score": score}, starts=starts,
-        lower=np.array([np.log(span) - 3, np.log(0.1 / np.ptp(loss)), loss.min() - 5, low - 5 * span]),
-        upper=np.array([np.log(span) + 3, np.log(1e3 / np.ptp(loss)), loss.max() + 5, high]),
+        lower=np.array([np.log(span) - 3, np.log(0.1 / reach), loss.min() - 5, low - 5 * span]),
+        upper=np.array([np.log(span) + 3, np.log(1e3 / reach), loss.max() + 5, high]),
         weights=weights, keep=4,
     )  # fmt: skip
 

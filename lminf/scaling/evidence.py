@@ -1,5 +1,6 @@
 """Evidence beside the laws: what the curves say directly, what a choice changes, what it costs."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -39,8 +40,7 @@ def metric_values(table: VocabTable, metric: str) -> Float[np.ndarray, "rows"]:
 
 def with_metric(table: VocabTable, metric: str) -> VocabTable:
     """The table with another loss column."""
-    arrays = (table.vocab_size, table.width, table.characters, table.n_nv, table.flops)
-    return VocabTable(*arrays, metric_values(table, metric), table.digest)
+    return dataclasses.replace(table, loss=metric_values(table, metric))
 
 
 def common_budget(table: VocabTable, family: float) -> float:
@@ -85,8 +85,8 @@ def isoflop_curve(table: VocabTable, family: float, flops: float, metric: str) -
         )
     low, high = resample.jackknife_interval(optimum, np.array(left_out), 0.95)
     clip = np.log(1e7)
-    bounds = (float(np.exp(min(max(bound, 0.0), clip))) for bound in (low, high))
-    return IsoFlopCurve(np.exp(x), y, float(np.exp(optimum)), *bounds, note)
+    low, high = (float(np.exp(min(max(bound, 0.0), clip))) for bound in (low, high))
+    return IsoFlopCurve(np.exp(x), y, float(np.exp(optimum)), low, high, note)
 
 
 def _vertex(x, y) -> float:

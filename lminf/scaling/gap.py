@@ -55,8 +55,8 @@ class _Grid:
         except InputError as error:
             first = rows[0]
             raise InputError(
-                f"group N={table.n[first]:g}, D={table.d[first]:g} ({rows.size} rows) is no grid of "
-                f"learning rates and batches: {error}"
+                f"group N={table.n[first]:g}, D={table.d[first]:g} ({rows.size} rows) is no grid "
+                f"of learning rates and batches: {error}"
             ) from None
         self.near_loss = self.loss[near]
         self.low, self.high = points.min(0), points.max(0)

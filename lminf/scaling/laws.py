@@ -148,7 +148,8 @@ def require_spread(values, name: str, *, minimum: float = 1.02) -> None:
             "two, so add rows with another one"
         )
     if ratio < minimum:
+        span = f"{values.min():g}..{values.max():g}"
         raise InputError(
-            f"{name} varies by only {100 * (ratio - 1):.2g} % ({values.min():g}..{values.max():g}); "
-            f"its exponent is not identifiable, so add other values of {name} or hold it fixed"
+            f"{name} varies by only {100 * (ratio - 1):.2g} % ({span}); its exponent is not "
+            f"identifiable, so add other values of {name} or hold it fixed"
         )

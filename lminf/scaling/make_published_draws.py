@@ -4,6 +4,7 @@ python -m lminf.scaling.make_published_draws VOCAB.csv STEP.csv
 """
 
 import sys
+import textwrap
 from pathlib import Path
 
 from lminf.scaling import fertility, tables
@@ -13,6 +14,7 @@ from lminf.scaling.vocab_isoflop import VocabLaw1
 from lminf.scaling.vocab_loss import VocabLaw3
 
 KEPT = 100
+INDENT = " " * 16
 HEADER = '''"""Constants of re-fits over resampled runs and groups; see make_published_draws."""
 
 # fmt: off
@@ -35,13 +37,17 @@ def main(vocab_path: str, step_path: str) -> None:
         print(name, law.resampling, law.intervals)
         lines.append(f"    {name!r}: {{")
         point = {key: round(value, 7) for key, value in law.constants.items()}
-        lines.append(f"        'point': {point},")
+        lines.append("        'point': {")
+        lines += [f"            {key!r}: {value}," for key, value in point.items()]
+        lines.append("        },")
         lines.append("        'draws': {")
         for key, values in law.draws.items():
             if key in ("alpha_nnv", "alpha_h", "batch_n"):
                 continue
             shown = ", ".join(f"{value:.6g}" for value in values[:KEPT])
-            lines.append(f"            {key!r}: ({shown}),")
+            lines.append(f"            {key!r}: (")
+            lines.append(textwrap.fill(shown, 96, initial_indent=INDENT, subsequent_indent=INDENT))
+            lines.append("            ),")
         lines.append("        },\n    },")
     lines.append("}")
     bowl = {k: float(f"{v:.6g}") if k != "groups" else v

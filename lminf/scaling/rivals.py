@@ -89,7 +89,7 @@ RULES = {
             lambda q: 1.55e-3 * (q.n / 1e9) ** -0.23 * (q.d / 1e9) ** -0.32,
             None,
             (),
-            "trained at 0.5M tokens; N and D in billions (the printed raw-unit form is meaningless)",
+            "trained at 0.5M tokens; N and D in billions (printed for raw units, without sense)",
         ),
         Rule(
             "deepseek",

@@ -4,6 +4,7 @@
 and nothing else. Source: Ibrahim et al. 2024, arXiv:2403.08763.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,7 +59,7 @@ class Infinite:
 
     def __post_init__(self):
         ends = (0, self.warmup_end, self.cooldown_end, self.constant_end, self.anneal_end)
-        if any(late <= early for early, late in zip(ends[1:-1], ends[2:], strict=True)):
+        if any(late <= early for early, late in itertools.pairwise(ends[1:])):
             raise InputError(f"the ends of the four phases must increase, found {ends[1:]}")
 
     def __call__(self, step) -> Float[Array, "..."]:

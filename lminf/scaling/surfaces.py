@@ -72,7 +72,7 @@ class Surface:
         """Gradients that minimise the integral of squared second derivatives along all edges.
 
         The cubic along an edge e with end values f and end slopes g.e bends with energy
-        proportional to (4 (g1.e)^2 + 4 (g1.e)(g2.e) + 4 (g2.e)^2 - 12 (f2 - f1)(g1.e + g2.e)) / |e|^3.
+        proportional to (4 p^2 + 4 p q + 4 q^2 - 12 (f2 - f1)(p + q)) / |e|^3, p = g1.e, q = g2.e.
         """
         count = len(self.points)
         scale = np.ptp(self.points, axis=0).max()

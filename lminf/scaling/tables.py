@@ -175,7 +175,7 @@ def _number(path, line: int, name: str, row: list[str], at: int) -> float:
         raise InputError(f"{path}: row {line}, column {name!r}: {row[at]!r} is no number") from None
     if not np.isfinite(value):
         raise InputError(
-            f"{path}: row {line}, column {name!r}: {row[at]} is not finite; remove or repair the row"
+            f"{path}: row {line}, column {name!r}: {row[at]} is not finite; repair the row"
         )
     return value
 

@@ -1,4 +1,4 @@
-"""Fits without one family or one group: how much a law rests on each, and what it predicts unseen."""
+"""Fits without one family or group: how much a law rests on each, what it predicts unseen."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ Row = dict[str, Any]
 def leave_one_family_out(
     procedure, table: VocabTable, *, fertility: Fertility, n_nv: float = 7e9
 ) -> list[Row]:
-    """Constants without each family, V at n_nv, and for approach 3 the loss error on that family."""
+    """Constants without each family, V at n_nv, and approach 3's loss error on that family."""
     rows = []
     for family in np.unique(table.n_nv):
         unseen = table.n_nv == family

@@ -136,7 +136,7 @@ class VocabLaw(Law):
 
 
 def bisect(function, low, high, steps: int = 80):
-    """Root of an increasing function per draw in [low, high]; NaN where the sign does not change."""
+    """Root of an increasing function per draw in [low, high]; NaN where its sign is constant."""
     low, high = np.array(low, float), np.array(high, float)
     valid = (function(low) < 0) & (function(high) > 0)
     for _ in range(steps):

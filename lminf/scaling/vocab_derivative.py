@@ -46,7 +46,7 @@ def flops_root(n_nv, *, width, fertility: Fertility) -> Float[np.ndarray, "sizes
 
 
 def fit_gamma(n_nv, n_v) -> float:
-    """Exponent through the first model: ln(N_v,i / N_v,0) = gamma ln(N_nv,i / N_nv,0), Huber 1e-3."""
+    """gamma of ln(N_v,i / N_v,0) = gamma ln(N_nv,i / N_nv,0), i > 0, by Huber(1e-3)."""
     x, y = np.log(np.asarray(n_nv[1:]) / n_nv[0]), np.log(np.asarray(n_v[1:]) / n_v[0])
     # One parameter and a convex objective whose derivative only rises: bisect it.
     low, high = -5.0, 5.0

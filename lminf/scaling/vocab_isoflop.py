@@ -153,7 +153,7 @@ def fit_lines(x, y, weights, slopes, selector: str):
 
 
 def reference_line(x, y, slope: float) -> tuple[float, float, float]:
-    """(K, alpha, Huber objective) as released: a search that stops early, least relative error kept.
+    """(K, alpha, Huber objective) as released: a search that stops early.
 
     Quasi-Newton with forward differences from a 20 x 20 grid (K in [-20, 15], alpha in [0, 1]),
     stopping when a step gains less than 2.2e-9 or the slope is under 1e-5; of the end points the
@@ -321,7 +321,7 @@ class VocabLaw1:
         named = {f"ln_k_{name}": k[:, i] for i, name in enumerate(("nnv", "nv", "h"))}
         named |= {f"alpha_{name}": alpha[:, i] for i, name in enumerate(("nnv", "nv", "h"))}
         how = f"{draws} bootstrap draws over {cluster}s"
-        return laws.draw_summary(named, converged.all(axis=1), how)
+        return laws.draw_summary(named, np.asarray(converged.all(axis=1)), how)
 
 
 def _stack(kept: list[Points]):

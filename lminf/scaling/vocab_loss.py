@@ -4,7 +4,7 @@
 
 The released fit divides V by 1000 before it turns characters into tokens, so its third covariate is
 H f(V / 1000), about three times the tokens and with another dependence on V; its prediction step
-then uses true tokens. At 70B that decides between 218K and 60K entries, so the covariates are named:
+then uses true tokens. At 70B that decides between 218K and 60K entries, so covariates have names:
 
     mode                    fitted on        optimum of
     reference               H f(V/1000)      true tokens      (as released)
@@ -31,7 +31,7 @@ MODES = ("reference", "consistent-reference", "tokens")
 PARAMETERS = ("ln_A1", "ln_A2", "ln_B", "ln_E", "alpha2", "beta")
 FLOPS_LIMIT = 2.18e17  # rows below it are dropped, as released
 STARTS = np.array(
-    list(itertools.product((0, 2.5, 5), (0, 2.5, 5), (0, 2.5, 5), (0, 2), (0, 0.5, 1), (0, 0.5, 1))),
+    list(itertools.product(*[(0, 2.5, 5)] * 3, (0, 2), (0, 0.5, 1), (0, 0.5, 1))),
     np.float64,
 )  # fmt: skip
 # "published": the range that the released code accepts. "wide": no bound that could matter.
@@ -172,8 +172,8 @@ class VocabLaw3:
         kept = table.select(table.flops >= self.flops_limit)
         if len(kept) < 2 * len(PARAMETERS):
             raise InputError(
-                f"only {len(kept)} of {len(table)} rows have FLOPs >= {self.flops_limit:g}; approach "
-                "3 has six parameters, so lower --flops-limit or add rows"
+                f"only {len(kept)} of {len(table)} rows have FLOPs >= {self.flops_limit:g}; "
+                "approach 3 has six parameters, so lower --flops-limit or add rows"
             )
         laws.require_spread(kept.n_nv, "Non_vocab_parameters")
         laws.require_spread(kept.vocab_size, "vocab_size")
@@ -207,7 +207,7 @@ class VocabLaw3:
             sample = engine.minimise(
                 residual, columns, starts=STARTS, lower=lower, upper=upper, weights=weights
             )
-            named = dict(zip(PARAMETERS, sample.parameters.T, strict=True))
+            named: dict[str, np.ndarray] = dict(zip(PARAMETERS, sample.parameters.T, strict=True))
             drawn, how, spans, notes = laws.draw_summary(
                 named, sample.converged, f"{draws} bootstrap draws over {cluster}s"
             )

@@ -17,7 +17,7 @@ REREAD = "re-read"
 
 
 def run(c, out):
-    policies = [parse_choice(text, POLICIES) for text in c.policies]
+    policies = [parse_choice(text, POLICIES, what="policy") for text in c.policies]
     text = sources.text_of(c.text)
     lm = _models.load(c.model, seed=c.seed)
     for policy in policies:

@@ -138,6 +138,14 @@ class Llama3:
 
 
 Scaling = Unscaled | Linear | NTKAware | DynamicNTK | YaRN | Llama3
+SCALINGS: dict[str, type] = {
+    "unscaled": Unscaled,
+    "linear": Linear,
+    "ntk": NTKAware,
+    "dynamic_ntk": DynamicNTK,
+    "yarn": YaRN,
+    "llama3": Llama3,
+}
 
 
 # --- Encodings ------------------------------------------------------------------------------------

@@ -3,19 +3,15 @@
 import argparse
 import sys
 
-from lminf.attention.policies import POLICIES
-from lminf.config import parse_choice
+from lminf.commands import _model
 from lminf.errors import InputError
 from lminf.generation import Sampling
 from lminf.lm import LM
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", metavar="MODEL", help="a table name, a folder, a .gguf file, owner/name"
-    )
+    _model.add_arguments(parser)
     parser.add_argument("prompt", nargs="?", help="default: standard input")
-    parser.add_argument("--policy", default="full", help="as in lm_infinite:window=4096,sinks=10")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token")
     parser.add_argument("--top-k", type=int, help="draw among the k most likely tokens")
@@ -27,11 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    policy = parse_choice(args.policy, POLICIES)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     if args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens={args.max_new_tokens}: give at least 1")
-    lm = LM.from_pretrained(args.model, policy=policy)
+    lm = _model.load(args)
     if args.chat:
         converse(lm, args, sampling)
         return

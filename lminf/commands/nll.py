@@ -8,8 +8,7 @@ import time
 import numpy as np
 from rich.console import Console
 
-from lminf.attention.policies import POLICIES
-from lminf.config import parse_choice
+from lminf.commands import _model
 from lminf.data import sources
 from lminf.errors import InputError
 from lminf.evals import perplexity, stream
@@ -21,8 +20,7 @@ STREAM_CHUNK = 128_000  # tokens; that of the 200-million-token run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a table name, a folder, a .gguf file, owner/name")
-    parser.add_argument("--policy", default="full", help="as in lm_infinite:window=4096,sinks=10")
+    _model.add_arguments(parser)
     parser.add_argument("--text", action="append", metavar="FILE",
                         help="may repeat; default: the interpreter's documentation")  # fmt: skip
     parser.add_argument("--length", type=int, help="tokens to read of each text; default: all")
@@ -34,13 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    policy = parse_choice(args.policy, POLICIES)
     for name, least in {"length": 2, "block": 1}.items():
         value = getattr(args, name)
         if value is not None and value < least:
             raise InputError(f"--{name}={value}: give at least {least} tokens")
     texts = [sources.text_of(path) for path in args.text or [None]]
-    lm = LM.from_pretrained(args.model, policy=policy)
+    lm = _model.load(args)
     encoded = [lm.encode(text, length=args.length) for text in texts]
     started = time.perf_counter()
     blocks, bits, tokens = (along_stream if args.protocol == "stream" else by_document)(
@@ -53,7 +50,8 @@ def run(args: argparse.Namespace) -> None:
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": memory.peak_bytes(),
         "block": args.block,
-        "policy": policy.name,
+        "policy": lm.policy.name,
+        "scaling": args.scaling,
         "protocol": args.protocol,
         "model": args.model,
         "text_digests": [sources.digest(text) for text in texts],
@@ -62,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(found))
         return
     rows = [{"tokens": f"{b.start}–{b.stop}", "nats/token": b.nll} for b in blocks]
-    Console(highlight=False).print(tables.rich_table(rows, title=policy.name))
+    Console(highlight=False).print(tables.rich_table(rows, title=lm.policy.name))
     print(
         f"{bits:.4f} bits/byte  {tokens} tokens  {found['seconds']:.1f} s  "
         f"{found['peak_memory_bytes'] / 2**20:.0f} MiB"

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     products = cost.matmul_flops_per_token(spec)
     rows = []
     for text in chosen:
-        policy = parse_choice(text, POLICIES)
+        policy = parse_choice(text, POLICIES, what="policy")
         by_layer = policies.by_layer(policy, windows=spec.windows, num_kv_heads=spec.num_kv_heads)
         attention = cost.attention_flops(spec, by_layer, length)
         rows.append(

@@ -58,7 +58,7 @@ def sample(logits: Float[Array, "B V"], sampling: Sampling, *, key) -> Int[Array
 
 def generate_tokens(
     lm: Any,
-    prompts: Sequence[Int[np.ndarray, " T"]],
+    prompts: Sequence[Int[np.ndarray, " _"]],
     *,
     sampling: Sampling,
     max_new_tokens: int,

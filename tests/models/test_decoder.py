@@ -26,7 +26,8 @@ ATOL = 1e-5
 
 
 def tokens_of(spec, seed=1):
-    return np.random.default_rng(seed).integers(0, spec.vocab_size, (BATCH, TOKENS), np.int32)
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.integers(0, spec.vocab_size, (BATCH, TOKENS), np.int32))
 
 
 def said_out_loud(spec, params, by_layer, tokens, positions):
@@ -135,8 +136,8 @@ def test_a_token_depends_on_those_that_its_layers_reach_and_on_no_later_one(by_l
     spec = specs.shallow(specs.LLAMA, 2)
     params = specs.parameters(spec)
     module = decoder.Decoder(spec, by_layer)
-    tokens = np.arange(TOKENS, dtype=np.int32)[None]  # all different, so a row of embed is a token
-    positions = jnp.asarray(tokens)
+    tokens = jnp.arange(TOKENS, dtype=jnp.int32)[None]  # all different: a row of embed is a token
+    positions = tokens
 
     @cases.compiled
     def sensitivity(embed, at):

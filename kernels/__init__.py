@@ -2,14 +2,17 @@
 
 from kernels.common.dispatch import Decision, explain
 from kernels.common.masks import GlobalDistance, SegmentIds
+from kernels.cross_entropy.api import LossAndLse, linear_cross_entropy
 from kernels.lambda_attention.api import lambda_attention
 from kernels.lambda_attention.operands import Residuals
 
 __all__ = [
     "Decision",
     "GlobalDistance",
+    "LossAndLse",
     "Residuals",
     "SegmentIds",
     "explain",
     "lambda_attention",
+    "linear_cross_entropy",
 ]

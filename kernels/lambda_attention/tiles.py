@@ -144,7 +144,9 @@ def _keys_flat(x: Float[Array, "B S K X"], pad: int) -> Float[Array, "M padded"]
     return x.transpose(0, 2, 1, 3).reshape(b * k, (s + pad) * width)
 
 
-def keys_last(x: Float[Array, "M padded"], like: Float[Array, "B S K X"]) -> Float[Array, "B S K X"]:
+def keys_last(
+    x: Float[Array, "M padded"], like: Float[Array, "B S K X"]
+) -> Float[Array, "B S K X"]:
     """Gradients of keys back in the shape and dtype of the keys."""
     b, s, k, width = like.shape
     x = x.reshape(b, k, -1, width)[:, :, :s]

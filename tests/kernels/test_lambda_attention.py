@@ -393,6 +393,7 @@ GOOD = {
         ),
     ],
 )
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_bad_arguments_are_named(shapes, options, word):
     arrays = {name: jnp.zeros(shape) for name, shape in (GOOD | shapes).items()}
     options = {"num_global": 2, "window_size": 2} | options

@@ -66,21 +66,21 @@ def objective(residual: Residual, theta, columns, weights, threshold):
     return jnp.sum(weights * huber(residual(theta, columns), threshold))
 
 
-def gradient(
+def value_and_gradient(
     residual: Residual, theta, columns: Columns, *, threshold: float
-) -> Float[np.ndarray, "parameters"]:
-    """Automatic gradient of the objective in float64."""
+) -> tuple[float, Float[np.ndarray, "parameters"]]:
+    """The unweighted objective and its automatic gradient, in float64."""
     with jax.enable_x64(True):
-        data = {name: jnp.asarray(value, jnp.float64) for name, value in columns.items()}
-        at = jnp.asarray(theta, jnp.float64)
-        return np.asarray(jax.grad(lambda t: objective(residual, t, data, 1.0, threshold))(at))
+        data = {name: np.asarray(column, np.float64) for name, column in columns.items()}
+        found, slope = _value_and_gradient(
+            residual, np.asarray(theta, np.float64), data, np.float64(threshold)
+        )
+        return float(found), np.asarray(slope)
 
 
-def value(residual: Residual, theta, columns: Columns, *, threshold: float) -> float:
-    """The objective in float64."""
-    with jax.enable_x64(True):
-        data = {name: jnp.asarray(column, jnp.float64) for name, column in columns.items()}
-        return float(objective(residual, jnp.asarray(theta, jnp.float64), data, 1.0, threshold))
+@functools.partial(jax.jit, static_argnums=0)
+def _value_and_gradient(residual, theta, columns, threshold):
+    return jax.value_and_grad(lambda at: objective(residual, at, columns, 1.0, threshold))(theta)
 
 
 def minimise(

@@ -38,16 +38,18 @@ VOCAB_TRUTH = {
 }  # fmt: skip
 
 
-def synthetic_vocab(noise: float, seed: int, *, per_run: bool = False) -> VocabTable:
-    """Sweep of 60 runs of 20 checkpoints from the law in true tokens, noise relative to the loss.
+def synthetic_vocab(
+    noise: float, seed: int, *, per_run: bool = False, checkpoints: int = 20
+) -> VocabTable:
+    """Sweep of 60 runs of `checkpoints` from the law in true tokens, noise relative to the loss.
 
     per_run: a whole run shares its noise, as checkpoints of one training do.
     """
     random = np.random.default_rng(seed)
     rows = [
-        (size, width, n, 36 * n * (k + 1) / 20, run)
+        (size, width, n, 36 * n * (k + 1) / checkpoints, run)
         for run, ((n, width), size) in enumerate((f, s) for f in FAMILIES for s in SIZES)
-        for k in range(20)
+        for k in range(checkpoints)
     ]
     size, width, n, tokens, run = (np.array(column, float) for column in zip(*rows, strict=True))
     t = VOCAB_TRUTH
@@ -70,9 +72,11 @@ STEP_TRUTH = {
 
 
 def synthetic_step(noise: float, seed: int) -> StepTable:
-    """24 groups of one run each at the law's point; lr and batch off by `noise` in logarithm."""
+    """60 groups of one run each at the law's point; lr and batch off by `noise` in logarithm."""
     random = np.random.default_rng(seed)
-    n, d = (grid.ravel() for grid in np.meshgrid(np.geomspace(5e7, 2e9, 6), np.geomspace(2e9, 2e11, 4)))
+    n, d = (
+        grid.ravel() for grid in np.meshgrid(np.geomspace(5e7, 2e9, 10), np.geomspace(2e9, 2e11, 6))
+    )
     t = STEP_TRUTH
     lr = t["lr_ln_k"] + t["lr_n"] * np.log(n) + t["lr_d"] * np.log(d)
     batch = t["batch_ln_k"] + t["batch_d"] * np.log(d)

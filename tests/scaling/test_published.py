@@ -47,7 +47,9 @@ def test_off_optimum_vocabularies_of_approach_3():
     law = published.LOSS_REFERENCE
     best = law.optimum(n_nv=302e6).flops
     for factor, size in ((0.2, 10.2e3), (0.5, 13.1e3), (1, 15.8e3), (2, 19.0e3), (5, 24.5e3)):
-        assert law.optimum(n_nv=302e6, flops=factor * best).vocab_size == pytest.approx(size, rel=5e-3)
+        assert law.optimum(n_nv=302e6, flops=factor * best).vocab_size == pytest.approx(
+            size, rel=5e-3
+        )
     for flops, size in ((2.8e20, 23.9e3), (1.2e21, 35.4e3), (2.3e21, 42.2e3)):
         assert law.optimum(n_nv=2.87e9, flops=flops).vocab_size == pytest.approx(size, rel=5e-3)
 
@@ -87,7 +89,9 @@ def test_unigram_loss_is_zero_for_a_unigram_model():
     counts = random.integers(0, 50, 40)
     log_probs = losses.log_unigram(counts)
     targets = random.integers(0, 40, 500)
-    assert losses.unigram_normalised(-log_probs[targets], targets, log_probs) == pytest.approx(0, abs=1e-12)
+    assert losses.unigram_normalised(-log_probs[targets], targets, log_probs) == pytest.approx(
+        0, abs=1e-12
+    )
     assert losses.bits_per_character(np.log(2.0), 0.25) == pytest.approx(0.25)
 
 

@@ -8,7 +8,8 @@ from lminf.errors import InputError
 from lminf.scaling.schedules import Cosine, Infinite
 
 INFINITE = [
-    Infinite(3e-4, 1.65e-4, 3e-5, 100, 500, 900, 1000, shape) for shape in ("cosine", "inverse_sqrt")
+    Infinite(3e-4, 1.65e-4, 3e-5, 100, 500, 900, 1000, shape)
+    for shape in ("cosine", "inverse_sqrt")
 ]
 
 

@@ -1,0 +1,197 @@
+"""Bad input gives one sentence that names the column, row or unit, and what to do."""
+
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+
+from lminf import cli, scaling
+from lminf.errors import InputError
+from lminf.scaling import published, rivals
+from lminf.scaling.steps import StepLaw
+from lminf.scaling.vocab_isoflop import VocabLaw1
+from lminf.scaling.vocab_loss import VocabLaw3
+from tests.scaling import data
+
+COLUMNS = ("vocab_size", "embed_dim", "num_characters", "Non_vocab_parameters", "FLOPs", "Lossu")
+
+
+@pytest.fixture(name="rows")
+def _rows():
+    table = data.synthetic_vocab(0.01, 0)
+    columns = (table.vocab_size, table.width, table.characters, table.n_nv, table.flops, table.loss)
+    return [dict(zip(COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def write(path, rows, columns=COLUMNS):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_a_table_survives_its_file(tmp_path, rows):
+    table = scaling.read_vocab(write(tmp_path / "a.csv", rows))
+    assert len(table) == len(rows)
+    assert np.unique(table.run).size == 60
+    assert len(table.digest) == 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"Lossu": "nan"}, r"row 5, column 'Lossu': nan is not finite"),
+        ({"Lossu": "good"}, r"row 5, column 'Lossu': 'good' is no number"),
+        ({"Non_vocab_parameters": 33.2}, r"row 5, column 'Non_vocab_parameters': 33\.2 cannot be"),
+        ({"num_characters": 4.3}, r"row 5, column 'num_characters': 4\.3 cannot be training char"),
+        ({"FLOPs": 2.5e14}, r"row 5, column 'FLOPs': .* times 6 \(N_nv \+ V d\) H f\(V\)"),
+    ],
+)
+def test_a_bad_cell_is_named(tmp_path, rows, change, message):
+    rows[3].update(change)
+    with pytest.raises(InputError, match=message):
+        scaling.read_vocab(write(tmp_path / "a.csv", rows))
+
+
+def test_a_missing_column_is_named(tmp_path, rows):
+    path = write(tmp_path / "a.csv", rows, COLUMNS[:-1])
+    with pytest.raises(InputError, match="column 'Lossu' is missing; needed are vocab_size"):
+        scaling.read_vocab(path)
+
+
+@pytest.mark.parametrize("text", ["", "vocab_size\n", "\n"])
+def test_an_empty_table_is_refused(tmp_path, text):
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"empty|missing|no row"):
+        scaling.read_vocab(path)
+
+
+@pytest.mark.parametrize("procedure", [VocabLaw1(), VocabLaw3("tokens"), VocabLaw3("reference")])
+def test_a_single_n_is_refused(procedure):
+    table = data.synthetic_vocab(0.01, 0)
+    one = table.select(table.n_nv == table.n_nv.max())
+    with pytest.raises(InputError, match="single Non_vocab_parameters"):
+        scaling.fit(procedure, one, draws=0)
+
+
+def test_a_single_n_is_refused_by_the_step_law():
+    table = data.synthetic_step(0.01, 0)
+    with pytest.raises(InputError, match="single N"):
+        scaling.fit(StepLaw(), table.select(table.n == table.n.max()), draws=0)
+
+
+def test_n_and_d_that_move_together_are_refused_by_the_step_law():
+    table = data.synthetic_step(0.01, 0)
+    together = dataclasses.replace(table, d=20 * table.n)
+    with pytest.raises(InputError, match="move together"):
+        scaling.fit(StepLaw(), together, draws=0)
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ({"n_nv": 6.7}, r"n_nv=6\.7 cannot be a count of parameters.*write 6\.7e9"),
+        ({"n_nv": 7e9, "tokens": 1000}, "tokens=1000 cannot be a count of tokens"),
+        ({"n_nv": 7e9, "flops": 2e22, "tokens": 1e12}, "both given"),
+        ({"n_nv": float("nan")}, "no positive number"),
+    ],
+)
+def test_a_query_in_the_wrong_unit_is_refused(query, message):
+    with pytest.raises(InputError, match=message):
+        published.ISOFLOP.optimum(**query)
+
+
+def test_an_unknown_law_names_the_valid_ones():
+    with pytest.raises(InputError, match="'stepp' is unknown; use step, "):
+        rivals.rule("stepp")
+    with pytest.raises(InputError, match="not published"):
+        rivals.rule("meituan")
+
+
+def test_predictions_do_not_depend_on_the_unit_of_batch_or_length():
+    one, other = (
+        cli_json(["predict", "step", "--n", "1e9", "--d", "1e11", "--seq-len", str(length)])
+        for length in (1024, 4096)
+    )
+    for a, b in zip(one["laws"], other["laws"], strict=True):
+        assert a["batch_tokens"] == b["batch_tokens"]
+        if a["batch_tokens"] is not None:
+            assert a["batch_sequences"] * 1024 == pytest.approx(b["batch_sequences"] * 4096)
+
+
+def cli_json(words):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        cli.main(["scaling", *words, "--json"])
+    return json.loads(out.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["predict", "vocab"], "needs --n-nv"),
+        (["predict", "vocab", "--n-nv", "6.7"], "write 6.7e9"),
+        (["predict", "vocab", "--n-nv", "7e9", "--seq-len", "2048"], "--seq-len means nothing"),
+        (["predict", "step", "--n", "1", "--d", "100"], "raw parameters are expected"),
+        (["gap", "step", "--data", "absent.csv"], "absent.csv: cannot be read"),
+        (["loss", "vocab", "--data", "a.csv", "--law", "absent.json"], "absent.json: cannot be"),
+        (["fit", "everything"], "does not exist; use one of: predict vocab"),
+        (["predict", "step", "--n", "1e9", "--d", "1e11", "--law", "best"], "'best' is unknown"),
+    ],
+)
+def test_the_command_line_ends_with_one_sentence(capsys, words, message):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["scaling", *words])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_law_survives_its_file(tmp_path):
+    for law in (published.STEP, *published.VOCAB_LAWS.values()):
+        path = tmp_path / "law.json"
+        law.save(path)
+        again = scaling.load(path)
+        assert type(again) is type(law)
+        if law is not published.STEP:
+            expected, found = law.optimum(n_nv=7e9), again.optimum(n_nv=7e9)
+            assert found.vocab_size == expected.vocab_size
+            assert again.interval(n_nv=7e9).low == pytest.approx(
+                law.interval(n_nv=7e9).low, rel=1e-6
+            )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "no JSON"), ("{}", "holds no law"), ('{"kind": "x"}', "law kind 'x' is unknown")],
+)
+def test_a_file_that_is_no_law_is_refused(tmp_path, text, message):
+    path = tmp_path / "law.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        scaling.load(path)
+
+
+@pytest.mark.slow
+def test_prices_and_predictions_on_the_command_line(tmp_path):
+    found = cli_json(["predict", "vocab", "--n-nv", "7e9", "--flops", "2e22"])
+    assert {law["approach"] for law in found["laws"]} == {1, 2, 3}
+    assert all(law["vocab_rounded"] % 128 == 0 for law in found["laws"])
+    assert all(law["interval"]["low"] < law["interval"]["high"] for law in found["laws"])
+    assert found["warnings"]
+    out = tmp_path / "step.json"
+    dense = str(data.shared(data.DENSE))
+    fitted = cli_json(["fit", "step", "--data", dense, "--draws", "50", "--out", str(out)])
+    assert fitted["diagnostics"]["kept"] == 100
+    found = cli_json(
+        ["gap", "step", "--data", dense, "--law", f"step,{out}", "--method", "nearest"]
+    )
+    assert found["laws"]["step"]["mean_per_mille"] == pytest.approx(0.83, rel=0.02)
+    assert found["laws"]["step.json"]["mean_per_mille"] < 1.5

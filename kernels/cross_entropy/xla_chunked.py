@@ -48,7 +48,7 @@ class _Blocks:
     def __init__(self, rules: Rules, config: Config, operands: Operands):
         self.rules, self.width, self.operands = rules, config.block_vocab, operands
         self.vocab = operands.classifier.shape[0]
-        self.count = -(-self.vocab // self.width)
+        self.count = jnp.int32(-(-self.vocab // self.width))
         self.dtype = numerics.statistics_dtype(operands.embeddings.dtype)
 
     def start(self, index):
@@ -114,7 +114,7 @@ def _compute(rules: Rules, config: Config, operands: Operands, labels) -> Losses
 
         zeros = jnp.zeros(embeddings.shape[:1], dtype)
         carry = (jnp.full_like(zeros, numerics.EMPTY_MAX), zeros, zeros)
-        top, total, summed = jax.lax.fori_loop(0, blocks.count, visit, carry)
+        top, total, summed = jax.lax.fori_loop(jnp.int32(0), blocks.count, visit, carry)
         lse = top + jnp.log(total)
         wanted = blocks.wanted(embeddings, labels)[0]
         loss = lse - (1 - rules.label_smoothing) * wanted
@@ -185,7 +185,7 @@ def _backward(rules: Rules, config: Config, saved, cotangents: Losses):
         if d_bias is not None:
             d_bias = d_bias.at[labels].add(at_label)
         d_embeddings, *carry = jax.lax.fori_loop(
-            0, blocks.count, visit, (d_embeddings, d_classifier, d_bias)
+            jnp.int32(0), blocks.count, visit, (d_embeddings, d_classifier, d_bias)
         )
         return tuple(carry), d_embeddings.astype(embeddings.dtype)
 

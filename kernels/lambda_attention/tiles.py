@@ -207,7 +207,8 @@ class Program:
         """The block's G * C rows of an array laid out like the queries."""
         _, group, _, width = x.shape
         size = (1, group, self.plan.block_q, width)
-        block = jax.lax.dynamic_slice(x, (self.head, 0, self.row, 0), size)
+        zero = jnp.int32(0)  # a literal would be an int64 in x64 mode
+        block = jax.lax.dynamic_slice(x, (self.head, zero, self.row, zero), size)
         return block.reshape(-1, width)
 
     def query(self, side: Side) -> Float[Array, "rows H"]:

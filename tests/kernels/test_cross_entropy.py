@@ -95,6 +95,13 @@ def test_low_precision(dtype, tolerance):
     assert_close(found, expected("sum, bias"), tolerance)
 
 
+@pytest.mark.slow
+def test_float64():
+    with jax.enable_x64(True):
+        found = results(dtype=np.float64, config=SMALL, **CASES["everything"])
+    assert_close(found, expected("everything"), 1e-13)
+
+
 def test_all_labels_ignored():
     found = results(config=SMALL, target=jnp.full(ROWS, -100))
     assert found["loss"] == 0

@@ -72,17 +72,42 @@ def reference(
         same_text &= (q_segments != masks.PADDING)[:, :, None]
 
     def dense(part: Policy, q, k, v, slopes):
-        gain = part.query_gain(q_pos)
-        if gain is not None:
-            q = q * gain[..., None, None].astype(q.dtype)
-        far = part.far()
-        near = _scores(scoring, slopes, q, k, q_pos, k_pos, 1.0, length)
-        beyond = _scores(scoring, slopes, q, k, far.at_q(q_pos), far.at_k(k_pos), far.scale, length)
-        scores = jnp.where(part.near(to, at)[:, None, None], near, beyond)
+        scores = _policy_scores(part, scoring, slopes, q, k, q_pos, k_pos, length)
         weights = _softmax(scoring, scores, part.visible(to, at) & same_text)
         return _mix(weights.astype(v.dtype), v)
 
     return _by_head(policy, dense, scoring)(q, k, v)
+
+
+def logits(
+    policy: Policy,
+    scoring: Scoring,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    *,
+    q_pos: Int[Array, "B T"],
+    k_pos: Int[Array, "B S"],
+) -> Float[Array, "B N T S"]:
+    """What the reference's softmax is taken of, -inf for what is not seen: for looking at."""
+    length = _length(scoring, q_pos, None)
+    slopes = scoring.slopes(q.shape[2])
+    scores = _capped(scoring, _policy_scores(policy, scoring, slopes, q, k, q_pos, k_pos, length))
+    to, at = q_pos[:, :, None], k_pos[:, None, :]
+    seen = policy.visible(to, at) & (at >= 0) & (to >= 0)
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    return scores.reshape(scores.shape[0], -1, *scores.shape[3:])
+
+
+def _policy_scores(part: Policy, scoring, slopes, q, k, q_pos, k_pos, length):
+    """`_scores` of every pair, placed near or far as the policy says."""
+    gain = part.query_gain(q_pos)
+    if gain is not None:
+        q = q * gain[..., None, None].astype(q.dtype)
+    far = part.far()
+    near = _scores(scoring, slopes, q, k, q_pos, k_pos, 1.0, length)
+    beyond = _scores(scoring, slopes, q, k, far.at_q(q_pos), far.at_k(k_pos), far.scale, length)
+    is_near = part.near(q_pos[:, :, None], k_pos[:, None, :])
+    return jnp.where(is_near[:, None, None], near, beyond)
 
 
 def _dot(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> Float[Array, "B K G T S"]:
@@ -114,14 +139,18 @@ def _scores(
 
 def _softmax(scoring, scores, seen: Bool[Array, "B T S"]) -> Float[Array, "B K G T S"]:
     """Weights of the values, float32; all zero for a query that sees nothing."""
-    if scoring.soft_cap is not None:
-        scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
     seen = seen[:, None, None]
-    scores = jnp.where(seen, scores, MASKED)
+    scores = jnp.where(seen, _capped(scoring, scores), MASKED)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     weights = jnp.where(seen, weights, 0.0)
     total = weights.sum(-1, keepdims=True)
     return weights / jnp.where(total == 0, 1.0, total)
+
+
+def _capped(scoring, scores: Float[Array, "..."]) -> Float[Array, "..."]:
+    if scoring.soft_cap is None:
+        return scores
+    return scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
 
 
 # --- A text at once -------------------------------------------------------------------------------

@@ -156,15 +156,15 @@ class DensityLaw:
         )
 
 
-def _fit_loss(table: CurveTable, weights):
+def _fit_loss(table: CurveTable, weights, starts=None):
     columns = {
         "ln_n": np.log(table.n) - LN_N_UNIT,
         "ln_d": np.log(table.d) - LN_D_UNIT,
         "ln_loss": np.log(table.loss),
     }
-    starts = np.array(
-        list(itertools.product((-2, 0, 2), (-2, 0, 2), (0.1, 0.5), (0.1, 0.5))), float
-    )
+    if starts is None:
+        grid = itertools.product((-2, 0, 2), (-2, 0, 2), (0.1, 0.5), (0.1, 0.5))
+        starts = np.array(list(grid), float)
     return engine.minimise(
         loss_residual, columns, starts=starts, lower=np.array([-60, -60, 0.005, 0.005]),
         upper=np.array([60, 60, 4.0, 4.0]), weights=weights, keep=4,

@@ -1,0 +1,27 @@
+"""Which vocabulary at which budget: three approaches, two metrics, and how sure each is.
+
+Question   Do the three approaches to the optimal vocabulary agree, and with the curves themselves?
+Paper      Scaling Laws with Vocabulary (Tao et al. 2024, arXiv:2407.13623)
+Command    python -m experiments.vocab_law --config.data=../shared/data/scaling_vocab/exp_data.csv
+Time       about 5 minutes on two CPU cores
+Expected   approach 1 N_v ~ F^0.43; approach 3 puts alpha2 on its bound: not identified
+Tiny       --config=:tiny draws a sweep from the published law: under a minute
+"""
+
+from configs import base
+
+
+def get_config(arg: str = ""):
+    c = base.get_config(arg)
+    c.data = "../shared/data/scaling_vocab/exp_data.csv"  # "" draws a synthetic sweep
+    c.draws = 300  # bootstrap draws over runs
+    c.n_nv = (3e9, 7e9, 13e9, 70e9)  # parameters of the models that V is predicted for
+    c.profile = (-2.0, -1.0, -0.5, 0.1, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # alpha2
+    c.sensitivity = True  # refit under every choice: half of the time
+    if arg == "tiny":
+        c.data = ""
+        c.draws = 20
+        c.n_nv = (3e9, 7e9)
+        c.profile = (0.5, 1.0, 2.0)
+        c.sensitivity = False
+    return c

@@ -333,3 +333,35 @@ def test_grouped_heads_are_repeated_heads():
 
     grouped, separate = run(q, k, v)
     np.testing.assert_allclose(grouped, separate, atol=1e-6, rtol=0)
+
+
+def test_logits_are_those_of_the_references_softmax():
+    q, k, v = cases.arrays(3)
+    scoring, policy, at = cases.scoring("alibi", soft_cap=3.0), Streaming(5, 3), cases.padded()
+    at = jnp.asarray(at)
+
+    @cases.compiled
+    def run(q, k, v):
+        logits = attend.logits(policy, scoring, q, k, q_pos=at, k_pos=at)
+        weights = jnp.exp(logits - jnp.maximum(logits.max(-1, keepdims=True), -1e9))
+        weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-9)
+        mixed = jnp.einsum("bnts,bsnh->btnh", weights, jnp.repeat(v, 3, axis=2))
+        return mixed, cases.reference(policy, scoring, at)(q, k, v)
+
+    agree(*run(q, k, v))
+
+
+def test_bfloat16_stays_within_its_rounding():
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in cases.arrays(3)]
+    scoring, policy, at = cases.scoring("rotary"), POLICIES["lm_infinite"], cases.padded()
+
+    @cases.compiled
+    def run(q, k, v):
+        read = cases.chunks(policy, scoring, at, [6, 6, *[1] * 12], implementation="xla")
+        return whole(policy, scoring, at)(q, k, v), read(q, k, v)[0]
+
+    exact = [np.asarray(x, np.float32) for x in arrays]
+    expected = oracle.attention(policy, scoring, *exact, q_pos=at, k_pos=at)
+    for found in run(*arrays):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=2e-2, rtol=0)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,6 @@ def make_step(
         value, gradients = jax.value_and_grad(partial(loss, module))(state.params, batch)
         updates, inner = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        return State(params, inner, state.step + 1), value
+        return State(cast(Params, params), inner, state.step + 1), value
 
     return step

@@ -31,7 +31,8 @@ def token_nll(
         picked = jnp.take_along_axis(scores, target[:, None], axis=-1)[:, 0]
         return jax.nn.logsumexp(scores, axis=-1) - picked
 
+    # Gradients compute each chunk's logits again; kept, they would be the whole array after all.
     losses = jax.lax.map(
-        one_chunk, (flat.reshape(-1, chunk, width), wanted.reshape(-1, chunk))
+        jax.checkpoint(one_chunk), (flat.reshape(-1, chunk, width), wanted.reshape(-1, chunk))
     ).reshape(-1)
     return losses[:rows].reshape(batch, tokens)

@@ -12,6 +12,7 @@ from lminf.attention.policies import Full, LMInfinite, PerHead, SelfExtend, Wind
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
 from lminf.lm import NLL
+from lminf.losses import xent
 from lminf.models import decoder
 from tests.attention import cases
 from tests.models import specs
@@ -89,6 +90,35 @@ def test_a_bos_token_makes_the_first_token_count(lm, small_steps):
     assert ends.tolist() == [0, 1, 2, 3]
     nll = with_bos.nll(TEXT)
     assert len(nll.token_nll) == nll.token_bytes.sum() == len(TEXT.encode())
+
+
+def test_losses_in_chunks_are_those_of_all_logits(monkeypatch):
+    """Values and gradients, with a last chunk that is not full."""
+    monkeypatch.setattr(xent, "CHUNK", 8)
+    spec, rng = specs.change(specs.GPTJ, final_soft_cap=2.0), np.random.default_rng(0)
+    hidden = rng.normal(size=(2, 9, spec.width)).astype(np.float32)
+    targets = rng.integers(0, spec.vocab_size, (2, 9), np.int32)
+    weights = rng.normal(size=(2, 9)).astype(np.float32)
+    params = {name: specs.parameters(spec)[name] for name in ("embed", "head", "head_bias")}
+
+    def dense(params, hidden):
+        log_p = jax.nn.log_softmax(decoder.logits(spec, params, hidden))
+        return -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+
+    def chunked(params, hidden):
+        return xent.token_nll(spec, params, hidden, jnp.asarray(targets))
+
+    @cases.compiled
+    def run(params, hidden):
+        def both(loss):
+            out, pull = jax.vjp(loss, params, hidden)
+            return out, pull(jnp.asarray(weights))
+
+        return both(dense), both(chunked)
+
+    expected, found = run(params, jnp.asarray(hidden))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 # --- Arithmetic -----------------------------------------------------------------------------------

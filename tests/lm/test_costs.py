@@ -45,8 +45,8 @@ def test_the_loss_holds_the_logits_of_one_chunk_whatever_the_vocabulary(gradient
 
 
 def test_scoring_a_chunk_holds_no_more_than_its_states_and_one_chunk_of_logits():
-    spec = specs.change(specs.shallow(specs.LLAMA, 2), vocab_size=8192)
-    module = decoder.Decoder(spec, (LMInfinite(64, 4),) * 2, implementation="xla_chunked")
+    spec = specs.change(specs.shallow(specs.LLAMA, 1), vocab_size=8192)
+    module = decoder.Decoder(spec, (LMInfinite(64, 4),), implementation="xla_chunked")
 
     def temporary_bytes(tokens):
         caches = jax.eval_shape(
@@ -66,8 +66,8 @@ def test_scoring_a_chunk_holds_no_more_than_its_states_and_one_chunk_of_logits()
 
 def step(policy, capacity, batch=1):
     """The program of one decoding step, not compiled yet."""
-    spec = specs.shallow(specs.LLAMA, 2)
-    module = decoder.Decoder(spec, (policy,) * 2)
+    spec = specs.shallow(specs.LLAMA, 1)
+    module = decoder.Decoder(spec, (policy,))
     caches = jax.eval_shape(
         lambda: decoder.init_caches(
             spec, module.policies, batch=batch, capacity=capacity, dtype=jnp.float32

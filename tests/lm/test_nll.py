@@ -41,7 +41,13 @@ def test_losses_through_the_cache_are_those_of_the_whole_text(lm, one_shot, smal
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, one_shot, atol=1e-5)
     assert calls == [(16, 40), (32, 40), (40, 40)]
-    assert lm.token_nll(ids[:2]) == pytest.approx(one_shot[:1], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [2, 16, 17, 18, 33])
+def test_losses_of_texts_of_any_length(lm, one_shot, small_steps, length):
+    found = lm.token_nll(lm.tokenizer.encode(TEXT)[:length])
+    np.testing.assert_allclose(found, one_shot[: length - 1], atol=1e-5)
 
 
 def test_a_stream_in_pieces_of_any_size_is_the_text(lm, one_shot, small_steps):
@@ -76,8 +82,8 @@ def test_nll_of_a_text_counts_its_bytes(lm, one_shot, small_steps):
     assert nll.token_bytes.sum() == len(TEXT.encode()) - 1  # the first token is not predicted
     assert nll.mean == pytest.approx(one_shot.mean(), abs=1e-5)
     assert nll.bits_per_byte == pytest.approx(one_shot.sum() / np.log(2) / 40, abs=1e-4)
-    part = lm.nll(TEXT, length=17)
-    np.testing.assert_allclose(part.token_nll, one_shot[:16], atol=1e-5)
+    part = lm.nll(TEXT, length=35)
+    np.testing.assert_allclose(part.token_nll, one_shot[:34], atol=1e-5)
 
 
 def test_a_bos_token_makes_the_first_token_count(lm, small_steps):

@@ -99,7 +99,9 @@ def _contours(axes, key, cells, points):
     own = [row for row in cells if (row["n"], row["d"]) == key]
     x, y = (np.log2([row[name] for row in own]) for name in ("lr", "batch"))
     excess = np.clip([row["excess"] for row in own], 0, 0.05)
-    axes.tricontourf(Triangulation(x, y), excess, levels=(0, *LEVELS, 0.02, 0.05), cmap="viridis_r")
+    axes.tricontourf(
+        Triangulation(x, y), excess, levels=(0, *LEVELS, 0.02), cmap="viridis_r", extend="max"
+    )
     marks = "o^sDvP*Xd<>"
     named = [row for row in points if (row["n"], row["d"]) == key]
     for i, row in enumerate(named):

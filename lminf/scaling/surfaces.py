@@ -34,9 +34,12 @@ class Surface:
         self._neighbours = np.asarray(mesh.neighbors)  # of edge (i, i + 1)
         self._edges = np.asarray(mesh.edges)
         corner = self.points[self.triangles]
-        self._inverse = np.linalg.inv(
-            np.stack([corner[:, 0] - corner[:, 2], corner[:, 1] - corner[:, 2]], axis=2)
-        )
+        sides = np.stack([corner[:, 0] - corner[:, 2], corner[:, 1] - corner[:, 2]], axis=2)
+        # Three points of a triangle may lie on one line up to rounding; it holds no query.
+        area = np.abs(np.linalg.det(sides))
+        self._flat = area <= 1e-14 * (sides**2).sum((1, 2))
+        sides[self._flat] = np.eye(2)
+        self._inverse = np.linalg.inv(sides)
         self._last = corner[:, 2]
 
     def _barycentric(self, triangle, at: Float[np.ndarray, "queries 2"]):
@@ -48,6 +51,7 @@ class Surface:
         offset = at[:, None, :] - self._last[None]
         first = np.einsum("tij,qtj->qti", self._inverse, offset)
         weights = np.concatenate([first, 1 - first.sum(2, keepdims=True)], axis=2)
+        weights[:, self._flat] = -np.inf
         triangle = np.argmax(weights.min(2), axis=1)
         chosen = weights[np.arange(len(at)), triangle]
         return np.where(chosen.min(1) >= -HULL_TOLERANCE, triangle, -1), chosen
@@ -108,7 +112,11 @@ class Surface:
             weight = np.linalg.norm(edge, axis=1) ** -3
             matrix = 4 * (edge * weight[:, None]).T @ edge
             pull = 6 * (values[ends] - values[point]) - 2 * np.sum(edge * gradients[ends], axis=1)
-            gradients[point] = np.linalg.solve(matrix, edge.T @ (weight * pull))
+            right = edge.T @ (weight * pull)
+            # All neighbours may lie on one line; then the slope across it stays 0.
+            singular = np.linalg.det(matrix) <= 1e-12 * np.trace(matrix) ** 2
+            solve = _least_norm if singular else np.linalg.solve
+            gradients[point] = solve(matrix, right)
         return gradients
 
     def cubic(
@@ -170,6 +178,10 @@ class Surface:
             c = self._barycentric(triangle[inside], centroid)
             slant[inside] = (2 * c[:, k] + c[:, j] - 1) / (2 - 3 * c[:, k] - 3 * c[:, j])
         return slant
+
+
+def _least_norm(matrix, right):
+    return np.linalg.lstsq(matrix, right, rcond=1e-9)[0]
 
 
 def quadratic_spline(

@@ -114,7 +114,9 @@ class LossLaw(vocab.VocabLaw):
         low = np.full(np.shape(alpha2), np.log(vocab.SMALLEST_VOCAB * width / 1e6))
         high = np.full(np.shape(alpha2), np.log(1e7 * width / 1e6))
         sound = (alpha2 > 0) & (beta > 0) & (beta < 1)
-        return np.where(sound, np.exp(vocab.bisect(slope, low, high)) * 1e6, np.nan)
+        found = vocab.bisect(slope, low, high)
+        found = np.where(slope(high) < 0, high, found)  # still falling at 1e7 entries: the largest
+        return np.where(sound, np.exp(found) * 1e6, np.nan)
 
     def _scan(self, constants, n_nv, width, flops):
         """Minimum over ln V on a grid, then refined; H f(V / 1000) has no closed derivative."""
@@ -122,14 +124,12 @@ class LossLaw(vocab.VocabLaw):
         columns = {name: np.asarray(constants[name])[:, None] for name in names}
         low, high = np.log(2000.0), np.log(1e6)  # below 2000, V / 1000 leaves every tokenizer
         centre, span = np.full(np.shape(flops), (low + high) / 2), (high - low) / 2
-        edge = np.zeros(np.shape(flops), bool)
         for _ in range(8):
             grid = np.clip(centre[:, None] + np.linspace(-span, span, 101), low, high)
             loss = self._loss_at(columns, n_nv, np.exp(grid), width, np.asarray(flops)[:, None])
             centre = np.take_along_axis(grid, loss.argmin(1)[:, None], axis=1)[:, 0]
-            edge = (centre <= low + 1e-9) | (centre >= high - 1e-9)
             span /= 20
-        return np.where(edge, np.nan, np.exp(centre) * width)
+        return np.where(centre <= low + 1e-9, np.nan, np.exp(centre) * width)
 
     def optimum(self, *, n_nv, d=None, flops=None, tokens=None):
         if self.constants["alpha2"] <= 0:

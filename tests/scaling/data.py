@@ -32,8 +32,10 @@ def dense_table() -> StepTable:
 
 FAMILIES = ((33e6, 512), (85e6, 768), (151e6, 768), (302e6, 1024), (631e6, 1536), (1.13e9, 2048))
 SIZES = (4096, 6144, 8192, 10240, 16384, 24576, 32768, 48128, 64512, 96256)
+# A2 is five times the published one: with that, alpha2 drowns in 1 % noise and a fifth of the
+# resampled fits run off along the ridge alpha2 -> 0 and do not converge.
 VOCAB_TRUTH = {
-    "ln_A1": np.log(1.9), "ln_A2": np.log(0.2), "ln_B": np.log(1.33), "ln_E": np.log(5.5),
+    "ln_A1": np.log(1.9), "ln_A2": np.log(1.0), "ln_B": np.log(1.33), "ln_E": np.log(5.5),
     "alpha2": 0.6, "beta": 0.44,
 }  # fmt: skip
 

@@ -139,7 +139,7 @@ def test_gaps_on_the_dense_file():
 def test_all_checks_on_all_files():
     rows = [*checks.vocab_file(data.vocab_table()), *checks.step_file(data.dense_table())]
     rows += checks.moe_file(scaling.read_step(data.shared(data.MOE)))
-    assert len(rows) > 80
+    assert len(rows) > 60
     assert failed(rows) == []
 
 

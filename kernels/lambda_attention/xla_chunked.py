@@ -12,6 +12,7 @@ It works on p^T and ds^T, so that two of its three accumulating products read th
 (a product over the leading axis costs twice as much on a CPU).
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ Config = tiles.Config
 def attention(rules: Rules, operands: Operands, places: Places, config: Config | None) -> Residuals:
     """Outputs and log-denominators; differentiable in `operands`, through the LSE too."""
     queries, keys = operands.near.query.shape[1], operands.near.key.shape[1]
-    config = config or _default_config(rules, operands)
+    config = config or _default_config(rules, operands, places)
     block_q = min(config.block_q, queries)
     if places.segments is not None and operands.far is not None:
         # With blocks no longer than the window, all globals that a block sees belong to the
@@ -40,17 +41,22 @@ def attention(rules: Rules, operands: Operands, places: Places, config: Config |
     return _attention(rules, Config(block_q, block_k, edge_k), operands, places).result
 
 
-def _default_config(rules: Rules, operands: Operands) -> Config:
-    """128 positions a block, and the tile of 320..640 keys that best fills the window.
+def _default_config(rules: Rules, operands: Operands, places: Places) -> Config:
+    """The tile of 320..640 keys that best fills the window, and 512 or 128 positions a block.
 
-    Measured on two cores with 3 query heads a key head: a [384, 512] tile of scores (0.8 MB) stays
-    in the cache, 256 and 1024 keys cost 5-20 % more; widths that are no multiple of 64 cost 10 %.
+    Measured with 3 query heads a key head: 256 and 1024 keys cost 5-20 % more, widths that are no
+    multiple of 64 cost 10 %. Blocks of 512 keep two cores busier than blocks of 128 (wall time
+    per pair 0.72 over all keys, 0.76 in a window of 4096, 0.83 in one of 2048), where there are
+    enough positions and the window is long beside them.
     """
-    interior = rules.window - 128
-    if rules.window >= operands.near.key.shape[1] or interior < 320:
-        return Config(128, 512)
+    queries, keys = operands.near.query.shape[1], operands.near.key.shape[1]
+    long = queries >= 2048 and min(rules.window, keys) >= 2048 and places.segments is None
+    block_q = 512 if long else 128
+    interior = rules.window - block_q
+    if rules.window >= keys or interior < 320:
+        return Config(block_q, 512)
     widths = [512, 448, 384, 320, 576, 640]
-    return Config(128, min(widths, key=lambda width: interior % width))
+    return Config(block_q, min(widths, key=lambda width: interior % width))
 
 
 class Saved(NamedTuple):
@@ -119,6 +125,8 @@ def _forward(rules: Rules, config: Config, operands: Operands, places: Places):
 
 def _backward(rules: Rules, config: Config, saved, cotangents: Saved):
     operands, places, out, lse2 = saved
+    # Its accumulators of keys and values stay in the cache beside blocks of 128, not of 512.
+    config = dataclasses.replace(config, block_q=min(config.block_q, 128))
     plan = tiles.plan(rules, config, operands, places)
     dtype = plan.dtype
     batch, length = operands.near.query.shape[:2]

@@ -232,10 +232,14 @@ def through(
         return _over_all(part, scoring, layout, positions, implementation)
 
     readers = {part: reader(part) for part in _parts(policy)}
+    overwrites = not one and any(part.bounded for part in readers)
     read = _by_head(policy, lambda part, *arrays: readers[part](*arrays), scoring)
 
     def step(q, k, v, stored_k, stored_v, layer):
         before = stored_k[layer], stored_v[layer]
+        if overwrites:
+            # Without it XLA keeps the old cache by copying all layers of it, in every layer.
+            before, stored_k, stored_v = jax.lax.optimization_barrier((before, stored_k, stored_v))
         stored_k = caches.write(stored_k, k, layer, slots)
         stored_v = caches.write(stored_v, v, layer, slots)
         after = stored_k[layer], stored_v[layer]
@@ -459,7 +463,8 @@ def _by_head(policy: LayerPolicy, attend, scoring: Scoring):
 
 
 def _rows(x: Float[Array, "B S K H"], rows: Int[Array, "B R"]) -> Float[Array, "B R K H"]:
-    return jnp.take_along_axis(x, rows[:, :, None, None], axis=1)
+    # Whole rows at a time: take_along_axis would look up every channel by itself.
+    return x[jnp.arange(len(rows))[:, None], rows]
 
 
 def _length(scoring: Scoring, positions, segments=None) -> Int[Array, "B 1"] | None:

@@ -232,14 +232,10 @@ def through(
         return _over_all(part, scoring, layout, positions, implementation)
 
     readers = {part: reader(part) for part in _parts(policy)}
-    overwrites = not one and any(part.bounded for part in readers)
     read = _by_head(policy, lambda part, *arrays: readers[part](*arrays), scoring)
 
     def step(q, k, v, stored_k, stored_v, layer):
         before = stored_k[layer], stored_v[layer]
-        if overwrites:
-            # Without it XLA keeps the old cache by copying all layers of it, in every layer.
-            before, stored_k, stored_v = jax.lax.optimization_barrier((before, stored_k, stored_v))
         stored_k = caches.write(stored_k, k, layer, slots)
         stored_v = caches.write(stored_v, v, layer, slots)
         after = stored_k[layer], stored_v[layer]

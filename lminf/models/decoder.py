@@ -255,32 +255,46 @@ class Decoder(nn.Module):
             # Reshaped weights would be copied whole on every call: 425 MB a token in SmolLM2-135M.
             return jax.tree.map(lambda w: w[index * period + i], layers)
 
+        # One token is written into all layers' cache in place. A chunk that overwrites what it also
+        # reads would make XLA copy all layers in each of them: there the scan cuts each layer out.
+        held = [None if c is None else (c.k, c.v) for c in caches or [None] * period]
+        cut = [x.shape[1] > 1 and isinstance(c.layout, cache.SinkRing) for c in caches or ()]
+        cut = cut or [False] * period
+        whole = [None if now else kv for kv, now in zip(held, cut, strict=True)]
+        layer_by_layer = [kv if now else None for kv, now in zip(held, cut, strict=True)]
+
         def one_period(carry, scanned):
-            x, stored = carry
-            params, index = scanned
-            stored, sown = list(stored), []
+            x, kept = carry
+            params, index, layer = scanned
+            kept, layer, sown = list(kept), list(layer), []
             for i, reader in enumerate(readers):
-                mine = weights_of(params, index, i)
-                x, rest, seen = one_layer(x, mine, reader, stored[i] if stored else None, index)
+                stored, at = kept[i], index
+                if cut[i]:
+                    stored, at = jax.tree.map(lambda c: c[None], layer[i]), jnp.int32(0)
+                x, rest, seen = one_layer(x, weights_of(params, index, i), reader, stored, at)
                 sown.append(seen)
-                if stored:
-                    stored[i] = rest
-            return (x, tuple(stored)), jax.tree.map(lambda *leaves: jnp.stack(leaves), *sown)
+                if cut[i]:
+                    layer[i] = jax.tree.map(lambda c: c[0], rest)
+                elif stored is not None:
+                    kept[i] = rest
+            return (x, kept), (layer, jax.tree.map(lambda *leaves: jnp.stack(leaves), *sown))
 
         rounds = s.num_layers // period
         if caches is None:
             by_period = jax.tree.map(lambda w: w.reshape(rounds, period, *w.shape[1:]), layers)
         else:
             by_period = None
-        start = () if caches is None else tuple((c.k, c.v) for c in caches)
-        (x, stored), sown = jax.lax.scan(
-            one_period, (x, start), (by_period, jnp.arange(rounds, dtype=jnp.int32))
+        (x, whole), (layer_by_layer, sown) = jax.lax.scan(
+            one_period,
+            (x, whole),
+            (by_period, jnp.arange(rounds, dtype=jnp.int32), layer_by_layer),
         )
         sown = jax.tree.map(lambda y: y.reshape(s.num_layers, *y.shape[2:]), sown)
         if caches is not None:
+            stored = (one or other for one, other in zip(whole, layer_by_layer, strict=True))
             caches = tuple(
-                cache.Cache(k, v, p, old.layout)
-                for (k, v), p, old in zip(stored, pos, caches, strict=True)
+                cache.Cache(kv[0], kv[1], p, old.layout)
+                for kv, p, old in zip(stored, pos, caches, strict=True)
             )
         return x, caches, sown
 

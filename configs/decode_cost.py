@@ -1,0 +1,32 @@
+"""Time per token and memory of decoding, far into a stream.
+
+Question   What does the next token cost after 1,000 tokens, and after 100,000?
+Paper      LM-Infinite (Han et al. 2024, arXiv:2308.16137), efficiency; StreamingLLM
+           (Xiao et al. 2023, arXiv:2309.17453)
+Command    python -m experiments.decode_cost
+Time       TODO
+Expected   TODO
+Tiny       TODO
+"""
+
+from configs import base
+
+
+def get_config(arg: str = ""):
+    c = base.get_config(arg)
+    c.model = "smollm2-135m-instruct"
+    c.positions = (1024, 4096, 5000, 16384, 100_000)  # tokens already read
+    c.policies = (
+        "full",
+        "lm_infinite:window=4096,sinks=10",
+        "streaming:window=4096,sinks=10",
+    )
+    c.unbounded_to = 16384  # tokens: at 100,000 a cache that keeps everything takes 4.6 GB
+    c.steps = 24  # tokens timed in every cell, after one that compiles
+    c.chunk = 512  # tokens of the prompt whose reading is timed; the better of two
+    if arg == "tiny":
+        c.model = "tiny"
+        c.positions, c.unbounded_to = (100, 500, 100_000), 500
+        c.policies = ("full", "lm_infinite:window=64,sinks=4", "streaming:window=60,sinks=4")
+        c.steps, c.chunk = 16, 64
+    return c

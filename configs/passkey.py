@@ -1,0 +1,30 @@
+"""Passkey retrieval at prompt lengths below and past the training length.
+
+Question   Up to what length does a model find a number hidden in its prompt, and where?
+Paper      LM-Infinite (Han et al. 2024, arXiv:2308.16137)
+Command    python -m experiments.passkey
+Time       TODO
+Expected   TODO
+Tiny       TODO
+"""
+
+from configs import base
+
+
+def get_config(arg: str = ""):
+    c = base.get_config(arg)
+    c.model = "smollm2-135m-instruct"  # prompted raw, not through its chat template
+    c.generator = "landmark"  # or lm_infinite: lminf.evals.passkey says how they differ
+    c.lengths = (600, 1700, 3300, 8000, 10000)  # tokens of the whole prompt
+    c.prompts = (4, 2, 1, 1, 1)  # of each length, at each depth
+    c.depths = (0.1, 0.9)  # share of the filler that stands before the key
+    c.policies = (
+        "full",
+        "lm_infinite:window=4096,sinks=10",
+        "window:window=4096",
+    )
+    if arg == "tiny":
+        c.model = "tiny"
+        c.lengths, c.prompts = (400, 700), (2, 2)
+        c.policies = ("full", "lm_infinite:window=64,sinks=4", "window:window=64")
+    return c

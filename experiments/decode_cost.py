@@ -1,0 +1,138 @@
+"""Time per token and bytes of cache at positions of a stream, by policy.
+
+Nobody reads 100,000 tokens for this: the work of a step depends on the number of slots and on
+nothing that they hold, so each cache is made as if that many tokens had been read, with zeros for
+keys and values. Cells are timed in turn, one token of each, so that a busy moment of the machine
+falls on all of them alike.
+"""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import _models
+from experiments._main import main
+from lminf import generation
+from lminf.attention import cache
+from lminf.attention.policies import POLICIES
+from lminf.config import parse_choice
+from lminf.generation import GREEDY
+from lminf.models import cost
+from lminf.run import plots, tables
+from lminf.run.progress import Progress
+
+
+def run(c, out):
+    lm = _models.load(c.model, seed=c.seed)
+    policies = [parse_choice(text, POLICIES, what="policy") for text in c.policies]
+    cells = [
+        Cell(lm.with_policy(policy), position, room=max(c.steps + 1, c.chunk))
+        for policy in policies
+        for position in c.positions
+        if policy.bounded or position <= c.unbounded_to
+    ]
+    with Progress(c.steps + 1, label="decoding", unit="tokens of each") as progress:
+        rounds = []  # [steps + 1] of [cells] seconds
+        for done in range(c.steps + 1):
+            rounds.append([cell.step() for cell in cells])
+            progress.update(done + 1)
+    with Progress(3, label="reading", unit="chunks of each") as progress:
+        chunks = []
+        for done in range(3):
+            chunks.append([cell.read(c.chunk) for cell in cells])
+            progress.update(done + 1)
+    # The first of everything compiles.
+    reading = np.min(chunks[1:], axis=0)
+    quartiles = np.percentile(rounds[1:], [25, 50, 75], axis=0).T
+    for cell, read, (low, median, high) in zip(cells, reading, quartiles, strict=True):
+        yield {
+            "model": c.model,
+            "trained_length": lm.spec.trained_length,
+            "policy": cell.lm.policy.name,
+            "position": cell.position,
+            "ms_per_token": 1e3 * median,
+            "low": 1e3 * low,
+            "high": 1e3 * high,
+            "tokens_per_s": 1 / median,
+            "read_ms_per_token": 1e3 * read / c.chunk,
+            "cache_bytes": cell.cache_bytes,
+            "planned_bytes": cost.cache_bytes(
+                lm.spec, cell.lm.decoder.policies, tokens=cell.capacity, dtype=lm.dtype
+            ),
+            "steps": c.steps,
+            "chunk": c.chunk,
+        }
+
+
+class Cell:
+    """One policy at one position: caches that say `position` tokens were read."""
+
+    def __init__(self, lm, position: int, *, room: int):
+        self.lm, self.position = lm, position
+        # As generation does: caches that keep everything grow by this many tokens at a time.
+        self.capacity = -(-(position + room) // generation.STEP) * generation.STEP
+        empty = lm.init_caches(batch=1, capacity=self.capacity)
+        self.caches = tuple(as_if_read(each, position) for each in empty)
+        self.cache_bytes = sum(each.k.nbytes + each.v.nbytes for each in self.caches)
+        self.at, self.token = position, np.zeros(1, np.int32)
+
+    def step(self) -> float:
+        """Seconds until the next token is known here."""
+        started = time.perf_counter()
+        self.token = np.asarray(self.advance(self.token[:, None], self.at))
+        self.at += 1
+        return time.perf_counter() - started
+
+    def read(self, chunk: int) -> float:
+        """Seconds to read `chunk` tokens of a prompt from here."""
+        started = time.perf_counter()
+        np.asarray(self.advance(np.zeros((1, chunk), np.int32), self.position))
+        return time.perf_counter() - started
+
+    def advance(self, tokens, position):
+        key = jax.random.key(0)  # greedy: not used
+        token, self.caches = generation._advance(
+            self.lm.decoder, GREEDY, self.lm.params, jnp.asarray(tokens),
+            jnp.full(1, position, jnp.int32), self.caches, key,
+        )  # fmt: skip
+        return token
+
+
+def as_if_read(empty: cache.Cache, tokens: int) -> cache.Cache:
+    """The cache as it would say it is after `tokens` tokens; keys and values stay zero."""
+    pos = jnp.arange(tokens, dtype=jnp.int32)[None]
+    slots = cache.destinations(empty.layout, pos)
+    return dataclasses.replace(empty, pos=cache.write_pos(empty.pos, pos, slots))
+
+
+def plot(rows):
+    shown = [{**row, "policy": row["policy"].replace(":", "\n")} for row in rows]
+    for row in shown:
+        row["cache_mib"] = row["cache_bytes"] / 2**20
+    common = {"x": "position", "by": "policy", "log_x": True, "x_label": "tokens read before"}
+    return {
+        "decode_cost": plots.curves(
+            shown, y="ms_per_token", y_label="time per token (ms)", y_limits=(0, None), **common
+        ),
+        "cache_bytes": plots.curves(
+            shown, y="cache_mib", y_label="keys and values (MiB)", y_limits=(0, None), **common
+        ),
+    }
+
+
+def table(rows):
+    """Milliseconds per token, then MiB of cache; a policy a line, a position a column."""
+    mib = [{**row, "cache": row["cache_bytes"] / 2**20} for row in rows]
+    parts = {"ms_per_token": "ms/token", "cache": "MiB", "read_ms_per_token": "ms/token, reading"}
+    return [
+        {**line, "policy": f"{line['policy']}, {unit}"}
+        for value, unit in parts.items()
+        for line in tables.pivot(mib, index="policy", columns="position", value=value)
+    ]
+
+
+if __name__ == "__main__":
+    main(run, plot, table=table)

@@ -1,0 +1,44 @@
+import importlib
+
+import jax
+import pytest
+
+from experiments import _models
+from lminf.data.tokenizers import ByteTokenizer
+from lminf.lm import LM
+from lminf.models import spec
+from lminf.run import request
+from tests.models import specs
+
+
+@pytest.fixture(scope="session")
+def random_lm() -> LM:
+    """A byte model of the tiny one's form but two narrow layers, not trained."""
+    shape = spec.llama(
+        vocab_size=257, width=32, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=48,
+        trained_length=64,
+    )  # fmt: skip
+    return LM(shape, specs.parameters(shape), ByteTokenizer())
+
+
+@pytest.fixture(scope="session")
+def tiny_lm() -> LM:
+    """The tiny model, trained once for all tests: under a minute on two cores."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes
+        return _models.train_tiny(seed=0)
+
+
+@pytest.fixture
+def rows_of(random_lm, monkeypatch):
+    """`rows_of(name, field=value, …)`: what the experiment's tiny form measures of that model."""
+    monkeypatch.setattr(_models, "load", lambda *_, **__: random_lm)
+    # Much is compiled and little computed.
+    jax.config.update("jax_disable_most_optimizations", True)
+
+    def measure(name, **fields):
+        config = request.parse(name, [f"--config={name}:tiny"]).config
+        config.update(fields)
+        return list(importlib.import_module(f"experiments.{name}").run(config, None))
+
+    yield measure
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -1,0 +1,38 @@
+import jax.numpy as jnp
+import pytest
+from matplotlib.figure import Figure
+
+from experiments import decode_cost
+from lminf.attention import cache
+
+COLUMNS = {
+    "model", "trained_length", "policy", "position", "ms_per_token", "low", "high", "tokens_per_s",
+    "read_ms_per_token", "cache_bytes", "planned_bytes", "steps", "chunk",
+}  # fmt: skip
+
+
+def test_a_row_is_one_policy_and_position(rows_of):
+    rows = rows_of(
+        "decode_cost", positions=(100, 100_000), unbounded_to=100, steps=2, chunk=16,
+        policies=("full", "streaming:window=12,sinks=4"),
+    )  # fmt: skip
+    assert all(set(row) == COLUMNS for row in rows)
+    assert [row["position"] for row in rows] == [100, 100, 100_000]
+    for row in rows:
+        assert 0 < row["low"] <= row["ms_per_token"] <= row["high"]
+        assert row["tokens_per_s"] == pytest.approx(1000 / row["ms_per_token"])
+        assert row["cache_bytes"] == row["planned_bytes"]
+    slot_bytes = 2 * 2 * 2 * 8 * 4  # keys and values, layers, key heads, channels, float32
+    assert [row["cache_bytes"] // slot_bytes for row in rows] == [512, 16, 16]
+    figures = decode_cost.plot(rows)
+    assert set(figures) == {"decode_cost", "cache_bytes"}
+    assert all(isinstance(figure, Figure) for figure in figures.values())
+    assert decode_cost.table(rows)[0].keys() == {"policy", "100", "100000"}
+
+
+def test_a_cache_made_as_if_read_says_what_reading_would_leave():
+    empty = cache.empty(
+        cache.SinkRing(2, 5), layers=1, batch=1, kv_heads=1, head_dim=1, dtype=jnp.float32
+    )
+    assert decode_cost.as_if_read(empty, 4).pos.tolist() == [[0, 1, 2, 3, -1, -1, -1]]
+    assert decode_cost.as_if_read(empty, 100).pos.tolist() == [[0, 1, 97, 98, 99, 95, 96]]

@@ -28,7 +28,9 @@ def test_a_schedule_is_continuous_and_traceable(schedule):
 
 @pytest.mark.parametrize("schedule", INFINITE)
 def test_the_constant_phase_is_constant(schedule):
-    np.testing.assert_allclose(np.asarray(jax.jit(schedule)(np.arange(500, 901))), 1.65e-4, rtol=1e-6)
+    np.testing.assert_allclose(
+        np.asarray(jax.jit(schedule)(np.arange(500, 901))), 1.65e-4, rtol=1e-6
+    )
 
 
 def test_phases_out_of_order_are_refused():

@@ -125,7 +125,7 @@ def test_rotation_of_half_pairs_equals_transformers(peer):
         torch.from_numpy(x), torch.from_numpy(x), cos, sin, unsqueeze_dim=2
     )
     ours = rope.Rotary(base=700.0, dim=64, layout="half")
-    found = rope.rotate(x, rope.rotation(ours, jnp.asarray(positions)), "half")
+    found = rope.rotate(jnp.asarray(x), rope.rotation(ours, jnp.asarray(positions)), "half")
     np.testing.assert_allclose(found, theirs.numpy(), atol=2e-4)  # their angle: 1000 * 6e-8
 
 
@@ -137,7 +137,7 @@ def test_rotation_of_interleaved_pairs_equals_transformers(peer):
     sin, cos = modeling_gptj.create_sinusoidal_positions(50, 8)[None].split(4, dim=-1)
     theirs = modeling_gptj.apply_rotary_pos_emb(torch.from_numpy(x), sin, cos)
     ours = rope.Rotary(base=10_000.0, dim=8, layout="interleaved")
-    found = rope.rotate(x, rope.rotation(ours, jnp.arange(50)[None]), "interleaved")
+    found = rope.rotate(jnp.asarray(x), rope.rotation(ours, jnp.arange(50)[None]), "interleaved")
     np.testing.assert_allclose(found, theirs.numpy(), atol=2e-5)
 
 

@@ -3,16 +3,22 @@
 from kernels.common.dispatch import Decision, explain
 from kernels.common.masks import GlobalDistance, SegmentIds
 from kernels.cross_entropy.api import LossAndLse, linear_cross_entropy
+from kernels.decode.api import lambda_decode
+from kernels.decode.cache import RollingCache
+from kernels.decode.operands import DecodeResiduals
 from kernels.lambda_attention.api import lambda_attention
 from kernels.lambda_attention.operands import Residuals
 
 __all__ = [
     "Decision",
+    "DecodeResiduals",
     "GlobalDistance",
     "LossAndLse",
     "Residuals",
+    "RollingCache",
     "SegmentIds",
     "explain",
     "lambda_attention",
+    "lambda_decode",
     "linear_cross_entropy",
 ]

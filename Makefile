@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PARITY_VENV ?= .venv-parity
+AOT_VENV ?= .venv-aot
 MODEL ?= smollm2-135m-instruct
 ARGS ?=
 # Two workers: the suite is compile-bound, and each further worker costs 4 s of imports.
@@ -12,27 +13,33 @@ WORKERS ?= 2
 PIP = $(PYTHON) -m pip --disable-pip-version-check --python
 IN = $(VENV)/bin/
 
-.PHONY: help run test slow parity lint lint-code lint-format lint-types format clean
+.PHONY: help run test slow parity aot lint lint-code lint-format lint-types format clean
 
 help:
 	@echo "make run      install, fetch $(MODEL), measure it past its training length"
 	@echo "make test     the fast tests          make slow    the real model, minutes"
 	@echo "make lint     ruff and pyright        make parity  against transformers and torch"
+	@echo "make aot      kernels compiled for TPU v5e, v6e and H100, on any machine"
 
 run: $(VENV)/.installed
 	$(IN)lminf fetch $(MODEL)
 	$(IN)python -m experiments.length_generalization $(ARGS)
 
-test slow parity: export JAX_PLATFORMS = cpu
+test slow parity aot: export JAX_PLATFORMS = cpu
+# libtpu otherwise asks a cloud machine's metadata server about its chips.
+aot: export TPU_SKIP_MDS_QUERY = 1
 
 test: $(VENV)/.installed-dev
-	$(IN)python -m pytest -m "not slow and not parity" -n $(WORKERS) $(ARGS)
+	$(IN)python -m pytest -m "not slow and not parity and not aot" -n $(WORKERS) $(ARGS)
 
 slow: $(VENV)/.installed-dev
-	$(IN)python -m pytest -m "slow and not parity" $(ARGS)
+	$(IN)python -m pytest -m "slow and not parity and not aot" $(ARGS)
 
 parity: $(PARITY_VENV)/.installed-parity
 	$(PARITY_VENV)/bin/python -m pytest -m parity $(ARGS)
+
+aot: $(AOT_VENV)/.installed-aot
+	$(AOT_VENV)/bin/python -m pytest -m aot $(ARGS)
 
 lint: lint-code lint-format lint-types
 
@@ -50,7 +57,7 @@ format: $(VENV)/.installed-dev
 	$(IN)ruff format .
 
 clean:
-	rm -rf $(VENV) $(PARITY_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PARITY_VENV) $(AOT_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.installed: pyproject.toml
 	$(call make_venv,$(VENV))
@@ -66,6 +73,11 @@ $(VENV)/.installed-dev: pyproject.toml
 $(PARITY_VENV)/.installed-parity: pyproject.toml
 	$(call make_venv,$(PARITY_VENV))
 	$(PIP) $(PARITY_VENV) install -e '.[dev,parity]'
+	@touch $@
+
+$(AOT_VENV)/.installed-aot: pyproject.toml
+	$(call make_venv,$(AOT_VENV))
+	$(PIP) $(AOT_VENV) install -e '.[dev,aot]'
 	@touch $@
 
 define make_venv

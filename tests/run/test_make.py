@@ -10,7 +10,8 @@ from lminf.run.header import ROOT
 
 def planned(target: str) -> str:
     """What make would do in a folder without an environment."""
-    command = ["make", "-n", target, "VENV=/nowhere/venv", "PARITY_VENV=/nowhere/parity"]
+    places = ["VENV=/nowhere/venv", "PARITY_VENV=/nowhere/parity", "AOT_VENV=/nowhere/aot"]
+    command = ["make", "-n", target, *places]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
@@ -18,8 +19,9 @@ def planned(target: str) -> str:
     ("target", "commands"),
     [
         ("run", ["-m venv /nowhere/venv", "lminf fetch smollm2", "experiments.length_generali"]),
-        ("test", ["install pip -e '.[dev]'", 'pytest -m "not slow and not parity"']),
-        ("slow", ['pytest -m "slow and not parity"']),
+        ("test", ["install pip -e '.[dev]'", 'pytest -m "not slow and not parity and not aot"']),
+        ("slow", ['pytest -m "slow and not parity and not aot"']),
+        ("aot", ["--python /nowhere/aot install", "pytest -m aot"]),
         ("parity", ["--python /nowhere/parity install", "pytest -m parity"]),
         ("lint", ["ruff check", "ruff format --check", "pyright"]),
     ],
@@ -33,8 +35,9 @@ def test_make_sets_up_and_then_runs(target, commands):
 def test_torch_is_asked_for_exactly():
     """Any other way of asking for it pulls gigabytes of CUDA wheels."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [name for name in project["optional-dependencies"]["parity"] if "torch" in name]
-    assert asked == ["torch==2.13.0"]
+    for extra in ("parity", "aot"):
+        asked = [name for name in project["optional-dependencies"][extra] if "torch" in name]
+        assert asked == ["torch==2.13.0"]
 
 
 def test_the_ci_script_is_valid_bash():

@@ -18,7 +18,7 @@ from lminf.config import parse_choice
 from lminf.data import sources
 from lminf.generation import GREEDY, generate_tokens
 from lminf.lm import LM
-from lminf.run import memory
+from lminf.run import devices, memory
 
 
 def main() -> None:
@@ -30,8 +30,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=4096, help="tokens before the first new one")
     parser.add_argument("--new", type=int, default=32, help="tokens to decode")
     args = parser.parse_args()
+    devices.share_cores()
     policy = parse_choice(args.policy, POLICIES, what="policy")
-    lm = LM.from_pretrained(args.model, policy=policy)
+    lm = LM.from_pretrained(args.model, policy=policy).with_devices(jax.local_devices())
     measured = {"read": read, "decode": decode}[args.work](lm, args)
     print(json.dumps({"policy": policy.name, "peak_memory_bytes": memory.peak_bytes(), **measured}))
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from lminf.errors import InputError
-from lminf.run import environment, exits, folder, header, plots, report, request, tables
+from lminf.run import devices, environment, exits, folder, header, plots, report, request, tables
 from lminf.run.folder import Row, RunFolder
 from lminf.run.request import Request
 
@@ -32,6 +32,7 @@ def main(
     run: Run, plot: Plot, *, table: TableOf | None = None, argv: Sequence[str] | None = None
 ) -> None:
     """Parses the command line, runs, and leaves rows, figures and a report; exits the process."""
+    devices.share_cores()
     arguments = sys.argv[1:] if argv is None else list(argv)
     with exits.orderly(debug="--debug" in arguments):
         asked = request.parse(Path(inspect.getfile(run)).stem, arguments)

@@ -22,7 +22,8 @@ def load(name: str, *, seed: int) -> LM:
     if name == TINY:
         return train_tiny(seed=seed)
     with Progress(1, label=f"loading {name}", unit="tensors") as progress:
-        return LM.from_pretrained(name, progress=_showing(progress))
+        lm = LM.from_pretrained(name, progress=_showing(progress))
+    return lm.with_devices(jax.local_devices())
 
 
 def train_tiny(*, seed: int) -> LM:

@@ -7,6 +7,7 @@ lm.with_policy(Full())             the same weights, attended otherwise
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Float32, Int
 
 from lminf.attention import policies, rope
@@ -29,6 +32,7 @@ from lminf.types import Params
 
 Progress: TypeAlias = Callable[[int, int], None]  # (done, of), in tokens
 
+CONTEXT = "context"  # the mesh axis that the tokens of a chunk are spread over
 CHUNK = 2048  # tokens read at a time: wide enough for full-speed products, small beside a window
 
 
@@ -64,6 +68,8 @@ class LM:
     tokenizer: Any  # lminf.data.tokenizers.Tokenizer or ByteTokenizer
     policy: AnyPolicy = FULL
     dtype: Any = jnp.float32
+    # Its axis "context" shares out the tokens of each chunk that `read` takes. None: one device.
+    mesh: Mesh | None = None
 
     def __post_init__(self):
         policies.check_trained(self.policy, self.reach)
@@ -106,6 +112,15 @@ class LM:
     def with_policy(self, policy: AnyPolicy) -> "LM":
         return dataclasses.replace(self, policy=policy)
 
+    def with_devices(self, devices: Sequence[jax.Device]) -> "LM":
+        """The same model, reading on all of these: each holds every weight, and computes its share
+        of a chunk's tokens. Writing stays on the first.
+        """
+        if len(devices) == 1:
+            return dataclasses.replace(self, mesh=None)
+        mesh = Mesh(np.array(devices), (CONTEXT,), axis_types=(AxisType.Auto,))
+        return dataclasses.replace(self, mesh=mesh)
+
     def with_scaling(self, scaling: rope.Scaling) -> "LM":
         """The same weights with another rotary schedule."""
         if not isinstance(self.spec.encoding, rope.Rotary):
@@ -115,6 +130,13 @@ class LM:
             )
         encoding = dataclasses.replace(self.spec.encoding, scaling=scaling)
         return dataclasses.replace(self, spec=dataclasses.replace(self.spec, encoding=encoding))
+
+    @functools.cached_property
+    def _params_everywhere(self) -> Params:
+        """The parameters where `read` wants them."""
+        if self.mesh is None:
+            return self.params
+        return jax.device_put(self.params, NamedSharding(self.mesh, P()))
 
     def init_caches(self, *, batch: int, capacity: int):
         """Empty caches; `capacity` (tokens) is what policies that keep everything can hold."""
@@ -146,7 +168,7 @@ class LM:
         as the policy says. `longest` is the most tokens that may come: policies that keep
         everything need it, and a short one saves work.
         """
-        module = self.decoder
+        module, mesh = self.decoder, self.mesh
         bounded = all(policy.bounded for policy in module.policies)
         if longest is None and not bounded:
             raise InputError(
@@ -156,6 +178,8 @@ class LM:
         # No wider than the text, in powers of two, so that few shapes are compiled.
         chunk = CHUNK if longest is None else min(CHUNK, max(16, _power_of_two(longest - 1)))
         caches = self.init_caches(batch=1, capacity=-(-(longest or 0) // chunk) * chunk)
+        if mesh is not None:
+            caches = jax.device_put(caches, NamedSharding(mesh, P()))
         held, start = np.zeros(0, np.int32), 0
         for piece in itertools.chain(pieces, [None]):
             last = piece is None
@@ -170,7 +194,7 @@ class LM:
                     )
                 tokens = np.pad(held[: chunk + 1], (0, max(chunk + 1 - len(held), 0)))
                 loss, caches = _score(
-                    module, self.params, jnp.asarray(tokens[None]), jnp.int32(start), caches
+                    module, mesh, self._params_everywhere, tokens[None], np.int32(start), caches
                 )
                 yield np.asarray(loss[0, :scored])
                 held, start = held[scored:], start + scored
@@ -273,15 +297,32 @@ class LM:
         return ids, ends
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _score(module: decoder.Decoder, params, tokens: Int[jax.Array, "B C+1"], start, caches):
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+def _score(module: decoder.Decoder, mesh, params, tokens: Int[jax.Array, "B C+1"], start, caches):
     """Losses [B, C] of the tokens after each, and the caches with the first C read."""
     chunk = tokens.shape[1] - 1
     positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32), (len(tokens), chunk))
-    hidden, caches = module.apply(
-        {"params": params}, tokens[:, :-1], positions=positions, caches=caches
-    )
-    return xent.token_nll(module.spec, params, hidden, tokens[:, 1:]), caches
+    shared = mesh is not None and chunk % mesh.size == 0
+    module = module.clone(context_axis=CONTEXT if shared else None)
+
+    def score(params, tokens, targets, positions, caches):
+        hidden, caches = module.apply(
+            {"params": params}, tokens, positions=positions, caches=caches
+        )
+        return xent.token_nll(module.spec, params, hidden, targets), caches
+
+    if shared:
+        shares = P(None, CONTEXT)
+        score = jax.shard_map(
+            score,
+            mesh=mesh,
+            in_specs=(P(), shares, shares, shares, P()),
+            out_specs=(shares, P()),
+            # That all devices end with the same caches, jax cannot know: it follows from the
+            # gathered keys and values that each of them writes.
+            check_vma=False,
+        )
+    return score(params, tokens[:, :-1], tokens[:, 1:], positions, caches)
 
 
 def _power_of_two(least: int) -> int:

@@ -6,6 +6,9 @@
 
 `whole` and `through` are asked once per forward pass, compute every rotation there, and return the
 function that each layer calls, so angles are not recomputed per layer.
+
+Both also run inside shard_map with a text's (or chunk's) tokens spread over a mesh axis,
+`context_axis`: each device attends from its own tokens to those of all.
 """
 
 from collections.abc import Callable
@@ -162,6 +165,7 @@ def whole(
     positions: Int[Array, "B T"],
     *,
     segments: Int[Array, "B T"] | None = None,
+    context_axis: str | None = None,
     implementation: str | None = None,
 ) -> Whole:
     """Attention of a text over itself.
@@ -170,33 +174,42 @@ def whole(
     there), or along each segment, from 0. Tokens below 0 are padding, as those in segment
     masks.PADDING are: they see nothing and are not seen.
     """
+    spread = _Spread(context_axis, positions.shape[1])
     runs = {
-        part: _whole(part, scoring, positions, segments, implementation) for part in _parts(policy)
+        part: _whole(part, scoring, positions, segments, spread, implementation)
+        for part in _parts(policy)
     }
-    return _by_head(policy, lambda part, *arrays: runs[part](*arrays), scoring)
+
+    def run(q, k, v):
+        k, v = spread.all(k), spread.all(v)
+        return _by_head(policy, lambda part, *arrays: runs[part](*arrays), scoring)(q, k, v)
+
+    return run
 
 
-def _whole(policy, scoring, positions, segments, implementation):
-    batch, tokens = positions.shape
+def _whole(policy, scoring, positions, segments, spread, implementation):
+    key_pos = spread.all(positions)
+    batch, tokens = key_pos.shape
     count = tokens if policy.far_count is None else min(policy.far_count, tokens)
-    length = _length(scoring, positions, segments)
-    place = _Placement(policy, scoring, positions, positions, length)
+    length = _length(scoring, key_pos, segments)
+    place = _Placement(policy, scoring, positions, key_pos, length)
     if segments is None:
         # Far keys are the tokens at positions 0.. of each row: behind the padding, if any.
-        far_pos = jnp.broadcast_to(jnp.arange(count, dtype=positions.dtype), (batch, count))
-        rows = jnp.clip(far_pos - positions[:, :1], 0, tokens - 1)
-        key_start = positions[:, 0]
+        far_pos = jnp.broadcast_to(jnp.arange(count, dtype=key_pos.dtype), (batch, count))
+        rows = jnp.clip(far_pos - key_pos[:, :1], 0, tokens - 1)
+        key_start = key_pos[:, 0]
     else:
         # Every segment has first tokens of its own: the kernel picks them out of all.
-        far_pos, rows, key_start = positions, None, None
-        segments = jnp.where(positions < 0, masks.PADDING, segments)
+        far_pos, rows, key_start = key_pos, None, None
+        own = jnp.where(positions < 0, masks.PADDING, segments)
+        segments = kernels.SegmentIds(own, spread.all(own))
     far = place.far(far_pos)
 
     def run(q, k, v, slopes):
         far_k, far_v = (k, v) if rows is None else (_rows(k, rows), _rows(v, rows))
         return _lambda_attention(
             place, far, q, k, v, far_k, far_v, slopes, count,
-            key_start=key_start, query_offset=None, segments=segments,
+            key_start=key_start, query_offset=spread.first, segments=segments,
             implementation=implementation,
         )  # fmt: skip
 
@@ -213,6 +226,7 @@ def through(
     stored_pos: Int[Array, "B S"],
     positions: Int[Array, "B T"],
     *,
+    context_axis: str | None = None,
     implementation: str | None = None,
 ) -> tuple[Through, Int[Array, "B S"]]:
     """Attention of new tokens over what the cache holds and over themselves; and the new `pos`.
@@ -220,21 +234,24 @@ def through(
     Positions rise by one along a row and continue what the row has read. A row that begins below 0
     is padded: those tokens see nothing and are not stored.
     """
-    slots = caches.destinations(layout, positions)
-    new_pos = caches.write_pos(stored_pos, positions, slots)
-    one = positions.shape[1] == 1
+    spread = _Spread(context_axis, positions.shape[1])
+    all_positions = spread.all(positions)
+    slots = caches.destinations(layout, all_positions)
+    new_pos = caches.write_pos(stored_pos, all_positions, slots)
+    one = all_positions.shape[1] == 1
 
     def reader(part: Policy):
         if one:
             return _over_slots(part, scoring, layout, new_pos, positions)
         if part.bounded:
-            return _over_window(part, scoring, layout, positions, implementation)
-        return _over_all(part, scoring, layout, positions, implementation)
+            return _over_window(part, scoring, layout, positions, spread, implementation)
+        return _over_all(part, scoring, layout, positions, spread, implementation)
 
     readers = {part: reader(part) for part in _parts(policy)}
     read = _by_head(policy, lambda part, *arrays: readers[part](*arrays), scoring)
 
     def step(q, k, v, stored_k, stored_v, layer):
+        k, v = spread.all(k), spread.all(v)
         before = stored_k[layer], stored_v[layer]
         stored_k = caches.write(stored_k, k, layer, slots)
         stored_v = caches.write(stored_v, v, layer, slots)
@@ -293,14 +310,15 @@ def _mix_of_one(weights: Float[Array, "B K G 1 S"], v: Float[Array, "B S K H"]):
     return own.reshape(batch, 1, -1, width)
 
 
-def _over_window(policy, scoring, layout, positions, implementation):
+def _over_window(policy, scoring, layout, positions, spread, implementation):
     """A chunk over the last `near_width` stored tokens, itself, and the first `far_count`."""
-    batch = positions.shape[0]
+    chunk = spread.all(positions)
+    batch = chunk.shape[0]
     width, count = policy.near_width, policy.far_count
-    recent = positions[:, :1] + jnp.arange(-width, 0, dtype=positions.dtype)[None]
+    recent = chunk[:, :1] + jnp.arange(-width, 0, dtype=chunk.dtype)[None]
     recent_slots = jnp.clip(layout.slot(recent), 0, layout.slots - 1)
-    key_pos = jnp.concatenate([recent, positions], 1)
-    place = _Placement(policy, scoring, positions, key_pos, _length(scoring, positions))
+    key_pos = jnp.concatenate([recent, chunk], 1)
+    place = _Placement(policy, scoring, positions, key_pos, _length(scoring, chunk))
     far = place.far(jnp.broadcast_to(jnp.arange(count, dtype=positions.dtype), (batch, count)))
 
     def read(q, k, v, before_k, before_v, after_k, after_v, slopes):
@@ -309,20 +327,21 @@ def _over_window(policy, scoring, layout, positions, implementation):
         far_k, far_v = after_k[:, :count].astype(k.dtype), after_v[:, :count].astype(v.dtype)
         return _lambda_attention(
             place, far, q, window_k, window_v, far_k, far_v, slopes, count,
-            key_start=recent[:, 0], query_offset=width, segments=None,
+            key_start=recent[:, 0], query_offset=width + spread.first, segments=None,
             implementation=implementation,
         )  # fmt: skip
 
     return read
 
 
-def _over_all(policy, scoring, layout, positions, implementation):
+def _over_all(policy, scoring, layout, positions, spread, implementation):
     """A chunk over a cache that keeps everything in order."""
     batch = positions.shape[0]
     in_order = jnp.arange(layout.slots, dtype=positions.dtype)
     slot_pos = jnp.broadcast_to(in_order, (batch, layout.slots))
     count = layout.slots if policy.far_count is None else policy.far_count
-    place = _Placement(policy, scoring, positions, slot_pos, _length(scoring, positions))
+    length = _length(scoring, spread.all(positions))
+    place = _Placement(policy, scoring, positions, slot_pos, length)
     far = place.far(slot_pos[:, :count])
 
     def read(q, k, v, before_k, before_v, after_k, after_v, slopes):
@@ -338,6 +357,19 @@ def _over_all(policy, scoring, layout, positions, implementation):
 
 
 # --- Shared parts ---------------------------------------------------------------------------------
+
+
+class _Spread:
+    """How one text's tokens lie on a mesh axis: `tokens` on each device, in order."""
+
+    def __init__(self, axis: str | None, tokens: int):
+        self.axis = axis
+        # Where this device's tokens begin among those of all.
+        self.first = 0 if axis is None else jax.lax.axis_index(axis) * tokens
+
+    def all(self, x: Array) -> Array:
+        """[B, T, ...] of every device, in order, from each device's share of T."""
+        return x if self.axis is None else jax.lax.all_gather(x, self.axis, axis=1, tiled=True)
 
 
 class _Placement:
@@ -410,9 +442,9 @@ def _lambda_attention(
             place.far_q_pos, place.far_k_pos, place.far_scale
         )
     if segments is not None:
-        return _outputs(**by_row, **fixed, segment_ids=kernels.SegmentIds(segments, segments))
-    if query_offset is None or isinstance(query_offset, int):
-        return _outputs(**by_row, **fixed, key_start=key_start, query_offset=query_offset or 0)
+        return _outputs(**by_row, **fixed, segment_ids=segments, query_offset=query_offset)
+    if jnp.ndim(query_offset) == 0:
+        return _outputs(**by_row, **fixed, key_start=key_start, query_offset=query_offset)
     # Rows of unequal length: each has its own offset, and the kernel takes one.
     return jax.vmap(
         lambda row, start, offset: _outputs(

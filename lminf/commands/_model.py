@@ -2,10 +2,13 @@
 
 import argparse
 
+import jax
+
 from lminf.attention.policies import POLICIES
 from lminf.attention.rope import SCALINGS
 from lminf.config import parse_choice
 from lminf.lm import LM
+from lminf.run import devices
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +22,8 @@ def load(args: argparse.Namespace) -> LM:
     """The model under the policy asked for; nothing is loaded before both words are understood."""
     policy = parse_choice(args.policy, POLICIES, what="policy")
     scaling = parse_choice(args.scaling, SCALINGS, what="scaling") if args.scaling else None
+    devices.share_cores()
     lm = LM.from_pretrained(args.model)
     if scaling is not None:
         lm = lm.with_scaling(scaling)
-    return lm.with_policy(policy)
+    return lm.with_policy(policy).with_devices(jax.local_devices())

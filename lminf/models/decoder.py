@@ -85,8 +85,15 @@ class Norm(nn.Module):
         return y.astype(x.dtype)
 
 
+def unplaced(x: Float[Array, "..."], *axes: str | None) -> Float[Array, "..."]:
+    """x as it is. On a mesh, lminf.parallel says instead where an array with these axes lies."""
+    del axes
+    return x
+
+
 class Attention(nn.Module):
     spec: ModelSpec
+    place: Any = unplaced
 
     @nn.compact
     def __call__(self, x: Hidden, attend) -> tuple[Hidden, Any]:
@@ -109,6 +116,8 @@ class Attention(nn.Module):
         if s.qk_norm:
             q = Norm(s.norm, s.head_dim, name="q_norm")(q)
             k = Norm(s.norm, s.head_dim, name="k_norm")(k)
+        q = self.place(q, "batch", "length", "heads", None)
+        k, v = (self.place(y, "batch", "length", "kv_heads", None) for y in (k, v))
         for name, value in (("q", q), ("k", k), ("v", v)):
             self.sow("intermediates", name, value)
         out, *rest = attend(q, k, v)
@@ -122,6 +131,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     spec: MLPSpec
     width: int
+    place: Any = unplaced
 
     @nn.compact
     def __call__(self, x: Hidden) -> Hidden:
@@ -141,6 +151,7 @@ class MLP(nn.Module):
             up = act(product(x, weight("w_gate", (D, F))) + bias("b_gate", F)) * up
         else:
             up = act(up)
+        up = self.place(up, "batch", "length", "mlp")
         return product(up, weight("w_down", (F, D))) + bias("b_down", D)
 
 
@@ -148,28 +159,36 @@ class Block(nn.Module):
     """One layer. `attend(q, k, v)` returns the attention output first."""
 
     spec: ModelSpec
+    place: Any = unplaced
 
     @nn.compact
     def __call__(self, x: Hidden, attend) -> tuple[Hidden, Any]:
         s = self.spec
-        attention, mlp = Attention(s, name="attention"), MLP(s.mlp, s.width, name="mlp")
+        attention = Attention(s, self.place, name="attention")
+        mlp = MLP(s.mlp, s.width, self.place, name="mlp")
 
         def norm(name):
-            return Norm(s.norm, s.width, name=name)
+            read = Norm(s.norm, s.width, name=name)
+            return lambda y: self.place(read(y), "batch", "length", None)
 
         def post(name, y):
-            return norm(name)(y) if s.post_norms else y
+            if not s.post_norms:
+                return y
+            return Norm(s.norm, s.width, name=name)(residual(y))
+
+        def residual(y):
+            return self.place(y, "batch", "residual_length", None)
 
         normed = norm("attention_norm")(x)
         seen, rest = attention(normed, attend)
         seen = post("attention_post_norm", seen)
         if s.residual == "sequential":
-            x = x + seen
-            x = x + post("mlp_post_norm", mlp(norm("mlp_norm")(x)))
+            x = residual(x + seen)
+            x = residual(x + post("mlp_post_norm", mlp(norm("mlp_norm")(x))))
         else:
             shared = s.residual == "parallel_shared"
             thought = mlp(normed if shared else norm("mlp_norm")(x))
-            x = x + seen + post("mlp_post_norm", thought)
+            x = residual(x + seen + post("mlp_post_norm", thought))
         self.sow("intermediates", "hidden", x)
         return x, rest
 
@@ -182,6 +201,11 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32  # of the computation; parameters are cast to it where they are used
     remat: Any = None  # a jax.checkpoint policy; None keeps every activation
     implementation: str | None = None  # of kernels.lambda_attention; None chooses
+    # Inside shard_map: the mesh axis that tokens of a row are spread over. Caches are not: every
+    # device holds all of them.
+    context_axis: str | None = None
+    whole: Any = attend.whole  # how a text attends over itself
+    place: Any = unplaced  # where an array lies: place(x, *logical axes)
 
     @nn.compact
     def __call__(
@@ -202,6 +226,7 @@ class Decoder(nn.Module):
         embed = self.param("embed", nn.initializers.normal(s.width**-0.5), (s.vocab_size, s.width))
         layers = self.param("layers", lambda key: _init_layers(s, key))
         x = embed[tokens].astype(self.dtype) * jnp.asarray(s.embed_scale, self.dtype)
+        x = self.place(x, "batch", "residual_length", None)
         if not s.tied:
             self.param("head", nn.initializers.normal(s.width**-0.5), (s.vocab_size, s.width))
         if s.head_bias:
@@ -210,16 +235,17 @@ class Decoder(nn.Module):
         x, caches, sown = self._run_layers(layers, x, positions, segments, caches, watched)
         if watched:
             self.put_variable("intermediates", "layers", sown)
-        return Norm(s.norm, s.width, name="final_norm")(x), caches
+        x = Norm(s.norm, s.width, name="final_norm")(x)
+        return self.place(x, "batch", "length", None), caches
 
     def _run_layers(self, layers, x, positions, segments, caches, watched):
         s, period = self.spec, period_of(self.policies)
-        scoring, block = scoring_of(s), Block(s)
+        scoring, block = scoring_of(s), Block(s, self.place)
         if caches is None:
             readers = [
-                attend.whole(
+                self.whole(
                     policy, scoring, positions, segments=segments,
-                    implementation=self.implementation,
+                    context_axis=self.context_axis, implementation=self.implementation,
                 )
                 for policy in self.policies[:period]
             ]  # fmt: skip
@@ -228,7 +254,7 @@ class Decoder(nn.Module):
             steps = [
                 attend.through(
                     policy, scoring, stored.layout, stored.pos, positions,
-                    implementation=self.implementation,
+                    context_axis=self.context_axis, implementation=self.implementation,
                 )
                 for policy, stored in zip(self.policies[:period], caches, strict=True)
             ]  # fmt: skip

@@ -56,7 +56,7 @@ def test_scoring_a_chunk_holds_no_more_than_its_states_and_one_chunk_of_logits()
         )
         return (
             language_model._score.lower(
-                module, abstract_parameters(spec), shape(1, tokens + 1, dtype=jnp.int32),
+                module, None, abstract_parameters(spec), shape(1, tokens + 1, dtype=jnp.int32),
                 shape(dtype=jnp.int32), caches,
             ).compile(cases.fast_options()).memory_analysis().temp_size_in_bytes
         )  # fmt: skip

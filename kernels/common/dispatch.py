@@ -6,6 +6,7 @@ for what it does not support. Nothing is chosen by trial and error beyond that.
 
 import contextlib
 import contextvars
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -50,6 +51,17 @@ def explain(fn: Callable, *args, **kwargs) -> list[Decision]:
         # A fresh wrapper: an already traced `fn` would come from jax's cache and decide nothing.
         jax.eval_shape(lambda *a, **k: fn(*a, **k), *args, **kwargs)
     return decisions
+
+
+def lazily(module: str, name: str) -> Callable[..., Any]:
+    """The function `name` of `module`, which is imported when it is first called: Pallas takes a
+    quarter of a second that a command on a CPU does not need.
+    """
+
+    def implementation(*args, **kwargs):
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    return implementation
 
 
 def run(

@@ -3,6 +3,7 @@
 from kernels.common.dispatch import Decision, explain
 from kernels.common.masks import GlobalDistance, SegmentIds
 from kernels.cross_entropy.api import LossAndLse, linear_cross_entropy
+from kernels.cross_entropy.sharded import sharded_linear_cross_entropy
 from kernels.decode.api import lambda_decode
 from kernels.decode.cache import RollingCache
 from kernels.decode.operands import DecodeResiduals
@@ -21,4 +22,5 @@ __all__ = [
     "lambda_attention",
     "lambda_decode",
     "linear_cross_entropy",
+    "sharded_linear_cross_entropy",
 ]

@@ -1,8 +1,9 @@
 """What every implementation of the linear cross-entropy receives and returns, one row a token."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
@@ -22,6 +23,9 @@ class Rules:
     label_smoothing: float
     z_loss: float
     filter_eps: float | None  # blocks whose softmax stays below are left out of the gradient
+    sort_vocab: bool = True  # put entries of like mean logit into one block before filtering
+    accum_dtype: Any = jnp.float32  # of the sums of gradients; wider inputs win
+    deterministic: bool = False  # two runs are bitwise equal
 
 
 class Losses(NamedTuple):

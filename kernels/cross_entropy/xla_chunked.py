@@ -1,132 +1,94 @@
-"""The linear cross-entropy in blocks of rows and vocabulary: no [rows, V] array, four GEMMs in all.
+"""The linear cross-entropy in blocks of rows and vocabulary: no [rows, V] array.
 
-The forward keeps an online maximum and sum over the blocks of the vocabulary; the label's logit is
-a gathered dot product. The backward recomputes a block's logits x and forms
-    dx = (g (1 + 2 z lse) + g_lse) softmax(x) - g smoothing / V      on the block
-       - g (1 - smoothing) at the label                              by gather and scatter
-    dE += dx C;  dC += dx^T E
-A block in which |dx| before its upstream factor stays under `filter_eps` skips the two products;
-the labels' part and the bias are never skipped.
+Two ways, chosen by `Config.gradients`:
+"backward"  Four GEMMs. The forward keeps an online maximum and sum over the blocks of the
+            vocabulary; the label's logit is a gathered dot product. The backward recomputes a
+            block's logits x and forms
+                dx = (g (1 + 2 z lse) + g_lse) softmax(x) - g smoothing / V
+                     - g (1 - smoothing) at the label
+                dE += dx C;  dC += dx^T E
+            A block in which |dx| without labels and upstream factor stays under `filter_eps` adds
+            its labels' rows and skips the two products; the bias is never filtered.
+"forward"   Three GEMMs. For each chunk of rows, all logits, the loss and both gradients at once, to
+            be scaled by the upstream scalar: only for reduced losses, with one wide dC to keep.
+Vocabulary is taken in its own order: `sort_vocab` changes nothing here.
 """
 
+import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels.common import numerics
+from kernels.cross_entropy import blocks
 from kernels.cross_entropy.operands import Losses, Operands, Rules
+
+BUDGET_BYTES = 256 * 10**6  # of temporary memory, on an accelerator
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the blocks. On a CPU the logits of a block (6 MB) should stay near the caches."""
+    """Sizes of a block of logits, and when gradients are formed ("forward" takes whole rows)."""
 
     block_rows: int = 1024  # tokens
-    block_vocab: int = 1536  # entries
+    block_vocab: int = 1024  # entries
+    gradients: Literal["backward", "forward"] = "backward"
+
+
+def default_config(rows: int, vocab: int, width: int, itemsize: int, budget_bytes: int) -> Config:
+    """The blocks of a call: on a CPU 4 MB of logits, which stay near the caches; elsewhere as large
+    as the budget allows, since narrow products do not fill a GPU.
+
+    The budget pays for logits and their rounded gradient, the wide sums of dE, and one block of dC.
+    """
+    if jax.default_backend() == "cpu":
+        return Config()
+    for block_vocab in (16384, 8192, 4096, 2048):
+        left = budget_bytes - 4 * width * (rows + block_vocab)
+        block_rows = left // (block_vocab * (4 + itemsize)) // 256 * 256
+        if block_rows >= min(rows, 2048):
+            return Config(min(block_rows, rows), block_vocab)
+    return Config(1024, 2048)
+
+
+def sized(config: Config | None, operands: Operands) -> Config:
+    (rows, width), vocab = operands.embeddings.shape, operands.classifier.shape[0]
+    itemsize = operands.embeddings.dtype.itemsize
+    config = config or default_config(rows, vocab, width, itemsize, BUDGET_BYTES)
+    return Config(min(config.block_rows, rows), min(config.block_vocab, vocab), config.gradients)
 
 
 def losses(
     rules: Rules, operands: Operands, labels: Int[Array, " rows"], config: Config | None
 ) -> Losses:
     """Loss and LSE of every row; differentiable in `operands`, through the LSE too."""
-    config = config or Config()
-    rows, vocab = operands.embeddings.shape[0], operands.classifier.shape[0]
-    config = Config(min(config.block_rows, rows), min(config.block_vocab, vocab))
-    padding = -rows % config.block_rows
-    padded = operands._replace(embeddings=jnp.pad(operands.embeddings, ((0, padding), (0, 0))))
-    found = _losses(rules, config, padded, jnp.pad(labels, (0, padding)))
+    config = sized(config, operands)
+    if config.gradients != "backward":
+        raise NotImplementedError('gradients="forward" needs a loss reduced to one number')
+    rows = operands.embeddings.shape[0]
+    found = _losses(rules, config, *padded(config, operands, labels))
     return Losses(*(x[:rows] for x in found))
 
 
-class _Blocks:
-    """The vocabulary in blocks of W entries. The last one starts early rather than end late: its
-    first entries were seen before and do not count again, and the classifier is never copied.
-    """
-
-    def __init__(self, rules: Rules, config: Config, operands: Operands):
-        self.rules, self.width, self.operands = rules, config.block_vocab, operands
-        self.vocab = operands.classifier.shape[0]
-        self.count = jnp.int32(-(-self.vocab // self.width))
-        self.dtype = numerics.statistics_dtype(operands.embeddings.dtype)
-
-    def start(self, index):
-        return jnp.minimum(index * self.width, self.vocab - self.width)
-
-    def fresh(self, index):
-        """Which entries of the block no earlier block had: [1, W]."""
-        entries = self.start(index) + jnp.arange(self.width, dtype=jnp.int32)
-        return (entries >= index * self.width)[None]
-
-    def classifier(self, index) -> Float[Array, "W D"]:
-        return jax.lax.dynamic_slice_in_dim(self.operands.classifier, self.start(index), self.width)
-
-    def logits(self, embeddings, classifier, index):
-        """[rows, W] logits, and d(logit)/d(product) where a soft cap bends it."""
-        logits = _dot(embeddings, classifier, (1, 1), self.dtype)
-        if self.operands.bias is not None:
-            bias = jax.lax.dynamic_slice_in_dim(self.operands.bias, self.start(index), self.width)
-            logits += bias.astype(self.dtype)[None]
-        return self.capped(logits)
-
-    def wanted(self, embeddings, labels):
-        """The label's logit of every row, its bend, and the labels' classifier rows."""
-        rows = self.operands.classifier[labels]
-        logits = (embeddings.astype(self.dtype) * rows.astype(self.dtype)).sum(-1)
-        if self.operands.bias is not None:
-            logits += self.operands.bias[labels].astype(self.dtype)
-        logits, bend = self.capped(logits)
-        return logits, bend, rows
-
-    def capped(self, logits) -> tuple[Array, Array | None]:
-        cap = self.rules.soft_cap
-        if cap is None:
-            return logits, None
-        bent = jnp.tanh(logits / cap)
-        return cap * bent, 1 - bent * bent
+def padded(config: Config, operands: Operands, *each_row):
+    """Operands and arrays of one number a row, with rows padded to whole blocks."""
+    padding = -operands.embeddings.shape[0] % config.block_rows
+    embeddings = jnp.pad(operands.embeddings, ((0, padding), (0, 0)))
+    return operands._replace(embeddings=embeddings), *(jnp.pad(x, (0, padding)) for x in each_row)
 
 
-def _dot(a, b, contract: tuple[int, int], dtype) -> Float[Array, "X Y"]:
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    if a.dtype != b.dtype:
-        a, b = a.astype(dtype), b.astype(dtype)
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype)
+def _walk(rules: Rules, config: Config, operands: Operands) -> blocks.Walk:
+    vocab = operands.classifier.shape[0]
+    sizes = blocks.Sizes(config.block_rows, config.block_vocab)
+    return blocks.Walk(rules, sizes, operands, blocks.Shard(jnp.int32(0), jnp.int32(vocab)), vocab)
 
 
 def _compute(rules: Rules, config: Config, operands: Operands, labels) -> Losses:
-    blocks = _Blocks(rules, config, operands)
-    dtype = blocks.dtype
-
-    def of_rows(given):
-        embeddings, labels = given
-
-        def visit(index, carry):
-            top, total, summed = carry
-            logits, _ = blocks.logits(embeddings, blocks.classifier(index), index)
-            fresh = blocks.fresh(index)
-            seen = jnp.where(fresh, logits, numerics.MASK_VALUE)
-            new_top = jnp.maximum(top, seen.max(-1))
-            total = total * jnp.exp(top - new_top) + jnp.exp(seen - new_top[:, None]).sum(-1)
-            if rules.label_smoothing:
-                summed += jnp.where(fresh, logits, 0).sum(-1)
-            return new_top, total, summed
-
-        zeros = jnp.zeros(embeddings.shape[:1], dtype)
-        carry = (jnp.full_like(zeros, numerics.EMPTY_MAX), zeros, zeros)
-        top, total, summed = jax.lax.fori_loop(jnp.int32(0), blocks.count, visit, carry)
-        lse = top + jnp.log(total)
-        wanted = blocks.wanted(embeddings, labels)[0]
-        loss = lse - (1 - rules.label_smoothing) * wanted
-        loss += rules.z_loss * lse * lse - rules.label_smoothing * summed / blocks.vocab
-        return loss, lse
-
-    loss, lse = jax.lax.map(of_rows, _by_block(config, operands.embeddings, labels))
-    return Losses(loss.reshape(-1), lse.reshape(-1))
-
-
-def _by_block(config: Config, *arrays):
-    return tuple(x.reshape(-1, config.block_rows, *x.shape[1:]) for x in arrays)
+    found = blocks.statistics(_walk(rules, config, operands), labels)
+    return Losses(*blocks.loss_and_lse(rules, found, operands.classifier.shape[0]))
 
 
 def _forward(rules: Rules, config: Config, operands: Operands, labels):
@@ -136,75 +98,90 @@ def _forward(rules: Rules, config: Config, operands: Operands, labels):
 
 def _backward(rules: Rules, config: Config, saved, cotangents: Losses):
     operands, labels, lse = saved
-    blocks = _Blocks(rules, config, operands)
-    dtype = blocks.dtype
-
-    def of_rows(carry, given):
-        embeddings, labels, lse, d_loss, d_lse = given
-        weigh = (1 + 2 * rules.z_loss * lse)[:, None]
-
-        def visit(index, carry):
-            d_embeddings, d_classifier, d_bias = carry
-            classifier, start = blocks.classifier(index), blocks.start(index)
-            logits, bend = blocks.logits(embeddings, classifier, index)
-            share = jnp.where(blocks.fresh(index), jnp.exp(logits - lse[:, None]), 0)
-            even = jnp.where(blocks.fresh(index), rules.label_smoothing / blocks.vocab, 0)
-            # Judged before the upstream factor, so that the scale of the loss decides nothing.
-            size = jnp.abs(share * weigh - even).max()
-            d_logits = share * (weigh * d_loss[:, None] + d_lse[:, None]) - even * d_loss[:, None]
-            if bend is not None:
-                d_logits = d_logits * bend
-            if d_bias is not None:
-                part = jax.lax.dynamic_slice_in_dim(d_bias, start, blocks.width) + d_logits.sum(0)
-                d_bias = jax.lax.dynamic_update_slice_in_dim(d_bias, part, start, 0)
-            rounded = d_logits.astype(embeddings.dtype)
-
-            def products(grads):
-                d_embeddings, d_classifier = grads
-                part = jax.lax.dynamic_slice_in_dim(d_classifier, start, blocks.width)
-                part += _dot(rounded, embeddings, (0, 0), dtype)
-                return (
-                    d_embeddings + _dot(rounded, classifier, (1, 0), dtype),
-                    jax.lax.dynamic_update_slice_in_dim(d_classifier, part, start, 0),
-                )
-
-            grads = (d_embeddings, d_classifier)
-            if rules.filter_eps is None:
-                grads = products(grads)
-            else:
-                grads = jax.lax.cond(size >= rules.filter_eps, products, lambda g: g, grads)
-            return *grads, d_bias
-
-        d_classifier, d_bias = carry
-        _, bend, rows = blocks.wanted(embeddings, labels)
-        at_label = -(1 - rules.label_smoothing) * d_loss
-        if bend is not None:
-            at_label = at_label * bend
-        d_embeddings = at_label[:, None] * rows.astype(dtype)
-        d_classifier = d_classifier.at[labels].add(at_label[:, None] * embeddings.astype(dtype))
-        if d_bias is not None:
-            d_bias = d_bias.at[labels].add(at_label)
-        d_embeddings, *carry = jax.lax.fori_loop(
-            jnp.int32(0), blocks.count, visit, (d_embeddings, d_classifier, d_bias)
-        )
-        return tuple(carry), d_embeddings.astype(embeddings.dtype)
-
-    bias = operands.bias
-    carry = (
-        jnp.zeros(operands.classifier.shape, dtype),
-        None if bias is None else jnp.zeros(bias.shape, dtype),
-    )
-    given = _by_block(config, operands.embeddings, labels, lse, *cotangents)
-    (d_classifier, d_bias), d_embeddings = jax.lax.scan(of_rows, carry, given)
-    return (
-        Operands(
-            d_embeddings.reshape(operands.embeddings.shape),
-            d_classifier.astype(operands.classifier.dtype),
-            d_bias if bias is None else jnp.asarray(d_bias, bias.dtype),
-        ),
-        None,
-    )
+    walk = _walk(rules, config, operands)
+    grads = blocks.gradients(walk, labels, lse, *cotangents, operands.classifier.dtype)
+    return jax.tree.map(lambda grad, x: grad.astype(x.dtype), Operands(*grads), operands), None
 
 
 _losses = jax.custom_vjp(_compute, nondiff_argnums=(0, 1))
 _losses.defvjp(_forward, _backward)
+
+
+# --- Gradients formed in the forward --------------------------------------------------------------
+
+
+def total(
+    rules: Rules,
+    operands: Operands,
+    labels: Int[Array, " rows"],
+    weights: Float[Array, " rows"],
+    config: Config | None,
+) -> tuple[Float[Array, ""], Float[Array, " rows"]]:
+    """sum(weights * loss), differentiable in `operands`, and the LSE of every row, which is not."""
+    config = sized(config, operands)
+    rows = operands.embeddings.shape[0]
+    loss, lse = _total(rules, config, *padded(config, operands, labels, weights))
+    return loss, jax.lax.stop_gradient(lse[:rows])
+
+
+def _total_only(rules: Rules, config: Config, operands: Operands, labels, weights):
+    found = _compute(rules, config, operands, labels)
+    return (found.loss * weights).sum(), found.lse
+
+
+def _total_forward(rules: Rules, config: Config, operands: Operands, labels, weights):
+    dtype = numerics.statistics_dtype(operands.embeddings.dtype)
+    accumulator = dtype if dtype == jnp.float64 else jnp.dtype(rules.accum_dtype)
+    vocab = operands.classifier.shape[0]
+    walk = _walk(rules, Config(config.block_rows, vocab), operands)
+    column = jnp.arange(vocab, dtype=jnp.int32)[None]
+
+    def of_rows(carry, given):
+        d_classifier, d_bias = carry
+        embeddings, labels, weights = given
+        logits, bend = walk.logits(embeddings, operands.classifier, jnp.int32(0))
+        top = logits.max(-1)
+        lse = top + jnp.log(jnp.exp(logits - top[:, None]).sum(-1))
+        here = labels[:, None] == column
+        wanted = jnp.where(here, logits, 0).sum(-1)
+        smooth = rules.label_smoothing
+        loss = lse - (1 - smooth) * wanted + rules.z_loss * lse * lse
+        if smooth:
+            loss -= smooth * logits.mean(-1)
+        d_logits = jnp.exp(logits - lse[:, None]) * (1 + 2 * rules.z_loss * lse)[:, None]
+        d_logits = (d_logits - smooth / vocab - jnp.where(here, 1 - smooth, 0)) * weights[:, None]
+        if bend is not None:
+            d_logits = d_logits * bend
+        if d_bias is not None:
+            d_bias += d_logits.sum(0)
+        rounded = d_logits.astype(embeddings.dtype)
+        part = blocks.dot(rounded, embeddings, (0, 0), dtype)
+        d_classifier = (d_classifier.astype(dtype) + part).astype(accumulator)
+        d_embeddings = blocks.dot(rounded, operands.classifier, (1, 0), dtype)
+        return (d_classifier, d_bias), (loss, lse, d_embeddings.astype(embeddings.dtype))
+
+    carry = (
+        jnp.zeros(operands.classifier.shape, accumulator),
+        None if operands.bias is None else jnp.zeros(vocab, dtype),
+    )
+    given = tuple(
+        x.reshape(-1, config.block_rows, *x.shape[1:])
+        for x in (operands.embeddings, labels, weights)
+    )
+    (d_classifier, d_bias), (loss, lse, d_embeddings) = jax.lax.scan(of_rows, carry, given)
+    grads = Operands(
+        d_embeddings.reshape(operands.embeddings.shape),
+        d_classifier.astype(operands.classifier.dtype),
+        None if d_bias is None else d_bias.astype(jnp.asarray(operands.bias).dtype),
+    )
+    return ((loss.reshape(-1) * weights).sum(), lse.reshape(-1)), grads
+
+
+def _total_backward(rules: Rules, config: Config, grads: Operands, cotangents):
+    upstream, _ = cotangents
+    scale = functools.partial(jax.tree.map, lambda x: x * upstream.astype(x.dtype))
+    return scale(grads), None, None
+
+
+_total = jax.custom_vjp(_total_only, nondiff_argnums=(0, 1))
+_total.defvjp(_total_forward, _total_backward)

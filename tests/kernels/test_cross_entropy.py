@@ -88,6 +88,59 @@ def test_chunked_sizes(case, config, filter_eps):
     assert_close(found, expected(case), 5e-6)
 
 
+FORWARD = Config(block_rows=8, gradients="forward")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reduction": "mean"},
+        {"bias": True, "reduction": "sum", "logits_soft_cap": 2.0},
+        {"reduction": "mean", "shift": 2, "z_loss": 0.1, "label_smoothing": 0.1},
+    ],
+)
+def test_gradients_formed_in_the_forward(options):
+    """Equal those of the backward form; the LSE is given, without a gradient."""
+
+    def grads(config):
+        given = {
+            "embeddings": jnp.asarray(normal(0, *ROWS, WIDTH)),
+            "classifier": jnp.asarray(normal(1, VOCAB, WIDTH)),
+        }
+        call = dict(options)
+        if call.pop("bias", False):
+            given["bias"] = jnp.asarray(normal(2, VOCAB))
+
+        def loss(given):
+            found = kernels.linear_cross_entropy(
+                **given, labels=labels(), config=config, return_lse=True, filter_eps=None, **call
+            )
+            return 3 * found.loss, found
+
+        (_, found), grads = jax.value_and_grad(loss, has_aux=True)(given)
+        return {"loss": found.loss, "lse": found.lse} | grads
+
+    assert_close(grads(FORWARD), grads(SMALL), 5e-6)
+
+
+def test_gradients_formed_in_the_forward_need_one_number():
+    with pytest.raises(ExceptionGroup) as refused:
+        results(config=FORWARD, reduction="none")
+    assert "reduction" in str(refused.value.exceptions[0])
+
+
+@pytest.mark.slow
+def test_accumulating_in_bfloat16_and_two_equal_runs():
+    """Narrow sums show; the same program run twice gives the same bits."""
+    call = functools.partial(results, dtype=jnp.bfloat16, config=SMALL, deterministic=True)
+    wide, again, narrow = call(), call(), call(accum_dtype=jnp.bfloat16)
+    for name, x in wide.items():
+        np.testing.assert_array_equal(x, again[name])
+    assert_close(narrow, wide, 3e-2)
+    assert (narrow["d_embeddings"] != wide["d_embeddings"]).any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 2e-2), (jnp.float16, 3e-3)])
 def test_low_precision(dtype, tolerance):

@@ -2,6 +2,7 @@
 
 from kernels.common.dispatch import Decision, explain
 from kernels.common.masks import GlobalDistance, SegmentIds
+from kernels.common.rope import LambdaOperands, rope_lambda
 from kernels.cross_entropy.api import LossAndLse, linear_cross_entropy
 from kernels.cross_entropy.sharded import sharded_linear_cross_entropy
 from kernels.decode.api import lambda_decode
@@ -14,6 +15,7 @@ __all__ = [
     "Decision",
     "DecodeResiduals",
     "GlobalDistance",
+    "LambdaOperands",
     "LossAndLse",
     "Residuals",
     "RollingCache",
@@ -22,5 +24,6 @@ __all__ = [
     "lambda_attention",
     "lambda_decode",
     "linear_cross_entropy",
+    "rope_lambda",
     "sharded_linear_cross_entropy",
 ]

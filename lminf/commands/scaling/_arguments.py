@@ -1,0 +1,88 @@
+"""The words that several verbs of `lminf scaling` share, and how they are read."""
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lminf import scaling
+from lminf.errors import InputError
+from lminf.scaling import fertility as fertilities
+from lminf.scaling import (
+    published,
+    rivals,
+)
+from lminf.scaling.laws import Law
+from lminf.scaling.steps import StepPowerLaw
+from lminf.scaling.vocab import VocabLaw
+
+Row = dict[str, Any]
+AnyLaw = TypeVar("AnyLaw", bound=Law)
+
+
+def fertility_of(args) -> fertilities.Fertility:
+    if args.fertility is None:
+        return fertilities.PUBLISHED
+    if args.fertility in fertilities.INSTANCES:
+        return fertilities.INSTANCES[args.fertility]
+    try:
+        data = json.loads(Path(args.fertility).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"--fertility={args.fertility} is neither {', '.join(fertilities.INSTANCES)} nor a "
+            f"readable JSON file ({error})"
+        ) from error
+    return fertilities.from_json(data)
+
+
+def options(args, **names: str) -> dict[str, Any]:
+    """Keyword arguments for those flags that were given."""
+    found = {name: getattr(args, flag) for name, flag in names.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def resampling(args, default: int) -> dict[str, Any]:
+    if args.draws is not None and args.bootstrap is not None:
+        raise InputError("--draws and --bootstrap are the same; give one")
+    draws = args.draws if args.draws is not None else args.bootstrap
+    draws = default if draws is None else draws
+    if draws < 0 or 0 < draws < 20:
+        raise InputError(f"--draws={draws}: give 0 for no interval, or at least 20")
+    return {"draws": draws, **options(args, cluster="cluster", seed="seed")}
+
+
+def vocab_law(name: str) -> VocabLaw:
+    if name in published.VOCAB_LAWS:
+        return published.VOCAB_LAWS[name]
+    law = scaling.load(name) if name.endswith(".json") else None
+    if law is None:
+        raise InputError(
+            f"law {name!r} is unknown; use {', '.join(published.VOCAB_LAWS)} or a law.json"
+        )
+    if not isinstance(law, VocabLaw):
+        raise InputError(f"{name} holds a {law.kind} law, which says nothing about vocabularies")
+    return law
+
+
+def load_kind(name: str, kind: type[AnyLaw]) -> AnyLaw:
+    law = scaling.load(name)
+    if not isinstance(law, kind):
+        raise InputError(f"{name} holds a {law.kind} law; a {kind.kind} law is needed here")
+    return law
+
+
+def split_laws(text: str) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise InputError(f"--law is empty; use all, {', '.join(rivals.RULES)}, or law.json files")
+    return list(rivals.ALL) if names == ["all"] else names
+
+
+def rule_and_law(name: str) -> tuple[rivals.Rule, StepPowerLaw | None]:
+    if name.endswith(".json"):
+        law = scaling.load(name)
+        if not isinstance(law, StepPowerLaw):
+            raise InputError(f"{name} holds a {law.kind} law, which names no learning rate")
+        return rivals.from_law(law, Path(name).name), law
+    if name.endswith("-best-batch") and name.removesuffix("-best-batch") in rivals.RULES:
+        return rivals.without_batch(rivals.rule(name.removesuffix("-best-batch"))), None
+    return rivals.rule(name), published.STEP if name == "step" else None

@@ -1,0 +1,132 @@
+"""lminf scaling fit: a law from a table of runs."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from lminf import scaling
+from lminf.commands.scaling._arguments import Row, fertility_of, options, resampling
+from lminf.errors import InputError
+from lminf.run import tables as show
+from lminf.scaling import (
+    evidence,
+    validation,
+)
+from lminf.scaling.laws import Law
+from lminf.scaling.steps import StepLaw
+from lminf.scaling.vocab_derivative import VocabLaw2
+from lminf.scaling.vocab_isoflop import VocabLaw1
+from lminf.scaling.vocab_loss import VocabLaw3
+
+
+def vocab(args):
+    fertility = fertility_of(args)
+    source = args.n_nv_source or "as_published"
+    table = scaling.read_vocab(args.data, fertility=fertility, n_nv=source)
+    if args.metric:
+        table = evidence.with_metric(table, args.metric)
+    procedure = _vocab_procedure(args)
+    law = scaling.fit(procedure, table, fertility=fertility, **resampling(args, 300))
+    without = validation.leave_one_family_out(procedure, table, fertility=fertility)
+    return _fitted(args, law, "left out: one family; V at N_nv = 7e9", without)
+
+
+def _vocab_procedure(args):
+    approach = args.approach or 3
+    per_approach = {
+        1: ("densify", "exponents", "metric"),
+        2: ("anchor_flops",),
+        3: ("bounds", "flops_limit"),
+    }
+    for owner, names in per_approach.items():
+        for name in names:
+            if owner != approach and getattr(args, name) is not None:
+                raise InputError(
+                    f"--{name.replace('_', '-')} belongs to approach {owner}, and approach "
+                    f"{approach} is fitted; add --approach {owner} or leave it out"
+                )
+    if approach == 1:
+        return VocabLaw1(**options(args, selector="mode", densify="densify", exponents="exponents"))
+    if approach == 2:
+        if args.mode is not None:
+            raise InputError(f"--mode={args.mode}: approach 2 has no modes; leave it out")
+        return VocabLaw2(**options(args, anchor_flops="anchor_flops"))
+    return VocabLaw3(**options(args, mode="mode", bounds="bounds", flops_limit="flops_limit"))
+
+
+def step(args):
+    table = scaling.read_step(args.data, seq_len=args.seq_len or 2048)
+    procedure = StepLaw(
+        **options(
+            args, threshold="threshold", estimator="estimator", target="target", batch_n="batch_n",
+            fix_n="fix_n",
+        )
+    )  # fmt: skip
+    law = scaling.fit(procedure, table, **resampling(args, 1000))
+    without = validation.leave_one_group_out(procedure, table)
+    gaps = [row["gap_per_mille"] for row in without if "gap_per_mille" in row]
+    title = "left out: one group"
+    if gaps:
+        title += f"; mean gap on the unseen group {np.mean(gaps):.2f} per mille"
+    return _fitted(args, law, title, without)
+
+
+def chinchilla_law(args):
+    table = scaling.read_curves(args.data)
+    law = scaling.fit(scaling.ChinchillaLaw(), table, **resampling(args, 300))
+    return _fitted(args, law, "", [])
+
+
+def density(args):
+    table = scaling.read_curves(args.data, needs_score=True)
+    law = scaling.fit(scaling.DensityLaw(), table, **resampling(args, 300))
+    return _fitted(args, law, "", [])
+
+
+def _fitted(args, law: Law, title: str, without: list[Row]):
+    if args.out:
+        _write(args.out, law)
+    rows = []
+    for name, value in law.constants.items():
+        low, high = law.intervals.get(name, (None, None))
+        shown = math.exp(value) if name.startswith("ln_") or name.endswith("_ln_k") else None
+        rows.append({"constant": name, "value": value, "exp": shown, "low": low, "high": high})
+    body = {key: value for key, value in law.to_json().items() if key != "draws"}
+    result = {**body, "leave_one_out": without, "written": args.out}
+
+    def text(console):
+        console.print(f"{law.version}  ({law.source})")
+        console.print(", ".join(f"{k} in {v}" for k, v in law.units.items()))
+        console.print(show.rich_table(rows, digits=5))
+        console.print(f"intervals (95 %): {law.resampling or 'none'}")
+        for name in ("row_intervals", "group_intervals"):
+            if name in law.diagnostics:
+                spans = law.diagnostics[name].items()
+                lines = ", ".join(f"{k} {a:.3f}..{b:.3f}" for k, (a, b) in spans)
+                console.print(f"{name.replace('_', ' ')}: {lines}")
+        facts = {k: v for k, v in law.diagnostics.items() if isinstance(v, int | float | str)}
+        console.print(", ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}"
+                                for k, v in facts.items()))  # fmt: skip
+        for note in law.warnings:
+            console.print(f"warning: {note}")
+        if without:
+            console.print(show.rich_table(without, title=title))
+        if args.out:
+            console.print(f"written: {args.out}")
+
+    return result, text
+
+
+def _write(path: str, law: Law) -> None:
+    """The law under its name only when it is complete."""
+    target = Path(path)
+    partial = target.with_name(target.name + ".partial")
+    try:
+        law.save(partial)
+        partial.replace(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}); choose another --out"
+        ) from error

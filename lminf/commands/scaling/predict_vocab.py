@@ -1,0 +1,116 @@
+"""lminf scaling predict vocab: the size that each law asks for, and what a mistake costs."""
+
+from lminf.commands.scaling._arguments import Row, options, vocab_law
+from lminf.errors import InputError
+from lminf.run import tables as show
+from lminf.scaling import (
+    evidence,
+    published,
+)
+from lminf.scaling.vocab import VocabLaw
+from lminf.scaling.vocab_loss import LossLaw
+
+SPREAD_WARNING = 1.25  # largest over smallest V of the approaches
+
+
+def predict(args):
+    laws: list[VocabLaw] = list(published.VOCAB_LAWS.values())
+    if args.law:
+        laws = [vocab_law(name) for name in args.law.split(",")]
+    multiple = 128 * (args.tensor_parallel or 1)
+    if multiple < 128:
+        raise InputError(f"--tensor-parallel={args.tensor_parallel}: give 1 or more devices")
+    query = {"n_nv": args.n_nv, **options(args, d="d", flops="flops", tokens="tokens")}
+    rows = [_vocab_row(law, query, multiple) for law in laws]
+    sizes = [row["vocab"] for row in rows]
+    warnings = []
+    if len(sizes) > 1 and max(sizes) / min(sizes) > SPREAD_WARNING:
+        low, high = (rows[sizes.index(pick(sizes))] for pick in (min, max))
+        warnings.append(
+            f"the laws disagree by a factor of {max(sizes) / min(sizes):.2f}: "
+            f"{low['law']} says {low['vocab']:,.0f}, {high['law']} says {high['vocab']:,.0f}"
+        )
+    outside = sorted({note for row in rows for note in row["warnings"] if "extrapolation" in note})
+    warnings += outside[:1]
+    result = {
+        "query": {**query, "d": rows[0]["width"], "multiple": multiple},
+        "units": {"n_nv": "parameters", "flops": "FLOPs", "tokens": "tokens", "vocab": "entries"},
+        "laws": rows,
+        "spread": max(sizes) / min(sizes),
+        "warnings": warnings,
+    }
+
+    def text(console):
+        console.print(
+            f"Loss-optimal vocabulary for N_nv = {args.n_nv:.4g} parameters, width "
+            f"{rows[0]['width']:g}; budgets in FLOPs, D in tokens; "
+            f"V rounded up to a multiple of {multiple}"
+        )
+        console.print(
+            show.rich_table(
+                [
+                    {
+                        "law": row["law"],
+                        "V": round(row["vocab"]),
+                        "rounded": row["vocab_rounded"],
+                        "95 % interval": _span(row["interval"]),
+                        "N_v": f"{row['n_v']:.3g}",
+                        "FLOPs": f"{row['flops']:.3g}",
+                        "D": f"{row['tokens']:.3g}",
+                        "head's share": f"{100 * row['head_share']:.2g} %",
+                    }
+                    for row in rows
+                ]
+            )
+        )
+        for note in warnings:
+            console.print(f"warning: {note}")
+        for row in rows:
+            console.print(f"  {row['law']}")
+            console.print(f"    interval: {row['interval']['method']}")
+            for note in row["warnings"]:
+                if note not in outside:  # said once above
+                    console.print(f"    {note}")
+            for what, cost in row.get("mistakes", {}).items():
+                console.print(
+                    f"    {what}: loss +{cost['excess_loss']:.4f} nats/token, as if trained with "
+                    f"{100 * cost['compute_factor']:.1f} % of the FLOPs"
+                )
+
+    return result, text
+
+
+def _vocab_row(law: VocabLaw, query, multiple: int) -> Row:
+    found = law.optimum(**query)
+    if law.draws:
+        low, high, method = law.interval(**query)
+    else:
+        low, high, method = None, None, "none: the law was fitted without draws"
+    costs = {}
+    if isinstance(law, LossLaw):
+        at = {"n_nv": found.n_nv, "d": found.width, "flops": found.flops}
+        for what, factor in (("half of V", 0.5), ("twice V", 2.0)):
+            cost = evidence.mistake(law, vocab_size=factor * found.vocab_size, **at)
+            costs[what] = cost._asdict()
+    return {
+        "law": law.version,
+        "approach": law.procedure["approach"],
+        "vocab": found.vocab_size,
+        "vocab_rounded": found.rounded(multiple),
+        "interval": {"low": low, "high": high, "level": 0.95, "method": method},
+        "n_v": found.n_v,
+        "width": found.width,
+        "flops": found.flops,
+        "tokens": found.tokens,
+        "characters": found.characters,
+        "head_share": found.head_share,
+        "inside_fitted_range": not any("extrapolation" in note for note in found.warnings),
+        "warnings": list(found.warnings),
+        **({"mistakes": costs} if costs else {}),
+    }
+
+
+def _span(interval: Row) -> str:
+    if interval["low"] is None:
+        return "none"
+    return f"{interval['low']:,.0f} .. {interval['high']:,.0f}"

@@ -105,9 +105,8 @@ def test_a_bos_token_makes_the_first_token_count(lm, small_steps):
     assert len(nll.token_nll) == nll.token_bytes.sum() == len(TEXT.encode())
 
 
-def test_losses_in_chunks_are_those_of_all_logits(monkeypatch):
-    """Values and gradients, with a last chunk that is not full."""
-    monkeypatch.setattr(xent, "CHUNK", 8)
+def test_losses_are_those_of_all_logits():
+    """Values and gradients, of a head with a bias and a soft cap."""
     spec, rng = specs.change(specs.GPTJ, final_soft_cap=2.0), np.random.default_rng(0)
     hidden = rng.normal(size=(2, 9, spec.width)).astype(np.float32)
     targets = rng.integers(0, spec.vocab_size, (2, 9), np.int32)
@@ -118,7 +117,7 @@ def test_losses_in_chunks_are_those_of_all_logits(monkeypatch):
         log_p = jax.nn.log_softmax(decoder.logits(spec, params, hidden))
         return -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
 
-    def chunked(params, hidden):
+    def by_kernel(params, hidden):
         return xent.token_nll(spec, params, hidden, jnp.asarray(targets))
 
     @cases.compiled
@@ -127,7 +126,7 @@ def test_losses_in_chunks_are_those_of_all_logits(monkeypatch):
             out, pull = jax.vjp(loss, params, hidden)
             return out, pull(jnp.asarray(weights))
 
-        return both(dense), both(chunked)
+        return both(dense), both(by_kernel)
 
     expected, found = run(params, jnp.asarray(hidden))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):

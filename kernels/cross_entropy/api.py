@@ -8,7 +8,8 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.common import arguments, dispatch, numerics
+from kernels.common import arguments, dispatch, numerics, tuning
+from kernels.common.config import Key
 from kernels.cross_entropy import reference, xla_chunked
 from kernels.cross_entropy.operands import Losses, Operands, Rules
 
@@ -65,11 +66,19 @@ def linear_cross_entropy(
     elif isinstance(config, xla_chunked.Config) and config.gradients == "forward":
         return _in_the_forward(call, reduction, return_lse, implementation, config)
     else:
+        tuned = tuning.tuned(IMPLEMENTATIONS, _key(call))
         found = dispatch.run(
-            "linear_cross_entropy", IMPLEMENTATIONS, ORDER, implementation,
+            "linear_cross_entropy", tuned, ORDER, implementation,
             call.rules, call.operands, call.labels, config,
         )  # fmt: skip
     return reduced(call, Losses(*found), reduction, return_lse)
+
+
+def _key(call: "Call") -> Key:
+    rows, width = call.operands.embeddings.shape
+    vocab = call.operands.classifier.shape[0]
+    dtype = str(call.operands.embeddings.dtype)
+    return Key("linear_cross_entropy", dtype, 1, 1, width, rows, vocab, vocab, 0)
 
 
 class Call(NamedTuple):

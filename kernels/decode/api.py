@@ -2,7 +2,8 @@
 
 from jaxtyping import Array, Float
 
-from kernels.common import arguments, dispatch
+from kernels.common import arguments, dispatch, tuning
+from kernels.common.config import Key
 from kernels.decode import reference, xla
 from kernels.decode.cache import RollingCache
 from kernels.decode.operands import DecodeResiduals, Queries, Rules
@@ -53,8 +54,10 @@ def lambda_decode(
     arguments.shape("query_global", query_global, "B N H", (batch, heads, width))
     if sinks is not None:
         arguments.shape("sinks", sinks, "N", (heads,))
+    dtype = str(query.dtype)
+    key = Key("lambda_decode", dtype, heads, key_heads, width, batch, window, window, rows)
     result = dispatch.run(
-        "lambda_decode", IMPLEMENTATIONS, ORDER, implementation,
+        "lambda_decode", tuning.tuned(IMPLEMENTATIONS, key), ORDER, implementation,
         Rules(width**-0.5 if scale is None else scale, logits_soft_cap),
         Queries(query, query_global, sinks), cache, config,
     )  # fmt: skip

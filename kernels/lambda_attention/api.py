@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.common import dispatch
+from kernels.common import dispatch, tuning
+from kernels.common.config import Key
 from kernels.common.masks import GlobalDistance, SegmentIds
 from kernels.lambda_attention import reference, xla, xla_chunked
 from kernels.lambda_attention.operands import Branch, Operands, Places, Residuals, Rules
@@ -78,8 +79,13 @@ def lambda_attention(
     def attend(rules: Rules, operands: Operands, places: Places) -> Residuals:
         if rules.num_global == 0:
             operands = operands._replace(far=None)
+        (_, queries, heads, width), keys = operands.near.query.shape, operands.near.key.shape[1]
+        key = Key(
+            "lambda_attention", str(operands.near.query.dtype), heads, operands.near.key.shape[2],
+            width, queries, keys, rules.window, rules.num_global,
+        )  # fmt: skip
         return dispatch.run(
-            "lambda_attention", IMPLEMENTATIONS, ORDER, implementation,
+            "lambda_attention", tuning.tuned(IMPLEMENTATIONS, key), ORDER, implementation,
             rules, operands, places, config,
         )  # fmt: skip
 

@@ -95,8 +95,8 @@ class Cell:
     def advance(self, tokens, position):
         key = jax.random.key(0)  # greedy: not used
         token, self.caches = generation._advance(
-            self.lm.decoder, GREEDY, self.lm.params, jnp.asarray(tokens),
-            jnp.full(1, position, jnp.int32), self.caches, key,
+            self.lm.decoder, self.lm.params, jnp.asarray(tokens),
+            jnp.full(1, position, jnp.int32), self.caches, GREEDY, key,
         )  # fmt: skip
         return token
 

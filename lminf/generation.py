@@ -36,12 +36,33 @@ class Sampling:
 GREEDY = Sampling()
 
 
+def _numbers_again(top_k, numbers) -> Sampling:
+    sampling = object.__new__(Sampling)  # numbers of a compiled program have no values to check
+    temperature, top_p = numbers
+    vars(sampling).update(temperature=temperature, top_k=top_k, top_p=top_p)
+    return sampling
+
+
+# One compiled step serves all temperatures and all top_p; top_k is a size, so each has its own.
+jax.tree_util.register_pytree_node(
+    Sampling, lambda s: ((s.temperature, s.top_p), s.top_k), _numbers_again
+)
+
+
 def sample(logits: Float[Array, "B V"], sampling: Sampling, *, key) -> Int[Array, " B"]:
     """The next token of each row."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1).astype(jnp.int32)
-    # The largest becomes 0, so that no temperature, however small, makes two of them infinite.
-    logits = (logits - logits.max(-1, keepdims=True)) / sampling.temperature
+    return jax.lax.cond(
+        sampling.temperature == 0,
+        lambda: logits.argmax(-1).astype(jnp.int32),
+        lambda: _draw(logits, sampling, key),
+    )
+
+
+def _draw(logits, sampling, key):
+    # The largest becomes 0, so that no temperature, however small, makes two of them infinite; and
+    # one that float32 cannot tell from 0 must not divide 0 by 0.
+    temperature = jnp.maximum(sampling.temperature, jnp.finfo(jnp.float32).tiny)
+    logits = (logits - logits.max(-1, keepdims=True)) / temperature.astype(logits.dtype)
     if sampling.top_k is None and sampling.top_p is None:
         return jax.random.categorical(key, logits).astype(jnp.int32)
     # Places in the order of likelihood, not thresholds: equal logits must not make the set larger.
@@ -88,20 +109,20 @@ def generate_tokens(
     for start in range(0, width, chunk):
         piece = jnp.asarray(padded[:, start : start + chunk])
         token, caches = _advance(
-            module, sampling, lm.params, piece, jnp.asarray(position + start), caches, keys[0]
+            module, lm.params, piece, jnp.asarray(position + start), caches, sampling, keys[0]
         )
     position = lengths.astype(np.int32)
     for count in range(max_new_tokens):
         yield np.asarray(token)
         if count + 1 < max_new_tokens:
             token, caches = _advance(
-                module, sampling, lm.params, token[:, None], jnp.asarray(position + count), caches,
+                module, lm.params, token[:, None], jnp.asarray(position + count), caches, sampling,
                 keys[count + 1],
             )  # fmt: skip
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
-def _advance(module: decoder.Decoder, sampling, params, tokens, first, caches, key):
+@partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _advance(module: decoder.Decoder, params, tokens, first, caches, sampling: Sampling, key):
     """The token after these [B, C], which stand at positions `first` [B] and on; and the caches."""
     positions = first[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     hidden, caches = module.apply({"params": params}, tokens, positions=positions, caches=caches)

@@ -61,6 +61,9 @@ def test_decoding_compiles_once_for_all_lengths(lm, small_steps):
         assert len(prompt) + new in range(17, 33)  # the same room for layers that keep everything
         tokens_after(lm, [prompt], new=new)
     assert generation._advance._cache_size() == before
+    for temperature in (0.5, 2.0):  # greedy was the first
+        list(lm.stream(PROMPTS[:1], max_new_tokens=3, sampling=Sampling(temperature)))
+    assert generation._advance._cache_size() == before
     rows = tokens_after(lm, PROMPTS[:1], new=1)
     assert rows.shape == (1, 1)
 

@@ -6,8 +6,12 @@ def table(rows): returns rows              what to print; optional
 
 if __name__ == "__main__":
     main(run, plot, table=table)
+
+An experiment that `resumes` goes on when its command is given again with the same --out; `before`
+runs once the config is read and before JAX starts, which is when processes join each other.
 """
 
+import contextlib
 import inspect
 import sys
 import time
@@ -19,7 +23,18 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from lminf.errors import InputError
-from lminf.run import devices, environment, exits, folder, header, plots, report, request, tables
+from lminf.run import (
+    devices,
+    environment,
+    exits,
+    folder,
+    header,
+    lock,
+    plots,
+    report,
+    request,
+    tables,
+)
 from lminf.run.folder import Row, RunFolder
 from lminf.run.request import Request
 
@@ -29,18 +44,67 @@ TableOf = Callable[[list[Row]], list[Row]]
 
 
 def main(
-    run: Run, plot: Plot, *, table: TableOf | None = None, argv: Sequence[str] | None = None
+    run: Run,
+    plot: Plot,
+    *,
+    table: TableOf | None = None,
+    resumes: bool = False,
+    before: Callable[[Any], None] | None = None,
+    argv: Sequence[str] | None = None,
 ) -> None:
     """Parses the command line, runs, and leaves rows, figures and a report; exits the process."""
     devices.share_cores()
     arguments = sys.argv[1:] if argv is None else list(argv)
     with exits.orderly(debug="--debug" in arguments):
         asked = request.parse(Path(inspect.getfile(run)).stem, arguments)
-        if asked is not None:  # None: --help
+        if asked is None:  # --help
+            return
+        if before is not None:
+            before(asked.config)
+        if not resumes:
             measure(asked, run, plot, table)
+        elif leads():
+            with holding(asked):
+                measure(asked, run, plot, table, resumes=True)
+        else:
+            assist(asked, run)
 
 
-def measure(asked: Request, run: Run, plot: Plot, table: TableOf | None) -> RunFolder:
+def leads() -> bool:
+    """Whether this is the process that writes the run's files."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def assist(asked: Request, run: Run) -> None:
+    """Takes part in a run that another process writes down."""
+    if asked.out is None:
+        raise InputError("several processes share one folder; name it with --out")
+    for _ in run(asked.config, RunFolder(asked.out)):
+        pass
+
+
+@contextlib.contextmanager
+def holding(asked: Request) -> Iterator[None]:
+    """Holds the folder that was asked for; a new one of its own name nobody else can want."""
+    if asked.out is None:
+        yield
+        return
+    with folder.writing(asked.out):
+        asked.out.mkdir(parents=True, exist_ok=True)
+    with lock.held(asked.out):
+        try:
+            yield
+        except InputError:
+            if not (asked.out / "config.json").exists():  # somebody's folder, which is not a run
+                (asked.out / folder.LOCK).unlink(missing_ok=True)
+            raise
+
+
+def measure(
+    asked: Request, run: Run, plot: Plot, table: TableOf | None, *, resumes: bool = False
+) -> RunFolder:
     """Runs to the end, or leaves what was measured until then; returns the folder."""
     out = folder.create(
         asked.experiment,
@@ -50,6 +114,7 @@ def measure(asked: Request, run: Run, plot: Plot, table: TableOf | None) -> RunF
         overrides=asked.overrides,
         command=environment.command_line(),
         at=asked.out,
+        resume=resumes,
     )
     started = time.monotonic()
     try:
@@ -75,7 +140,7 @@ def keep_what_there_is(
 ) -> None:
     """A report without figures, for which the rows may not be enough; nothing if nothing ran."""
     rows = out.rows()
-    if isinstance(failure, InputError) and not rows:
+    if isinstance(failure, InputError) and not rows and not out.metrics():
         out.remove()
         return
     how = "Interrupted" if isinstance(failure, KeyboardInterrupt) else f"Failed ({failure})"

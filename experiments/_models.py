@@ -2,15 +2,19 @@
 
 import jax
 import numpy as np
-import optax
 
 from lminf.data.sources import text_of
 from lminf.data.tokenizers import ByteTokenizer
-from lminf.data.windows import random_windows
+from lminf.data.windows import RandomWindows
 from lminf.lm import LM
-from lminf.models import decoder, spec
+from lminf.models import spec
+from lminf.parallel import mesh, partition
 from lminf.run.progress import Progress
-from lminf.train import loop, step
+from lminf.train import batches
+from lminf.train.loop import fit
+from lminf.train.optim import AdamW
+from lminf.train.schedules import Cosine
+from lminf.train.step import Program
 
 TINY = "tiny"
 # A byte model that learns to spell in under a minute on two cores, at 64 bytes of context.
@@ -33,21 +37,28 @@ def train_tiny(*, seed: int) -> LM:
         vocab_size=tokenizer.vocab_size, width=128, num_layers=4, num_heads=4, num_kv_heads=2,
         hidden_dim=384, trained_length=TINY_LENGTH,
     )  # fmt: skip
-    by_layer = LM(shape, {}, tokenizer).decoder.policies
-    module = decoder.Decoder(shape, by_layer)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(optax.warmup_cosine_decay_schedule(0, TINY_RATE, 20, TINY_STEPS, 1e-4)),
+    schedule = Cosine(TINY_RATE, 1e-4, warmup=20)
+    program = Program(
+        shape,
+        LM(shape, {}, tokenizer).decoder.policies,
+        mesh.single(),
+        partition.STRATEGIES["data"],
+        AdamW(b2=0.999, weight_decay=1e-4).build(),
+        lambda step: schedule(step, TINY_STEPS),
     )
     tokens = np.asarray(tokenizer.encode(text_of(None)))
-    batches = random_windows(tokens, length=TINY_LENGTH, batch=TINY_BATCH, seed=seed)
-    state = step.start(decoder.init(shape, key=jax.random.key(seed)), optimizer)
+    windows = RandomWindows(tokens, length=TINY_LENGTH, rows=TINY_BATCH, seed=seed)
     with Progress(TINY_STEPS, label="training the tiny model") as progress:
-        state = loop.fit(
-            step.make_step(module, optimizer), state, batches, steps=TINY_STEPS,
-            watch=lambda done, loss: progress.update(done, loss=loss),
-        )  # fmt: skip
-    return LM(shape, state.params, tokenizer)
+        state = fit(
+            program.step,
+            program.init(key=jax.random.key(seed)),
+            lambda step: batches.put(
+                windows.batch(step), mesh=program.mesh, strategy=program.strategy
+            ),
+            steps=TINY_STEPS,
+            watch=lambda done, metrics: progress.update(done, loss=float(metrics.loss)),
+        )
+    return LM(shape, jax.tree.map(np.asarray, state.params), tokenizer)
 
 
 def _showing(progress: Progress):

@@ -1,29 +1,52 @@
 """Training batches from one token array: a pure function of (tokens, seed, step)."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int
 
 from lminf.errors import InputError
 
-Batch = dict[str, Int[np.ndarray, "B T"]]
+
+@dataclass(frozen=True)
+class RandomWindows:
+    """Windows at random places, with the token after each as its target."""
+
+    tokens: Int[np.ndarray, " _"]
+    length: int  # tokens of a window
+    rows: int  # windows of a batch
+    seed: int
+
+    def __post_init__(self):
+        if len(self.tokens) <= self.length:
+            raise InputError(
+                f"{len(self.tokens)} tokens cannot fill a window of {self.length} and the token "
+                f"after it; give a longer text"
+            )
+
+    def documents(self, step: int) -> Int[np.ndarray, " rows"]:
+        """Where the windows of a step begin in the text, in tokens."""
+        rng = np.random.default_rng((self.seed, step))
+        return rng.integers(0, len(self.tokens) - self.length, self.rows)
+
+    def batch(self, step: int) -> dict[str, Int[np.ndarray, "rows length"]]:
+        return _windows(self.tokens, self.documents(step), self.length)
 
 
-def random_windows(
-    tokens: Int[np.ndarray, " _"], *, length: int, batch: int, seed: int
-) -> Callable[[int], Batch]:
-    """`batch_at(step)`: windows at random places, with the token after each as its target."""
-    if len(tokens) <= length:
+def consecutive(
+    tokens: Int[np.ndarray, " _"], *, length: int, rows: int, at_most: int
+) -> list[dict[str, Int[np.ndarray, "rows length"]]]:
+    """Up to `at_most` batches of windows one after another, for measuring. The rest is left out."""
+    starts = np.arange(0, len(tokens) - length, length)
+    count = min(len(starts) // rows, at_most)
+    if count == 0:
         raise InputError(
-            f"{len(tokens)} tokens cannot fill a window of {length} and the token after it; "
-            f"give a longer text"
+            f"{len(tokens)} held-out tokens cannot fill {rows} windows of {length}; hold out more "
+            f"of the text, or give a longer one"
         )
+    return [_windows(tokens, starts[i * rows : (i + 1) * rows], length) for i in range(count)]
 
-    def batch_at(step: int) -> Batch:
-        rng = np.random.default_rng((seed, step))
-        starts = rng.integers(0, len(tokens) - length, batch)
-        rows = np.asarray(tokens)[starts[:, None] + np.arange(length + 1)]
-        return {"tokens": rows[:, :-1].astype(np.int32), "targets": rows[:, 1:].astype(np.int32)}
 
-    return batch_at
+def _windows(tokens, starts, length: int):
+    rows = np.asarray(tokens)[starts[:, None] + np.arange(length + 1)]
+    return {"tokens": rows[:, :-1].astype(np.int32), "targets": rows[:, 1:].astype(np.int32)}

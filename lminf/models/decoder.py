@@ -225,7 +225,10 @@ class Decoder(nn.Module):
         s = self.spec
         embed = self.param("embed", nn.initializers.normal(s.width**-0.5), (s.vocab_size, s.width))
         layers = self.param("layers", lambda key: _init_layers(s, key))
-        x = embed[tokens].astype(self.dtype) * jnp.asarray(s.embed_scale, self.dtype)
+        # Sliced by width it is gathered first: looked up in slices, every row would cross twice.
+        x = self.place(embed, "vocab", None)[tokens].astype(self.dtype) * jnp.asarray(
+            s.embed_scale, self.dtype
+        )
         x = self.place(x, "batch", "residual_length", None)
         if not s.tied:
             self.param("head", nn.initializers.normal(s.width**-0.5), (s.vocab_size, s.width))

@@ -93,6 +93,7 @@ def llama(
     hidden_dim: int,
     trained_length: int,
     rope_base: float = 10_000.0,
+    tied: bool = True,
 ) -> ModelSpec:
     """A Llama shape for training from scratch, where the facts are ours to choose."""
     head_dim = width // num_heads
@@ -119,6 +120,6 @@ def llama(
         attention_soft_cap=None,
         final_soft_cap=None,
         embed_scale=1.0,
-        tied=True,
+        tied=tied,
         head_bias=False,
     )

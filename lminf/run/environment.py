@@ -86,6 +86,12 @@ def source() -> dict[str, Any] | None:
     }
 
 
+def commit() -> str | None:
+    """The commit of the checkout this code runs from, with a `+` if files were changed since."""
+    found = source()
+    return None if found is None else f"{found['commit']}{'+' if found['diff'] else ''}"
+
+
 def _git(*arguments: str) -> str | None:
     try:
         # Refreshing the index would take its lock from under a commit being made elsewhere.

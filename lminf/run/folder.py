@@ -30,6 +30,7 @@ from lminf.config import closest
 from lminf.errors import InputError
 from lminf.run import environment
 
+LOCK = "lock"  # held by the process that writes here (lminf.run.lock)
 Row = dict[str, Any]  # column -> str, int, finite float, bool or None
 
 
@@ -150,6 +151,14 @@ class RunFolder:
         write_whole(path, content)
         return path
 
+    def keep_until(self, step: int) -> None:
+        """Drops the rows and metrics of later steps, which a resumed run measures again."""
+        for name in ("rows.jsonl", "metrics.jsonl"):
+            lines = read_lines(self.path / name)
+            kept = [line for line in lines if line.get("step", 0) <= step]
+            if len(kept) < len(lines):
+                self.write(name, "".join(json.dumps(line) + "\n" for line in kept))
+
     def read_json(self, name: str) -> Any:
         try:
             return json.loads((self.path / name).read_text())
@@ -174,15 +183,20 @@ def create(
     overrides: Mapping[str, Any],
     command: Sequence[str],
     at: Path | None = None,
+    resume: bool = False,
 ) -> RunFolder:
     """A new run folder with everything that is known before the run.
 
-    At `at`, which must be new or empty, else at runs/<experiment>/<date-time>-<short>, where
+    At `at`, which must be new or empty (or, with `resume`, hold a run of this very configuration,
+    which then goes on), else at runs/<experiment>/<date-time>-<short>, where
     `short` is the start of a digest of `config`: equal settings end alike.
     """
     resolved = json.dumps(config, indent=2) + "\n"
     short = hashlib.sha256(resolved.encode()).hexdigest()[:6]
-    path = _claim(at) if at is not None else _new_folder(Path("runs") / experiment, short)
+    if at is None:
+        path = _new_folder(Path("runs") / experiment, short)
+    else:
+        path = _claim(at, resolved if resume else None)
     folder = RunFolder(path)
     folder.write("config.json", resolved)
     folder.write("config.py", config_source)
@@ -206,12 +220,33 @@ def find(name: str, *, runs: Path = Path("runs")) -> RunFolder:
     raise InputError(f"{name!r} is no run's folder and {runs}/ holds no run of it; {meant}")
 
 
-def _claim(path: Path) -> Path:
+def _claim(path: Path, same: str | None) -> Path:
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
-            raise InputError(f"{path} already holds files; name a new or empty folder with --out")
+        held = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK)
+    if not held:
+        return path
+    if same is None or "config.json" not in held:
+        raise InputError(f"{path} already holds files; name a new or empty folder with --out")
+    before, now = RunFolder(path).read_json("config.json"), json.loads(same)
+    changed = _difference(before, now)
+    if changed:
+        raise InputError(
+            f"{path} holds a run with {changed}; give it the same settings to go on with it, or "
+            f"name a new folder with --out"
+        )
     return path
+
+
+def _difference(before: Any, now: Any, name: str = "") -> str | None:
+    """The first setting of two configurations that differs, as `field=before, not now`."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            inner = _difference(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+            if inner:
+                return inner
+        return None
+    return None if before == now else f"{name}={before!r}, not {now!r}"
 
 
 def _new_folder(parent: Path, short: str) -> Path:

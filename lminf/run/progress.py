@@ -26,6 +26,7 @@ class Progress:
         *,
         label: str,
         unit: str = "steps",
+        start: int = 0,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -33,7 +34,7 @@ class Progress:
         self.console = console or Console(stderr=not Console().is_jupyter, highlight=False)
         self.overwrites = self.console.is_terminal or self.console.is_jupyter
         self.total, self.label, self.unit, self.clock = total, label, unit, clock
-        self.done = 0
+        self.done = self.first = start  # what was done before does not count for the rate
         self.values: dict[str, float] = {}
         self.started = self.shown = clock()
 
@@ -41,7 +42,7 @@ class Progress:
         return self
 
     def __exit__(self, *failure) -> None:
-        if not self.done:
+        if self.done == self.first:
             return  # nothing happened, so there is nothing to tell
         self._show()
         if self.overwrites:
@@ -62,7 +63,7 @@ class Progress:
     def line(self) -> str:
         """`Full  4,096/16,384 tokens  2.1k tokens/s  0:06 left  nll 2.31`"""
         seconds = self.clock() - self.started
-        rate = self.done / seconds if seconds > 0 else 0.0
+        rate = (self.done - self.first) / seconds if seconds > 0 else 0.0
         whole = f"/{_short(self.total)}" if self.total else ""
         parts = [self.label, f"{_short(self.done)}{whole} {self.unit}"]
         if rate:

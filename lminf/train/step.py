@@ -1,49 +1,231 @@
-"""One optimiser step: the loss of a batch, its gradient, and the update, in one program."""
+"""One optimiser step as one program: loss, gradient and update of a model that lies on a mesh."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from lminf.losses import xent
+from lminf.attention.policies import LayerPolicy
 from lminf.models import decoder
+from lminf.models.spec import ModelSpec
+from lminf.parallel import context, partition, vocab
+from lminf.parallel.partition import Strategy
 from lminf.types import Params
+
+Batch: TypeAlias = Mapping[str, Array]  # lminf.train.batches says what it holds
+# What the backward finds in memory, and what it computes again.
+REMAT: dict[str, Any] = {
+    "none": None,  # everything is kept
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights
+    "full": jax.checkpoint_policies.nothing_saveable,  # each layer's input
+}
 
 
 class State(NamedTuple):
     """What training changes."""
 
-    params: Params
+    params: Params  # what the forward pass reads, in the dtype of the computation
+    masters: Params | None  # the float32 parameters, where `params` are something shorter
     optimizer: Any
-    step: Any  # int32
+    step: Any  # int32, batches seen
+    skipped: Any  # int32, those that changed nothing because they gave no finite gradient
+
+    @property
+    def exact(self) -> Params:
+        """The parameters in float32."""
+        return self.params if self.masters is None else self.masters
 
 
-def start(params: Params, optimizer: optax.GradientTransformation) -> State:
-    return State(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+class Metrics(NamedTuple):
+    """Of one step; scalars on the device."""
+
+    loss: Float[Array, ""]  # nats per token
+    grad_norm: Float[Array, ""]
+    rate: Float[Array, ""]
+    finite: Array  # bool; otherwise the step changed nothing
 
 
-def loss(module: decoder.Decoder, params: Params, batch: Mapping[str, Array]) -> Float[Array, ""]:
-    """Mean nats per token of `targets` after `tokens`, both [B, T]."""
-    tokens = batch["tokens"]
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    hidden, _ = module.apply({"params": params}, tokens, positions=positions)
-    return xent.token_nll(module.spec, params, hidden, batch["targets"]).mean()
+@dataclass(frozen=True)
+class Program:
+    """A model, where it lies and how it learns: all that a compiled step depends on."""
 
+    spec: ModelSpec
+    policies: tuple[LayerPolicy, ...]  # [L]
+    mesh: Mesh
+    strategy: Strategy
+    optimizer: optax.GradientTransformation  # for a rate of 1
+    rate: Callable[[Array], Array]  # of the step
+    dtype: Any = jnp.float32  # of the computation
+    remat: str = "none"
+    accumulate: int = 1  # pieces of a batch, one after another
+    clip: float | None = 1.0  # of the gradient's norm
+    z_loss: float = 0.0  # weight of lse ** 2
 
-def make_step(
-    module: decoder.Decoder, optimizer: optax.GradientTransformation
-) -> Callable[[State, Mapping[str, Array]], tuple[State, Float[Array, ""]]]:
-    """`step(state, batch) -> state, loss`; the state given is consumed."""
+    @cached_property
+    def module(self) -> decoder.Decoder:
+        return decoder.Decoder(
+            self.spec,
+            self.policies,
+            dtype=self.dtype,
+            remat=REMAT[self.remat],
+            whole=context.Sharded(self.mesh, self.strategy),
+            place=partition.Placed(self.mesh, self.strategy),
+        )
 
-    @partial(jax.jit, donate_argnums=0)
-    def step(state: State, batch):
-        value, gradients = jax.value_and_grad(partial(loss, module))(state.params, batch)
-        updates, inner = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return State(cast(Params, params), inner, state.step + 1), value
+    # --- State ------------------------------------------------------------------------------------
 
-    return step
+    def state_of(self, params: Params) -> State:
+        """The state before the first step, from float32 parameters; traceable."""
+        short = None if self.dtype == jnp.float32 else jax.tree.map(self._short, params)
+        optimizer = self.optimizer.init(params)
+        zero = jnp.zeros((), jnp.int32)
+        if short is None:
+            return State(params, None, optimizer, zero, zero)
+        return State(short, params, optimizer, zero, zero)
+
+    def _short(self, leaf):
+        return leaf.astype(self.dtype)
+
+    @cached_property
+    def shapes(self) -> State:
+        return jax.eval_shape(self._fresh, jax.random.key(0))
+
+    @cached_property
+    def shardings(self) -> State:
+        """Where every array of the state lies."""
+        laid_out = partial(self._laid_out, self.shapes.params)
+        opt = laid_out(self.strategy.opt)
+        exact = laid_out(self.strategy.params) if self.shapes.masters is None else opt
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        return State(
+            exact if self.shapes.masters is None else laid_out(self.strategy.params),
+            None if self.shapes.masters is None else opt,
+            partition.following(self.shapes.optimizer, self.shapes.params, opt, self.mesh),
+            whole,
+            whole,
+        )
+
+    @cached_property
+    def gradient_shardings(self) -> Params:
+        return self._laid_out(self.shapes.params, self.strategy.grads)
+
+    def _laid_out(self, params, rules):
+        return partition.shardings(params, decoder.AXES, rules, self.mesh)
+
+    def _fresh(self, key) -> State:
+        return self.state_of(decoder.init(self.spec, key=key))
+
+    def init(self, *, key: jax.Array) -> State:
+        """Fresh parameters, equal on any mesh, each device making its own part."""
+        return jax.jit(self._fresh, out_shardings=self.shardings)(key)
+
+    def start(self, params: Params) -> State:
+        """The state before the first step of continuing with these parameters."""
+        exact = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+        return jax.jit(self.state_of, out_shardings=self.shardings)(exact)
+
+    # --- Loss -------------------------------------------------------------------------------------
+
+    def token_loss(self, params: Params, batch: Batch) -> vocab.TokenLoss:
+        """The loss of every token."""
+        tokens = batch["tokens"]
+        positions = batch.get("positions")
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        hidden, _ = self.module.apply(
+            {"params": params}, tokens, positions=positions, segments=batch.get("segments")
+        )
+        return vocab.token_loss(
+            self.spec, params, hidden, batch["targets"], mesh=self.mesh, strategy=self.strategy
+        )
+
+    def _share(self, params: Params, batch: Batch, total: Float[Array, ""]):
+        """This batch's part of the mean over `total` weight: what is minimised, and the loss."""
+        found = self.token_loss(params, batch)
+        weights = batch.get("weights", jnp.ones_like(found.nll))
+        nll = (weights * found.nll).sum() / total
+        return nll + self.z_loss * (weights * jnp.square(found.lse)).sum() / total, nll
+
+    def gradients(self, params: Params, batch: Batch) -> tuple[Float[Array, ""], Params]:
+        """Mean loss (nats per token, without z-loss) and gradient, laid out by the strategy."""
+        weights = batch.get("weights")
+        total = jnp.float32(batch["tokens"].size) if weights is None else weights.sum()
+        total = jnp.maximum(total, 1.0)
+        laid_out = self.gradient_shardings
+
+        def one(piece):
+            gradient, nll = jax.grad(self._share, has_aux=True)(params, piece, total)
+            return nll, jax.lax.with_sharding_constraint(gradient, laid_out)
+
+        if self.accumulate == 1:
+            return one(batch)
+
+        def add(carry, piece):
+            loss, summed = carry
+            nll, gradient = one(piece)
+            summed = jax.tree.map(lambda s, g: s + g.astype(jnp.float32), summed, gradient)
+            return (loss + nll, jax.lax.with_sharding_constraint(summed, laid_out)), None
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        zeros = jax.lax.with_sharding_constraint(zeros, laid_out)
+        pieces = jax.tree.map(self._pieces, dict(batch))
+        (loss, summed), _ = jax.lax.scan(add, (jnp.float32(0), zeros), pieces)
+        return loss, summed
+
+    def _pieces(self, x):
+        """[B, T] -> [accumulate, B / accumulate, T]; every device cuts its own rows."""
+        rows = x.reshape(x.shape[0] // self.accumulate, self.accumulate, x.shape[1])
+        where = partition.spec(
+            (None, "batch", "length"), rows.swapaxes(0, 1).shape, self.strategy.activations,
+            self.mesh,
+        )  # fmt: skip
+        return jax.lax.with_sharding_constraint(
+            rows.swapaxes(0, 1), NamedSharding(self.mesh, where)
+        )
+
+    # --- Step -------------------------------------------------------------------------------------
+
+    def update(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+        loss, gradient = self.gradients(state.params, batch)
+        gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
+        norm = optax.tree.norm(gradient)
+        if self.clip is not None:
+            factor = jnp.minimum(1.0, self.clip / jnp.maximum(norm, 1e-12))
+            gradient = jax.tree.map(lambda g: g * factor, gradient)
+        rate = self.rate(state.step)
+        changes, optimizer = self.optimizer.update(gradient, state.optimizer, state.exact)
+        exact = jax.tree.map(lambda p, change: p + rate * change, state.exact, changes)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        def kept(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        exact = kept(exact, state.exact)
+        short = state.masters is not None
+        state = State(
+            jax.tree.map(self._short, exact) if short else exact,
+            exact if short else None,
+            kept(optimizer, state.optimizer),
+            state.step + 1,
+            state.skipped + (~finite).astype(jnp.int32),
+        )
+        return state, Metrics(loss, norm, rate, finite)
+
+    @cached_property
+    def step(self) -> Callable[[State, Batch], tuple[State, Metrics]]:
+        """`step(state, batch) -> state, metrics`; the state given is consumed."""
+        return jax.jit(self.update, donate_argnums=0, out_shardings=(self.shardings, None))
+
+    @cached_property
+    def nll(self) -> Callable[[Params, Batch], Array]:
+        """`nll(params, batch)`: nats of every token, [B, T], whole on every device."""
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        return jax.jit(
+            lambda params, batch: self.token_loss(params, batch).nll, out_shardings=whole
+        )

@@ -1,0 +1,117 @@
+"""From the config of a training run to the values that the library takes."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lminf import checkpoints
+from lminf.attention import policies
+from lminf.attention.policies import POLICIES
+from lminf.config import closest, from_config, parse_choice
+from lminf.data import sources, windows
+from lminf.data.tokenizers import ByteTokenizer
+from lminf.errors import InputError
+from lminf.models import spec
+from lminf.models.spec import ModelSpec
+from lminf.parallel import mesh, partition
+from lminf.train.batches import Batches
+from lminf.train.optim import OPTIMIZERS
+from lminf.train.schedules import SCHEDULES
+from lminf.train.step import REMAT, Program
+from lminf.types import Params
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with."""
+
+    spec: ModelSpec
+    params: Params | None  # None: fresh ones
+    tokenizer: Any
+
+
+def start_of(c) -> Start:
+    """The model to train: another's, or a new one in the shape of the config."""
+    if c.init:
+        loaded = checkpoints.load(c.init, dtype=jnp.float32)
+        if loaded.tokenizer is None:
+            raise InputError(f"{c.init} has no tokenizer; add its tokenizer.json")
+        return Start(loaded.spec, loaded.params, loaded.tokenizer)
+    tokenizer = tokenizer_of(c.data.tokenizer)
+    return Start(shape_of(c, tokenizer.vocab_size), None, tokenizer)
+
+
+def tokenizer_of(name: str):
+    if name == "bytes":
+        return ByteTokenizer()
+    return checkpoints.load(name).tokenizer
+
+
+def shape_of(c, vocab_size: int) -> ModelSpec:
+    return spec.llama(vocab_size=vocab_size, trained_length=c.data.length, **c.model.to_dict())
+
+
+def program_of(c, shape: ModelSpec, *, devices=None) -> Program:
+    """The step of this config on these devices (None: all there are)."""
+    strategy = partition.parse(c.strategy)
+    laid_out = mesh.make(from_config(c.mesh, mesh.MeshShape), devices)
+    partition.check(strategy, laid_out)
+    schedule = parse_choice(c.schedule, SCHEDULES, what="schedule")
+    policy = parse_choice(c.attention, POLICIES, what="policy")
+    steps = c.steps
+    return Program(
+        shape,
+        policies.by_layer(policy, windows=shape.windows, num_kv_heads=shape.num_kv_heads),
+        laid_out,
+        strategy,
+        parse_choice(c.optimizer, OPTIMIZERS, what="optimizer").build(),
+        lambda step: schedule(step, steps),
+        dtype=DTYPES[known(c.dtype, DTYPES, "dtype")],
+        remat=known(c.remat, REMAT, "remat policy"),
+        accumulate=c.accumulate,
+        clip=c.clip or None,
+        z_loss=c.z_loss,
+    )
+
+
+def known(name: str, table: Mapping[str, Any], what: str) -> str:
+    if name not in table:
+        raise InputError(f"there is no {what} {name!r}; {closest(name, table)}")
+    return name
+
+
+@dataclass(frozen=True)
+class Data:
+    train: Batches
+    held_out: list[Mapping[str, np.ndarray]]  # batches, for evaluation
+    facts: dict[str, Any]
+
+
+def data_of(c, tokenizer) -> Data:
+    """Windows of one text: its end is held out."""
+    text = sources.text_of(c.data.path)
+    tokens = np.asarray(tokenizer.encode(text))
+    kept = len(tokens) - int(len(tokens) * c.data.held_out)
+    size = {"length": c.data.length, "rows": c.data.batch}
+    return Data(
+        windows.RandomWindows(tokens[:kept], seed=c.seed, **size),
+        windows.consecutive(tokens[kept:], at_most=c.evaluate.batches, **size),
+        {"text_digest": sources.digest(text), "text_tokens": len(tokens)},
+    )
+
+
+def token_bytes(tokenizer) -> np.ndarray:
+    """UTF-8 bytes of every token id."""
+    return np.array([len(token) for token in tokenizer.token_bytes], np.int64)
+
+
+def boundaries(start: int, steps: int, every: int) -> Iterator[int]:
+    """The multiples of `every` after `start`, up to and with `steps`."""
+    while start < steps:
+        start = min((start // every + 1) * every, steps)
+        yield start

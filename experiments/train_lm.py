@@ -1,0 +1,262 @@
+"""Trains a language model; goes on where it was when its command is given again with its --out."""
+
+import itertools
+import math
+import sys
+from functools import partial
+
+import jax
+import numpy as np
+
+from experiments import _training
+from experiments._main import leads, main
+from lminf import checkpoints
+from lminf.checkpoints import native
+from lminf.config import from_config
+from lminf.errors import InputError
+from lminf.lm import LM
+from lminf.models import cost
+from lminf.parallel import hardware
+from lminf.parallel.processes import Processes
+from lminf.run import environment, memory, plots
+from lminf.run.clock import Split
+from lminf.run.progress import Progress
+from lminf.run.stopping import Stopping
+from lminf.train import batches
+from lminf.train.loop import Hook, fit, refuse
+
+
+def run(c, out):
+    start = _training.start_of(c)
+    program = _training.program_of(c, start.spec)
+    data = _training.data_of(c, start.tokenizer)
+    place = {"mesh": program.mesh, "strategy": program.strategy}
+    batches.check(data.train.batch(0), accumulate=c.accumulate, **place)
+    store = native.Store(
+        c.checkpoint.folder or str((out / "checkpoints").absolute()),
+        last=c.checkpoint.last,
+        facts={"config": c.to_json(), "source": environment.commit()},
+    )
+    say = Speaker()
+    with store, Stopping().listening() as stopping:
+        state = begin(program, start, store, say, seed=c.seed)
+        done = int(state.step)
+        if leads():
+            out.keep_until(done)
+        watch = Watch(c, program, data, out, done, skipped=int(state.skipped))
+        meter = Meter(program, data.held_out, _training.token_bytes(start.tokenizer), place)
+        with watch.progress:
+            for until in _training.boundaries(done, c.steps, c.evaluate.every):
+                state = fit(
+                    watch.split.compiling(program.step, key=lambda _, batch: shapes(batch)),
+                    state,
+                    lambda step: batches.put(data.train.batch(step), **place),
+                    steps=until,
+                    watch=watch,
+                    not_finite=watch.not_finite,
+                    hooks=[Hook(c.checkpoint.every, partial(save, store, watch, unless=until))],
+                    stop=partial(asked_to_stop, stopping),
+                )
+                done = int(state.step)
+                if stopping.signal is not None or done < until:
+                    save(store, watch, done, state)
+                    store.wait()
+                    say(f"saved step {done}; the same command goes on from there")
+                    raise KeyboardInterrupt
+                with watch.split.part("eval"):
+                    found = meter(state.params)
+                yield {"part": "loss", "step": done, "tokens": done * watch.tokens_per_step,
+                       "train_loss": watch.smoothed, **found.means,
+                       **watch.split.seconds()}  # fmt: skip
+                save(store, watch, done, state, loss=found.means["loss"])
+        with watch.split.part("eval"):
+            found = meter(state.params)
+        for first, last, nll in found.by_position:
+            yield {"part": "position", "step": done, "start": first, "stop": last, "loss": nll}
+        lm = LM(start.spec, whole(state.exact), start.tokenizer)
+        if c.evaluate.sample:
+            text = lm.generate("The ", max_new_tokens=c.evaluate.sample)
+            yield {"part": "sample", "step": done, "text": f"The {text}"}
+        if c.export and leads():
+            checkpoints.save(c.export, checkpoints.Checkpoint(lm.spec, lm.params, lm.tokenizer, ""))
+
+
+def begin(program, start, store, say, *, seed):
+    """The state of the latest checkpoint, or the first one."""
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        program.shapes, program.shardings,
+    )  # fmt: skip
+    found = store.restore(abstract, report=say)
+    if found is not None:
+        say(f"going on from step {found[0]}")
+        return found[1]
+    if start.params is not None:
+        return program.start(start.params)
+    return program.init(key=jax.random.key(seed))
+
+
+def save(store, watch, done, state, *, loss=None, unless=None):
+    if done != unless:  # that one is saved with its loss
+        with watch.split.part("save"):
+            store.save(done, state, loss=loss)
+
+
+def asked_to_stop(stopping, done):
+    """Whether every process should stop after this step."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.reached_preemption_sync_point(done)
+    return stopping.signal is not None
+
+
+def shapes(batch):
+    return tuple(sorted((name, x.shape) for name, x in batch.items()))
+
+
+def whole(tree):
+    """The arrays on one device of this process."""
+    return jax.tree.map(np.asarray, jax.device_get(tree))
+
+
+class Speaker:
+    """Says things once, however many processes there are."""
+
+    def __call__(self, text: str) -> None:
+        if leads():
+            print(text, file=sys.stderr)
+
+
+class Watch:
+    """Looks at every step: metrics.jsonl, the progress line, losses that are not finite."""
+
+    def __init__(self, c, program, data, out, done, *, skipped):
+        self.c, self.data, self.out, self.skipped = c, data, out, skipped
+        self.tokens_per_step = c.data.batch * c.data.length
+        earlier = out.metrics()[-1:] if leads() else []
+        self.split = Split(*earlier)
+        self.progress = Progress(c.steps, label="training", start=done)
+        self.smoothed = None
+        products = cost.matmul_flops_per_token(program.spec)
+        attention = cost.attention_flops(program.spec, program.policies, c.data.length)
+        # Backward is twice forward. What remat computes again is not counted.
+        flops = 3 * (products + attention / c.data.length) * self.tokens_per_step
+        peak = hardware.peak_flops(jax.local_devices()[0]) * program.mesh.size
+        self.step_share = flops / peak  # seconds of a step at full speed
+        self.last = (done, self.split.seconds()["seconds_train"])
+        self.traced = None
+
+    def __call__(self, done, metrics):
+        loss = float(metrics.loss)
+        if math.isfinite(loss):
+            self.smoothed = loss if self.smoothed is None else 0.95 * self.smoothed + 0.05 * loss
+        self.progress.update(done, loss=self.smoothed or loss)
+        self.trace(done)
+        if not leads() or done % self.c.log_every:
+            return
+        seconds = self.split.seconds()
+        steps, train = done - self.last[0], seconds["seconds_train"] - self.last[1]
+        self.last = (done, seconds["seconds_train"])
+        speed = steps / train if train > 0 else 0.0
+        self.out.append_metrics(
+            done,
+            {
+                "loss": loss if math.isfinite(loss) else None,
+                "grad_norm": float(metrics.grad_norm) if metrics.finite else None,
+                "rate": float(metrics.rate),
+                "skipped": self.skipped,
+                "tokens_per_second": speed * self.tokens_per_step,
+                "mfu": speed * self.step_share,
+                "memory_bytes": memory.peak_bytes(),
+                **seconds,
+            },
+        )
+
+    def not_finite(self, done, metrics):
+        if self.c.not_finite == "skip":
+            self.skipped += 1
+            return
+        try:
+            refuse(done, metrics)
+        except InputError as error:
+            rows = ", ".join(str(row) for row in self.data.train.documents(done - 1)[:8])
+            raise InputError(
+                f"{error}. Its rows begin at {rows}, …; --config.not_finite=skip leaves out such "
+                f"steps"
+            ) from None
+
+    def trace(self, done):
+        if not self.c.profile:
+            return
+        first, last = self.c.profile
+        if done == first:
+            jax.profiler.start_trace(str(self.out / "profile"))
+        if done == last:
+            jax.profiler.stop_trace()
+
+
+class Found:
+    """Losses of the held-out text, by position in its window."""
+
+    def __init__(self, nll, byte_counts):
+        # nll [rows, T], byte_counts [rows, T]
+        self.nll = nll
+        self.means = {
+            "loss": float(nll.mean(dtype=np.float64)),
+            "bits_per_byte": float(nll.sum(dtype=np.float64) / np.log(2) / byte_counts.sum()),
+        }
+
+    @property
+    def by_position(self):
+        """(first, one past the last, nats per token) over eighths of the window."""
+        length = self.nll.shape[1]
+        edges = [length * i // 8 for i in range(9)]
+        for first, last in itertools.pairwise(edges):
+            if last > first:
+                yield first, last, float(self.nll[:, first:last].mean(dtype=np.float64))
+
+
+class Meter:
+    """The loss of the held-out batches."""
+
+    def __init__(self, program, held_out, token_bytes, place):
+        self.program, self.held_out, self.token_bytes = program, held_out, token_bytes
+        self.placed = [batches.put(batch, **place) for batch in held_out]
+
+    def __call__(self, params) -> Found:
+        nll = [np.asarray(self.program.nll(params, batch)) for batch in self.placed]
+        targets = np.concatenate([batch["targets"] for batch in self.held_out])
+        return Found(np.concatenate(nll), self.token_bytes[targets])
+
+
+def table(rows):
+    """The loss over time."""
+    keys = ("step", "tokens", "train_loss", "loss", "bits_per_byte", "seconds_train")
+    return [{key: row[key] for key in keys} for row in rows if row["part"] == "loss"]
+
+
+def plot(rows):
+    curve = [
+        {"step": row["step"], "loss": row[key], "text": name}
+        for row in rows
+        if row["part"] == "loss"
+        for key, name in (("loss", "held out"), ("train_loss", "training"))
+    ]
+    positions = [{**row, "text": "held out"} for row in rows if row["part"] == "position"]
+    figures = {"train_lm": plots.curves(curve, x="step", y="loss", by="text",
+                                        x_label="step", y_label="loss (nats/token)")}  # fmt: skip
+    if positions:
+        figures["by_position"] = plots.curves(
+            positions, x="stop", y="loss", by="text",
+            x_label="position (tokens)", y_label="loss (nats/token)",
+        )  # fmt: skip
+    return figures
+
+
+def join(c):
+    from_config(c.processes, Processes).join()
+
+
+if __name__ == "__main__":
+    main(run, plot, table=table, resumes=True, before=join)

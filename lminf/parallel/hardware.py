@@ -1,0 +1,62 @@
+"""What devices can do, for plans and for the share of it that a run reaches."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One device."""
+
+    peak_flops: float  # per second, dense bfloat16, from the maker's data sheet
+    memory_bytes: int
+
+
+GB, GiB = 10**9, 2**30
+# By the names of command lines. Devices call themselves otherwise: NAMES.
+KINDS = {
+    "v4": Kind(275e12, 32 * GiB),
+    "v5e": Kind(197e12, 16 * GB),
+    "v5p": Kind(459e12, 95 * GB),
+    "v6e": Kind(918e12, 32 * GB),
+    "a100": Kind(312e12, 80 * GB),
+    "h100": Kind(989e12, 80 * GB),
+    "h200": Kind(989e12, 141 * GB),
+}
+NAMES = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+}
+
+
+def peak_flops(device: Any) -> float:
+    """FLOPs per second of one device: of its data sheet, or as measured where it has none here."""
+    name = NAMES.get(device.device_kind)
+    return KINDS[name].peak_flops if name else measured_flops(device)
+
+
+def measured_flops(device: Any) -> float:
+    """The best of a few float32 products of 1024 x 1024 matrices: a tenth of a second on a CPU."""
+    size = 1024
+    x = jax.device_put(jnp.ones((size, size), jnp.float32), device)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        product(x, x).block_until_ready()
+        times.append(time.perf_counter() - started)
+    devices = len(jax.local_devices()) if device.platform == "cpu" else 1
+    return 2 * size**3 / min(times) / devices  # CPU devices share the cores

@@ -1,0 +1,35 @@
+"""Joining the processes of one run, before JAX starts its devices."""
+
+import os
+from dataclasses import dataclass
+
+import jax
+
+from lminf.errors import InputError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Who takes part. A count of 1 is this process alone; 0 asks the cluster (TPU pod, SLURM, GKE,
+    Open MPI), which JAX recognises by its environment."""
+
+    count: int = 1
+    index: int = 0  # of this process
+    coordinator: str = ""  # host:port of process 0
+
+    def join(self) -> None:
+        """Returns once all are there. Must come before anything that asks JAX for its devices."""
+        if self.count == 1:
+            return
+        if self.count == 0:
+            jax.distributed.initialize()
+            return
+        if not 0 <= self.index < self.count or ":" not in self.coordinator:
+            raise InputError(
+                f"processes: index={self.index} of count={self.count} at coordinator="
+                f"{self.coordinator!r}; give every process its own index from 0, and all of them "
+                f"the host:port of process 0"
+            )
+        if os.environ.get("JAX_PLATFORMS") == "cpu":
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(self.coordinator, self.count, self.index)

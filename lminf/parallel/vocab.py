@@ -1,0 +1,71 @@
+"""The loss of hidden states that lie on a mesh: each device scores its own rows, against its own
+slice of the vocabulary where the strategy slices it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+import kernels
+from lminf.models import decoder
+from lminf.models.spec import ModelSpec
+from lminf.parallel import partition
+from lminf.parallel.partition import Strategy
+from lminf.types import Params
+
+
+class TokenLoss(NamedTuple):
+    """Of every token, float32."""
+
+    nll: Float[Array, "B T"]  # nats
+    lse: Float[Array, "B T"]  # log of the sum of exponentials, which z-loss keeps small
+
+
+def token_loss(
+    spec: ModelSpec,
+    params: Params,
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    *,
+    mesh: Mesh,
+    strategy: Strategy,
+) -> TokenLoss:
+    """-log p(target) everywhere; no [B, T, V] array on any device, forward or backward."""
+    rules = strategy.activations
+    rows = partition.spec(("batch", "length"), targets.shape, rules, mesh)
+    classifier = decoder.head_of(params).astype(hidden.dtype)
+    bias = params["head_bias"].astype(jnp.float32) if spec.head_bias else None
+    over = partition.spec(("vocab",), classifier.shape[:1], rules, mesh)[0]
+
+    options = {
+        "logits_soft_cap": spec.final_soft_cap,
+        "reduction": "none",
+        "return_lse": True,
+        # Rare tokens learn from small gradients; skipping blocks of them is for fine-tuning.
+        "filter_eps": None,
+    }
+    if over is not None:
+        axes = [
+            axis for part in rows for axis in ((part,) if isinstance(part, str) else part or ())
+        ]
+        return TokenLoss(
+            *kernels.sharded_linear_cross_entropy(
+                hidden, classifier, targets, bias=bias, mesh=mesh, vocab_axis=over,
+                token_axes=axes, **options,
+            )
+        )  # fmt: skip
+
+    def local(hidden, targets, classifier, bias):
+        found = kernels.linear_cross_entropy(hidden, classifier, targets, bias=bias, **options)
+        return tuple(found)  # the loss and the LSE
+
+    found = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(rows, rows, PartitionSpec(), PartitionSpec()),
+        out_specs=(rows, rows),
+        check_vma=False,  # the kernel's loops start from constants, which it would refuse
+    )(hidden, targets, classifier, bias)
+    return TokenLoss(*found)

@@ -13,8 +13,12 @@ from kernels.common.config import Key
 from kernels.cross_entropy import reference, xla_chunked
 from kernels.cross_entropy.operands import Losses, Operands, Rules
 
-IMPLEMENTATIONS = {"reference": reference.losses, "xla_chunked": xla_chunked.losses}
-ORDER = {"cpu": ("xla_chunked",)}
+IMPLEMENTATIONS = {
+    "reference": reference.losses,
+    "xla_chunked": xla_chunked.losses,
+    "mosaic_tpu": dispatch.lazily("kernels.cross_entropy.mosaic_tpu", "losses"),
+}
+ORDER = {"cpu": ("xla_chunked",), "tpu": ("mosaic_tpu", "xla_chunked")}
 
 
 class LossAndLse(NamedTuple):

@@ -4,6 +4,7 @@ second set of operands, one softmax over both. This file checks the arguments an
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,14 @@ IMPLEMENTATIONS = {
     "reference": reference.attention,
     "xla": xla.attention,
     "xla_chunked": xla_chunked.attention,
+    "mosaic_tpu": dispatch.lazily("kernels.lambda_attention.mosaic_tpu", "attention"),
+    "triton": dispatch.lazily("kernels.lambda_attention.triton", "attention"),
 }
-ORDER = {"cpu": ("xla", "xla_chunked")}
+ORDER = {
+    "cpu": ("xla", "xla_chunked"),
+    "tpu": ("mosaic_tpu", "xla_chunked"),
+    "gpu": ("triton", "xla_chunked"),
+}
 
 
 def lambda_attention(
@@ -47,7 +54,7 @@ def lambda_attention(
     return_residuals: bool = False,
     precision: jax.lax.PrecisionLike = None,
     implementation: dispatch.Choice = None,
-    config: xla_chunked.Config | None = None,
+    config: Any = None,
 ) -> Array | Residuals:
     """Attention outputs [B, T, N, Hv]; with `return_residuals`, also the LSE [B, N, T].
 
@@ -156,6 +163,9 @@ def _prepare(
                 )
 
     def int32(ids):
+        if isinstance(ids, int):  # stays a known number inside jit: kernels place blocks by it
+            with jax.ensure_compile_time_eval():
+                return jnp.int32(ids)
         return jnp.asarray(ids, jnp.int32)
 
     return (

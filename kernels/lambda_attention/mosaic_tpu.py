@@ -338,7 +338,7 @@ def _forward_kernel(plan: Plan, scalars, branches, sinks, out, lse2, top, total,
         lse2[...] = jnp.where(empty, -jnp.inf, found)
 
 
-def _gradient(plan: Plan, branch: Branch, statistics: "Statistics", visible):
+def _gradient(plan: Plan, branch, statistics, visible):
     """Weights p and d(scores) [W, C] of one block."""
     logits, bend = _logits(plan, branch.query[...], branch.key[...], visible)
     weights = jnp.exp2(logits - statistics.lse2[...])
@@ -403,6 +403,14 @@ def _d_key_kernel(
 # --- Calls ----------------------------------------------------------------------------------------
 
 
+class HeadsFirst(NamedTuple):
+    """One branch as the kernels read it: padded to whole blocks, heads of all batch rows in one."""
+
+    query: Float[Array, "BN T H"]
+    key: Float[Array, "BK _ H"]
+    value: Float[Array, "BK _ Hv"]
+
+
 class Statistics(NamedTuple):
     """What the backward reads beside a block of queries."""
 
@@ -423,17 +431,17 @@ def _heads_first(x: Float[Array, "B T N X"], block: int) -> Float[Array, "BN Tp 
     return x.reshape(-1, *x.shape[2:])
 
 
-def _heads_last(x: Float[Array, "BN Tp X"], like: Float[Array, "B T N X"]):
+def _heads_last(x: Float[Array, "BN Tp X"], like: Float[Array, "B T N _"]):
     batch, length, heads, _ = like.shape
     x = x.reshape(batch, heads, *x.shape[1:])[:, :, :length]
     return x.transpose(0, 2, 1, 3)
 
 
-def _branches(plan: Plan, operands: Operands) -> list[Branch]:
+def _branches(plan: Plan, operands: Operands) -> list[HeadsFirst]:
     """The arrays of `plan.sides`, heads first, padded to whole blocks."""
     given = [operands.near] if len(plan.sides) == 1 else [operands.far, operands.near]
     return [
-        Branch(
+        HeadsFirst(
             _heads_first(branch.query, plan.block_q),
             _heads_first(branch.key[:, : side.rows], side.block),
             _heads_first(branch.value[:, : side.rows], side.block),
@@ -451,7 +459,7 @@ def _block_of(x: Array | jax.ShapeDtypeStruct, rows: int, index) -> pl.BlockSpec
     return pl.BlockSpec((None, rows, x.shape[2]), lambda *at: (*index(*at), 0))
 
 
-def _by_queries(plan: Plan, branches: list[Branch]) -> tuple[tuple[int, ...], Any, list[Branch]]:
+def _by_queries(plan: Plan, branches: list[HeadsFirst]) -> tuple[tuple[int, ...], Any, list[Any]]:
     """Grid, index map of queries, and block specs of the branches, for a walk over keys."""
 
     def query_at(head, i, step, scalars):
@@ -511,7 +519,7 @@ def _shape(*shape: int, dtype) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _attend(plan: Plan, operands: Operands, scalars: Int[Array, " B+1"]) -> Saved:
+def _attend(plan: Plan, operands: Operands, scalars: Int[Array, " scalars"]) -> Saved:
     branches = _branches(plan, operands)
     grid, query_at, specs = _by_queries(plan, branches)
     query = branches[0].query
@@ -593,7 +601,7 @@ def _backward(plan: Plan, saved, cotangents: Saved):
     return Operands(d_near, d_far, d_sinks), None
 
 
-def _rows_like(x: Float[Array, "B r K X"], like: Float[Array, "B R K X"]):
+def _rows_like(x: Float[Array, "B _ K X"], like: Float[Array, "B R K X"]):
     """With zero rows for globals that nobody was shown."""
     return jnp.pad(x, ((0, 0), (0, like.shape[1] - x.shape[1]), (0, 0), (0, 0)))
 
@@ -602,7 +610,9 @@ def _statistics_blocks(plan: Plan, statistics: "Statistics", query_at) -> Any:
     return jax.tree.map(lambda x: _block_of(x, plan.block_q, query_at), statistics)
 
 
-def _d_queries(plan: Plan, scalars, branches: list[Branch], statistics: Statistics) -> list[Array]:
+def _d_queries(
+    plan: Plan, scalars, branches: list[HeadsFirst], statistics: Statistics
+):
     grid, query_at, specs = _by_queries(plan, branches)
     outputs = [_shape(*branch.query.shape, dtype=branch.query.dtype) for branch in branches]
     width, value_width = branches[0].query.shape[2], statistics.d_out.shape[2]
@@ -620,7 +630,7 @@ def _d_queries(plan: Plan, scalars, branches: list[Branch], statistics: Statisti
     )
 
 
-def _d_keys(plan: Plan, side: Near | Far, scalars, branch: Branch, statistics: Statistics):
+def _d_keys(plan: Plan, side: Near | Far, scalars, branch: HeadsFirst, statistics: Statistics):
     def query_at(head, j, member, step, scalars):
         span = side.queries_of(scalars, jax.lax.div(head, plan.key_heads), j)
         return head * plan.group + member, span.block(step, plan.block_q, plan.query_blocks)

@@ -1,0 +1,219 @@
+"""Λ-attention for a TPU: walks against brute force, numbers in the interpreter, lowering."""
+
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+import kernels
+from kernels import SegmentIds
+from kernels.lambda_attention import mosaic_tpu
+from kernels.lambda_attention.operands import Rules
+from tests.kernels import test_lambda_attention as shared
+
+# Small blocks: some of the window's are clear, some on its edges, and the last ones incomplete.
+SMALL = mosaic_tpu.Config(block_q=8, block_k=8)
+
+
+@st.composite
+def plans(draw):
+    """A plan, the query offset and the keys' start."""
+    keys, queries = draw(st.integers(1, 40)), draw(st.integers(1, 30))
+    offset = draw(st.integers(-8, 40))
+    rules = Rules(draw(st.sampled_from([1, 7, 8, 9, 20, 2**31 - 1])), 40, 1.0, None, None, None)
+    plan = mosaic_tpu.Plan(
+        rules,
+        heads=2,
+        key_heads=1,
+        queries=queries,
+        keys=keys,
+        globals=draw(st.sampled_from([1, 8, 11, 40])),
+        block_q=draw(st.sampled_from([4, 8])),
+        block_k=draw(st.sampled_from([4, 8])),
+        block_g=4,
+        offset=draw(st.sampled_from([offset, None])),
+    )
+    return plan, offset, draw(st.integers(-20, 50))
+
+
+def walk(outer: int, steps: int, span_of, size: int, count: int) -> list[tuple[int, int]]:
+    """The pairs (outer block, block visited) of a walk, as the grid would make them."""
+    # Always of one shape: every other would be compiled anew.
+    first, step = (np.arange(16, dtype=np.int32).reshape(shape) for shape in ((16, 1), (1, 16)))
+    assert max(outer, steps) <= 16
+    span = span_of(first)
+    block = np.asarray(span.block(step, size, count))[:outer, :steps]
+    assert ((block >= 0) & (block < count)).all()  # also where there is nothing to visit
+    visited = np.asarray(span.visits(step, size))[:outer, :steps]
+    return [(int(a), int(block[a, t])) for a, t in zip(*np.nonzero(visited), strict=True)]
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=50)
+@hypothesis.given(plans())
+def test_walks_visit_what_is_seen_once(case):
+    plan, offset, start = case
+    scalars = np.array([offset, start], np.int32)
+    row = offset + np.arange(plan.query_blocks * plan.block_q)[:, None]
+    for side in plan.sides:
+        key = np.arange(side.blocks * side.block)[None]
+        window = plan.rules.window
+        if isinstance(side, mosaic_tpu.Near):
+            seen = (row - key >= 0) & (row - key < window)
+            seen &= (key + start >= 0) & (key < plan.keys)
+        else:
+            seen = (row + start - key >= window) & (key < plan.globals)
+
+        pairs = walk(
+            plan.query_blocks, side.key_steps,
+            functools.partial(side.keys_of, scalars, 0), side.block, side.blocks,
+        )  # fmt: skip
+        assert len(pairs) == len(set(pairs))
+        found = np.zeros_like(seen)
+        clear = {
+            pair: bool(side.clear(scalars, 0, *pair)) for pair in pairs[:: 1 + len(pairs) // 8]
+        }
+        for i, j in pairs:
+            at = np.s_[
+                i * plan.block_q : (i + 1) * plan.block_q, j * side.block : (j + 1) * side.block
+            ]
+            found[at] = seen[at]
+            if (i, j) in clear:  # some of them: each is a dozen small computations
+                mask = np.asarray(side.visible(scalars, 0, i, j)).T
+                np.testing.assert_array_equal(mask, seen[at])
+                assert clear[i, j] == mask.all()
+        np.testing.assert_array_equal(found, seen)
+
+        backwards = walk(
+            side.blocks, side.query_steps,
+            functools.partial(side.queries_of, scalars, 0), plan.block_q, plan.query_blocks,
+        )  # fmt: skip
+        assert len(backwards) == len(set(backwards))
+        needed = zip(*np.nonzero(seen[: plan.queries]), strict=True)
+        assert {(j // side.block, i // plan.block_q) for i, j in needed} <= set(backwards)
+
+
+def small(*, heads=2, key_heads=1, queries=19, keys=30, rows=3, sinks=False, **options):
+    given = {
+        "query": shared.normal(0, 1, queries, heads, 8),
+        "key": shared.normal(1, 1, keys, key_heads, 8),
+        "value": shared.normal(2, 1, keys, key_heads, shared.VALUE_WIDTH),
+    }
+    if rows:
+        given["query_global"] = shared.normal(3, 1, queries, heads, 8)
+        given["key_global"] = shared.normal(4, 1, rows, key_heads, 8)
+        given["value_global"] = shared.normal(5, 1, rows, key_heads, shared.VALUE_WIDTH)
+    if sinks:
+        given["sinks"] = shared.normal(6, heads)
+    return given, {"num_global": rows, "query_offset": keys - queries, **options}
+
+
+def check(monkeypatch, given, options, dtype=np.float32, **tolerances):
+    monkeypatch.setattr(shared, "BATCH", 1)  # of the cotangents
+    found = shared.results(given, implementation="mosaic_tpu", config=SMALL, dtype=dtype, **options)
+    shared.assert_close(found, shared.oracle(given, **options), **tolerances)
+
+
+def test_values(interpreter):
+    """Two heads on one key head, globals, a sink, clear and masked blocks, an odd last block."""
+    given, options = small(sinks=True, window_size=18)
+    found = jax.jit(
+        functools.partial(
+            kernels.lambda_attention, **options, return_residuals=True,
+            implementation="mosaic_tpu", config=SMALL,
+        )
+    )(**given)  # fmt: skip
+    right = kernels.lambda_attention(
+        **{name: jnp.asarray(x) for name, x in given.items()}, **options, return_residuals=True,
+        implementation="reference",
+    )  # fmt: skip
+    np.testing.assert_allclose(found.out, right.out, atol=2e-6)
+    np.testing.assert_allclose(found.lse, right.lse, atol=2e-6)
+
+
+@pytest.mark.slow
+def test_gradients_on_two_cores(two_cores, monkeypatch):
+    given, options = small(sinks=True, window_size=18)
+    check(monkeypatch, given, options)
+
+
+CASES = {
+    "window of one, as many globals as keys": small(rows=30, window_size=1),
+    "no globals, causal": small(rows=0, window_size=2**31 - 1, scale=0.3),
+    "soft cap, one query head for each key head": small(
+        key_heads=2, window_size=9, logits_soft_cap=2.0
+    ),
+    "rows that see nothing": small(
+        sinks=True, window_size=6, query_offset=jnp.int32(5), key_start=jnp.array([-12], jnp.int32)
+    ),
+    "far along": small(
+        window_size=17, query_offset=jnp.int32(11), key_start=jnp.array([23], jnp.int32)
+    ),
+    "queries past the keys": small(window_size=5, query_offset=20),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_options(interpreter, monkeypatch, case):
+    given, options = CASES[case]
+    check(monkeypatch, given, options)
+
+
+@pytest.mark.slow
+def test_bfloat16(interpreter, monkeypatch):
+    given, options = small(window_size=18)
+    given = {n: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) for n, x in given.items()}
+    check(monkeypatch, given, options, dtype=jnp.bfloat16, value=1e-2, gradient=1e-2)
+
+
+@pytest.mark.slow
+def test_two_runs_agree(interpreter):
+    given, options = small(window_size=18, heads=1)
+    attend = jax.jit(
+        functools.partial(
+            kernels.lambda_attention, implementation="mosaic_tpu", config=SMALL, **options
+        )
+    )
+    np.testing.assert_array_equal(attend(**given), attend(**given))
+
+
+def test_lowers_for_a_tpu_without_one():
+    """Values and gradients are Mosaic calls and nothing else has the size of the scores."""
+    shapes = [jax.ShapeDtypeStruct((1, 1000, n, 128), jnp.bfloat16) for n in (4, 2, 2)]
+
+    def loss(*arrays):
+        attend = functools.partial(
+            kernels.lambda_attention, num_global=100, window_size=300, implementation="mosaic_tpu"
+        )
+        return attend(*arrays).astype(jnp.float32).sum()
+
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*shapes).lower(
+        lowering_platforms=("tpu",)
+    ).as_text()  # fmt: skip
+    for name in ("forward", "d_query", "d_key_near", "d_key_far"):
+        assert f"lambda_{name}" in text
+    assert "1000x1000" not in text
+
+
+def test_refusals_name_the_reason():
+    given, options = small(rows=0, window_size=5)
+    attend = functools.partial(
+        kernels.lambda_attention,
+        **{name: jnp.asarray(x) for name, x in given.items()},
+        implementation="mosaic_tpu",
+    )
+    ids = jnp.zeros((1, 30), jnp.int32)
+    for changed, word in (
+        ({"segment_ids": SegmentIds(ids[:, 11:], ids)}, "segments"),
+        ({"alibi_slopes": jnp.ones(2)}, "ALiBi"),
+        ({"scale": -1.0}, "scale=-1.0"),
+        ({"config": shared.SMALL}, "Config is another's"),
+    ):
+        with pytest.raises(ExceptionGroup) as refusal:
+            attend(**(options | changed))
+        assert word in str(refusal.value.exceptions[0])

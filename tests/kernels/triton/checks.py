@@ -1,0 +1,208 @@
+"""What the interpreter computes: each check returns relative errors against the reference."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import kernels
+from kernels import SegmentIds
+from kernels.lambda_attention import triton as lambda_triton
+from tests.kernels.test_lambda_attention import normal
+
+BATCH, QUERIES, KEYS, WIDTH, VALUE_WIDTH = 2, 21, 53, 16, 24
+OFFSET = KEYS - QUERIES
+
+SQUARE = lambda_triton.Config(*(lambda_triton.Tile(16, 16, 4, 1),) * 3)
+# Tiles of unequal sides, and other ones in every kernel.
+UNEQUAL = lambda_triton.Config(
+    lambda_triton.Tile(32, 16, 4, 1),
+    lambda_triton.Tile(16, 32, 4, 1),
+    lambda_triton.Tile(16, 64, 4, 1),
+)
+
+
+def errors(found, expected) -> dict[str, float]:
+    """Relative error of every result; inf where the empty rows are not the same ones, or NaN."""
+    assert found.keys() == expected.keys()
+    result = {}
+    for name, right in expected.items():
+        left = found[name]
+        same = np.array_equal(np.isneginf(left), np.isneginf(right)) and not np.isnan(left).any()
+        left, right = (np.where(np.isneginf(x), 0, x) for x in (left, right))
+        error = np.linalg.norm(left - right) / max(np.linalg.norm(right), 1e-3)
+        result[name] = float(error) if same else float("inf")
+    return result
+
+
+def operands(*, heads=2, key_heads=1, rows=None, sinks=False):
+    """Random inputs; with `rows`, separate operands for the global branch."""
+    given = {
+        "query": normal(0, BATCH, QUERIES, heads, WIDTH),
+        "key": normal(1, BATCH, KEYS, key_heads, WIDTH),
+        "value": normal(2, BATCH, KEYS, key_heads, VALUE_WIDTH),
+    }
+    if rows is not None:
+        given["query_global"] = normal(3, BATCH, QUERIES, heads, WIDTH)
+        given["key_global"] = normal(4, BATCH, rows, key_heads, WIDTH)
+        given["value_global"] = normal(5, BATCH, rows, key_heads, VALUE_WIDTH)
+    if sinks:
+        given["sinks"] = normal(6, heads)
+    return given
+
+
+def results(given, *, implementation, dtype=np.float32, config=None, **options):
+    """Output, LSE and gradients with respect to every operand, as numpy float64."""
+    given = {name: jnp.asarray(x, dtype) for name, x in given.items()}
+    statistics = jnp.float64 if dtype == np.float64 else jnp.float32
+    heads = given["query"].shape[2]
+    d_out = jnp.asarray(normal(7, BATCH, QUERIES, heads, VALUE_WIDTH), dtype)
+    d_lse = jnp.asarray(normal(8, BATCH, heads, QUERIES), statistics)
+
+    def loss(given):
+        out, lse = kernels.lambda_attention(
+            **given,
+            **options,
+            return_residuals=True,
+            implementation=implementation,
+            config=config,
+        )
+        seen = jnp.where(jnp.isneginf(lse), 0, lse)
+        return (out * d_out).astype(statistics).sum() + (seen * d_lse).sum(), (out, lse)
+
+    grads, (out, lse) = jax.grad(loss, has_aux=True)(given)
+    found = {"out": out, "lse": lse} | {f"d_{name}": x for name, x in grads.items()}
+    return {name: np.asarray(x, np.float64) for name, x in found.items()}
+
+
+def attention(inputs, options, *, dtype=np.float32, config=SQUARE):
+    """The check of one call of lambda_attention: output, LSE, every gradient."""
+
+    def check():
+        given = operands(**inputs)
+        chosen = {"query_offset": OFFSET} | options
+        if chosen.pop("packed", False):
+            chosen["segment_ids"] = packed()
+        found = results(
+            given, implementation="triton", dtype=dtype, config=config, **chosen
+        )  # fmt: skip
+        given = {n: np.asarray(jnp.asarray(x, dtype), np.float32) for n, x in given.items()}
+        with jax.enable_x64(True):
+            expected = results(given, implementation="reference", dtype=np.float64, **chosen)
+        return errors(found, expected)
+
+    return check
+
+
+def packed() -> SegmentIds:
+    """Two rows of segments: one ends in padding, one starts with it."""
+    ids = np.zeros((BATCH, KEYS), np.int32)
+    ids[0, 10:13], ids[0, 13:48], ids[0, 48:] = 1, 2, -1
+    ids[1, :5], ids[1, 5:37], ids[1, 37:] = -1, 5, 3
+    ids = jnp.asarray(ids)
+    return SegmentIds(ids[:, OFFSET:], ids)
+
+
+def attention_under_vmap():
+    """Gradients of a mapped call against those of one call with a batch axis."""
+    given = {name: jnp.asarray(x) for name, x in operands(rows=3, sinks=True).items()}
+    sinks = given.pop("sinks")
+    d_out = normal(7, *given["query"].shape[:3], VALUE_WIDTH)
+    attend = functools.partial(
+        kernels.lambda_attention, num_global=3, window_size=20, query_offset=OFFSET,
+        implementation="triton", config=SQUARE,
+    )  # fmt: skip
+
+    def together(given, sinks):
+        return (attend(**given, sinks=sinks) * d_out).sum()
+
+    def apart(given, sinks):
+        def one(given, d_out):
+            row = {name: x[None] for name, x in given.items()}
+            return (attend(**row, sinks=sinks)[0] * d_out).sum()
+
+        return jax.vmap(one)(given, d_out).sum()
+
+    found, expected = (
+        {f"d_{n}": np.asarray(x, np.float64) for n, x in (*grads.items(), ("sinks", d_sinks))}
+        for grads, d_sinks in (jax.grad(f, (0, 1))(given, sinks) for f in (apart, together))
+    )
+    return errors(found, expected)
+
+
+CACHE = {"num_global": 4, "window_size": 10, "key_start": np.array([-37, 30], np.int32)}
+
+
+def invisible_keys_and_a_second_run():
+    """0 where two runs agree, though keys that no query sees hold huge numbers in the second."""
+    given = operands(rows=4, sinks=True)
+
+    def run():
+        return results(
+            given, implementation="triton", config=SQUARE, query_offset=OFFSET,
+            **CACHE | {"key_start": jnp.asarray(CACHE["key_start"])},
+        )  # fmt: skip
+
+    before = run()
+    given["key"][0, :37] += 100
+    given["value"][0, :37] = 1e6
+    given["key"][1, : OFFSET - 10] = 1e6
+    after = run()
+    kept = ("out", "lse", "d_query", "d_query_global", "d_sinks")
+    return {name: float(not np.array_equal(after[name], before[name])) for name in kept}
+
+
+def cache_chunk():
+    """Row 0: 37 empty slots, so that some queries see nothing; row 1: a window far along."""
+    options = CACHE | {"key_start": jnp.asarray(CACHE["key_start"])}
+    return attention({"rows": 4, "sinks": True}, options)()
+
+
+# name -> (inputs, options, tiles): T=21, S=53, so that nothing is a multiple of a tile.
+LAMBDA_CASES = {
+    "sinks, window and globals": ({"sinks": True}, {"num_global": 3, "window_size": 20}, SQUARE),
+    "causal": ({}, {"num_global": 0, "window_size": KEYS}, UNEQUAL),
+    "every far key": ({"rows": KEYS}, {"num_global": KEYS, "window_size": 7}, UNEQUAL),
+    "segments": ({"sinks": True}, {"num_global": 3, "window_size": 10, "packed": True}, SQUARE),
+    "segments, every far key": (
+        {"rows": KEYS}, {"num_global": KEYS, "window_size": 5, "packed": True}, UNEQUAL,
+    ),
+    "segments shorter than a block": (
+        {}, {"num_global": 2, "window_size": 3, "packed": True}, UNEQUAL,
+    ),
+    "soft cap": ({"rows": 3}, {"num_global": 3, "window_size": 20, "logits_soft_cap": 2.0}, SQUARE),
+    "one query head a key head": (
+        {"key_heads": 2}, {"num_global": 0, "window_size": 33, "scale": 0.3}, SQUARE,
+    ),
+    "window of 1": ({"rows": 5}, {"num_global": 5, "window_size": 1}, SQUARE),
+    "four query heads a key head, g of S": (
+        {"heads": 4}, {"num_global": KEYS, "window_size": 30}, UNEQUAL,
+    ),
+    "eight query heads a key head, g past S": (
+        {"heads": 8}, {"num_global": KEYS + 5, "window_size": 40}, UNEQUAL,
+    ),
+    "queries before the keys": (
+        {"sinks": True}, {"num_global": 2, "window_size": 9, "query_offset": -10}, SQUARE,
+    ),
+    "queries after the keys": (
+        {"rows": 6}, {"num_global": 6, "window_size": 9, "query_offset": OFFSET + 5}, SQUARE,
+    ),
+    "heads that differ": (
+        {"heads": 4, "key_heads": 2},
+        {"num_global": 4, "window_size": 8, "head_window": (35, KEYS), "head_num_global": (4, 0)},
+        SQUARE,
+    ),
+}  # fmt: skip
+LAMBDA = {
+    name: attention(inputs, options, config=config)
+    for name, (inputs, options, config) in LAMBDA_CASES.items()
+} | {"a chunk against a cache": cache_chunk, "vmap": attention_under_vmap}
+LOW_PRECISION = {
+    f"{name}, {dtype.__name__}": attention(
+        LAMBDA_CASES[name][0], LAMBDA_CASES[name][1], dtype=dtype, config=LAMBDA_CASES[name][2]
+    )
+    for name, dtype in (("sinks, window and globals", jnp.bfloat16), ("causal", jnp.float16))
+}
+INVISIBLE = "invisible keys and a second run"
+CHECKS = LAMBDA | LOW_PRECISION | {INVISIBLE: invisible_keys_and_a_second_run}

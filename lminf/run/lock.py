@@ -41,3 +41,13 @@ def _holder(text: str) -> str:
         return f"process {found['process']} on {found['host']}"
     except (ValueError, KeyError, TypeError):  # taken a moment ago and not yet written
         return "another process"
+
+
+@contextlib.contextmanager
+def waited(folder: Path) -> Iterator[None]:
+    """Holds the folder for the moment that a block takes, after whoever has it now."""
+    with writing(folder / LOCK):
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    with os.fdopen(handle, "r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -114,6 +114,13 @@ def find_config(experiment: str, given: str | None) -> tuple[Path, str]:
 
 def load_config(path: Path, variant: str) -> ConfigDict:
     """What the file's get_config returns for the variant."""
+    config = load_module(path).get_config(variant)
+    accept_values_for_none(config)
+    return config
+
+
+def load_module(path: Path) -> types.ModuleType:
+    """A config file as a module."""
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise InputError(f"{path} is not a Python file; a config file ends in .py")
@@ -124,9 +131,7 @@ def load_config(path: Path, variant: str) -> ConfigDict:
         raise InputError(f"cannot read the config file {path}: {error}") from error
     if not hasattr(module, "get_config"):
         raise InputError(f"{path} has no get_config(arg); every config file defines one")
-    config = module.get_config(variant)
-    accept_values_for_none(config)
-    return config
+    return module
 
 
 def accept_values_for_none(config: ConfigDict) -> None:

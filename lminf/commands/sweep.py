@@ -1,0 +1,144 @@
+"""lminf sweep NAME …: every cell of a sweep that is not finished yet; then its tables and figures.
+
+lminf sweep NAME --config=NAME:variant --config.FIELD=VALUE --out=DIR
+  --shard=0/4                one worker of four on a shared folder: begins at its own cells
+  --submit=slurm --jobs=4    the same four as SLURM jobs through submitit (local: as processes)
+  --minutes=60               time limit of a submitted job
+"""
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from rich.console import Console
+
+from lminf.errors import InputError
+from lminf.run import devices, environment, header, plots, request, sweep, tables
+from lminf.run.folder import RunFolder
+from lminf.run.request import Request
+
+CLUSTERS = ("slurm", "local")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = __doc__
+    parser.add_argument("name", metavar="NAME", help="an experiment; vocab stands for vocab_sweep")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…")
+
+
+def run(args: argparse.Namespace) -> None:
+    arguments = [a for a in args.arguments if a != "--debug"]
+    shard = request.take(arguments, "shard")
+    cluster, jobs = request.take(arguments, "submit"), request.take(arguments, "jobs")
+    minutes = request.take(arguments, "minutes")
+    if (jobs or minutes) and not cluster:
+        raise InputError("--jobs and --minutes belong to --submit=slurm or --submit=local")
+    name = experiment_of(args.name)
+    asked = request.parse(name, arguments)
+    if asked is None:  # --help
+        return
+    cells = sweep.cells_of(asked)
+    out = sweep.create(asked, cells, environment.command_line())
+    if cluster:
+        if shard:
+            raise InputError("--submit makes the shards itself; leave --shard out")
+        submit(name, arguments, out, cluster=cluster, jobs=_count("jobs", jobs or "1"),
+               minutes=_count("minutes", minutes or "60"))  # fmt: skip
+    else:
+        devices.share_cores()
+        work(name, asked, cells, out, sweep.Shard.parse(shard or "0/1"))
+    conclude(name, asked, cells, out)
+
+
+def experiment_of(name: str) -> str:
+    """The experiment's module name: `vocab` is experiments/vocab_sweep.py."""
+    known = [found.name for found in header.experiments()]
+    longer = f"{name}_sweep"
+    return longer if name not in known and longer in known else header.experiments([name])[0].name
+
+
+def work(
+    name: str, asked: Request, cells: Sequence[sweep.Cell], out: RunFolder, shard: sweep.Shard
+) -> None:
+    module = experiment(name)
+    began = time.monotonic()
+    total, count = len(cells), 0
+
+    def say(text: str) -> None:
+        nonlocal count
+        count += not text.startswith(" ")
+        done = len(sweep.finished(out, cells))
+        print(f"[{time.monotonic() - began:6.0f} s, {done}/{total} finished] {text}", flush=True)
+
+    tally = sweep.work(out, asked, cells, module.run, shard=shard, say=say)
+    print(f"{tally.ran} cells run, {tally.found_done} finished before", flush=True)
+    for reason in tally.elsewhere:
+        print(f"left alone: {reason}")
+    if tally.failed:
+        raise InputError(
+            f"{len(tally.failed)} of {total} cells failed, the first {tally.failed[0]}; "
+            f"the same command runs them again"
+        )
+
+
+def submit(
+    name: str, arguments: Sequence[str], out: RunFolder, *, cluster: str, jobs: int, minutes: int
+) -> None:
+    """Starts the workers as jobs of a cluster; `local` jobs are waited for."""
+    if cluster not in CLUSTERS:
+        raise InputError(f"--submit={cluster}: use {' or '.join(CLUSTERS)}")
+    try:
+        submitit = importlib.import_module("submitit")
+    except ModuleNotFoundError as error:
+        raise InputError("--submit needs submitit: pip install 'lminf[slurm]'") from error
+    executor = submitit.AutoExecutor(folder=out / "jobs", cluster=cluster)
+    executor.update_parameters(timeout_min=minutes, name=f"sweep-{name}")
+    kept = list(arguments)
+    request.take(kept, "out")
+    started = []
+    with executor.batch():
+        for index in range(jobs):
+            command = [sys.executable, "-m", "lminf.cli", "sweep", name, *kept]
+            command += [f"--out={Path(out.path).resolve()}", f"--shard={index}/{jobs}"]
+            started.append(executor.submit(submitit.helpers.CommandFunction(command)))
+    print(f"jobs {', '.join(job.job_id for job in started)}; their logs are in {out / 'jobs'}")
+    if cluster == "local":
+        for job in started:
+            job.result()
+
+
+def conclude(name: str, asked: Request, cells: Sequence[sweep.Cell], out: RunFolder) -> None:
+    """The rows so far; once all cells are finished, the figures and the report too."""
+    rows = sweep.collect(out, cells)
+    done = sweep.finished(out, cells)
+    if len(done) < len(cells):
+        print(f"{len(done)} of {len(cells)} cells are finished: {out / 'rows.jsonl'}")
+        return
+    main = importlib.import_module("experiments._main")
+    module = experiment(name)
+    table = getattr(module, "table", None)
+    shown = table(rows) if table else rows
+    figures = plots.write(out, module.plot(rows), name)
+    folders = [sweep.cell_folder(out, cell) for cell in cells]
+    seconds = sum(folder.read_json(sweep.DONE)["seconds"] for folder in folders)
+    main.write_report(out, asked, table=shown, figures=figures, seconds=seconds)
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(
+        tables.rich_table(shown)
+    )
+    for path in [*figures, "report.md", "rows.jsonl"]:
+        print(out / path)
+
+
+def experiment(name: str) -> ModuleType:
+    return importlib.import_module(f"experiments.{name}")
+
+
+def _count(name: str, text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise InputError(f"--{name}={text}: give a whole number of at least 1")
+    return int(text)

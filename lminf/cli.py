@@ -16,11 +16,13 @@ from lminf.run import exits
 COMMANDS = {  # the module is lminf.commands.<name>
     "list": "the experiments: question, time, what to expect",
     "run": "one experiment, the same as python -m experiments.NAME",
+    "sweep": "every cell of a sweep that is not finished yet",
     "show": "tables and figures of finished runs",
     "fetch": "a named model into the user's cache folder",
     "nll": "how well a model predicts a text, by position",
     "generate": "what a model says next",
     "plan": "parameters, FLOPs and cache sizes of a model; runs nothing",
+    "tokenize": "texts into a token store, for training",
     "convert": "a checkpoint into another format",
     "scaling": "scaling laws: fits and predictions",
 }
@@ -48,7 +50,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     module.add_arguments(parser)
     parser.set_defaults(command=module.run)
     words = [*arguments[:at], *arguments[at + 1 :]]
-    if name == "run":  # passes on what it does not know, so the order matters
+    if name in ("run", "sweep"):  # passes on what it does not know, so the order matters
         return parser.parse_args(words)
     # In any order: plain parsing gives up on an optional word that stands behind an option.
     return parser.parse_intermixed_args(words)

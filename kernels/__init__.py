@@ -1,5 +1,6 @@
 """Attention and loss kernels: arrays in, arrays out. Imports nothing of lminf."""
 
+from kernels.block_sparse.api import block_sparse_attention
 from kernels.common.dispatch import Decision, explain
 from kernels.common.masks import GlobalDistance, SegmentIds
 from kernels.common.rope import LambdaOperands, rope_lambda
@@ -20,6 +21,7 @@ __all__ = [
     "Residuals",
     "RollingCache",
     "SegmentIds",
+    "block_sparse_attention",
     "explain",
     "lambda_attention",
     "lambda_decode",

@@ -1,0 +1,114 @@
+"""Attention over the blocks of keys that lists name, one list for each block of queries."""
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int
+
+from kernels.block_sparse import reference, xla_chunked
+from kernels.block_sparse.operands import Lists, Operands, Rules
+from kernels.common import arguments, dispatch, tuning
+from kernels.common.config import Key
+from kernels.common.masks import SegmentIds
+from kernels.lambda_attention.operands import Residuals
+
+IMPLEMENTATIONS = {"reference": reference.attention, "xla_chunked": xla_chunked.attention}
+ORDER = {"cpu": ("xla_chunked",)}
+
+
+def block_sparse_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K Hv"],
+    *,
+    block_indices: Int[Array, "B L Q M"],
+    block_counts: Int[Array, "B L Q"],
+    block_q: int,
+    block_kv: int,
+    causal: bool = True,
+    window_size: int | None = None,
+    num_global: int | None = None,
+    segment_ids: SegmentIds | None = None,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    return_residuals: bool = False,
+    implementation: dispatch.Choice = None,
+    config: object = None,
+) -> Array | Residuals:
+    """Attention outputs [B, T, N, Hv]; with `return_residuals`, also the LSE [B, N, T].
+
+    Queries [n * block_q, (n + 1) * block_q) see the keys of the blocks block_indices[b, l, n, :c],
+    c = block_counts[b, l, n]: ascending, each once, -1 after them. L is K or 1 (one list for all
+    heads). Row i of the queries stands at position i, as does row i of the keys; `causal` hides the
+    keys after a query. Within listed blocks, `window_size` hides the keys further back, except the
+    first `num_global` of the text, or of each segment. A row that sees nothing has output 0,
+    LSE -inf and no gradient. Lists that are not as they should be raise ValueError; inside
+    jit, where they cannot, the result is undefined.
+    """
+    batch, queries, heads, width = arguments.shape("query", query, "B T N H", (None,) * 4)
+    _, keys, key_heads, _ = arguments.shape("key", key, "B S K H", (batch, None, None, width))
+    arguments.shape("value", value, "B S K Hv", (batch, keys, key_heads, None))
+    if heads % key_heads:
+        raise ValueError(f"query has {heads} heads, not a multiple of the {key_heads} of key")
+    arguments.count("block_q", block_q, least=1)
+    arguments.count("block_kv", block_kv, least=1)
+    if window_size is None and num_global is not None:
+        raise ValueError(f"num_global={num_global} needs window_size: it counts keys beyond it")
+    if window_size is not None:
+        arguments.count("window_size", window_size, least=1)
+        if not causal:
+            raise ValueError(f"window_size={window_size} needs causal=True: it looks back")
+    arguments.count("num_global", num_global or 0, least=0)
+    if segment_ids is not None:
+        arguments.shape("segment_ids.q", segment_ids.q, "B T", (batch, queries))
+        arguments.shape("segment_ids.kv", segment_ids.kv, "B S", (batch, keys))
+        segment_ids = SegmentIds(*(x.astype(jnp.int32) for x in segment_ids))
+    rules = Rules(
+        block_q, block_kv, causal, window_size, num_global or 0,
+        width**-0.5 if scale is None else scale, logits_soft_cap,
+    )  # fmt: skip
+    lists = _lists(block_indices, block_counts, (batch, key_heads, -(-queries // block_q)))
+    _check_lists(block_indices, block_counts, -(-keys // block_kv))
+    key_ = Key(
+        "block_sparse_attention", str(query.dtype), heads, key_heads, width, queries, keys,
+        keys if window_size is None else window_size, num_global or 0,
+    )  # fmt: skip
+    result = dispatch.run(
+        "block_sparse_attention", tuning.tuned(IMPLEMENTATIONS, key_), ORDER, implementation,
+        rules, Operands(query, key, value), lists, segment_ids, config,
+    )  # fmt: skip
+    return result if return_residuals else result.out
+
+
+def _lists(indices, counts, expected: tuple[int, int, int]) -> Lists:
+    """The lists of every key head; ValueError if their shapes do not fit."""
+    batch, key_heads, q_blocks = expected
+    if indices.ndim != 4 or indices.shape[1] not in (1, key_heads):
+        raise ValueError(
+            f"block_indices has shape {indices.shape}; it must be "
+            f"[B={batch}, {key_heads} or 1, {q_blocks}, M]"
+        )
+    heads, width = indices.shape[1], indices.shape[3]
+    letters = "B L Q M"
+    arguments.shape("block_indices", indices, letters, (batch, heads, q_blocks, None))
+    arguments.shape("block_counts", counts, "B L Q", (batch, heads, q_blocks))
+    return Lists(
+        jnp.broadcast_to(indices, (batch, key_heads, q_blocks, width)).astype(jnp.int32),
+        jnp.broadcast_to(jnp.minimum(counts, width), expected).astype(jnp.int32),
+    )
+
+
+def _check_lists(indices, counts, kv_blocks: int) -> None:
+    """ValueError unless the lists are what they say; nothing inside jit."""
+    if isinstance(indices, Tracer) or isinstance(counts, Tracer):
+        return
+    found, lengths = np.asarray(indices), np.asarray(counts)
+    width = found.shape[-1]
+    if lengths.size and (lengths.min() < 0 or lengths.max() > width):
+        raise ValueError(f"block_counts runs to {lengths.max()}; the lists hold 0 to {width}")
+    used = np.arange(width) < lengths[..., None]
+    wrong = used & ((found < 0) | (found >= kv_blocks))
+    if wrong.any():
+        raise ValueError(f"block_indices holds {found[wrong][0]}; there are {kv_blocks} blocks")
+    if (used[..., 1:] & (np.diff(found, axis=-1) <= 0)).any():
+        raise ValueError("block_indices must ascend, each block once, in every list")

@@ -1,0 +1,68 @@
+"""Block-sparse attention by its definition: a dense mask from the lists, one masked softmax.
+
+Pair (i, j) is visible if block j // block_kv is listed for block i // block_q, and j <= i where
+causal, and i - j < window or j is one of its segment's first globals where there is a window.
+In float64 wherever that is switched on; differentiated by JAX.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from kernels.block_sparse import operands as pairs
+from kernels.block_sparse.operands import Lists, Operands, Rules
+from kernels.common import masks, numerics
+from kernels.common.masks import SegmentIds
+from kernels.lambda_attention.operands import Residuals
+
+
+def attention(
+    rules: Rules, operands: Operands, lists: Lists, segments: SegmentIds | None, config: object
+) -> Residuals:
+    """Outputs and log-denominators, computed densely."""
+    if config is not None:
+        raise NotImplementedError("there is nothing to configure")
+    dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
+    query, key, value = (x.astype(dtype) for x in operands)
+    group = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(x, group, 2) for x in (key, value))
+    seen = jnp.repeat(_mask(rules, operands, lists, segments), group, 1)
+
+    logits = jnp.einsum("btnh,bsnh->bnts", query, key, precision="highest") * rules.scale
+    if rules.soft_cap is not None:
+        logits = rules.soft_cap * jnp.tanh(logits / rules.soft_cap)
+    logits = jnp.where(seen, logits, numerics.MASK_VALUE)
+    top = jax.lax.stop_gradient(logits.max(-1))
+    weights = jnp.where(seen, jnp.exp(logits - top[..., None]), 0)
+    empty = ~seen.any(-1)
+    total = jnp.where(empty, 1, weights.sum(-1))
+    out = jnp.einsum("bnts,bsnh->btnh", weights / total[..., None], value, precision="highest")
+    lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
+    given = operands.query.dtype
+    return Residuals(out.astype(given), lse.astype(numerics.statistics_dtype(given)))
+
+
+def _mask(
+    rules: Rules, operands: Operands, lists: Lists, segments: SegmentIds | None
+) -> Bool[Array, "B K T S"]:
+    queries, keys = operands.query.shape[1], operands.key.shape[1]
+    width, kv_blocks = lists.indices.shape[3], -(-keys // rules.block_kv)
+
+    def along_last(count: int):
+        return jnp.arange(count, dtype=jnp.int32).reshape(1, 1, 1, -1)
+
+    used = along_last(width) < lists.counts[..., None]
+    named = lists.indices[..., None] == along_last(kv_blocks)[..., None, :]
+    listed = (named & used[..., None]).any(-2)
+    listed = jnp.repeat(jnp.repeat(listed, rules.block_q, 2), rules.block_kv, 3)
+    listed = listed[:, :, :queries, :keys]
+
+    rows = jnp.arange(queries, dtype=jnp.int32)[:, None]
+    columns = jnp.arange(keys, dtype=jnp.int32)[None]
+    if segments is None:
+        return listed & pairs.visible(rules, rows, columns, jnp.zeros_like(columns))[None, None]
+    shown = jax.vmap(lambda first: pairs.visible(rules, rows, columns, first[None]))(
+        masks.run_starts(segments.kv)
+    )
+    shown &= pairs.same_segment(segments.q[:, :, None], segments.kv[:, None, :])
+    return listed & shown[:, None]

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lminf.checkpoints import fetch, gguf, hf
+from lminf.checkpoints import fetch, gguf, gguf_tokenizer, hf, hf_tokenizer
 from lminf.checkpoints.trees import Progress
 from lminf.data.tokenizers import Tokenizer
 from lminf.errors import InputError
@@ -50,6 +50,17 @@ def read_spec(name: str | os.PathLike[str]) -> ModelSpec:
     """The shapes and rules of a model, without reading its parameters."""
     path = _locate(str(name), None)
     return gguf.read_spec(gguf.open_gguf(path)) if path.is_file() else hf.read_spec(path)
+
+
+def read_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a model, or of a folder that holds nothing else."""
+    path = _locate(str(name), None)
+    if path.is_file():
+        return gguf_tokenizer.from_metadata(gguf.open_gguf(path).metadata, str(path))
+    tokenizer = hf_tokenizer.read(path)
+    if tokenizer is None:
+        raise InputError(f"{path} has no tokenizer; add its tokenizer.json")
+    return tokenizer
 
 
 def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:

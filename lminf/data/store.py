@@ -1,0 +1,210 @@
+"""Token stores: a corpus as one array of tokens, with the place where each document ends.
+
+A store is a folder, in a file system or a bucket:
+
+    tokens/     zarr3 array [tokens] of uint16, or uint32 for vocabularies beyond 65,536
+    ends/       zarr3 array [documents] of int64: the token after each document's last
+    store.json  Facts; written last, so a store without it is unfinished
+    progress.json  while it is being written: what is complete, and where the reading goes on
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from jaxtyping import Int
+
+from lminf.data.places import Place
+from lminf.errors import InputError
+
+FORMAT = "lminf-tokens-1"
+FACTS, PROGRESS = "store.json", "progress.json"
+# An object of 32 MiB (uint16) holds many separately compressed pieces: few objects in a bucket, and
+# a row of 2,048 tokens is read by decoding 64 KiB.
+OBJECT_TOKENS, PIECE_TOKENS = 1 << 24, 1 << 15
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a store holds and where it comes from."""
+
+    tokenizer: str  # the name it was given by
+    tokenizer_digest: str  # Tokenizer.digest
+    vocab_size: int
+    dtype: str
+    bos_id: int | None  # before each document
+    end_id: int  # after each document
+    tokens: int
+    documents: int
+    text_bytes: int  # UTF-8
+    empty_documents: int  # that the sources held beside; they were left out
+    field: str
+    split: str
+    sources: tuple[Mapping[str, Any], ...]  # name and bytes of each file
+    text_digest: str  # of all texts in their order, whatever files they lie in
+    format: str = FORMAT
+
+
+class TokenStore:
+    """Tokens and document ends, read-only."""
+
+    def __init__(self, facts: Facts | None, tokens: ts.TensorStore, ends: ts.TensorStore):
+        self.facts = facts
+        self._tokens, self._ends = tokens, ends
+        self.tokens = int(tokens.shape[0])
+
+    @functools.cached_property
+    def ends(self) -> Int[np.ndarray, " documents"]:
+        """The token after each document's last one, int64: 8 bytes a document in memory."""
+        return np.asarray(self._ends.read().result())
+
+    def read(self, starts: Sequence[int], sizes: Sequence[int]) -> list[Int[np.ndarray, " _"]]:
+        """`sizes[i]` tokens from `starts[i]` on, for all i at once."""
+        waiting = [
+            self._tokens[start : start + size].read()
+            for start, size in zip(starts, sizes, strict=True)
+        ]
+        return [np.asarray(part.result()) for part in waiting]
+
+
+def from_documents(documents: Sequence[Int[np.ndarray, " _"]]) -> TokenStore:
+    """A store in memory of documents that already are tokens."""
+    ends = np.cumsum([len(document) for document in documents], dtype=np.int64)
+    tokens = np.concatenate(
+        [np.asarray(d, np.uint32) for d in documents] or [np.empty(0, np.uint32)]
+    )
+    return TokenStore(None, ts.array(tokens), ts.array(ends))
+
+
+def open_store(
+    url: str, *, tokenizer_digest: str | None = None, memory: ts.Context | None = None
+) -> TokenStore:
+    """The finished store at a place; refused where another tokenizer wrote it."""
+    place = Place(url, memory=memory)
+    facts = read_facts(place)
+    if facts is None:
+        progress, _ = place.json(PROGRESS)
+        if progress is None:
+            raise InputError(f"{url} holds no token store; make one with: lminf tokenize SOURCES "
+                             f"--tokenizer MODEL --out {url}")  # fmt: skip
+        raise InputError(
+            f"the token store {url} is unfinished ({progress['documents']:,} documents are "
+            f"complete); run the same `lminf tokenize` again, which goes on from there"
+        )
+    if tokenizer_digest not in (None, facts.tokenizer_digest):
+        raise InputError(
+            f"the token store {url} was written with the tokenizer {facts.tokenizer} (digest "
+            f"{facts.tokenizer_digest[:12]}), not with the one of this model (digest "
+            f"{tokenizer_digest[:12]}); tokenize the text again, or use that tokenizer"
+        )
+    tokens, ends = place.array("tokens"), place.array("ends")
+    if (tokens.shape[0], ends.shape[0]) != (facts.tokens, facts.documents):
+        raise InputError(
+            f"the token store {url} is damaged: {tokens.shape[0]:,} tokens in {ends.shape[0]:,} "
+            f"documents, where {FACTS} says {facts.tokens:,} in {facts.documents:,}; write it again"
+        )
+    return TokenStore(facts, tokens, ends)
+
+
+def read_facts(place: Place) -> Facts | None:
+    """The store's Facts; None where no finished store lies."""
+    found, _ = place.json(FACTS)
+    if found is None:
+        return None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise InputError(
+            f"{place.url}/{FACTS} is not of the format {FORMAT}; write the store again"
+        )
+    return Facts(**{**found, "sources": tuple(found["sources"])})
+
+
+class Writer:
+    """Appends tokens and ends to a store; what `commit` has returned from is never lost."""
+
+    def __init__(self, place: Place, *, request: Mapping[str, Any], dtype: str):
+        """Goes on with the unfinished store of the same request, if one lies there."""
+        self._place, self._request = place, request
+        found, generation = place.json(PROGRESS)
+        if found is not None:
+            _same_request(place.url, found["request"], request)
+        self.tokens: int = found["tokens"] if found else 0
+        self.documents: int = found["documents"] if found else 0
+        self.state: Any = found["state"] if found else None  # the caller's, as of the last commit
+        # Claims the place, so that the next commit of any other process that writes here fails.
+        self._generation = self._put_progress(generation)
+        kinds = {"tokens": dtype, "ends": "int64"}
+        self._arrays = {
+            name: place.array(name, write=True)
+            if self.tokens
+            else place.array(name, metadata=_metadata(kind))
+            for name, kind in kinds.items()
+        }
+        self._buffers: dict[str, list[np.ndarray]] = {"tokens": [], "ends": []}
+        self.pending = 0  # tokens appended since the last commit
+
+    def append(self, ids: Int[np.ndarray, " _"], *, ends_document: bool) -> None:
+        self._buffers["tokens"].append(ids)
+        self.pending += len(ids)
+        if ends_document:
+            end = np.array([self.tokens + self.pending], np.int64)
+            self._buffers["ends"].append(end)
+
+    def commit(self, state: Any) -> None:
+        """Makes what was appended last, and `state` with it."""
+        self.tokens = self._extend("tokens", self.tokens)
+        self.documents = self._extend("ends", self.documents)
+        self.pending, self.state = 0, state
+        # Last: a process that is killed before leaves tokens beyond `tokens`, which the next one
+        # overwrites with the same ones.
+        self._generation = self._put_progress(self._generation)
+
+    def finish(self, facts: Facts) -> None:
+        """Turns what was committed into a finished store."""
+        for name, size in (("tokens", self.tokens), ("ends", self.documents)):
+            with self._place.errors("write"):
+                self._arrays[name].resize(exclusive_max=[size]).result()
+        _, absent = self._place.json(FACTS)
+        self._place.put_json(FACTS, dataclasses.asdict(facts), replaces=absent)
+        self._place.remove(PROGRESS)
+
+    def _put_progress(self, replaces: bytes) -> bytes:
+        progress = {"request": self._request, "tokens": self.tokens, "documents": self.documents,
+                    "state": self.state}  # fmt: skip
+        return self._place.put_json(PROGRESS, progress, replaces=replaces)
+
+    def _extend(self, name: str, start: int) -> int:
+        parts = self._buffers[name]
+        if not parts:
+            return start
+        values = np.concatenate(parts)
+        stop = start + len(values)
+        with self._place.errors("write"):
+            array = self._arrays[name]
+            array = array.resize(exclusive_max=[stop], expand_only=True).result()
+            array[start:stop].write(values.astype(array.dtype.numpy_dtype)).result()
+            self._arrays[name] = array
+        self._buffers[name] = []
+        return stop
+
+
+def _metadata(dtype: str) -> dict[str, Any]:
+    """Of a new array without elements."""
+    inner = [{"name": "bytes", "configuration": {"endian": "little"}},
+             {"name": "zstd", "configuration": {"level": 3}}]  # fmt: skip
+    sharding = {"chunk_shape": [PIECE_TOKENS], "codecs": inner}
+    grid = {"name": "regular", "configuration": {"chunk_shape": [OBJECT_TOKENS]}}
+    return {"shape": [0], "data_type": dtype, "chunk_grid": grid,
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}]}  # fmt: skip
+
+
+def _same_request(url: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for name in now:
+        if before.get(name) != now[name]:
+            raise InputError(
+                f"{url} holds the beginning of another store: its {name} differs; name another "
+                f"place with --out, or finish that one first"
+            )

@@ -1,0 +1,246 @@
+"""Token stores: what is read is what was written, killed or not, here or in memory."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorstore as ts
+
+from lminf import cli
+from lminf.data import documents, store, tokenizing
+from lminf.data.places import Place
+from lminf.data.tokenizers import ByteTokenizer
+from lminf.errors import InputError
+
+BYTES = ByteTokenizer()
+TEXTS = ["one", "", "two words", "three whole words", "é 語"] * 20
+END = 256
+
+
+def corpus(folder, texts=TEXTS):
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    (folder / "b.txt").write_text("a plain file " * 9)
+    return [str(folder / "a.jsonl"), str(folder / "b.txt")]
+
+
+def expected(texts=TEXTS):
+    return [[*t.encode(), END] for t in [*texts, "a plain file " * 9] if t]
+
+
+def contents(found):
+    starts = [0, *found.ends[:-1]]
+    sizes = np.diff(found.ends, prepend=0)
+    return [list(part) for part in found.read(starts, sizes)]
+
+
+@pytest.mark.parametrize("where", ["file", "memory"])
+def test_a_store_gives_back_the_documents(tmp_path, where):
+    memory = ts.Context() if where == "memory" else None
+    out = "memory://corpus/" if where == "memory" else str(tmp_path / "store")
+    facts = tokenizing.tokenize(corpus(tmp_path), BYTES, out, name="bytes", memory=memory)
+    found = store.open_store(out, tokenizer_digest=BYTES.digest, memory=memory)
+    assert contents(found) == expected()
+    assert found.facts == facts
+    assert (facts.documents, facts.empty_documents) == (len(expected()), 20)
+    assert facts.tokens == found.tokens == sum(map(len, expected()))
+    assert facts.text_bytes == facts.tokens - facts.documents
+    assert (facts.dtype, facts.vocab_size, facts.end_id) == ("uint16", 257, END)
+    # Asked for again, it is found finished.
+    again = tokenizing.tokenize(corpus(tmp_path), BYTES, out, name="bytes", memory=memory)
+    assert again.text_digest == facts.text_digest
+
+
+def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path):
+    wide = ByteTokenizer()
+    wide.backend.add_tokens([f"<{i}>" for i in range(70_000)])
+    facts = tokenizing.tokenize(corpus(tmp_path), wide, str(tmp_path / "s"), name="wide")
+    assert (facts.dtype, facts.vocab_size) == ("uint32", 70_257)
+    assert contents(store.open_store(str(tmp_path / "s"))) == expected()
+
+
+def test_bos_stands_before_documents_where_the_model_was_trained_so(tmp_path):
+    tokenizer = ByteTokenizer()
+    object.__setattr__(tokenizer, "add_bos", True)
+    facts = tokenizing.tokenize(corpus(tmp_path), tokenizer, str(tmp_path / "s"), name="bos")
+    assert facts.bos_id == END
+    assert contents(store.open_store(str(tmp_path / "s"))) == [[END, *d] for d in expected()]
+
+
+def test_pieces_of_a_long_document_have_the_tokens_of_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "PIECE_CHARS", 50)
+    monkeypatch.setattr(tokenizing, "BATCH_CHARS", 90)
+    texts = ["many words in a row " * 40, "short"]
+    tokenizing.tokenize(corpus(tmp_path, texts), BYTES, str(tmp_path / "s"), name="bytes",
+                        commit_tokens=100)  # fmt: skip
+    assert contents(store.open_store(str(tmp_path / "s"))) == expected(texts)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", ["array", "before progress", "after progress", "before facts"])
+def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, monkeypatch, at):
+    """Stopped at every commit in turn, at each kind of place, by an exception that nothing sees."""
+    monkeypatch.setattr(tokenizing, "BATCH_CHARS", 100)
+    monkeypatch.setattr(documents, "PIECE_CHARS", 40)
+    sources = corpus(tmp_path)
+    whole = tokenizing.tokenize(sources, BYTES, str(tmp_path / "whole"), name="bytes")
+    out = str(tmp_path / "killed")
+    original = Place.put_json, store.Writer._extend
+
+    def run(count):
+        """Runs until the `count`-th time, then dies."""
+        left = [count]
+
+        def die():
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+
+        def put_json(self, name, value, **options):
+            if at == ("before facts" if name == store.FACTS else "before progress"):
+                die()
+            generation = original[0](self, name, value, **options)
+            if at == "after progress" and name == store.PROGRESS:
+                die()
+            return generation
+
+        def extend(self, name, start):
+            stop = original[1](self, name, start)
+            if at == "array":
+                die()
+            return stop
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Place, "put_json", put_json)
+            patch.setattr(store.Writer, "_extend", extend)
+            tokenizing.tokenize(sources, BYTES, out, name="bytes", commit_tokens=150)
+
+    deaths = 0
+    for count in (1, 2, 3, 2, 3, 4, 3, 3, 3, 3, 3, 3):
+        try:
+            run(count)
+            break
+        except Killed:
+            deaths += 1
+        if at != "before progress" or deaths > 1:
+            with pytest.raises(InputError, match=r"is unfinished"):
+                store.open_store(out)
+    else:
+        run(1000)
+    assert deaths >= 1
+    assert store.open_store(out).facts == whole
+    assert contents(store.open_store(out)) == expected()
+
+
+def test_the_second_of_two_writers_is_told(tmp_path):
+    place = Place(str(tmp_path / "s"))
+    first = store.Writer(place, request={"x": 1}, dtype="uint16")
+    first.append(np.arange(5), ends_document=True)
+    second = store.Writer(Place(str(tmp_path / "s")), request={"x": 1}, dtype="uint16")
+    with pytest.raises(InputError, match=r"another process writes"):
+        first.commit(None)
+    second.append(np.arange(5), ends_document=True)
+    second.commit(None)
+
+
+def test_wrong_tokenizers_and_places_are_refused_by_name(tmp_path):
+    sources, out = corpus(tmp_path), str(tmp_path / "s")
+    with pytest.raises(InputError, match=r"holds no token store; make one with: lminf tokenize"):
+        store.open_store(out)
+    tokenizing.tokenize(sources, BYTES, out, name="bytes")
+    with pytest.raises(InputError, match=r"written with the tokenizer bytes \(digest .*not with"):
+        store.open_store(out, tokenizer_digest="0" * 64)
+    with pytest.raises(InputError, match=r"finished store of another list of sources"):
+        tokenizing.tokenize(sources[:1], BYTES, out, name="bytes")
+    with pytest.raises(InputError, match=r"has no token '<end>'.*--end"):
+        tokenizing.tokenize(sources, BYTES, str(tmp_path / "t"), name="bytes", end="<end>")
+    store.Writer(Place(str(tmp_path / "u")), request={"tokenizer": "other"}, dtype="uint16")
+    with pytest.raises(InputError, match=r"beginning of another store: its tokenizer differs"):
+        tokenizing.tokenize(sources, BYTES, str(tmp_path / "u"), name="bytes")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=r"cannot .* /.*/file/s: "):
+        tokenizing.tokenize(sources, BYTES, str(tmp_path / "file" / "s"), name="bytes")
+    (tmp_path / "s" / "store.json").write_text('{"format"')
+    with pytest.raises(InputError, match=r"store.json is damaged"):
+        store.open_store(out)
+
+
+def test_sources_that_changed_are_not_continued(tmp_path, monkeypatch):
+    sources, out = corpus(tmp_path), str(tmp_path / "s")
+
+    def die(self, facts):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.Writer, "finish", die)
+        with pytest.raises(Killed):
+            tokenizing.tokenize(sources, BYTES, out, name="bytes")
+    (tmp_path / "b.txt").write_text("another text")
+    with pytest.raises(InputError, match=r"its list of sources differs"):
+        tokenizing.tokenize(sources, BYTES, out, name="bytes")
+
+
+def test_the_command_prints_what_it_made(tmp_path, capsys):
+    sources = corpus(tmp_path)
+    cli.main(["tokenize", *sources, "--tokenizer", "bytes", "--out", str(tmp_path / "s")])
+    printed = capsys.readouterr().out
+    assert f"{sum(map(len, expected())):,} tokens (uint16)" in printed
+    assert "20 without text left out" in printed
+
+
+@pytest.mark.slow
+def test_workers_give_the_same_store_and_survive_kill_9(tmp_path):
+    """A real process, killed in the middle of writing, then run again."""
+    texts = [f"document {i} " + "words of it " * (i % 700) for i in range(6000)]
+    sources = corpus(tmp_path, texts)
+    out = [str(tmp_path / name) for name in ("alone", "workers", "killed")]
+    facts = tokenizing.tokenize(sources, BYTES, out[0], name="bytes", workers=0)
+    shared = tokenizing.tokenize(
+        sources, BYTES, out[1], name="bytes", workers=2, commit_tokens=10**6
+    )
+    assert facts == shared
+    code = (
+        "from lminf.data import tokenizing\n"
+        "from lminf.data.tokenizers import ByteTokenizer\n"
+        "if __name__ == '__main__':\n"
+        f"    tokenizing.tokenize({sources!r}, ByteTokenizer(), {out[2]!r}, name='bytes',\n"
+        "                        workers=2, commit_tokens=10**6)\n"
+    )
+    (tmp_path / "run.py").write_text(code)
+    process = subprocess.Popen([sys.executable, str(tmp_path / "run.py")], start_new_session=True)
+    place, deadline = Place(out[2]), time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        progress, _ = place.json(store.PROGRESS)
+        if progress and progress["tokens"] > 2 * 10**6:
+            break
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -9
+    while _alive(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(process.pid), "workers outlive the process that started them"
+    with pytest.raises(InputError, match=r"is unfinished"):
+        store.open_store(out[2])
+    done = subprocess.run([sys.executable, str(tmp_path / "run.py")], check=False)
+    assert done.returncode == 0
+    first, last = store.open_store(out[0]), store.open_store(out[2])
+    assert last.facts == facts
+    np.testing.assert_array_equal(first.ends, last.ends)
+    np.testing.assert_array_equal(
+        first.read([0], [first.tokens])[0], last.read([0], [last.tokens])[0]
+    )
+
+
+def _alive(group):
+    """Whether a process of the group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

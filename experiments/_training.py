@@ -56,10 +56,18 @@ def shape_of(c, vocab_size: int) -> ModelSpec:
     return spec.llama(vocab_size=vocab_size, trained_length=c.data.length, **c.model.to_dict())
 
 
-def program_of(c, shape: ModelSpec, *, devices=None) -> Program:
-    """The step of this config on these devices (None: all there are)."""
+def shape_to_plan(c) -> ModelSpec:
+    """The shape of the model to train, reading no parameters."""
+    if c.init:
+        return checkpoints.read_spec(c.init)
+    return shape_of(c, tokenizer_of(c.data.tokenizer).vocab_size)
+
+
+def program_of(c, shape: ModelSpec, *, absent: int | None = None) -> Program:
+    """The step of this config on all devices, or planned for so many that are `absent`."""
     strategy = partition.parse(c.strategy)
-    laid_out = mesh.make(from_config(c.mesh, mesh.MeshShape), devices)
+    sizes = from_config(c.mesh, mesh.MeshShape)
+    laid_out = mesh.make(sizes) if absent is None else mesh.absent(sizes, absent)
     partition.check(strategy, laid_out)
     schedule = parse_choice(c.schedule, SCHEDULES, what="schedule")
     policy = parse_choice(c.attention, POLICIES, what="policy")

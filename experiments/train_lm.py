@@ -15,14 +15,13 @@ from lminf.checkpoints import native
 from lminf.config import from_config
 from lminf.errors import InputError
 from lminf.lm import LM
-from lminf.models import cost
 from lminf.parallel import hardware
 from lminf.parallel.processes import Processes
 from lminf.run import environment, memory, plots
 from lminf.run.clock import Split
 from lminf.run.progress import Progress
 from lminf.run.stopping import Stopping
-from lminf.train import batches
+from lminf.train import batches, planning
 from lminf.train.loop import Hook, fit, refuse
 
 
@@ -138,10 +137,7 @@ class Watch:
         self.split = Split(*earlier)
         self.progress = Progress(c.steps, label="training", start=done)
         self.smoothed = None
-        products = cost.matmul_flops_per_token(program.spec)
-        attention = cost.attention_flops(program.spec, program.policies, c.data.length)
-        # Backward is twice forward. What remat computes again is not counted.
-        flops = 3 * (products + attention / c.data.length) * self.tokens_per_step
+        flops = planning.flops_per_token(program, c.data.length) * self.tokens_per_step
         peak = hardware.peak_flops(jax.local_devices()[0]) * program.mesh.size
         self.step_share = flops / peak  # seconds of a step at full speed
         self.last = (done, self.split.seconds()["seconds_train"])

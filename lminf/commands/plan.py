@@ -1,4 +1,8 @@
-"""lminf plan MODEL: parameters, FLOPs and cache bytes; nothing is trained or run."""
+"""lminf plan: what a model costs to run, or a training run costs on devices that are not here.
+
+lminf plan MODEL                                     parameters, FLOPs and cache bytes
+lminf plan --config=train_lm:1b --devices=v5e-256    bytes on each device, sharding, hours
+"""
 
 import argparse
 import json
@@ -12,24 +16,38 @@ from lminf.attention.policies import POLICIES
 from lminf.config import parse_choice
 from lminf.errors import InputError
 from lminf.models import cost
-from lminf.run import tables
+from lminf.parallel import hardware
+from lminf.run import request, tables
+from lminf.train import planning
 
 DEFAULT = ("full", "window:window={w}", "lm_infinite:window={w},sinks=10")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="a table name, a folder, a .gguf file, owner/name"
+        "model", metavar="MODEL", nargs="?", help="a table name, a folder, a .gguf file, owner/name"
     )
+    parser.add_argument("--config", help="a training run, as experiments.train_lm takes it")
+    parser.add_argument("--devices", default="h100x8", help="for --config: v5e-256, h100x8, …")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak to count on")
     parser.add_argument("--policy", action="append", help="may repeat; default: full and windowed")
     parser.add_argument(
         "--length", type=int, help="tokens of the text; default: 4 x trained length"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument(
+        "--override", dest="overrides", action="append", default=[], metavar="FIELD=VALUE",
+        help="of the config, as in --override=mesh.fsdp=8; may repeat",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> None:
+    if (args.model is None) == (args.config is None):
+        raise InputError("give a MODEL to run or a --config to train, as in lminf plan --help")
+    if args.config is not None:
+        plan_training(args)
+        return
     spec = checkpoints.read_spec(args.model)
     length = 4 * spec.trained_length if args.length is None else args.length
     if length < 1:
@@ -61,9 +79,53 @@ def run(args: argparse.Namespace) -> None:
         "length": length,
         "dtype": args.dtype,
     }
+    show(args, facts, {"policies": rows})
+
+
+def plan_training(args: argparse.Namespace) -> None:
+    from experiments import _training
+
+    asked = request.parse(
+        "train_lm", [f"--config={args.config}", *(f"--config.{o}" for o in args.overrides)]
+    )
+    assert asked is not None  # --help was this command's own
+    c = asked.config
+    devices = hardware.parse(args.devices)
+    start = _training.shape_to_plan(c)
+    program = _training.program_of(c, start, absent=devices.count)
+    held = planning.device_bytes(program, rows=c.data.batch, length=c.data.length)
+    tokens = c.steps * c.data.batch * c.data.length
+    flops = planning.flops_per_token(program, c.data.length) * tokens
+    if not 0 < args.mfu <= 1:
+        raise InputError(f"--mfu={args.mfu}: give a share of the peak, above 0 and up to 1")
+    seconds = flops / (devices.count * devices.kind.peak_flops * args.mfu)
+    facts = {
+        "config": args.config,
+        "devices": f"{devices.count} x {devices.name}",
+        "mesh": " ".join(f"{axis}={n}" for axis, n in program.mesh.shape.items() if n > 1),
+        "strategy": c.strategy,
+        "parameters": cost.parameters(start),
+        "tokens": tokens,
+        "flops": flops,
+        "mfu": args.mfu,
+        "hours": seconds / 3600,
+        "params_bytes": held.params,
+        "grads_bytes": held.grads,
+        "optimizer_bytes": held.optimizer,
+        "activation_bytes": held.activations,
+        "total_bytes": held.total,
+        "device_memory_bytes": devices.kind.memory_bytes,
+        "fits": held.total <= devices.kind.memory_bytes,
+    }
+    show(args, facts, {"sharding": planning.table(program)})
+
+
+def show(args: argparse.Namespace, facts: dict, sections: dict[str, list]) -> None:
+    """Facts a line each and tables, or all as one JSON object."""
     if args.json:
-        print(json.dumps({**facts, "policies": rows}))
+        print(json.dumps({**facts, **sections}))
         return
     print("\n".join(f"{key:24} {value:,}" if isinstance(value, int) else f"{key:24} {value}"
                     for key, value in facts.items()))  # fmt: skip
-    Console(highlight=False).print(tables.rich_table(rows))
+    for rows in sections.values():
+        Console(highlight=False).print(tables.rich_table(rows))

@@ -1,11 +1,15 @@
 """What devices can do, for plans and for the share of it that a run reaches."""
 
+import re
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from lminf.config import closest
+from lminf.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -14,6 +18,29 @@ class Kind:
 
     peak_flops: float  # per second, dense bfloat16, from the maker's data sheet
     memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Devices:
+    """So many of one kind."""
+
+    name: str
+    count: int
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.name]
+
+
+def parse(text: str) -> Devices:
+    """`v5e-256`, `h100x8`, `h200`."""
+    found = re.fullmatch(r"(\w+?)(?:[-x*](\d+))?", text.lower())
+    if found is None or found[1] not in KINDS or found[2] == "0":
+        name = found[1] if found else text
+        raise InputError(
+            f"--devices={text}: {closest(name, KINDS)}, and how many, as in v5e-256 or h100x8"
+        )
+    return Devices(found[1], int(found[2] or 1))
 
 
 GB, GiB = 10**9, 2**30

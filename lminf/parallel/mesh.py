@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from lminf.errors import InputError
 
@@ -74,6 +74,11 @@ def make(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     if devices is None and used == len(everything):
         return jax.make_mesh(sizes, AXES, axis_types=kinds)  # knows the network between TPUs
     return Mesh(np.array(everything[:used]).reshape(sizes), AXES, axis_types=kinds)
+
+
+def absent(shape: MeshShape, devices: int) -> AbstractMesh:
+    """The mesh over so many devices that are not here: for plans."""
+    return AbstractMesh(shape.sizes(devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def single() -> Mesh:

@@ -173,19 +173,19 @@ def following(state: Any, params: Any, laid_out: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, state)
 
 
-def device_bytes(tree: Any, shardings: Any = None) -> int:
-    """The most bytes that one device holds: of arrays that are there, or of shapes so laid out."""
+def device_bytes(tree: Any) -> int:
+    """The most bytes that one device of this process holds of these arrays."""
     held: dict[Any, int] = {}
-    if shardings is None:
-        for leaf in jax.tree.leaves(tree):
-            for shard in leaf.addressable_shards:
-                held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
-        return max(held.values(), default=0)
-    for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True):
-        size = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for device in sharding.device_set:
-            held[device] = held.get(device, 0) + size
+    for leaf in jax.tree.leaves(tree):
+        for shard in leaf.addressable_shards:
+            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
     return max(held.values(), default=0)
+
+
+def planned_bytes(shapes: Any, shardings: Any) -> int:
+    """Bytes on each device of arrays of these shapes, laid out so; the devices may be absent."""
+    pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in pairs)
 
 
 @dataclass(frozen=True)

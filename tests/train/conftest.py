@@ -9,7 +9,7 @@ def as_users_run_it():
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="package", autouse=True)
 def compiled_fast():
     """Much is compiled and little computed."""
     jax.config.update("jax_disable_most_optimizations", True)

@@ -1,5 +1,7 @@
 """A tiny model and batches to train it on, laid out on any mesh."""
 
+import functools
+
 import jax
 import numpy as np
 
@@ -9,6 +11,7 @@ from lminf.parallel import mesh, partition
 from lminf.train import batches
 from lminf.train.optim import AdamW
 from lminf.train.step import Program
+from tests.models import specs
 
 SPEC = spec.llama(
     vocab_size=64, width=16, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=32,
@@ -42,9 +45,18 @@ def put(made: Program, batch):
     return batches.put(batch, mesh=made.mesh, strategy=made.strategy)
 
 
+@functools.cache
+def params():
+    return host(specs.parameters(SPEC))
+
+
+def start(made: Program):
+    return made.start(params())
+
+
 def train(made: Program, steps=2, batch_of=tokens):
     """(state, losses) after some steps from the same start."""
-    state, losses = made.init(key=jax.random.key(0)), []
+    state, losses = start(made), []
     for index in range(steps):
         state, metrics = made.step(state, put(made, batch_of(index)))
         losses.append(float(metrics.loss))

@@ -15,8 +15,9 @@ ALL = (
 )
 
 
-def rates(schedule, steps=np.arange(STEPS + 1)):
-    return np.asarray(jax.vmap(lambda step: schedule(step, STEPS))(steps))
+def rates(schedule, steps=None):
+    steps = np.arange(STEPS + 1) if steps is None else steps
+    return np.asarray(jax.jit(jax.vmap(lambda step: schedule(step, STEPS)))(steps))
 
 
 @pytest.mark.parametrize("schedule", ALL, ids=lambda schedule: type(schedule).__name__)

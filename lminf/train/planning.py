@@ -1,0 +1,98 @@
+"""Bytes and FLOPs of a training step on each device, from shapes alone: nothing is compiled."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lminf.models import cost, decoder
+from lminf.parallel import partition
+from lminf.train.step import Program
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """On one device."""
+
+    params: int  # what the forward pass reads
+    grads: int
+    optimizer: int  # with the float32 masters
+    activations: int  # that the backward finds in memory: a formula, within what XLA makes of it
+
+    @property
+    def total(self) -> int:
+        return self.params + self.grads + self.optimizer + self.activations
+
+
+def device_bytes(program: Program, *, rows: int, length: int) -> Bytes:
+    """What one device holds in a step over `rows` x `length` tokens."""
+    state, laid_out = program.shapes, program.shardings
+    gradient = state.params
+    if program.accumulate > 1:  # pieces are added in float32
+        gradient = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), gradient)
+    return Bytes(
+        partition.planned_bytes(state.params, laid_out.params),
+        partition.planned_bytes(gradient, program.gradient_shardings),
+        partition.planned_bytes(
+            (state.masters, state.optimizer), (laid_out.masters, laid_out.optimizer)
+        ),
+        activation_bytes(program, rows=rows, length=length),
+    )
+
+
+def activation_bytes(program: Program, *, rows: int, length: int) -> int:
+    """Kept for the backward, and the largest layer's own work while it is computed again."""
+    s, sizes = program.spec, program.mesh.shape
+    rules = {axis for _, axis in program.strategy.activations}
+    tokens = rows * length / (sizes["data"] * sizes["fsdp"] * program.accumulate)
+    tokens /= sizes["context"] if "context" in rules else 1
+    slices = sizes["tensor"] if "tensor" in rules else 1
+    heads, wide = s.num_heads * s.head_dim, s.mlp.hidden_dim
+    stream = s.width / slices  # between products, in slices of positions
+    products = (heads + 2 * s.num_kv_heads * s.head_dim + wide * (1 + s.mlp.gated)) / slices
+    products += 2 * s.width / slices
+    everything = products + 2 * s.width + (3 * heads + 2 * wide) / slices
+    kept = {"full": stream, "dots": stream + products, "none": stream + everything}
+    per_token = s.num_layers * kept[program.remat]
+    if program.remat != "none":
+        per_token += everything
+    return math.ceil(tokens * per_token * jnp.dtype(program.dtype).itemsize)
+
+
+def flops_per_token(program: Program, length: int) -> float:
+    """Of forward and backward, which is twice forward. What remat computes again does not count."""
+    attention = cost.attention_flops(program.spec, program.policies, length)
+    return 3 * (cost.matmul_flops_per_token(program.spec) + attention / length)
+
+
+def table(program: Program) -> list[dict[str, Any]]:
+    """Every parameter: its shape, its logical axes, where its slices lie, and bytes on a device."""
+    rows = []
+    leaves = jax.tree_util.tree_leaves_with_path(program.shapes.params)
+    for (key_path, leaf), sharding in zip(
+        leaves, jax.tree.leaves(program.shardings.params), strict=True
+    ):
+        path = partition.path_of(key_path)
+        opt = partition.spec(
+            partition.logical_axes(path, decoder.AXES), leaf.shape, program.strategy.opt,
+            program.mesh,
+        )  # fmt: skip
+        rows.append(
+            {
+                "parameter": path,
+                "shape": " x ".join(str(size) for size in leaf.shape),
+                "weights": spell(sharding.spec),
+                "optimizer": spell(opt),
+                "bytes": partition.planned_bytes(leaf, sharding),
+            }
+        )
+    return rows
+
+
+def spell(spec) -> str:
+    """`- fsdp tensor`: the mesh axes of each dimension."""
+    names = ("-" if part is None else part if isinstance(part, str) else "*".join(part)
+             for part in spec)  # fmt: skip
+    return " ".join(names)

@@ -1,0 +1,215 @@
+"""train_lm as a user starts it: killed, stopped, in several processes, and its tiny form."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments import _training
+from lminf import cli
+from lminf.errors import InputError
+from lminf.run import folder, request
+
+SMALL = (
+    "--config=train_lm:tiny", "--config.model.width=32", "--config.model.num_layers=2",
+    "--config.model.hidden_dim=48", "--config.data.batch=8", "--config.data.length=16",
+    "--config.evaluate.batches=1", "--config.evaluate.sample=0", "--config.log_every=1",
+)  # fmt: skip
+
+
+def command(out, *changes):
+    return [sys.executable, "-m", "experiments.train_lm", *SMALL, *changes, f"--out={out}"]
+
+
+def environment(devices=1):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+
+def finish(out, *changes, devices=1):
+    done = subprocess.run(
+        command(out, *changes), env=environment(devices), capture_output=True, text=True,
+        timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def losses(out):
+    return {row["step"]: row["loss"] for row in folder.RunFolder(out).metrics()}
+
+
+def wait_for(process, condition, seconds=300):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < until, "it took too long"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_equals_one_that_was_not(tmp_path):
+    """Killed twice: between checkpoints, and as soon as a save has begun."""
+    steps = ("--config.steps=60", "--config.evaluate.every=30", "--config.checkpoint.every=10")
+    finish(tmp_path / "whole", *steps)
+    out = tmp_path / "killed"
+    checkpoints = out / "checkpoints"
+    for moment in (
+        lambda: (out / "metrics.jsonl").exists() and max(losses_so_far(out), default=0) >= 14,
+        lambda: checkpoints.exists() and any(int(p.name[:8]) >= 40 for p in folders(checkpoints)),
+    ):
+        process = subprocess.Popen(
+            command(out, *steps), env=environment(), stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        wait_for(process, moment)
+        process.kill()
+        process.communicate()
+    resumed = finish(out, *steps)
+    assert "going on from step" in resumed.stderr
+    assert losses(out) == losses(tmp_path / "whole")
+    assert sorted(losses(out)) == list(range(1, 61))
+    kept = [
+        [(row["part"], row["step"], row["loss"]) for row in folder.RunFolder(path).rows()]
+        for path in (out, tmp_path / "whole")
+    ]
+    assert kept[0] == kept[1]
+
+
+def folders(path):
+    return [entry for entry in path.iterdir() if entry.is_dir() and entry.name[:8].isdigit()]
+
+
+def losses_so_far(out):
+    """Steps in metrics.jsonl, whose last line may be half written."""
+    lines = (out / "metrics.jsonl").read_text().split("\n")[:-1]
+    return [json.loads(line)["step"] for line in lines]
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_a_second_run_is_kept_out(tmp_path):
+    out, steps = tmp_path / "run", ("--config.steps=100000", "--config.checkpoint.every=100000")
+    process = subprocess.Popen(
+        command(out, *steps, "--config.evaluate.every=100000"), env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for(process, lambda: (out / "metrics.jsonl").exists())
+    other = subprocess.run(
+        command(out, *steps, "--config.evaluate.every=100000"), env=environment(),
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert other.returncode == 2
+    assert f"is in use by process {process.pid} on {socket.gethostname()}" in other.stderr
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert "the same command goes on from there" in said
+    saved = [entry.name for entry in folders(out / "checkpoints")]
+    assert int(saved[0]) == max(losses(out))
+
+
+@pytest.mark.slow
+def test_two_processes_of_four_devices_are_one_of_eight(tmp_path):
+    """Losses, and the checkpoint that one process then goes on from."""
+    changes = (
+        "--config.steps=6", "--config.evaluate.every=6", "--config.strategy=zero3",
+        "--config.mesh.data=2", "--config.mesh.fsdp=4",
+    )  # fmt: skip
+    finish(tmp_path / "one", *changes, devices=8)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    both = [
+        subprocess.Popen(
+            command(
+                tmp_path / "two", *changes, "--config.processes.count=2",
+                f"--config.processes.index={index}",
+                f"--config.processes.coordinator=localhost:{port}",
+            ),
+            env=environment(4), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    for process in both:
+        _, said = process.communicate(timeout=600)
+        assert process.returncode == 0, said
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert sorted(one) == sorted(two) == list(range(1, 7))
+    assert max(abs(one[step] - two[step]) for step in one) < 1e-6
+
+
+@pytest.mark.slow
+def test_the_tiny_form_reaches_its_loss(tmp_path):
+    """Seen: 2.00 bits per byte."""
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.train_lm", "--config=configs/train_lm.py:tiny",
+         f"--out={tmp_path / 'run'}"],
+        env=environment(), capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = folder.RunFolder(tmp_path / "run").rows()
+    last = [row for row in rows if row["part"] == "loss"][-1]
+    assert last["step"] == 200
+    assert 1.9 < last["bits_per_byte"] < 2.1
+    assert any(row["part"] == "sample" for row in rows)
+    assert (tmp_path / "run" / "plots" / "train_lm.png").exists()
+    assert (tmp_path / "run" / "plots" / "by_position.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("mesh.fsdp=3", "does not divide 8 devices"),
+        ("schedule=cosin:peak=1", "no schedule is called 'cosin'"),
+        ("strategy=zero4", "did you mean 'zero"),
+        ("remat=dot", "did you mean 'dots'"),
+        ("mesh.tensor=2", "the strategy divides nothing over tensor"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_sentence(change, message):
+    asked = request.parse("train_lm", ["--config=train_lm:tiny", f"--config.{change}"])
+    with pytest.raises(InputError, match=message):
+        _training.program_of(asked.config, _training.shape_to_plan(asked.config))
+
+
+def test_a_folder_goes_on_only_with_the_same_settings(tmp_path):
+    def start(steps):
+        return folder.create(
+            "demo", variant="", config={"steps": steps, "data": {"batch": 8}}, config_source="",
+            overrides={}, command=["demo"], at=tmp_path, resume=True,
+        )  # fmt: skip
+
+    out = start(100)
+    for step in (1, 2, 3):
+        out.append_metrics(step, {"loss": 0.5})
+        out.append_row({"step": step, "part": "loss"})
+    again = start(100)
+    again.keep_until(2)
+    assert [row["step"] for row in again.metrics()] == [1, 2]
+    assert [row["step"] for row in again.rows()] == [1, 2]
+    with pytest.raises(InputError, match="holds a run with steps=100, not 200"):
+        start(200)
+
+
+def test_a_plan_of_a_run_agrees_with_zeros_formula(capsys):
+    words = [
+        "plan",
+        "--config=train_lm:125m",
+        "--devices=h100x8",
+        "--override=data.tokenizer=bytes",
+    ]
+    cli.main([*words, "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    held = plan["params_bytes"] + plan["grads_bytes"] + plan["optimizer_bytes"]
+    assert held == pytest.approx(16 * plan["parameters"] / 8, rel=0.02)
+    assert plan["fits"]
+    assert plan["flops"] == pytest.approx(plan["hours"] * 3600 * 8 * 989e12 * 0.4)
+    assert {row["parameter"] for row in plan["sharding"]} >= {"embed", "layers/attention/wq"}
+    with pytest.raises(SystemExit):
+        cli.main([*words[:2], "--devices=h1000x8"])
+    assert "did you mean 'h100'" in capsys.readouterr().err

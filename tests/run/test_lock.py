@@ -1,0 +1,20 @@
+import os
+
+import pytest
+
+from lminf.errors import InputError
+from lminf.run import lock
+
+
+def test_a_second_process_is_told_who_holds_the_folder(tmp_path):
+    told = pytest.raises(InputError, match=f"in use by process {os.getpid()} on ")
+    with lock.held(tmp_path), told, lock.held(tmp_path):
+        pass
+    with lock.held(tmp_path):
+        pass
+
+
+def test_what_a_dead_process_left_holds_nobody_up(tmp_path):
+    (tmp_path / "lock").write_text('{"process": 1, "host": "elsewhere"}')
+    with lock.held(tmp_path):
+        pass

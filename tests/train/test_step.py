@@ -1,0 +1,184 @@
+"""One step: on any mesh, in pieces, in bfloat16, packed, and when something is not finite."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lminf.attention import policies
+from lminf.errors import InputError
+from lminf.train import batches
+from lminf.train.optim import Adafactor, AdamW, Lion, Muon
+from tests.train import making
+
+STRATEGIES = [
+    ("data", {"data": 8}),
+    ("zero1", {"fsdp": 8}),
+    ("zero2", {"fsdp": 8}),
+    ("zero3", {"data": 2, "fsdp": 4}),
+    ("tensor", {"data": 4, "tensor": 2}),
+    ("context", {"data": 2, "context": 4}),
+    ("zero3+tensor", {"data": 2, "fsdp": 2, "tensor": 2}),
+    ("zero3+tensor+context", {"fsdp": 2, "tensor": 2, "context": 2}),
+]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return gradients(making.program())
+
+
+def gradients(made):
+    params = jax.tree.map(jax.device_put, making.params(), made.shardings.params)
+    loss, gradient = jax.jit(made.gradients)(params, making.put(made, making.tokens()))
+    return {"loss": float(loss), "gradient": gradient}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sizes"),
+    [
+        pytest.param(*case, marks=[] if case[0] == "zero3+tensor" else pytest.mark.slow, id=case[0])
+        for case in STRATEGIES
+    ],
+)
+def test_sharded_gradients_equal_those_of_a_single_device(strategy, sizes, alone):
+    found = gradients(making.program(strategy=strategy, **sizes))
+    assert found["loss"] == pytest.approx(alone["loss"], abs=making.ATOL)
+    assert making.largest_difference(found["gradient"], alone["gradient"]) < making.ATOL
+
+
+@pytest.fixture(scope="module")
+def trained_alone():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return making.train(making.program())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "sizes"), STRATEGIES, ids=[case[0] for case in STRATEGIES])
+def test_sharded_steps_equal_those_of_a_single_device(strategy, sizes, trained_alone):
+    state, losses = making.train(making.program(strategy=strategy, **sizes))
+    expected, expected_losses = trained_alone
+    np.testing.assert_allclose(losses, expected_losses, atol=making.ATOL)
+    # Adam divides by the gradient's size, so what rounding does to a small one is seen whole.
+    assert making.largest_difference(state.params, expected.params) < 1e-3
+
+
+@pytest.mark.slow
+def test_fresh_parameters_are_the_same_on_any_mesh():
+    sliced = making.program(strategy="zero3+tensor", data=2, fsdp=2, tensor=2)
+    both = [made.init(key=jax.random.key(0)).params for made in (sliced, making.program())]
+    assert making.largest_difference(*both) == 0
+
+
+def test_two_pieces_of_a_batch_are_the_batch(alone):
+    made = making.program(accumulate=2)
+    found = gradients(made)
+    assert found["loss"] == pytest.approx(alone["loss"], abs=making.ATOL)
+    assert making.largest_difference(found["gradient"], alone["gradient"]) < making.ATOL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_what_is_computed_again_is_the_same(remat, alone):
+    found = gradients(making.program(remat=remat))
+    assert making.largest_difference(found["gradient"], alone["gradient"]) < making.ATOL
+
+
+@pytest.mark.slow
+def test_packed_documents_learn_as_separate_ones():
+    """Two documents in a row, with segments and positions, beside one document a row."""
+    made = making.program(policy=policies.LMInfinite(window=6, sinks=2))
+    params = making.params()
+    whole = making.tokens(rows=2)
+    cut = making.LENGTH // 2
+    positions = np.tile(np.arange(cut, dtype=np.int32), (2, 2))
+    packed = {
+        **whole,
+        "positions": positions,
+        "segments": np.repeat([[0, 1]], cut, axis=1).astype(np.int32).repeat(2, axis=0),
+        "weights": (positions < cut - 1).astype(np.float32),  # no document predicts the next one
+    }
+    separate = {
+        name: np.concatenate([packed[name][:, :cut], packed[name][:, cut:]])
+        for name in ("tokens", "targets", "weights")
+    }
+    both = [
+        jax.jit(made.gradients)(params, making.put(made, batch)) for batch in (packed, separate)
+    ]
+    assert float(both[0][0]) == pytest.approx(float(both[1][0]), abs=making.ATOL)
+    assert making.largest_difference(both[0][1], both[1][1]) < making.ATOL
+
+
+@pytest.mark.slow
+def test_bfloat16_keeps_float32_masters():
+    made = making.program(dtype=jnp.bfloat16)
+    state, losses = making.train(made, steps=3, batch_of=lambda _: making.tokens())
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.masters)} == {jnp.dtype(jnp.float32)}
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.masters)
+    assert making.largest_difference(state.params, rounded) == 0
+    assert losses[-1] < losses[0]
+
+
+def test_a_step_without_a_finite_loss_changes_nothing_but_its_count():
+    made = making.program()
+    state = making.start(made)
+    before = making.host(state)
+    batch = {
+        **making.tokens(),
+        "weights": np.full((making.ROWS, making.LENGTH), np.inf, np.float32),
+    }
+    state, metrics = made.step(state, making.put(made, batch))
+    assert not metrics.finite
+    assert int(state.step) == int(state.skipped) == 1
+    same = (state.params, state.optimizer), (before.params, before.optimizer)
+    assert making.largest_difference(*same) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", [AdamW(), Lion(), Adafactor(), Muon()], ids=str)
+def test_every_optimizer_learns_and_is_sliced(optimizer):
+    rate = 3e-3 if isinstance(optimizer, Lion) else 1e-2
+    settings = {"optimizer": optimizer, "rate": lambda step: np.float32(rate)}
+    alone = making.train(making.program(**settings), steps=8, batch_of=lambda _: making.tokens())[1]
+    assert alone[-1] < alone[0] - 0.3
+    made = making.program(strategy="zero3", fsdp=4, data=2, **settings)
+    _, losses = making.train(made, steps=8, batch_of=lambda _: making.tokens())
+    np.testing.assert_allclose(losses, alone, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_clipped_gradient_and_z_loss_are_what_they_say(alone):
+    made = making.program(clip=0.5, z_loss=1e-2)
+    state = making.start(made)
+    batch = making.put(made, making.tokens())
+
+    def by_hand(params):
+        found = made.token_loss(params, batch)
+        return found.nll.mean() + 1e-2 * jnp.square(found.lse).mean()
+
+    expected = jax.jit(jax.grad(by_hand))(state.params)
+    norm = float(optax.tree.norm(expected))
+    _, gradient = jax.jit(made.gradients)(state.params, batch)
+    assert making.largest_difference(gradient, expected) < making.ATOL
+    _, metrics = made.step(state, batch)
+    assert float(metrics.grad_norm) == pytest.approx(norm, rel=1e-5)
+    assert float(metrics.loss) == pytest.approx(alone["loss"], abs=making.ATOL)  # without z-loss
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": np.zeros((6, 16))}, "a batch of 6 rows does not divide into 1 x 4"),
+        ({"labels": np.zeros((8, 16))}, "a batch holds .*labels"),
+        ({"tokens": np.zeros((8, 15))}, "rows of 15 tokens do not divide over mesh.context=2"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_one_sentence(changes, message):
+    made = making.program(strategy="data+context", data=4, context=2)
+    with pytest.raises(InputError, match=message):
+        batches.check(
+            {**making.tokens(), **changes}, mesh=made.mesh, strategy=made.strategy, accumulate=1
+        )

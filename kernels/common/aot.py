@@ -5,7 +5,6 @@ back is a compiled program that cannot be run here, but knows its memory and its
 """
 
 import functools
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -42,8 +41,7 @@ def compile_gpu(
 
 @functools.cache
 def _gpu(target: str):
-    jax.devices()  # the CPU first: the plugin finds no GPU, and that is no error here
-    importlib.import_module("jax_plugins.xla_cuda13").initialize()
+    jax.devices()  # loads the plugin, which finds no GPU here and need not
     text = (Path(__file__).parent / f"{target}.txt").read_text()
     return topologies.get_topology_desc(
         "", platform="cuda", target_config=text, topology="1x1x1"

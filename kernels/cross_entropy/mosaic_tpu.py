@@ -227,8 +227,8 @@ def _d_embeddings_kernel(plan: Plan, arrays: "Arrays", d_embeddings, acc):
         d_embeddings[...] = acc[...].astype(d_embeddings.dtype)
 
 
-def _d_classifier_kernel(plan: Plan, arrays: "Arrays", d_classifier, *outputs_and_accumulators):
-    *d_bias, acc, bias_acc = outputs_and_accumulators
+def _d_classifier_kernel(plan: Plan, arrays: "Arrays", d_classifier, *others: Any):
+    *d_bias, acc, bias_acc = others
     block, step = pl.program_id(0), pl.program_id(1)
 
     @pl.when(step == 0)
@@ -237,7 +237,7 @@ def _d_classifier_kernel(plan: Plan, arrays: "Arrays", d_classifier, *outputs_an
         bias_acc[...] = jnp.zeros_like(bias_acc)
 
     def visit(inside):
-        d_logits, kept, _ = _gradient(plan, arrays, block, inside)
+        d_logits, kept = _gradient(plan, arrays, block, inside)[:2]
         if d_bias:
             ones = jnp.ones((8, plan.block_rows), jnp.float32)
             bias_acc[...] += _dot(ones, d_logits, (1, 1))[:1]

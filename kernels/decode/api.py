@@ -8,8 +8,13 @@ from kernels.decode import reference, xla
 from kernels.decode.cache import RollingCache
 from kernels.decode.operands import DecodeResiduals, Queries, Rules
 
-IMPLEMENTATIONS = {"reference": reference.decode, "xla": xla.decode}
-ORDER = {"cpu": ("xla",)}
+IMPLEMENTATIONS = {
+    "reference": reference.decode,
+    "xla": xla.decode,
+    "mosaic_tpu": dispatch.lazily("kernels.decode.mosaic_tpu", "decode"),
+    "triton": dispatch.lazily("kernels.decode.triton", "decode"),
+}
+ORDER = {"cpu": ("xla",), "tpu": ("mosaic_tpu", "xla"), "gpu": ("triton", "xla")}
 
 
 def lambda_decode(

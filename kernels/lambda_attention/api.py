@@ -163,9 +163,6 @@ def _prepare(
                 )
 
     def int32(ids):
-        if isinstance(ids, int):  # stays a known number inside jit: kernels place blocks by it
-            with jax.ensure_compile_time_eval():
-                return jnp.int32(ids)
         return jnp.asarray(ids, jnp.int32)
 
     return (
@@ -189,6 +186,7 @@ def _prepare(
             soft_cap=logits_soft_cap,
             clip_distance=clip_distance,
             precision=precision,
+            query_offset=query_offset if isinstance(query_offset, int) else None,
         ),
     )
 

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
@@ -57,7 +56,7 @@ def attention(rules: Rules, operands: Operands, places: Places, config: object) 
         raise NotImplementedError(f"{sorted(dtypes)}; it takes all bfloat16 or all float32")
     if rules.scale <= 0:
         raise NotImplementedError(f"scale={rules.scale}; it takes positive ones")
-    plan = _plan(rules, operands, places, config)
+    plan = _plan(rules, operands, config)
     scalars = jnp.concatenate([places.query_offset[None], places.key_start])
     return _attention(plan, operands, scalars).result
 
@@ -78,7 +77,6 @@ class Plan:
     block_q: int  # C
     block_k: int  # W
     block_g: int
-    offset: int | None  # the query offset, where it is known
 
     @property
     def group(self) -> int:
@@ -94,11 +92,10 @@ class Plan:
         return (Far(self), Near(self)) if self.globals else (Near(self),)
 
 
-def _plan(rules: Rules, operands: Operands, places: Places, config: Config) -> Plan:
+def _plan(rules: Rules, operands: Operands, config: Config) -> Plan:
     _, queries, heads, _ = operands.near.query.shape
     keys, key_heads = operands.near.key.shape[1:3]
     rows = 0 if operands.far is None else min(operands.far.key.shape[1], rules.num_global)
-    known = not isinstance(places.query_offset, Tracer)
 
     def block(size, rows):
         return min(size, max(rows + -rows % LANES, LANES))
@@ -113,7 +110,6 @@ def _plan(rules: Rules, operands: Operands, places: Places, config: Config) -> P
         block(config.block_q, queries),
         block(config.block_k, keys),
         block(config.block_k, rows),
-        int(places.query_offset) if known else None,
     )
 
 
@@ -148,14 +144,16 @@ class Near:
     @property
     def key_steps(self) -> int:
         """Blocks of keys that a block of queries visits, at most."""
-        first = None if self.plan.offset is None else self.plan.offset - self.window + 1
+        offset = self.plan.rules.query_offset
+        first = None if offset is None else offset - self.window + 1
         length = self.plan.block_q + self.window - 1
         return min(self.blocks, _touched(first, length, self.block, every=self.plan.block_q))
 
     @property
     def query_steps(self) -> int:
         """Blocks of queries that a block of keys visits, at most."""
-        first = None if self.plan.offset is None else -self.plan.offset
+        offset = self.plan.rules.query_offset
+        first = None if offset is None else -offset
         length = self.block + self.window - 1
         touched = _touched(first, length, self.plan.block_q, every=self.block)
         return min(self.plan.query_blocks, touched)
@@ -610,9 +608,7 @@ def _statistics_blocks(plan: Plan, statistics: "Statistics", query_at) -> Any:
     return jax.tree.map(lambda x: _block_of(x, plan.block_q, query_at), statistics)
 
 
-def _d_queries(
-    plan: Plan, scalars, branches: list[HeadsFirst], statistics: Statistics
-):
+def _d_queries(plan: Plan, scalars, branches: list[HeadsFirst], statistics: Statistics):
     grid, query_at, specs = _by_queries(plan, branches)
     outputs = [_shape(*branch.query.shape, dtype=branch.query.dtype) for branch in branches]
     width, value_width = branches[0].query.shape[2], statistics.d_out.shape[2]

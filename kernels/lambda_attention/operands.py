@@ -49,6 +49,7 @@ class Rules:
     soft_cap: float | None
     clip_distance: int | None  # tokens; ALiBi only
     precision: jax.lax.PrecisionLike
+    query_offset: int | None = None  # as in Places, where it is known when tracing
 
 
 class Residuals(NamedTuple):

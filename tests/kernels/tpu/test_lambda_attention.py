@@ -24,7 +24,9 @@ def plans(draw):
     """A plan, the query offset and the keys' start."""
     keys, queries = draw(st.integers(1, 40)), draw(st.integers(1, 30))
     offset = draw(st.integers(-8, 40))
-    rules = Rules(draw(st.sampled_from([1, 7, 8, 9, 20, 2**31 - 1])), 40, 1.0, None, None, None)
+    window = draw(st.sampled_from([1, 7, 8, 9, 20, 2**31 - 1]))
+    known = draw(st.sampled_from([offset, None]))
+    rules = Rules(window, 40, 1.0, None, None, None, query_offset=known)
     plan = mosaic_tpu.Plan(
         rules,
         heads=2,
@@ -35,7 +37,6 @@ def plans(draw):
         block_q=draw(st.sampled_from([4, 8])),
         block_k=draw(st.sampled_from([4, 8])),
         block_g=4,
-        offset=draw(st.sampled_from([offset, None])),
     )
     return plan, offset, draw(st.integers(-20, 50))
 

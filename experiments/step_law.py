@@ -80,7 +80,7 @@ def plot(rows):
         figure = Figure(figsize=(15, 3.6 * -(-len(groups) // 4)), layout="constrained")
         for index, key in enumerate(groups):
             axes = figure.add_subplot(-(-len(groups) // 4), 4, index + 1)
-            _contours(axes, key, cells, [row for row in rows if row["part"] == "point"])
+            contours(axes, key, cells, [row for row in rows if row["part"] == "point"])
         names = dict.fromkeys(row["law"] for row in rows if row["part"] == "point")
         figure.legend(
             *axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(names)
@@ -94,7 +94,7 @@ def plot(rows):
     }
 
 
-def _contours(axes, key, cells, points):
+def contours(axes, key, cells, points):
     """One group's excess as filled contours at the plateau levels, with every law's point."""
     own = [row for row in cells if (row["n"], row["d"]) == key]
     x, y = (np.log2([row[name] for row in own]) for name in ("lr", "batch"))

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    devices.share_cores()
     arguments = [a for a in args.arguments if a != "--debug"]
     shard = request.take(arguments, "shard")
     cluster, jobs = request.take(arguments, "submit"), request.take(arguments, "jobs")
@@ -50,7 +51,6 @@ def run(args: argparse.Namespace) -> None:
         submit(name, arguments, out, cluster=cluster, jobs=_count("jobs", jobs or "1"),
                minutes=_count("minutes", minutes or "60"))  # fmt: skip
     else:
-        devices.share_cores()
         work(name, asked, cells, out, sweep.Shard.parse(shard or "0/1"))
     conclude(name, asked, cells, out)
 

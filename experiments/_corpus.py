@@ -1,0 +1,80 @@
+"""The text of a study, with tokenizers of its own and a fixed held-out part."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from lminf.checkpoints import fetch
+from lminf.config import closest
+from lminf.data import bpe, sources
+from lminf.data.tokenizers import Tokenizer
+from lminf.errors import InputError
+
+TEXTS = {"library": sources.python_library, "prose": sources.python_prose}
+HELD_OUT = 200_000  # characters, the end of the text: the same span for every vocabulary
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in a mixed order; nothing of the held-out text reaches a tokenizer or a model."""
+
+    name: str
+
+    @cached_property
+    def _text(self) -> str:
+        return "\n\n".join(TEXTS[self.name]())
+
+    @property
+    def train(self) -> str:
+        return self._text[:-HELD_OUT]
+
+    @property
+    def held_out(self) -> str:
+        return self._text[-HELD_OUT:]
+
+    @cached_property
+    def digest(self) -> str:
+        return sources.digest(self._text)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where tokenizers and tokens are kept between cells."""
+        return fetch.cache_folder() / "studies" / f"{self.name}-{self.digest}"
+
+    def tokenizers(self, vocab_sizes: Sequence[int]) -> dict[int, Tokenizer]:
+        pieces = [self.train[i : i + 10_000] for i in range(0, len(self.train), 10_000)]
+        return bpe.sizes(pieces, vocab_sizes, cache=self.folder, key="train")
+
+    def tokens(self, tokenizer: Tokenizer) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " H"]]:
+        """Ids of the training text and of the held-out text."""
+        path = self.folder / f"tokens-{tokenizer.digest}.npz"
+        if not path.is_file():
+            train, held_out = tokenizer.encode(self.train), tokenizer.encode(self.held_out)
+            partial = path.with_suffix(".partial.npz")
+            np.savez(partial, train=train.astype(np.uint16), held_out=held_out.astype(np.uint16))
+            partial.replace(path)
+        with np.load(path) as found:
+            return found["train"].astype(np.int32), found["held_out"].astype(np.int32)
+
+
+def corpus(name: str) -> Corpus:
+    if name not in TEXTS:
+        raise InputError(f"there is no corpus {name!r}; {closest(name, TEXTS)}")
+    return Corpus(name)
+
+
+def fertility(study: Corpus, vocab_sizes: Sequence[int]) -> dict[int, float]:
+    """Tokens per character of the held-out text, by vocabulary size; kept beside the tokenizers."""
+    path = study.folder / "fertility.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    missing = [size for size in vocab_sizes if str(size) not in known]
+    for size, tokenizer in study.tokenizers(missing).items() if missing else ():
+        known[str(size)] = len(tokenizer.encode(study.held_out)) / len(study.held_out)
+    if missing:
+        path.write_text(json.dumps(known))
+    return {size: known[str(size)] for size in vocab_sizes}

@@ -1,0 +1,98 @@
+"""Small Llama shapes trained many at a time: what one cell of a sweep runs."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from lminf.attention import policies
+from lminf.config import parse_choice
+from lminf.data import windows
+from lminf.errors import InputError
+from lminf.models import spec
+from lminf.models.spec import ModelSpec
+from lminf.parallel import mesh, partition
+from lminf.scaling import accounting
+from lminf.train.many import Copies
+from lminf.train.optim import OPTIMIZERS
+from lminf.train.schedules import SCHEDULES
+from lminf.train.step import Program
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All copies after some tokens."""
+
+    tokens: int
+    train_loss: np.ndarray  # [copies], nats per token, mean of the last twentieth of the steps
+    nll: np.ndarray  # [copies, held-out tokens], nats
+    targets: np.ndarray  # [held-out tokens]
+
+
+def shape_of(c, vocab_size: int) -> ModelSpec:
+    return spec.llama(vocab_size=vocab_size, trained_length=c.data.length, **c.model.to_dict())
+
+
+def parameters(shape: ModelSpec) -> int:
+    """N: all but the vocabulary, as both laws count it."""
+    return accounting.spec_parameters(shape)
+
+
+def train(
+    c, shape: ModelSpec, tokens: np.ndarray, held_out: np.ndarray, *, budgets: Sequence[int]
+) -> Iterator[Measured]:
+    """Measures at each of `budgets` (tokens, rising): c.rates side by side, batch c.data.batch."""
+    per_step = c.data.batch * c.data.length
+    stops = [max(1, round(budget / per_step)) for budget in budgets]
+    if stops[-1] * per_step > len(tokens):
+        raise InputError(
+            f"{stops[-1] * per_step} tokens are asked for and the text has {len(tokens)}; take a "
+            f"smaller budget: no token is read twice"
+        )
+    schedule = parse_choice(c.schedule, SCHEDULES, what="schedule")
+    program = Program(
+        shape,
+        (policies.FULL,) * shape.num_layers,
+        mesh.make(mesh.MeshShape(), jax.devices()[:1]),
+        partition.parse("data"),
+        parse_choice(c.optimizer, OPTIMIZERS, what="optimizer").build(),
+        rate=lambda step: step,  # every copy has its own
+        clip=c.clip,
+    )
+    copies = Copies(program, schedule, tuple(c.rates), stops[-1])
+    data = Once(tokens, c.data.length, c.data.batch, c.seed)
+    rows = max(1, 8192 // c.data.length)
+    measured = windows.consecutive(
+        held_out, length=c.data.length, rows=rows, at_most=c.evaluate.batches
+    )
+    targets = np.concatenate([batch["targets"].ravel() for batch in measured])
+    seen = []
+    for done, state, losses in copies.train(copies.init(seed=c.seed), data, stops):
+        seen.append(losses)
+        last = np.concatenate(seen)[-max(1, math.ceil(done / 20)) :]
+        nll = [np.asarray(copies.nll(state.params, b)).reshape(len(c.rates), -1) for b in measured]
+        yield Measured(done * per_step, last.mean(0), np.concatenate(nll, 1), targets)
+
+
+@dataclass(frozen=True)
+class Once:
+    """Windows of a text in a mixed order, each at most once: the first steps of a longer run and a
+    shorter run see the same.
+    """
+
+    tokens: np.ndarray
+    length: int
+    rows: int
+    seed: int
+
+    def documents(self, step: int) -> np.ndarray:
+        count = (len(self.tokens) - 1) // self.length
+        order = np.random.default_rng(self.seed).permutation(count)
+        at = np.arange(step * self.rows, (step + 1) * self.rows)
+        return order[at % count] * self.length
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        rows = self.tokens[self.documents(step)[:, None] + np.arange(self.length + 1)]
+        return {"tokens": rows[:, :-1].astype(np.int32), "targets": rows[:, 1:].astype(np.int32)}

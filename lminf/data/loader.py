@@ -1,0 +1,162 @@
+"""Batches from token stores by a plan: `batch(step)`, on any number of processes.
+
+No iterator and no state: a resumed run needs its step and nothing else. Grain's MapDataset, a pure
+map from index to element too, was left out: it would bring JAX and five packages into a layer that
+needs none of them, for the prefetching that `Prefetched` does in one thread.
+"""
+
+import itertools
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Int
+
+from lminf.config import parse_choice
+from lminf.data import layouts
+from lminf.data.decomposition import Decomposition
+from lminf.data.layouts import Documents, Pieces
+from lminf.data.plans import BestFit, Concat, Mixture, Plan, Schedule
+from lminf.data.store import TokenStore
+from lminf.errors import InputError
+
+PLANS = {
+    "concat": Concat,
+    "best_fit": BestFit,
+    "decomposition": Decomposition,
+    "mixture": Mixture,
+}
+
+
+def parse_plan(text: str) -> Plan:
+    """The plan that `concat`, `decomposition:shortest=6,cycles=4` and the like describe."""
+    return parse_choice(text, PLANS, what="data plan")
+
+
+class Loader:
+    """The batches of a plan. `length` and `rows` give the tokens of a step."""
+
+    def __init__(
+        self, stores: Sequence[TokenStore], plan: Plan, *, length: int, rows: int, seed: int
+    ):
+        _same_tokenizer(stores)
+        self._stores = stores
+        self._first = np.cumsum([0, *(store.tokens for store in stores)])  # token of each store
+        corpora = [
+            Documents(*(part + first for part in layouts.documents(store.ends)))
+            for store, first in zip(stores, self._first[:-1].tolist(), strict=True)
+        ]
+        self._ends = np.concatenate([found.ends for found in corpora])
+        self.schedule: Schedule = plan.schedule(corpora, length=length, rows=rows, seed=seed)
+
+    def batch(self, step: int, *, process: int = 0, processes: int = 1) -> dict[str, np.ndarray]:
+        """The batch of a step, or that process's equal share of its rows, [rows, length] each.
+
+        tokens, targets, weights (0 where a row is padding), and where several documents stand in a
+        row: positions in each document and segments, 0 for padding.
+        """
+        pieces = self.schedule.at(step)
+        if processes != 1:
+            pieces = _share(pieces, process, processes)
+        return self._filled(pieces)
+
+    def documents(self, step: int) -> list[int]:
+        """Numbers of the documents whose tokens are in the batch, counted over all stores."""
+        pieces = self.schedule.at(step)
+        last = pieces.start + pieces.size - 1
+        first, last = (np.searchsorted(self._ends, x, side="right") for x in (pieces.start, last))
+        owner, place = layouts.ragged(last - first + 1)
+        return np.unique(first[owner] + place).tolist()
+
+    def _filled(self, pieces: Pieces) -> dict[str, np.ndarray]:
+        shape = (pieces.rows, pieces.length)
+        read = np.concatenate([np.empty(0, np.int32), *self._read(pieces.start, pieces.size + 1)])
+        owner, place = layouts.ragged(pieces.size)
+        source = place + (np.cumsum(pieces.size + 1) - pieces.size - 1)[owner]
+        # Where a piece begins in its row: what stands before it there.
+        before = np.cumsum(pieces.size) - pieces.size
+        new_row = np.diff(pieces.row, prepend=-1) != 0
+        in_row = before - np.maximum.accumulate(np.where(new_row, before, 0))
+        at = (pieces.row * pieces.length + in_row)[owner] + place
+
+        def arranged(values: np.ndarray, dtype: type) -> np.ndarray:
+            found = np.zeros(shape, dtype)
+            found.reshape(-1)[at] = values
+            return found
+
+        batch = {
+            "tokens": arranged(read[source], np.int32),
+            "targets": arranged(read[source + 1], np.int32),
+            "weights": arranged(np.ones(len(at)), np.float32),
+        }
+        if self.schedule.apart:
+            number = np.arange(len(pieces.row))
+            in_order = number - np.maximum.accumulate(np.where(new_row, number, 0)) + 1
+            batch["positions"] = arranged(place, np.int32)
+            batch["segments"] = arranged(in_order[owner], np.int32)
+        return batch
+
+    def _read(self, starts: Int[np.ndarray, " P"], sizes: Int[np.ndarray, " P"]):
+        """The tokens of every piece, in order."""
+        store_of = np.searchsorted(self._first, starts, side="right") - 1
+        found: list[Any] = [None] * len(starts)
+        for number, store in enumerate(self._stores):
+            at = np.flatnonzero(store_of == number)
+            local = (starts[at] - self._first[number]).tolist()
+            for index, part in zip(at.tolist(), store.read(local, sizes[at].tolist()), strict=True):
+                found[index] = part
+        return found
+
+
+def _share(pieces: Pieces, process: int, processes: int) -> Pieces:
+    rows, left = divmod(pieces.rows, processes)
+    if left:
+        raise InputError(
+            f"a batch of {pieces.rows} rows of {pieces.length} tokens does not divide among "
+            f"{processes} processes; make the rows a multiple of that"
+        )
+    own = pieces.row // rows == process
+    row, start, size = (part[own] for part in (pieces.row, pieces.start, pieces.size))
+    return Pieces(rows, pieces.length, row - process * rows, start, size)
+
+
+def _same_tokenizer(stores: Sequence[TokenStore]) -> None:
+    found = [store.facts for store in stores if store.facts is not None]
+    for before, after in itertools.pairwise(found):
+        if before.tokenizer_digest != after.tokenizer_digest:
+            raise InputError(
+                f"the stores were written with different tokenizers, {before.tokenizer} and "
+                f"{after.tokenizer}; tokenize both texts with one of them"
+            )
+
+
+class Source(Protocol):
+    def batch(self, step: int) -> Any: ...
+
+    def documents(self, step: int) -> Sequence[int]: ...
+
+
+class Prefetched:
+    """The same batches, the next ones being made while a step runs."""
+
+    def __init__(self, source: Source, *, ahead: int = 2):
+        self._source, self._ahead = source, ahead
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._made: dict[int, Future] = {}
+        self._lock = threading.Lock()
+
+    def batch(self, step: int) -> Any:
+        with self._lock:
+            wanted = range(step, step + 1 + self._ahead)
+            for other in self._made.keys() - set(wanted):
+                self._made.pop(other).cancel()
+            for number in wanted:
+                if number not in self._made:
+                    self._made[number] = self._pool.submit(self._source.batch, number)
+            found = self._made[step]
+        return found.result()
+
+    def documents(self, step: int) -> Sequence[int]:
+        return self._source.documents(step)

@@ -1,0 +1,197 @@
+"""Plans: which rows of a corpus each step learns from, as a function of (plan, seed, step).
+
+    concat                     all documents one after another, cut into rows
+    concat:documents=apart     the same, but no token sees another document
+    best_fit                   whole documents packed into rows, as few cut as can be
+    decomposition:…            one document a row, of several lengths (decomposition.py)
+    mixture:plan=…,weights=…   rows of several corpora in fixed shares
+
+An epoch is once through the corpus. Epochs follow one another without a gap, each in an order of
+its own, which is a permutation of indices: nothing is remembered from step to step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Int
+
+from lminf.data import layouts
+from lminf.data.layouts import BestFit as BestFitLayout
+from lminf.data.layouts import Concatenated, Documents, Layout, Pieces
+from lminf.data.permutation import Seed, shuffled
+from lminf.errors import InputError
+
+MIXED_ROWS = 1 << 14  # in which each corpus has its share exactly
+
+
+class Taken(NamedTuple):
+    """How much of a layout one epoch takes."""
+
+    layout: Layout
+    rows: int
+
+
+class Schedule(Protocol):
+    """The steps of a plan."""
+
+    apart: bool  # several documents stand in a row and must not see each other
+    shapes: tuple[tuple[int, int], ...]  # every (rows, length) that a batch may have
+    steps: float  # of an epoch
+    taken: tuple[Taken, ...]  # in an epoch, for statistics
+
+    def at(self, step: int) -> Pieces: ...
+
+
+class Plan(Protocol):
+    def schedule(
+        self, corpora: Sequence[Documents], *, length: int, rows: int, seed: int
+    ) -> Schedule:
+        """Steps of `rows` rows of `length` tokens, or as many tokens in rows of other lengths."""
+        ...
+
+
+@dataclass(frozen=True)
+class Concat:
+    """All documents one after another, cut into rows."""
+
+    documents: Literal["joined", "apart"] = "joined"
+
+    def layout(self, found: Documents, length: int) -> Layout:
+        if self.documents == "apart":
+            return Concatenated(found, length=length)
+        whole = Documents(found.starts[:1], found.ends[-1:])  # as if it were one document
+        return Concatenated(whole, length=length)
+
+    def schedule(self, corpora, *, length, rows, seed) -> "RowSchedule":
+        apart = self.documents == "apart"
+        layout = self.layout(joined(corpora), length)
+        return RowSchedule([layout], [1], rows=rows, seed=seed, apart=apart)
+
+
+@dataclass(frozen=True)
+class BestFit:
+    """Whole documents packed into rows; longer ones are cut into rows and a rest."""
+
+    @property
+    def documents(self) -> str:
+        return "apart"
+
+    def layout(self, found: Documents, length: int) -> Layout:
+        return BestFitLayout(found, length=length)
+
+    def schedule(self, corpora, *, length, rows, seed) -> "RowSchedule":
+        layout = self.layout(joined(corpora), length)
+        return RowSchedule([layout], [1], rows=rows, seed=seed, apart=True)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Rows of several corpora, each laid out by the same plan, in proportion to the weights.
+
+    A corpus with a large weight is read again while a smaller one goes on: each has epochs of its
+    own.
+    """
+
+    weights: tuple[float, ...]  # one for each corpus, of any sum
+    plan: Concat | BestFit = Concat()
+
+    def schedule(self, corpora, *, length, rows, seed) -> "RowSchedule":
+        if len(corpora) != len(self.weights):
+            raise InputError(
+                f"{len(self.weights)} weights for {len(corpora)} corpora; give one weight for each"
+            )
+        parts = [self.plan.layout(found, length) for found in corpora]
+        apart = self.plan.documents == "apart"
+        return RowSchedule(parts, shares(self.weights), rows=rows, seed=seed, apart=apart)
+
+
+def joined(corpora: Sequence[Documents]) -> Documents:
+    """All documents as one corpus."""
+    return Documents(*map(np.concatenate, zip(*corpora, strict=True)))
+
+
+def shares(weights: Sequence[float]) -> list[int]:
+    """How many of MIXED_ROWS rows each corpus gives: rounded so that the sum is exact."""
+    total = sum(weights)
+    if not total > 0 or min(weights) < 0:
+        raise InputError(f"the weights {tuple(weights)} are not positive; give numbers above 0")
+    exact = np.array(weights) / total * MIXED_ROWS
+    found = np.floor(exact).astype(int)
+    most = np.argsort(found - exact, kind="stable")[: MIXED_ROWS - found.sum()]
+    found[most] += 1
+    if not found.all():
+        raise InputError(
+            f"the weights {tuple(weights)} give a corpus less than one row of {MIXED_ROWS:,}; "
+            f"leave that corpus out, or give it more"
+        )
+    return found.tolist()
+
+
+class RowSchedule:
+    """Shuffled rows of one length, of one layout or of several in fixed shares."""
+
+    def __init__(
+        self,
+        parts: Sequence[Layout],
+        of_each: Sequence[int],
+        *,
+        rows: int,
+        seed: int,
+        apart: bool,
+    ):
+        for part in parts:
+            layouts.require_rows(part, "a corpus")
+        self._parts, self._rows, self._seed, self.apart = parts, rows, seed, apart
+        self._shares = np.array(of_each)
+        self._until = np.cumsum(self._shares)
+        self._length = parts[0].length
+        self.shapes = ((rows, self._length),)
+        # An epoch is over when the corpus that lasts longest has been read once.
+        period = int(self._until[-1])
+        longest = max(p.count / s for p, s in zip(parts, of_each, strict=True))
+        self.steps = longest * period / rows
+        self.taken = tuple(
+            Taken(p, min(p.count, round(longest * s))) for p, s in zip(parts, of_each, strict=True)
+        )
+
+    def at(self, step: int) -> Pieces:
+        part, index = self._places(step * self._rows + np.arange(self._rows))
+        found = []
+        for number, layout in enumerate(self._parts):
+            at = np.flatnonzero(part == number)
+            rows = epochs(index[at], layout.count, seed=(self._seed, 1, number))
+            pieces = layout.pieces(rows)
+            found.append(pieces._replace(row=at[pieces.row]))
+        row, start, size = (
+            np.concatenate([getattr(p, name) for p in found]) for name in ("row", "start", "size")
+        )
+        order = np.argsort(row, kind="stable")
+        return Pieces(self._rows, self._length, row[order], start[order], size[order])
+
+    def _places(self, rows: Int[np.ndarray, " R"]) -> tuple[np.ndarray, np.ndarray]:
+        """(layout, how many rows of it come before) of the rows of the endless stream.
+
+        Each MIXED_ROWS rows hold every layout's share, in an order drawn anew.
+        """
+        period = int(self._until[-1])
+        if period == 1:
+            return np.zeros_like(rows), rows
+        slot = epochs(rows, period, seed=(self._seed, 2))
+        part = np.searchsorted(self._until, slot, side="right")
+        before = self._until[part] - self._shares[part]
+        return part, rows // period * self._shares[part] + slot - before
+
+
+def epochs(
+    indices: Int[np.ndarray, " R"], count: int, *, seed: Sequence[int]
+) -> Int[np.ndarray, " R"]:
+    """Elements of an endless stream of `range(count)`: all once, then all in another order, …"""
+    epoch, place = np.divmod(indices, count)
+    found = np.empty_like(place)
+    for number in np.unique(epoch):
+        at = epoch == number
+        key: Seed = (*seed, int(number))
+        found[at] = shuffled(place[at], count, seed=key)
+    return found

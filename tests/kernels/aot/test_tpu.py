@@ -1,0 +1,106 @@
+"""Every TPU kernel compiled for v5e and v6e at its real size: memory, and instructions as recorded.
+
+recorded.json holds bytes of temporary memory and bundles of instructions; a change for the better
+is entered there by hand.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import kernels
+from kernels.decode import cache as caches
+from kernels.lambda_attention import mosaic_tpu
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
+LENGTH = 131072
+HEADS, KEY_HEADS, WIDTH, WINDOW, GLOBALS = 32, 8, 128, 4096, 100
+
+
+def lambda_shapes(length):
+    def shape(rows, heads):
+        return jax.ShapeDtypeStruct((1, rows, heads, WIDTH), jnp.bfloat16)
+
+    queries, keys = shape(length, HEADS), shape(length, KEY_HEADS)
+    return queries, keys, keys, queries, shape(GLOBALS, KEY_HEADS)
+
+
+def attend(query, key, value, query_global, key_global):
+    return kernels.lambda_attention(
+        query, key, value, num_global=GLOBALS, window_size=WINDOW,
+        query_global=query_global, key_global=key_global, value_global=value[:, :GLOBALS],
+        implementation="mosaic_tpu",
+    )  # fmt: skip
+
+
+def attend_gradients(*arrays):
+    def loss(*arrays):
+        return attend(*arrays).astype(jnp.float32).sum()
+
+    return jax.grad(loss, (0, 1, 2, 3, 4))(*arrays)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("fn", [attend, attend_gradients])
+def test_lambda_attention(compile_tpu, recorded, topology, fn):
+    """At 131,072 tokens: twice the memory of half as many (four times, were it quadratic)."""
+    short, long = (
+        compile_tpu(fn, *lambda_shapes(n), topology=TOPOLOGIES[topology])
+        for n in (LENGTH // 2, LENGTH)
+    )
+    assert long.temp_bytes <= 2.1 * short.temp_bytes
+    names = {"lambda_forward"}
+    if fn is attend_gradients:
+        names |= {"lambda_d_query", "lambda_d_key_near", "lambda_d_key_far"}
+    assert long.bundles.keys() == names
+    bundles = long.bundles if fn is attend_gradients else {}  # the same forward in both
+    recorded(topology, {f"{fn.__name__} temp_bytes": long.temp_bytes, **bundles})
+
+
+def test_lambda_attention_under_vmap(compile_tpu):
+    """Which the interpreter does not know; small blocks compile faster."""
+    shapes = [jax.ShapeDtypeStruct((2, 1, 512, n, 128), jnp.bfloat16) for n in (4, 2, 2)]
+    small = functools.partial(
+        kernels.lambda_attention, num_global=100, window_size=200,
+        implementation="mosaic_tpu", config=mosaic_tpu.Config(128, 128),
+    )  # fmt: skip
+    report = compile_tpu(jax.vmap(small), *shapes, topology="v5e:2x2")
+    assert "lambda_forward" in report.bundles
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_linear_cross_entropy(compile_tpu, recorded, topology):
+    """Loss and gradients of 8,192 tokens over 256,000 entries: logits would be 4 GB in bfloat16."""
+    tokens, width, vocab = 8192, 2304, 256000
+    shapes = [
+        jax.ShapeDtypeStruct((tokens, width), jnp.bfloat16),
+        jax.ShapeDtypeStruct((vocab, width), jnp.bfloat16),
+        jax.ShapeDtypeStruct((tokens,), jnp.int32),
+    ]
+
+    def loss(embeddings, classifier, labels):
+        return kernels.linear_cross_entropy(
+            embeddings, classifier, labels, implementation="mosaic_tpu"
+        )
+
+    report = compile_tpu(jax.value_and_grad(loss, (0, 1)), *shapes, topology=TOPOLOGIES[topology])
+    assert report.temp_bytes <= 300e6
+    assert report.bundles.keys() == {
+        f"cross_entropy_{name}" for name in ("forward", "d_embeddings", "d_classifier")
+    }
+    recorded(topology, report.bundles)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_lambda_decode(compile_tpu, recorded, topology):
+    """One step copies none of the cache, whose 17 MB it reads."""
+    cache = jax.eval_shape(
+        functools.partial(caches.empty, 1, KEY_HEADS, WIDTH, num_global=GLOBALS, window_size=WINDOW)
+    )
+    query = jax.ShapeDtypeStruct((1, HEADS, WIDTH), jnp.bfloat16)
+    decode = functools.partial(kernels.lambda_decode, implementation="mosaic_tpu")
+    report = compile_tpu(decode, query, cache, topology=TOPOLOGIES[topology])
+    assert report.temp_bytes <= 1e6
+    recorded(topology, report.bundles)

@@ -146,6 +146,7 @@ class Curricular:
     """Steps of one length each, drawn without replacement by the odds of a curriculum."""
 
     apart = False
+    padded = True  # the last rows of a length in an epoch may be too few for a step
 
     def __init__(
         self,

@@ -18,11 +18,12 @@ from lminf.config import parse_choice
 from lminf.data import layouts
 from lminf.data.decomposition import Decomposition
 from lminf.data.layouts import Documents, Pieces
-from lminf.data.plans import BestFit, Concat, Mixture, Plan, Schedule
+from lminf.data.plans import BestFit, Concat, Mixture, Plan, Schedule, Windows
 from lminf.data.store import TokenStore
 from lminf.errors import InputError
 
 PLANS = {
+    "windows": Windows,
     "concat": Concat,
     "best_fit": BestFit,
     "decomposition": Decomposition,
@@ -54,8 +55,8 @@ class Loader:
     def batch(self, step: int, *, process: int = 0, processes: int = 1) -> dict[str, np.ndarray]:
         """The batch of a step, or that process's equal share of its rows, [rows, length] each.
 
-        tokens, targets, weights (0 where a row is padding), and where several documents stand in a
-        row: positions in each document and segments, 0 for padding.
+        tokens and targets; weights (0 for padding) where rows may be short; where several documents
+        stand in a row, positions in each document and segments (0 for padding).
         """
         pieces = self.schedule.at(step)
         if processes != 1:
@@ -89,8 +90,9 @@ class Loader:
         batch = {
             "tokens": arranged(read[source], np.int32),
             "targets": arranged(read[source + 1], np.int32),
-            "weights": arranged(np.ones(len(at)), np.float32),
         }
+        if self.schedule.padded:
+            batch["weights"] = arranged(np.ones(len(at)), np.float32)
         if self.schedule.apart:
             number = np.arange(len(pieces.row))
             in_order = number - np.maximum.accumulate(np.where(new_row, number, 0)) + 1

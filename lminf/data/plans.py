@@ -1,5 +1,6 @@
 """Plans: which rows of a corpus each step learns from, as a function of (plan, seed, step).
 
+    windows                    rows at random places
     concat                     all documents one after another, cut into rows
     concat:documents=apart     the same, but no token sees another document
     best_fit                   whole documents packed into rows, as few cut as can be
@@ -37,6 +38,7 @@ class Schedule(Protocol):
     """The steps of a plan."""
 
     apart: bool  # several documents stand in a row and must not see each other
+    padded: bool  # rows may be short
     shapes: tuple[tuple[int, int], ...]  # every (rows, length) that a batch may have
     steps: float  # of an epoch
     taken: tuple[Taken, ...]  # in an epoch, for statistics
@@ -50,6 +52,39 @@ class Plan(Protocol):
     ) -> Schedule:
         """Steps of `rows` rows of `length` tokens, or as many tokens in rows of other lengths."""
         ...
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Rows at random places of the corpus, some tokens never and some often: no epochs."""
+
+    def schedule(self, corpora, *, length, rows, seed) -> "Places":
+        return Places(joined(corpora), length=length, rows=rows, seed=seed)
+
+
+class Places:
+    """Rows that begin anywhere."""
+
+    apart = padded = False
+
+    def __init__(self, found: Documents, *, length: int, rows: int, seed: int):
+        self._tokens = int(found.ends[-1])
+        if self._tokens <= length:
+            raise InputError(
+                f"{self._tokens} tokens cannot fill a row of {length} and the token after it; "
+                f"give a longer text"
+            )
+        self._length, self._rows, self._seed = length, rows, seed
+        self.shapes = ((rows, length),)
+        self.steps = self._tokens / (rows * length)  # as many tokens as there are
+        layout = Concatenated(Documents(found.starts[:1], found.ends[-1:]), length=length)
+        self.taken = (Taken(layout, layout.count),)
+
+    def at(self, step: int) -> Pieces:
+        rng = np.random.default_rng((self._seed, step))
+        start = rng.integers(0, self._tokens - self._length, self._rows)
+        size = np.full(self._rows, self._length)
+        return Pieces(self._rows, self._length, np.arange(self._rows), start, size)
 
 
 @dataclass(frozen=True)
@@ -131,6 +166,8 @@ def shares(weights: Sequence[float]) -> list[int]:
 
 class RowSchedule:
     """Shuffled rows of one length, of one layout or of several in fixed shares."""
+
+    padded = True
 
     def __init__(
         self,

@@ -62,6 +62,12 @@ class TokenStore:
         """The token after each document's last one, int64: 8 bytes a document in memory."""
         return np.asarray(self._ends.read().result())
 
+    def before(self, token: int) -> "TokenStore":
+        """The part of the corpus up to, and without, that token."""
+        whole = int(np.searchsorted(self.ends, token, side="left"))
+        ends = np.append(self.ends[:whole], token) if token else self.ends[:0]
+        return TokenStore(self.facts, self._tokens[:token], ts.array(ends))
+
     def read(self, starts: Sequence[int], sizes: Sequence[int]) -> list[Int[np.ndarray, " _"]]:
         """`sizes[i]` tokens from `starts[i]` on, for all i at once."""
         waiting = [

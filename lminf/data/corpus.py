@@ -1,0 +1,58 @@
+"""What a run reads: token stores and texts by their paths, and what of them it is measured on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tensorstore as ts
+from jaxtyping import Int
+
+from lminf.data import sources, store, tokenizing
+from lminf.data.store import TokenStore
+from lminf.data.tokenizers import Tokenizer
+from lminf.errors import InputError
+
+STRUCTURED = (".jsonl", ".ndjson", ".parquet", ".gz", ".zst")
+
+
+def open_corpora(path: str | None, tokenizer: Tokenizer) -> list[TokenStore]:
+    """Stores, in the order of their paths, which commas separate.
+
+    A folder or an address is a token store. A file is tokenized now and held in memory: the
+    documents of .jsonl and the like, or one plain text. No path: the interpreter's documentation.
+    """
+    if not path:
+        return [store.from_documents([tokenizer.encode(sources.python_topics())])]
+    return [_open(part.strip(), tokenizer) for part in path.split(",") if part.strip()]
+
+
+def _open(path: str, tokenizer: Tokenizer) -> TokenStore:
+    if "://" in path or Path(path).is_dir():
+        return store.open_store(path, tokenizer_digest=tokenizer.digest)
+    if not Path(path).name.endswith(STRUCTURED):
+        return store.from_documents([tokenizer.encode(sources.read_text(path))])
+    memory = ts.Context()
+    tokenizing.tokenize([path], tokenizer, "memory://text", name="the model's", memory=memory)
+    return store.open_store("memory://text", memory=memory)
+
+
+def hold_out(
+    corpora: Sequence[TokenStore], share: float, *, at_most: int
+) -> tuple[list[TokenStore], Int[np.ndarray, " _"]]:
+    """(the corpora without that share of their ends, tokens of those ends).
+
+    Of each end, its first tokens: as many of all corpora, and together `at_most`.
+    """
+    if not 0 <= share < 1:
+        raise InputError(f"a share of {share} cannot be held out; give 0 or more and less than 1")
+    kept = [found.tokens - int(found.tokens * share) for found in corpora]
+    sizes = [
+        min(found.tokens - first, -(-at_most // len(corpora)))
+        for found, first in zip(corpora, kept, strict=True)
+    ]
+    ends = [
+        found.read([first], [size])[0]
+        for found, first, size in zip(corpora, kept, sizes, strict=True)
+    ]
+    left = [found.before(first) for found, first in zip(corpora, kept, strict=True)]
+    return left, np.concatenate(ends).astype(np.int32)[:at_most]

@@ -1,5 +1,6 @@
 """Timing several programs in one run, interleaved, and what the machine could do at best."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -32,19 +33,27 @@ def summary(seconds: list[float], calls: int = 1) -> Timing:
 
 
 def interleaved(
-    programs: Mapping[str, Callable[[int], Any]], *, repeats: int, warmup: int = 1
+    programs: Mapping[str, Callable[[int], Any]],
+    *,
+    repeats: int,
+    warmup: int = 1,
+    budget_s: float = math.inf,
 ) -> dict[str, list[float]]:
     """Seconds of every repeat of every program, taken in turns: what disturbs the machine for a
     while disturbs all of them. A program takes the number of the repeat, to choose its inputs, and
-    returns when its result is there.
+    returns when its result is there; if it returns a float, that is its time. Once a program has
+    had its budget and three repeats, it sits out.
     """
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for repeat in range(-warmup, repeats):
         for name, program in programs.items():
+            if len(seconds[name]) >= 3 and sum(seconds[name]) > budget_s:
+                continue
             started = time.perf_counter()
-            program(repeat)
+            found = program(repeat)
+            elapsed = found if isinstance(found, float) else time.perf_counter() - started
             if repeat >= 0:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(elapsed)
     return seconds
 
 

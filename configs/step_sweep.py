@@ -48,10 +48,8 @@ def get_config(arg: str = ""):
     c.schedule = "cosine:peak=1,floor=1e-5,warmup=20"  # the law's runs too end at 1e-5
     c.optimizer = "adamw:b2=0.95,weight_decay=0.1"
     c.clip = 1.0
-    c.evaluate = ConfigDict({"batches": 8})  # of 8,192 held-out tokens each
     if arg == "tiny":
         c.tokens, c.rates = 16_384, (2e-3, 8e-3)
-        c.evaluate.batches = 1
     elif arg in ("h100", "pod"):
         c.data.vocab = 65_536 if arg == "pod" else 32_768
         c.data.length = 2048

@@ -16,7 +16,7 @@ from lminf.data.tokenizers import Tokenizer
 from lminf.errors import InputError
 
 TEXTS = {"library": sources.python_library, "prose": sources.python_prose}
-HELD_OUT = 200_000  # characters, the end of the text: the same span for every vocabulary
+HELD_OUT = 100_000  # characters, the end of the text: the same span for every vocabulary
 
 
 @dataclass(frozen=True)

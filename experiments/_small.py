@@ -20,6 +20,8 @@ from lminf.train.optim import OPTIMIZERS
 from lminf.train.schedules import SCHEDULES
 from lminf.train.step import Program
 
+EVALUATED = 2048  # held-out tokens of one batch; the rest of the text that fills none is left out
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -63,10 +65,8 @@ def train(
     )
     copies = Copies(program, schedule, tuple(c.rates), stops[-1])
     data = Once(tokens, c.data.length, c.data.batch, c.seed)
-    rows = max(1, 8192 // c.data.length)
-    measured = windows.consecutive(
-        held_out, length=c.data.length, rows=rows, at_most=c.evaluate.batches
-    )
+    rows = max(1, EVALUATED // c.data.length)
+    measured = windows.consecutive(held_out, length=c.data.length, rows=rows, at_most=len(held_out))
     targets = np.concatenate([batch["targets"].ravel() for batch in measured])
     seen = []
     for done, state, losses in copies.train(copies.init(seed=c.seed), data, stops):

@@ -11,7 +11,7 @@ from lminf import checkpoints
 from lminf.attention import policies
 from lminf.attention.policies import POLICIES
 from lminf.config import closest, from_config, parse_choice
-from lminf.data import sources, windows
+from lminf.data import corpus, loader, windows
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
 from lminf.models import spec
@@ -96,26 +96,30 @@ def known(name: str, table: Mapping[str, Any], what: str) -> str:
 @dataclass(frozen=True)
 class Data:
     train: Batches
+    shapes: tuple[tuple[int, int], ...]  # (rows, length) of every batch that may come
     held_out: list[Mapping[str, np.ndarray]]  # batches, for evaluation
-    facts: dict[str, Any]
 
 
 def data_of(c, tokenizer) -> Data:
-    """Windows of one text: its end is held out."""
-    text = sources.text_of(c.data.path)
-    tokens = np.asarray(tokenizer.encode(text))
-    kept = len(tokens) - int(len(tokens) * c.data.held_out)
+    """Batches of the stores or texts by the plan; the end of each is held out."""
     size = {"length": c.data.length, "rows": c.data.batch}
+    plan = loader.parse_plan(c.data.plan)
+    corpora = corpus.open_corpora(c.data.path, tokenizer)
+    needed = c.evaluate.batches * c.data.batch * c.data.length + 1
+    corpora, held_out = corpus.hold_out(corpora, c.data.held_out, at_most=needed)
+    train = loader.Loader(corpora, plan, seed=c.seed, **size)
     return Data(
-        windows.RandomWindows(tokens[:kept], seed=c.seed, **size),
-        windows.consecutive(tokens[kept:], at_most=c.evaluate.batches, **size),
-        {"text_digest": sources.digest(text), "text_tokens": len(tokens)},
+        loader.Prefetched(train),
+        train.schedule.shapes,
+        windows.consecutive(held_out, at_most=c.evaluate.batches, **size),
     )
 
 
 def token_bytes(tokenizer) -> np.ndarray:
-    """UTF-8 bytes of every token id."""
-    return np.array([len(token) for token in tokenizer.token_bytes], np.int64)
+    """UTF-8 bytes of every token id; none of those that end documents, which are no text."""
+    sizes = np.array([len(token) for token in tokenizer.token_bytes], np.int64)
+    sizes[list(tokenizer.eos_ids)] = 0
+    return sizes
 
 
 def boundaries(start: int, steps: int, every: int) -> Iterator[int]:

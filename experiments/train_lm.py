@@ -30,7 +30,9 @@ def run(c, out):
     program = _training.program_of(c, start.spec)
     data = _training.data_of(c, start.tokenizer)
     place = {"mesh": program.mesh, "strategy": program.strategy}
-    batches.check(data.train.batch(0), accumulate=c.accumulate, **place)
+    for shape in data.shapes:
+        example = dict.fromkeys(("tokens", "targets"), np.zeros(shape, np.int32))
+        batches.check(example, accumulate=c.accumulate, **place)
     store = native.Store(
         c.checkpoint.folder or str((out / "checkpoints").absolute()),
         last=c.checkpoint.last,

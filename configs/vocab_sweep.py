@@ -1,0 +1,88 @@
+"""Vocabulary sizes at equal FLOPs, measured: where the least loss lies, and how it moves.
+
+Question   How large should the vocabulary of a model be for its budget?
+Paper      Scaling laws with vocabulary (Tao et al. 2024, arXiv:2407.13623)
+Command    lminf sweep vocab --config=vocab_sweep:laptop
+Time       see docs/studies/vocab_sweep: under 15 minutes on two CPU cores for :laptop
+Expected   an interior minimum of L_u that moves to larger vocabularies with the budget
+Tiny       --config=:tiny: two sizes, a minute
+Pod        --config=:pod: the seven families and ten sizes of the paper
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+from lminf.run.sweep import chain, cross, grid
+
+VARIANTS = ("tiny", "laptop", "h100", "pod")
+
+# layers, heads, width, hidden and D_max (tokens) of the paper's families.
+PUBLISHED = (
+    (8, 8, 512, 2048, 1.2e9),
+    (12, 12, 768, 2048, 3.0e9),
+    (16, 12, 768, 3072, 5.3e9),
+    (18, 16, 1024, 4096, 11.7e9),
+    (20, 24, 1536, 4800, 27.7e9),
+    (22, 32, 2048, 5632, 54.8e9),
+    (24, 32, 3200, 8192, 165.5e9),
+)
+PUBLISHED_SIZES = (4096, 6144, 8192, 10240, 16384, 24576, 32768, 48128, 64512, 96256)
+
+
+def get_config(arg: str = ""):
+    c = base.get_config(arg, variants=VARIANTS)
+    c.data = ConfigDict()
+    c.data.corpus = "library"  # or prose
+    c.data.vocabs = (256, 512, 1024, 2048, 4096)  # one tokenizer training serves all of them
+    c.data.vocab = 512  # of this cell
+    c.data.length = 128  # tokens of a row
+    c.data.batch = 8  # rows of a step
+    c.model = ConfigDict(
+        {
+            "width": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "num_kv_heads": 4,
+            "hidden_dim": 170,
+            "tied": False,
+        }
+    )
+    c.budgets = (1e11, 2e11, 4e11, 8e11)  # FLOPs, 6 (N_nv + V d) D
+    c.budget_mode = "checkpoints"  # inside the longest run; or runs: one schedule for each
+    c.rates = (4e-3, 8e-3, 1.6e-2)  # peaks, trained side by side; the best one counts
+    c.schedule = "constant:peak=1,warmup=20"
+    c.optimizer = "adamw:b2=0.95,weight_decay=0.1"
+    c.clip = 1.0
+    if arg == "tiny":
+        c.data.vocabs, c.budgets, c.rates = (256, 512), (1e10, 2e10), (4e-3, 1.6e-2)
+    elif arg in ("h100", "pod"):
+        c.data.vocabs = PUBLISHED_SIZES
+        c.data.length, c.data.batch = 2048, 512
+        c.rates = (4e-4,)
+        c.schedule = "constant:peak=1,warmup=1000"
+        c.budgets = (1e18, 1e19) if arg == "h100" else (1e20,)
+    return c
+
+
+def get_sweep(c):
+    sizes = grid({"data.vocab": c.data.vocabs})
+    if len(c.data.vocabs) == len(PUBLISHED_SIZES):
+        return cross(families(c), sizes)
+    if len(c.data.vocabs) < 5:  # tiny
+        return sizes
+    # A second seed at the sizes around the optimum measures the noise.
+    return chain(sizes, cross(grid({"seed": (1,)}), grid({"data.vocab": (512, 1024)})))
+
+
+def families(c):
+    """The paper's shapes, each up to the FLOPs of its D_max at V = 16,384, in 20 checkpoints."""
+    cells = []
+    for layers, heads, width, hidden, tokens in PUBLISHED[: 2 if max(c.budgets) < 1e20 else None]:
+        n_nv = layers * (4 * width**2 + 3 * width * hidden)
+        last = 6 * (n_nv + 16384 * width) * tokens
+        cells.append({
+            "model.num_layers": layers, "model.num_heads": heads, "model.num_kv_heads": heads,
+            "model.width": width, "model.hidden_dim": hidden,
+            "budgets": tuple(last * (i + 1) / 20 for i in range(20)),
+        })  # fmt: skip
+    return tuple(cells)

@@ -17,8 +17,13 @@ IMPLEMENTATIONS = {
     "reference": reference.losses,
     "xla_chunked": xla_chunked.losses,
     "mosaic_tpu": dispatch.lazily("kernels.cross_entropy.mosaic_tpu", "losses"),
+    "triton": dispatch.lazily("kernels.cross_entropy.triton", "losses"),
 }
-ORDER = {"cpu": ("xla_chunked",), "tpu": ("mosaic_tpu", "xla_chunked")}
+ORDER = {
+    "cpu": ("xla_chunked",),
+    "tpu": ("mosaic_tpu", "xla_chunked"),
+    "gpu": ("triton", "xla_chunked"),
+}
 
 
 class LossAndLse(NamedTuple):

@@ -7,6 +7,7 @@ backward recomputes the weights p = 2^(s - lse2) and forms, with delta = sum(do 
 in one kernel that owns its queries and one that owns its keys, so two runs agree bit for bit.
 """
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -32,11 +33,29 @@ class Tile:
 
 @dataclass(frozen=True)
 class Config:
-    """Tiles of the three kernels."""
+    """Tiles of the three kernels; flat, as tuning tables keep it."""
 
-    forward: Tile
-    queries: Tile  # gradient of the queries
-    keys: Tile  # gradients of keys and values
+    forward_block_q: int = 128
+    forward_block_k: int = 64
+    forward_warps: int = 8
+    forward_stages: int = 3
+    queries_block_q: int = 64  # gradient of the queries
+    queries_block_k: int = 64
+    queries_warps: int = 4
+    queries_stages: int = 2
+    keys_block_q: int = 32  # gradients of keys and values
+    keys_block_k: int = 64
+    keys_warps: int = 8
+    keys_stages: int = 2
+
+    def tile(self, kernel: str) -> Tile:
+        names = (f"{kernel}_{field.name}" for field in dataclasses.fields(Tile))
+        return Tile(*(getattr(self, name) for name in names))
+
+
+def config_of(forward: Tile, queries: Tile, keys: Tile) -> Config:
+    """The config with these tiles."""
+    return Config(*(x for tile in (forward, queries, keys) for x in dataclasses.astuple(tile)))
 
 
 def attention(rules: Rules, operands: Operands, places: Places, config: object) -> Residuals:
@@ -93,11 +112,11 @@ def default_config(operands: Operands) -> Config:
 
 _TILES = {
     # (float32, padded width)
-    (False, 64): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-    (False, 128): Config(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(32, 64, 8, 2)),
-    (False, 256): Config(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (True, 64): Config(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (True, 128): Config(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
+    (False, 64): config_of(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+    (False, 128): config_of(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(32, 64, 8, 2)),
+    (False, 256): config_of(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (True, 64): config_of(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (True, 128): config_of(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
 }
 
 
@@ -174,7 +193,7 @@ def _attend(rules: Rules, config: Config, operands: Operands, where: _Where):
     near, far, sinks = operands
     if sinks is not None:
         sinks = jnp.broadcast_to(sinks, (near.query.shape[0], *sinks.shape))
-    call = launch.folding_batches(functools.partial(_launch_forward, rules, config.forward))
+    call = launch.folding_batches(functools.partial(_launch_forward, rules, config.tile("forward")))
     return call(near, far, sinks, where)
 
 
@@ -225,9 +244,9 @@ def _backward(rules: Rules, config: Config, saved, cotangents):
     lse2 = jnp.where(jnp.isneginf(lse), -numerics.EMPTY_MAX, lse * numerics.LOG2_E)
 
     of_queries = launch.folding_batches(
-        functools.partial(_launch_query_gradients, rules, config.queries)
+        functools.partial(_launch_query_gradients, rules, config.tile("queries"))
     )
-    of_keys = functools.partial(_launch_key_gradients, rules, config.keys)
+    of_keys = functools.partial(_launch_key_gradients, rules, config.tile("keys"))
     d_query, d_query_far = of_queries(near, far, d_out, lse2, delta, where)
     near_keys = launch.folding_batches(functools.partial(of_keys, False))
     d_near = Branch(d_query, *near_keys(near, d_out, lse2, delta, where))

@@ -17,21 +17,9 @@ q beforehand and does not round it.
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-
+from kernels.common.triton_math import LOG2_E, tanh
 
 # --- Pieces ---------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _tanh(x):
-    # 1 - 2 / (1 + e^2x) cancels near 0; there the odd polynomial is exact to 1e-9.
-    square = x * x
-    near = x * (
-        1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * 0.021869)))
-    )
-    far = 1 - 2 / (1 + tl.exp2(tl.minimum(x, 40.0) * (2 * LOG2_E)))
-    return tl.where(tl.abs(x) < 0.2, near, far)
 
 
 @triton.jit
@@ -70,7 +58,7 @@ def _raw_scores(a, b, INNER: tl.constexpr, PRECISION: tl.constexpr):
     """[rows of a, rows of b] scores in units of UNIT."""
     raw = tl.dot(a, tl.trans(b), input_precision=PRECISION)
     if INNER is not None:
-        raw = _tanh(raw * INNER)
+        raw = tanh(raw * INNER)
     return raw
 
 

@@ -8,15 +8,17 @@ import numpy as np
 
 import kernels
 from kernels import SegmentIds
+from kernels.cross_entropy import triton as loss_triton
+from kernels.decode import triton as decode_triton
 from kernels.lambda_attention import triton as lambda_triton
 from tests.kernels.test_lambda_attention import normal
 
 BATCH, QUERIES, KEYS, WIDTH, VALUE_WIDTH = 2, 21, 53, 16, 24
 OFFSET = KEYS - QUERIES
 
-SQUARE = lambda_triton.Config(*(lambda_triton.Tile(16, 16, 4, 1),) * 3)
+SQUARE = lambda_triton.config_of(*(lambda_triton.Tile(16, 16, 4, 1),) * 3)
 # Tiles of unequal sides, and other ones in every kernel.
-UNEQUAL = lambda_triton.Config(
+UNEQUAL = lambda_triton.config_of(
     lambda_triton.Tile(32, 16, 4, 1),
     lambda_triton.Tile(16, 32, 4, 1),
     lambda_triton.Tile(16, 64, 4, 1),
@@ -206,3 +208,163 @@ LOW_PRECISION = {
 }
 INVISIBLE = "invisible keys and a second run"
 CHECKS = LAMBDA | LOW_PRECISION | {INVISIBLE: invisible_keys_and_a_second_run}
+
+
+# --- Cross-entropy --------------------------------------------------------------------------------
+
+ROWS, ENTRIES, FEATURES = 37, 91, 40
+LOSS_TILES = loss_triton.config_of(*(loss_triton.Tile(16, 32, 32, 4, 1),) * 3)
+
+
+def loss_results(
+    implementation, dtype, *, config=None, bias=True, labels=None, rare=0.0, **options
+):
+    """Losses, LSE and every gradient, as numpy float64."""
+    if labels is None:
+        labels = np.random.default_rng(3).integers(0, ENTRIES, ROWS)
+        labels[[3, 30, 31, 32]] = -100
+    given = {"e": normal(0, ROWS, FEATURES), "c": 0.5 * normal(1, ENTRIES, FEATURES)}
+    if bias:
+        given["b"] = normal(2, ENTRIES)
+        given["b"][1::2] -= rare  # every other entry, so that only sorting brings them together
+    given = {name: jnp.asarray(jnp.asarray(x, options.get("rounded", dtype)), dtype)
+             for name, x in given.items()}  # fmt: skip
+    options.pop("rounded", None)
+
+    def loss(given):
+        loss, lse = kernels.linear_cross_entropy(
+            given["e"], given["c"], jnp.asarray(labels), bias=given.get("b"), return_lse=True,
+            reduction="none", implementation=implementation, config=config, **options,
+        )  # fmt: skip
+        weight = jnp.linspace(0.5, 1.5, ROWS, dtype=loss.dtype)
+        return (loss * weight).sum() + 0.1 * (lse * weight).sum(), (loss, lse)
+
+    grads, (losses, lse) = jax.grad(loss, has_aux=True)(given)
+    found = {"loss": losses, "lse": lse} | {f"d_{name}": x for name, x in grads.items()}
+    return {name: np.asarray(x, np.float64) for name, x in found.items()}
+
+
+def cross_entropy(options, dtype=np.float32):
+    """The check of one call of linear_cross_entropy."""
+
+    def check():
+        found = loss_results("triton", dtype, config=LOSS_TILES, **options)
+        with jax.enable_x64(True):
+            expected = loss_results("reference", np.float64, rounded=dtype, **options)
+        return errors(found, expected)
+
+    return check
+
+
+def filtered_gradients():
+    """By how much filtering moves dE and dC, in units of what the skipped mass allows.
+
+    A skipped probability is below eps, so no element of dE moves by more than eps * V * max|C|
+    times its row's weight, none of dC by more than eps * rows * max|E|, and d(bias) not at all.
+    """
+    eps = 2e-3
+    peaked = {"rare": 20.0, "labels": np.arange(ROWS) % 8 * 2}
+    largest = {
+        "e": np.abs(normal(0, ROWS, FEATURES)).max(),
+        "c": 0.5 * np.abs(normal(1, ENTRIES, FEATURES)).max(),
+    }
+    weight = 1.5 + 0.15  # at most, of the loss and of the LSE
+    result = {}
+    for name in ("atomic", "deterministic"):
+        options = {"deterministic": name == "deterministic", "filter_eps": eps} | peaked
+        found = loss_results("triton", np.float32, config=LOSS_TILES, **options)
+        exact = loss_results("triton", np.float32, config=LOSS_TILES, filter_eps=None, **peaked)
+        moved = {key: np.abs(found[key] - exact[key]).max() for key in ("d_e", "d_c", "d_b")}
+        result |= {
+            f"{name} dE": moved["d_e"] / (eps * ENTRIES * weight * largest["c"]),
+            f"{name} dC": moved["d_c"] / (eps * ROWS * weight * largest["e"]),
+            f"{name} bias": moved["d_b"] * 1e4,
+            # Something must have been skipped, or this shows nothing.
+            f"{name} skipped nothing": float(moved["d_e"] == 0),
+        }
+    return {key: float(value) for key, value in result.items()}
+
+
+def deterministic_twice():
+    """0 where two deterministic runs agree bit for bit."""
+    options = {"deterministic": True, "config": LOSS_TILES}
+    before, after = (loss_results("triton", np.float32, **options) for _ in range(2))
+    return {name: float(not np.array_equal(before[name], after[name])) for name in before}
+
+
+EVERYTHING = {"logits_soft_cap": 4.0, "label_smoothing": 0.1, "z_loss": 1e-2}
+LOSS_CASES = {
+    "plain": {"filter_eps": None, "bias": False},
+    "every option": {"filter_eps": None} | EVERYTHING,
+    "every option, deterministic": {"filter_eps": None, "deterministic": True} | EVERYTHING,
+    "automatic filter, unsorted": {"sort_vocab": False},
+    "no label counts": {"labels": np.full(ROWS, -100)},
+}
+LOSS = {f"loss: {name}": cross_entropy(options) for name, options in LOSS_CASES.items()}
+LOW_LOSS = {
+    f"loss: every option, {dtype.__name__}": cross_entropy(LOSS_CASES["every option"], dtype)
+    for dtype in (jnp.bfloat16, jnp.float16)
+}
+FILTER, TWICE = "loss: filtered", "loss: twice"
+
+# --- Decoding -------------------------------------------------------------------------------------
+
+
+def decode(
+    batch, heads, key_heads, ranks, window, lengths, *, dtype=np.float32, sinks=True, grad=False,
+    **options,
+):  # fmt: skip
+    """The check of one call of lambda_decode."""
+
+    def call(implementation, dtype, rounded, config=None):
+        def random(seed, *shape):
+            return jnp.asarray(jnp.asarray(normal(seed, *shape), rounded), dtype)
+
+        keys, values = (batch, key_heads, ranks, WIDTH), (batch, key_heads, ranks, VALUE_WIDTH)
+        ring, ring_values = ((*x[:2], window, *x[3:]) for x in (keys, values))
+        given = {
+            "query": random(0, batch, heads, WIDTH),
+            "query_global": random(1, batch, heads, WIDTH),
+            "k_global": random(2, *keys), "v_global": random(3, *values),
+            "k_ring": random(4, *ring), "v_ring": random(5, *ring_values),
+        }  # fmt: skip
+        if sinks:
+            given["sinks"] = random(6, heads)
+        length = jnp.asarray(lengths, jnp.int32)
+
+        def attend(given):
+            slots = {name: given[name] for name in ("k_global", "v_global", "k_ring", "v_ring")}
+            out, lse = kernels.lambda_decode(
+                given["query"], kernels.RollingCache(**slots, length=length),
+                query_global=given["query_global"], sinks=given.get("sinks"),
+                return_residuals=True, implementation=implementation, config=config, **options,
+            )  # fmt: skip
+            return out.astype(lse.dtype).sum(), (out, lse)
+
+        grads, (out, lse) = {}, attend(given)[1]
+        if grad:
+            grads, _ = jax.grad(attend, has_aux=True)(given)
+        found = {"out": out, "lse": lse} | {f"d_{name}": x for name, x in grads.items()}
+        return {name: np.asarray(x, np.float64) for name, x in found.items()}
+
+    def check():
+        found = call("triton", dtype, dtype, decode_triton.Config(16, 12, 4, 1))
+        with jax.enable_x64(True):
+            expected = call("reference", np.float64, dtype)
+        return errors(found, expected)
+
+    return check
+
+
+DECODE = {
+    "decode: an empty row, a short one, a long one": decode(3, 4, 2, 5, 21, (0, 13, 60), grad=True),
+    "decode: no globals, one head": decode(2, 1, 1, 0, 37, (37, 5), sinks=False),
+    "decode: more globals than window, eight heads": decode(
+        2, 8, 1, 37, 1, (30, 500), logits_soft_cap=2.0
+    ),
+}
+LOW_DECODE = {
+    "decode: bfloat16": decode(1, 4, 1, 5, 40, (100,), dtype=jnp.bfloat16),
+}
+CHECKS |= LOSS | LOW_LOSS | DECODE | LOW_DECODE
+CHECKS |= {FILTER: filtered_gradients, TWICE: deterministic_twice}

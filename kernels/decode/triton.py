@@ -1,0 +1,161 @@
+"""Λ-decoding in Triton, for NVIDIA and AMD GPUs: one pass over g + w slots, cut into parts.
+
+One token and a few heads would keep a handful of multiprocessors busy, so the slots are cut until
+there is a program for each; a second kernel merges what they found. The query heads of a key head
+are the rows of one matrix product, padded to the 16 that tensor cores want, so slots are read once.
+"""
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from kernels.common import launch, numerics
+from kernels.decode import xla
+from kernels.decode.cache import RollingCache
+from kernels.decode.operands import DecodeResiduals, Queries, Rules
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the tiles, and how many programs the slots are cut for."""
+
+    block_k: int = 64  # slots
+    programs: int = 264  # two for each multiprocessor of an H100
+    warps: int = 4
+    stages: int = 3
+
+
+def decode(rules: Rules, queries: Queries, cache: RollingCache, config: object) -> DecodeResiduals:
+    """Outputs and log-denominators; statistics in float32."""
+    launch.require()
+    arrays = (queries.near, queries.far, *cache[:4])
+    dtypes = {x.dtype for x in arrays}
+    if len(dtypes) > 1:
+        raise NotImplementedError(f"operands of different dtypes: {sorted(map(str, dtypes))}")
+    if queries.near.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"operands in {queries.near.dtype}")
+    width = max(cache.k_ring.shape[3], cache.v_ring.shape[3])
+    if width > 256:
+        raise NotImplementedError(f"heads {width} wide; it takes up to 256")
+    group = queries.near.shape[1] // cache.k_ring.shape[1]
+    if group > 64:
+        raise NotImplementedError(f"{group} query heads a key head; it takes up to 64")
+    if rules.scale <= 0:
+        raise NotImplementedError(f"scale={rules.scale}: the running maximum needs a positive one")
+    if config is None:
+        config = Config()
+        if queries.near.dtype == jnp.float32 or width > 128:
+            config = dataclasses.replace(config, block_k=32, stages=2)
+    if not isinstance(config, Config):
+        raise NotImplementedError(f"config is a {type(config).__module__}.{type(config).__name__}")
+    return DecodeResiduals(*_decode(rules, config, queries, cache))
+
+
+def _compute(rules: Rules, config: Config, queries: Queries, cache: RollingCache):
+    sinks = queries.sinks
+    if sinks is not None:
+        sinks = jnp.broadcast_to(sinks, queries.near.shape[:2])
+    call = launch.folding_batches(functools.partial(_launch, rules, config))
+    return call(queries._replace(sinks=sinks), cache)
+
+
+def _launch(rules: Rules, config: Config, queries: Queries, cache: RollingCache):
+    from kernels.decode import triton_kernels  # needs triton
+
+    batch, heads, width = queries.near.shape
+    key_heads, window, value_width = cache.v_ring.shape[1:]
+    ranks = cache.num_global
+    tiles = math.ceil(ranks / config.block_k) + math.ceil(window / config.block_k)
+    splits = min(tiles, math.ceil(config.programs / (batch * key_heads)))
+    unit = (rules.scale if rules.soft_cap is None else rules.soft_cap) * numerics.LOG2_E
+    mask = numerics.MASK_VALUE / max(unit, 1)
+    ring = (cache.k_ring, cache.v_ring)
+    statistics = jax.ShapeDtypeStruct((splits, batch, heads), jnp.float32)
+    parts = launch.run(
+        launch.Launch(
+            triton_kernels.parts,
+            (splits * batch * key_heads,),
+            [
+                queries.near, queries.far, *((cache.k_global, cache.v_global) if ranks else ring),
+                *ring, cache.length, batch, ranks, window, splits,
+            ],
+            [
+                jax.ShapeDtypeStruct((splits, batch, heads, value_width), jnp.float32),
+                statistics, statistics,
+            ],
+            {
+                "HEADS": heads,
+                "KEY_HEADS": key_heads,
+                "WIDTH": width,
+                "VALUE_WIDTH": value_width,
+                "BLOCK_M": _padded(heads // key_heads),
+                "BLOCK_K": config.block_k,
+                "BLOCK_H": _padded(width),
+                "BLOCK_V": _padded(value_width),
+                "UNIT": unit,
+                "INNER": None if rules.soft_cap is None else rules.scale / rules.soft_cap,
+                "MASK": mask,
+                # float32 products on tensor cores: three of tf32 each, as exact as one of float32.
+                "PRECISION": "tf32x3",
+                "FAR": ranks > 0,
+            },
+            config.warps,
+            config.stages,
+            name="lambda_decode_parts",
+        )
+    )  # fmt: skip
+    sinks = queries.sinks
+    return launch.run(
+        launch.Launch(
+            triton_kernels.combine,
+            (batch * heads,),
+            [*parts, parts[1] if sinks is None else sinks, batch, splits],
+            [
+                jax.ShapeDtypeStruct((batch, heads, value_width), queries.near.dtype),
+                jax.ShapeDtypeStruct((batch, heads), jnp.float32),
+            ],
+            {
+                "HEADS": heads,
+                "VALUE_WIDTH": value_width,
+                "BLOCK_S": 1 << (splits - 1).bit_length(),
+                "BLOCK_V": _padded(value_width),
+                "EMPTY": mask * unit / 2,
+                "SINKS": sinks is not None,
+            },
+            4,
+            1,
+            name="lambda_decode_combine",
+        )
+    )
+
+
+def _padded(size: int) -> int:
+    """A tile's side: Triton takes powers of two, and a matrix product at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _forward(rules: Rules, config: Config, queries: Queries, cache: RollingCache):
+    return _compute(rules, config, queries, cache), (queries, cache)
+
+
+def _backward(rules: Rules, config: Config, saved, cotangents):
+    """By the plain implementation: nobody decodes for a gradient's speed."""
+    queries, cache = saved
+
+    slots = cache._asdict()
+    length = slots.pop("length")
+
+    def plain(queries: Queries, slots):
+        return xla.decode(rules, queries, RollingCache(**slots, length=length), None)
+
+    _, pull = jax.vjp(plain, queries, slots)
+    d_queries, d_slots = pull(DecodeResiduals(*cotangents))
+    return d_queries, cache._replace(**d_slots, length=None)
+
+
+_decode = jax.custom_vjp(_compute, nondiff_argnums=(0, 1))
+_decode.defvjp(_forward, _backward)

@@ -1,0 +1,157 @@
+"""Triton kernels of Λ-decoding: parts of the slots, then one softmax out of the parts.
+
+Queries are [B, N, H], slots [B, K, S, H], contiguous. There is no JAX here, so that the same source
+runs under jax-triton, in the Triton interpreter and in `triton.compile`.
+"""
+
+# Triton is no dependency: where it is missing, this file is not imported.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+import triton
+import triton.language as tl
+
+from kernels.common.triton_math import LOG2_E, tanh
+
+
+@triton.jit
+def _rows(base, rows, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Some rows of a [., WIDTH] matrix, columns padded to BLOCK; invalid ones are zeros."""
+    column = tl.arange(0, BLOCK)
+    mask = valid[:, None]
+    if BLOCK != WIDTH:
+        mask = mask & (column < WIDTH)[None, :]
+    return tl.load(base + rows[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _attend(
+    query, key, value, seen, top, total, out,
+    UNIT: tl.constexpr, INNER: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(top, total, out) after one tile of slots; exponents are powers of two."""
+    raw = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    if INNER is not None:
+        raw = tanh(raw * INNER)
+    raw = tl.where(seen[None, :], raw, MASK)
+    new_top = tl.maximum(top, tl.max(raw, 1) * UNIT)
+    weights = tl.exp2(raw * UNIT - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(weights, 1)
+    out = tl.dot(
+        weights.to(value.dtype), value, out * shrink[:, None], input_precision=PRECISION
+    )  # fmt: skip
+    return new_top, total, out
+
+
+@triton.jit
+def parts(
+    query, query_far, k_global, v_global, k_ring, v_ring, length,
+    batches, ranks, window, splits,
+    outs, tops, totals,
+    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr,
+    UNIT: tl.constexpr, INNER: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    FAR: tl.constexpr,
+):  # fmt: skip
+    """Unnormalised outputs [splits, B, N, Hv], maxima and sums [splits, B, N].
+
+    A program is one key head and one part of the tiles of slots, those of the globals first; its
+    query heads are the rows of the products.
+    """
+    program = tl.program_id(0)
+    split = program % splits
+    key_head = program // splits % KEY_HEADS
+    batch = program // (splits * KEY_HEADS)
+    group = HEADS // KEY_HEADS
+    last = tl.load(length + batch) - 1
+
+    rows = tl.arange(0, BLOCK_M)
+    slots = tl.arange(0, BLOCK_K)
+    ours = rows < group
+    first_query = batch.to(tl.int64) * HEADS + key_head * group
+    slot_head = batch.to(tl.int64) * KEY_HEADS + key_head
+    # Slots that nobody sees are not read: the ring's beyond `last`, globals still in the window.
+    far_tiles = last * 0
+    if FAR:
+        far_tiles = tl.cdiv(tl.minimum(tl.maximum(last - window + 1, 0), ranks), BLOCK_K)
+    near_tiles = tl.cdiv(tl.minimum(last + 1, window), BLOCK_K)
+    share = tl.cdiv(far_tiles + near_tiles, splits)
+    first = split * share
+    end = tl.minimum(first + share, far_tiles + near_tiles)
+
+    top = tl.full((BLOCK_M,), MASK * UNIT / 2, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    out = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    if FAR:
+        q = _rows(query_far + first_query * WIDTH, rows, ours, WIDTH, BLOCK_H)
+        for tile in tl.range(tl.minimum(first, far_tiles), tl.minimum(end, far_tiles)):
+            rank = tile * BLOCK_K + slots
+            exists = rank < ranks
+            at = slot_head * ranks
+            k = _rows(k_global + at * WIDTH, rank, exists, WIDTH, BLOCK_H)
+            v = _rows(v_global + at * VALUE_WIDTH, rank, exists, VALUE_WIDTH, BLOCK_V)
+            seen = exists & (last - rank >= window)
+            top, total, out = _attend(q, k, v, seen, top, total, out, UNIT, INNER, MASK, PRECISION)
+    q = _rows(query + first_query * WIDTH, rows, ours, WIDTH, BLOCK_H)
+    for tile in tl.range(
+        tl.maximum(first, far_tiles) - far_tiles, tl.maximum(end, far_tiles) - far_tiles
+    ):
+        slot = tile * BLOCK_K + slots
+        exists = slot < window
+        at = slot_head * window
+        k = _rows(k_ring + at * WIDTH, slot, exists, WIDTH, BLOCK_H)
+        v = _rows(v_ring + at * VALUE_WIDTH, slot, exists, VALUE_WIDTH, BLOCK_V)
+        # The ring is full, or its first `length` slots are.
+        seen = exists & (slot <= last)
+        top, total, out = _attend(q, k, v, seen, top, total, out, UNIT, INNER, MASK, PRECISION)
+
+    to = split.to(tl.int64) * batches * HEADS + first_query + rows
+    column = tl.arange(0, BLOCK_V)
+    tl.store(
+        outs + to[:, None] * VALUE_WIDTH + column[None, :], out,
+        mask=ours[:, None] & (column < VALUE_WIDTH)[None, :],
+    )  # fmt: skip
+    tl.store(tops + to, top, mask=ours)
+    tl.store(totals + to, total, mask=ours)
+
+
+@triton.jit
+def combine(
+    outs, tops, totals, sinks,
+    batches, splits,
+    out, lse,
+    HEADS: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr, EMPTY: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """Outputs [B, N, Hv] and LSE [B, N] out of the parts; one program for each query head."""
+    head = tl.program_id(0)
+    part = tl.arange(0, BLOCK_S)
+    column = tl.arange(0, BLOCK_V)
+    exists = part < splits
+    at = part.to(tl.int64) * (batches * HEADS) + head
+    part_tops = tl.load(tops + at, mask=exists, other=EMPTY)
+    part_totals = tl.load(totals + at, mask=exists, other=0.0)
+    part_outs = tl.load(
+        outs + at[:, None] * VALUE_WIDTH + column[None, :],
+        mask=exists[:, None] & (column < VALUE_WIDTH)[None, :], other=0.0,
+    )  # fmt: skip
+    top = tl.max(part_tops, 0)
+    sink = top
+    if SINKS:
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
+        top = tl.maximum(top, sink)
+    weights = tl.exp2(part_tops - top)
+    total = tl.sum(part_totals * weights, 0)
+    empty = total == 0
+    if SINKS:
+        total += tl.exp2(sink - top)
+    total = tl.where(empty, 1.0, total)
+    result = tl.sum(part_outs * weights[:, None], 0) / total
+    result = tl.where(empty, 0.0, result)
+    tl.store(
+        out + head.to(tl.int64) * VALUE_WIDTH + column,
+        result.to(out.dtype.element_ty),
+        mask=column < VALUE_WIDTH,
+    )
+    tl.store(lse + head, tl.where(empty, float("-inf"), (top + tl.log2(total)) / LOG2_E))

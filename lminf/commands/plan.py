@@ -6,6 +6,7 @@ lminf plan --config=train_lm:1b --devices=v5e-256    bytes on each device, shard
 
 import argparse
 import json
+from typing import Any
 
 import jax.numpy as jnp
 from rich.console import Console
@@ -89,7 +90,7 @@ def plan_training(args: argparse.Namespace) -> None:
         "train_lm", [f"--config={args.config}", *(f"--config.{o}" for o in args.overrides)]
     )
     assert asked is not None  # --help was this command's own
-    c = asked.config
+    c: Any = asked.config
     devices = hardware.parse(args.devices)
     start = _training.shape_to_plan(c)
     program = _training.program_of(c, start, absent=devices.count)

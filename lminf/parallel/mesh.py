@@ -11,7 +11,7 @@ stage     layers of a pipeline
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -76,9 +76,10 @@ def make(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.array(everything[:used]).reshape(sizes), AXES, axis_types=kinds)
 
 
-def absent(shape: MeshShape, devices: int) -> AbstractMesh:
-    """The mesh over so many devices that are not here: for plans."""
-    return AbstractMesh(shape.sizes(devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+def absent(shape: MeshShape, devices: int) -> Mesh:
+    """The mesh over so many devices that are not here: for plans, which read its shape only."""
+    kinds = (AxisType.Auto,) * len(AXES)
+    return cast(Mesh, AbstractMesh(shape.sizes(devices), AXES, axis_types=kinds))
 
 
 def single() -> Mesh:

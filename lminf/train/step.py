@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from lminf.attention.policies import LayerPolicy
@@ -57,7 +57,7 @@ class Program:
 
     spec: ModelSpec
     policies: tuple[LayerPolicy, ...]  # [L]
-    mesh: Mesh | AbstractMesh  # abstract: for plans, not to be run
+    mesh: Mesh
     strategy: Strategy
     optimizer: optax.GradientTransformation  # for a rate of 1
     rate: Callable[[Array], Array]  # of the step

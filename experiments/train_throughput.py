@@ -1,0 +1,141 @@
+"""Times training steps of one shape, and a torch process doing the same in turn."""
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from experiments._main import main
+from lminf.attention import policies
+from lminf.errors import InputError
+from lminf.models import cost, spec
+from lminf.parallel import mesh, partition
+from lminf.run import plots
+from lminf.run.progress import Progress
+from lminf.train import batches
+from lminf.train.optim import AdamW
+from lminf.train.step import Program
+
+PEER = Path(__file__).resolve().parent.parent / "benchmarks" / "peer_torch_training.py"
+
+
+def run(c, out):
+    ours = Timed(c, c.model)
+    facts = {"parameters": cost.parameters(ours.program.spec), "batch": c.data.batch,
+             "length": c.data.length}  # fmt: skip
+    with Progress(c.rounds, label="timing", unit="rounds") as progress:
+        for turn in range(c.rounds):
+            yield {"part": "speed", **facts, "side": "lminf", "round": turn, **ours.speed(c.steps)}
+            if c.peer:
+                yield {"part": "speed", **facts, "side": "torch", "round": turn, **peer(c)}
+            progress.update(turn + 1)
+    small = Timed(c, c.small)
+    yield {"part": "dispatch", "parameters": cost.parameters(small.program.spec),
+           "dispatch_share": small.dispatch(c.steps)}  # fmt: skip
+    for vocab_size in (4096, 16384, 65536):
+        yield {"part": "loss memory", "vocab_size": vocab_size,
+               "loss_bytes": loss_bytes(c, vocab_size)}  # fmt: skip
+
+
+class Timed:
+    """A program on one device with a batch of noise."""
+
+    def __init__(self, c, model):
+        self.program = program(model, c.data.vocab_size, c.data.length)
+        rng = np.random.default_rng(c.seed)
+        size = (c.data.batch, c.data.length + 1)
+        self.noise = rng.integers(0, c.data.vocab_size, size).astype(np.int32)
+        self.tokens = c.data.batch * c.data.length
+        self.state = self.program.init(key=jax.random.key(c.seed))
+        self.step()
+
+    def batch(self):
+        noise = {"tokens": self.noise[:, :-1], "targets": self.noise[:, 1:]}
+        return batches.put(noise, mesh=self.program.mesh, strategy=self.program.strategy)
+
+    def step(self):
+        self.state, metrics = self.program.step(self.state, self.batch())
+        return float(metrics.loss)
+
+    def speed(self, steps):
+        self.step()
+        started = time.perf_counter()
+        for _ in range(steps):
+            loss = self.step()
+        seconds = (time.perf_counter() - started) / steps
+        return {"seconds": seconds, "tokens_per_second": self.tokens / seconds, "loss": loss}
+
+    def dispatch(self, steps):
+        """Share of a step's time in which Python works and the device may be waiting."""
+        seconds = self.speed(steps)["seconds"]
+        spent = []
+        for _ in range(max(steps, 20)):
+            jax.block_until_ready(self.state)
+            started = time.perf_counter()
+            self.state, _ = self.program.step(self.state, self.batch())
+            spent.append(time.perf_counter() - started)
+        return float(np.median(spent) / seconds)
+
+
+def program(model, vocab_size, length):
+    shape = spec.llama(vocab_size=vocab_size, trained_length=length, **model.to_dict())
+    return Program(
+        shape, (policies.FULL,) * shape.num_layers, mesh.single(), partition.STRATEGIES["data"],
+        AdamW().build(), lambda step: np.float32(1e-4),
+    )  # fmt: skip
+
+
+def loss_bytes(c, vocab_size):
+    """Temporary bytes of loss and gradient, beyond the gradient of the embedding itself."""
+    small = program(c.small, vocab_size, c.data.length)
+    shapes = {
+        name: jax.ShapeDtypeStruct((c.data.batch, c.data.length), np.int32)
+        for name in ("tokens", "targets")
+    }
+    compiled = jax.jit(small.gradients).lower(small.shapes.params, shapes).compile()
+    table = vocab_size * small.spec.width * 4
+    return max(compiled.memory_analysis().temp_size_in_bytes - table, 0)
+
+
+def peer(c):
+    """The same steps by torch, in a process of its own."""
+    model = {**c.model.to_dict(), **c.data.to_dict(), "steps": c.steps, "seed": c.seed}
+    done = subprocess.run(
+        [c.peer, str(PEER), json.dumps(model)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise InputError(f"{c.peer} cannot run the peer: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout)
+
+
+def table(rows):
+    """Medians over the rounds, and how many times torch's speed."""
+    by_side = {}
+    for row in rows:
+        if row["part"] == "speed":
+            by_side.setdefault(row["side"], []).append(row["tokens_per_second"])
+    medians = {side: float(np.median(found)) for side, found in by_side.items()}
+    shown = [{"measured": f"{side} tokens/s", "value": value} for side, value in medians.items()]
+    if "torch" in medians:
+        shown.append({"measured": "lminf / torch", "value": medians["lminf"] / medians["torch"]})
+    for row in rows:
+        if row["part"] == "dispatch":
+            shown.append({"measured": "dispatch share of a step, 1M parameters",
+                          "value": row["dispatch_share"]})  # fmt: skip
+        if row["part"] == "loss memory":
+            shown.append({"measured": f"temporary bytes, vocabulary {row['vocab_size']:,}",
+                          "value": row["loss_bytes"]})  # fmt: skip
+    return shown
+
+
+def plot(rows):
+    speeds = [{**row, "round": str(row["round"])} for row in rows if row["part"] == "speed"]
+    return plots.bars(speeds, x="side", y="tokens_per_second", by="round",
+                      x_label="", y_label="tokens/s")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(run, plot, table=table)

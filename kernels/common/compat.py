@@ -78,3 +78,16 @@ def triton_call(launch: "Launch") -> tuple[Array, ...]:
             **launch.constants,
         )
     )
+
+
+def output_like(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:
+    """The shape of a Pallas output that differs between the devices of a shard_map as `like` does.
+
+    What jax calls that property has changed its name; where neither is known, nothing is said, and
+    a shard_map needs check_vma=False.
+    """
+    kind = jax.typeof(like)
+    for name in ("manual_axis_type", "vma"):
+        if hasattr(kind, name):
+            return jax.ShapeDtypeStruct(shape, dtype, **{name: getattr(kind, name)})
+    return jax.ShapeDtypeStruct(shape, dtype)

@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from kernels.common import numerics
+from kernels.common import compat, numerics
 from kernels.lambda_attention.operands import Branch, Operands, Places, Residuals, Rules
 
 LANES = 128
@@ -513,8 +513,8 @@ def _flops(plan: Plan, heads: int, *products: int) -> int:
     return 2 * heads * pairs * sum(products)
 
 
-def _shape(*shape: int, dtype) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
+def _like(x: Array) -> jax.ShapeDtypeStruct:
+    return compat.output_like(x.shape, x.dtype, x)
 
 
 def _attend(plan: Plan, operands: Operands, scalars: Int[Array, " scalars"]) -> Saved:
@@ -524,8 +524,8 @@ def _attend(plan: Plan, operands: Operands, scalars: Int[Array, " scalars"]) -> 
     heads, rows, width = query.shape
     value_width = operands.near.value.shape[3]
     outputs = (
-        _shape(heads, rows, value_width, dtype=query.dtype),
-        _shape(heads, 1, rows, dtype=jnp.float32),
+        compat.output_like((heads, rows, value_width), query.dtype, query),
+        compat.output_like((heads, 1, rows), jnp.float32, query),
     )
     inputs, in_specs = (branches,), (specs,)
     if operands.sinks is not None:
@@ -610,7 +610,7 @@ def _statistics_blocks(plan: Plan, statistics: "Statistics", query_at) -> Any:
 
 def _d_queries(plan: Plan, scalars, branches: list[HeadsFirst], statistics: Statistics):
     grid, query_at, specs = _by_queries(plan, branches)
-    outputs = [_shape(*branch.query.shape, dtype=branch.query.dtype) for branch in branches]
+    outputs = [_like(branch.query) for branch in branches]
     width, value_width = branches[0].query.shape[2], statistics.d_out.shape[2]
     return _call(
         functools.partial(_d_query_kernel, plan),
@@ -634,7 +634,7 @@ def _d_keys(plan: Plan, side: Near | Far, scalars, branch: HeadsFirst, statistic
     def key_at(head, j, member, step, scalars):
         return head, j
 
-    outputs = tuple(_shape(*x.shape, dtype=x.dtype) for x in (branch.key, branch.value))
+    outputs = (_like(branch.key), _like(branch.value))
     width, value_width = branch.key.shape[2], branch.value.shape[2]
     grid = (branch.key.shape[0], side.blocks, plan.group, side.query_steps)
     steps = grid[0] * grid[1] * grid[2] * grid[3]

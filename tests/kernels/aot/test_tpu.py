@@ -8,7 +8,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import kernels
 from kernels.decode import cache as caches
@@ -17,6 +20,11 @@ from kernels.lambda_attention import mosaic_tpu
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
 LENGTH = 131072
 HEADS, KEY_HEADS, WIDTH, WINDOW, GLOBALS = 32, 8, 128, 4096, 100
+
+
+SMALL_BLOCKS = functools.partial(
+    kernels.lambda_attention, implementation="mosaic_tpu", config=mosaic_tpu.Config(128, 128)
+)
 
 
 def lambda_shapes(length):
@@ -62,12 +70,34 @@ def test_lambda_attention(compile_tpu, recorded, topology, fn):
 def test_lambda_attention_under_vmap(compile_tpu):
     """Which the interpreter does not know; small blocks compile faster."""
     shapes = [jax.ShapeDtypeStruct((2, 1, 512, n, 128), jnp.bfloat16) for n in (4, 2, 2)]
-    small = functools.partial(
-        kernels.lambda_attention, num_global=100, window_size=200,
-        implementation="mosaic_tpu", config=mosaic_tpu.Config(128, 128),
-    )  # fmt: skip
+    small = functools.partial(SMALL_BLOCKS, num_global=100, window_size=200)
     report = compile_tpu(jax.vmap(small), *shapes, topology="v5e:2x2")
     assert "lambda_forward" in report.bundles
+
+
+@pytest.mark.usefixtures("compile_tpu")  # for libtpu's environment
+def test_lambda_attention_under_shard_map():
+    """Batch and heads over four chips, forward and backward, with jax's check of what varies."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "heads"))
+    split = PartitionSpec("data", None, "heads")
+    sharded = jax.shard_map(
+        functools.partial(SMALL_BLOCKS, num_global=100, window_size=200),
+        mesh=mesh, in_specs=split, out_specs=split,
+    )  # fmt: skip
+    shapes = [
+        jax.ShapeDtypeStruct(
+            (2, 512, heads, 128), jnp.bfloat16, sharding=NamedSharding(mesh, split)
+        )
+        for heads in (4, 2, 2)
+    ]
+
+    def loss(*arrays):
+        return sharded(*arrays).astype(jnp.float32).sum()
+
+    program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes).compile().as_text()
+    assert "all-gather" not in program
+    assert "lambda_d_key_near" in program
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)

@@ -1,0 +1,55 @@
+"""Copies that differ in their rate, trained as one program, are the runs they stand for."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from lminf.attention.policies import FULL
+from lminf.data.windows import RandomWindows
+from lminf.models import spec
+from lminf.parallel import mesh, partition
+from lminf.train.many import Copies
+from lminf.train.optim import AdamW
+from lminf.train.schedules import Cosine
+from lminf.train.step import Program
+
+PEAKS = (1e-3, 3e-2)
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def program():
+    shape = spec.llama(vocab_size=32, width=16, num_layers=1, num_heads=2, num_kv_heads=1,
+                       hidden_dim=24, trained_length=8)  # fmt: skip
+    one = mesh.make(mesh.MeshShape(), jax.devices()[:1])
+    return Program(
+        shape, (FULL,), one, partition.parse("data"), AdamW().build(), rate=lambda step: step
+    )
+
+
+@pytest.fixture(scope="module")
+def data():
+    tokens = np.random.default_rng(0).integers(0, 32, 500)
+    return RandomWindows(tokens, length=8, rows=3, seed=0)
+
+
+def test_copies_are_the_separate_runs(program, data, monkeypatch):
+    monkeypatch.setattr("lminf.train.many.AT_ONCE", 3)  # then 1 at a time
+    schedule = Cosine(1.0, 1e-5, 2)
+    copies = Copies(program, schedule, PEAKS, STEPS)
+    found = list(copies.train(copies.init(seed=0), data, (1, STEPS)))
+    assert [done for done, _, _ in found] == [1, STEPS]
+    losses = np.concatenate([losses for *_, losses in found])
+    assert losses.shape == (STEPS, len(PEAKS))
+    nll = np.asarray(copies.nll(found[-1][1].params, data.batch(0)))
+    for index, peak in enumerate(PEAKS):
+        own = dataclasses.replace(schedule, peak=peak)
+        alone = dataclasses.replace(program, rate=lambda step, own=own: own(step, STEPS))
+        state = alone.init(key=jax.random.key(0))
+        for step in range(STEPS):
+            state, metrics = alone.step(state, data.batch(step))
+            np.testing.assert_allclose(losses[step, index], metrics.loss, rtol=1e-5)
+        np.testing.assert_allclose(nll[index], alone.nll(state.params, data.batch(0)), atol=1e-4)
+    assert losses[-1, 0] != losses[-1, 1]

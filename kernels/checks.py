@@ -68,9 +68,10 @@ def check(cases: list[Case], dtypes: tuple[str, ...], refused: dict[str, str]) -
                         shown = getattr(reason, "exceptions", (reason,))[0]
                         refused[f"{case.op} {implementation}"] = str(shown)
                         continue
-                    # A compiler or a driver that gives up is a failed check, not the end of the run.
+                    # A compiler or driver that gives up is a failed check, not the end of the run.
                     except Exception as error:
-                        yield _broken(case, implementation, dtype, error)
+                        broken = f"{case.name}: {type(error).__name__}: {error}"[:300]
+                        yield failure(case.op, implementation, broken, dtype)
                         continue
                     errors = _errors(found, exact)
                     for name, error in errors.items():
@@ -95,17 +96,12 @@ def check(cases: list[Case], dtypes: tuple[str, ...], refused: dict[str, str]) -
                     }
 
 
-def _broken(case: Case, implementation: str, dtype: str, error: Exception) -> dict[str, Any]:
-    first = (str(error).splitlines() or [""])[0][:200]
+def failure(op: str, implementation: str, case: str, dtype: str) -> dict[str, Any]:
+    """The row of a check that came to no number."""
     return {
-        "op": case.op,
-        "impl": implementation,
-        "case": f"{case.name}: {type(error).__name__}: {first}",
-        "dtype": dtype,
-        "err": NOT_FINITE,
-        "naive_err": 0.0,
-        "ok": False,
-    }
+        "op": op, "impl": implementation, "case": case, "dtype": dtype,
+        "err": NOT_FINITE, "naive_err": 0.0, "ok": False,
+    }  # fmt: skip
 
 
 def _passes(row: dict, name: str) -> bool:

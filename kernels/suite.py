@@ -367,7 +367,7 @@ def run(planned: Plan, peers: Peers | None, say: Callable[[str], None] = print) 
     timings: list[dict[str, Any]] = []
     ratios: list[dict[str, Any]] = []
     for work in planned.work:
-        programs = _programs(work, planned, peers, absent, say)
+        programs = _programs(work, planned, peers, absent, found, say)
         seconds = bench.interleaved(
             {name: program.run for name, program in programs.items()},
             repeats=planned.repeats, budget_s=planned.budget_s, warmup=0,
@@ -384,7 +384,9 @@ def run(planned: Plan, peers: Peers | None, say: Callable[[str], None] = print) 
     return results
 
 
-def _programs(work: Work, planned: Plan, peers, absent: list[str], say) -> dict[str, Program]:
+def _programs(
+    work: Work, planned: Plan, peers, absent: list[str], broken: list[dict], say
+) -> dict[str, Program]:
     programs: dict[str, Program] = {}
     for name in work.implementations:
         try:
@@ -393,6 +395,11 @@ def _programs(work: Work, planned: Plan, peers, absent: list[str], say) -> dict[
             programs[name] = program
         except (NotImplementedError, ExceptionGroup, jax.errors.JaxRuntimeError) as reason:
             say(f"{work.op} {name}: not timed: {str(reason).splitlines()[0]}")
+        # What should run here and breaks is a failed check; the others are still timed.
+        except Exception as error:
+            case = f"timing {work.passes} {work.case}: {type(error).__name__}: {error}"[:300]
+            broken.append(checks.failure(work.op, name, case, planned.dtype))
+            say(f"  FAILED {broken[-1]}")
     for name in work.peers:
         if name in PEERS:
             if peers is None:

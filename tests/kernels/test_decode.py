@@ -30,13 +30,17 @@ def text(heads=HEADS, key_heads=KEY_HEADS):
 
 def whole(given, num_global, window, **options):
     """What lambda_attention makes of the text: outputs [B, T, N, Hv] and LSE [B, T, N]."""
-    given = given | {"key_global": given["key_global"][:, :num_global]}
-    out, lse = kernels.lambda_attention(
-        **given, value_global=given["value"][:, :num_global],
-        num_global=num_global, window_size=window,
-        implementation="reference", return_residuals=True, **options,
-    )  # fmt: skip
-    return out, lse.swapaxes(1, 2)
+
+    def attend(given):
+        given = given | {"key_global": given["key_global"][:, :num_global]}
+        out, lse = kernels.lambda_attention(
+            **given, value_global=given["value"][:, :num_global],
+            num_global=num_global, window_size=window,
+            implementation="reference", return_residuals=True, **options,
+        )  # fmt: skip
+        return out, lse.swapaxes(1, 2)
+
+    return jax.jit(attend)(given)
 
 
 def fresh(num_global, window, key_heads=KEY_HEADS, dtype=jnp.float32):
@@ -58,8 +62,11 @@ def step_by_step(given, cache, implementation, **options):
         )  # fmt: skip
         return cache, found
 
-    _, found = jax.lax.scan(step, cache, {n: x.swapaxes(0, 1) for n, x in given.items()})
-    return tuple(x.swapaxes(0, 1) for x in found)
+    def steps(given, cache):
+        _, found = jax.lax.scan(step, cache, {n: x.swapaxes(0, 1) for n, x in given.items()})
+        return tuple(x.swapaxes(0, 1) for x in found)
+
+    return jax.jit(steps)(given, cache)
 
 
 def assert_close(found, expected, tolerance=TOLERANCE):
@@ -102,29 +109,36 @@ def test_a_prefill_of_uneven_rows_leaves_the_same_cache():
         count = (t < lengths + 3).astype(jnp.int32)
         return caches.append(cache, key, value, key_global=key_global, count=count)
 
-    one = jax.lax.fori_loop(0, 20, step, fresh(3, 7))
-    chunk = caches.append(
+    one = jax.jit(lambda cache: jax.lax.fori_loop(0, 20, step, cache))(fresh(3, 7))
+    append = jax.jit(caches.append)
+    chunk = append(
         fresh(3, 7), given["key"], given["value"], key_global=given["key_global"], count=lengths
     )
-    rest = {n: jnp.stack([x[0, 9:12], x[1, 17:20]]) for n, x in given.items()}
-    chunk = caches.append(chunk, rest["key"], rest["value"], key_global=rest["key_global"])
+    rest = {n: np.stack([x[0, 9:12], x[1, 17:20]]) for n, x in as_numpy(given).items()}
+    chunk = append(chunk, rest["key"], rest["value"], key_global=rest["key_global"])
     for left, right in zip(chunk, one, strict=True):
         np.testing.assert_array_equal(left, right)
-    query = given["query"][jnp.arange(BATCH), chunk.length - 1]
-    query_global = given["query_global"][jnp.arange(BATCH), chunk.length - 1]
-    found = kernels.lambda_decode(query, chunk, query_global=query_global)
-    expected = whole(given, 3, 7)[0][jnp.arange(BATCH), chunk.length - 1]
-    assert_close([found], [expected])
+    last = (np.arange(BATCH), np.asarray(chunk.length) - 1)
+    queries = [as_numpy(given)[name][last] for name in ("query", "query_global")]
+    found = jax.jit(lambda near, far: kernels.lambda_decode(near, chunk, query_global=far))
+    expected = np.asarray(whole(given, 3, 7)[0])[last]
+    assert_close([found(*queries)], [expected])
+
+
+def as_numpy(given):
+    return {name: np.asarray(x) for name, x in given.items()}
 
 
 def test_nothing_read_is_zero_and_minus_infinity():
     for implementation in ("reference", "xla"):
-        out, lse = kernels.lambda_decode(
-            normal(0, BATCH, HEADS, WIDTH), fresh(3, 7), sinks=normal(1, HEADS),
-            implementation=implementation, return_residuals=True,
-        )  # fmt: skip
-        assert not out.any()
-        assert np.isneginf(lse).all()
+        decode = functools.partial(
+            kernels.lambda_decode, implementation=implementation, return_residuals=True
+        )
+        out, lse = jax.jit(decode)(
+            normal(0, BATCH, HEADS, WIDTH), fresh(3, 7), sinks=normal(1, HEADS)
+        )
+        assert not np.asarray(out).any()
+        assert np.isneginf(np.asarray(lse)).all()
 
 
 @pytest.mark.slow

@@ -48,9 +48,10 @@ def default_config(rows: int, vocab: int, width: int, itemsize: int, budget_byte
         return Config()
     for block_vocab in (16384, 8192, 4096, 2048):
         left = budget_bytes - 4 * width * (rows + block_vocab)
-        block_rows = left // (block_vocab * (4 + itemsize)) // 256 * 256
-        if block_rows >= min(rows, 2048):
-            return Config(min(block_rows, rows), block_vocab)
+        most = left // (block_vocab * (4 + itemsize)) // 256 * 256
+        if most >= min(rows, 2048):
+            count = -(-rows // most)  # of blocks, as even as they come: padding is work
+            return Config(min(-(-rows // (256 * count)) * 256, rows), block_vocab)
     return Config(1024, 2048)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import kernels
+from kernels.cross_entropy import xla_chunked
 from kernels.cross_entropy.xla_chunked import Config
 
 ROWS, WIDTH, VOCAB = (2, 11), 12, 53
@@ -176,6 +177,18 @@ def test_filter_error_is_bounded_and_the_labels_stay():
     eps = 1e-2
     skipped = jnp.abs(grad(classifier, eps) - grad(classifier, None)).max()
     assert skipped <= eps * jnp.abs(embeddings).sum(0).max()
+
+
+@pytest.mark.parametrize("rows", [100, 3000, 8192, 9000])
+def test_blocks_of_an_accelerator_fit_the_budget_and_are_even(rows, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = xla_chunked.default_config(rows, 256000, 2304, 2, xla_chunked.BUDGET_BYTES)
+    logits = found.block_rows * found.block_vocab * 6
+    assert logits + 4 * 2304 * (rows + found.block_vocab) <= xla_chunked.BUDGET_BYTES
+    assert -rows % found.block_rows < 256 * -(-rows // found.block_rows)
+    assert found.block_rows <= rows
+    if rows == 8192:  # 297 MB of temporary memory in the program for an H100
+        assert found == Config(2048, 8192)
 
 
 def test_no_array_of_all_logits():

@@ -48,20 +48,20 @@ class Config:
     backward_width: int = 32
     backward_warps: int = 8
     backward_stages: int = 3
-    owned_rows: int = 64  # both passes of the deterministic backward
-    owned_vocab: int = 128
-    owned_width: int = 32
-    owned_warps: int = 8
-    owned_stages: int = 2
+    narrow_rows: int = 64  # of a backward that needs more registers: see _backward
+    narrow_vocab: int = 128
+    narrow_width: int = 32
+    narrow_warps: int = 8
+    narrow_stages: int = 2
 
     def tile(self, kernel: str) -> Tile:
         names = (f"{kernel}_{field.name}" for field in dataclasses.fields(Tile))
         return Tile(*(getattr(self, name) for name in names))
 
 
-def config_of(forward: Tile, backward: Tile, owned: Tile) -> Config:
+def config_of(forward: Tile, backward: Tile, narrow: Tile) -> Config:
     """The config with these tiles."""
-    return Config(*(x for tile in (forward, backward, owned) for x in dataclasses.astuple(tile)))
+    return Config(*(x for tile in (forward, backward, narrow) for x in dataclasses.astuple(tile)))
 
 
 def losses(rules: Rules, operands: Operands, labels: Int[Array, " rows"], config: object) -> Losses:
@@ -162,7 +162,9 @@ def _backward(rules: Rules, config: Config, saved, cotangents):
     order = labels  # never read
     if rules.filter_eps is not None and rules.sort_vocab:
         order = _by_mean_logit(operands)
-    tile = config.tile("owned" if rules.deterministic else "backward")
+    # A soft cap keeps a second tile of numbers, smoothing a mask; owners keep their addresses.
+    narrow = rules.deterministic or rules.soft_cap is not None or rules.label_smoothing > 0
+    tile = config.tile("narrow" if narrow else "backward")
     call = functools.partial(_launch_gradients, rules, tile)
     found = jax.custom_batching.sequential_vmap(call)(operands, rows, order)
     d_embeddings, d_classifier, d_bias = found

@@ -41,7 +41,7 @@ class Config:
     forward_stages: int = 3
     queries_block_q: int = 64  # gradient of the queries
     queries_block_k: int = 64
-    queries_warps: int = 4
+    queries_warps: int = 8
     queries_stages: int = 2
     keys_block_q: int = 32  # gradients of keys and values
     keys_block_k: int = 64
@@ -63,7 +63,7 @@ def attention(rules: Rules, operands: Operands, places: Places, config: object) 
     launch.require()
     _refuse(rules, operands, places)
     if config is None:
-        config = default_config(operands)
+        config = default_config(operands, places)
     if not isinstance(config, Config):
         raise NotImplementedError(f"config is a {type(config).__module__}.{type(config).__name__}")
     batch = operands.near.query.shape[0]
@@ -100,22 +100,27 @@ def _refuse(rules: Rules, operands: Operands, places: Places) -> None:
         raise NotImplementedError(f"scale={rules.scale}: the running maximum needs a positive one")
 
 
-def default_config(operands: Operands) -> Config:
+def default_config(operands: Operands, places: Places) -> Config:
     """Tiles that compile without spilling a register for sm_80, sm_90 and sm_100.
 
     Not tuned: no GPU has run them yet.
     """
     widest = max(operands.near.query.shape[3], operands.near.value.shape[3])
     wide = operands.near.query.dtype == jnp.float32
-    return _TILES[wide, _padded(max(widest, 64))]
+    config = _TILES[wide, _padded(max(widest, 64))]
+    if places.segments is not None:  # their ids take registers
+        config = dataclasses.replace(
+            config, forward_block_q=min(64, config.forward_block_q), forward_stages=2
+        )
+    return config
 
 
 _TILES = {
     # (float32, padded width)
     (False, 64): config_of(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-    (False, 128): config_of(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(32, 64, 8, 2)),
+    (False, 128): config_of(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
     (False, 256): config_of(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (True, 64): config_of(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (True, 64): config_of(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     (True, 128): config_of(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
 }
 

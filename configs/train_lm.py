@@ -22,13 +22,16 @@ def get_config(arg: str = ""):
     c = base.get_config(arg, variants=VARIANTS)
     c.init = ""  # a model to go on from (a table name, folder, .gguf); "" starts afresh
     c.data = ConfigDict()
-    c.data.path = ""  # a UTF-8 file; "" is the interpreter's reference documentation
+    # Token stores of `lminf tokenize` (folders, gs://…, s3://…) or text files, separated by commas;
+    # "" is the interpreter's reference documentation.
+    c.data.path = ""
+    c.data.plan = "windows"  # or concat, best_fit, decomposition, mixture:weights=(3,1), …
     c.data.tokenizer = (
         "bytes"  # or a model whose tokenizer to use; `init` has its own
     )
     c.data.length = 256  # tokens of a row
     c.data.batch = 16  # rows of a step, over all devices
-    c.data.held_out = 0.05  # share of the text, its end, kept for evaluation
+    c.data.held_out = 0.05  # share of each text, its end, kept for evaluation
     c.model = shape(width=256, layers=6, heads=4, kv_heads=2, hidden=768)
     c.attention = "full"  # the policy of all layers
     c.steps = 1000
@@ -88,6 +91,7 @@ def large(c: ConfigDict, size: str) -> None:
     """Shapes for accelerators: bfloat16, sliced over every device."""
     c.data.tokenizer = "smollm2-135m-instruct"
     c.data.length, c.data.batch = 4096, 256
+    c.data.plan = "concat"
     c.dtype, c.remat = "bfloat16", "full"
     c.mesh.data, c.mesh.fsdp = 1, -1
     c.strategy = "zero3"

@@ -49,7 +49,7 @@ def start_of(c) -> Start:
 def tokenizer_of(name: str):
     if name == "bytes":
         return ByteTokenizer()
-    return checkpoints.load(name).tokenizer
+    return checkpoints.read_tokenizer(name)
 
 
 def shape_of(c, vocab_size: int) -> ModelSpec:

@@ -178,10 +178,11 @@ class Watch:
         try:
             refuse(done, metrics)
         except InputError as error:
-            rows = ", ".join(str(row) for row in self.data.train.documents(done - 1)[:8])
+            held = self.data.train.documents(done - 1)
+            named = ", ".join(map(str, held[:8])) + (", …" if len(held) > 8 else "")
             raise InputError(
-                f"{error}. Its rows begin at {rows}, …; --config.not_finite=skip leaves out such "
-                f"steps"
+                f"{error}. Its rows hold text of the documents {named} (counted from 0); "
+                f"--config.not_finite=skip leaves out such steps"
             ) from None
 
     def trace(self, done):

@@ -17,17 +17,23 @@ from lminf.errors import InputError
 
 TEXTS = {"library": sources.python_library, "prose": sources.python_prose}
 HELD_OUT = 100_000  # characters, the end of the text: the same span for every vocabulary
+PIECE = 4000  # characters: files are cut, so that the held-out text is a sample of all of them
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in a mixed order; nothing of the held-out text reaches a tokenizer or a model."""
+    """Pieces of documents in a mixed order; nothing of the held-out text reaches a tokenizer or a model."""
 
     name: str
 
     @cached_property
     def _text(self) -> str:
-        return "\n\n".join(TEXTS[self.name]())
+        pieces = [
+            text[start : start + PIECE]
+            for text in TEXTS[self.name]()
+            for start in range(0, len(text), PIECE)
+        ]
+        return "\n\n".join(sorted(pieces, key=sources.digest))
 
     @property
     def train(self) -> str:

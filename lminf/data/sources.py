@@ -16,8 +16,18 @@ def python_topics() -> str:
     return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
 
 
-# Folders of the library that are tests, other projects' packages or tools.
-_ASIDE = {"test", "tests", "site-packages", "dist-packages", "ensurepip", "idlelib", "turtledemo"}
+# Folders of the library that are tests, tables, tools, or the packages of others.
+_ASIDE = {
+    "pydoc_data",
+    "encodings",
+    "test",
+    "tests",
+    "site-packages",
+    "dist-packages",
+    "ensurepip",
+    "idlelib",
+    "turtledemo",
+}
 
 
 def python_library() -> list[str]:
@@ -34,8 +44,11 @@ def python_prose() -> list[str]:
     found = list(_topics())
     for name, path in _library_files():
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-        docs = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
+        docs = [
+            ast.get_docstring(node) or ""
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        ]
         found += [(f"{name}:{i}", text) for i, text in enumerate(docs) if len(text) >= 200]
     return _mixed(found)
 

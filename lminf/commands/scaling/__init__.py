@@ -6,6 +6,7 @@ predict chinchilla --flops 1e21
 fit vocab|step|chinchilla|density --data FILE --out law.json
 gap step --data FILE --law step,deepseek [--method linear]
 loss vocab --law law.json --data FILE
+collect vocab|step --runs DIR --out FILE.csv [--where corpus=library]
 check [--vocab FILE] [--step FILE] [--moe FILE] [--step-bootstrap FILE]
 """
 
@@ -19,12 +20,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from lminf.commands.scaling import check, fit, predict_step, predict_vocab, price
+from lminf.commands.scaling import check, collect, fit, predict_step, predict_vocab, price
 from lminf.errors import InputError
 from lminf.scaling import evidence, gap
 from lminf.scaling.vocab_isoflop import DENSIFY, SELECTORS
 from lminf.scaling.vocab_loss import BOUNDS, MODES
 
+VERBS = ("predict", "fit", "gap", "loss", "collect", "check")
 FLAGS: dict[str, dict[str, Any]] = {
     "n-nv": {"type": float, "help": "non-vocabulary parameters, raw: 7e9"},
     "n": {"type": float, "help": "non-embedding parameters, raw: 1e9"},
@@ -65,6 +67,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "seed": {"type": int, "help": "of the resampling (default 0)"},
     "method": {"choices": gap.METHODS, "help": "surface between the cells (default linear)"},
     "use-n": {"choices": ("total", "active"), "help": "gap: N of a mixture of experts"},
+    "runs": {"help": "collect: folders of sweeps, separated by commas"},
+    "where": {"help": "collect: only rows with field=value, separated by commas"},
     "vocab": {"help": "check: vocabulary CSV"},
     "step": {"help": "check: dense learning rate x batch CSV"},
     "moe": {"help": "check: mixture-of-experts CSV"},
@@ -78,7 +82,7 @@ RESAMPLE = ("draws", "bootstrap", "cluster", "seed")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__
-    parser.add_argument("verb", choices=("predict", "fit", "gap", "loss", "check"))
+    parser.add_argument("verb", choices=VERBS)
     parser.add_argument("subject", nargs="?", help="vocab, step, chinchilla or density")
     for flag, options in FLAGS.items():
         parser.add_argument(f"--{flag}", default=None, **options)
@@ -170,5 +174,7 @@ ACTIONS: dict[tuple[str, str | None], Action] = {
         ("law", "data", "n-nv-source", "fertility"),
         ("law", "data"),
     ),
+    ("collect", "vocab"): (collect.collect, ("runs", "where", "out"), ("runs", "out")),
+    ("collect", "step"): (collect.collect, ("runs", "where", "out"), ("runs", "out")),
     ("check", None): (check.check, ("vocab", "step", "moe", "step-bootstrap"), ()),
 }  # fmt: skip

@@ -1,0 +1,42 @@
+"""lminf scaling collect: finished sweeps as a table that `lminf scaling fit` takes."""
+
+import json
+from pathlib import Path
+
+from lminf.errors import InputError
+from lminf.run import folder
+from lminf.scaling import collect as tables
+
+KINDS = {"vocab": tables.vocab, "step": tables.step}
+
+
+def collect(args):
+    rows = [row for name in args.runs.split(",") for row in rows_of(Path(name))]
+    for condition in (args.where or "").split(","):
+        field, equals, value = condition.partition("=")
+        if equals:
+            rows = [row for row in rows if str(row.get(field)) == value]
+        elif condition:
+            raise InputError(f"--where={condition}: write field=value")
+    text = KINDS[args.subject](rows)
+    target = Path(args.out)
+    files = {target: text}
+    if args.subject == "vocab":  # `fit vocab` needs it to tell tokens from characters
+        measured = json.dumps(tables.fertility(rows).to_json(), indent=2) + "\n"
+        files[target.with_suffix(".fertility.json")] = measured
+    with folder.writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    for path, content in files.items():
+        folder.write_whole(path, content)
+    result = {"rows": text.count("\n") - 1, "written": [str(path) for path in files]}
+
+    def say(console):
+        console.print(f"{result['rows']} rows: {', '.join(result['written'])}")
+
+    return result, say
+
+
+def rows_of(path: Path) -> list[folder.Row]:
+    if not (path / "rows.jsonl").is_file():
+        raise InputError(f"{path} has no rows.jsonl; give the folder of a sweep or a run")
+    return folder.read_lines(path / "rows.jsonl")

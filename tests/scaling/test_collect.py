@@ -1,0 +1,76 @@
+"""Rows of sweeps as tables: what is written is what the fits read."""
+
+import numpy as np
+import pytest
+
+from lminf import cli, scaling
+from lminf.errors import InputError
+from lminf.run import folder
+from lminf.scaling import accounting, collect
+
+FERTILITY = {512: 0.5, 1024: 0.4}
+COMMON = {"corpus": "library", "text_digest": "ab", "seed": 0}
+
+
+def step_rows(**changes):
+    n = int(accounting.block_parameters(2, 64, 170))
+    return [
+        {**COMMON, "n": n, "width": 64, "hidden": 170, "heads": 4, "layers": 2, "seq_len": 64,
+         "d": 131_072, "batch_sequences": batch, "batch_tokens": 64 * batch, "lr": lr,
+         "train_loss": 4.1, "loss": 4.0 + lr, **changes}
+        for batch in (2, 8) for lr in (1e-3, 2e-3)
+    ]  # fmt: skip
+
+
+def vocab_rows():
+    return [
+        {**COMMON, "budget_mode": "checkpoints", "vocab_size": v, "width": 64, "n_nv": 98_048,
+         "tokens": tokens, "characters": tokens / FERTILITY[v],
+         "tokens_per_character": FERTILITY[v], "lr": lr, "loss_u": -1.0 - lr,
+         "flops": float(accounting.training_flops(98_048, 64 * v, tokens))}
+        for v in (512, 1024) for tokens in (200_000, 400_000) for lr in (1e-3, 4e-3)
+    ]  # fmt: skip
+
+
+def test_a_step_table_is_read_back(tmp_path):
+    path = tmp_path / "step.csv"
+    path.write_text(collect.step([*step_rows(), *step_rows(seed=1)]))  # one seed is one table
+    table = scaling.read_step(path, seq_len=2048)
+    assert len(table.loss) == 4
+    assert table.seq_len == 64
+    np.testing.assert_allclose(table.loss, [4.001, 4.002, 4.001, 4.002])
+    np.testing.assert_allclose(table.batch, [128, 128, 512, 512])
+
+
+def test_a_vocabulary_table_has_the_best_rate_of_each_checkpoint(tmp_path):
+    path = tmp_path / "vocab.csv"
+    path.write_text(collect.vocab(vocab_rows()))
+    measured = collect.fertility(vocab_rows())
+    assert measured.to_json()["constants"] == [512.0, 0.5, 1024.0, 0.4]
+    table = scaling.read_vocab(path, fertility=measured)
+    assert len(table) == 4
+    np.testing.assert_allclose(table.loss, -1.004)
+    np.testing.assert_allclose(table.tokens, [200_000, 400_000] * 2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no finished cells"),
+        (vocab_rows(), "no 'hidden', so they are no learning rate x batch"),
+        ([*step_rows(), *step_rows(corpus="prose")], "corpus library, prose.*--where"),
+    ],
+)
+def test_rows_that_are_no_table(rows, message):
+    with pytest.raises(InputError, match=message):
+        collect.step(rows)
+
+
+def test_the_command_chooses_rows(tmp_path, capsys):
+    out = folder.RunFolder(tmp_path)
+    for row in [*step_rows(), *step_rows(corpus="prose")]:
+        out.append_row(row)
+    cli.main(["scaling", "collect", "step", f"--runs={tmp_path}", "--where=corpus=prose",
+              f"--out={tmp_path / 'new' / 'step.csv'}"])  # fmt: skip
+    assert "4 rows" in capsys.readouterr().out
+    assert "prose-seed0" in (tmp_path / "new" / "step.csv").read_text()

@@ -21,14 +21,13 @@ VARIANTS = ("tiny", "10m", "125m", "1b", "7b")
 def get_config(arg: str = ""):
     c = base.get_config(arg, variants=VARIANTS)
     c.init = ""  # a model to go on from (a table name, folder, .gguf); "" starts afresh
+    c.lora = ""  # lora:rank=16,alpha=32 trains adapters of it, "" all of it
     c.data = ConfigDict()
     # Token stores of `lminf tokenize` (folders, gs://…, s3://…) or text files, separated by commas;
     # "" is the interpreter's reference documentation.
     c.data.path = ""
     c.data.plan = "windows"  # or concat, best_fit, decomposition, mixture:weights=(3,1), …
-    c.data.tokenizer = (
-        "bytes"  # or a model whose tokenizer to use; `init` has its own
-    )
+    c.data.tokenizer = "bytes"  # or a model whose tokenizer to use; `init` has its own
     c.data.length = 256  # tokens of a row
     c.data.batch = 16  # rows of a step, over all devices
     c.data.held_out = 0.05  # share of each text, its end, kept for evaluation

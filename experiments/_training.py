@@ -17,6 +17,7 @@ from lminf.errors import InputError
 from lminf.models import spec
 from lminf.models.spec import ModelSpec
 from lminf.parallel import mesh, partition
+from lminf.surgery.lora import LoRA
 from lminf.train.batches import Batches
 from lminf.train.optim import OPTIMIZERS
 from lminf.train.schedules import SCHEDULES
@@ -84,6 +85,7 @@ def program_of(c, shape: ModelSpec, *, absent: int | None = None) -> Program:
         accumulate=c.accumulate,
         clip=c.clip or None,
         z_loss=c.z_loss,
+        lora=parse_choice(c.lora, {"lora": LoRA}, what="adapter") if c.lora else None,
     )
 
 

@@ -65,16 +65,16 @@ def run(c, out):
                     say(f"saved step {done}; the same command goes on from there")
                     raise KeyboardInterrupt
                 with watch.split.part("eval"):
-                    found = meter(state.params)
+                    found = meter(state)
                 yield {"part": "loss", "step": done, "tokens": done * watch.tokens_per_step,
                        "train_loss": watch.smoothed, **found.means,
                        **watch.split.seconds()}  # fmt: skip
                 save(store, watch, done, state, loss=found.means["loss"])
         with watch.split.part("eval"):
-            found = meter(state.params)
+            found = meter(state)
         for first, last, nll in found.by_position:
             yield {"part": "position", "step": done, "start": first, "stop": last, "loss": nll}
-        lm = LM(start.spec, whole(state.exact), start.tokenizer)
+        lm = LM(start.spec, whole(program.finished(state)), start.tokenizer)
         if c.evaluate.sample:
             text = lm.generate("The ", max_new_tokens=c.evaluate.sample)
             yield {"part": "sample", "step": done, "text": f"The {text}"}
@@ -223,8 +223,8 @@ class Meter:
         self.program, self.held_out, self.token_bytes = program, held_out, token_bytes
         self.placed = [batches.put(batch, **place) for batch in held_out]
 
-    def __call__(self, params) -> Found:
-        nll = [np.asarray(self.program.nll(params, batch)) for batch in self.placed]
+    def __call__(self, state) -> Found:
+        nll = [np.asarray(self.program.nll(state, batch)) for batch in self.placed]
         targets = np.concatenate([batch["targets"] for batch in self.held_out])
         return Found(np.concatenate(nll), self.token_bytes[targets])
 

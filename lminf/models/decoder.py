@@ -45,6 +45,9 @@ AXES = {
     "layers/mlp/b_down": ("layers", "embed"),
 }
 
+# Over how many axes a product with a layer's matrix sums; they stand first, after the layers'.
+SUMMED = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w_gate": 1, "w_up": 1, "w_down": 1}
+
 
 def product(
     x: Float[Array, "B T *I"], w: Float[Array, "..."], *, contract: int = 1

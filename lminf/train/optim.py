@@ -26,6 +26,7 @@ def decayed(params: Any) -> Any:
 
     def one(key_path, _):
         name = partition.path_of(key_path).rpartition("/")[2]
+        # An adapter's a and b do not decay: towards zero is towards the model before it.
         return name in ("embed", "head") or name.startswith("w")
 
     return jax.tree_util.tree_map_with_path(one, params)
@@ -102,17 +103,12 @@ class Muon:
         )
 
 
-# Logical axes that a product sums over, when they stand before the others.
-_INPUTS = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w_gate": 1, "w_up": 1, "w_down": 1}
-
-
 def _matrices(params: Any) -> Any:
     """Of every matrix in the layers, which axes it sums over and which it gives."""
 
     def one(key_path, leaf):
-        path = partition.path_of(key_path)
-        count = _INPUTS.get(path.rpartition("/")[2])
-        if count is None or partition.logical_axes(path, decoder.AXES)[0] != "layers":
+        count = decoder.SUMMED.get(partition.path_of(key_path).rpartition("/")[2])
+        if count is None:
             return None
         axes = tuple(range(1, leaf.ndim))  # axis 0 counts the layers, each a matrix of its own
         return contrib.MuonDimensionNumbers(axes[:count], axes[count:])

@@ -33,7 +33,7 @@ def device_bytes(program: Program, *, rows: int, length: int) -> Bytes:
     if program.accumulate > 1:  # pieces are added in float32
         gradient = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), gradient)
     return Bytes(
-        partition.planned_bytes(state.params, laid_out.params),
+        partition.planned_bytes((state.params, state.frozen), (laid_out.params, laid_out.frozen)),
         partition.planned_bytes(gradient, program.gradient_shardings),
         partition.planned_bytes(
             (state.masters, state.optimizer), (laid_out.masters, laid_out.optimizer)
@@ -70,9 +70,10 @@ def flops_per_token(program: Program, length: int) -> float:
 def table(program: Program) -> list[dict[str, Any]]:
     """Every parameter: its shape, its logical axes, where its slices lie, and bytes on a device."""
     rows = []
-    leaves = jax.tree_util.tree_leaves_with_path(program.shapes.params)
+    at = "params" if program.lora is None else "frozen"
+    leaves = jax.tree_util.tree_leaves_with_path(getattr(program.shapes, at))
     for (key_path, leaf), sharding in zip(
-        leaves, jax.tree.leaves(program.shardings.params), strict=True
+        leaves, jax.tree.leaves(getattr(program.shardings, at)), strict=True
     ):
         path = partition.path_of(key_path)
         opt = partition.spec(

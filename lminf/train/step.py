@@ -16,6 +16,7 @@ from lminf.models import decoder
 from lminf.models.spec import ModelSpec
 from lminf.parallel import context, partition, vocab
 from lminf.parallel.partition import Strategy
+from lminf.surgery.lora import LoRA
 from lminf.types import Params
 
 Batch: TypeAlias = Mapping[str, Array]  # lminf.train.batches says what it holds
@@ -35,10 +36,11 @@ class State(NamedTuple):
     optimizer: Any
     step: Any  # int32, batches seen
     skipped: Any  # int32, those that changed nothing because they gave no finite gradient
+    frozen: Params | None = None  # the model, where `params` are adapters of it
 
     @property
     def exact(self) -> Params:
-        """The parameters in float32."""
+        """What is trained, in float32."""
         return self.params if self.masters is None else self.masters
 
 
@@ -66,6 +68,7 @@ class Program:
     accumulate: int = 1  # pieces of a batch, one after another
     clip: float | None = 1.0  # of the gradient's norm
     z_loss: float = 0.0  # weight of lse ** 2
+    lora: LoRA | None = None  # adapters to train, instead of the model
 
     @cached_property
     def module(self) -> decoder.Decoder:
@@ -82,6 +85,11 @@ class Program:
 
     def state_of(self, params: Params) -> State:
         """The state before the first step, from float32 parameters; traceable."""
+        if self.lora is not None:
+            adapters = self.lora.init(params, key=jax.random.key(0))
+            frozen = jax.tree.map(self._short, params)
+            zero = jnp.zeros((), jnp.int32)
+            return State(adapters, None, self.optimizer.init(adapters), zero, zero, frozen)
         short = None if self.dtype == jnp.float32 else jax.tree.map(self._short, params)
         optimizer = self.optimizer.init(params)
         zero = jnp.zeros((), jnp.int32)
@@ -99,6 +107,11 @@ class Program:
     @cached_property
     def shardings(self) -> State:
         """Where every array of the state lies."""
+        if self.shapes.frozen is not None:  # adapters are small, and whole on every device
+            whole = NamedSharding(self.mesh, PartitionSpec())
+            everywhere = jax.tree.map(lambda _: whole, self.shapes)
+            frozen = self._laid_out(self.shapes.frozen, self.strategy.params)
+            return everywhere._replace(frozen=frozen)
         laid_out = partial(self._laid_out, self.shapes.params)
         opt = laid_out(self.strategy.opt)
         exact = laid_out(self.strategy.params) if self.shapes.masters is None else opt
@@ -113,6 +126,8 @@ class Program:
 
     @cached_property
     def gradient_shardings(self) -> Params:
+        if self.lora is not None:
+            return self.shardings.params
         return self._laid_out(self.shapes.params, self.strategy.grads)
 
     def _laid_out(self, params, rules):
@@ -132,8 +147,26 @@ class Program:
 
     # --- Loss -------------------------------------------------------------------------------------
 
-    def token_loss(self, params: Params, batch: Batch) -> vocab.TokenLoss:
+    def weights(self, params: Params, frozen: Params | None) -> Params:
+        """The model's parameters, where `params` is what is trained."""
+        if self.lora is None:
+            return params
+        assert frozen is not None
+        return self.lora.merge(frozen, params)
+
+    def finished(self, state: State) -> Params:
+        """The trained model: with its adapters merged, if it has any."""
+        if state.frozen is None:
+            return state.exact
+        return jax.jit(self.weights, out_shardings=self.shardings.frozen)(
+            state.params, state.frozen
+        )
+
+    def token_loss(
+        self, params: Params, batch: Batch, frozen: Params | None = None
+    ) -> vocab.TokenLoss:
         """The loss of every token."""
+        params = self.weights(params, frozen)
         tokens = batch["tokens"]
         positions = batch.get("positions")
         if positions is None:
@@ -145,14 +178,16 @@ class Program:
             self.spec, params, hidden, batch["targets"], mesh=self.mesh, strategy=self.strategy
         )
 
-    def _share(self, params: Params, batch: Batch, total: Float[Array, ""]):
+    def _share(self, params: Params, frozen, batch: Batch, total: Float[Array, ""]):
         """This batch's part of the mean over `total` weight: what is minimised, and the loss."""
-        found = self.token_loss(params, batch)
+        found = self.token_loss(params, batch, frozen)
         weights = batch.get("weights", jnp.ones_like(found.nll))
         nll = (weights * found.nll).sum() / total
         return nll + self.z_loss * (weights * jnp.square(found.lse)).sum() / total, nll
 
-    def gradients(self, params: Params, batch: Batch) -> tuple[Float[Array, ""], Params]:
+    def gradients(
+        self, params: Params, batch: Batch, frozen: Params | None = None
+    ) -> tuple[Float[Array, ""], Params]:
         """Mean loss (nats per token, without z-loss) and gradient, laid out by the strategy."""
         weights = batch.get("weights")
         total = jnp.float32(batch["tokens"].size) if weights is None else weights.sum()
@@ -160,7 +195,7 @@ class Program:
         laid_out = self.gradient_shardings
 
         def one(piece):
-            gradient, nll = jax.grad(self._share, has_aux=True)(params, piece, total)
+            gradient, nll = jax.grad(self._share, has_aux=True)(params, frozen, piece, total)
             return nll, jax.lax.with_sharding_constraint(gradient, laid_out)
 
         if self.accumulate == 1:
@@ -192,7 +227,7 @@ class Program:
     # --- Step -------------------------------------------------------------------------------------
 
     def update(self, state: State, batch: Batch) -> tuple[State, Metrics]:
-        loss, gradient = self.gradients(state.params, batch)
+        loss, gradient = self.gradients(state.params, batch, state.frozen)
         gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
         norm = optax.tree.norm(gradient)
         if self.clip is not None:
@@ -214,6 +249,7 @@ class Program:
             kept(optimizer, state.optimizer),
             state.step + 1,
             state.skipped + (~finite).astype(jnp.int32),
+            state.frozen,
         )
         return state, Metrics(loss, norm, rate, finite)
 
@@ -223,9 +259,10 @@ class Program:
         return jax.jit(self.update, donate_argnums=0, out_shardings=(self.shardings, None))
 
     @cached_property
-    def nll(self) -> Callable[[Params, Batch], Array]:
-        """`nll(params, batch)`: nats of every token, [B, T], whole on every device."""
+    def nll(self) -> Callable[[State, Batch], Array]:
+        """`nll(state, batch)`: nats of every token, [B, T], whole on every device."""
         whole = NamedSharding(self.mesh, PartitionSpec())
         return jax.jit(
-            lambda params, batch: self.token_loss(params, batch).nll, out_shardings=whole
+            lambda state, batch: self.token_loss(state.params, batch, state.frozen).nll,
+            out_shardings=whole,
         )

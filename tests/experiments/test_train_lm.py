@@ -1,5 +1,6 @@
 """train_lm as a user starts it: killed, stopped, in several processes, and its tiny form."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -8,12 +9,15 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 
-from experiments import _training
-from lminf import cli
+from experiments import _training, train_lm
+from lminf import checkpoints, cli
 from lminf.errors import InputError
 from lminf.run import folder, request
+from tests.checkpoints import making
 
 SMALL = (
     "--config=train_lm:tiny", "--config.model.width=32", "--config.model.num_layers=2",
@@ -141,6 +145,63 @@ def test_two_processes_of_four_devices_are_one_of_eight(tmp_path):
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert sorted(one) == sorted(two) == list(range(1, 7))
     assert max(abs(one[step] - two[step]) for step in one) < 1e-6
+
+
+@pytest.fixture
+def small_model(tmp_path):
+    """A folder in Hugging Face's format with a tokenizer, not trained."""
+    shape = dataclasses.replace(making.BASE, vocab_size=272)
+    params, tokenizer = making.random_params(shape), making.tiny_tokenizer()
+    checkpoints.save(
+        tmp_path / "model", checkpoints.Checkpoint(shape, params, tokenizer, "made here")
+    )
+    return tmp_path / "model"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", ["", "lora:rank=4"])
+def test_a_model_is_trained_further_and_written_back(lora, small_model, tmp_path):
+    out = folder.RunFolder(tmp_path / "run")
+    out.path.mkdir()
+    changes = [
+        f"--config.init={small_model}", f"--config.export={tmp_path / 'new'}",
+        f"--config.lora={lora}", "--config.steps=20", "--config.evaluate.every=10",
+        "--config.schedule=constant:peak=1e-2", "--config.mesh.data=1", "--config.mesh.fsdp=8",
+        "--config.strategy=zero3",
+    ]  # fmt: skip
+    config = request.parse("train_lm", [*SMALL, *changes]).config
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        rows = list(train_lm.run(config, out))
+    found = [row["loss"] for row in rows if row["part"] == "loss"]
+    written, before = checkpoints.load(tmp_path / "new"), checkpoints.load(small_model)
+    assert written.spec == before.spec
+    assert written.tokenizer.digest == before.tokenizer.digest
+    changed = np.abs(
+        written.params["layers"]["mlp"]["w_up"] - before.params["layers"]["mlp"]["w_up"]
+    )
+    assert changed.max() > 1e-4
+    assert (written.params["embed"] == before.params["embed"]).all() == bool(lora)
+    assert found[1] < found[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", ["stop", "skip"])
+def test_a_loss_that_is_not_finite_stops_or_is_counted(choice, tmp_path):
+    out = folder.RunFolder(tmp_path / "run")
+    out.path.mkdir()
+    changes = [
+        "--config.schedule=constant:peak=1e38", "--config.steps=4", "--config.evaluate.every=4",
+        f"--config.not_finite={choice}", "--config.optimizer=adamw:weight_decay=0.0",
+    ]  # fmt: skip
+    config = request.parse("train_lm", [*SMALL, *changes]).config
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        if choice == "stop":
+            with pytest.raises(InputError, match=r"the loss of step 1 is .*not_finite=skip"):
+                list(train_lm.run(config, out))
+        else:
+            list(train_lm.run(config, out))
+            assert out.metrics()[-1]["skipped"] == 3
+            assert out.metrics()[-1]["grad_norm"] is None
 
 
 @pytest.mark.slow

@@ -1,0 +1,68 @@
+"""Low-rank adapters: W + (alpha / rank) A B, where only A and B learn.
+
+Dictionary in, dictionary out: `merge` gives parameters of the model's own form, so nothing else
+knows of adapters, and a finished one is exported like any model.
+Source: Hu et al. 2021, arXiv:2106.09685.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lminf.errors import InputError
+from lminf.models import decoder
+from lminf.types import Params
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Adapters of every matrix of the layers whose name is among the targets."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
+
+    def __post_init__(self):
+        unknown = set(self.targets) - set(decoder.SUMMED)
+        if unknown or self.rank < 1:
+            raise InputError(
+                f"LoRA of rank {self.rank} on {', '.join(self.targets)}; give a rank of at least 1 "
+                f"and targets among {', '.join(decoder.SUMMED)}"
+            )
+
+    def init(self, params: Params, *, key: jax.Array) -> dict[str, Any]:
+        """Adapters that change nothing yet: A is drawn, B is zero."""
+        adapters = {}
+        for group, matrices in params["layers"].items():
+            for name, w in matrices.items():
+                if name in self.targets:
+                    key, own = jax.random.split(key)
+                    adapters.setdefault(group, {})[name] = self._pair(
+                        w.shape, decoder.SUMMED[name], own
+                    )
+        return {"layers": adapters}
+
+    def _pair(self, shape, summed: int, key) -> dict[str, Array]:
+        layers, inputs, outputs = shape[0], shape[1 : 1 + summed], shape[1 + summed :]
+        fan_in, fan_out = math.prod(inputs), math.prod(outputs)
+        drawn = jax.random.normal(key, (layers, fan_in, self.rank), jnp.float32)
+        return {"a": drawn * fan_in**-0.5, "b": jnp.zeros((layers, self.rank, fan_out))}
+
+    def merge(self, params: Params, adapters: Mapping[str, Any]) -> Params:
+        """The parameters of the adapted model, in the dtype of `params`."""
+        layers = dict(params["layers"])
+        for group, matrices in adapters["layers"].items():
+            layers[group] = {
+                **layers[group],
+                **{name: self._added(layers[group][name], pair) for name, pair in matrices.items()},
+            }
+        return {**params, "layers": layers}
+
+    def _added(self, w: Float[Array, "L ..."], pair) -> Float[Array, "L ..."]:
+        product = pair["a"].astype(w.dtype) @ pair["b"].astype(w.dtype)
+        return w + jnp.asarray(self.alpha / self.rank, w.dtype) * product.reshape(w.shape)

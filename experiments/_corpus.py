@@ -1,6 +1,5 @@
 """The text of a study, with tokenizers of its own and a fixed held-out part."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +21,7 @@ PIECE = 4000  # characters: files are cut, so that the held-out text is a sample
 
 @dataclass(frozen=True)
 class Corpus:
-    """Pieces of documents in a mixed order; nothing of the held-out text reaches a tokenizer or a model."""
+    """Pieces of documents in a mixed order. Tokenizers and models see no held-out text."""
 
     name: str
 
@@ -72,15 +71,3 @@ def corpus(name: str) -> Corpus:
     if name not in TEXTS:
         raise InputError(f"there is no corpus {name!r}; {closest(name, TEXTS)}")
     return Corpus(name)
-
-
-def fertility(study: Corpus, vocab_sizes: Sequence[int]) -> dict[int, float]:
-    """Tokens per character of the held-out text, by vocabulary size; kept beside the tokenizers."""
-    path = study.folder / "fertility.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    missing = [size for size in vocab_sizes if str(size) not in known]
-    for size, tokenizer in study.tokenizers(missing).items() if missing else ():
-        known[str(size)] = len(tokenizer.encode(study.held_out)) / len(study.held_out)
-    if missing:
-        path.write_text(json.dumps(known))
-    return {size: known[str(size)] for size in vocab_sizes}

@@ -31,7 +31,7 @@ _ASIDE = {
 
 
 def python_library() -> list[str]:
-    """The library's source files (tests aside) and each topic of the reference: some 11 MB of text.
+    """The library's source files (tests aside) and each topic of the reference: some 10 MB of text.
 
     In one mixed order, the same on every machine with this version of Python. Licence: PSF-2.0.
     """

@@ -23,6 +23,7 @@ COMMANDS = {  # the module is lminf.commands.<name>
     "generate": "what a model says next",
     "plan": "parameters, FLOPs and cache sizes of a model; runs nothing",
     "tokenize": "texts into a token store, for training",
+    "data": "what token stores hold, and what data plans make of them",
     "convert": "a checkpoint into another format",
     "scaling": "scaling laws: fits and predictions",
 }

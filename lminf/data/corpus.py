@@ -15,25 +15,34 @@ from lminf.errors import InputError
 STRUCTURED = (".jsonl", ".ndjson", ".parquet", ".gz", ".zst")
 
 
-def open_corpora(path: str | None, tokenizer: Tokenizer) -> list[TokenStore]:
+def open_corpora(path: str | None, tokenizer: Tokenizer | None) -> list[TokenStore]:
     """Stores, in the order of their paths, which commas separate.
 
     A folder or an address is a token store. A file is tokenized now and held in memory: the
     documents of .jsonl and the like, or one plain text. No path: the interpreter's documentation.
+    Stores can be opened without their tokenizer.
     """
     if not path:
+        tokenizer = _required(tokenizer, "the interpreter's documentation")
         return [store.from_documents([tokenizer.encode(sources.python_topics())])]
     return [_open(part.strip(), tokenizer) for part in path.split(",") if part.strip()]
 
 
-def _open(path: str, tokenizer: Tokenizer) -> TokenStore:
+def _open(path: str, tokenizer: Tokenizer | None) -> TokenStore:
     if "://" in path or Path(path).is_dir():
-        return store.open_store(path, tokenizer_digest=tokenizer.digest)
+        return store.open_store(path, tokenizer_digest=tokenizer and tokenizer.digest)
+    tokenizer = _required(tokenizer, path)
     if not Path(path).name.endswith(STRUCTURED):
         return store.from_documents([tokenizer.encode(sources.read_text(path))])
     memory = ts.Context()
     tokenizing.tokenize([path], tokenizer, "memory://text", name="the model's", memory=memory)
     return store.open_store("memory://text", memory=memory)
+
+
+def _required(tokenizer: Tokenizer | None, what: str) -> Tokenizer:
+    if tokenizer is None:
+        raise InputError(f"{what} is no token store; name a tokenizer for it with --tokenizer")
+    return tokenizer
 
 
 def hold_out(

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from lminf import cli
 from lminf.data import corpus, sources, store, tokenizing
 from lminf.data.loader import Loader
 from lminf.data.plans import BestFit, Windows
@@ -65,3 +66,23 @@ def test_windows_of_a_store_are_those_of_an_array():
         for name in ours:
             np.testing.assert_array_equal(ours[name], theirs[name])
             assert ours[name].dtype == theirs[name].dtype
+
+
+def test_the_command_says_what_plans_make_of_a_store(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": "x" * n}) + "\n" for n in (16, 39, 4))
+    )
+    out = str(tmp_path / "s")
+    tokenizing.tokenize([str(tmp_path / "a.jsonl")], BYTES, out, name="bytes")
+    words = ["data", out, "--length=16", "--batch=2", "--plan=best_fit", "--plan=windows"]
+    cli.main([*words, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    (held,) = found["corpora"]
+    assert (held["tokens"], held["documents"], held["tokenizer"]) == (62, 3, "bytes")
+    best = found["plans"][0]
+    assert (best["plan"], best["rows"], best["steps"]) == ("best_fit", 4, 2.0)
+    assert (best["documents_cut"], best["fill"]) == (1, 59 / 64)
+    cli.main(words)
+    assert "best_fit" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"a.jsonl is no token store; name a tokenizer"):
+        cli.main(["--debug", "data", str(tmp_path / "a.jsonl")])

@@ -267,8 +267,15 @@ def test_statistics_count_what_a_plan_does():
     assert (apart.rows, apart.tokens, apart.mean_length) == (5, 70, 70 / 7)
 
 
-PLANS = ["windows", "concat", "concat:documents=apart", "best_fit",
-         "decomposition:shortest=2,beyond=draw", "mixture:weights=(3,1)", "mixture:weights=(3,1),plan=best_fit"]  # fmt: skip
+PLANS = [
+    "windows",
+    "concat",
+    "concat:documents=apart",
+    "best_fit",
+    "decomposition:shortest=2,beyond=draw",
+    "mixture:weights=(3,1)",
+    "mixture:weights=(3,1),plan=best_fit",
+]
 
 
 def stores(plan):

@@ -16,6 +16,7 @@ def results(case, **options):
     return shared.results(implementation="mosaic_tpu", **(shared.CASES[case] | options))
 
 
+@pytest.mark.slow
 def test_values(interpreter):
     """Bias, soft cap, smoothing, z-loss, an incomplete last block of either axis."""
     target = shared.labels()

@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import _training
 from experiments._main import leads, main
@@ -19,6 +20,7 @@ from lminf.parallel import hardware
 from lminf.parallel.processes import Processes
 from lminf.run import environment, memory, plots
 from lminf.run.clock import Split
+from lminf.run.metrics import Smoothed
 from lminf.run.progress import Progress
 from lminf.run.stopping import Stopping
 from lminf.train import batches, planning
@@ -74,8 +76,10 @@ def run(c, out):
             found = meter(state)
         for first, last, nll in found.by_position:
             yield {"part": "position", "step": done, "start": first, "stop": last, "loss": nll}
-        lm = LM(start.spec, whole(program.finished(state)), start.tokenizer)
-        if c.evaluate.sample:
+        if not (c.evaluate.sample or c.export):
+            return
+        lm = LM(start.spec, whole(program, program.finished(state)), start.tokenizer)
+        if c.evaluate.sample and leads():
             text = lm.generate("The ", max_new_tokens=c.evaluate.sample)
             yield {"part": "sample", "step": done, "text": f"The {text}"}
         if c.export and leads():
@@ -116,8 +120,11 @@ def shapes(batch):
     return tuple(sorted((name, x.shape) for name, x in batch.items()))
 
 
-def whole(tree):
-    """The arrays on one device of this process."""
+def whole(program, tree):
+    """The arrays in the memory of every process."""
+    if jax.process_count() > 1:  # a process can fetch only what lies on its own devices
+        everywhere = NamedSharding(program.mesh, PartitionSpec())
+        tree = jax.jit(lambda arrays: arrays, out_shardings=everywhere)(tree)
     return jax.tree.map(np.asarray, jax.device_get(tree))
 
 
@@ -138,7 +145,7 @@ class Watch:
         earlier = out.metrics()[-1:] if leads() else []
         self.split = Split(*earlier)
         self.progress = Progress(c.steps, label="training", start=done)
-        self.smoothed = None
+        self.average, self.smoothed = Smoothed(half_life=20), None
         flops = planning.flops_per_token(program, c.data.length) * self.tokens_per_step
         peak = hardware.peak_flops(jax.local_devices()[0]) * program.mesh.size
         self.step_share = flops / peak  # seconds of a step at full speed
@@ -148,7 +155,7 @@ class Watch:
     def __call__(self, done, metrics):
         loss = float(metrics.loss)
         if math.isfinite(loss):
-            self.smoothed = loss if self.smoothed is None else 0.95 * self.smoothed + 0.05 * loss
+            self.smoothed = self.average.add(loss)
         self.progress.update(done, loss=self.smoothed or loss)
         self.trace(done)
         if not leads() or done % self.c.log_every:

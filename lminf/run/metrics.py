@@ -1,40 +1,4 @@
-"""Values over time: written one step late, so that the device never waits for Python."""
-
-from collections.abc import Mapping
-from typing import Any
-
-from lminf.run.folder import RunFolder
-
-
-class MetricsLog:
-    """Appends to metrics.jsonl. Reading an array waits for the step that computes it, so the
-    values of a step are read when the next step's arrive, after that one has been dispatched.
-
-    with MetricsLog(out) as log:
-        for step in range(steps):
-            state, loss = train_step(state, batch(step))
-            log.add(step, {"loss": loss})
-    """
-
-    def __init__(self, folder: RunFolder):
-        self.folder = folder
-        self.waiting: tuple[int, Mapping[str, Any]] | None = None
-
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(self, *failure) -> None:
-        self._write()
-
-    def add(self, step: int, values: Mapping[str, Any]) -> None:
-        self._write()
-        self.waiting = (step, values)
-
-    def _write(self) -> None:
-        if self.waiting is not None:
-            step, values = self.waiting
-            self.waiting = None
-            self.folder.append_metrics(step, values)
+"""Values over time, smoothed for the eye."""
 
 
 class Smoothed:

@@ -122,7 +122,7 @@ def test_two_processes_of_four_devices_are_one_of_eight(tmp_path):
     """Losses, and the checkpoint that one process then goes on from."""
     changes = (
         "--config.steps=6", "--config.evaluate.every=6", "--config.strategy=zero3",
-        "--config.mesh.data=2", "--config.mesh.fsdp=4",
+        "--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.evaluate.sample=4",
     )  # fmt: skip
     finish(tmp_path / "one", *changes, devices=8)
     with socket.socket() as free:

@@ -129,16 +129,6 @@ def test_a_long_diff_is_cut_and_says_so(tmp_path, monkeypatch):
     assert (found["diff"], found["diff_complete"]) == ("x" * 10, False)
 
 
-def test_metrics_are_written_one_step_late():
-    run = create()
-    with metrics.MetricsLog(run) as log:
-        log.add(0, {"loss": jnp.float32(2.0)})
-        assert run.metrics() == []
-        log.add(1, {"loss": 1.5})
-        assert run.metrics() == [{"step": 0, "loss": 2.0}]
-    assert [row["step"] for row in run.metrics()] == [0, 1]
-
-
 def test_a_smoothed_constant_is_that_constant_from_the_start():
     smoothed = metrics.Smoothed(half_life=10)
     assert [smoothed.add(3.0) for _ in range(3)] == pytest.approx([3.0, 3.0, 3.0])

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kernels
 from kernels import checks
@@ -66,6 +67,9 @@ class Plan:
 ATTENTION = tuple(name for name, (op, *_) in PEERS.items() if op == "lambda_attention")
 LOSS = tuple(name for name, (op, *_) in PEERS.items() if op == "linear_cross_entropy")
 JAX_PEERS = ("jax.nn xla (dense causal)", "jax.nn cudnn (window)", "tokamax (dense causal)")
+# XLA spreads single operations of one CPU device over cores, and small ones gain nothing by it.
+# With a device for each core, whole heads lie apart: the same kernel under shard_map.
+BY_HEADS = "xla_chunked, heads over CPU devices"
 NATIVE = {"cpu": (), "gpu": ("triton",), "tpu": ("mosaic_tpu",)}
 
 
@@ -86,7 +90,9 @@ def plan(platform: str, *, quick: bool) -> Plan:
         for grad in (False, True):
             # Dense attention in XLA takes many seconds on a CPU.
             attention = (*ATTENTION, *(() if grad or (cpu and quick) else JAX_PEERS))
-            work.append(Work("lambda_attention", {"T": length} | shape, grad, ours, attention))
+            apart = (BY_HEADS,) if cpu and shape["K"] % jax.device_count() == 0 else ()
+            case = {"T": length} | shape
+            work.append(Work("lambda_attention", case, grad, (*ours, *apart), attention))
     work.append(Work("linear_cross_entropy", loss, True, ours, LOSS))
     decode_ours = (*NATIVE.get(platform, ()), "xla")
     slots = shape | ({"w": 4096, "g": 100} if cpu else {})
@@ -164,15 +170,25 @@ def _normal(rng, dtype, *shape, scale: float = 1.0):
 def _attention(case, implementation: str, dtype: str, copies: int):
     b, t, n, k, h, g = (case[x] for x in "BTNKHg")
     rng = np.random.default_rng(0)
+    by_heads = implementation == BY_HEADS
 
     def attend(query, key, value, query_global, key_global):
         return kernels.lambda_attention(
             query, key, value, query_global=query_global, key_global=key_global,
-            num_global=g, window_size=case["w"], implementation=implementation,
+            num_global=g, window_size=case["w"],
+            implementation="xla_chunked" if by_heads else implementation,
         )  # fmt: skip
 
     shapes = [(b, t, n, h), (b, t, k, h), (b, t, k, h), (b, t, n, h), (b, g, k, h)]
-    return attend, [tuple(_normal(rng, dtype, *s) for s in shapes) for _ in range(copies)]
+    inputs = [tuple(_normal(rng, dtype, *s) for s in shapes) for _ in range(copies)]
+    if not by_heads:
+        return attend, inputs
+    mesh = jax.make_mesh((jax.device_count(),), ("heads",), axis_types=(AxisType.Auto,))
+    split = PartitionSpec(None, None, "heads")
+    spread = jax.shard_map(
+        attend, mesh=mesh, in_specs=(split,) * len(shapes), out_specs=split, check_vma=False
+    )
+    return spread, jax.device_put(inputs, NamedSharding(mesh, split))
 
 
 def _loss(case, implementation: str, dtype: str, copies: int):
@@ -483,6 +499,13 @@ def _ratios(work: Work, rows: list[dict], gemm_ratio: float, say) -> list[dict[s
     return found
 
 
+def _use_all_cores() -> None:
+    """A CPU device for each core, unless a number of them was chosen already."""
+    chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not chosen and jax.config.jax_num_cpu_devices == -1:  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """0 if every check passed."""
     parser = argparse.ArgumentParser(prog="python -m kernels.suite", description=__doc__)
@@ -491,6 +514,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--peers", choices=("all", "none"), default="none")
     parser.add_argument("--peers-python", default=sys.executable, help="a Python that has torch")
     given = parser.parse_args(arguments)
+    _use_all_cores()
     # Two processes share the accelerator's memory; neither may take most of it at once.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     peers = Peers(given.peers_python) if given.peers == "all" else None

@@ -56,7 +56,7 @@ class Loader:
         """The batch of a step, or that process's equal share of its rows, [rows, length] each.
 
         tokens and targets; weights (0 for padding) where rows may be short; where several documents
-        stand in a row, positions in each document and segments (0 for padding).
+        stand in a row, positions in each document and segments, of which padding is the last.
         """
         pieces = self.schedule.at(step)
         if processes != 1:
@@ -98,6 +98,12 @@ class Loader:
             in_order = number - np.maximum.accumulate(np.where(new_row, number, 0)) + 1
             batch["positions"] = arranged(place, np.int32)
             batch["segments"] = arranged(in_order[owner], np.int32)
+            # Padding is one more segment, with positions that rise as the decoder wants them.
+            filled = np.bincount(pieces.row, pieces.size, pieces.rows).astype(np.int32)
+            count = np.bincount(pieces.row, minlength=pieces.rows).astype(np.int32)
+            beyond = np.arange(pieces.length, dtype=np.int32) - filled[:, None]
+            batch["positions"] = np.where(beyond >= 0, beyond, batch["positions"])
+            batch["segments"] = np.where(beyond >= 0, count[:, None] + 1, batch["segments"])
         return batch
 
     def _read(self, starts: Int[np.ndarray, " P"], sizes: Int[np.ndarray, " P"]):

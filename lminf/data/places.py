@@ -21,7 +21,7 @@ class Place:
         self.url = url
         self._context = memory or ts.Context()
         with self.errors("open"):
-            self._root = ts.KvStore.open(self._spec(""), context=self._context).result()
+            self._root = ts.KvStore.open(spec(self.url, ""), context=self._context).result()
 
     def json(self, name: str) -> tuple[Any, bytes]:
         """The object's value, None where there is none, and its generation."""
@@ -53,9 +53,9 @@ class Place:
         """The array of that name; where `metadata` is given, a new one in place of any there."""
         new = metadata is not None
         # What was read is not asked for again: finished stores never change.
-        spec = {
+        wanted = {
             "driver": "zarr3",
-            "kvstore": self._spec(name),
+            "kvstore": spec(self.url, name),
             "recheck_cached_data": "open",
             "cache_pool": {"total_bytes_limit": CACHE_BYTES},
             **({"metadata": metadata} if new else {}),
@@ -63,7 +63,7 @@ class Place:
         write = write or new
         with self.errors("write" if write else "read"):
             return ts.open(
-                spec,
+                wanted,
                 read=True,
                 write=write,
                 create=new,
@@ -84,8 +84,10 @@ class Place:
             raise InputError(f"cannot {verb} {self.url}: {reason}; check the place, its free space "
                              f"and your rights there") from error  # fmt: skip
 
-    def _spec(self, name: str) -> Any:
-        path = f"{name}/" if name else ""
-        if "://" in self.url:
-            return ts.KvStore.Spec(f"{self.url.rstrip('/')}/{path}").to_json()
-        return {"driver": "file", "path": f"{Path(self.url).expanduser().absolute()}/{path}"}
+
+def spec(url: str, name: str) -> Any:
+    """What TensorStore opens for a folder of that name in the place; the place itself for ""."""
+    path = f"{name}/" if name else ""
+    if "://" in url:
+        return ts.KvStore.Spec(f"{url.rstrip('/')}/{path}").to_json()
+    return {"driver": "file", "path": f"{Path(url).expanduser().absolute()}/{path}"}

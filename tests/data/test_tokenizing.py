@@ -11,7 +11,7 @@ import pytest
 import tensorstore as ts
 
 from lminf import cli
-from lminf.data import documents, store, tokenizing
+from lminf.data import documents, places, store, tokenizing
 from lminf.data.places import Place
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
@@ -169,6 +169,20 @@ def test_wrong_tokenizers_and_places_are_refused_by_name(tmp_path):
     (tmp_path / "s" / "store.json").write_text('{"format"')
     with pytest.raises(InputError, match=r"store.json is damaged"):
         store.open_store(out)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("gs://bucket/a/b", {"driver": "gcs", "bucket": "bucket", "path": "a/b/tokens/"}),
+        ("s3://bucket/a/", {"driver": "s3", "bucket": "bucket", "path": "a/tokens/"}),
+        ("/data/a", {"driver": "file", "path": "/data/a/tokens/"}),
+    ],
+)
+def test_addresses_choose_the_driver(url, expected):
+    """No bucket can be reached from a test; what TensorStore is asked for can be seen."""
+    spec = places.spec(url, "tokens")
+    assert {name: spec[name] for name in expected} == expected
 
 
 def test_sources_that_changed_are_not_continued(tmp_path, monkeypatch):

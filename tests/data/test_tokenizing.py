@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -183,6 +184,26 @@ def test_addresses_choose_the_driver(url, expected):
     """No bucket can be reached from a test; what TensorStore is asked for can be seen."""
     spec = places.spec(url, "tokens")
     assert {name: spec[name] for name in expected} == expected
+
+
+def test_a_disk_that_refuses_is_one_sentence_and_nothing_is_lost(tmp_path, monkeypatch):
+    """The limit of a file's size stands for a full disk: the same call fails in the same place."""
+    noise = np.random.default_rng(0).integers(33, 127, 60_000).astype(np.uint8)
+    sources = corpus(tmp_path, [noise.tobytes().decode()])
+    monkeypatch.setattr(documents, "PIECE_CHARS", 5000)
+    monkeypatch.setattr(documents, "CUT_ANYWAY_CHARS", 10_000)
+    monkeypatch.setattr(tokenizing, "BATCH_CHARS", 10_000)
+    out, given = str(tmp_path / "s"), {"name": "bytes", "commit_tokens": 20_000}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot write .*/s: .*File too large.*free space"):
+            tokenizing.tokenize(sources, BYTES, out, **given)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert store.Place(out).json(store.PROGRESS)[0]["tokens"] >= 20_000
+    tokenizing.tokenize(sources, BYTES, out, **given)
+    assert contents(store.open_store(out)) == expected([noise.tobytes().decode()])
 
 
 def test_sources_that_changed_are_not_continued(tmp_path, monkeypatch):

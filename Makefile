@@ -66,7 +66,7 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.installed-dev: pyproject.toml
 	$(call make_venv,$(VENV))
-	$(PIP) $(VENV) install pip -e '.[dev]'
+	$(PIP) $(VENV) install pip -e '.[dev,data]'
 	@touch $(VENV)/.installed $@
 
 # torch 2.13.0 exactly (pyproject.toml): other specifiers pull gigabytes of CUDA wheels.

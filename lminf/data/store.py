@@ -191,7 +191,7 @@ class Writer:
         with self._place.errors("write"):
             array = self._arrays[name]
             array = array.resize(exclusive_max=[stop], expand_only=True).result()
-            array[start:stop].write(values.astype(array.dtype.numpy_dtype)).result()
+            array[start:stop].write(values.astype(array.dtype.numpy_dtype, copy=False)).result()
             self._arrays[name] = array
         self._buffers[name] = []
         return stop

@@ -86,7 +86,7 @@ def tokenize(
         workers = 0 if total < ALONE_BYTES else len(os.sched_getaffinity(0))
     before = np.cumsum([0, *(source.bytes for source in sources)]).tolist()
     items = _items(sources, state, field=field, split=split)
-    encoder = Encoder(tokenizer, bos_id, end_id)
+    encoder = Encoder(tokenizer, bos_id, end_id, dtype)
     for batch, encoded in _encoded(_batches(items), encoder, workers):
         start = 0
         for item, size, digest in zip(batch, encoded.sizes, encoded.digests, strict=True):
@@ -186,6 +186,7 @@ class Encoder(NamedTuple):
     tokenizer: Tokenizer
     bos_id: int | None
     end_id: int
+    dtype: str  # the store's: half of what the tokenizer gives has to be sent and held
 
     def __call__(self, pieces: Sequence[Piece]) -> Encoded:
         parts, sizes, size_bytes, digests = [np.empty(0, np.int32)], [], 0, []
@@ -203,7 +204,8 @@ class Encoder(NamedTuple):
             ids = [*ids, after] if piece.last else ids
             sizes.append(sum(map(len, ids)))
             parts += ids
-        return Encoded(np.concatenate(parts), sizes, size_bytes, digests)
+        ids = np.concatenate(parts).astype(self.dtype)
+        return Encoded(ids, sizes, size_bytes, digests)
 
 
 def _encoded(

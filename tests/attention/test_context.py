@@ -23,9 +23,22 @@ def operands():
     )
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["one text", "packed"])
 @pytest.mark.parametrize(
-    "policy", [Full(), LMInfinite(window=5, sinks=2), SelfExtend(group=2, window=4)], ids=str
+    ("policy", "packed"),
+    [
+        (LMInfinite(window=5, sinks=2), False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (LMInfinite(window=5, sinks=2), True),
+                (Full(), False),
+                (Full(), True),
+                (SelfExtend(group=2, window=4), False),
+                (SelfExtend(group=2, window=4), True),
+            )
+        ),
+    ],
+    ids=str,
 )
 def test_a_row_on_four_devices_is_the_row_on_one(policy, packed):
     first = jnp.array([5, 9])  # tokens of each row's first text; the second row's is longer

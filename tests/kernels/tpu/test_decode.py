@@ -39,6 +39,7 @@ def check(given, config=SMALL, **options):
     shared.assert_close(found, decode(implementation="reference"))
 
 
+@pytest.mark.slow
 def test_values(interpreter):
     """Nothing read, a ring half full, one that is full with some globals beyond it."""
     check(step([0, 9, 15], num_global=3, window=13, sinks=True))

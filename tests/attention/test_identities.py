@@ -72,7 +72,7 @@ def decoded(policy, scoring, at):
 @pytest.mark.parametrize(
     ("encoding", "group"),
     lanes(
-        [("rotary", 3), ("partial", 1), ("alibi", 3), ("none", 1)],
+        [("rotary", 3), ("alibi", 1)],
         itertools.product(cases.ENCODINGS, (1, 3)),
     ),
 )

@@ -177,8 +177,8 @@ def expected(case):
     return oracle(given(), **options())
 
 
-# Compiling is what costs: these four touch every line, the others run in the slow lane.
-FAST = {"causal", "a chunk against a cache", "ALiBi at given distances", "segments"}
+# Compiling is what costs: these three touch nearly every line, the others run in the slow lane.
+FAST = {"causal", "a chunk against a cache", "segments"}
 
 
 @pytest.mark.parametrize(
@@ -324,6 +324,7 @@ def test_unseen_rows_are_empty_and_invisible_keys_do_not_matter():
         np.testing.assert_array_equal(base[name], again[name], name)  # also: two runs agree
 
 
+@pytest.mark.slow
 def test_vmap_and_batch_agree():
     given, options = CASES["causal"]
     given = {n: jnp.asarray(x) for n, x in given().items()}
@@ -336,6 +337,7 @@ def test_vmap_and_batch_agree():
     np.testing.assert_allclose(rows, out, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_temporary_memory_is_linear_in_length():
     """Doubling T adds no more than the copies of queries, keys and values in tile order."""
 

@@ -68,6 +68,7 @@ def test_decoding_compiles_once_for_all_lengths(lm, small_steps):
     assert rows.shape == (1, 1)
 
 
+@pytest.mark.slow
 def test_a_seed_fixes_what_is_drawn(lm, small_steps):
     shallow = dataclasses.replace(
         lm,

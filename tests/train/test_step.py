@@ -72,6 +72,7 @@ def test_fresh_parameters_are_the_same_on_any_mesh():
     assert making.largest_difference(*both) == 0
 
 
+@pytest.mark.slow
 def test_two_pieces_of_a_batch_are_the_batch(alone):
     made = making.program(accumulate=2)
     found = gradients(made)

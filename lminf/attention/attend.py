@@ -8,7 +8,9 @@
 function that each layer calls, so angles are not recomputed per layer.
 
 Both also run inside shard_map with a text's (or chunk's) tokens spread over a mesh axis,
-`context_axis`: each device attends from its own tokens to those of all.
+`context_axis`: each device attends from its own tokens to those of all. Of a whole text, a policy
+with a window fetches just the window's keys from its neighbours and the first keys from whoever has
+them; full attention passes keys round a ring; the others gather all keys, as packed rows do.
 """
 
 from collections.abc import Callable
@@ -25,6 +27,7 @@ from kernels.common import masks
 from lminf.attention import cache as caches
 from lminf.attention import rope
 from lminf.attention.policies import LayerPolicy, PerHead, Policy
+from lminf.attention.spread import Spread
 from lminf.errors import InputError
 
 Whole: TypeAlias = Callable[[Array, Array, Array], Array]  # (q, k, v) -> out, all [B, T, heads, H]
@@ -174,17 +177,18 @@ def whole(
     there), or along each segment, from 0. Tokens below 0 are padding, as those in segment
     masks.PADDING are: they see nothing and are not seen.
     """
-    spread = _Spread(context_axis, positions.shape[1])
-    runs = {
-        part: _whole(part, scoring, positions, segments, spread, implementation)
-        for part in _parts(policy)
-    }
+    spread = Spread(context_axis, positions.shape[1])
 
-    def run(q, k, v):
-        k, v = spread.all(k), spread.all(v)
-        return _by_head(policy, lambda part, *arrays: runs[part](*arrays), scoring)(q, k, v)
+    def reader(part: Policy):
+        if context_axis is not None and segments is None:
+            if part.bounded:
+                return _whole_in_reach(part, scoring, positions, spread, implementation)
+            if part.near_width is None and part.far_count == 0:
+                return _whole_in_a_ring(part, scoring, positions, spread, implementation)
+        return _whole(part, scoring, positions, segments, spread, implementation)
 
-    return run
+    readers = {part: reader(part) for part in _parts(policy)}
+    return _by_head(policy, lambda part, *arrays: readers[part](*arrays), scoring)
 
 
 def _whole(policy, scoring, positions, segments, spread, implementation):
@@ -206,6 +210,7 @@ def _whole(policy, scoring, positions, segments, spread, implementation):
     far = place.far(far_pos)
 
     def run(q, k, v, slopes):
+        k, v = spread.all(k), spread.all(v)
         far_k, far_v = (k, v) if rows is None else (_rows(k, rows), _rows(v, rows))
         return _lambda_attention(
             place, far, q, k, v, far_k, far_v, slopes, count,
@@ -214,6 +219,77 @@ def _whole(policy, scoring, positions, segments, spread, implementation):
         )  # fmt: skip
 
     return run
+
+
+def _whole_in_reach(policy, scoring, positions, spread, implementation):
+    """Of a text spread over devices: the window's keys from the left, and the first of all."""
+    batch, tokens = positions.shape
+    reach = min(policy.near_width - 1, spread.total - tokens)  # keys that stand on other devices
+    count = min(policy.far_count, spread.total)
+    key_pos = positions[:, :1] + jnp.arange(-reach, tokens, dtype=positions.dtype)[None]
+    length = _length(scoring, spread.all(positions))
+    place = _Placement(policy, scoring, positions, key_pos, length)
+    far_pos = jnp.broadcast_to(jnp.arange(count, dtype=positions.dtype), (batch, count))
+    far = place.far(far_pos)
+    rows = far_pos - positions[:, :1]
+    held = ((rows >= 0) & (rows < tokens))[..., None, None]
+
+    def first(x):
+        own = _rows(x, jnp.clip(rows, 0, tokens - 1))
+        return spread.sum(jnp.where(held, own, jnp.zeros((), x.dtype)))
+
+    def run(q, k, v, slopes):
+        return _lambda_attention(
+            place, far, q, spread.with_left(k, reach), spread.with_left(v, reach), first(k),
+            first(v), slopes, count, key_start=key_pos[:, 0], query_offset=reach, segments=None,
+            implementation=implementation,
+        )  # fmt: skip
+
+    return run
+
+
+def _whole_in_a_ring(policy, scoring, positions, spread, implementation):
+    """Of a text spread over devices: the keys of one device after another, as they come round."""
+    length = _length(scoring, spread.all(positions))
+    place = _Placement(policy, scoring, positions, positions, length)
+
+    def run(q, k, v, slopes):
+        near_q, near_k = place.near(q, k)
+        fixed = {"num_global": 0, "window_size": spread.total, "scale": scoring.scale,
+                 "logits_soft_cap": scoring.soft_cap, "implementation": implementation,
+                 "return_residuals": True}  # fmt: skip
+        if slopes is not None:
+            fixed["alibi_slopes"] = slopes
+
+        def visit(carry, away):
+            k, v, out, lse = carry
+            # Keys from beyond the last device are of later tokens, which nobody here sees.
+            offset = jnp.where(away <= spread.index, away, away - spread.devices) * q.shape[1]
+            part, part_lse = kernels.lambda_attention(
+                near_q, k, v, query_offset=offset, key_start=positions[:, 0] - offset, **fixed
+            )
+            out, lse = _merged(out, lse, part.astype(jnp.float32), part_lse)
+            return (spread.from_left(k), spread.from_left(v), out, lse), None
+
+        empty = jnp.full((q.shape[0], q.shape[2], q.shape[1]), -jnp.inf, jnp.float32)
+        start = near_k, v, jnp.zeros((*q.shape[:3], v.shape[3]), jnp.float32), empty
+        steps = jnp.arange(spread.devices, dtype=jnp.int32)
+        (_, _, out, _), _ = jax.lax.scan(jax.checkpoint(visit), start, steps)
+        return out.astype(q.dtype)
+
+    return run
+
+
+def _merged(out, lse, other, other_lse):
+    """Two softmaxes over different keys as the one over both; empty ones weigh nothing."""
+    top = jnp.maximum(lse, other_lse)
+    top = jax.lax.stop_gradient(jnp.where(jnp.isneginf(top), 0.0, top))
+    weights = jnp.exp(lse - top), jnp.exp(other_lse - top)
+    total = weights[0] + weights[1]
+    some = jnp.where(total == 0, 1.0, total)
+    share = [(weight / some).swapaxes(1, 2)[..., None] for weight in weights]
+    merged = jnp.where(total == 0, -jnp.inf, top + jnp.log(some))
+    return out * share[0] + other * share[1], merged
 
 
 # --- A chunk against a cache ----------------------------------------------------------------------
@@ -234,7 +310,7 @@ def through(
     Positions rise by one along a row and continue what the row has read. A row that begins below 0
     is padded: those tokens see nothing and are not stored.
     """
-    spread = _Spread(context_axis, positions.shape[1])
+    spread = Spread(context_axis, positions.shape[1])
     all_positions = spread.all(positions)
     slots = caches.destinations(layout, all_positions)
     new_pos = caches.write_pos(stored_pos, all_positions, slots)
@@ -357,19 +433,6 @@ def _over_all(policy, scoring, layout, positions, spread, implementation):
 
 
 # --- Shared parts ---------------------------------------------------------------------------------
-
-
-class _Spread:
-    """How one text's tokens lie on a mesh axis: `tokens` on each device, in order."""
-
-    def __init__(self, axis: str | None, tokens: int):
-        self.axis = axis
-        # Where this device's tokens begin among those of all.
-        self.first = 0 if axis is None else jax.lax.axis_index(axis) * tokens
-
-    def all(self, x: Array) -> Array:
-        """[B, T, ...] of every device, in order, from each device's share of T."""
-        return x if self.axis is None else jax.lax.all_gather(x, self.axis, axis=1, tiled=True)
 
 
 class _Placement:

@@ -1,5 +1,7 @@
 """Attention with the tokens of a row spread over a mesh axis."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from lminf.attention import attend, rope
-from lminf.attention.policies import Full, LMInfinite, SelfExtend
+from lminf.attention.policies import Full, LMInfinite, PerHead, ReRoPE, SelfExtend, Window
 from tests.attention import cases
 
 SCORING = attend.Scoring(rope.Rotary(dim=8, base=100.0, layout="half"), scale=0.4, soft_cap=None)
@@ -18,8 +20,7 @@ B, T, N, K, H = 2, 16, 4, 2, 8
 def operands():
     keys = jax.random.split(jax.random.key(0), 3)
     return tuple(
-        jax.random.normal(key, (B, T, heads, H))
-        for key, heads in zip(keys, (N, K, K), strict=True)
+        jax.random.normal(key, (B, T, heads, H)) for key, heads in zip(keys, (N, K, K), strict=True)
     )
 
 
@@ -31,7 +32,11 @@ def operands():
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
                 (LMInfinite(window=5, sinks=2), True),
+                (LMInfinite(window=11, sinks=6), False),  # over two neighbours, and sinks on two
+                (Window(40), False),
                 (Full(), False),
+                (ReRoPE(window=3), False),
+                (PerHead((Full(), Window(3))), False),
                 (Full(), True),
                 (SelfExtend(group=2, window=4), False),
                 (SelfExtend(group=2, window=4), True),
@@ -44,7 +49,9 @@ def test_a_row_on_four_devices_is_the_row_on_one(policy, packed):
     first = jnp.array([5, 9])  # tokens of each row's first text; the second row's is longer
     along = jnp.arange(T, dtype=jnp.int32)[None].repeat(B, 0)
     segments = (along >= first[:, None]).astype(jnp.int32) if packed else None
-    positions = along if segments is None else along - segments * first[:, None]
+    # Apart from packed rows, the second row begins with padding.
+    padded = along - jnp.array([[0], [3]])
+    positions = padded if segments is None else along - segments * first[:, None]
     weights = jax.random.normal(jax.random.key(1), (B, T, N, H))
 
     def attended(q, k, v, positions, segments, axis=None):
@@ -72,3 +79,23 @@ def test_a_row_on_four_devices_is_the_row_on_one(policy, packed):
         out_and_gradients(spread),
         out_and_gradients(attended),
     )
+
+
+def test_a_window_moves_no_more_than_the_window():
+    """Neighbours exchange the window's keys, and nobody gathers those of the whole text."""
+    mesh = jax.make_mesh((4,), ("context",), axis_types=(AxisType.Auto,))
+    share = P(None, "context")
+
+    def attended(q, k, v, positions):
+        run = attend.whole(
+            LMInfinite(window=3, sinks=2), SCORING, positions, context_axis="context"
+        )
+        return run(q, k, v)
+
+    spread = jax.shard_map(
+        attended, mesh=mesh, in_specs=(share,) * 4, out_specs=share, check_vma=False
+    )
+    text = jax.jit(spread).lower(*operands(), jnp.zeros((B, T), jnp.int32)).as_text()
+    moved = re.findall(r'"?stablehlo\.(all_gather|collective_permute)"?.*?-> tensor<([^>]*)>', text)
+    shapes = {shape for kind, shape in moved if "f32" in shape}
+    assert shapes == {f"{B}x2x{K}x{H}xf32"}  # w - 1 keys, and as many values

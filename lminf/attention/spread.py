@@ -1,0 +1,48 @@
+"""Tokens of a row that lie on several devices: what each of them gets from the others."""
+
+import jax
+from jaxtyping import Array
+
+
+class Spread:
+    """How one text's tokens lie on a mesh axis: `tokens` on each device, in order."""
+
+    def __init__(self, axis: str | None, tokens: int):
+        self.axis, self.tokens = axis, tokens
+        self.devices = 1 if axis is None else jax.lax.axis_size(axis)
+        self.index = 0 if axis is None else jax.lax.axis_index(axis)
+
+    @property
+    def total(self) -> int:
+        """Tokens of the whole row."""
+        return self.tokens * self.devices
+
+    @property
+    def first(self):
+        """Where this device's tokens begin among those of all."""
+        return self.index * self.tokens
+
+    def all(self, x: Array) -> Array:
+        """[B, T, ...] of every device, in order, from each device's share of T."""
+        return x if self.axis is None else jax.lax.all_gather(x, self.axis, axis=1, tiled=True)
+
+    def sum(self, x: Array) -> Array:
+        """The sum over devices."""
+        return x if self.axis is None else jax.lax.psum(x, self.axis)
+
+    def from_left(self, x: Array) -> Array:
+        """The left neighbour's x; the first device gets the last one's."""
+        return self._moved(x, [(i, (i + 1) % self.devices) for i in range(self.devices)])
+
+    def with_left(self, x: Array, count: int) -> Array:
+        """x [B, T, ...] behind the `count` tokens that stand before it, zeros before the first."""
+        parts, hops = [x], 0
+        while count > 0:
+            hops += 1
+            last = x[:, self.tokens - min(count, self.tokens) :]
+            parts.append(self._moved(last, [(i, i + hops) for i in range(self.devices - hops)]))
+            count -= self.tokens
+        return x if len(parts) == 1 else jax.numpy.concatenate(parts[::-1], 1)
+
+    def _moved(self, x: Array, pairs: list[tuple[int, int]]) -> Array:
+        return x if self.axis is None else jax.lax.ppermute(x, self.axis, pairs)

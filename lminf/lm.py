@@ -112,7 +112,7 @@ class LM:
     def with_policy(self, policy: AnyPolicy) -> "LM":
         return dataclasses.replace(self, policy=policy)
 
-    def with_devices(self, devices: Sequence[jax.Device]) -> "LM":
+    def with_devices(self, devices: Sequence[Any]) -> "LM":
         """The same model, reading on all of these: each holds every weight, and computes its share
         of a chunk's tokens. Writing stays on the first.
         """

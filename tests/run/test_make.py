@@ -19,7 +19,10 @@ def planned(target: str) -> str:
     ("target", "commands"),
     [
         ("run", ["-m venv /nowhere/venv", "lminf fetch smollm2", "experiments.length_generali"]),
-        ("test", ["install pip -e '.[dev,data]'", 'pytest -m "not slow and not parity and not aot"']),
+        (
+            "test",
+            ["install pip -e '.[dev,data]'", 'pytest -m "not slow and not parity and not aot"'],
+        ),
         ("slow", ['pytest -m "slow and not parity and not aot"']),
         ("aot", ["--python /nowhere/aot install", "pytest -m aot"]),
         ("parity", ["--python /nowhere/parity install", "pytest -m parity"]),

@@ -12,8 +12,12 @@ from kernels.common.config import Key
 from kernels.common.masks import SegmentIds
 from kernels.lambda_attention.operands import Residuals
 
-IMPLEMENTATIONS = {"reference": reference.attention, "xla_chunked": xla_chunked.attention}
-ORDER = {"cpu": ("xla_chunked",)}
+IMPLEMENTATIONS = {
+    "reference": reference.attention,
+    "xla_chunked": xla_chunked.attention,
+    "triton": dispatch.lazily("kernels.block_sparse.triton", "attention"),
+}
+ORDER = {"cpu": ("xla_chunked",), "gpu": ("triton", "xla_chunked")}
 
 
 def block_sparse_attention(

@@ -55,8 +55,8 @@ def results(given, *, implementation, dtype=np.float32, **options):
 
     def loss(given):
         out, lse = kernels.block_sparse_attention(
-            **given, block_q=BLOCK_Q, block_kv=BLOCK_KV, return_residuals=True,
-            implementation=implementation, **options,
+            **given, **({"block_q": BLOCK_Q, "block_kv": BLOCK_KV} | options),
+            return_residuals=True, implementation=implementation,
         )  # fmt: skip
         seen = jnp.where(jnp.isneginf(lse), 0, lse)
         d_out = jnp.asarray(normal(7, *out.shape), statistics)

@@ -11,6 +11,7 @@ from kernels import SegmentIds
 from kernels.cross_entropy import triton as loss_triton
 from kernels.decode import triton as decode_triton
 from kernels.lambda_attention import triton as lambda_triton
+from tests.kernels import test_block_sparse as blocks
 from tests.kernels.test_lambda_attention import normal
 
 BATCH, QUERIES, KEYS, WIDTH, VALUE_WIDTH = 2, 21, 53, 16, 24
@@ -368,3 +369,80 @@ LOW_DECODE = {
 }
 CHECKS |= LOSS | LOW_LOSS | DECODE | LOW_DECODE
 CHECKS |= {FILTER: filtered_gradients, TWICE: deterministic_twice}
+
+# --- Block-sparse attention -----------------------------------------------------------------------
+
+
+def block_sparse(options, *, dtype=np.float32, config=SQUARE, heads=2):
+    """The check of one call of block_sparse_attention: output, LSE, every gradient."""
+
+    def check():
+        chosen, given = options(), blocks.operands(heads * blocks.KEY_HEADS)
+        found = blocks.results(given, implementation="triton", dtype=dtype, config=config, **chosen)
+        given = {n: np.asarray(jnp.asarray(x, dtype), np.float32) for n, x in given.items()}
+        return errors(found, blocks.oracle(given, **chosen))
+
+    return check
+
+
+def block_sparse_under_vmap():
+    """Gradients of a mapped call against those of one call with a batch axis."""
+    given = {name: jnp.asarray(x) for name, x in blocks.operands(2).items()}
+    lists = blocks.drawn(2, q_blocks=3, kv_blocks=3)
+
+    def attend(given, lists):
+        return kernels.block_sparse_attention(
+            **given, **lists, block_q=16, block_kv=16, implementation="triton", config=SQUARE,
+        )  # fmt: skip
+
+    def apart(given, lists):
+        return attend(*jax.tree.map(lambda x: x[None], (given, lists)))[0]
+
+    found, expected = (
+        {
+            f"d_{name}": np.asarray(x, np.float64)
+            for name, x in jax.grad(lambda g, f=f: (f(g, lists) ** 2).sum())(given).items()
+        }
+        for f in (jax.vmap(apart), attend)
+    )
+    return errors(found, expected)
+
+
+def block_sparse_twice():
+    """0 where two runs agree bit for bit."""
+    options = whole_tiles() | {"implementation": "triton", "config": SQUARE}
+    before, after = (blocks.results(blocks.operands(2), **options) for _ in range(2))
+    return {name: float(not np.array_equal(before[name], after[name])) for name in before}
+
+
+def of_size(block_q, block_kv, list_heads=1, **options):
+    """Random lists of blocks of this size over the 45 tokens."""
+    counts = (-(-blocks.TOKENS // size) for size in (block_q, block_kv))
+    lists = blocks.drawn(list_heads, **dict(zip(("q_blocks", "kv_blocks"), counts, strict=True)))
+    return {"block_q": block_q, "block_kv": block_kv} | lists | options
+
+
+def whole_tiles():
+    return of_size(16, 16, 2, logits_soft_cap=2.0)
+
+
+# Blocks smaller than a tile, as large (some tiles need no mask), and of several tiles.
+SPARSE_CASES = {
+    "segments, window, globals": (blocks.CASES["one list, segments, window, globals"], UNEQUAL),
+    "not causal": (lambda: of_size(16, 16, causal=False, scale=0.3), SQUARE),
+    "soft cap, a list for each head": (whole_tiles, SQUARE),
+    "several tiles a block": (lambda: of_size(32, 32), SQUARE),
+    "several tiles and a part, window": (
+        lambda: of_size(20, 40, window_size=7, num_global=2), SQUARE,
+    ),
+}  # fmt: skip
+SPARSE = {
+    f"blocks: {name}": block_sparse(options, config=config)
+    for name, (options, config) in SPARSE_CASES.items()
+} | {"blocks: vmap": block_sparse_under_vmap}
+LOW_SPARSE = {
+    f"blocks: {dtype.__name__}": block_sparse(whole_tiles, dtype=dtype, heads=1)
+    for dtype in (jnp.bfloat16, jnp.float16)
+}
+SPARSE_TWICE = "blocks: twice"
+CHECKS |= SPARSE | LOW_SPARSE | {SPARSE_TWICE: block_sparse_twice}

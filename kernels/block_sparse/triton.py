@@ -1,0 +1,316 @@
+"""Block-sparse attention in Triton, for NVIDIA and AMD GPUs: grids, tiles, the gradient's formula.
+
+The kernels are in `triton_kernels`; this file decides what they are launched on. A tile lies within
+one listed block: blocks larger than a tile are walked in parts, and tiles larger than a block are
+cut down to it. The backward recomputes the weights p = 2^(s - lse2) and forms, with
+delta = sum(do * out) - d_lse,
+    ds = p (do v^T - delta);  dq = ds k;  dk = ds^T q;  dv = p^T do
+in one kernel that walks the lists and one that walks them transposed, so that each program owns
+what it writes and two runs agree bit for bit.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kernels.block_sparse import lists as lists_
+from kernels.block_sparse.operands import Lists, Operands, Rules
+from kernels.common import launch, masks, numerics
+from kernels.common.masks import SegmentIds
+from kernels.lambda_attention.operands import Residuals
+from kernels.lambda_attention.triton import Config, Tile, config_of
+
+
+def attention(
+    rules: Rules, operands: Operands, lists: Lists, segments: SegmentIds | None, config: object
+) -> Residuals:
+    """Outputs and log-denominators; differentiable in `operands`, through the LSE too."""
+    launch.require()
+    _refuse(rules, operands)
+    if config is None:
+        config = default_config(rules, operands, segments)
+    if not isinstance(config, Config):
+        raise NotImplementedError(f"config is a {type(config).__module__}.{type(config).__name__}")
+    starts = None if segments is None else masks.run_starts(segments.kv)
+    return Residuals(*_attention(rules, config, operands, _Where(lists, segments, starts)))
+
+
+def _refuse(rules: Rules, operands: Operands) -> None:
+    """NotImplementedError for what the kernels do not compute."""
+    dtypes = {x.dtype for x in operands}
+    if len(dtypes) > 1:
+        raise NotImplementedError(f"operands of different dtypes: {sorted(map(str, dtypes))}")
+    if operands.query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"operands in {operands.query.dtype}")
+    width = max(operands.query.shape[3], operands.value.shape[3])
+    # In float32 the products of wider heads do not fit the registers.
+    widest = 128 if operands.query.dtype == jnp.float32 else 256
+    if width > widest:
+        raise NotImplementedError(
+            f"{operands.query.dtype} heads {width} wide; it takes up to {widest}"
+        )
+    if rules.scale <= 0:
+        raise NotImplementedError(f"scale={rules.scale}: the running maximum needs a positive one")
+
+
+def default_config(rules: Rules, operands: Operands, segments: SegmentIds | None) -> Config:
+    """Tiles that compile without spilling a register for sm_80, sm_90 and sm_100.
+
+    Not tuned: no GPU has run them yet.
+    """
+    widest = max(operands.query.shape[3], operands.value.shape[3])
+    config = _TILES[operands.query.dtype == jnp.float32, _padded(max(widest, 64))]
+    if segments is not None or rules.soft_cap is not None:  # ids and tanh take registers
+        config = dataclasses.replace(
+            config, forward_block_q=min(64, config.forward_block_q), forward_stages=2
+        )
+    if rules.soft_cap is not None:
+        config = dataclasses.replace(config, keys_block_q=16)
+    return config
+
+
+_TILES = {
+    # (float32, padded width)
+    (False, 64): config_of(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+    (False, 128): config_of(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    (False, 256): config_of(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (True, 64): config_of(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (True, 128): config_of(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
+}
+
+
+class _Where(NamedTuple):
+    """What places the operands, with the batch axis first."""
+
+    lists: Lists
+    segments: SegmentIds | None
+    starts: Int[Array, "B S"] | None  # of every key's run of equal ids
+
+    def or_stand_ins(self) -> tuple[Array, Array, Array]:
+        """(ids of queries, ids of keys, starts): a kernel never reads the ones missing."""
+        if self.segments is None or self.starts is None:
+            return self.lists.counts, self.lists.counts, self.lists.counts
+        return self.segments.q, self.segments.kv, self.starts
+
+
+def _padded(size: int) -> int:
+    """The side of a tile: Triton takes powers of two, and a matrix product at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _fitted(rules: Rules, config: Config, kernel: str) -> Tile:
+    """The configured tile, no larger than the listed blocks."""
+    tile = config.tile(kernel)
+    return dataclasses.replace(
+        tile,
+        block_q=min(tile.block_q, _padded(rules.block_q)),
+        block_k=min(tile.block_k, _padded(rules.block_kv)),
+    )
+
+
+# --- Which blocks need no mask --------------------------------------------------------------------
+
+
+def _used(lists: Lists) -> Bool[Array, "B K Q M"]:
+    place = jnp.arange(lists.indices.shape[3], dtype=jnp.int32)
+    return place[None, None, None] < lists.counts[..., None]
+
+
+def _spans(rules: Rules, lists: Lists, keys: int) -> Int[Array, "B K Q 2"]:
+    """(blocks listed, blocks of them that need no mask): lists ascend, so the clear ones lead."""
+    limit = jnp.full(lists.indices.shape[2], keys // rules.block_kv, jnp.int32)
+    if rules.causal:
+        row = jnp.arange(lists.indices.shape[2], dtype=jnp.int32) * rules.block_q
+        limit = jnp.minimum(limit, (row + 1) // rules.block_kv)
+    clear = (_used(lists) & (lists.indices < limit[None, None, :, None])).sum(-1, dtype=jnp.int32)
+    return jnp.stack([lists.counts, clear], -1)
+
+
+def _transposed_spans(
+    rules: Rules, lists: Lists, starts: Int[Array, "B K starts"], queries: int
+) -> Int[Array, "B K kv_blocks 4"]:
+    """(start, start of what needs no mask, its end, end) of every transposed list.
+
+    Under causal attention the queries too early come first; the last block may not be whole.
+    """
+    block = jnp.arange(lists.indices.shape[2], dtype=jnp.int32)[None, None, :, None]
+    late = jnp.broadcast_to(block >= queries // rules.block_q, lists.indices.shape)
+    early = jnp.zeros_like(late)
+    if rules.causal:
+        last_key = (lists.indices + 1) * rules.block_kv - 1
+        early = ~late & (block * rules.block_q < last_key)
+    kv_blocks = starts.shape[2] - 1
+    target = jnp.where(_used(lists), lists.indices, kv_blocks)
+
+    def totals(target: Int[Array, "Q M"], counted: Bool[Array, "Q M"]):
+        return jnp.zeros(kv_blocks + 1, jnp.int32).at[target].add(counted.astype(jnp.int32))
+
+    early, late = (jax.vmap(jax.vmap(totals))(target, x)[..., :-1] for x in (early, late))
+    begin, end = starts[..., :-1], starts[..., 1:]
+    return jnp.stack([begin, begin + early, end - late, end], -1)
+
+
+# --- Launches -------------------------------------------------------------------------------------
+
+
+def _constants(rules: Rules, operands: Operands, where: _Where, tile: Tile) -> dict:
+    unit = (rules.scale if rules.soft_cap is None else rules.soft_cap) * numerics.LOG2_E
+    return {
+        "HEADS": operands.query.shape[2],
+        "KEY_HEADS": operands.key.shape[2],
+        "WIDTH": operands.query.shape[3],
+        "VALUE_WIDTH": operands.value.shape[3],
+        "LIST_Q": rules.block_q,
+        "LIST_KV": rules.block_kv,
+        "BLOCK_Q": tile.block_q,
+        "BLOCK_K": tile.block_k,
+        "BLOCK_H": _padded(operands.query.shape[3]),
+        "BLOCK_V": _padded(operands.value.shape[3]),
+        "UNIT": unit,  # from a raw score to the exponent of 2
+        "INNER": None if rules.soft_cap is None else rules.scale / rules.soft_cap,
+        # An exponent of MASK_VALUE, or somewhat above: MASK * UNIT must not overflow.
+        "MASK": numerics.MASK_VALUE / max(unit, 1),
+        # float32 products on tensor cores: three of tf32 each, as exact as one of float32.
+        "PRECISION": "tf32x3",
+        "CAUSAL": rules.causal,
+        "WINDOW": rules.window is not None,
+        "SEGMENTS": where.segments is not None,
+    }
+
+
+def _clear(rules: Rules, where: _Where, walked: int, tile: int) -> bool:
+    """Whether there can be tiles without a mask: whole ones, visible by the lists alone."""
+    return rules.window is None and where.segments is None and walked % tile == 0
+
+
+def _numbers(rules: Rules, operands: Operands, listed: int) -> list[int]:
+    """(queries, keys, length of a list, window, globals); positions are int32."""
+    window = 0 if rules.window is None else min(rules.window, 2**30)
+    return [operands.query.shape[1], operands.key.shape[1], listed, window, rules.num_global]
+
+
+def _programs(length: int, listed_block: int, tile: int, heads: int, batch: int) -> tuple[int]:
+    return (math.ceil(length / listed_block) * math.ceil(listed_block / tile) * heads * batch,)
+
+
+def _attend(rules: Rules, config: Config, operands: Operands, where: _Where):
+    call = functools.partial(_launch_forward, rules, _fitted(rules, config, "forward"))
+    return launch.folding_batches(call)(operands, where)
+
+
+def _launch_forward(rules: Rules, tile: Tile, operands: Operands, where: _Where):
+    from kernels.block_sparse import triton_kernels  # needs triton
+
+    batch, queries, heads, _ = operands.query.shape
+    spans = _spans(rules, where.lists, operands.key.shape[1])
+    return launch.run(
+        launch.Launch(
+            triton_kernels.forward,
+            _programs(queries, rules.block_q, tile.block_q, heads, batch),
+            [
+                *operands, where.lists.indices, spans, *where.or_stand_ins(),
+                *_numbers(rules, operands, where.lists.indices.shape[3]),
+            ],
+            [
+                jax.ShapeDtypeStruct(
+                    (batch, queries, heads, operands.value.shape[3]), operands.query.dtype
+                ),
+                jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
+            ],
+            _constants(rules, operands, where, tile)
+            | {"CLEAR": _clear(rules, where, rules.block_kv, tile.block_k)},
+            tile.warps,
+            tile.stages,
+            name="block_sparse_forward",
+        )
+    )  # fmt: skip
+
+
+def _forward(rules: Rules, config: Config, operands: Operands, where: _Where):
+    out, lse = _attend(rules, config, operands, where)
+    return (out, lse), (operands, where, out, lse)
+
+
+def _backward(rules: Rules, config: Config, saved, cotangents):
+    operands, where, out, lse = saved
+    d_out, d_lse = cotangents
+    # d(lse) joins delta: ds = p * (do v^T - delta), and d(lse)/ds = p.
+    delta = jnp.einsum("btnh,btnh->bnt", d_out, out, preferred_element_type=jnp.float32) - d_lse
+    # A row that saw nothing weighs nothing: 2^(s - 1e38) is 0.
+    lse2 = jnp.where(jnp.isneginf(lse), -numerics.EMPTY_MAX, lse * numerics.LOG2_E)
+    found = [
+        launch.folding_batches(functools.partial(call, rules, _fitted(rules, config, kernel)))(
+            operands, d_out, lse2, delta, where
+        )
+        for call, kernel in ((_launch_query_gradients, "queries"), (_launch_key_gradients, "keys"))
+    ]
+    return Operands(*found[0], *found[1]), None
+
+
+def _launch_query_gradients(
+    rules: Rules, tile: Tile, operands: Operands, d_out, lse2, delta, where: _Where
+) -> tuple[Float[Array, "B T N H"]]:
+    from kernels.block_sparse import triton_kernels  # needs triton
+
+    batch, queries, heads, _ = operands.query.shape
+    spans = _spans(rules, where.lists, operands.key.shape[1])
+    (d_query,) = launch.run(
+        launch.Launch(
+            triton_kernels.gradient_of_queries,
+            _programs(queries, rules.block_q, tile.block_q, heads, batch),
+            [
+                *operands, d_out, lse2, delta, where.lists.indices, spans, *where.or_stand_ins(),
+                *_numbers(rules, operands, where.lists.indices.shape[3]),
+            ],
+            [jax.ShapeDtypeStruct(operands.query.shape, operands.query.dtype)],
+            _constants(rules, operands, where, tile)
+            | {
+                "CLEAR": _clear(rules, where, rules.block_kv, tile.block_k),
+                "SCALE": rules.scale,
+            },
+            tile.warps,
+            tile.stages,
+            name="block_sparse_query_gradients",
+        )
+    )  # fmt: skip
+    return (d_query,)
+
+
+def _launch_key_gradients(
+    rules: Rules, tile: Tile, operands: Operands, d_out, lse2, delta, where: _Where
+) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
+    from kernels.block_sparse import triton_kernels  # needs triton
+
+    batch, queries = operands.query.shape[:2]
+    keys, key_heads = operands.key.shape[1:3]
+    names, starts = lists_.transpose(where.lists, math.ceil(keys / rules.block_kv))
+    d_key, d_value = launch.run(
+        launch.Launch(
+            triton_kernels.gradient_of_keys,
+            _programs(keys, rules.block_kv, tile.block_k, key_heads, batch),
+            [
+                *operands, d_out, lse2, delta, names,
+                _transposed_spans(rules, where.lists, starts, queries), *where.or_stand_ins(),
+                *_numbers(rules, operands, names.shape[2]),
+            ],
+            [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[1:]],
+            _constants(rules, operands, where, tile)
+            | {
+                "CLEAR": _clear(rules, where, rules.block_q, tile.block_q),
+                "SCALE": rules.scale,
+            },
+            tile.warps,
+            tile.stages,
+            name="block_sparse_key_gradients",
+        )
+    )  # fmt: skip
+    return d_key, d_value
+
+
+_attention = jax.custom_vjp(_attend, nondiff_argnums=(0, 1))
+_attention.defvjp(_forward, _backward)

@@ -1,0 +1,360 @@
+"""Triton kernels of block-sparse attention: forward, gradients of queries, of keys and values.
+
+Arrays are contiguous: queries [B, T, N, H], keys [B, S, K, H], values [B, S, K, Hv], LSE and delta
+[B, N, T], lists of blocks [B, K, Q, M]. There is no JAX here, so that the same source runs under
+jax-triton, in the Triton interpreter and in `triton.compile`.
+
+A program owns a tile within one listed block (LIST_Q queries, LIST_KV keys) and walks its list,
+tile by tile of each block that the list names. The launcher has counted which of them every pair of
+sees: those are walked without masks, and the others after them.
+"""
+
+# Triton is no dependency: where it is missing, this file is not imported.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+import triton
+import triton.language as tl
+
+from kernels.common.triton_math import LOG2_E
+from kernels.lambda_attention.triton_kernels import (
+    _attend,
+    _key_gradients,
+    _query_gradient,
+    _store,
+    _tile,
+)
+
+
+@triton.jit
+def _shown(
+    shown, row, column, window, num_global, ids_row, ids_column, first,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """Which pairs of `shown` see each other; rows lie along one axis, columns along the other."""
+    distance = row - column
+    if CAUSAL:
+        shown = shown & (distance >= 0)
+    if WINDOW:
+        shown = shown & ((distance < window) | (column - first < num_global))
+    if SEGMENTS:
+        shown = shown & (ids_row == ids_column) & (ids_row >= 0)
+    return shown
+
+
+@triton.jit
+def _masked_keys(
+    row, column, end, window, num_global, ids_row, ids_kv, starts, origin,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """[queries, keys] that see each other of a tile of keys that ends before `end`."""
+    inside = column < end
+    ids = column
+    first = column * 0
+    if SEGMENTS:
+        ids = tl.load(ids_kv + origin + column, mask=inside, other=-1)
+        first = tl.load(starts + origin + column, mask=inside, other=0)
+    return _shown(
+        inside[None, :], row[:, None], column[None, :], window, num_global,
+        ids_row[:, None], ids[None, :], first[None, :], CAUSAL, WINDOW, SEGMENTS,
+    )  # fmt: skip
+
+
+# --- Forward --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def forward(
+    query, key, value, indices, spans, ids_q, ids_kv, starts,
+    queries, keys, listed, window, num_global,
+    out, lse,
+    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    LIST_Q: tl.constexpr, LIST_KV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr,
+    UNIT: tl.constexpr, INNER: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    CLEAR: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """Outputs [B, T, N, Hv] and LSE [B, N, T]; one program for each query head and BLOCK_Q rows of
+    a block. `spans` [B, K, Q, 2]: how many blocks are listed, how many of them first are clear.
+    """
+    PARTS: tl.constexpr = (LIST_Q + BLOCK_Q - 1) // BLOCK_Q
+    TILES: tl.constexpr = (LIST_KV + BLOCK_K - 1) // BLOCK_K
+    program = tl.program_id(0)
+    blocks = tl.cdiv(queries, LIST_Q)
+    tile = blocks * PARTS - 1 - program % (blocks * PARTS)  # causal lists: the longest first
+    block = tile // PARTS
+    row = block * LIST_Q + tile % PARTS * BLOCK_Q
+    head = program // (blocks * PARTS) % HEADS
+    batch = program // (blocks * PARTS * HEADS)
+    key_head = head // (HEADS // KEY_HEADS)
+
+    rows = tl.arange(0, BLOCK_Q)
+    slots = tl.arange(0, BLOCK_K)
+    valid = row + rows < tl.minimum((block + 1) * LIST_Q, queries)
+    first_query = (batch.to(tl.int64) * queries + row) * HEADS + head
+    key_origin = batch.to(tl.int64) * keys
+    segments = rows
+    if SEGMENTS:
+        segments = tl.load(ids_q + batch.to(tl.int64) * queries + row + rows, mask=valid, other=-1)
+    at_list = (batch.to(tl.int64) * KEY_HEADS + key_head) * blocks + block
+    count = tl.load(spans + 2 * at_list)
+    names = indices + at_list * listed
+
+    top = tl.full((BLOCK_Q,), MASK * UNIT / 2, tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    sums = tl.zeros((BLOCK_Q, BLOCK_V), tl.float32)
+    q = _tile(query + first_query * WIDTH, rows, valid, HEADS * WIDTH, WIDTH, BLOCK_H, True)
+    clear = count * 0
+    if CLEAR:
+        clear = tl.load(spans + 2 * at_list + 1)
+        for turn in tl.range(0, clear * TILES):
+            start = tl.load(names + turn // TILES) * LIST_KV + turn % TILES * BLOCK_K
+            at_row = (key_origin + start) * KEY_HEADS + key_head
+            k = _tile(key + at_row * WIDTH, slots, slots, KEY_HEADS * WIDTH, WIDTH, BLOCK_H, False)
+            v = _tile(
+                value + at_row * VALUE_WIDTH, slots, slots,
+                KEY_HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, False,
+            )  # fmt: skip
+            top, total, sums = _attend(
+                q, k, v, slots, top, total, sums, UNIT, INNER, MASK, PRECISION, False
+            )
+    for turn in tl.range(clear * TILES, count * TILES):
+        kv_block = tl.load(names + turn // TILES)
+        start = kv_block * LIST_KV + turn % TILES * BLOCK_K
+        end = tl.minimum((kv_block + 1) * LIST_KV, keys)
+        at_row = (key_origin + start) * KEY_HEADS + key_head
+        column = start + slots
+        inside = column < end
+        k = _tile(key + at_row * WIDTH, slots, inside, KEY_HEADS * WIDTH, WIDTH, BLOCK_H, True)
+        v = _tile(
+            value + at_row * VALUE_WIDTH, slots, inside,
+            KEY_HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, True,
+        )  # fmt: skip
+        visible = _masked_keys(
+            row + rows, column, end, window, num_global,
+            segments, ids_kv, starts, key_origin, CAUSAL, WINDOW, SEGMENTS,
+        )  # fmt: skip
+        top, total, sums = _attend(
+            q, k, v, visible, top, total, sums, UNIT, INNER, MASK, PRECISION, True
+        )
+
+    empty = total == 0
+    total = tl.where(empty, 1.0, total)
+    sums = tl.where(empty[:, None], 0.0, sums / total[:, None])
+    lse_rows = tl.where(empty, float("-inf"), (top + tl.log2(total)) / LOG2_E)
+    _store(
+        out + first_query * VALUE_WIDTH, rows, valid, sums,
+        HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V,
+    )  # fmt: skip
+    at_lse = (batch.to(tl.int64) * HEADS + head) * queries + row + rows
+    tl.store(lse + at_lse, lse_rows, mask=valid)
+
+
+# --- Gradient of the queries ----------------------------------------------------------------------
+
+
+@triton.jit
+def gradient_of_queries(
+    query, key, value, d_out, lse2, delta, indices, spans, ids_q, ids_kv, starts,
+    queries, keys, listed, window, num_global,
+    d_query,
+    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    LIST_Q: tl.constexpr, LIST_KV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr,
+    SCALE: tl.constexpr,
+    UNIT: tl.constexpr, INNER: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    CLEAR: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """Gradients [B, T, N, H], by the walk of the forward."""
+    PARTS: tl.constexpr = (LIST_Q + BLOCK_Q - 1) // BLOCK_Q
+    TILES: tl.constexpr = (LIST_KV + BLOCK_K - 1) // BLOCK_K
+    program = tl.program_id(0)
+    blocks = tl.cdiv(queries, LIST_Q)
+    tile = blocks * PARTS - 1 - program % (blocks * PARTS)
+    block = tile // PARTS
+    row = block * LIST_Q + tile % PARTS * BLOCK_Q
+    head = program // (blocks * PARTS) % HEADS
+    batch = program // (blocks * PARTS * HEADS)
+    key_head = head // (HEADS // KEY_HEADS)
+
+    rows = tl.arange(0, BLOCK_Q)
+    slots = tl.arange(0, BLOCK_K)
+    valid = row + rows < tl.minimum((block + 1) * LIST_Q, queries)
+    first_query = (batch.to(tl.int64) * queries + row) * HEADS + head
+    key_origin = batch.to(tl.int64) * keys
+    segments = rows
+    if SEGMENTS:
+        segments = tl.load(ids_q + batch.to(tl.int64) * queries + row + rows, mask=valid, other=-1)
+    at_list = (batch.to(tl.int64) * KEY_HEADS + key_head) * blocks + block
+    count = tl.load(spans + 2 * at_list)
+    names = indices + at_list * listed
+
+    at_lse = (batch.to(tl.int64) * HEADS + head) * queries + row + rows
+    # Rows past the end weigh nothing.
+    lse2_rows = tl.load(lse2 + at_lse, mask=valid, other=1e38)
+    delta_rows = tl.load(delta + at_lse, mask=valid, other=0.0)
+    do = _tile(
+        d_out + first_query * VALUE_WIDTH, rows, valid,
+        HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, True,
+    )  # fmt: skip
+    q = _tile(query + first_query * WIDTH, rows, valid, HEADS * WIDTH, WIDTH, BLOCK_H, True)
+    gradient = tl.zeros((BLOCK_Q, BLOCK_H), tl.float32)
+    clear = count * 0
+    if CLEAR:
+        clear = tl.load(spans + 2 * at_list + 1)
+        for turn in tl.range(0, clear * TILES):
+            start = tl.load(names + turn // TILES) * LIST_KV + turn % TILES * BLOCK_K
+            at_row = (key_origin + start) * KEY_HEADS + key_head
+            k = _tile(key + at_row * WIDTH, slots, slots, KEY_HEADS * WIDTH, WIDTH, BLOCK_H, False)
+            v = _tile(
+                value + at_row * VALUE_WIDTH, slots, slots,
+                KEY_HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, False,
+            )  # fmt: skip
+            gradient = _query_gradient(
+                q, k, v, do, lse2_rows, delta_rows, slots, gradient,
+                UNIT, INNER, MASK, PRECISION, False,
+            )  # fmt: skip
+    for turn in tl.range(clear * TILES, count * TILES):
+        kv_block = tl.load(names + turn // TILES)
+        start = kv_block * LIST_KV + turn % TILES * BLOCK_K
+        end = tl.minimum((kv_block + 1) * LIST_KV, keys)
+        at_row = (key_origin + start) * KEY_HEADS + key_head
+        column = start + slots
+        inside = column < end
+        k = _tile(key + at_row * WIDTH, slots, inside, KEY_HEADS * WIDTH, WIDTH, BLOCK_H, True)
+        v = _tile(
+            value + at_row * VALUE_WIDTH, slots, inside,
+            KEY_HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, True,
+        )  # fmt: skip
+        visible = _masked_keys(
+            row + rows, column, end, window, num_global,
+            segments, ids_kv, starts, key_origin, CAUSAL, WINDOW, SEGMENTS,
+        )  # fmt: skip
+        gradient = _query_gradient(
+            q, k, v, do, lse2_rows, delta_rows, visible, gradient,
+            UNIT, INNER, MASK, PRECISION, True,
+        )  # fmt: skip
+    _store(
+        d_query + first_query * WIDTH, rows, valid, gradient * SCALE,
+        HEADS * WIDTH, WIDTH, BLOCK_H,
+    )  # fmt: skip
+
+
+# --- Gradients of keys and values -----------------------------------------------------------------
+
+
+@triton.jit
+def gradient_of_keys(
+    query, key, value, d_out, lse2, delta, names, spans, ids_q, ids_kv, starts,
+    queries, keys, listed, window, num_global,
+    d_key, d_value,
+    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    LIST_Q: tl.constexpr, LIST_KV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr,
+    SCALE: tl.constexpr,
+    UNIT: tl.constexpr, INNER: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    CLEAR: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """Gradients [B, S, K, ...]; one program for each key head and BLOCK_K keys of a block, which
+    owns what it writes. `names` [B, K, E] holds the transposed lists; `spans` [B, K, blocks, 4]
+    where one starts, its clear blocks start, they end, it ends.
+    """
+    PARTS: tl.constexpr = (LIST_KV + BLOCK_K - 1) // BLOCK_K
+    TILES: tl.constexpr = (LIST_Q + BLOCK_Q - 1) // BLOCK_Q
+    program = tl.program_id(0)
+    blocks = tl.cdiv(keys, LIST_KV)
+    tile = program % (blocks * PARTS)
+    block = tile // PARTS
+    start = block * LIST_KV + tile % PARTS * BLOCK_K
+    key_head = program // (blocks * PARTS) % KEY_HEADS
+    batch = program // (blocks * PARTS * KEY_HEADS)
+    group = HEADS // KEY_HEADS
+
+    slots = tl.arange(0, BLOCK_K)
+    rows = tl.arange(0, BLOCK_Q)
+    column = start + slots
+    inside = column < tl.minimum((block + 1) * LIST_KV, keys)
+    key_origin = batch.to(tl.int64) * keys
+    query_origin = batch.to(tl.int64) * queries
+    at_key = (key_origin + start) * KEY_HEADS + key_head
+    ids = column
+    first = column * 0
+    if SEGMENTS:
+        ids = tl.load(ids_kv + key_origin + column, mask=inside, other=-1)
+        first = tl.load(starts + key_origin + column, mask=inside, other=0)
+
+    at_head = batch.to(tl.int64) * KEY_HEADS + key_head
+    at_span = spans + (at_head * blocks + block) * 4
+    names += at_head * listed
+    begin = tl.load(at_span)
+    end = tl.load(at_span + 3)
+    before = end - begin
+    clear_tiles = before * 0
+    after = end
+    if CLEAR:
+        before = tl.load(at_span + 1) - begin
+        after = tl.load(at_span + 2)
+        clear_tiles = (after - begin - before) * TILES
+    masked_tiles = (before + end - after) * TILES
+
+    k = _tile(key + at_key * WIDTH, slots, inside, KEY_HEADS * WIDTH, WIDTH, BLOCK_H, True)
+    v = _tile(
+        value + at_key * VALUE_WIDTH, slots, inside,
+        KEY_HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, True,
+    )  # fmt: skip
+    d_k = tl.zeros((BLOCK_K, BLOCK_H), tl.float32)
+    d_v = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+    if CLEAR:
+        for turn in tl.range(0, group * clear_tiles):
+            head = key_head * group + turn // clear_tiles
+            t = turn % clear_tiles
+            q_block = tl.load(names + begin + before + t // TILES)
+            row = q_block * LIST_Q + t % TILES * BLOCK_Q
+            at_row = (query_origin + row) * HEADS + head
+            q = _tile(query + at_row * WIDTH, rows, rows, HEADS * WIDTH, WIDTH, BLOCK_H, False)
+            do = _tile(
+                d_out + at_row * VALUE_WIDTH, rows, rows,
+                HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, False,
+            )  # fmt: skip
+            statistics = (batch.to(tl.int64) * HEADS + head) * queries + row
+            lse2_rows = tl.load(lse2 + statistics + rows)
+            delta_rows = tl.load(delta + statistics + rows)
+            d_k, d_v = _key_gradients(
+                q, k, v, do, lse2_rows, delta_rows, rows, d_k, d_v,
+                UNIT, INNER, MASK, PRECISION, False,
+            )  # fmt: skip
+    for turn in tl.range(0, group * masked_tiles):
+        head = key_head * group + turn // masked_tiles
+        t = turn % masked_tiles
+        entry = t // TILES
+        q_block = tl.load(names + tl.where(entry < before, begin + entry, after + entry - before))
+        row = q_block * LIST_Q + t % TILES * BLOCK_Q
+        at_row = (query_origin + row) * HEADS + head
+        asked = row + rows < tl.minimum((q_block + 1) * LIST_Q, queries)
+        q = _tile(query + at_row * WIDTH, rows, asked, HEADS * WIDTH, WIDTH, BLOCK_H, True)
+        do = _tile(
+            d_out + at_row * VALUE_WIDTH, rows, asked,
+            HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, True,
+        )  # fmt: skip
+        statistics = (batch.to(tl.int64) * HEADS + head) * queries + row
+        lse2_rows = tl.load(lse2 + statistics + rows, mask=asked, other=1e38)
+        delta_rows = tl.load(delta + statistics + rows, mask=asked, other=0.0)
+        ids_rows = rows
+        if SEGMENTS:
+            ids_rows = tl.load(ids_q + query_origin + row + rows, mask=asked, other=-1)
+        visible = _shown(
+            asked[None, :], (row + rows)[None, :], column[:, None], window, num_global,
+            ids_rows[None, :], ids[:, None], first[:, None], CAUSAL, WINDOW, SEGMENTS,
+        )  # fmt: skip
+        d_k, d_v = _key_gradients(
+            q, k, v, do, lse2_rows, delta_rows, visible, d_k, d_v,
+            UNIT, INNER, MASK, PRECISION, True,
+        )  # fmt: skip
+
+    _store(d_key + at_key * WIDTH, slots, inside, d_k * SCALE, KEY_HEADS * WIDTH, WIDTH, BLOCK_H)
+    _store(
+        d_value + at_key * VALUE_WIDTH, slots, inside, d_v,
+        KEY_HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V,
+    )  # fmt: skip

@@ -8,6 +8,20 @@ from lminf import config
 from lminf.errors import InputError
 
 
+def small_shape() -> ConfigDict:
+    """The shape that both laptop studies start from: 98,048 parameters beside the vocabulary."""
+    return ConfigDict(
+        {
+            "width": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "num_kv_heads": 4,
+            "hidden_dim": 170,
+            "tied": False,
+        }
+    )
+
+
 def get_config(arg: str = "", *, variants: Sequence[str] = ("tiny",)) -> ConfigDict:
     """The shared fields; `arg` is the variant after the colon, "" being the full form.
 

@@ -33,16 +33,7 @@ def get_config(arg: str = ""):
     c.data.vocab = 512  # byte-level BPE, trained on the text
     c.data.length = 64  # tokens of a row
     c.data.batch = 8  # rows of a step
-    c.model = ConfigDict(
-        {
-            "width": 64,
-            "num_layers": 2,
-            "num_heads": 4,
-            "num_kv_heads": 4,
-            "hidden_dim": 170,
-            "tied": False,
-        }
-    )
+    c.model = base.small_shape()
     c.tokens = 131_072  # D: every token is seen once
     c.rates = tuple(5e-4 * 2**i for i in range(7))  # peaks, trained side by side
     c.schedule = "cosine:peak=1,floor=1e-5,warmup=20"  # the law's runs too end at 1e-5

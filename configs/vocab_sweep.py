@@ -37,16 +37,7 @@ def get_config(arg: str = ""):
     c.data.vocab = 512  # of this cell
     c.data.length = 128  # tokens of a row
     c.data.batch = 8  # rows of a step
-    c.model = ConfigDict(
-        {
-            "width": 64,
-            "num_layers": 2,
-            "num_heads": 4,
-            "num_kv_heads": 4,
-            "hidden_dim": 170,
-            "tied": False,
-        }
-    )
+    c.model = base.small_shape()
     c.budgets = (1e11, 2e11, 4e11, 8e11)  # FLOPs, 6 (N_nv + V d) D
     c.budget_mode = "checkpoints"  # inside the longest run; or runs: one schedule for each
     c.rates = (4e-3, 8e-3, 1.6e-2)  # peaks, trained side by side; the best one counts

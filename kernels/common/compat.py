@@ -32,6 +32,21 @@ def lowering_for(compute_capability: int) -> Iterator[None]:
         _capability.reset(token)
 
 
+def compute_capability() -> int | None:
+    """Of the GPU that calls are traced for (90: Hopper); None without a GPU of Nvidia's."""
+    if _capability.get() is not None or jax.default_backend() not in ("gpu", "cuda"):
+        return _capability.get()
+    version = getattr(jax.devices()[0], "compute_capability", "")  # "9.0"
+    return int(version.replace(".", "")) if version.replace(".", "").isdigit() else None
+
+
+def cuda_version() -> int | None:
+    """The release of CUDA that jax runs on (13000: 13.0); None without its CUDA plugin."""
+    from jax._src.lib import cuda_versions  # jax says it nowhere else
+
+    return None if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
+
+
 def require_triton() -> None:
     """NotImplementedError, with the reason, where jax-triton cannot launch a kernel."""
     backend = jax.default_backend()

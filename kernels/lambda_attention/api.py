@@ -22,6 +22,7 @@ IMPLEMENTATIONS = {
     "xla_chunked": xla_chunked.attention,
     "mosaic_tpu": dispatch.lazily("kernels.lambda_attention.mosaic_tpu", "attention"),
     "triton": dispatch.lazily("kernels.lambda_attention.triton", "attention"),
+    "mosaic_gpu": dispatch.lazily("kernels.lambda_attention.mosaic_gpu", "attention"),
 }
 ORDER = {
     "cpu": ("xla", "xla_chunked"),

@@ -66,19 +66,17 @@ def attention(rules: Rules, operands: Operands, places: Places, config: object) 
         config = default_config(operands, places)
     if not isinstance(config, Config):
         raise NotImplementedError(f"config is a {type(config).__module__}.{type(config).__name__}")
-    batch = operands.near.query.shape[0]
-    starts = ends = None
-    if places.segments is not None:
-        starts = masks.run_starts(places.segments.kv)
-        # Seen from the back, a run's last row is its first one.
-        ends = places.segments.kv.shape[1] - masks.run_starts(places.segments.kv[:, ::-1])[:, ::-1]
-    where = _Where(
-        jnp.stack([places.key_start, jnp.broadcast_to(places.query_offset, (batch,))], 1),
-        places.segments,
-        starts,
-        ends,
-    )
-    return Residuals(*_attention(rules, config, operands, where))
+    return Residuals(*_attention(rules, config, operands, _where(operands, places)))
+
+
+def gradients(
+    rules: Rules, operands: Operands, places: Places, result: Residuals, cotangents: Residuals
+) -> Operands:
+    """Gradients of Λ-attention, from the result of whichever forward computed it."""
+    launch.require()
+    _refuse(rules, operands, places)
+    saved = (operands, _where(operands, places), *result)
+    return _backward(rules, default_config(operands, places), saved, cotangents)[0]
 
 
 def _refuse(rules: Rules, operands: Operands, places: Places) -> None:
@@ -138,6 +136,21 @@ class _Where(NamedTuple):
         if self.segments is None or self.starts is None or self.ends is None:
             return self.places, self.places, self.places, self.places
         return self.segments.q, self.segments.kv, self.starts, self.ends
+
+
+def _where(operands: Operands, places: Places) -> _Where:
+    batch = operands.near.query.shape[0]
+    starts = ends = None
+    if places.segments is not None:
+        starts = masks.run_starts(places.segments.kv)
+        # Seen from the back, a run's last row is its first one.
+        ends = places.segments.kv.shape[1] - masks.run_starts(places.segments.kv[:, ::-1])[:, ::-1]
+    return _Where(
+        jnp.stack([places.key_start, jnp.broadcast_to(places.query_offset, (batch,))], 1),
+        places.segments,
+        starts,
+        ends,
+    )
 
 
 def _padded(width: int) -> int:

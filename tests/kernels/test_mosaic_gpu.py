@@ -93,6 +93,17 @@ def test_a_long_window_is_mostly_unmasked():
     assert steps.masked - steps.plain == 31
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def take_step(plan, is_masked, limits, rows, query, key, value, state):
+    """The running softmax (acc, maximum, total) with one more block of keys."""
+    acc, maximum, total = state
+    scores = query @ key.T
+    if is_masked:
+        scores = jnp.where(mosaic_gpu.seen(limits, *rows), scores, mosaic_gpu.masked_score(plan))
+    weights, decay, maximum, total = mosaic_gpu.weigh(plan, scores, maximum, total)
+    return acc * decay[:, None] + weights @ value, maximum, total
+
+
 def replay(plan, place, near, far):
     """(out, LSE) of one head by the programs' own steps, masks and sums, in plain JAX."""
 
@@ -102,27 +113,31 @@ def replay(plan, place, near, far):
     outs, lses = [], []
     for block in range(-(-plan.queries // BLOCK)):
         steps = mosaic_gpu.Walk(*map(int, mosaic_gpu.walk(plan, block, place)))
-        query_rows = block * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)[:, None]
-        acc = jnp.zeros((BLOCK, plan.value_width))
-        maximum = jnp.full(BLOCK, mosaic_gpu.initial_maximum(plan))
-        total = jnp.zeros(BLOCK)
+        query_rows = block * BLOCK + np.arange(BLOCK, dtype=np.int32)[:, None]
+        state = (
+            np.zeros((BLOCK, plan.value_width), np.float32),
+            np.full(BLOCK, mosaic_gpu.initial_maximum(plan), np.float32),
+            np.zeros(BLOCK, np.float32),
+        )
         for step in range(steps.steps):
             is_far = step < steps.far
             at = (step if is_far else steps.first + step - steps.far) * plan.block_kv
             query, key, value = far if is_far else near
-            scores = rows_of(query, block * BLOCK, BLOCK) @ rows_of(key, at, plan.block_kv).T
-            if not (step < steps.far_plain or steps.plain <= step < steps.masked):
-                key_rows = at + jnp.arange(plan.block_kv, dtype=jnp.int32)[None]
-                visible = mosaic_gpu.seen(
-                    mosaic_gpu.limits(plan, is_far, place), query_rows, key_rows
-                )
-                scores = jnp.where(visible, scores, mosaic_gpu.masked_score(plan))
-            weights, decay, maximum, total = mosaic_gpu.weigh(plan, scores, maximum, total)
-            acc = acc * decay[:, None] + weights @ rows_of(value, at, plan.block_kv)
-        inverse, lse = mosaic_gpu.finish(maximum, total)
-        outs.append(acc * inverse[:, None])
-        lses.append(lse)
-    return jnp.concatenate(outs)[: plan.queries], jnp.concatenate(lses)[: plan.queries]
+            state = take_step(
+                plan,
+                not (step < steps.far_plain or steps.plain <= step < steps.masked),
+                jax.tree.map(np.asarray, mosaic_gpu.limits(plan, is_far, place)),
+                (query_rows, at + np.arange(plan.block_kv, dtype=np.int32)[None]),
+                rows_of(query, block * BLOCK, BLOCK),
+                rows_of(key, at, plan.block_kv),
+                rows_of(value, at, plan.block_kv),
+                state,
+            )
+        acc, maximum, total = state
+        inverse, lse = jax.jit(mosaic_gpu.finish)(maximum, total)
+        outs.append(np.asarray(acc) * np.asarray(inverse)[:, None])
+        lses.append(np.asarray(lse))
+    return np.concatenate(outs)[: plan.queries], np.concatenate(lses)[: plan.queries]
 
 
 @pytest.mark.parametrize("scale", [0.1, 3.0])  # units on both sides of 1
@@ -132,15 +147,22 @@ def test_the_steps_give_the_numbers_of_the_reference(scale, key_start):
     queries, keys, globals_, window, width = 140, 150, 20, 30, 8
     rng = np.random.default_rng(0)
     query, key, value, query_global, key_global, value_global = (
-        jnp.asarray(rng.standard_normal((rows, width)), jnp.float32)
+        rng.standard_normal((rows, width)).astype(np.float32)
         for rows in (queries, keys, keys, queries, globals_, globals_)
     )
-    lift = functools.partial(jnp.expand_dims, axis=(0, 2))
-    expected = kernels.lambda_attention(
-        lift(query), lift(key), lift(value), num_global=globals_, window_size=window,
-        query_global=lift(query_global), key_global=lift(key_global),
-        value_global=lift(value_global), key_start=key_start, query_offset=5, scale=scale,
-        return_residuals=True, implementation="reference",
+
+    def lift(x):
+        return jnp.asarray(x[None, :, None])
+
+    reference = jax.jit(
+        functools.partial(
+            kernels.lambda_attention, num_global=globals_, window_size=window, query_offset=5,
+            scale=scale, key_start=key_start, return_residuals=True, implementation="reference",
+        )
+    )  # fmt: skip
+    expected = reference(
+        *map(lift, (query, key, value)), query_global=lift(query_global),
+        key_global=lift(key_global), value_global=lift(value_global),
     )  # fmt: skip
     plan = mosaic_gpu.Plan(
         queries, keys, globals_, window,

@@ -15,9 +15,14 @@ from kernels.lambda_attention.operands import Residuals
 IMPLEMENTATIONS = {
     "reference": reference.attention,
     "xla_chunked": xla_chunked.attention,
+    "mosaic_tpu": dispatch.lazily("kernels.block_sparse.mosaic_tpu", "attention"),
     "triton": dispatch.lazily("kernels.block_sparse.triton", "attention"),
 }
-ORDER = {"cpu": ("xla_chunked",), "gpu": ("triton", "xla_chunked")}
+ORDER = {
+    "cpu": ("xla_chunked",),
+    "tpu": ("mosaic_tpu", "xla_chunked"),
+    "gpu": ("triton", "xla_chunked"),
+}
 
 
 def block_sparse_attention(

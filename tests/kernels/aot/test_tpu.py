@@ -134,3 +134,26 @@ def test_lambda_decode(compile_tpu, recorded, topology):
     report = compile_tpu(decode, query, cache, topology=TOPOLOGIES[topology])
     assert report.temp_bytes <= 1e6
     recorded(topology, report.bundles)
+
+
+@pytest.mark.parametrize("topology", ["v5e"])
+def test_block_sparse_attention(compile_tpu, recorded, topology):
+    """At 131,072 tokens, 16 blocks of 512 for each: lists in scalar memory, no scores in memory."""
+    block, listed = 512, 16
+    shapes = lambda_shapes(LENGTH)[:3]
+    indices = jax.ShapeDtypeStruct((1, KEY_HEADS, LENGTH // block, listed), jnp.int32)
+
+    def loss(query, key, value, indices):
+        return kernels.block_sparse_attention(
+            query, key, value, block_indices=indices, block_counts=(indices >= 0).sum(-1),
+            block_q=block, block_kv=block, implementation="mosaic_tpu",
+        ).astype(jnp.float32).sum()  # fmt: skip
+
+    report = compile_tpu(
+        jax.grad(loss, (0, 1, 2)), *shapes, indices, topology=TOPOLOGIES[topology]
+    )  # fmt: skip
+    assert report.bundles.keys() == {
+        f"block_sparse_{name}" for name in ("forward", "d_query", "d_key")
+    }
+    found = {"block_sparse temp_bytes": report.temp_bytes, **report.bundles}
+    recorded(topology, found)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.common import dispatch, tuning
+from kernels.common import arguments, dispatch, tuning
 from kernels.common.config import Key
 from kernels.common.masks import GlobalDistance, SegmentIds
 from kernels.lambda_attention import reference, xla, xla_chunked
@@ -115,23 +115,23 @@ def _prepare(
     scale, logits_soft_cap, precision,
 ) -> tuple[Operands, Places, Rules]:  # fmt: skip
     """The arguments with defaults filled in; ValueError names what does not fit."""
-    batch, queries, heads, width = _shape("query", query, "B T N H", (None,) * 4)
-    _, keys, key_heads, _ = _shape("key", key, "B S K H", (batch, None, None, width))
-    *_, value_width = _shape("value", value, "B S K Hv", (batch, keys, key_heads, None))
+    batch, queries, heads, width = arguments.shape("query", query, "B T N H", (None,) * 4)
+    _, keys, key_heads, _ = arguments.shape("key", key, "B S K H", (batch, None, None, width))
+    *_, value_width = arguments.shape("value", value, "B S K Hv", (batch, keys, key_heads, None))
     if heads % key_heads:
         raise ValueError(f"query has {heads} heads, not a multiple of the {key_heads} of key")
-    _count("window_size", window_size, least=1)
-    _count("num_global", num_global, least=0)
+    arguments.count("window_size", window_size, least=1)
+    arguments.count("num_global", num_global, least=0)
     if clip_distance is not None:
-        _count("clip_distance", clip_distance, least=1)
+        arguments.count("clip_distance", clip_distance, least=1)
     for name, vector in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
         if vector is not None:
-            _shape(name, vector, "N", (heads,))
+            arguments.shape(name, vector, "N", (heads,))
 
     from_zero = isinstance(key_start, int) and key_start == 0
     if segment_ids is not None:
-        _shape("segment_ids.q", segment_ids.q, "B T", (batch, queries))
-        _shape("segment_ids.kv", segment_ids.kv, "B S", (batch, keys))
+        arguments.shape("segment_ids.q", segment_ids.q, "B T", (batch, queries))
+        arguments.shape("segment_ids.kv", segment_ids.kv, "B S", (batch, keys))
         if not from_zero:
             raise ValueError("key_start must be the int 0 with segment_ids: positions restart")
     if num_global and not from_zero and (key_global is None or value_global is None):
@@ -151,9 +151,9 @@ def _prepare(
         value_global = value[:, :rows]
     if query_global is None:
         query_global = query
-    _shape("query_global", query_global, "B T N H", (batch, queries, heads, width))
-    _shape("key_global", key_global, "B R K H", (batch, rows, key_heads, width))
-    _shape("value_global", value_global, "B R K Hv", (batch, rows, key_heads, value_width))
+    arguments.shape("query_global", query_global, "B T N H", (batch, queries, heads, width))
+    arguments.shape("key_global", key_global, "B R K H", (batch, rows, key_heads, width))
+    arguments.shape("value_global", value_global, "B R K Hv", (batch, rows, key_heads, value_width))
     if global_distance is not None:
         for name, array, length in (("query", global_distance.query, queries),
                                     ("key", global_distance.key, rows)):  # fmt: skip
@@ -230,30 +230,11 @@ def _by_head(attend, rules, operands, places, windows, counts) -> Residuals:
     return Residuals(jnp.concatenate(outs, 2)[:, :, back], jnp.concatenate(lses, 1)[:, back])
 
 
-def _shape(name: str, x: Array, letters: str, expected: tuple[int | None, ...]) -> tuple[int, ...]:
-    """The shape of an argument; ValueError if it is not the one expected (None: any)."""
-    fits = x.ndim == len(expected) and all(
-        e is None or e == n for e, n in zip(expected, x.shape, strict=True)
-    )
-    if not fits:
-        known = " ".join(
-            letter if e is None else f"{letter}={e}"
-            for letter, e in zip(letters.split(), expected, strict=True)
-        )
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be [{known}]")
-    return x.shape
-
-
-def _count(name: str, count: int, *, least: int) -> None:
-    if not isinstance(count, int) or count < least:
-        raise ValueError(f"{name}={count!r} must be an int of at least {least}")
-
-
 def _per_head(name, values, default, key_heads: int, *, least: int) -> tuple[int, ...]:
     if values is None:
         return (default,) * key_heads
     if len(values) != key_heads:
         raise ValueError(f"{name} has {len(values)} values; key has {key_heads} heads")
     for value in values:
-        _count(name, value, least=least)
+        arguments.count(name, value, least=least)
     return tuple(values)

@@ -1,7 +1,9 @@
 """Λ-attention forward for Hopper (sm_90), written for its own units: TMA copies and wgmma.
 
-No GPU has run this kernel: here it is compiled for an H100 and its index arithmetic is checked, and
-nothing else about its numbers is known. It is in no default order; ask for it by name.
+No GPU has run this kernel, so its results are not proved. What is: it compiles for an H100 without
+a spilled register, and its steps, masks and sums, which are functions of their own here, give the
+right numbers when they are replayed on a CPU. Copies, barriers and products are not tried by that.
+It is in no default order; ask for it by name. Its gradients are computed by the Triton kernels.
 
     m' = max(m, max s);  p = 2^(s - m');  l' = l 2^(m - m') + sum p;  acc' = acc 2^(m - m') + p v
 

@@ -27,6 +27,25 @@ from lminf.types import Params
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
+LEAST = {  # smaller values would fail in the middle of a run, or silently train nothing
+    "steps": 1, "accumulate": 1, "log_every": 1, "data.length": 2, "data.batch": 1,
+    "evaluate.every": 1, "evaluate.batches": 1, "checkpoint.every": 1, "checkpoint.last": 1,
+}  # fmt: skip
+
+
+def check(c) -> None:
+    """Refuses settings whose harm would show only later in the run."""
+    for name, least in LEAST.items():
+        value = c
+        for part in name.split("."):
+            value = value[part]
+        if value < least:
+            raise InputError(f"--config.{name}={value}: give at least {least}")
+    known(c.not_finite, {"stop": None, "skip": None}, "not_finite")
+    if c.export:
+        checkpoints.must_be_new(c.export)
+
+
 @dataclass(frozen=True)
 class Start:
     """What a run begins with."""
@@ -54,7 +73,11 @@ def tokenizer_of(name: str):
 
 
 def shape_of(c, vocab_size: int) -> ModelSpec:
-    return spec.llama(vocab_size=vocab_size, trained_length=c.data.length, **c.model.to_dict())
+    sizes = {"vocab_size": vocab_size, "trained_length": c.data.length, **c.model.to_dict()}
+    try:
+        return spec.llama(**sizes)
+    except (ArithmeticError, ValueError) as error:  # heads that do not divide, or none
+        raise InputError(f"--config.model is no shape ({error}); choose other sizes") from error
 
 
 def shape_to_plan(c) -> ModelSpec:

@@ -8,6 +8,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from lminf.config import closest
 from lminf.errors import InputError
@@ -29,6 +30,13 @@ COMMANDS = {  # the module is lminf.commands.<name>
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the words in one sentence, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; `{self.prog} --help` lists what there is")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command; exits with 2 and one line on bad input, with a traceback on --debug."""
     arguments = sys.argv[1:] if argv is None else list(argv)
@@ -46,7 +54,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if name not in COMMANDS:
         raise InputError(f"there is no command {name!r}; {closest(name, COMMANDS)}")
     module = importlib.import_module(f"lminf.commands.{name}")
-    parser = argparse.ArgumentParser(prog=f"lminf {name}", description=COMMANDS[name])
+    parser = Parser(prog=f"lminf {name}", description=COMMANDS[name])
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     module.add_arguments(parser)
     parser.set_defaults(command=module.run)
@@ -59,7 +67,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def overview() -> argparse.ArgumentParser:
     """The parser of the bare command: help, and the list of commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lminf",
         description="Length, vocabulary and hyper-parameters of language models.",
     )

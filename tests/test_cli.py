@@ -33,6 +33,12 @@ def test_every_command_has_help_of_its_own(name, capsys):
         (["list", "length_generalisation"], "there is no experiment 'length_generalisation'"),
         (["run", "nothing"], "there is no experiment 'nothing'"),
         (["show", "nothing"], "'nothing' is no run's folder"),
+        (
+            ["nll", "m", "--length=x"],
+            "argument --length: invalid int value: 'x'; `lminf nll --help`",
+        ),
+        (["fetch"], "the following arguments are required: NAME; `lminf fetch --help`"),
+        ([], "the following arguments are required: COMMAND; `lminf --help`"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
@@ -43,7 +49,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
     assert printed.startswith(f"error: {message}")
     assert printed.count("\n") == 1
     for debugging in (["--debug", *arguments], [*arguments, "--debug"]):
-        if arguments[0] != "run":  # which hands on what follows the name
+        if arguments[:1] != ["run"]:  # which hands on what follows the name
             with pytest.raises(InputError):
                 cli.main(debugging)
 
@@ -99,3 +105,11 @@ def test_a_reader_that_goes_away_is_no_error():
     process.stderr.close()
     assert process.wait(30) == 141
     assert errors == b""
+
+
+def test_convert_looks_at_its_target_before_it_reads(tmp_path, capsys):
+    (tmp_path / "held").write_text("something")
+    with pytest.raises(SystemExit) as ending:
+        cli.main(["convert", "no-such-model", str(tmp_path / "held")])
+    assert ending.value.code == 2
+    assert "exists and is not an empty folder" in capsys.readouterr().err

@@ -63,6 +63,11 @@ def read_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
     return tokenizer
 
 
+def must_be_new(folder: str | os.PathLike[str]) -> None:
+    """Refuses a place that `save` would refuse, before the work is done."""
+    hf.must_be_new(Path(folder))
+
+
 def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
     """Writes safetensors, config.json and tokenizer files, as transformers and `load` read them.
 

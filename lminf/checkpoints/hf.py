@@ -116,10 +116,15 @@ def _files(folder: Path) -> list[Path]:
     return found
 
 
-def save(folder: Path, spec: ModelSpec, params: Params, tokenizer: Tokenizer | None) -> None:
-    """Writes a folder that transformers loads, all of it or nothing."""
+def must_be_new(folder: Path) -> None:
+    """Refuses a folder that holds anything: nothing is ever overwritten."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not an empty folder; choose a new one")
+
+
+def save(folder: Path, spec: ModelSpec, params: Params, tokenizer: Tokenizer | None) -> None:
+    """Writes a folder that transformers loads, all of it or nothing."""
+    must_be_new(folder)
     config = hf_config.from_spec(spec)
     tensors = list(trees.write(spec, maps.HF[spec.family], params))
     dtype = str(np.dtype(next(iter(trees.flattened(params).values())).dtype))

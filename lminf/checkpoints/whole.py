@@ -14,6 +14,12 @@ from pathlib import Path
 
 from lminf.errors import InputError
 
+# Of a place, not of the disk: no rights, or something else stands in the path.
+REFUSALS = (
+    errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EEXIST,
+    errno.EISDIR, errno.ENAMETOOLONG,
+)  # fmt: skip
+
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
@@ -45,7 +51,7 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"the disk is full: {path} could not be written with {free / 2**20:.0f} MiB free; "
                 f"make room, or choose another place"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+        if error.errno in REFUSALS:
             raise InputError(
                 f"{path} may not be written ({error.strerror}); choose another place"
             ) from error

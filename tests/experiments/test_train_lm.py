@@ -274,3 +274,20 @@ def test_a_plan_of_a_run_agrees_with_zeros_formula(capsys):
     with pytest.raises(SystemExit):
         cli.main([*words[:2], "--devices=h1000x8"])
     assert "did you mean 'h100'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("steps=0", "--config.steps=0: give at least 1"),
+        ("checkpoint.every=0", "--config.checkpoint.every=0: give at least 1"),
+        ("data.batch=0", "--config.data.batch=0: give at least 1"),
+        ("not_finite=warn", "there is no not_finite 'warn'; use stop, skip"),
+        ("export=README.md", "README.md exists and is not an empty folder"),
+        ("model.num_heads=3", "num_heads=3 is no multiple of num_kv_heads=2"),
+    ],
+)
+def test_settings_that_would_fail_later_are_refused_at_once(change, message, tmp_path):
+    asked = request.parse("train_lm", ["--config=train_lm:tiny", f"--config.{change}"])
+    with pytest.raises(InputError, match=message):
+        next(train_lm.run(asked.config, tmp_path))

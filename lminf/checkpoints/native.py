@@ -7,6 +7,7 @@ whose place and names may still move, is used in this module only.)
 """
 
 import json
+import re
 import threading
 import warnings
 import zlib
@@ -92,8 +93,10 @@ class Store:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._remove_what_is_not(self.saved(), but=step)
             writing = ocp.save_async(path, _flat(state), overwrite=True)
-        except OSError as error:
-            raise self._refused(path, error) from error
+        except (OSError, ValueError) as error:
+            if (explained := self._explained(path, error)) is error:
+                raise
+            raise explained from error
         self._finishing = threading.Thread(target=self._finish, args=(writing, path, step, loss))
         self._finishing.start()
 
@@ -145,10 +148,8 @@ class Store:
                 unfinished.write_text(json.dumps(manifest, indent=1))
                 unfinished.rename(path / MANIFEST)
                 self._prune()
-        except OSError as error:
-            self._failure = self._refused(path, error)
         except BaseException as error:  # shown to whoever waits: a thread has no other way
-            self._failure = error
+            self._failure = self._explained(path, error)
 
     def _prune(self) -> None:
         kept = {saved.step for saved in self.saved()[-self.last :]}
@@ -165,10 +166,19 @@ class Store:
             if path.is_dir() and path.name not in keep:
                 path.rmtree()
 
-    def _refused(self, path: epath.Path, error: OSError) -> InputError:
+    def _explained(self, path: epath.Path, error: BaseException) -> BaseException:
+        """One sentence where the disk refused; else the error as it is."""
+        # TensorStore reports what the system says as "...: REASON [os_error_code='28']".
+        told = re.search(r"([^:]+) \[os_error_code=", str(error))
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+        elif told:
+            reason = told[1].strip()
+        else:
+            return error
         return InputError(
-            f"cannot save {path}: {error.strerror or error}; free some space or name another "
-            f"folder, and start again: the checkpoint before it is whole"
+            f"cannot save {path}: {reason}; free some space or name another folder, and start "
+            f"again: the checkpoint before it is whole"
         )
 
 

@@ -97,3 +97,20 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
     store = native.Store(str(tmp_path / "file" / "checkpoints"), last=1)
     with pytest.raises(InputError, match=r"cannot save .*00000001"):
         store.save(1, state(1, {"data": 1}))
+
+
+def test_a_disk_that_fills_in_the_background_is_one_sentence(store):
+    """A limit on the size of files stands for the full disk: TensorStore's threads meet it."""
+    resource = pytest.importorskip("resource", reason="limits on files are POSIX")
+    store.save(1, state(1, {"data": 1}))
+    store.wait()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = {"w": jax.random.normal(jax.random.key(0), (512, 512))}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        store.save(2, large)
+        with pytest.raises(InputError, match=r"cannot save .*00000002: .*free some space"):
+            store.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [saved.step for saved in store.saved()] == [1]

@@ -7,6 +7,7 @@ whose place and names may still move, is used in this module only.)
 """
 
 import json
+import logging
 import re
 import threading
 import warnings
@@ -24,6 +25,14 @@ from lminf.parallel import partition
 
 MANIFEST = "manifest.json"
 BLOCK = 1 << 20  # bytes read at a time
+
+
+def _said_once(record: logging.LogRecord) -> bool:
+    """Whether a log record is news: Orbax logs a background error, then `result()` raises it."""
+    return "_SignalingThread.run() raised an exception" not in record.getMessage()
+
+
+logging.getLogger("absl").addFilter(_said_once)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
         store.save(1, state(1, {"data": 1}))
 
 
-def test_a_disk_that_fills_in_the_background_is_one_sentence(store):
+def test_a_disk_that_fills_in_the_background_is_one_sentence(store, caplog):
     """A limit on the size of files stands for the full disk: TensorStore's threads meet it."""
     resource = pytest.importorskip("resource", reason="limits on files are POSIX")
     store.save(1, state(1, {"data": 1}))
@@ -114,3 +114,4 @@ def test_a_disk_that_fills_in_the_background_is_one_sentence(store):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [saved.step for saved in store.saved()] == [1]
+    assert not caplog.records  # no traceback beside it

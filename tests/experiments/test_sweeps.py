@@ -1,5 +1,6 @@
 """The studies: what their configs ask for, what they conclude, and their tiny forms."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -87,7 +88,8 @@ def test_interior_names_the_directions():
 def test_a_tiny_sweep_runs_and_goes_on(name, rows, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LMINF_CACHE", str(tmp_path / "cache"))
     command = ["sweep", name, f"--config={name}_sweep:tiny", f"--out={tmp_path / 'sweep'}"]
-    cli.main(command)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes
+        cli.main(command)
     out = RunFolder(tmp_path / "sweep")
     assert len(out.rows()) == rows
     assert (out / "report.md").is_file()

@@ -15,6 +15,7 @@ whole lines.
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import math
@@ -40,9 +41,10 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        full = error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise InputError(
             f"cannot write {path}: {error.strerror or error}; "
-            "free some space, or name another folder with --out"
+            f"{'free some space, or ' if full else ''}name another folder with --out"
         ) from error
 
 

@@ -54,7 +54,9 @@ def rich_table(rows: Sequence[Row], *, title: str | None = None, digits: int = 3
     table = Table(title=title, title_justify="left")
     names = column_names(rows)
     for name in names:
-        table.add_column(name, justify="right" if _numeric(rows, name) else "left")
+        # Folded, not cut: two names that begin alike must stay two names.
+        side = "right" if _numeric(rows, name) else "left"
+        table.add_column(name, justify=side, overflow="fold")
     for row in rows:
         table.add_row(*(cell(row.get(name), digits) for name in names))
     return table

@@ -41,10 +41,11 @@ def run(c, out):
 
 
 class Timed:
-    """A program on one device with a batch of noise."""
+    """A program on all devices, a CPU's cores among them, with a batch of noise."""
 
     def __init__(self, c, model):
-        self.program = program(model, c.data.vocab_size, c.data.length)
+        everywhere = mesh.make(mesh.MeshShape(), jax.local_devices())
+        self.program = program(model, c.data.vocab_size, c.data.length, everywhere)
         rng = np.random.default_rng(c.seed)
         size = (c.data.batch, c.data.length + 1)
         self.noise = rng.integers(0, c.data.vocab_size, size).astype(np.int32)
@@ -80,17 +81,17 @@ class Timed:
         return float(np.median(spent) / seconds)
 
 
-def program(model, vocab_size, length):
+def program(model, vocab_size, length, laid_out):
     shape = spec.llama(vocab_size=vocab_size, trained_length=length, **model.to_dict())
     return Program(
-        shape, (policies.FULL,) * shape.num_layers, mesh.single(), partition.STRATEGIES["data"],
+        shape, (policies.FULL,) * shape.num_layers, laid_out, partition.STRATEGIES["data"],
         AdamW().build(), lambda step: np.float32(1e-4),
     )  # fmt: skip
 
 
 def loss_bytes(c, vocab_size):
     """Temporary bytes of loss and gradient, beyond the gradient of the embedding itself."""
-    small = program(c.small, vocab_size, c.data.length)
+    small = program(c.small, vocab_size, c.data.length, mesh.single())
     shapes = {
         name: jax.ShapeDtypeStruct((c.data.batch, c.data.length), np.int32)
         for name in ("tokens", "targets")

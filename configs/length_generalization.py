@@ -3,7 +3,7 @@
 Question   Does a policy keep a model fluent at lengths it never saw?
 Paper      LM-Infinite (Han et al. 2024, arXiv:2308.16137)
 Command    python -m experiments.length_generalization
-Time       5 minutes on two CPU cores
+Time       4 minutes on two CPU cores
 Expected   past 8,192 tokens Full is more than 3 nats above re-reading, LM-Infinite near it
 Tiny       --config=:tiny trains a byte model at 64 tokens and reads 1,024: under 2 minutes; Full
            rises by more than 1 bit per byte, LM-Infinite does not rise

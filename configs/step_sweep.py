@@ -3,7 +3,7 @@
 Question   Which learning rate and batch give the least loss, and do the laws find them?
 Paper      Step law (Li et al. 2025, arXiv:2503.04715)
 Command    lminf sweep step --config=step_sweep:laptop
-Time       see docs/studies/step_sweep: under 15 minutes on two CPU cores for :laptop
+Time       :laptop is meant for two CPU cores; its time is not measured yet
 Expected   a bowl whose minimum is interior in the learning rate; best losses at small batches
 Tiny       --config=:tiny: two batches, a minute
 Pod        --config=:pod: the shapes, tokens and grid of the paper's dense models

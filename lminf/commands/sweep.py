@@ -95,7 +95,7 @@ def submit(
     try:
         submitit = importlib.import_module("submitit")
     except ModuleNotFoundError as error:
-        raise InputError("--submit needs submitit: pip install 'lminf[slurm]'") from error
+        raise InputError("--submit needs submitit: pip install submitit") from error
     executor = submitit.AutoExecutor(folder=out / "jobs", cluster=cluster)
     executor.update_parameters(timeout_min=minutes, name=f"sweep-{name}")
     kept = list(arguments)

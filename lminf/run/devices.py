@@ -12,7 +12,7 @@ def share_cores() -> None:
 
     Must be called before anything is computed. XLA spreads single operations over cores, and waits
     for all cores after each; devices that read a text together (`LM.with_devices`) seldom wait for
-    each other: 10-17 % less time on two cores.
+    each other. `JAX_NUM_CPU_DEVICES=1 python benchmarks/ours.py read` is the time without.
     """
     chosen = jax.config.jax_num_cpu_devices != -1  # pyright: ignore[reportAttributeAccessIssue]
     forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")

@@ -49,16 +49,16 @@ def get_config(arg: str = ""):
     return c
 
 
-def get_sweep(c):
-    if c.data.vocab >= 65_536:
+def get_sweep(c, arg: str = ""):
+    if arg == "pod":
         return published()
-    if c.data.vocab >= 32_768:
+    if arg == "h100":
         shapes = zipped({"model.width": (512, 768), "model.num_layers": (8, 12),
                          "model.num_heads": (8, 12), "model.num_kv_heads": (8, 12),
                          "model.hidden_dim": (1365, 2048)})  # fmt: skip
         return cross(shapes, grid({"tokens": (500_000_000, 2_000_000_000),
                                    "data.batch": (16, 32, 64, 128, 256)}))  # fmt: skip
-    if len(c.rates) < 7:  # tiny
+    if arg == "tiny":
         return grid({"data.batch": (2, 8)})
     batches = grid({"data.batch": (2, 4, 8, 16, 32)})
     narrow = {"model.width": 48, "model.num_layers": 4, "model.num_heads": 3,

@@ -5,8 +5,8 @@
     chain(a, b)                                      the cells of a, then those of b
     cross(a, b)                                      every cell of a with every cell of b
 
-A config file that can be swept has get_sweep(config) beside get_config: it returns such cells. The
-folder of a sweep holds
+A config file that can be swept has get_sweep(config, variant) beside get_config: it returns such
+cells. The folder of a sweep holds
 
     config.json       the base configuration and the overrides of every cell
     cells/<key>/      the run of one cell; `key` is a digest of its resolved config
@@ -124,10 +124,10 @@ def cells_of(asked: Request) -> tuple[Cell, ...]:
     module = request.load_module(asked.config_path)
     if not hasattr(module, "get_sweep"):
         raise InputError(
-            f"{asked.config_path} has no get_sweep(config), so there is nothing to sweep"
+            f"{asked.config_path} has no get_sweep(config, variant), so there is nothing to sweep"
         )
     found: dict[str, Cell] = {}
-    for overrides in module.get_sweep(asked.config):
+    for overrides in module.get_sweep(asked.config, asked.variant):
         config = overridden(asked.config, overrides)
         resolved = json.dumps([asked.experiment, request.to_dict(config)], sort_keys=True)
         key = hashlib.sha256(resolved.encode()).hexdigest()[:12]

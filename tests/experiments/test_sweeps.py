@@ -23,6 +23,12 @@ def test_every_cell_can_be_configured(name, variant):
     assert len({cell.key for cell in cells}) == len(cells) >= 2
 
 
+def test_fewer_rates_do_not_change_the_cells():
+    asked = request.parse("step_sweep", ["--config=step_sweep:laptop", "--config.rates=(1e-3,)"])
+    assert asked is not None
+    assert len(sweep.cells_of(asked)) == 13
+
+
 def test_the_pod_sweep_has_the_papers_families():
     """N_nv from the shapes, and the published parameter counts of the data file within 5 %."""
     asked = request.parse("vocab_sweep", ["--config=vocab_sweep:pod"])

@@ -24,7 +24,7 @@ from lminf.run.sweep import chain, cross, grid, zipped
 def get_config(arg=""):
     return ConfigDict({"rate": 0.1, "seed": 0, "model": {"width": 8}, "rates": (1.0, 2.0)})
 
-def get_sweep(c):
+def get_sweep(c, arg=""):
     return SWEEP
 '''
 

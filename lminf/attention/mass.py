@@ -1,0 +1,95 @@
+"""How much a set of queries attended to each key: what evicting and choosing policies go by.
+
+    mass[j] = sum over queries i that see j of exp(score_ij - lse_i)
+
+`lse` is that of the whole softmax, so the keys given here may be some of those it was taken over.
+Attention kernels do not return their weights; this computes them again, a block of keys at a time.
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+Seen: TypeAlias = Callable[[Int[Array, "B T 1"], Int[Array, "B 1 S"]], Bool[Array, "B T S"]]
+
+BLOCK = 256  # keys: the weights of 2,048 queries and 9 heads over them are 19 MB
+
+
+def columns(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    lse: Float[Array, "B N T"],
+    *,
+    q_pos: Int[Array, "B T"],
+    k_pos: Int[Array, "B S"],
+    seen: Seen,
+    scale: float,
+    soft_cap: float | None = None,
+    slopes: Float[Array, " N"] | None = None,
+    block: int = BLOCK,
+) -> Float32[Array, "B N S"]:
+    """Attention each key received by query head, summed over the queries that see it.
+
+    q and k are placed (rotated) already. A position below 0 is padding or an empty slot, which
+    neither attends nor is attended to. `slopes` subtract slope * (q_pos - k_pos), as ALiBi does.
+    """
+    keys = k.shape[1]
+    block = min(block, keys)
+    blocks = -(-keys // block)
+    short = blocks * block - keys
+    k = jnp.pad(k, ((0, 0), (0, short), (0, 0), (0, 0)))
+    k_pos = jnp.pad(k_pos, ((0, 0), (0, short)), constant_values=-1)
+
+    def of_block(start):
+        some_k = jax.lax.dynamic_slice_in_dim(k, start, block, 1)
+        some_pos = jax.lax.dynamic_slice_in_dim(k_pos, start, block, 1)
+        return _weights(
+            q, some_k, lse, q_pos=q_pos, k_pos=some_pos, seen=seen, scale=scale,
+            soft_cap=soft_cap, slopes=slopes,
+        ).sum(2)  # fmt: skip
+
+    parts = jax.lax.map(of_block, jnp.arange(blocks, dtype=jnp.int32) * block)  # [blocks, B, N, C]
+    return jnp.moveaxis(parts, 0, 2).reshape(*parts.shape[1:3], -1)[..., :keys]
+
+
+def reference(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    lse: Float[Array, "B N T"],
+    *,
+    q_pos: Int[Array, "B T"],
+    k_pos: Int[Array, "B S"],
+    seen: Seen,
+    scale: float,
+    soft_cap: float | None = None,
+    slopes: Float[Array, " N"] | None = None,
+) -> Float32[Array, "B N S"]:
+    """`columns` from all weights at once; O(T S) memory."""
+    return _weights(
+        q, k, lse, q_pos=q_pos, k_pos=k_pos, seen=seen, scale=scale, soft_cap=soft_cap,
+        slopes=slopes,
+    ).sum(2)  # fmt: skip
+
+
+def by_key_head(mass: Float[Array, "B N S"], key_heads: int) -> Float[Array, "B K S"]:
+    """Sum over the query heads of each key/value head."""
+    return mass.reshape(mass.shape[0], key_heads, -1, mass.shape[2]).sum(2)
+
+
+def _weights(q, k, lse, *, q_pos, k_pos, seen, scale, soft_cap, slopes) -> Array:
+    """[B, N, T, S], float32."""
+    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(q.shape[0], q.shape[2], q.shape[1], -1) * jnp.float32(scale)
+    to, at = q_pos[:, :, None], k_pos[:, None, :]
+    if slopes is not None:
+        distance = (to - at).astype(jnp.float32)
+        scores = scores - slopes[None, :, None, None] * distance[:, None]
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    visible = (seen(to, at) & (to >= 0) & (at >= 0))[:, None]
+    # A query that sees nothing has lse = -inf.
+    return jnp.where(visible, jnp.exp(scores - lse[..., None].astype(jnp.float32)), 0.0)

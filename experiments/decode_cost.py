@@ -96,7 +96,7 @@ class Cell:
         key = jax.random.key(0)  # greedy: not used
         token, self.caches = generation._advance(
             self.lm.decoder, self.lm.params, jnp.asarray(tokens),
-            jnp.full(1, position, jnp.int32), self.caches, GREEDY, key,
+            position + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], self.caches, GREEDY, key,
         )  # fmt: skip
         return token
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from lminf.errors import InputError
 from lminf.models import decoder
@@ -89,11 +89,47 @@ def generate_tokens(
 
     Prompts of unequal length are padded on the left with negative positions, which nothing sees.
     """
+    pieces = list(_pieces(prompts))
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens}: give at least 1")
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    caches = _caches(lm, prompts, room=max_new_tokens)
+    module, keys = lm.decoder, jax.random.split(key, max_new_tokens)
+    token = None
+    for tokens, positions in pieces:
+        token, caches = _advance(
+            module, lm.params, tokens, positions, caches, sampling, keys[0]
+        )  # fmt: skip
+    for count in range(max_new_tokens):
+        yield np.asarray(token)
+        if count + 1 < max_new_tokens:
+            token, caches = _advance(
+                module, lm.params, token[:, None], (lengths + count)[:, None], caches, sampling,
+                keys[count + 1],
+            )  # fmt: skip
+
+
+def next_logits(
+    lm: Any, prompts: Sequence[Int[np.ndarray, " _"]], *, last: int = 1
+) -> Float32[np.ndarray, "B last V"]:
+    """Logits of what follows each of the `last` tokens of every prompt. `lm` is an lminf.LM."""
+    pieces, caches = list(_pieces(prompts)), _caches(lm, prompts, room=0)
+    if not 1 <= last <= min(len(prompt) for prompt in prompts):
+        raise InputError(
+            f"last={last}: give at least 1, and no more than the shortest prompt has tokens"
+        )
+    states = np.zeros((len(prompts), 0, lm.spec.width), np.float32)
+    for tokens, positions in pieces:
+        hidden, caches = _read(lm.decoder, lm.params, tokens, positions, caches)
+        states = np.concatenate([states, np.asarray(hidden[:, -last:], np.float32)], 1)[:, -last:]
+    return np.asarray(_logits(lm.spec, lm.params, jnp.asarray(states, lm.dtype)))
+
+
+def _pieces(prompts) -> Iterator[tuple[Int[np.ndarray, "B C"], Int[np.ndarray, "B C"]]]:
+    """(tokens, positions) of one chunk after another; all rows end together."""
     lengths = np.array([len(prompt) for prompt in prompts])
     if not len(prompts) or not lengths.min():
         raise InputError("a prompt has no tokens; give at least one")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens}: give at least 1")
     longest = int(lengths.max())
     chunk = STEP if longest > STEP else max(16, 1 << (longest - 1).bit_length())
     chunk = 4 * STEP if longest > 16 * STEP else chunk
@@ -101,33 +137,31 @@ def generate_tokens(
     padded = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
         padded[row, width - len(prompt) :] = prompt
-    position = (lengths - width).astype(np.int32)  # of the first column
-    capacity = -(-(longest + max_new_tokens) // STEP) * STEP
-    caches = lm.init_caches(batch=len(prompts), capacity=capacity)
-    module, keys = lm.decoder, jax.random.split(key, max_new_tokens)
-    token = None
+    positions = (np.arange(width) + (lengths - width)[:, None]).astype(np.int32)
     for start in range(0, width, chunk):
-        piece = jnp.asarray(padded[:, start : start + chunk])
-        token, caches = _advance(
-            module, lm.params, piece, jnp.asarray(position + start), caches, sampling, keys[0]
-        )
-    position = lengths.astype(np.int32)
-    for count in range(max_new_tokens):
-        yield np.asarray(token)
-        if count + 1 < max_new_tokens:
-            token, caches = _advance(
-                module, lm.params, token[:, None], jnp.asarray(position + count), caches, sampling,
-                keys[count + 1],
-            )  # fmt: skip
+        yield padded[:, start : start + chunk], positions[:, start : start + chunk]
+
+
+def _caches(lm: Any, prompts, *, room: int):
+    longest = max(len(prompt) for prompt in prompts)
+    return lm.init_caches(batch=len(prompts), capacity=-(-(longest + room) // STEP) * STEP)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _advance(module: decoder.Decoder, params, tokens, first, caches, sampling: Sampling, key):
-    """The token after these [B, C], which stand at positions `first` [B] and on; and the caches."""
-    positions = first[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+def _advance(module: decoder.Decoder, params, tokens, positions, caches, sampling: Sampling, key):
+    """The token after these [B, C], which stand at `positions` [B, C]; and the caches."""
     hidden, caches = module.apply({"params": params}, tokens, positions=positions, caches=caches)
     scores = decoder.logits(module.spec, params, hidden[:, -1])
     return sample(scores, sampling, key=key), caches
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _read(module: decoder.Decoder, params, tokens, positions, caches):
+    """Hidden states [B, C, D] and the caches."""
+    return module.apply({"params": params}, tokens, positions=positions, caches=caches)
+
+
+_logits = jax.jit(decoder.logits, static_argnums=0)
 
 
 class TextStream:

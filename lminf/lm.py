@@ -24,7 +24,7 @@ from jaxtyping import Float32, Int
 from lminf.attention import policies, rope
 from lminf.attention.policies import FULL, AnyPolicy
 from lminf.errors import InputError
-from lminf.generation import GREEDY, Sampling, TextStream, generate_tokens
+from lminf.generation import GREEDY, Sampling, TextStream, generate_tokens, next_logits
 from lminf.losses import xent
 from lminf.models import decoder
 from lminf.models.spec import ModelSpec
@@ -205,27 +205,37 @@ class LM:
         token_nll = self.token_nll(ids, progress=progress)
         return NLL(token_nll, np.diff(ends)[-len(token_nll) :])
 
+    def logits(
+        self, prompts: Sequence[str | np.ndarray], *, last: int = 1
+    ) -> Float32[np.ndarray, "B last V"]:
+        """Logits of what follows each of the `last` tokens of every prompt (text or token ids)."""
+        return next_logits(self, self._encoded(prompts), last=last)
+
     def generate(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | np.ndarray | Sequence[str | np.ndarray],
         *,
         max_new_tokens: int = 128,
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
         seed: int = 0,
     ) -> str | list[str]:
-        """What the model writes after a prompt, or after each of several, without the prompt."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        """What the model writes after a prompt, or after each of several, without the prompt.
+
+        A prompt is a text, or an array of the tokens to read as they are, BOS included.
+        """
+        alone = isinstance(prompt, str | np.ndarray)
+        prompts = [prompt] if isinstance(prompt, str | np.ndarray) else list(prompt)
         texts = [""] * len(prompts)
         for row, piece in self.stream(
             prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, seed=seed
         ):
             texts[row] += piece
-        return texts[0] if isinstance(prompt, str) else texts
+        return texts[0] if alone else texts
 
     def stream(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | np.ndarray],
         *,
         max_new_tokens: int = 128,
         sampling: Sampling = GREEDY,
@@ -233,8 +243,7 @@ class LM:
         seed: int = 0,
     ) -> Iterator[tuple[int, str]]:
         """(row, text) as it is written. A row ends at an end token, a stop string or the limit."""
-        encoded = [self.encode(text)[0] for text in prompts]
-        yield from self._write(encoded, max_new_tokens, sampling, stop, seed)
+        yield from self._write(self._encoded(prompts), max_new_tokens, sampling, stop, seed)
 
     def chat(
         self,
@@ -274,6 +283,12 @@ class LM:
                 f"model was trained on, but prompt and answer take {tokens}; "
                 f"shorten the prompt or raise its group or stretch"
             )
+
+    def _encoded(self, prompts: Sequence[str | np.ndarray]) -> list[Int[np.ndarray, " _"]]:
+        return [
+            self.encode(each)[0] if isinstance(each, str) else np.asarray(each, np.int32)
+            for each in prompts
+        ]
 
     def encode(
         self, text: str, *, length: int | None = None

@@ -74,7 +74,7 @@ def step(policy, capacity, batch=1):
     )
     return generation._advance.lower(
         module, abstract_parameters(spec), shape(batch, 1, dtype=jnp.int32),
-        shape(batch, dtype=jnp.int32), caches, GREEDY, jax.eval_shape(lambda: jax.random.key(0)),
+        shape(batch, 1, dtype=jnp.int32), caches, GREEDY, jax.eval_shape(lambda: jax.random.key(0)),
     )  # fmt: skip
 
 

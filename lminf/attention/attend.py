@@ -15,7 +15,7 @@ them; full attention passes keys round a ring; the others gather all keys, as pa
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +26,13 @@ import kernels
 from kernels.common import masks
 from lminf.attention import cache as caches
 from lminf.attention import rope
-from lminf.attention.policies import LayerPolicy, PerHead, Policy
+from lminf.attention.policies import ByContent, LayerPolicy, PerHead, Policy
 from lminf.attention.spread import Spread
 from lminf.errors import InputError
 
 Whole: TypeAlias = Callable[[Array, Array, Array], Array]  # (q, k, v) -> out, all [B, T, heads, H]
-# (q, k, v, stored_k, stored_v, layer) -> out, stored_k, stored_v
-Through: TypeAlias = Callable[..., tuple[Array, Array, Array]]
+# (q, k, v, held, layer) -> out, held
+Through: TypeAlias = Callable[[Array, Array, Array, caches.Held, Any], tuple[Array, caches.Held]]
 
 MASKED = -1e30  # finite: a row with nothing to see must not become NaN
 
@@ -177,6 +177,8 @@ def whole(
     there), or along each segment, from 0. Tokens below 0 are padding, as those in segment
     masks.PADDING are: they see nothing and are not seen.
     """
+    if isinstance(policy, ByContent):
+        return _whole_through(policy, scoring, positions, segments, context_axis)
     spread = Spread(context_axis, positions.shape[1])
 
     def reader(part: Policy):
@@ -189,6 +191,29 @@ def whole(
 
     readers = {part: reader(part) for part in _parts(policy)}
     return _by_head(policy, lambda part, *arrays: readers[part](*arrays), scoring)
+
+
+def _whole_through(policy: ByContent, scoring, positions, segments, context_axis):
+    """One call of the step that also reads in chunks, so that both are the same function."""
+    if segments is not None:
+        raise InputError(
+            f"{policy.name} chooses within one text, but packed rows hold several; give each text "
+            f"its own row"
+        )
+    batch, tokens = positions.shape
+
+    def run(q, k, v):
+        layout = policy.layout(tokens)
+        kv_heads, width = k.shape[2:]
+        sizes = caches.Sizes(batch, layout.slots, q.shape[2], kv_heads, width, k.dtype)
+        empty = caches.empty(
+            layout, layers=1, batch=batch, kv_heads=kv_heads, head_dim=width, dtype=k.dtype,
+            extra=policy.extra(sizes),
+        )  # fmt: skip
+        step, _ = through(policy, scoring, layout, empty.pos, positions, context_axis=context_axis)
+        return step(q, k, v, empty.held, jnp.int32(0))[0]
+
+    return run
 
 
 def _whole(policy, scoring, positions, segments, spread, implementation):
@@ -310,6 +335,13 @@ def through(
     Positions rise by one along a row and continue what the row has read. A row that begins below 0
     is padded: those tokens see nothing and are not stored.
     """
+    if isinstance(policy, ByContent):
+        if context_axis is not None:
+            raise InputError(
+                f"{policy.name} reads for itself, which needs all tokens of a row on one device; "
+                f"spread rows over devices, or use a policy of positions"
+            )
+        return policy.through(scoring, layout, stored_pos, positions)
     spread = Spread(context_axis, positions.shape[1])
     all_positions = spread.all(positions)
     slots = caches.destinations(layout, all_positions)
@@ -326,13 +358,13 @@ def through(
     readers = {part: reader(part) for part in _parts(policy)}
     read = _by_head(policy, lambda part, *arrays: readers[part](*arrays), scoring)
 
-    def step(q, k, v, stored_k, stored_v, layer):
+    def step(q, k, v, held, layer):
         k, v = spread.all(k), spread.all(v)
-        before = stored_k[layer], stored_v[layer]
-        stored_k = caches.write(stored_k, k, layer, slots)
-        stored_v = caches.write(stored_v, v, layer, slots)
+        before = held.k[layer], held.v[layer]
+        stored_k = caches.write(held.k, k, layer, slots)
+        stored_v = caches.write(held.v, v, layer, slots)
         after = stored_k[layer], stored_v[layer]
-        return read(q, k, v, *before, *after), stored_k, stored_v
+        return read(q, k, v, *before, *after), held._replace(k=stored_k, v=stored_v)
 
     return step, new_pos
 

@@ -7,7 +7,7 @@ to is a rule of the layout; masks come from `pos`, never from slot numbers.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,30 @@ class SinkRing:
 Layout: TypeAlias = Append | SinkRing
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "pos"], meta_fields=["layout"])
+class Held(NamedTuple):
+    """What layers hold, or one of them [1, ...]: a layer's step takes it and gives it back."""
+
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+    extra: Any = ()  # whatever else a policy remembers: a pytree of arrays [L, ...]
+
+
+class Sizes(NamedTuple):
+    """What a policy must know to make room for what it remembers."""
+
+    batch: int
+    slots: int
+    heads: int  # of queries
+    kv_heads: int
+    head_dim: int
+    dtype: Any
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["k", "v", "pos", "extra"],
+    meta_fields=["layout"],
+)
 @dataclass(frozen=True)
 class Cache:
     """What layers of one layout remember. Empty slots hold zeros and pos = -1."""
@@ -68,10 +91,17 @@ class Cache:
     v: Float[Array, "L B S K H"]
     pos: Int[Array, "B S"]
     layout: Layout
+    extra: Any = ()  # of the policies that remember more: a pytree of arrays [L, ...]
+
+    @property
+    def held(self) -> Held:
+        return Held(self.k, self.v, self.extra)
 
 
 def layout_for(policy: policies.LayerPolicy, capacity: int) -> Layout:
     """The smallest layout that a policy can run on; `capacity` bounds the unbounded ones."""
+    if isinstance(policy, policies.ByContent):
+        return policy.layout(capacity)
     parts = policy.policies if isinstance(policy, policies.PerHead) else (policy,)
     sinks, window = 0, 0
     for part in parts:
@@ -81,13 +111,17 @@ def layout_for(policy: policies.LayerPolicy, capacity: int) -> Layout:
     return SinkRing(sinks, window)
 
 
-def empty(layout: Layout, *, layers: int, batch: int, kv_heads: int, head_dim: int, dtype) -> Cache:
+def empty(
+    layout: Layout, *, layers: int, batch: int, kv_heads: int, head_dim: int, dtype, extra: Any = ()
+) -> Cache:
+    """`extra` is what one layer remembers besides, as `policies.ByContent.extra` gives it."""
     shape = (layers, batch, layout.slots, kv_heads, head_dim)
     return Cache(
         jnp.zeros(shape, dtype),
         jnp.zeros(shape, dtype),
         jnp.full((batch, layout.slots), EMPTY, jnp.int32),
         layout,
+        jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), extra),
     )
 
 

@@ -24,7 +24,7 @@ memory: first `far_count` and last `near_width` tokens are all it can ever see.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -48,6 +48,16 @@ def _same(positions):
 
 def _constant(value: int) -> PositionMap:
     return lambda positions: jnp.full_like(positions, value)
+
+
+def register(name: str):
+    """Makes a class of policies known by this name on command lines and in configs."""
+
+    def known(kind):
+        POLICIES[name], NAMES[kind] = kind, name
+        return kind
+
+    return known
 
 
 class Policy:
@@ -247,6 +257,32 @@ class PerLayer:
         return "per_layer(" + ";".join(policy.name for policy in self.policies) + ")"
 
 
+class ByContent(Policy):
+    """A policy that reads for itself, because what is seen depends on what was read.
+
+    It has a cache of its own layout, and may remember more beside the keys and values. Texts go
+    through that cache too, in one call. It applies to all heads of a layer.
+    """
+
+    needs_rotary = True  # whether it places keys where they are not
+
+    def layout(self, capacity: int) -> Any:
+        """The cache.Layout for a text of at most `capacity` tokens."""
+        raise NotImplementedError
+
+    def extra(self, sizes: Any) -> Any:
+        """What one layer remembers beside keys and values before it has read anything: a pytree
+        of arrays [B, ...] for these cache.Sizes.
+        """
+        return ()
+
+    def through(
+        self, scoring: Any, layout: Any, stored_pos: Int[Array, "B S"], positions: Int[Array, "B T"]
+    ) -> Any:
+        """As attend.through: the step of every layer, and the new `pos`."""
+        raise NotImplementedError
+
+
 FULL = Full()
 
 LayerPolicy: TypeAlias = Policy | PerHead
@@ -283,6 +319,12 @@ def by_layer(
         )
     wanted = pattern * (len(windows) // len(pattern))
     for chosen in wanted:
+        mixed_in = [p for p in _parts(chosen) if isinstance(p, ByContent)]
+        if isinstance(chosen, PerHead) and mixed_in:
+            raise InputError(
+                f"{mixed_in[0].name} chooses for all heads of a layer, so it cannot be one of "
+                f"several head policies; give it whole layers"
+            )
         if isinstance(chosen, PerHead) and len(chosen.policies) != num_kv_heads:
             raise InputError(
                 f"{len(chosen.policies)} head policies but the model has {num_kv_heads} "

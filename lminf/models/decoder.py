@@ -266,9 +266,9 @@ class Decoder(nn.Module):
             ]  # fmt: skip
             readers, pos = [step for step, _ in steps], [pos for _, pos in steps]
 
-        def one_layer(x, params, reader, stored, index):
+        def one_layer(x, params, reader, stored, index) -> tuple[Hidden, Any, Any]:
             def attended(q, k, v):
-                return (reader(q, k, v),) if stored is None else reader(q, k, v, *stored, index)
+                return (reader(q, k, v),) if stored is None else reader(q, k, v, stored, index)
 
             if watched:
                 (x, rest), sown = block.apply(
@@ -289,8 +289,8 @@ class Decoder(nn.Module):
 
         # One token is written into all layers' cache in place. A chunk that overwrites what it also
         # reads would make XLA copy all layers in each of them: there the scan cuts each layer out.
-        held = [None if c is None else (c.k, c.v) for c in caches or [None] * period]
-        cut = [x.shape[1] > 1 and isinstance(c.layout, cache.SinkRing) for c in caches or ()]
+        held = [None if c is None else c.held for c in caches or [None] * period]
+        cut = [x.shape[1] > 1 and not isinstance(c.layout, cache.Append) for c in caches or ()]
         cut = cut or [False] * period
         whole = [None if now else kv for kv, now in zip(held, cut, strict=True)]
         layer_by_layer = [kv if now else None for kv, now in zip(held, cut, strict=True)]
@@ -306,9 +306,9 @@ class Decoder(nn.Module):
                 x, rest, seen = one_layer(x, weights_of(params, index, i), reader, stored, at)
                 sown.append(seen)
                 if cut[i]:
-                    layer[i] = jax.tree.map(lambda c: c[0], rest)
+                    layer[i] = jax.tree.map(lambda c: c[0], rest[0])
                 elif stored is not None:
-                    kept[i] = rest
+                    kept[i] = rest[0]
             return (x, kept), (layer, jax.tree.map(lambda *leaves: jnp.stack(leaves), *sown))
 
         rounds = s.num_layers // period
@@ -325,8 +325,8 @@ class Decoder(nn.Module):
         if caches is not None:
             stored = (one or other for one, other in zip(whole, layer_by_layer, strict=True))
             caches = tuple(
-                cache.Cache(kv[0], kv[1], p, old.layout)
-                for kv, p, old in zip(stored, pos, caches, strict=True)
+                cache.Cache(held.k, held.v, p, old.layout, held.extra)
+                for held, p, old in zip(stored, pos, caches, strict=True)
             )
         return x, caches, sown
 
@@ -350,17 +350,23 @@ def init_caches(
 ) -> tuple[cache.Cache, ...]:
     """Empty caches for `Decoder`; `capacity` (tokens) is what unbounded policies can hold."""
     period = period_of(by_layer)
-    return tuple(
-        cache.empty(
-            cache.layout_for(policy, capacity),
+
+    def empty(policy):
+        layout = cache.layout_for(policy, capacity)
+        sizes = cache.Sizes(
+            batch, layout.slots, spec.num_heads, spec.num_kv_heads, spec.head_dim, dtype
+        )
+        return cache.empty(
+            layout,
             layers=spec.num_layers // period,
             batch=batch,
             kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             dtype=dtype,
+            extra=policy.extra(sizes) if isinstance(policy, policies.ByContent) else (),
         )
-        for policy in by_layer[:period]
-    )
+
+    return tuple(empty(policy) for policy in by_layer[:period])
 
 
 def head_of(params: Params) -> Float[Array, "V D"]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from lminf.attention import attend, cache, rope
 from lminf.attention.policies import (
+    ByContent,
     Full,
     Lambda,
     LeakyReRoPE,
@@ -112,21 +113,22 @@ def chunks(policy, scoring, positions, sizes, *, implementation, capacity: int |
     layout = cache.layout_for(policy, capacity or positions.shape[1])
 
     def run(q, k, v):
+        room = cache.Sizes(q.shape[0], layout.slots, q.shape[2], *k.shape[2:], k.dtype)
         empty = cache.empty(
             layout, layers=2, batch=q.shape[0], kv_heads=k.shape[2], head_dim=k.shape[3],
-            dtype=k.dtype,
+            dtype=k.dtype, extra=policy.extra(room) if isinstance(policy, ByContent) else (),
         )  # fmt: skip
 
         def read(carry, chunk):
-            stored_k, stored_v, stored_pos = carry
+            held, stored_pos = carry
             at, *new = chunk
             step, stored_pos = attend.through(
                 policy, scoring, layout, stored_pos, at, implementation=implementation
             )
-            out, stored_k, stored_v = step(*new, stored_k, stored_v, 1)
-            return (stored_k, stored_v, stored_pos), out
+            out, held = step(*new, held, 1)
+            return (held, stored_pos), out
 
-        carry, outs, start = (empty.k, empty.v, empty.pos), [], 0
+        carry, outs, start = (empty.held, empty.pos), [], 0
         for size, same in itertools.groupby(sizes):
             count = len(list(same))
             piece = slice(start, start := start + count * size)
@@ -140,7 +142,7 @@ def chunks(policy, scoring, positions, sizes, *, implementation, capacity: int |
             )
             out = out.swapaxes(0, 1)
             outs.append(out.reshape(out.shape[0], -1, *out.shape[3:]))
-        return jnp.concatenate(outs, 1), carry[2]
+        return jnp.concatenate(outs, 1), carry[1]
 
     return run
 

@@ -167,12 +167,12 @@ def reader(policy, encoding, size):
     layout = cache.layout_for(policy, TOKENS)
 
     def read(stored, at, q, k, v):
-        stored_k, stored_v, stored_pos = stored
+        held, stored_pos = stored
         step, stored_pos = attend.through(
             policy, scoring, layout, stored_pos, at, implementation="reference"
         )
-        out, stored_k, stored_v = step(q, k, v, stored_k, stored_v, 0)
-        return out, (stored_k, stored_v, stored_pos)
+        out, held = step(q, k, v, held, 0)
+        return out, (held, stored_pos)
 
     return cases.compiled(read)
 
@@ -198,7 +198,7 @@ def test_any_partition_into_chunks_reads_the_same(policy, encoding, group, data)
         cache.layout_for(chosen, TOKENS), layers=1, batch=cases.BATCH, kv_heads=cases.KV_HEADS,
         head_dim=cases.WIDTH, dtype=jnp.float32,
     )  # fmt: skip
-    stored, outs, start = (empty.k, empty.v, empty.pos), [], 0
+    stored, outs, start = (empty.held, empty.pos), [], 0
     for size in sizes:
         piece = [x[:, start : start + size] for x in (at, *arrays)]
         out, stored = reader(policy, encoding, size)(stored, *piece)

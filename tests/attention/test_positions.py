@@ -182,8 +182,8 @@ BOUNDED = [
 def test_a_stream_reads_the_same_after_100_million_tokens(policy, encoding, group):
     """A chunk and a token, with the same sinks and window, at the start and far on."""
     scoring, layout = cases.scoring(encoding), cache.layout_for(policy, 10**9)
-    held = layout.slots
-    text = [x[:1, : held + 7] for x in cases.arrays(group)]
+    first = layout.slots
+    text = [x[:1, : first + 7] for x in cases.arrays(group)]
 
     @cases.compiled
     def run(offset, q, k, v):
@@ -194,23 +194,23 @@ def test_a_stream_reads_the_same_after_100_million_tokens(policy, encoding, grou
             layout, layers=1, batch=1, kv_heads=k.shape[2], head_dim=k.shape[3], dtype=k.dtype
         )
         slots = cache.destinations(layout, at)
-        stored_k, stored_v = (cache.write(empty.k, x[:, :held], 0, slots) for x in (k, v))
+        held = cache.Held(*(cache.write(empty.k, x[:, :first], 0, slots) for x in (k, v)))
         pos, outs = cache.write_pos(empty.pos, at, slots), []
         for start, stop in ((0, 6), (6, 7)):
             at = offset + jnp.arange(start, stop, dtype=jnp.int32)[None]
             step, pos = attend.through(policy, scoring, layout, pos, at)
-            new = [x[:, held + start : held + stop] for x in (q, k, v)]
-            out, stored_k, stored_v = step(*new, stored_k, stored_v, 0)
+            new = [x[:, first + start : first + stop] for x in (q, k, v)]
+            out, held = step(*new, held, 0)
             outs.append(out)
         return jnp.concatenate(outs, 1)
 
-    start = np.asarray(run(np.int32(held), *text))
+    start = np.asarray(run(np.int32(first), *text))
     for offset in (10**8, 10**8 + 3, LAST - 20):
         np.testing.assert_allclose(run(np.int32(offset), *text), start, atol=1e-5, rtol=0)
     # At the start nothing is forgotten, so the cache holds the whole text.
-    at = np.arange(held + 7)[None]
+    at = np.arange(first + 7)[None]
     whole = oracle.attention(policy, scoring, *text, q_pos=at, k_pos=at)
-    np.testing.assert_allclose(start, whole[:, held:], atol=cases.ATOL, rtol=0)
+    np.testing.assert_allclose(start, whole[:, first:], atol=cases.ATOL, rtol=0)
 
 
 # --- Dynamic scaling ------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def reference(
     A position below 0 marks an empty slot or padding, as the segment masks.PADDING does.
     """
     to, at = q_pos[:, :, None], k_pos[:, None, :]
-    length = _length(scoring, q_pos, q_segments)
+    length = length_read(scoring, q_pos, q_segments)
     same_text = (at >= 0) & (to >= 0)
     if q_segments is not None and k_segments is not None:
         same_text &= q_segments[:, :, None] == k_segments[:, None, :]
@@ -79,10 +79,11 @@ def reference(
 
     def dense(part: Policy, q, k, v, slopes):
         scores = _policy_scores(part, scoring, slopes, q, k, q_pos, k_pos, length)
-        weights = _softmax(scoring, scores, part.visible(to, at) & same_text)
-        return _mix(weights.astype(v.dtype), v)
+        seen = (part.visible(to, at) & same_text)[:, None, None]
+        weights = softmax(scoring, scores, seen)
+        return mix(weights.astype(v.dtype), v)
 
-    return _by_head(policy, dense, scoring)(q, k, v)
+    return by_head(policy, dense, scoring)(q, k, v)
 
 
 def logits(
@@ -95,7 +96,7 @@ def logits(
     k_pos: Int[Array, "B S"],
 ) -> Float[Array, "B N T S"]:
     """What the reference's softmax is taken of, -inf for what is not seen: for looking at."""
-    length = _length(scoring, q_pos, None)
+    length = length_read(scoring, q_pos, None)
     slopes = scoring.slopes(q.shape[2])
     scores = _capped(scoring, _policy_scores(policy, scoring, slopes, q, k, q_pos, k_pos, length))
     to, at = q_pos[:, :, None], k_pos[:, None, :]
@@ -116,18 +117,18 @@ def _policy_scores(part: Policy, scoring, slopes, q, k, q_pos, k_pos, length):
     return jnp.where(is_near[:, None, None], near, beyond)
 
 
-def _dot(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> Float[Array, "B K G T S"]:
+def dot(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> Float[Array, "B K G T S"]:
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
     return jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
 
 
-def _mix(weights: Float[Array, "B K G T S"], v: Float[Array, "B S K H"]) -> Float[Array, "B T N H"]:
+def mix(weights: Float[Array, "B K G T S"], v: Float[Array, "B S K H"]) -> Float[Array, "B T N H"]:
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v)
     return out.reshape(*out.shape[:2], -1, out.shape[4])
 
 
 def _scores(
-    scoring, slopes, q, k, q_at, k_at, scale, length, dot=_dot
+    scoring, slopes, q, k, q_at, k_at, scale, length, product=dot
 ) -> Float[Array, "B K G T S"]:
     """Scaled scores with every pair placed at (q_at, k_at) * scale, before the soft cap."""
     if isinstance(scoring.encoding, rope.Rotary):
@@ -135,7 +136,7 @@ def _scores(
         by_q = rope.rotation(rotary, q_at, scale=scale, length=length)
         by_k = rope.rotation(rotary, k_at, scale=scale, length=length)
         q, k = rope.rotate(q, by_q, rotary.layout), rope.rotate(k, by_k, rotary.layout)
-    scores = dot(q, k) * jnp.float32(scoring.scale)
+    scores = product(q, k) * jnp.float32(scoring.scale)
     if slopes is not None:
         distance = (q_at[:, :, None] - k_at[:, None, :]).astype(jnp.float32) * scale
         steep = slopes.reshape(k.shape[2], -1)
@@ -143,9 +144,10 @@ def _scores(
     return scores
 
 
-def _softmax(scoring, scores, seen: Bool[Array, "B T S"]) -> Float[Array, "B K G T S"]:
+def softmax(
+    scoring: Scoring, scores: Float[Array, "B K G T S"], seen: Bool[Array, "B #K #G T S"]
+) -> Float[Array, "B K G T S"]:
     """Weights of the values, float32; all zero for a query that sees nothing."""
-    seen = seen[:, None, None]
     scores = jnp.where(seen, _capped(scoring, scores), MASKED)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     weights = jnp.where(seen, weights, 0.0)
@@ -189,8 +191,8 @@ def whole(
                 return _whole_in_a_ring(part, scoring, positions, spread, implementation)
         return _whole(part, scoring, positions, segments, spread, implementation)
 
-    readers = {part: reader(part) for part in _parts(policy)}
-    return _by_head(policy, lambda part, *arrays: readers[part](*arrays), scoring)
+    readers = {part: reader(part) for part in parts(policy)}
+    return by_head(policy, lambda part, *arrays: readers[part](*arrays), scoring)
 
 
 def _whole_through(policy: ByContent, scoring, positions, segments, context_axis):
@@ -220,7 +222,7 @@ def _whole(policy, scoring, positions, segments, spread, implementation):
     key_pos = spread.all(positions)
     batch, tokens = key_pos.shape
     count = tokens if policy.far_count is None else min(policy.far_count, tokens)
-    length = _length(scoring, key_pos, segments)
+    length = length_read(scoring, key_pos, segments)
     place = _Placement(policy, scoring, positions, key_pos, length)
     if segments is None:
         # Far keys are the tokens at positions 0.. of each row: behind the padding, if any.
@@ -252,7 +254,7 @@ def _whole_in_reach(policy, scoring, positions, spread, implementation):
     reach = min(policy.near_width - 1, spread.total - tokens)  # keys that stand on other devices
     count = min(policy.far_count, spread.total)
     key_pos = positions[:, :1] + jnp.arange(-reach, tokens, dtype=positions.dtype)[None]
-    length = _length(scoring, spread.all(positions))
+    length = length_read(scoring, spread.all(positions))
     place = _Placement(policy, scoring, positions, key_pos, length)
     far_pos = jnp.broadcast_to(jnp.arange(count, dtype=positions.dtype), (batch, count))
     far = place.far(far_pos)
@@ -275,7 +277,7 @@ def _whole_in_reach(policy, scoring, positions, spread, implementation):
 
 def _whole_in_a_ring(policy, scoring, positions, spread, implementation):
     """Of a text spread over devices: the keys of one device after another, as they come round."""
-    length = _length(scoring, spread.all(positions))
+    length = length_read(scoring, spread.all(positions))
     place = _Placement(policy, scoring, positions, positions, length)
 
     def run(q, k, v, slopes):
@@ -355,8 +357,8 @@ def through(
             return _over_window(part, scoring, layout, positions, spread, implementation)
         return _over_all(part, scoring, layout, positions, spread, implementation)
 
-    readers = {part: reader(part) for part in _parts(policy)}
-    read = _by_head(policy, lambda part, *arrays: readers[part](*arrays), scoring)
+    readers = {part: reader(part) for part in parts(policy)}
+    read = by_head(policy, lambda part, *arrays: readers[part](*arrays), scoring)
 
     def step(q, k, v, held, layer):
         k, v = spread.all(k), spread.all(v)
@@ -373,10 +375,11 @@ def _over_slots(policy, scoring, layout, slot_pos, positions):
     """One token per row over all slots, itself included: what decoding runs."""
     slots = layout.slots
     count = slots if policy.far_count is None else policy.far_count
-    place = _Placement(policy, scoring, positions, slot_pos, _length(scoring, positions))
+    place = _Placement(policy, scoring, positions, slot_pos, length_read(scoring, positions))
     # In both layouts the slots of the first positions are the first slots.
     far = place.far(slot_pos[:, :count])
     seen = policy.visible(positions[:, :, None], slot_pos[:, None]) & (slot_pos[:, None] >= 0)
+    seen = seen[:, None, None]
     is_near = policy.near(positions[:, :, None], slot_pos[:, None])[:, None, None]
 
     def read(q, k, v, before_k, before_v, stored_k, stored_v, slopes):
@@ -386,7 +389,7 @@ def _over_slots(policy, scoring, layout, slot_pos, positions):
             beyond = place.scores(*far(q, stored_k[:, :count]), slopes, far=True)
             first = jnp.where(is_near[..., :count], scores[..., :count], beyond)
             scores = jnp.concatenate([first, scores[..., count:]], -1)
-        return _mix_of_one(_softmax(scoring, scores, seen).astype(stored_v.dtype), stored_v)
+        return mix_of_one(softmax(scoring, scores, seen).astype(stored_v.dtype), stored_v)
 
     return read
 
@@ -396,8 +399,8 @@ def _over_slots(policy, scoring, layout, slot_pos, positions):
 # of the time for 1 key head, 0.57 for 3, 0.35 for 8, 0.56 for 32 (4,106 slots, two cores).
 
 
-def _dot_of_one(q: Float[Array, "B 1 N H"], k: Float[Array, "B S K H"]):
-    """`_dot` of one query per row: each head's query in its key head's columns of one wide row."""
+def dot_of_one(q: Float[Array, "B 1 N H"], k: Float[Array, "B S K H"]):
+    """`dot` of one query per row: each head's query in its key head's columns of one wide row."""
     batch, slots, key_heads, _ = k.shape
     own = np.repeat(np.eye(key_heads, dtype=bool), q.shape[2] // key_heads, axis=0)  # [N, K]
     wide = jnp.where(own[None, :, :, None], q[:, 0, :, None], jnp.zeros((), q.dtype))
@@ -408,8 +411,8 @@ def _dot_of_one(q: Float[Array, "B 1 N H"], k: Float[Array, "B S K H"]):
     return scores.reshape(batch, key_heads, -1, 1, slots)
 
 
-def _mix_of_one(weights: Float[Array, "B K G 1 S"], v: Float[Array, "B S K H"]):
-    """`_mix` of one query per row: every head mixes all columns, and keeps its key head's."""
+def mix_of_one(weights: Float[Array, "B K G 1 S"], v: Float[Array, "B S K H"]):
+    """`mix` of one query per row: every head mixes all columns, and keeps its key head's."""
     batch, slots, key_heads, width = v.shape
     rows = weights.reshape(batch, -1, slots)
     out = jnp.einsum("bns,bsc->bnc", rows, v.reshape(batch, slots, -1))
@@ -426,7 +429,7 @@ def _over_window(policy, scoring, layout, positions, spread, implementation):
     recent = chunk[:, :1] + jnp.arange(-width, 0, dtype=chunk.dtype)[None]
     recent_slots = jnp.clip(layout.slot(recent), 0, layout.slots - 1)
     key_pos = jnp.concatenate([recent, chunk], 1)
-    place = _Placement(policy, scoring, positions, key_pos, _length(scoring, chunk))
+    place = _Placement(policy, scoring, positions, key_pos, length_read(scoring, chunk))
     far = place.far(jnp.broadcast_to(jnp.arange(count, dtype=positions.dtype), (batch, count)))
 
     def read(q, k, v, before_k, before_v, after_k, after_v, slopes):
@@ -448,7 +451,7 @@ def _over_all(policy, scoring, layout, positions, spread, implementation):
     in_order = jnp.arange(layout.slots, dtype=positions.dtype)
     slot_pos = jnp.broadcast_to(in_order, (batch, layout.slots))
     count = layout.slots if policy.far_count is None else policy.far_count
-    length = _length(scoring, spread.all(positions))
+    length = length_read(scoring, spread.all(positions))
     place = _Placement(policy, scoring, positions, slot_pos, length)
     far = place.far(slot_pos[:, :count])
 
@@ -492,13 +495,13 @@ class _Placement:
         """Scores of one query per row and keys, both placed already."""
         plain = Scoring(rope.NoEncoding(), self.scoring.scale, None)
         if slopes is None:
-            return _scores(plain, None, q, k, self.q_pos, self.k_pos, 1.0, None, _dot_of_one)
+            return _scores(plain, None, q, k, self.q_pos, self.k_pos, 1.0, None, dot_of_one)
         q_at, k_at, scale = (
             (self.far_q_pos, self.far_k_pos, self.far_scale)
             if far
             else (self.q_pos, self.k_pos, 1.0)
         )
-        return _scores(plain, slopes, q, k, q_at, k_at, scale, None, _dot_of_one)
+        return _scores(plain, slopes, q, k, q_at, k_at, scale, None, dot_of_one)
 
     def _gained(self, q):
         return q if self.gain is None else q * self.gain[..., None, None].astype(q.dtype)
@@ -556,11 +559,12 @@ def _outputs(query, key, value, **options) -> Array:
     return out
 
 
-def _parts(policy: LayerPolicy) -> tuple[Policy, ...]:
+def parts(policy: LayerPolicy) -> tuple[Policy, ...]:
+    """The different policies of a layer's heads."""
     return tuple(dict.fromkeys(policy.policies)) if isinstance(policy, PerHead) else (policy,)
 
 
-def _by_head(policy: LayerPolicy, attend, scoring: Scoring):
+def by_head(policy: LayerPolicy, attend, scoring: Scoring):
     """`run(q, *arrays)` calling `attend(part, q, *arrays, slopes)` for the heads of each part.
 
     `arrays` have their key/value heads on axis 2, as q has its query heads.
@@ -572,7 +576,7 @@ def _by_head(policy: LayerPolicy, attend, scoring: Scoring):
             return attend(policy, q, *arrays, slopes)
         group = q.shape[2] // len(policy.policies)
         out: list = [None] * q.shape[2]
-        for part in _parts(policy):
+        for part in parts(policy):
             heads = [i for i, chosen in enumerate(policy.policies) if chosen == part]
             queries = np.array([i * group + j for i in heads for j in range(group)])
             taken = [x[:, :, np.array(heads)] for x in arrays]
@@ -590,7 +594,7 @@ def _rows(x: Float[Array, "B S K H"], rows: Int[Array, "B R"]) -> Float[Array, "
     return x[jnp.arange(len(rows))[:, None], rows]
 
 
-def _length(scoring: Scoring, positions, segments=None) -> Int[Array, "B 1"] | None:
+def length_read(scoring: Scoring, positions, segments=None) -> Int[Array, "B 1"] | None:
     """Tokens of each row once these positions are read, which dynamic rotary scaling follows."""
     encoding = scoring.encoding
     if not isinstance(encoding, rope.Rotary) or not isinstance(encoding.scaling, rope.DynamicNTK):

@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PARITY_VENV ?= .venv-parity
 AOT_VENV ?= .venv-aot
+DOCS_VENV ?= .venv-docs
 MODEL ?= smollm2-135m-instruct
 ARGS ?=
 # Two workers: the suite is compile-bound, and each further worker costs 4 s of imports.
@@ -13,13 +14,14 @@ WORKERS ?= 2
 PIP = $(PYTHON) -m pip --disable-pip-version-check --python
 IN = $(VENV)/bin/
 
-.PHONY: help run test slow parity aot lint lint-code lint-format lint-types format clean
+.PHONY: help run test slow parity aot lint lint-code lint-format lint-types format docs notebooks clean
 
 help:
 	@echo "make run      install, fetch $(MODEL), measure it past its training length"
 	@echo "make test     the fast tests          make slow    the real model, minutes"
 	@echo "make lint     ruff and pyright        make parity  against transformers and torch"
 	@echo "make aot      kernels compiled for TPU v5e, v6e and H100, on any machine"
+	@echo "make docs     the site in build/site  make notebooks  runs them and keeps their outputs"
 
 run: $(VENV)/.installed
 	$(IN)lminf fetch $(MODEL)
@@ -56,8 +58,16 @@ format: $(VENV)/.installed-dev
 	$(IN)ruff check --fix .
 	$(IN)ruff format .
 
+docs: $(VENV)/.installed $(DOCS_VENV)/.installed-docs
+	JAX_PLATFORMS=cpu $(IN)python docs/make_experiments.py
+	$(DOCS_VENV)/bin/zensical build --strict --clean
+
+# On whatever device there is; LMINF_TINY=tiny ARGS=--check only looks whether they run.
+notebooks: $(VENV)/.installed-dev
+	$(IN)python notebooks/execute.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) $(PARITY_VENV) $(AOT_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PARITY_VENV) $(AOT_VENV) $(DOCS_VENV) .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.installed: pyproject.toml
 	$(call make_venv,$(VENV))
@@ -78,6 +88,13 @@ $(PARITY_VENV)/.installed-parity: pyproject.toml
 $(AOT_VENV)/.installed-aot: pyproject.toml
 	$(call make_venv,$(AOT_VENV))
 	$(PIP) $(AOT_VENV) install -e '.[dev,aot]'
+	@touch $@
+
+# Without the project: the site is made from its text.
+$(DOCS_VENV)/.installed-docs: pyproject.toml
+	$(call make_venv,$(DOCS_VENV))
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(DOCS_VENV)/requirements.txt
+	$(PIP) $(DOCS_VENV) install -r $(DOCS_VENV)/requirements.txt
 	@touch $@
 
 define make_venv

@@ -36,6 +36,7 @@ def get_config(arg: str = ""):
     c.model = base.small_shape()
     c.tokens = 131_072  # D: every token is seen once
     c.rates = tuple(5e-4 * 2**i for i in range(7))  # peaks, trained side by side
+    c.replicates = 1  # seeds from c.seed on, trained side by side
     c.schedule = "cosine:peak=1,floor=1e-5,warmup=20"  # the law's runs too end at 1e-5
     c.optimizer = "adamw:b2=0.95,weight_decay=0.1"
     c.clip = 1.0

@@ -1,8 +1,10 @@
 """Small Llama shapes trained many at a time: what one cell of a sweep runs."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import jax
 import numpy as np
@@ -25,11 +27,13 @@ EVALUATED = 2048  # held-out tokens of one batch; the rest of the text that fill
 
 @dataclass(frozen=True)
 class Measured:
-    """All copies after some tokens."""
+    """One copy after some tokens."""
 
+    seed: int
+    lr: float  # the peak
     tokens: int
-    train_loss: np.ndarray  # [copies], nats per token, mean of the last twentieth of the steps
-    nll: np.ndarray  # [copies, held-out tokens], nats
+    train_loss: float  # nats per token, mean of the last twentieth of the steps
+    nll: np.ndarray  # [held-out tokens], nats
     targets: np.ndarray  # [held-out tokens]
 
 
@@ -45,7 +49,10 @@ def parameters(shape: ModelSpec) -> int:
 def train(
     c, shape: ModelSpec, tokens: np.ndarray, held_out: np.ndarray, *, budgets: Sequence[int]
 ) -> Iterator[Measured]:
-    """Measures at each of `budgets` (tokens, rising): c.rates side by side, batch c.data.batch."""
+    """Every copy at each of `budgets` (tokens, rising); c.rates and c.replicates side by side.
+
+    A copy that diverged is left out: a hole in the grid.
+    """
     per_step = c.data.batch * c.data.length
     stops = [max(1, round(budget / per_step)) for budget in budgets]
     if stops[-1] * per_step > len(tokens):
@@ -63,17 +70,21 @@ def train(
         rate=lambda step: step,  # every copy has its own
         clip=c.clip,
     )
-    copies = Copies(program, schedule, tuple(c.rates), stops[-1])
-    data = Once(tokens, c.data.length, c.data.batch, c.seed)
+    seeds = tuple(range(c.seed, c.seed + c.replicates))
+    copies = Copies(program, schedule, seeds, tuple(c.rates), stops[-1])
+    data = [Once(tokens, c.data.length, c.data.batch, seed) for seed in seeds]
     rows = max(1, EVALUATED // c.data.length)
     measured = windows.consecutive(held_out, length=c.data.length, rows=rows, at_most=len(held_out))
     targets = np.concatenate([batch["targets"].ravel() for batch in measured])
     seen = []
-    for done, state, losses in copies.train(copies.init(seed=c.seed), data, stops):
+    for done, state, losses in copies.train(copies.init(), data, stops):
         seen.append(losses)
-        last = np.concatenate(seen)[-max(1, math.ceil(done / 20)) :]
-        nll = [np.asarray(copies.nll(state.params, b)).reshape(len(c.rates), -1) for b in measured]
-        yield Measured(done * per_step, last.mean(0), np.concatenate(nll, 1), targets)
+        last = np.concatenate(seen)[-max(1, math.ceil(done / 20)) :].mean(0)
+        scored = [np.asarray(copies.nll(state.params, batch)) for batch in measured]
+        nll = np.concatenate([part.reshape(*last.shape, -1) for part in scored], -1)
+        for (s, seed), (r, rate) in itertools.product(enumerate(seeds), enumerate(c.rates)):
+            if np.isfinite(nll[s, r]).all():
+                yield Measured(seed, rate, done * per_step, float(last[s, r]), nll[s, r], targets)
 
 
 @dataclass(frozen=True)
@@ -87,11 +98,14 @@ class Once:
     rows: int
     seed: int
 
-    def documents(self, step: int) -> np.ndarray:
+    @cached_property
+    def _order(self) -> np.ndarray:
         count = (len(self.tokens) - 1) // self.length
-        order = np.random.default_rng(self.seed).permutation(count)
+        return np.random.default_rng(self.seed).permutation(count)
+
+    def documents(self, step: int) -> np.ndarray:
         at = np.arange(step * self.rows, (step + 1) * self.rows)
-        return order[at % count] * self.length
+        return self._order[at % len(self._order)] * self.length
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         rows = self.tokens[self.documents(step)[:, None] + np.arange(self.length + 1)]

@@ -20,17 +20,14 @@ def run(c, out):
     n = _small.parameters(shape)
     tokens, held_out = study.tokens(tokenizer)
     for found in _small.train(c, shape, tokens, held_out, budgets=[c.tokens]):
-        for rate, train_loss, nll in zip(c.rates, found.train_loss, found.nll, strict=True):
-            if not np.isfinite(nll).all():
-                continue  # diverged: a hole in the grid
-            yield {
-                "corpus": study.name, "text_digest": study.digest, "seed": c.seed,
-                "n": n, "width": shape.width, "hidden": shape.mlp.hidden_dim,
-                "heads": shape.num_heads, "layers": shape.num_layers, "vocab_size": c.data.vocab,
-                "seq_len": c.data.length, "d": found.tokens, "batch_sequences": c.data.batch,
-                "batch_tokens": c.data.batch * c.data.length, "lr": rate,
-                "train_loss": float(train_loss), "loss": float(nll.mean()),
-            }  # fmt: skip
+        yield {
+            "corpus": study.name, "text_digest": study.digest, "seed": found.seed,
+            "n": n, "width": shape.width, "hidden": shape.mlp.hidden_dim,
+            "heads": shape.num_heads, "layers": shape.num_layers, "vocab_size": c.data.vocab,
+            "seq_len": c.data.length, "d": found.tokens, "batch_sequences": c.data.batch,
+            "batch_tokens": c.data.batch * c.data.length, "lr": found.lr,
+            "train_loss": found.train_loss, "loss": float(found.nll.mean()),
+        }  # fmt: skip
 
 
 def groups(rows):

@@ -33,22 +33,19 @@ def run(c, out):
     runs = [budgets] if c.budget_mode == "checkpoints" else [[budget] for budget in budgets]
     for asked in runs:
         for found in _small.train(c, shape, tokens, held_out, budgets=asked):
-            for rate, nll in zip(c.rates, found.nll, strict=True):
-                if not np.isfinite(nll).all():
-                    continue  # diverged
-                loss = float(nll.mean())
-                yield {
-                    "corpus": study.name, "text_digest": study.digest, "seed": c.seed,
-                    "budget_mode": c.budget_mode, "vocab_size": c.data.vocab,
-                    "width": shape.width, "n_nv": n_nv, "n_v": n_v, "lr": rate,
-                    "tokens": found.tokens, "characters": found.tokens / fertility,
-                    "tokens_per_character": fertility,
-                    "budget": c.budgets[budgets.index(nearest(budgets, found.tokens))],
-                    "flops": float(accounting.training_flops(n_nv, n_v, found.tokens)),
-                    "loss": loss,
-                    "loss_u": losses.unigram_normalised(nll, found.targets, log_unigram),
-                    "bits_per_character": float(losses.bits_per_character(loss, fertility)),
-                }  # fmt: skip
+            loss = float(found.nll.mean())
+            yield {
+                "corpus": study.name, "text_digest": study.digest, "seed": found.seed,
+                "budget_mode": c.budget_mode, "vocab_size": c.data.vocab,
+                "width": shape.width, "n_nv": n_nv, "n_v": n_v, "lr": found.lr,
+                "tokens": found.tokens, "characters": found.tokens / fertility,
+                "tokens_per_character": fertility,
+                "budget": c.budgets[budgets.index(nearest(budgets, found.tokens))],
+                "flops": float(accounting.training_flops(n_nv, n_v, found.tokens)),
+                "loss": loss,
+                "loss_u": losses.unigram_normalised(found.nll, found.targets, log_unigram),
+                "bits_per_character": float(losses.bits_per_character(loss, fertility)),
+            }  # fmt: skip
 
 
 def nearest(values, value):

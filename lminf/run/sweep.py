@@ -219,7 +219,7 @@ def work(
                 tally.found_done += 1
                 continue
             say(f"{cell}")
-            started = time.monotonic()
+            started, processor = time.monotonic(), time.process_time()
             try:
                 count = _run_cell(at, asked, cell, run)
             except Exception as error:
@@ -229,7 +229,11 @@ def work(
                 tally.failed.append(f"({cell}): {error}")
                 say(f"  failed: {error}")
                 continue
-            at.write_json(DONE, {"rows": count, "seconds": time.monotonic() - started})
+            spent = {
+                "seconds": time.monotonic() - started,
+                "cpu_seconds": time.process_time() - processor,  # of all cores, paused time aside
+            }
+            at.write_json(DONE, {"rows": count, **spent})
             tally.ran += 1
     return tally
 

@@ -1,7 +1,7 @@
-"""Copies of one model that differ in their learning rate alone, trained as one program.
+"""Copies of one model that differ in their seed and learning rate alone, trained as one program.
 
-Small models leave a machine idle between operations. With a leading axis of copies one program
-does the work of many runs: one compilation, and wider operations.
+Small models leave a machine idle between operations. With leading axes of copies one program does
+the work of many runs: one compilation, and wider operations.
 """
 
 import dataclasses
@@ -24,37 +24,49 @@ AT_ONCE = 32  # steps of one call
 
 @dataclass(frozen=True)
 class Copies:
-    """One program for every peak rate. All copies start alike and see the same batches."""
+    """One program for every seed and peak rate.
+
+    Copies of one seed start alike and see the same batches.
+    """
 
     program: Program  # on one device; `rate` is not read
     schedule: Any  # of lminf.train.schedules; each copy has its own `peak`
+    seeds: tuple[int, ...]
     peaks: tuple[float, ...]
     steps: int
 
-    def init(self, *, seed: int) -> State:
-        """The state of every copy, [copies, ...] each."""
-        one = self.program.init(key=jax.random.key(seed))
+    def init(self) -> State:
+        """The state of every copy, [seeds, peaks, ...] each."""
+        of_seeds = [self.program.init(key=jax.random.key(seed)) for seed in self.seeds]
         count = len(self.peaks)
-        return jax.jit(lambda one: jax.tree.map(lambda x: jnp.repeat(x[None], count, 0), one))(one)
+
+        def spread(*leaves):
+            return jnp.repeat(jnp.stack(leaves)[:, None], count, 1)
+
+        return jax.jit(lambda *states: jax.tree.map(spread, *states))(*of_seeds)
 
     def train(
-        self, state: State, data: Batches, until: Sequence[int]
-    ) -> Iterator[tuple[int, State, Float[np.ndarray, "steps copies"]]]:
-        """(steps done, state, losses since the last) at each of `until`, which rise."""
-        done = int(state.step[0])
+        self, state: State, data: Sequence[Batches], until: Sequence[int]
+    ) -> Iterator[tuple[int, State, Float[np.ndarray, "steps seeds peaks"]]]:
+        """(steps done, state, losses since the last) at each of `until`, which rise; every seed has
+        its own `data`.
+        """
+        done = int(state.step[0, 0])
         for stop in until:
             losses = []
             while done < stop:
                 # Few lengths, so that few programs are compiled.
                 count = AT_ONCE if stop - done >= AT_ONCE else 1
-                batches = [data.batch(done + i) for i in range(count)]
-                stacked = {name: np.stack([b[name] for b in batches]) for name in batches[0]}
+                batches = [[own.batch(done + i) for own in data] for i in range(count)]
+                stacked = jax.tree.map(
+                    lambda *leaves: np.stack(leaves), *[_stacked(of_seeds) for of_seeds in batches]
+                )
                 state, loss = self._some(state, stacked)
                 losses.append(loss)
                 done += count
             yield done, state, np.concatenate([np.asarray(loss) for loss in losses])
 
-    def nll(self, params: Params, batch: Mapping[str, Any]) -> Float[Array, "copies B T"]:
+    def nll(self, params: Params, batch: Mapping[str, Any]) -> Float[Array, "seeds peaks B T"]:
         """Nats of every token under every copy."""
         return self._nll(params, batch)
 
@@ -70,11 +82,11 @@ class Copies:
             state, metrics = program.update(state, batch)
             return state, metrics.loss
 
-        def all_copies(state, batch):
-            return jax.vmap(one, in_axes=(0, None, 0))(state, batch, peaks)
-
+        of_one_seed = jax.vmap(one, in_axes=(0, None, 0))
+        of_all = jax.vmap(of_one_seed, in_axes=(0, 0, None))
         return jax.jit(
-            lambda state, batches: jax.lax.scan(all_copies, state, batches), donate_argnums=0
+            lambda state, batches: jax.lax.scan(lambda s, b: of_all(s, b, peaks), state, batches),
+            donate_argnums=0,
         )
 
     @cached_property
@@ -82,4 +94,9 @@ class Copies:
         def one(params, batch):
             return self.program.token_loss(params, batch).nll
 
-        return jax.jit(jax.vmap(one, in_axes=(0, None)))
+        of_one_seed = jax.vmap(one, in_axes=(0, None))
+        return jax.jit(jax.vmap(of_one_seed, in_axes=(0, None)))
+
+
+def _stacked(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}

@@ -1,6 +1,7 @@
-"""Copies that differ in their rate, trained as one program, are the runs they stand for."""
+"""Copies that differ in seed and rate, trained as one program, are the runs they stand for."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from lminf.train.schedules import Cosine
 from lminf.train.step import Program
 
 PEAKS = (1e-3, 3e-2)
+SEEDS = (0, 3)
 STEPS = 4
 
 
@@ -32,25 +34,26 @@ def program():
 @pytest.fixture(scope="module")
 def data():
     tokens = np.random.default_rng(0).integers(0, 32, 500)
-    return RandomWindows(tokens, length=8, rows=3, seed=0)
+    return [RandomWindows(tokens, length=8, rows=3, seed=seed) for seed in SEEDS]
 
 
 @pytest.mark.slow
 def test_copies_are_the_separate_runs(program, data, monkeypatch):
     monkeypatch.setattr("lminf.train.many.AT_ONCE", 3)  # then 1 at a time
     schedule = Cosine(1.0, 1e-5, 2)
-    copies = Copies(program, schedule, PEAKS, STEPS)
-    found = list(copies.train(copies.init(seed=0), data, (1, STEPS)))
+    copies = Copies(program, schedule, SEEDS, PEAKS, STEPS)
+    found = list(copies.train(copies.init(), data, (1, STEPS)))
     assert [done for done, _, _ in found] == [1, STEPS]
     losses = np.concatenate([losses for *_, losses in found])
-    assert losses.shape == (STEPS, len(PEAKS))
-    nll = np.asarray(copies.nll(found[-1][1].params, data.batch(0)))
-    for index, peak in enumerate(PEAKS):
+    assert losses.shape == (STEPS, len(SEEDS), len(PEAKS))
+    nll = np.asarray(copies.nll(found[-1][1].params, data[0].batch(0)))
+    for (s, seed), (p, peak) in itertools.product(enumerate(SEEDS), enumerate(PEAKS)):
         own = dataclasses.replace(schedule, peak=peak)
         alone = dataclasses.replace(program, rate=lambda step, own=own: own(step, STEPS))
-        state = alone.init(key=jax.random.key(0))
+        state = alone.init(key=jax.random.key(seed))
         for step in range(STEPS):
-            state, metrics = alone.step(state, data.batch(step))
-            np.testing.assert_allclose(losses[step, index], metrics.loss, rtol=1e-5)
-        np.testing.assert_allclose(nll[index], alone.nll(state, data.batch(0)), atol=1e-4)
-    assert losses[-1, 0] != losses[-1, 1]
+            state, metrics = alone.step(state, data[s].batch(step))
+            np.testing.assert_allclose(losses[step, s, p], metrics.loss, rtol=1e-5)
+        here = alone.nll(state, data[0].batch(0))
+        np.testing.assert_allclose(nll[s, p], here, atol=1e-4)
+    assert len({float(loss) for loss in losses[-1].ravel()}) == 4

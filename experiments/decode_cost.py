@@ -74,10 +74,13 @@ class Cell:
         self.lm, self.position = lm, position
         # As generation does: caches that keep everything grow by this many tokens at a time.
         self.capacity = -(-(position + room) // generation.STEP) * generation.STEP
-        empty = lm.init_caches(batch=1, capacity=self.capacity)
-        self.caches = tuple(as_if_read(each, position) for each in empty)
+        self.caches = generation._settle(lm.decoder, self._as_if_read())
         self.cache_bytes = sum(each.k.nbytes + each.v.nbytes for each in self.caches)
-        self.at, self.token = position, np.zeros(1, np.int32)
+        self.at, self.token, self.chunks = position, np.zeros(1, np.int32), 0
+
+    def _as_if_read(self):
+        empty = self.lm.init_caches(batch=1, capacity=self.capacity)
+        return tuple(as_if_read(each, self.position) for each in empty)
 
     def step(self) -> float:
         """Seconds until the next token is known here."""
@@ -87,7 +90,10 @@ class Cell:
         return time.perf_counter() - started
 
     def read(self, chunk: int) -> float:
-        """Seconds to read `chunk` tokens of a prompt from here."""
+        """Seconds to read `chunk` tokens of a prompt from here; then no more steps are taken."""
+        if not self.chunks:
+            self.caches = self._as_if_read()
+        self.chunks += 1
         started = time.perf_counter()
         np.asarray(self.advance(np.zeros((1, chunk), np.int32), self.position))
         return time.perf_counter() - started

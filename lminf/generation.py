@@ -100,6 +100,7 @@ def generate_tokens(
         token, caches = _advance(
             module, lm.params, tokens, positions, caches, sampling, keys[0]
         )  # fmt: skip
+    caches = _settle(module, caches)
     for count in range(max_new_tokens):
         yield np.asarray(token)
         if count + 1 < max_new_tokens:
@@ -153,6 +154,11 @@ def _advance(module: decoder.Decoder, params, tokens, positions, caches, samplin
     hidden, caches = module.apply({"params": params}, tokens, positions=positions, caches=caches)
     scores = decoder.logits(module.spec, params, hidden[:, -1])
     return sample(scores, sampling, key=key), caches
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _settle(module: decoder.Decoder, caches):
+    return decoder.settle(module.spec, module.policies, caches)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)

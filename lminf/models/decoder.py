@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lminf.attention import attend, cache, policies
+from lminf.attention import attend, cache, policies, settled
 from lminf.attention.policies import LayerPolicy
 from lminf.models.spec import MLPSpec, ModelSpec, NormSpec
 from lminf.types import Hidden, Params, Positions, Tokens
@@ -258,7 +258,9 @@ class Decoder(nn.Module):
             pos = ()
         else:
             steps = [
-                attend.through(
+                settled.through(policy, scoring, stored.layout, stored.pos, positions)
+                if isinstance(stored.layout, settled.Settled)
+                else attend.through(
                     policy, scoring, stored.layout, stored.pos, positions,
                     context_axis=self.context_axis, implementation=self.implementation,
                 )
@@ -367,6 +369,16 @@ def init_caches(
         )
 
     return tuple(empty(policy) for policy in by_layer[:period])
+
+
+def settle(
+    spec: ModelSpec, by_layer: Sequence[LayerPolicy], caches: tuple[cache.Cache, ...]
+) -> tuple[cache.Cache, ...]:
+    """The caches as one token after another reads them fastest; a chunk can no more."""
+    return tuple(
+        settled.settle(policy, scoring_of(spec), stored)
+        for policy, stored in zip(by_layer, caches, strict=False)  # caches: of one period
+    )
 
 
 def head_of(params: Params) -> Float[Array, "V D"]:

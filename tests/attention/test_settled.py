@@ -1,0 +1,88 @@
+"""Writing through a settled cache: the numbers of the cache as it was read."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lminf.attention import attend, cache, rope, settled
+from lminf.attention.policies import Full, Lambda, LMInfinite, PerHead, ReRoPE, Streaming, Window
+from tests.attention import cases
+
+POLICIES = {
+    "full": Full(),
+    "window": Window(5),
+    "lambda": Lambda(6, 3),
+    "lm_infinite": LMInfinite(5, 3),
+    "lm_infinite_distance": LMInfinite(6, 3, distance=4),
+    "streaming": Streaming(5, 3),
+    "per_head": PerHead((LMInfinite(7, 2), Streaming(4, 3))),
+}
+READ = 9  # tokens before the first one written
+
+
+def written(policy, scoring, positions, *, settle):
+    """(q, k, v) -> outputs of the tokens after READ, each a step over the cache."""
+    layout = cache.layout_for(policy, positions.shape[1])
+
+    def run(q, k, v):
+        empty = cache.empty(
+            layout, layers=1, batch=q.shape[0], kv_heads=k.shape[2], head_dim=k.shape[3],
+            dtype=k.dtype,
+        )  # fmt: skip
+        step, pos = attend.through(policy, scoring, layout, empty.pos, positions[:, :READ])
+        _, held = step(q[:, :READ], k[:, :READ], v[:, :READ], empty.held, 0)
+        stored = dataclasses.replace(empty, k=held.k, v=held.v, pos=pos)
+        if settle:
+            stored = settled.settle(policy, scoring, stored)
+            assert isinstance(stored.layout, settled.Settled)
+        through = settled.through if settle else attend.through
+
+        def one(carry, token):
+            (held, pos), (at, *new) = carry, token
+            step, pos = through(policy, scoring, stored.layout, pos, at)
+            out, held = step(*new, held, 0)
+            return (held, pos), out[:, 0]
+
+        tokens = [x[:, READ:].swapaxes(0, 1)[:, :, None] for x in (positions, q, k, v)]
+        _, outs = jax.lax.scan(one, (stored.held, stored.pos), tokens)
+        return outs
+
+    return run
+
+
+# Each policy twice and each encoding several times, of the product.
+COVER = [
+    (policy, encoding, (1, 3)[(i + j) % 2])
+    for i, policy in enumerate(POLICIES)
+    for j, encoding in enumerate(("rotary", "partial", "yarn"))
+    if (i + j) % 3
+]
+
+
+@pytest.mark.parametrize(("policy", "encoding", "group"), COVER)
+def test_tokens_written_over_a_settled_cache_are_those_of_the_cache_itself(policy, encoding, group):
+    arrays = cases.arrays(group)
+    positions = jnp.asarray(cases.padded(pads=(0, 4)))
+    scoring = cases.scoring(encoding, soft_cap=20.0 if group == 3 else None)
+    both = [
+        cases.compiled(written(POLICIES[policy], scoring, positions, settle=settle))(*arrays)
+        for settle in (False, True)
+    ]
+    np.testing.assert_allclose(both[1], both[0], atol=cases.ATOL)
+
+
+def test_a_cache_stays_as_it_is_where_a_rotation_would_not_stay_right():
+    dynamic = rope.Rotary(100.0, 8, "half", rope.DynamicNTK(2.0, 12))
+    for policy, encoding in (
+        (ReRoPE(5), cases.HALF),
+        (Full(), dynamic),
+        (LMInfinite(5, 3), cases.ENCODINGS["alibi"]),
+        (LMInfinite(5, 3), cases.ENCODINGS["none"]),
+    ):
+        layout = cache.layout_for(policy, 8)
+        empty = cache.empty(layout, layers=1, batch=1, kv_heads=1, head_dim=8, dtype=jnp.float32)
+        scoring = attend.Scoring(encoding, 1.0, None)
+        assert settled.settle(policy, scoring, empty) is empty

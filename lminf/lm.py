@@ -73,6 +73,7 @@ class LM:
 
     def __post_init__(self):
         policies.check_trained(self.policy, self.reach)
+        policies.check_rotary(self.policy, self.spec.encoding)
         self._by_layer()  # refuses a mix that does not fit the layers or heads
 
     @classmethod
@@ -168,6 +169,10 @@ class LM:
         as the policy says. `longest` is the most tokens that may come: policies that keep
         everything need it, and a short one saves work.
         """
+        if self.mesh is not None and policies.by_content(self.policy):
+            # Which tokens are chosen follows from all that came before: one device reads them.
+            yield from dataclasses.replace(self, mesh=None).read(pieces, longest=longest)
+            return
         module, mesh = self.decoder, self.mesh
         bounded = all(policy.bounded for policy in module.policies)
         if longest is None and not bounded:

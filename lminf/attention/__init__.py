@@ -1,0 +1,4 @@
+"""Attention; importing the package makes every policy known by its name."""
+
+from lminf.attention import infllm as infllm
+from lminf.attention import top_k as top_k

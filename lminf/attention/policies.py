@@ -29,6 +29,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lminf.attention import rope
 from lminf.errors import InputError
 
 PositionMap: TypeAlias = Callable[[Int[Array, "..."]], Int[Array, "..."]]
@@ -116,7 +117,7 @@ class Window(Policy):
     window: int  # tokens, the query's own included
 
     def __post_init__(self):
-        _at_least(self, "window", 1)
+        at_least(self, "window", 1)
 
     @property
     def near_width(self) -> int:
@@ -131,7 +132,7 @@ class Lambda(Window):
 
     def __post_init__(self):
         super().__post_init__()
-        _at_least(self, "sinks", 0)
+        at_least(self, "sinks", 0)
 
     @property
     def far_count(self) -> int:
@@ -147,7 +148,7 @@ class LMInfinite(Lambda):
     def __post_init__(self):
         super().__post_init__()
         if self.distance is not None:
-            _at_least(self, "distance", 0)
+            at_least(self, "distance", 0)
 
     def far(self) -> Far:
         limit = self.window if self.distance is None else self.distance
@@ -184,7 +185,7 @@ class ReRoPE(_SeesAll):
     def __post_init__(self):
         super().__post_init__()
         if self.log_from is not None:
-            _at_least(self, "log_from", 2)
+            at_least(self, "log_from", 2)
 
     def far(self) -> Far:
         return Far(_constant(self.window), _constant(0))
@@ -205,7 +206,7 @@ class LeakyReRoPE(_SeesAll):
 
     def __post_init__(self):
         super().__post_init__()
-        _at_least(self, "stretch", 1)
+        at_least(self, "stretch", 1)
 
     def far(self) -> Far:
         # w + (d - w)/s = (q + w(s - 1) - k)/s: whole positions, and one factor on the frequencies.
@@ -224,7 +225,7 @@ class SelfExtend(_SeesAll):
 
     def __post_init__(self):
         super().__post_init__()
-        _at_least(self, "group", 1)
+        at_least(self, "group", 1)
 
     def far(self) -> Far:
         offset = self.window - self.window // self.group
@@ -347,6 +348,22 @@ def check_trained(policy: AnyPolicy, trained_length: int) -> None:
             )
 
 
+def by_content(policy: AnyPolicy) -> bool:
+    """Whether any layer's policy reads for itself."""
+    return any(isinstance(part, ByContent) for part in _parts(policy))
+
+
+def check_rotary(policy: AnyPolicy, encoding: Any) -> None:
+    """Refuses a policy that moves keys by rotating them where nothing is rotated."""
+    for part in _parts(policy):
+        moves = isinstance(part, ByContent) and part.needs_rotary
+        if moves and not isinstance(encoding, rope.Rotary):
+            raise InputError(
+                f"{part.name} moves keys by rotating them, but this model's positions are "
+                f"{type(encoding).__name__}; use a policy that leaves them where they are"
+            )
+
+
 def longest(policy: AnyPolicy, trained_length: int) -> int | None:
     """Tokens up to which no distance seems past the trained length; None: the policy sets no end.
 
@@ -368,7 +385,7 @@ def _parts(policy: AnyPolicy) -> list[Policy]:
     return [policy]
 
 
-def _at_least(policy: Policy, field: str, least: int) -> None:
+def at_least(policy: Policy, field: str, least: int) -> None:
     value = getattr(policy, field)
     if value < least:
         raise InputError(f"{field}={value}: give at least {least}")

@@ -1,0 +1,207 @@
+"""InfLLM: a window, the first tokens, and blocks of the past that each group of tokens looks up.
+
+Source: Xiao et al. 2024, arXiv:2402.04617. With L = window, the query at i sees
+    i - j < L                                          at the true distance i - j
+    j < sinks, chosen blocks, and what fills no block  at the distance L - 1
+A block is `block` tokens in order, from `sinks` on; it exists once the first query of a group has
+all of it beyond its window. Of every block, the `representatives` tokens that attracted most
+attention while they were in the window stand for it: a summary is the mean of their keys, by query
+head. A group's mean query, placed at L - 1, times the summaries, summed over heads, ranks blocks.
+
+The branches are disjoint. (The reference implementation counts keys that leave the window within a
+group twice.) Blocks stay where keys and values are: there is no host store.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+import kernels
+from lminf.attention import cache as caches
+from lminf.attention import mass, policies, select
+from lminf.attention.policies import at_least
+from lminf.attention.select import Branch
+from lminf.errors import InputError
+
+
+@policies.register("infllm")
+@dataclass(frozen=True)
+class InfLLM(select.Choosing):
+    """Window, sinks and looked-up blocks. Source: Xiao et al. 2024, arXiv:2402.04617."""
+
+    window: int  # tokens, the query's own included
+    sinks: int = 128  # tokens at the start that stay visible
+    topk: int = 16  # blocks that a group of tokens looks up
+    block: int = 128  # tokens
+    repr_topk: int = 4  # tokens that stand for a block
+    exec_block: int = 512  # tokens that look up the same blocks, where they are read together
+
+    def __post_init__(self):
+        for field, least in {
+            "window": 1,
+            "sinks": 0,
+            "topk": 0,
+            "block": 1,
+            "exec_block": 1,
+        }.items():
+            at_least(self, field, least)
+        if self.window % self.block:
+            raise InputError(
+                f"block={self.block} does not divide window={self.window}; "
+                f"give a divisor of the window"
+            )
+        if not 1 <= self.repr_topk <= self.block:
+            raise InputError(
+                f"repr_topk={self.repr_topk} of block={self.block} tokens; give 1 to {self.block}"
+            )
+
+    @property
+    def near_width(self) -> int:
+        return self.window
+
+    def layout(self, capacity: int) -> caches.Append:
+        room = capacity // self.block
+        if capacity > self.window and self.topk > room:
+            raise InputError(
+                f"topk={self.topk} blocks of {self.block} tokens, but a text of {capacity} tokens "
+                f"holds {room}; give topk<={room} or smaller blocks"
+            )
+        return caches.Append(capacity)
+
+    def _blocks(self, slots: int) -> int:
+        """Blocks that a text of so many tokens can ever have."""
+        return max(slots - self.window - self.sinks, 0) // self.block
+
+    def _existing(self, first):
+        """Blocks that exist for a group whose first query is there."""
+        return jnp.maximum(first - self.window - self.sinks + 1, 0) // self.block
+
+    def extra(self, sizes: caches.Sizes):
+        blocks = self._blocks(sizes.slots)
+        if not blocks:
+            return ()
+        summary = (sizes.batch, blocks, sizes.heads, sizes.head_dim)
+        attention = (sizes.batch, sizes.slots, sizes.heads)
+        return {"summary": jnp.zeros(summary, sizes.dtype), "attracted": jnp.zeros(attention)}
+
+    def reader(self, scoring, layout, positions):
+        groups = select.Groups(positions, self.exec_block)
+        places = select.Places(scoring, positions)
+        blocks = self._blocks(layout.slots)
+
+        def read(q, held, layer):
+            def one(group, q, extra):
+                recent = jnp.arange(-self.window, q.shape[1], dtype=jnp.int32)
+                pos = group.base[:, None] + recent[None]
+                far_pos, skipped = self._far(places, group, q, layer, extra)
+                if layout.slots <= self.window:
+                    far_pos = far_pos[:, :0]
+                out, received = self._attend(places, group, q, held, layer, pos, far_pos, skipped)
+                if blocks:
+                    extra = self._remember(group, held, layer, extra, pos, received)
+                return out, extra
+
+            return groups.run(one, q, held.extra)
+
+        return read
+
+    def _attend(self, places, group, q, held, layer, pos, far_pos, skipped):
+        """Outputs, and what the window's keys received: [B, N, L + R]."""
+        scoring, count = places.scoring, far_pos.shape[1]
+        k, v, far_k, far_v = (
+            select.rows_of(x, layer, at).astype(q.dtype)
+            for at in (pos, far_pos) for x in (held.k, held.v)
+        )  # fmt: skip
+        near_q, near_k = places.at(q, group.rows_pos), places.at(k, pos)
+        away = places.away(q, self.window - 1)
+        start = pos[:, 0] - skipped  # the position of the first key, were what is skipped cut out
+
+        def near(at, to):
+            return (at >= to) & (at - to < self.window)
+
+        if q.shape[1] == 1:
+            row = jnp.arange(count, dtype=jnp.int32)[None, None]
+            seen = near(group.pos[:, :, None], pos[:, None]) & (pos[:, None] >= 0)
+            branches = [Branch(near_q, near_k, v, seen),
+                        Branch(away, far_k, far_v, row <= start[:, None, None])]  # fmt: skip
+            out, received = select.attend(scoring, branches)
+            return out, received[0]
+        far = {"query_global": away, "key_global": far_k, "value_global": far_v} if count else {}
+        out, lse = kernels.lambda_attention(
+            near_q, near_k, v, **far, num_global=count, window_size=self.window, key_start=start,
+            query_offset=self.window, scale=scoring.scale, logits_soft_cap=scoring.soft_cap,
+            return_residuals=True,
+        )  # fmt: skip
+        received = mass.columns(
+            near_q, near_k, lse, q_pos=group.pos, k_pos=pos, seen=near, scale=scoring.scale,
+            soft_cap=scoring.soft_cap,
+        )  # fmt: skip
+        return out, received
+
+    def _far(self, places, group, q, layer, extra):
+        """Positions [B, F] of what is seen beyond the window: sinks, the blocks that the group
+        chooses, then what has left the window and fills no block; and how many tokens of blocks
+        are left out before these.
+
+        If that many were cut out of the text, row r would stand at position r: so the kernel,
+        which shows its r-th global key to queries at r + window and after, shows each when its
+        turn comes.
+        """
+        existing = self._existing(group.first)
+        chosen = jnp.zeros((len(existing), 0), jnp.int32)
+        if extra and self.topk:
+            chosen = self._chosen(places, group, q, extra["summary"][layer], existing)
+        count = jnp.minimum(existing, chosen.shape[1])
+        skipped = (existing - count) * self.block
+        size = self.sinks + (chosen.shape[1] + 1) * self.block + q.shape[1] - 2
+        row = jnp.arange(max(size, 1), dtype=jnp.int32)[None]
+        pos = jnp.where(row < self.sinks, row, row + skipped[:, None])
+        if chosen.shape[1]:
+            inside = row - self.sinks
+            which = jnp.clip(inside // self.block, 0, chosen.shape[1] - 1)
+            which = jnp.broadcast_to(which, pos.shape)
+            block = jnp.take_along_axis(chosen, which, 1)
+            looked_up = (inside >= 0) & (inside < count[:, None] * self.block)
+            pos = jnp.where(looked_up, self.sinks + block * self.block + inside % self.block, pos)
+        return pos, skipped
+
+    def _chosen(self, places, group, q, summary, existing):
+        """Numbers [B, k] of the best blocks; where fewer exist, they stand first."""
+        away = places.away(q, self.window - 1)
+        counted = (group.pos >= 0)[..., None, None]
+        mean = jnp.where(counted, away, 0).astype(jnp.float32).sum(1)  # up to a positive factor
+        scores = jnp.einsum("bnh,bmnh->bm", mean, summary.astype(jnp.float32))
+        numbers = jnp.arange(summary.shape[1], dtype=jnp.int32)[None]
+        scores = jnp.where(numbers < existing[:, None], scores, -jnp.inf)
+        return jax.lax.top_k(scores, min(self.topk, summary.shape[1]))[1]
+
+    def _remember(self, group, held, layer, extra, near_pos, received):
+        """What the window's tokens attracted, and the summaries of blocks that now exist."""
+        batch, rows = group.pos.shape
+        received = received.swapaxes(1, 2)
+        every = jnp.arange(batch, dtype=jnp.int32)[:, None]
+        slots = held.k.shape[2]
+        at = jnp.where((near_pos >= 0) & (near_pos < group.end[:, None]), near_pos, slots)
+        attracted = extra["attracted"].at[layer, every, at].add(received, mode="drop")
+        # The blocks that this group's tokens push out of the window.
+        most = -(-rows // self.block)
+        number = self._existing(group.first)[:, None] + jnp.arange(most, dtype=jnp.int32)[None]
+        pos = self.sinks + number[..., None] * self.block
+        pos = (pos + jnp.arange(self.block, dtype=jnp.int32)[None, None]).reshape(batch, -1)
+        heads = attracted.shape[3]
+        wanted = attracted[layer, every, jnp.clip(pos, 0, slots - 1)]
+        wanted = wanted.reshape(batch, most, self.block, heads).swapaxes(2, 3)
+        _, best = jax.lax.top_k(wanted, self.repr_topk)  # [B, blocks, N, tokens]
+        k = select.rows_of(held.k, layer, pos)
+        k = k.reshape(batch, most, self.block, *k.shape[2:]).transpose(0, 1, 3, 2, 4)
+        k = jnp.repeat(k, heads // k.shape[2], axis=2)  # [B, blocks, N, tokens, H]
+        mean = jnp.take_along_axis(k, best[..., None], 3).astype(jnp.float32).mean(3)
+        exists = number < self._existing(group.end)[:, None]
+        row = jnp.where(exists, number, extra["summary"].shape[2])
+        summary = (
+            extra["summary"]
+            .at[layer, every, row]
+            .set(mean.astype(extra["summary"].dtype), mode="drop")
+        )
+        return {"summary": summary, "attracted": attracted}

@@ -1,0 +1,99 @@
+"""The policies that choose by content, query by query in NumPy float64 from the papers' formulas.
+
+One row, one layer: q [T, N, H] and k, v [T, K, H] of positions 0..T-1, read in `calls` of so many
+tokens. A query's keys are pairs (position, distance); rotary scores come from distances alone, as
+in tests.attention.oracle, so nothing is ever placed at a position.
+"""
+
+import numpy as np
+
+from tests.attention.oracle import _products
+
+
+def groups(calls, size):
+    """Ranges of positions that choose together."""
+    start = 0
+    for call in calls:
+        end = start + call
+        while start < end:
+            stop = min((start // size + 1) * size, end)
+            yield start, stop
+            start = stop
+
+
+def score(scoring, q, k, distance):
+    """Of one query [H] and keys [S, H] at these distances [S]."""
+    products = _products(scoring.encoding, q[None, None], k[None], distance[None, None])[0, 0]
+    products = products * scoring.scale
+    if scoring.soft_cap is not None:
+        products = scoring.soft_cap * np.tanh(products / scoring.soft_cap)
+    return products
+
+
+def weights(scores):
+    some = np.exp(scores - scores.max())
+    return some / some.sum()
+
+
+def turned(scoring, q, k, distance):
+    """What a query and keys say to each other at one distance, unscaled."""
+    each = np.full((1, 1, len(k)), float(distance))
+    return _products(scoring.encoding, q[None, None], k[None], each)[0, 0]
+
+
+def top(scores, count):
+    """Indices of the largest; equal ones: the lower."""
+    return np.argsort(-scores, kind="stable")[:count]
+
+
+def infllm(policy, scoring, q, k, v, calls):
+    tokens, heads, _ = q.shape
+    share = heads // k.shape[1]
+    L, G, size = policy.window, policy.sinks, policy.block
+    out, attracted, summaries = np.zeros_like(q), np.zeros((tokens, heads)), []
+    for start, stop in groups(calls, policy.exec_block):
+        # Blocks wholly beyond the window of the first query: the others are not summarised yet.
+        while G + (len(summaries) + 1) * size <= start - L + 1:
+            at = np.arange(size) + G + len(summaries) * size
+            of_heads = [k[at[top(attracted[at, n], policy.repr_topk)], n // share].mean(0)
+                        for n in range(heads)]  # fmt: skip
+            summaries.append(of_heads)
+        wanted = [
+            sum(turned(scoring, q[start:stop, n].mean(0), np.array(block[n])[None], L - 1)[0]
+                for n in range(heads))
+            for block in summaries
+        ]  # fmt: skip
+        chosen = top(np.array(wanted), policy.topk) if wanted else []
+        looked_up = {G + m * size + i for m in chosen for i in range(size)}
+        left = G + len(summaries) * size  # from here on no block exists
+        for i in range(start, stop):
+            at = np.array([j for j in range(i + 1)
+                           if i - j < L or j < G or j >= left or j in looked_up])  # fmt: skip
+            distance = np.where(i - at < L, i - at, L - 1).astype(float)
+            for n in range(heads):
+                p = weights(score(scoring, q[i, n], k[at, n // share], distance))
+                out[i, n] = p @ v[at, n // share]
+                near = i - at < L
+                attracted[at[near], n] += p[near]
+    return out
+
+
+def top_k(policy, scoring, q, k, v, calls):
+    out, share = np.zeros_like(q), q.shape[1] // k.shape[1]
+    ends = set(np.cumsum(calls) - 1)
+    L, G = policy.window, policy.sinks
+    far = L if policy.distance is None else policy.distance
+    middle = L // 2 if policy.at is None else policy.at
+    for i in range(len(q)):
+        at = np.array([j for j in range(i + 1) if i - j < L or j < G])
+        distance = np.where(i - at < L, i - at, far).astype(float)
+        for n in range(q.shape[1]):
+            scores, chosen = score(scoring, q[i, n], k[at, n // share], distance), at
+            between = np.arange(G, max(i - L + 1, G))
+            if i in ends and len(between):
+                wanted = score(scoring, q[i, n], k[between, n // share], 0.0 * between + middle)
+                best = top(wanted, policy.topk)
+                scores = np.concatenate([scores, wanted[best]])
+                chosen = np.concatenate([at, between[best]])
+            out[i, n] = weights(scores) @ v[chosen, n // share]
+    return out

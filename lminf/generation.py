@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
+from lminf.attention import policies
 from lminf.errors import InputError
 from lminf.models import decoder
 
@@ -89,7 +90,7 @@ def generate_tokens(
 
     Prompts of unequal length are padded on the left with negative positions, which nothing sees.
     """
-    pieces = list(_pieces(prompts))
+    pieces = list(_pieces(lm, prompts))
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens}: give at least 1")
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -114,31 +115,39 @@ def next_logits(
     lm: Any, prompts: Sequence[Int[np.ndarray, " _"]], *, last: int = 1
 ) -> Float32[np.ndarray, "B last V"]:
     """Logits of what follows each of the `last` tokens of every prompt. `lm` is an lminf.LM."""
-    pieces, caches = list(_pieces(prompts)), _caches(lm, prompts, room=0)
+    pieces, caches = list(_pieces(lm, prompts)), _caches(lm, prompts, room=0)
     if not 1 <= last <= min(len(prompt) for prompt in prompts):
         raise InputError(
             f"last={last}: give at least 1, and no more than the shortest prompt has tokens"
         )
-    states = np.zeros((len(prompts), 0, lm.spec.width), np.float32)
+    states = np.zeros((len(prompts), last, lm.spec.width), np.float32)
     for tokens, positions in pieces:
         hidden, caches = _read(lm.decoder, lm.params, tokens, positions, caches)
-        states = np.concatenate([states, np.asarray(hidden[:, -last:], np.float32)], 1)[:, -last:]
+        read = np.asarray(hidden, np.float32)
+        for row, at in enumerate(positions):
+            states[row] = np.concatenate([states[row], read[row][at >= 0]])[-last:]
     return np.asarray(_logits(lm.spec, lm.params, jnp.asarray(states, lm.dtype)))
 
 
-def _pieces(prompts) -> Iterator[tuple[Int[np.ndarray, "B C"], Int[np.ndarray, "B C"]]]:
-    """(tokens, positions) of one chunk after another; all rows end together."""
+def _pieces(lm, prompts) -> Iterator[tuple[Int[np.ndarray, "B C"], Int[np.ndarray, "B C"]]]:
+    """(tokens, positions) of one chunk after another. All rows end together; where the policy has
+    turns, all begin with a chunk, and end within the last.
+    """
     lengths = np.array([len(prompt) for prompt in prompts])
     if not len(prompts) or not lengths.min():
         raise InputError("a prompt has no tokens; give at least one")
     longest = int(lengths.max())
     chunk = STEP if longest > STEP else max(16, 1 << (longest - 1).bit_length())
     chunk = 4 * STEP if longest > 16 * STEP else chunk
+    turn = policies.common_turn(lm.decoder.policies)
+    chunk = policies.chunk_within(turn, chunk)
     width = -(-longest // chunk) * chunk
     padded = np.zeros((len(prompts), width), np.int32)
+    first = width - (lengths if turn is None else -(-lengths // chunk) * chunk)
     for row, prompt in enumerate(prompts):
-        padded[row, width - len(prompt) :] = prompt
-    positions = (np.arange(width) + (lengths - width)[:, None]).astype(np.int32)
+        padded[row, first[row] : first[row] + len(prompt)] = prompt
+    positions = np.arange(width, dtype=np.int32)[None] - first[:, None].astype(np.int32)
+    positions = np.where(positions < lengths[:, None], positions, -1).astype(np.int32)
     for start in range(0, width, chunk):
         yield padded[:, start : start + chunk], positions[:, start : start + chunk]
 
@@ -152,7 +161,8 @@ def _caches(lm: Any, prompts, *, room: int):
 def _advance(module: decoder.Decoder, params, tokens, positions, caches, sampling: Sampling, key):
     """The token after these [B, C], which stand at `positions` [B, C]; and the caches."""
     hidden, caches = module.apply({"params": params}, tokens, positions=positions, caches=caches)
-    scores = decoder.logits(module.spec, params, hidden[:, -1])
+    last = hidden[jnp.arange(len(hidden)), positions.argmax(1)]
+    scores = decoder.logits(module.spec, params, last)
     return sample(scores, sampling, key=key), caches
 
 

@@ -182,6 +182,7 @@ class LM:
             )
         # No wider than the text, in powers of two, so that few shapes are compiled.
         chunk = CHUNK if longest is None else min(CHUNK, max(16, _power_of_two(longest - 1)))
+        chunk = policies.chunk_within(policies.common_turn(module.policies), chunk)
         caches = self.init_caches(batch=1, capacity=-(-(longest or 0) // chunk) * chunk)
         if mesh is not None:
             caches = jax.device_put(caches, NamedSharding(mesh, P()))

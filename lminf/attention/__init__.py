@@ -1,4 +1,5 @@
 """Attention; importing the package makes every policy known by its name."""
 
+from lminf.attention import evict as evict
 from lminf.attention import infllm as infllm
 from lminf.attention import top_k as top_k

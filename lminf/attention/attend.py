@@ -344,6 +344,7 @@ def through(
                 f"spread rows over devices, or use a policy of positions"
             )
         return policy.through(scoring, layout, stored_pos, positions)
+    assert not isinstance(layout, caches.Slots)  # which only such policies have
     spread = Spread(context_axis, positions.shape[1])
     all_positions = spread.all(positions)
     slots = caches.destinations(layout, all_positions)

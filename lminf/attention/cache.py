@@ -56,7 +56,15 @@ class SinkRing:
         return (pos >= 0) & ((pos < self.sinks) | (pos >= end - self.window))
 
 
-Layout: TypeAlias = Append | SinkRing
+@dataclass(frozen=True)
+class Slots:
+    """A fixed number of slots, any of which may hold any token: a policy's own state says which."""
+
+    slots: int
+
+
+ByPosition: TypeAlias = Append | SinkRing  # a token's position says where it goes
+Layout: TypeAlias = ByPosition | Slots
 
 
 class Held(NamedTuple):
@@ -76,6 +84,7 @@ class Sizes(NamedTuple):
     kv_heads: int
     head_dim: int
     dtype: Any
+    width: int = 0  # of the model; 0 where there is none, only attention
 
 
 @partial(
@@ -125,7 +134,7 @@ def empty(
     )
 
 
-def destinations(layout: Layout, pos: Int[Array, "B T"]) -> Int[Array, "B T"]:
+def destinations(layout: ByPosition, pos: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Slot that each new token is written to; past the end for those that are not stored."""
     end = pos[:, -1:] + 1
     return jnp.where(layout.keeps(pos, end), layout.slot(pos), layout.slots)

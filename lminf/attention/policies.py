@@ -22,7 +22,7 @@ memory: first `far_count` and last `near_width` tokens are all it can ever see.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -63,6 +63,9 @@ def register(name: str):
 
 class Policy:
     """What all policies answer. Subclasses are frozen dataclasses and hash by value."""
+
+    turn: int | None = None  # tokens between the boundaries that no chunk may cross; None: any may
+    span = "window"  # the field that says how wide near_width is
 
     @property
     def near_width(self) -> int | None:
@@ -266,6 +269,7 @@ class ByContent(Policy):
     """
 
     needs_rotary = True  # whether it places keys where they are not
+    listens = False  # whether `told` wants to know what was read
 
     def layout(self, capacity: int) -> Any:
         """The cache.Layout for a text of at most `capacity` tokens."""
@@ -281,6 +285,12 @@ class ByContent(Policy):
         self, scoring: Any, layout: Any, stored_pos: Int[Array, "B S"], positions: Int[Array, "B T"]
     ) -> Any:
         """As attend.through: the step of every layer, and the new `pos`."""
+        raise NotImplementedError
+
+    def told(self, stored: Any, *, tokens, positions, hidden, logits: Callable) -> Any:
+        """The cache once the model has read these tokens and come to these final states [B, T, D];
+        `logits(hidden)` are what it expects after them.
+        """
         raise NotImplementedError
 
 
@@ -343,9 +353,23 @@ def check_trained(policy: AnyPolicy, trained_length: int) -> None:
     for part in _parts(policy):
         if part.near_width is not None and part.near_width > trained_length:
             raise InputError(
-                f"window={part.near_width} but this model was trained at {trained_length} tokens; "
-                f"use window<={trained_length} or a rotary scaling that stretches positions"
+                f"{part.span}={part.near_width} but this model was trained at {trained_length} "
+                f"tokens; use {part.span}<={trained_length} or a rotary scaling that stretches "
+                f"positions"
             )
+
+
+def common_turn(by_layer: Sequence[LayerPolicy]) -> int | None:
+    """Tokens after which every layer that reads in turns may begin one; None: no layer does."""
+    turns = [part.turn for layer in by_layer for part in _parts(layer) if part.turn is not None]
+    return math.gcd(*turns) if turns else None
+
+
+def chunk_within(turn: int | None, chunk: int) -> int:
+    """The most tokens, of at most `chunk`, to read at once so that no chunk goes past a turn."""
+    if turn is None:
+        return chunk
+    return turn if turn <= chunk else math.gcd(turn, chunk)
 
 
 def by_content(policy: AnyPolicy) -> bool:

@@ -7,6 +7,7 @@ different policies (local and global layers in turn) makes the scan's step one p
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -241,8 +242,18 @@ class Decoder(nn.Module):
         x, caches, sown = self._run_layers(layers, x, positions, segments, caches, watched)
         if watched:
             self.put_variable("intermediates", "layers", sown)
-        x = Norm(s.norm, s.width, name="final_norm")(x)
-        return self.place(x, "batch", "length", None), caches
+        x = self.place(Norm(s.norm, s.width, name="final_norm")(x), "batch", "length", None)
+        return x, None if caches is None else self._told(caches, tokens, positions, x)
+
+    def _told(self, caches, tokens, positions, hidden):
+        """The caches, where their policies go by what the model made of the tokens."""
+        expected = partial(logits, self.spec, self.variables["params"])
+        return tuple(
+            policy.told(stored, tokens=tokens, positions=positions, hidden=hidden, logits=expected)
+            if isinstance(policy, policies.ByContent) and policy.listens
+            else stored
+            for policy, stored in zip(self.policies, caches, strict=False)  # caches: of one period
+        )
 
     def _run_layers(self, layers, x, positions, segments, caches, watched):
         s, period = self.spec, period_of(self.policies)
@@ -356,8 +367,9 @@ def init_caches(
     def empty(policy):
         layout = cache.layout_for(policy, capacity)
         sizes = cache.Sizes(
-            batch, layout.slots, spec.num_heads, spec.num_kv_heads, spec.head_dim, dtype
-        )
+            batch, layout.slots, spec.num_heads, spec.num_kv_heads, spec.head_dim, dtype,
+            spec.width,
+        )  # fmt: skip
         return cache.empty(
             layout,
             layers=spec.num_layers // period,

@@ -34,6 +34,7 @@ MODEL = "smollm2-135m-instruct"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer", required=True, help="a Python with torch and transformers")
+    parser.add_argument("--work", nargs="+", choices=("read", "decode"), default=["read", "decode"])
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--new", type=int, default=32)
@@ -79,7 +80,8 @@ def peer_and_ours(args: argparse.Namespace, ids: Path) -> dict[str, list[str]]:
     peer = [args.peer, str(HERE / "peer_transformers.py")]
     ours = [sys.executable, str(HERE / "ours.py")]
     commands = {}
-    for work, policies in (("read", READ), ("decode", DECODE)):
+    for work in args.work:
+        policies = {"read": READ, "decode": DECODE}[work]
         commands[f"{work} transformers"] = [*peer, work, f"--model={model}", f"--ids={ids}", *sizes]
         for policy in policies:
             commands[f"{work} {policy}"] = [*ours, work, f"--policy={policy}", *sizes]

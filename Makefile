@@ -59,7 +59,7 @@ format: $(VENV)/.installed-dev
 	$(IN)ruff format .
 
 docs: $(VENV)/.installed $(DOCS_VENV)/.installed-docs
-	JAX_PLATFORMS=cpu $(IN)python docs/make_experiments.py
+	JAX_PLATFORMS=cpu $(IN)python docs/make_tables.py
 	$(DOCS_VENV)/bin/zensical build --strict --clean
 
 # On whatever device there is; LMINF_TINY=tiny ARGS=--check only looks whether they run.

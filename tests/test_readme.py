@@ -1,49 +1,47 @@
-"""The commands of the README, run as they are written."""
+"""The README's numbers are those of the committed rows that they link to."""
 
-import os
+import json
 import re
-import shlex
-import subprocess
-import sys
-from pathlib import Path
 
-import pytest
+from docs import make_tables
+from lminf.run.header import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-COMMANDS = [
-    line
-    for language, block in BLOCKS
-    if not language
-    for line in block.splitlines()
-    if line.startswith(("lminf ", "python "))
-]
-PROGRAMS = [block for language, block in BLOCKS if language == "python"]
+TEXT = (ROOT / "README.md").read_text()
+LINKS = re.findall(r"\[([^\]]+)\]\((docs/results/\S+/rows\.jsonl)#L(\d+)\)", TEXT)
 
 
-def run(words, folder):
-    # Where `make run` puts both commands.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = subprocess.run(
-        words, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True,
-        timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+def test_the_tables_are_what_the_rows_give():
+    assert make_tables.readme() == TEXT, "run: python docs/make_tables.py"
 
 
-def test_the_readme_has_commands_and_a_program():
-    assert len(COMMANDS) >= 6
-    assert PROGRAMS
+def test_every_number_of_a_table_stands_in_the_row_it_links_to():
+    """Read with no help from what wrote them."""
+    assert len(LINKS) > 50
+    for shown, file, line in LINKS:
+        row = json.loads((ROOT / file).read_text().splitlines()[int(line) - 1])
+        values = [v for v in row.values() if isinstance(v, int | float)]
+        values += [v / 2**20 for v in values]
+        for number in re.findall(r"[\d.,]+", shown):
+            digits = len(number.partition(".")[2])
+            found = float(number.replace(",", ""))
+            assert any(round(v, digits) == found for v in values), (shown, file, line)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_readme_prints_its_result(command, tmp_path):
-    assert run(shlex.split(command), tmp_path).strip()
+def test_a_tables_rows_and_columns_say_what_their_numbers_are():
+    table = TEXT[TEXT.index("| nats/token") :].partition("\n\n")[0].splitlines()
+    heads, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    policies = {name: policy for policy, name in make_tables.NAMES.items()}
+    assert len(lines) == len(policies)
+    for name, *cells in lines:
+        for head, cell in zip(heads[1:], cells, strict=True):
+            file, line = re.search(r"\((\S+)#L(\d+)\)", cell).groups()
+            row = json.loads((ROOT / file).read_text().splitlines()[int(line) - 1])
+            assert row["policy"] == policies[name]
+            if head != "seconds":
+                assert row["start"] == 1024 * int(head.partition("–")[0])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("program", PROGRAMS, ids=str.__len__)
-def test_the_program_of_the_readme_prints_its_results(program, tmp_path):
-    assert len(run([sys.executable, "-c", program], tmp_path).splitlines()) >= 3
+def test_it_has_six_commands_more_and_a_program():
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+    assert sum(len(text.splitlines()) for language, text in blocks if language == "sh") >= 6
+    assert any(language == "python" for language, _ in blocks)

@@ -1,0 +1,182 @@
+"""Pages that repeat what stands elsewhere: docs/experiments.md and the results in README.md.
+
+    python docs/make_tables.py        writes both; `make docs` begins with it
+
+From the headers of configs/ and the committed rows of docs/results/.
+"""
+
+import importlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lminf.run import folder, header, tables
+
+FOLDER = Path(__file__).resolve().parent
+EXPERIMENTS, README = FOLDER / "experiments.md", FOLDER.parent / "README.md"
+BEGIN, END = "<!-- results: docs/make_tables.py -->\n", "<!-- end of results -->\n"
+OPENING = """\
+# Experiments
+
+What each asks, how to run it, how long it takes, what to expect and what was measured here. Written
+by `docs/make_tables.py` from the headers of `configs/` and the committed rows of `docs/results/`,
+whose machine, versions and configuration stand in each report. `lminf list` prints the headers.
+
+Every experiment takes `--config=:tiny`, `--config.FIELD=VALUE` and `--out=DIR`, and leaves a folder
+with its configuration, environment, `rows.jsonl`, figures and `report.md`.
+"""
+
+
+def experiments() -> str:
+    """The page of all experiments."""
+    return "\n".join([OPENING, *(section(found) for found in header.experiments())])
+
+
+def section(found: header.Header) -> str:
+    entries = found.entries
+    lines = [f"## {found.name}", "", found.title, "", f"**{entries['Question']}**", ""]
+    # The full form takes minutes to days; the tiny ones run in the tests.
+    lines += ["```console", entries["Command"]]
+    if "Tiny" in entries:
+        lines.append(tiny(found))
+    lines += ["```", ""]
+    for name in ("Paper", "Time", "Expected", "Tiny", "Sizes", "Pod"):
+        if name in entries:
+            lines.append(f"- {name}: {plain(entries[name])}")
+    return "\n".join([*lines, "", *measured(found.name)])
+
+
+def tiny(found: header.Header) -> str:
+    """The command of the tiny form."""
+    if found.entries["Command"].startswith("lminf sweep"):
+        return re.sub(r"(--config=\w+):\w+", r"\1:tiny", found.entries["Command"])
+    return f"python -m experiments.{found.name} --config=:tiny"
+
+
+def measured(name: str) -> list[str]:
+    """What lies in docs/results: how long it took, and the experiment's own table of its rows."""
+    run = FOLDER / "results" / name
+    if not (run / "rows.jsonl").exists():
+        return ["Measured: no rows are committed.", ""]
+    module = importlib.import_module(f"experiments.{name}")
+    rows = folder.RunFolder(run).rows()
+    shown = module.table(rows) if hasattr(module, "table") else rows
+    took = re.search(r"^Time: (.*?)\.? *$", (run / "report.md").read_text(), re.MULTILINE)
+    seconds = f" in {took[1]}" if took else ""
+    links = f"([rows](results/{name}/rows.jsonl), [report](results/{name}/report.md))"
+    return [f"Measured{seconds} {links}:", "", tables.markdown(shown), ""]
+
+
+def plain(text: str) -> str:
+    """Without what Markdown would read as markup: globs and <…>."""
+    return text.replace("*", "\\*").replace("<", "\\<")
+
+
+# --- README ---------------------------------------------------------------------------------------
+
+NAMES = {
+    "full": "Full",
+    "lm_infinite:window=4096,sinks=10": "LM-Infinite, window 4096, sinks 10",
+    "lm_infinite:window=2048,sinks=10": "LM-Infinite, window 2048, sinks 10",
+    "window:window=4096": "Window 4096",
+    "re-read": "re-read (the costly way)",
+}
+WIDE = "lm_infinite:window=4096,sinks=10"
+
+
+class Rows:
+    """The committed rows of one experiment, each with a link to its line."""
+
+    def __init__(self, name: str):
+        self.file = f"docs/results/{name}/rows.jsonl"
+        self.rows = folder.RunFolder(FOLDER / "results" / name).rows()
+
+    def link(self, show: Callable[[Any], str], **facts: Any) -> str:
+        """What `show` makes of the one row with these values, as a link to it."""
+        found = [
+            (line, row)
+            for line, row in enumerate(self.rows, 1)
+            if all(row.get(key) == value for key, value in facts.items())
+        ]
+        if len(found) != 1:
+            raise LookupError(f"{len(found)} rows of {self.file} have {facts}; one is needed")
+        line, row = found[0]
+        return f"[{show(row)}]({self.file}#L{line})"
+
+
+def results() -> str:
+    """The two tables of the README."""
+    return f"{loss_by_position()}\n{other_results()}"
+
+
+def loss_by_position() -> str:
+    rows = Rows("length_generalization")
+    starts = sorted({row["start"] for row in rows.rows})
+    heads = [f"{start // 1024}–{start // 1024 + 2}k" for start in starts]
+    lines = [["nats/token", *heads, "seconds"], ["---", *["---:"] * (len(starts) + 1)]]
+    for policy, name in NAMES.items():
+        cells = [
+            rows.link(lambda row: f"{row['nll']:.3f}", policy=policy, start=start)
+            for start in starts
+        ]
+        took = rows.link(lambda row: f"{row['seconds']:.0f}", policy=policy, start=0)
+        lines.append([name, *cells, took])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def other_results() -> str:
+    decode, passkey = Rows("decode_cost"), Rows("passkey")
+    training = Rows("train_throughput")
+
+    def cost(policy, position):
+        milliseconds, mebibytes = (
+            decode.link(show, policy=policy, position=position)
+            for show in (
+                lambda row: f"{row['ms_per_token']:.0f} ms",
+                lambda row: f"{row['cache_bytes'] / 2**20:.0f} MiB",
+            )
+        )
+        return f"{milliseconds}, {mebibytes}"
+
+    def found(policy, length, depth):
+        return passkey.link(
+            lambda row: f"{row['correct']}/{row['prompts']}",
+            policy=policy, length=length, depth=depth,
+        )  # fmt: skip
+
+    def keys(policy, length):
+        return f"{found(policy, length, 0.1)} early, {found(policy, length, 0.9)} late"
+
+    def speed(side):
+        return training.link(
+            lambda row: f"{row['tokens_per_second']:,.0f}", part="speed", side=side, round=1
+        )
+
+    lines = [
+        ["measured on two CPU cores", "Full", "LM-Infinite, window 4096"],
+        ["---", "---", "---"],
+        ["next token after 4,096, and its cache", cost("full", 4096), cost(WIDE, 4096)],
+        ["after 16,384", cost("full", 16384), cost(WIDE, 16384)],
+        ["after 100,000", "–", cost(WIDE, 100_000)],
+        ["keys found in 3,300 tokens", keys("full", 3300), keys(WIDE, 3300)],
+        ["in 8,000", keys("full", 8000), keys(WIDE, 8000)],
+        ["in 10,000", keys("full", 10_000), keys(WIDE, 10_000)],
+    ]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return (
+        f"{table}\nTraining 10M parameters: {speed('lminf')} tokens/s, a plain torch loop "
+        f"{speed('torch')}.\n"
+    )
+
+
+def readme() -> str:
+    """README.md with the tables that its rows give."""
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + results() + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    EXPERIMENTS.write_text(experiments(), encoding="utf-8")
+    README.write_text(readme(), encoding="utf-8")

@@ -1,0 +1,242 @@
+"""Every fenced block of README, CONTRIBUTING and docs: programs and commands run, those that need a
+cluster or hours resolve; links lead somewhere; the diagram is what the imports say.
+
+    python     run, all blocks of a page one after another
+    sh         each `lminf …` and `python -m …` is run
+    console    each is parsed, and an experiment's configuration resolved
+    text       not a command
+"""
+
+import inspect
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from docs import make_tables
+from kernels import suite
+from lminf import cli
+from lminf.attention import policies
+from lminf.commands import sweep
+from lminf.run import request
+from lminf.run.header import ROOT
+from lminf.scaling import synthetic
+from tests.attention import cases, oracle, test_identities
+from tests.test_layers import FILES, LAYERS, PACKAGES, imports, within
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+COMMAND = re.compile(r"(?:^|\s|/)(lminf|python -m|make) (.*)")
+# What other programs are given in a console block: nothing here can check it.
+FOREIGN = ("gcloud", "git clone", "cd ", "pip install", "pre-commit", "sed ")
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [text for found, text in FENCE.findall(page.read_text()) if found == language]
+
+
+def lines(language: str) -> list[str]:
+    """The commands of all pages, each once."""
+    found = [
+        line
+        for page in PAGES
+        for block in blocks(page, language)
+        for line in block.splitlines()
+        if line and not line.startswith("#")
+    ]
+    return list(dict.fromkeys(found))
+
+
+def run(words, folder):
+    # Where `make run` puts both commands.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        words, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True,
+        timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+# --- Commands -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_block_says_what_it_is(page):
+    found = [language for language, _ in FENCE.findall(page.read_text())]
+    assert set(found) <= {"python", "sh", "console", "text"}
+    for text in blocks(page, "text"):
+        assert not re.search(r"^(lminf|python|make) ", text, re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", lines("sh"))
+def test_a_command_prints_its_result(command, tmp_path):
+    assert command.startswith(("lminf ", "python -m "))
+    assert run(shlex.split(command), tmp_path).strip()
+
+
+@pytest.mark.parametrize("command", lines("console"))
+def test_a_command_that_is_too_long_to_run_resolves(command):
+    if command.startswith(FOREIGN):
+        assert shlex.split(command)
+        return
+    found = COMMAND.search(command)
+    assert found, f"what should be checked of `{command}`?"
+    check(found[1], shlex.split(found[2]))
+
+
+def check(program, words):
+    if program == "make":
+        subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, check=True)
+    elif program == "lminf" and words[0] == "run":
+        assert request.parse(words[1], words[2:])
+    elif program == "lminf" and words[0] == "sweep":
+        own = [word for word in words[2:] if not re.match("--(shard|submit|jobs|minutes)=", word)]
+        assert request.parse(sweep.experiment_of(words[1]), own)
+    elif program == "lminf":
+        assert cli.parse(words)
+    elif words[0] == "kernels.suite":
+        source = inspect.getsource(suite.main)
+        assert all(f'"{word}"' in source for word in words[1:] if word.startswith("--"))
+    elif words[0] != "pytest":
+        assert request.parse(words[0].removeprefix("experiments."), words[1:])
+
+
+# --- Programs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
+def test_the_programs_of_a_page_run(page, tmp_path):
+    write_sweep(tmp_path / "exp_data.csv")
+    run([sys.executable, "-c", "\n".join(blocks(page, "python"))], tmp_path)
+
+
+def write_sweep(path):
+    """A vocabulary sweep in the published schema, for the page that reads one."""
+    table = synthetic.vocab_sweep(noise=0.005, seed=0)
+    columns = {
+        "vocab_size": table.vocab_size, "embed_dim": table.width,
+        "num_characters": table.characters, "Non_vocab_parameters": table.n_nv,
+        "FLOPs": table.flops, "Lossu": table.loss,
+    }  # fmt: skip
+    rows = [",".join(columns), *(",".join(map(repr, map(float, row)))
+            for row in zip(*columns.values(), strict=True))]  # fmt: skip
+    path.write_text("\n".join(rows) + "\n")
+
+
+@pytest.fixture
+def worked_example(monkeypatch):
+    """What the blocks of docs/adding_a_policy.md define, where the tests of attention look."""
+    monkeypatch.setattr(policies, "POLICIES", dict(policies.POLICIES))
+    monkeypatch.setattr(policies, "NAMES", dict(policies.NAMES))
+    defined: dict = {"__name__": "worked_example"}
+    for block in blocks(ROOT / "docs/adding_a_policy.md", "python"):
+        exec(compile(block, "adding_a_policy.md", "exec"), defined)
+    for name, policy in defined["CASES"].items():
+        monkeypatch.setitem(cases.POLICIES, name, policy)
+    known = oracle.visible_and_distance
+
+    def with_the_example(policy, i, j):
+        own = isinstance(policy, defined["Pulled"])
+        return (defined["visible_and_distance"] if own else known)(policy, i, j)
+
+    monkeypatch.setattr(oracle, "visible_and_distance", with_the_example)
+    return defined
+
+
+@pytest.mark.parametrize(("encoding", "group"), [("rotary", 3), ("alibi", 1)])
+def test_the_worked_policy_passes_the_tests_that_come_for_free(worked_example, encoding, group):
+    forms = (test_identities.whole, cases.reference, test_identities.decoded)
+    test_identities.check_formulas(list(worked_example["CASES"]), encoding, group, *forms)
+
+
+def test_the_worked_policy_keeps_its_own_promise(worked_example):
+    i, j = np.meshgrid(np.arange(30), np.arange(30), indexing="ij")
+    same = oracle.visible_and_distance(policies.Lambda(5, 3), i, j)
+    pulled = oracle.visible_and_distance(worked_example["Pulled"](5, 3, pull=1), i, j)
+    for found, expected in zip(pulled, same, strict=True):
+        np.testing.assert_array_equal(found[same[0]], expected[same[0]])
+
+
+# --- Pages ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_files_that_are_there(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not re.match(r"[a-z]+:", target):
+            path = target.partition("#")[0]
+            assert not path or (page.parent / path).exists(), target
+
+
+def test_the_index_of_experiments_is_what_configs_and_results_say():
+    written = (ROOT / "docs/experiments.md").read_text()
+    assert written == make_tables.experiments(), "run: python docs/make_tables.py"
+
+
+def test_every_page_is_in_the_site():
+    listed = re.findall(r"^  - .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
+def test_every_source_named_in_the_code_is_cited():
+    pattern = re.compile(r"arXiv:(\d{4}\.\d{5})")
+    cited = set(pattern.findall((ROOT / "docs/citations.md").read_text()))
+    for name, path in FILES.items():
+        missing = set(pattern.findall(path.read_text())) - cited
+        assert not missing, f"{name} names sources that docs/citations.md lacks"
+
+
+# --- The diagram ----------------------------------------------------------------------------------
+
+
+def drawn() -> list[tuple[int, set[str]]]:
+    """Depth and layers of each line of the diagram."""
+    found = []
+    for line in blocks(ROOT / "docs/architecture.md", "text")[0].splitlines():
+        names = re.split(r" {2,}", line.strip())[0].replace(".py", "").split(", ")
+        home = names[0].partition("/")[0]
+        whole = [name.replace("/", ".") for name in names]
+        whole = [n if n.split(".")[0] in PACKAGES else f"{home}.{n}" for n in whole]
+        found.append(((len(line) - len(line.lstrip())) // 3, set(whole)))
+    return found
+
+
+def imported(layer: str) -> set[str]:
+    """The other layers that a layer's files import."""
+    names = [name for name in FILES if within(name, LAYERS) == layer]
+    found = {i for name in names for i in imports(name) if i.split(".")[0] in PACKAGES}
+    return {str(within(name, LAYERS)) for name in found} - {layer}
+
+
+def test_the_diagram_has_every_layer():
+    layers = {within(name, LAYERS) for name in FILES} - {"lminf"}
+    assert set().union(*(names for _, names in drawn())) == layers
+
+
+def test_what_a_line_of_the_diagram_imports_stands_above_it():
+    above: set[str] = {"lminf"}
+    for _, names in drawn():
+        above |= names
+        for name in names:
+            assert imported(name) <= above, name
+
+
+def test_a_line_of_the_diagram_is_under_what_it_imports():
+    parents: list[set[str]] = []
+    for depth, names in drawn():
+        assert depth <= len(parents)
+        parents = [*parents[:depth], names]
+        if depth:
+            assert parents[depth - 1] & set().union(*(imported(name) for name in names)), names

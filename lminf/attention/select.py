@@ -97,7 +97,7 @@ class Groups:
         return Group(columns, rows_pos, pos, first, end)
 
     def run(self, one: Callable, q: Float[Array, "B T N H"], extra) -> tuple[Array, Any]:
-        """(out, extra) after `one(group, its q, extra) -> its out, extra` of every group in turn."""
+        """(out, extra) after `one(group, its q, extra)` gave those of every group in turn."""
 
         def body(index, carry):
             out, extra = carry

@@ -1,9 +1,9 @@
 """LM-Infinite whose next-token query also sees the keys between sinks and window that fit it best.
 
 Source: Han et al. 2024, arXiv:2308.16137, section on top-k attention. Only the last query of a call
-(of a prompt or chunk, and every token that is decoded) chooses: of the tokens sinks <= j <= i -
-window, each head takes the `topk` largest scores with all of them placed `at` tokens away, and these
-join its softmax. All keys must be kept, and decoding scans them.
+(of a prompt or chunk, and every token that is decoded) chooses: of sinks <= j <= i - window, with
+all of them placed `at` tokens away, each head takes the `topk` largest scores, and these join its
+softmax. All keys must be kept, and decoding scans them.
 """
 
 from dataclasses import dataclass

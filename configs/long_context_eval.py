@@ -1,0 +1,58 @@
+"""What is found outside the window: policies that choose by content beside those that forget.
+
+Question   Which policies read what has left their window, at equal attended length?
+Paper      LM-Infinite (Han et al. 2024, arXiv:2308.16137); InfLLM (Xiao et al. 2024,
+           arXiv:2402.04617)
+Command    python -m experiments.long_context_eval
+Time       about an hour on two CPU cores: nearly all of it reads the long prompts; the same
+           command with the same --out goes on where it was stopped
+Expected   Not measured yet
+Long       --config=:long asks at 8,192 to 32,768 tokens with 4,106 attended to: hours
+Tiny       --config=:tiny trains a byte model at 64 tokens, which answers nothing: under 2 minutes
+"""
+
+from configs import base
+
+
+def get_config(arg: str = ""):
+    c = base.get_config(arg, variants=("tiny", "long"))
+    c.model = "smollm2-135m-instruct"  # prompted raw, not through its chat template
+    c.generator = "landmark"  # or lm_infinite: lminf.evals.passkey says how they differ
+    c.lengths = (4096,)  # tokens of the whole prompt
+    c.prompts = (3,)  # passkeys of each length, at each depth
+    c.depths = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
+    c.key_value_lengths = (2048,)
+    c.key_value_prompts = (3,)
+    c.key_value_depths = (0.1, 0.3, 0.9)
+    # Each attends to 1,034 tokens or a few more: InfLLM to a window of 512 and 8 blocks of 64.
+    c.policies = (
+        "lm_infinite:window=1024,sinks=10",
+        "streaming:window=1024,sinks=10",
+        "topk:window=1024,sinks=10,topk=5",
+        "infllm:window=512,sinks=10,topk=8,block=64,exec_block=256",
+    )
+    c.text = ""  # a file to measure the loss on; empty: the default text
+    c.nll_length = 16_384  # tokens; 0: no loss is measured
+    c.block = 2048  # positions averaged over
+    if arg == "long":
+        c.lengths, c.prompts = (8192, 16_384, 32_768), (2, 2, 2)
+        c.key_value_lengths, c.key_value_prompts = (8192,), (4,)
+        c.policies = (
+            "lm_infinite:window=4096,sinks=10",
+            "streaming:window=4096,sinks=10",
+            "topk:window=4096,sinks=10,topk=5",
+            "infllm:window=2048,sinks=10,topk=16",
+        )
+        c.nll_length = 32_768
+    if arg == "tiny":
+        c.model = "tiny"
+        c.lengths, c.prompts, c.depths = (400, 700), (2, 2), (0.1, 0.9)
+        c.key_value_lengths, c.key_value_prompts, c.key_value_depths = (500,), (2,), (0.5,)
+        c.policies = (
+            "lm_infinite:window=64,sinks=4",
+            "streaming:window=64,sinks=4",
+            "topk:window=64,sinks=4,topk=5,from_layer=1",
+            "infllm:window=32,sinks=4,topk=4,block=8,exec_block=16",
+        )
+        c.nll_length, c.block = 512, 64
+    return c

@@ -1,0 +1,68 @@
+"""Key-value retrieval: a long list of keys with their values, and a question about one of them.
+
+Every line looks like every other, so unlike a passkey the answer cannot be told from its
+surroundings: only the key says which line is meant. Source of the task: Liu et al. 2024,
+arXiv:2307.03172, whose pairs are random identifiers in JSON; ours are five digits in a sentence.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lminf.errors import InputError
+from lminf.evals import score
+from lminf.evals.passkey import Encode
+
+TASK = "Below is a list of keys and their values. Remember them."
+LINE = "The value of key {key} is {value}."
+QUESTION = "What is the value of key {key}? The value of key {key} is"
+ANSWER_TOKENS = 10  # enough for a space and five digits in any tokenizer
+
+
+@dataclass(frozen=True)
+class Sample:
+    prompt: str
+    value: int
+    depth: float  # share of the lines that stand before the one asked for
+    tokens: int  # of the whole prompt
+    key_at: int  # tokens before the line asked for
+
+    def correct(self, completion: str) -> bool:
+        """Whether the first integer in the completion is the value."""
+        return score.first_integer(completion) == self.value
+
+
+def draw(encode: Encode, *, length: int, count: int, seed: int, depth: float) -> list[Sample]:
+    """`count` prompts of at most `length` tokens, the same for the same seed."""
+    if not 0 <= depth <= 1:
+        raise InputError(f"depth={depth} of the line asked for; give 0 (the first) to 1 (the last)")
+    random = np.random.default_rng(seed)
+    return [_sample(encode, random, length, depth) for _ in range(count)]
+
+
+def _sample(encode: Encode, random: np.random.Generator, length: int, depth: float) -> Sample:
+    """Every line has five-digit numbers, so that a few of them tell how long a line is."""
+
+    def text(lines, at):
+        shown = [LINE.format(key=key, value=value) for key, value in lines]
+        return "\n".join([TASK, *shown, QUESTION.format(key=lines[at][0])])
+
+    # Distinct keys; as many as could ever fit, since a line has more than two tokens.
+    keys = random.permutation(np.arange(10_000, 100_000))[: max(length // 2, 2)]
+    values = random.integers(10_000, 100_000, len(keys))
+    lines = [(int(key), int(value)) for key, value in zip(keys, values, strict=True)]
+    short, longer = (len(encode(text(lines[:n], 0))) for n in (1, 2))
+    count = 1 + (length - short) // (longer - short)
+    while count > 0 and len(encode(text(lines[:count], 0))) > length:
+        count -= 1
+    if count < 1:
+        raise InputError(
+            f"a prompt of length={length} tokens has no room for a key and its value; "
+            f"ask for length>={short}"
+        )
+    at = min(int(depth * count), count - 1)
+    prompt = text(lines[:count], at)
+    before = text(lines[:count], at)[
+        : prompt.index(LINE.format(key=lines[at][0], value=lines[at][1]))
+    ]
+    return Sample(prompt, lines[at][1], at / count, len(encode(prompt)), len(encode(before)))

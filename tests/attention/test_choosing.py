@@ -1,0 +1,266 @@
+"""Policies that choose by content: the papers' formulas, the identities, and what they refuse."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lminf.attention import attend, cache
+from lminf.attention.infllm import InfLLM
+from lminf.attention.policies import POLICIES as POLICY_TABLE
+from lminf.attention.policies import Full, LMInfinite, PerHead, by_layer, check_rotary
+from lminf.attention.top_k import TopK
+from lminf.config import parse_choice
+from lminf.errors import InputError
+from tests.attention import cases, choosing_oracle
+from tests.attention.cases import ATOL, BATCH, WIDTH
+
+TOKENS = 40
+PADS = (0, 5)
+POLICIES = {
+    "infllm": InfLLM(window=8, sinks=3, topk=2, block=4, repr_topk=2, exec_block=4),
+    "topk": TopK(window=8, sinks=3, topk=2, from_layer=0),
+}
+OTHERS = {
+    "infllm": [
+        InfLLM(8, sinks=0, topk=1, block=2, repr_topk=1, exec_block=16),
+        InfLLM(4, sinks=2, topk=2, block=1, repr_topk=1, exec_block=1),
+        InfLLM(8, sinks=1, topk=0, block=8, repr_topk=8, exec_block=8),
+    ],
+    "topk": [TopK(4, sinks=0, topk=40, at=9, from_layer=1, distance=3)],
+}
+ORACLES = {"infllm": choosing_oracle.infllm, "topk": choosing_oracle.top_k}
+# Sizes of the calls: at once; in chunks of whole groups; a prompt, and then token by token.
+CALLS = ((TOKENS,), (16, 16, 8), (16, *[1] * 24))
+
+
+def agree(found, expected):
+    np.testing.assert_allclose(found, expected, atol=ATOL, rtol=0)
+
+
+def expected(name, policy, scoring, arrays, calls):
+    """Of every row, read as its own tokens of each call; zero at padding."""
+    out = np.zeros(arrays[0].shape)
+    for row, pad in enumerate(PADS):
+        ends = np.maximum(np.cumsum(calls) - pad, 0)
+        own = [int(n) for n in np.diff(ends, prepend=0) if n]
+        text = [np.asarray(x[row, pad:], np.float64) for x in arrays]
+        out[row, pad:] = ORACLES[name](policy, scoring, *text, own)
+    return out
+
+
+def read(policy, scoring, calls, at=None, capacity=TOKENS):
+    at = cases.padded(PADS, TOKENS) if at is None else at
+    run = cases.chunks(policy, scoring, at, calls, implementation=None, capacity=capacity)
+    return lambda q, k, v: run(q, k, v)[0]
+
+
+def check(name, policy, encoding, group, every):
+    scoring = cases.scoring(encoding, soft_cap=4.0 if encoding == "partial" else None)
+    arrays = cases.arrays(group, tokens=TOKENS)
+
+    @cases.compiled
+    def run(*arrays):
+        return [read(policy, scoring, calls)(*arrays) for calls in every]
+
+    for calls, found in zip(every, run(*arrays), strict=True):
+        agree(found, expected(name, policy, scoring, arrays, calls))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_reading_and_decoding_are_the_formulas(name):
+    check(name, POLICIES[name], "rotary", 3, CALLS[2:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("encoding", "group"), [("rotary", 1), ("partial", 3), ("yarn", 1)])
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [(name, policy) for name in POLICIES for policy in (POLICIES[name], *OTHERS[name])],
+    ids=str,
+)
+def test_every_setting_is_the_formulas_under_every_encoding(name, policy, encoding, group):
+    check(name, policy, encoding, group, CALLS)
+
+
+# --- Identities -----------------------------------------------------------------------------------
+
+
+@functools.cache
+def outputs():
+    """What policies give that are one another, by name; from one graph."""
+    at, scoring = cases.padded(PADS, TOKENS), cases.scoring("rotary")
+    every_block = InfLLM(8, sinks=0, topk=8, block=4, repr_topk=1, exec_block=4)
+    policies = {
+        "full": Full(),
+        "infllm, fits": InfLLM(TOKENS, sinks=3, topk=2, block=5, exec_block=8),
+        "topk, fits": TopK(TOKENS, sinks=3, topk=2, from_layer=0),
+        "infllm, no blocks": InfLLM(8, sinks=3, topk=0, block=1, repr_topk=1, exec_block=1),
+        "lm_infinite": LMInfinite(8, 3, distance=7),
+        "infllm, all blocks": every_block,
+        "rerope": LMInfinite(8, TOKENS, distance=7),  # ReRoPE with another constant
+        "topk, below its layers": TopK(8, sinks=3, topk=2, from_layer=1, distance=7),
+    }
+
+    @cases.compiled
+    def run(*arrays):
+        return {
+            name: attend.whole(policy, scoring, jnp.asarray(at), implementation="xla")(*arrays)
+            for name, policy in policies.items()
+        }
+
+    return run(*cases.arrays(3, tokens=TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("infllm, fits", "full"),
+        ("topk, fits", "full"),
+        ("infllm, no blocks", "lm_infinite"),
+        ("infllm, all blocks", "rerope"),
+        ("topk, below its layers", "lm_infinite"),
+    ],
+)
+def test_they_become_other_policies(one, other):
+    agree(outputs()[one], outputs()[other])
+
+
+@functools.cache
+def reader(policy, group):
+    """A text of one row at once, compiled once for every text."""
+    at = np.arange(TOKENS, dtype=np.int32)[None]
+    return cases.compiled(
+        attend.whole(policy, cases.scoring("rotary"), jnp.asarray(at), implementation="xla")
+    )
+
+
+def one_row(group=1):
+    return [x[:1] for x in cases.arrays(group, tokens=TOKENS)]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_needle_outside_the_window_is_found(name):
+    """The last query and one key far back say much to each other wherever they stand."""
+    q, k, v = one_row()
+    q[0, -1], k[0, 10] = 0, 0
+    # The slowest pair of channels hardly turns, so the distance does not matter.
+    q[0, -1, :, 3], k[0, 10, :, 3] = 30, 30
+    v[0, 10] = 7
+    found = np.asarray(reader(POLICIES[name], 1)(q, k, v))[0, -1]
+    blind = np.asarray(reader(LMInfinite(8, 3), 1)(q, k, v))[0, -1]
+    assert found.min() > 6.5
+    assert blind.max() < 4
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_nothing_that_comes_later_is_seen(name):
+    """Tokens choose together in groups of 4, and none of a group sees past itself."""
+    arrays = one_row()
+    before = np.asarray(reader(POLICIES[name], 1)(*arrays))
+    for x in arrays:
+        x[:, 32:] = np.random.default_rng(5).normal(size=x[:, 32:].shape)
+    after = np.asarray(reader(POLICIES[name], 1)(*arrays))
+    np.testing.assert_array_equal(before[:, :32], after[:, :32])
+    assert np.abs(before[:, 32:] - after[:, 32:]).max() > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", POLICIES)
+def test_grouped_heads_are_repeated_heads(name):
+    q, k, v = one_row(3)
+    grouped = reader(POLICIES[name], 3)(q, k, v)
+    separate = reader(POLICIES[name], 1)(q, np.repeat(k, 3, 2), np.repeat(v, 3, 2))
+    agree(grouped, separate)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_larger_cache_changes_nothing(name):
+    policy, scoring = POLICIES[name], cases.scoring("rotary")
+    arrays = cases.arrays(3, tokens=TOKENS)
+
+    @cases.compiled
+    def run(*arrays):
+        return [read(policy, scoring, CALLS[1], capacity=n)(*arrays) for n in (TOKENS, 77)]
+
+    agree(*run(*arrays))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_one_program_decodes_at_every_length(name):
+    policy, scoring = POLICIES[name], cases.scoring("rotary")
+    layout = cache.layout_for(policy, TOKENS)
+    room = cache.Sizes(BATCH, layout.slots, 2, 2, WIDTH, jnp.float32)
+    empty = cache.empty(
+        layout, layers=2, batch=BATCH, kv_heads=2, head_dim=WIDTH, dtype=jnp.float32,
+        extra=policy.extra(room),
+    )  # fmt: skip
+
+    @cases.compiled
+    def decode(held, pos, at, q, k, v):
+        step, pos = attend.through(policy, scoring, layout, pos, at)
+        out, held = step(q, k, v, held, jnp.int32(1))
+        return out, held, pos
+
+    q, k, v = cases.arrays(1, tokens=TOKENS)
+    held, pos = empty.held, empty.pos
+    for token in range(20):
+        new = [x[:, token : token + 1] for x in (q, k, v)]
+        at = np.full((BATCH, 1), token, np.int32)
+        out, held, pos = decode(held, pos, at, *new)
+        assert np.isfinite(np.asarray(out)).all()
+    assert decode._cache_size() == 1
+    assert sorted(np.asarray(pos)[0]) == [-1] * 20 + list(range(20))
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("infllm:window=100,block=64", "block=64 does not divide window=100; give a divisor"),
+        ("infllm:window=64,block=4,repr_topk=5", "repr_topk=5 of block=4 tokens; give 1 to 4"),
+        ("infllm:window=0", "window=0: give at least 1"),
+        ("topk:window=64,topk=0", "topk=0: give at least 1"),
+        ("topk:window=64,at=-1", "at=-1: give at least 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_one_sentence(text, message):
+    with pytest.raises(InputError, match=message):
+        parse_choice(text, POLICY_TABLE, what="policy")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "infllm:window=64,block=64,topk=16",
+            "topk=16 blocks of 64 tokens, but a text of 512 tokens holds 8; give topk<=8",
+        ),
+        ("topk:window=64,topk=600", "topk=600 tokens, but a text of 512 tokens has no more"),
+    ],
+)
+def test_more_than_a_text_can_hold_is_one_sentence(text, message):
+    policy = parse_choice(text, POLICY_TABLE, what="policy")
+    cache.layout_for(policy, 64)  # in a text that fits the window nothing is looked up
+    with pytest.raises(InputError, match=message):
+        cache.layout_for(policy, 512)
+
+
+def test_without_rotary_keys_cannot_be_moved():
+    for encoding in ("alibi", "none"):
+        with pytest.raises(InputError, match="moves keys by rotating them, but this model's"):
+            check_rotary(POLICIES["infllm"], cases.ENCODINGS[encoding])
+    check_rotary(POLICIES["infllm"], cases.ENCODINGS["partial"])
+
+
+def test_packed_rows_and_heads_of_their_own_are_refused():
+    at = jnp.zeros((1, 4), jnp.int32)
+    with pytest.raises(InputError, match="packed rows hold several; give each text its own row"):
+        attend.whole(POLICIES["infllm"], cases.scoring("rotary"), at, segments=at)
+    mix = PerHead((Full(), POLICIES["infllm"]))
+    with pytest.raises(InputError, match="chooses for all heads of a layer"):
+        by_layer(mix, windows=(None,), num_kv_heads=2)

@@ -28,6 +28,7 @@ from lminf.train.loop import Hook, fit, refuse
 
 
 def run(c, out):
+    memory.keep_pages()
     _training.check(c)
     start = _training.start_of(c)
     program = _training.program_of(c, start.spec)

@@ -13,7 +13,7 @@ from lminf.attention import policies
 from lminf.errors import InputError
 from lminf.models import cost, spec
 from lminf.parallel import mesh, partition
-from lminf.run import plots
+from lminf.run import memory, plots
 from lminf.run.progress import Progress
 from lminf.train import batches
 from lminf.train.optim import AdamW
@@ -23,6 +23,7 @@ PEER = Path(__file__).resolve().parent.parent / "benchmarks" / "peer_torch_train
 
 
 def run(c, out):
+    memory.keep_pages()
     ours = Timed(c, c.model)
     facts = {"parameters": cost.parameters(ours.program.spec), "batch": c.data.batch,
              "length": c.data.length}  # fmt: skip

@@ -1,9 +1,13 @@
-"""The most memory this process has held."""
+"""The most memory this process has held, and holding on to it."""
 
+import ctypes
+import platform
 import resource
 import sys
 
 import jax
+
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
 def peak_bytes() -> int:
@@ -13,3 +17,17 @@ def peak_bytes() -> int:
         return stats["peak_bytes_in_use"]
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def keep_pages() -> None:
+    """Makes this process keep the memory that it frees, where its C library is glibc.
+
+    A step of training frees and asks for the same hundreds of megabytes each time. Handed back and
+    fetched again they cost a page fault for every 4 KiB: a tenth of a step's CPU time.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_ARENA_MAX, 1)  # the others cannot hold an array of more than 64 MiB
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

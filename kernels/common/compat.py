@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jaxtyping import Array
 
+from kernels.common import platforms
+
 if TYPE_CHECKING:
     from kernels.common.launch import Launch
 
@@ -34,9 +36,9 @@ def lowering_for(compute_capability: int) -> Iterator[None]:
 
 def compute_capability() -> int | None:
     """Of the GPU that calls are traced for (90: Hopper); None without a GPU of Nvidia's."""
-    if _capability.get() is not None or jax.default_backend() not in ("gpu", "cuda"):
+    if _capability.get() is not None or platforms.current() not in ("gpu", "cuda"):
         return _capability.get()
-    version = getattr(jax.devices()[0], "compute_capability", "")  # "9.0"
+    version = getattr(platforms.device(), "compute_capability", "")  # "9.0"
     return int(version.replace(".", "")) if version.replace(".", "").isdigit() else None
 
 
@@ -49,7 +51,7 @@ def cuda_version() -> int | None:
 
 def require_triton() -> None:
     """NotImplementedError, with the reason, where jax-triton cannot launch a kernel."""
-    backend = jax.default_backend()
+    backend = platforms.current()
     if _capability.get() is None and backend not in ("gpu", "cuda", "rocm"):
         raise NotImplementedError(f"Triton needs a GPU; this process runs on {backend}")
     _jax_triton()

@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 
 import jax
 
+from kernels.common import platforms
+
 Choice: TypeAlias = str | Sequence[str] | None
 
 
@@ -96,7 +98,7 @@ def run(
 
 def _names(implementations, order, choice: Choice) -> tuple[str, ...]:
     if choice is None:
-        return tuple(order.get(jax.default_backend(), order["cpu"]))
+        return tuple(order.get(platforms.current(), order["cpu"]))
     names = (choice,) if isinstance(choice, str) else tuple(choice)
     unknown = [name for name in names if name not in implementations]
     if unknown or not names:

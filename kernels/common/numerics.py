@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from kernels.common import platforms
+
 LOG2_E = math.log2(math.e)
 
 # Logits of invisible pairs. Finite, so that the difference of two of them is 0 and not NaN.
@@ -37,7 +39,7 @@ def exp2(x: Float[Array, "..."]) -> Float[Array, "..."]:
     On a CPU the exponential is a fifth of attention's time. This one needs no range checks for
     large x and takes 2/3 of the time of XLA's. Carry a NaN through the row maximum instead.
     """
-    if x.dtype != jnp.float32 or jax.default_backend() != "cpu":
+    if x.dtype != jnp.float32 or platforms.current() != "cpu":
         return jnp.exp2(x)
     whole = jax.lax.bitcast_convert_type(x + _ROUND, jnp.int32) - int(_ROUND.view(np.int32))
     fraction = x - whole.astype(jnp.float32)

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from kernels.common import bench, config
+from kernels.common import bench, config, platforms
 from kernels.common.config import Key
 
 TUNED = pathlib.Path(__file__).parents[1] / "tuned"
@@ -90,9 +90,9 @@ def lookup(key: Key, implementation: str) -> Any:
 
 def device() -> str:
     """The name of this device's table: "cpu", "h100", …, or "" for one that has none."""
-    if jax.default_backend() == "cpu":
+    if platforms.current() == "cpu":
         return "cpu"
-    kind = jax.devices()[0].device_kind
+    kind = platforms.device().device_kind
     return next((name for part, name in DEVICES.items() if part in kind), "")
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.common import numerics
+from kernels.common import numerics, platforms
 from kernels.cross_entropy.operands import Operands, Rules
 
 
@@ -165,7 +165,7 @@ def gradients(walk: Walk, labels, lse, d_loss, d_lse, classifier_dtype) -> Gradi
     weigh = 1 + 2 * rules.z_loss * lse
     factor = weigh * d_loss + d_lse
     # A filtered block scatters its labels' rows, which on an accelerator has no order.
-    ordered = not rules.deterministic or jax.default_backend() == "cpu"
+    ordered = not rules.deterministic or platforms.current() == "cpu"
     filter_eps = rules.filter_eps if ordered else None
 
     def of_block(index, carry):

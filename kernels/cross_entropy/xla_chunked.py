@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.common import numerics
+from kernels.common import numerics, platforms
 from kernels.cross_entropy import blocks
 from kernels.cross_entropy.operands import Losses, Operands, Rules
 
@@ -44,7 +44,7 @@ def default_config(rows: int, vocab: int, width: int, itemsize: int, budget_byte
 
     The budget pays for logits and their rounded gradient, the wide sums of dE, and one block of dC.
     """
-    if jax.default_backend() == "cpu":
+    if platforms.current() == "cpu":
         return Config()
     for block_vocab in (16384, 8192, 4096, 2048):
         left = budget_bytes - 4 * width * (rows + block_vocab)

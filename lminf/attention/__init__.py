@@ -2,4 +2,5 @@
 
 from lminf.attention import evict as evict
 from lminf.attention import infllm as infllm
+from lminf.attention import longheads as longheads
 from lminf.attention import top_k as top_k

@@ -135,10 +135,23 @@ class Places:
             self.length = positions.max(-1, keepdims=True) + 1
 
     def at(self, x: Float[Array, "B R N H"], pos: Int[Array, "B R"]) -> Float[Array, "B R N H"]:
+        by = self.rotation(pos)
+        return x if by is None else rope.rotate(x, by, self.encoding.layout)
+
+    def rotation(self, pos: Int[Array, "B R"]) -> rope.Rotation | None:
         if not isinstance(self.encoding, rope.Rotary):
-            return x
-        by = rope.rotation(self.encoding, pos, length=self.length)
-        return rope.rotate(x, by, self.encoding.layout)
+            return None
+        return rope.rotation(self.encoding, pos, length=self.length)
+
+    def turned_by_head(
+        self, q: Float[Array, "B R N H"], angles: rope.Rotation | None, pos: Int[Array, "B R N"]
+    ) -> Float[Array, "B R N H"]:
+        """q with every head placed by itself; `angles` are those of positions 0.. [B, X, P]."""
+        if angles is None:
+            return q
+        rows = jnp.arange(len(pos), dtype=jnp.int32)[:, None, None]
+        by = rope.Rotation(angles.cos[rows, pos], angles.sin[rows, pos])
+        return rope.rotate(q[..., None, :], by, self.encoding.layout)[..., 0, :]
 
     def away(self, q: Float[Array, "B R N H"], distance: int) -> Float[Array, "B R N H"]:
         """q such that keys as they are stored seem to be so far away."""

@@ -7,6 +7,7 @@ in tests.attention.oracle, so nothing is ever placed at a position.
 
 import numpy as np
 
+from lminf.attention import rope
 from tests.attention.oracle import _products
 
 
@@ -96,4 +97,46 @@ def top_k(policy, scoring, q, k, v, calls):
                 scores = np.concatenate([scores, wanted[best]])
                 chosen = np.concatenate([at, between[best]])
             out[i, n] = weights(scores) @ v[chosen, n // share]
+    return out
+
+
+def long_heads(policy, scoring, q, k, v, calls):
+    """How `calls` divide the text makes no difference."""
+    out, share, w = np.zeros_like(q), q.shape[1] // k.shape[1], policy.chunk
+    for n in range(q.shape[1]):
+        key, value = k[:, n // share], v[:, n // share]
+        summaries = []
+        for start in range(0, len(q) - w + 1, w):
+            inside = np.arange(start, start + w)
+            mixed = [weights(score(scoring, q[i, n], key[inside], (i - inside).astype(float)))
+                     @ value[inside] for i in inside]  # fmt: skip
+            # The keys as they are rotated inside the chunk are mixed too, so rotate them.
+            placed = rotated(scoring.encoding, key[inside], inside - start)
+            p = weights(placed @ np.mean(mixed, 0) * scoring.scale)
+            summaries.append(p @ placed)
+        for i in range(len(q)):
+            own = i // w
+            others = list(range(1, own - 1))
+            wanted = np.array([summaries[m] @ q[i, n] for m in others])
+            best = [others[m] for m in top(wanted, policy.chunks - 3)] if others else []
+            chosen = sorted({0, max(own - 1, 0), own, *best})
+            at = np.array([j for m in chosen for j in range(m * w, (m + 1) * w) if j <= i])
+            slots = np.arange(len(at))  # positions are those in the row of what was chosen
+            distance = (len(at) - 1 - slots).astype(float)
+            out[i, n] = weights(score(scoring, q[i, n], key[at], distance)) @ value[at]
+    return out
+
+
+def rotated(encoding, x, at):
+    """x [S, H] at positions [S]."""
+    if not isinstance(encoding, rope.Rotary):
+        return x
+    pairs, half = np.arange(encoding.dim // 2), encoding.layout == "half"
+    real = pairs if half else 2 * pairs
+    imaginary = pairs + encoding.dim // 2 if half else 2 * pairs + 1
+    angle = at[:, None] * encoding.scaling.frequencies(encoding.base, encoding.dim)
+    turned = (x[:, real] + 1j * x[:, imaginary]) * np.exp(1j * angle)
+    out = x.copy()
+    out[:, real] = turned.real * encoding.scaling.temperature
+    out[:, imaginary] = turned.imag * encoding.scaling.temperature
     return out

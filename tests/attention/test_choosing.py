@@ -8,6 +8,7 @@ import pytest
 
 from lminf.attention import attend, cache
 from lminf.attention.infllm import InfLLM
+from lminf.attention.longheads import LongHeads
 from lminf.attention.policies import POLICIES as POLICY_TABLE
 from lminf.attention.policies import Full, LMInfinite, PerHead, by_layer, check_rotary
 from lminf.attention.top_k import TopK
@@ -21,6 +22,7 @@ PADS = (0, 5)
 POLICIES = {
     "infllm": InfLLM(window=8, sinks=3, topk=2, block=4, repr_topk=2, exec_block=4),
     "topk": TopK(window=8, sinks=3, topk=2, from_layer=0),
+    "longheads": LongHeads(attended=16, chunk=4),
 }
 OTHERS = {
     "infllm": [
@@ -29,8 +31,13 @@ OTHERS = {
         InfLLM(8, sinks=1, topk=0, block=8, repr_topk=8, exec_block=8),
     ],
     "topk": [TopK(4, sinks=0, topk=40, at=9, from_layer=1, distance=3)],
+    "longheads": [LongHeads(12, chunk=4), LongHeads(24, chunk=8)],
 }
-ORACLES = {"infllm": choosing_oracle.infllm, "topk": choosing_oracle.top_k}
+ORACLES = {
+    "infllm": choosing_oracle.infllm,
+    "topk": choosing_oracle.top_k,
+    "longheads": choosing_oracle.long_heads,
+}
 # Sizes of the calls: at once; in chunks of whole groups; a prompt, and then token by token.
 CALLS = ((TOKENS,), (16, 16, 8), (16, *[1] * 24))
 
@@ -96,6 +103,8 @@ def outputs():
         "full": Full(),
         "infllm, fits": InfLLM(TOKENS, sinks=3, topk=2, block=5, exec_block=8),
         "topk, fits": TopK(TOKENS, sinks=3, topk=2, from_layer=0),
+        "longheads, all chunks": LongHeads(TOKENS + 8, chunk=8),
+        "longheads, as many": LongHeads(TOKENS, chunk=4),
         "infllm, no blocks": InfLLM(8, sinks=3, topk=0, block=1, repr_topk=1, exec_block=1),
         "lm_infinite": LMInfinite(8, 3, distance=7),
         "infllm, all blocks": every_block,
@@ -118,6 +127,8 @@ def outputs():
     [
         ("infllm, fits", "full"),
         ("topk, fits", "full"),
+        ("longheads, all chunks", "full"),
+        ("longheads, as many", "full"),
         ("infllm, no blocks", "lm_infinite"),
         ("infllm, all blocks", "rerope"),
         ("topk, below its layers", "lm_infinite"),
@@ -226,6 +237,7 @@ def test_one_program_decodes_at_every_length(name):
         ("infllm:window=0", "window=0: give at least 1"),
         ("topk:window=64,topk=0", "topk=0: give at least 1"),
         ("topk:window=64,at=-1", "at=-1: give at least 0"),
+        ("longheads:attended=100,chunk=32", "attended=100 is not three or more chunks of chunk=32"),
     ],
 )
 def test_settings_that_make_no_sense_are_one_sentence(text, message):

@@ -1,0 +1,167 @@
+"""LongHeads: every head attends to a few chunks of its own choice, as if they stood in one row.
+
+Source: Lu et al. 2024, arXiv:2402.10685. The text is cut into chunks of w = `chunk` tokens, and
+each query of each head sees chunk 0, its own up to itself, the one before, and the best others,
+`chunks` in all. Positions are packed: a key in a chosen chunk seems w nearer for every chunk
+between them that was not chosen. A chunk's summary, of each head, is made of its tokens alone:
+
+    u = mean over its tokens of non-causal attention inside it, positions 0..w-1
+    c = softmax(<u, k> / sqrt(H)) k        over its keys at positions 0..w-1
+
+and a query, unrotated, ranks chunks by <q, c>. The reference leaves a token's own key out while it
+reads a prompt, though not when it writes; here every token sees itself, so both are one function,
+however a text is divided into calls. Keys and values of all chunks are visited, in products that
+mask those not chosen: what is saved is positions, not work.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from lminf.attention import cache as caches
+from lminf.attention import policies, select
+from lminf.attention.policies import at_least
+from lminf.errors import InputError
+
+
+@policies.register("longheads")
+@dataclass(frozen=True)
+class LongHeads(select.Choosing):
+    """Chunks chosen by each head, packed. Source: Lu et al. 2024, arXiv:2402.10685."""
+
+    attended: int  # tokens that a head attends to at most: a multiple of `chunk`
+    chunk: int = 256  # tokens
+
+    def __post_init__(self):
+        at_least(self, "chunk", 1)
+        if self.attended % self.chunk or self.attended < 3 * self.chunk:
+            raise InputError(
+                f"attended={self.attended} is not three or more chunks of chunk={self.chunk} "
+                f"tokens; give a multiple"
+            )
+
+    @property
+    def near_width(self) -> int:
+        return self.chunk + 1  # the chunk before is always seen
+
+    @property
+    def chunks(self) -> int:
+        return self.attended // self.chunk
+
+    def extra(self, sizes: caches.Sizes):
+        if sizes.slots <= self.attended:  # nothing is ever left out
+            return ()
+        of_head = (sizes.heads, sizes.head_dim)
+        return {
+            "summary": jnp.zeros((sizes.batch, sizes.slots // self.chunk, *of_head), sizes.dtype),
+            "queries": jnp.zeros((sizes.batch, self.chunk, *of_head), sizes.dtype),
+        }
+
+    def reader(self, scoring, layout, positions):
+        groups = select.Groups(positions, self.chunk)
+        places = select.Places(scoring, positions)
+        count = -(-layout.slots // self.chunk)
+        # Angles of every distance that packing can make: [chunks * w, P].
+        packed = jnp.arange(min(self.chunks, count) * self.chunk, dtype=jnp.int32)
+        angles = places.rotation(jnp.broadcast_to(packed, (len(positions), len(packed))))
+
+        def read(q, held, layer):
+            def one(group, q, extra):
+                number = jnp.maximum(group.end - 1, 0) // self.chunk
+                summary = extra["summary"][layer] if extra else None
+                chosen = self._chosen(q, summary, number, count)
+                out = self._attend(places, angles, group, q, held, layer, chosen, number)
+                if extra:
+                    extra = self._remember(places, group, q, held, layer, extra, number)
+                return out, extra
+
+            return groups.run(one, q, held.extra)
+
+        return read
+
+    def _chosen(self, q, summary, number, count):
+        """Which chunks [B, R, N, chunks of the text] each query sees, when its own is `number`."""
+        chunk = jnp.arange(count, dtype=jnp.int32)[None, None, None]
+        own = number[:, None, None, None]
+        always = (chunk == 0) | ((chunk >= own - 1) & (chunk <= own))
+        always = jnp.broadcast_to(always, (*q.shape[:3], count))
+        if summary is None:
+            return always | (chunk <= own)
+        scores = jnp.einsum(
+            "brnh,bmnh->brnm", q, summary.astype(q.dtype), preferred_element_type=jnp.float32
+        )
+        scores = jnp.pad(scores, ((0, 0),) * 3 + ((0, count - summary.shape[1]),))
+        scores = jnp.where((chunk > 0) & (chunk < own - 1), scores, -jnp.inf)
+        best, at = jax.lax.top_k(scores, min(self.chunks - 3, count))
+        named = jax.nn.one_hot(jnp.where(jnp.isneginf(best), -1, at), count, dtype=bool)
+        return always | named.any(-2)
+
+    def _attend(self, places, angles, group, q, held, layer, chosen, number):
+        """Online softmax over the chunks of the text, in each of them over who chose it."""
+        scoring, w = places.scoring, self.chunk
+        kv_heads = held.k.shape[3]
+        inside = jnp.arange(w, dtype=jnp.int32)
+        after = chosen.astype(jnp.int32)
+        after = jnp.cumsum(after[..., ::-1], -1)[..., ::-1] - after  # chosen ones after each
+        offset = jnp.maximum(group.pos, 0) % w
+        shape = (q.shape[0], kv_heads, q.shape[2] // kv_heads, q.shape[1])  # [B, K, G, R]
+
+        def visit(m, carry):
+            top, total, out = carry
+            pos = m * w + inside[None]
+            pos = jnp.broadcast_to(pos, (q.shape[0], w))
+            k, v = (select.rows_of(x, layer, pos).astype(q.dtype) for x in (held.k, held.v))
+            k = places.at(k, jnp.broadcast_to(inside, pos.shape))
+            apart = after[..., m] * w + offset[..., None]  # [B, R, N] of the chunk's first token
+            placed = places.turned_by_head(q, angles, apart)
+            seen = pos[:, None] <= group.pos[:, :, None]
+            scores = select.scores_of(scoring, placed, k, seen)
+            mine = chosen[..., m].transpose(0, 2, 1).reshape(shape)[..., None]
+            scores = jnp.where(mine, scores, select.MASKED)
+            new_top = jnp.maximum(top, scores.max(-1))
+            weights = jnp.exp(scores - new_top[..., None])
+            shrink = jnp.exp(top - new_top)
+            part = jnp.einsum("bkgts,bskh->bkgth", weights.astype(v.dtype), v)
+            out = out * shrink[..., None].astype(out.dtype) + part
+            return new_top, total * shrink + weights.sum(-1), out
+
+        start = (
+            jnp.full(shape, select.MASKED / 2, jnp.float32),
+            jnp.zeros(shape, jnp.float32),
+            jnp.zeros((*shape, q.shape[3]), q.dtype),
+        )
+        stop = (number.max() + 1).astype(jnp.int32)
+        _, total, out = jax.lax.fori_loop(jnp.int32(0), stop, visit, start)
+        out = out / jnp.where(total == 0, 1.0, total)[..., None].astype(out.dtype)
+        return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+    def _remember(self, places, group, q, held, layer, extra, number):
+        """The queries of the chunk that is being read, and its summary where that was its end."""
+        rows = jnp.arange(q.shape[0], dtype=jnp.int32)[:, None]
+        at = jnp.where(group.pos >= 0, group.pos % self.chunk, self.chunk)
+        kept = extra["queries"].dtype
+        queries = extra["queries"].at[layer, rows, at].set(q.astype(kept), mode="drop")
+        complete = (group.end > 0) & (group.end % self.chunk == 0)
+        summaries = extra["summary"].shape[2]
+        slot = jnp.where(complete & (group.end > group.first), number, summaries)
+
+        def summarised():
+            pos = number[:, None] * self.chunk + jnp.arange(self.chunk, dtype=jnp.int32)[None]
+            k, v = (select.rows_of(x, layer, pos).astype(q.dtype) for x in (held.k, held.v))
+            inside = jnp.broadcast_to(jnp.arange(self.chunk, dtype=jnp.int32), pos.shape)
+            k, own = places.at(k, inside), places.at(queries[layer].astype(q.dtype), inside)
+            every = jnp.ones((len(q), self.chunk, self.chunk), bool)
+            out, _ = select.attend(places.scoring, [select.Branch(own, k, v, every)])
+            mean = out.mean(1, keepdims=True)
+            out, _ = select.attend(places.scoring, [select.Branch(mean, k, k, every[:, :1])])
+            return out[:, 0]
+
+        nothing = jnp.zeros((q.shape[0], *q.shape[2:]), q.dtype)
+        of_chunk = jax.lax.cond((slot < summaries).any(), summarised, lambda: nothing)
+        summary = (
+            extra["summary"]
+            .at[layer, rows[:, 0], slot]
+            .set(of_chunk.astype(extra["summary"].dtype), mode="drop")
+        )
+        return {"summary": summary, "queries": queries}

@@ -74,7 +74,7 @@ class Cell:
         self.lm, self.position = lm, position
         # As generation does: caches that keep everything grow by this many tokens at a time.
         self.capacity = -(-(position + room) // generation.STEP) * generation.STEP
-        self.caches = generation._settle(lm.decoder, self._as_if_read())
+        self.caches = generation.settle(lm.decoder, self._as_if_read(), length=position, room=room)
         self.cache_bytes = sum(each.k.nbytes + each.v.nbytes for each in self.caches)
         self.at, self.token, self.chunks = position, np.zeros(1, np.int32), 0
 

@@ -14,6 +14,7 @@ from lminf.attention import policies
 from lminf.errors import InputError
 from lminf.models import decoder
 
+ROUND = 64  # tokens: what is kept of a prompt, and the room after it, grow by this
 STEP = 512  # tokens: unbounded caches and padded prompts grow by this, so few shapes are compiled
 
 
@@ -101,7 +102,7 @@ def generate_tokens(
         token, caches = _advance(
             module, lm.params, tokens, positions, caches, sampling, keys[0]
         )  # fmt: skip
-    caches = _settle(module, caches)
+    caches = settle(module, caches, length=int(lengths.max()), room=max_new_tokens)
     for count in range(max_new_tokens):
         yield np.asarray(token)
         if count + 1 < max_new_tokens:
@@ -166,9 +167,21 @@ def _advance(module: decoder.Decoder, params, tokens, positions, caches, samplin
     return sample(scores, sampling, key=key), caches
 
 
+def settle(module: decoder.Decoder, caches, *, length: int, room: int):
+    """The caches at the end of prompts: decoder.settle, compiled for few lengths."""
+    if policies.needing_prompt(module.policies) is None:
+        return _settle(module, caches)
+    return _condense(module, caches, *(-(-tokens // ROUND) * ROUND for tokens in (length, room)))
+
+
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _settle(module: decoder.Decoder, caches):
-    return decoder.settle(module.spec, module.policies, caches)
+    return decoder.settle(module.spec, module.policies, caches, length=0, room=0)
+
+
+@partial(jax.jit, static_argnums=(0, 2, 3))  # what comes out is smaller: nothing to donate
+def _condense(module: decoder.Decoder, caches, length, room):
+    return decoder.settle(module.spec, module.policies, caches, length=length, room=room)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)

@@ -24,7 +24,7 @@ from jaxtyping import Float32, Int
 from lminf.attention import policies, rope
 from lminf.attention.policies import FULL, AnyPolicy
 from lminf.errors import InputError
-from lminf.generation import GREEDY, Sampling, TextStream, generate_tokens, next_logits
+from lminf.generation import GREEDY, Sampling, TextStream, generate_tokens, next_logits, settle
 from lminf.losses import xent
 from lminf.models import decoder
 from lminf.models.spec import ModelSpec
@@ -34,6 +34,7 @@ Progress: TypeAlias = Callable[[int, int], None]  # (done, of), in tokens
 
 CONTEXT = "context"  # the mesh axis that the tokens of a chunk are spread over
 CHUNK = 2048  # tokens read at a time: wide enough for full-speed products, small beside a window
+AFTER_PROMPT = 128  # the same, once a prompt is condensed: scores of a chunk are held whole
 
 
 @dataclass(frozen=True)
@@ -147,15 +148,22 @@ class LM:
         )
 
     def token_nll(
-        self, tokens: Sequence[int] | np.ndarray, *, progress: Progress | None = None
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        *,
+        prompt: int | None = None,
+        progress: Progress | None = None,
     ) -> Float32[np.ndarray, " T-1"]:
-        """-log p of tokens 1.. given all before them, nats. Reads in chunks through the cache."""
+        """-log p of tokens 1.. given all before them, nats. Reads in chunks through the cache.
+
+        The first `prompt` tokens are a prompt to the policies that act at its end.
+        """
         ids = np.asarray(tokens, np.int32)
         total = len(ids) - 1
         if total < 1:
             raise InputError(f"{len(ids)} tokens: nothing to predict; give at least 2")
         losses, done = [], 0
-        for loss in self.read([ids], longest=len(ids)):
+        for loss in self.read([ids], longest=len(ids), prompt=prompt):
             losses.append(loss)
             done += len(loss)
             if progress:
@@ -163,11 +171,15 @@ class LM:
         return np.concatenate(losses)
 
     def read(
-        self, pieces: Iterable[Int[np.ndarray, " _"]], *, longest: int | None = None
+        self,
+        pieces: Iterable[Int[np.ndarray, " _"]],
+        *,
+        longest: int | None = None,
+        prompt: int | None = None,
     ) -> Iterator[Float32[np.ndarray, " _"]]:
         """NLL of the tokens 1.. of a stream, in order, some at a time; what was read is forgotten
         as the policy says. `longest` is the most tokens that may come: policies that keep
-        everything need it, and a short one saves work.
+        everything need it, and a short one saves work. `prompt` is as for `token_nll`.
         """
         if self.mesh is not None and policies.by_content(self.policy):
             # Which tokens are chosen follows from all that came before: one device reads them.
@@ -183,6 +195,8 @@ class LM:
         # No wider than the text, in powers of two, so that few shapes are compiled.
         chunk = CHUNK if longest is None else min(CHUNK, max(16, _power_of_two(longest - 1)))
         chunk = policies.chunk_within(policies.common_turn(module.policies), chunk)
+        prompt = self._prompt_within(longest, prompt)
+        chunk = policies.chunk_within(prompt, chunk)
         caches = self.init_caches(batch=1, capacity=-(-(longest or 0) // chunk) * chunk)
         if mesh is not None:
             caches = jax.device_put(caches, NamedSharding(mesh, P()))
@@ -204,11 +218,38 @@ class LM:
                 )
                 yield np.asarray(loss[0, :scored])
                 held, start = held[scored:], start + scored
+                if start == prompt:
+                    chunk = policies.chunk_within(chunk, AFTER_PROMPT)
+                    room = -(-((longest or 0) - start) // chunk) * chunk
+                    caches = settle(module, caches, length=start, room=room)
 
-    def nll(self, text: str, *, length: int | None = None, progress: Progress | None = None) -> NLL:
+    def _prompt_within(self, longest: int | None, prompt: int | None) -> int | None:
+        """The tokens of a prompt, where the policy asks for them."""
+        name = policies.needing_prompt(self.decoder.policies)
+        if name is None:
+            return None
+        if prompt is None:
+            raise InputError(
+                f"{name} acts at the end of a prompt, and a text has none; say how many of its "
+                f"tokens are one with prompt="
+            )
+        if longest is not None and not 1 <= prompt < longest:
+            raise InputError(
+                f"prompt={prompt} of a text of {longest} tokens; give at least 1, and not all"
+            )
+        return prompt
+
+    def nll(
+        self,
+        text: str,
+        *,
+        length: int | None = None,
+        prompt: int | None = None,
+        progress: Progress | None = None,
+    ) -> NLL:
         """How well the first `length` tokens of a text (None: all) are predicted."""
         ids, ends = self.encode(text, length=length)
-        token_nll = self.token_nll(ids, progress=progress)
+        token_nll = self.token_nll(ids, prompt=prompt, progress=progress)
         return NLL(token_nll, np.diff(ends)[-len(token_nll) :])
 
     def logits(

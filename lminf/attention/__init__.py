@@ -1,5 +1,6 @@
 """Attention; importing the package makes every policy known by its name."""
 
+from lminf.attention import condense as condense
 from lminf.attention import evict as evict
 from lminf.attention import infllm as infllm
 from lminf.attention import longheads as longheads

@@ -64,6 +64,10 @@ class Scored(policies.ByContent):
         return self.capacity - self.turn
 
     @property
+    def turn_len(self) -> int:
+        return self.turn
+
+    @property
     def near_width(self) -> int:
         return self.capacity
 

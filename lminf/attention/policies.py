@@ -64,8 +64,12 @@ def register(name: str):
 class Policy:
     """What all policies answer. Subclasses are frozen dataclasses and hash by value."""
 
-    turn: int | None = None  # tokens between the boundaries that no chunk may cross; None: any may
     span = "window"  # the field that says how wide near_width is
+
+    @property
+    def turn_len(self) -> int | None:
+        """Tokens between the boundaries that no chunk may cross; None: any may."""
+        return None
 
     @property
     def near_width(self) -> int | None:
@@ -270,6 +274,7 @@ class ByContent(Policy):
 
     needs_rotary = True  # whether it places keys where they are not
     listens = False  # whether `told` wants to know what was read
+    needs_prompt = False  # whether it acts at the end of a prompt, and a text needs one
 
     def layout(self, capacity: int) -> Any:
         """The cache.Layout for a text of at most `capacity` tokens."""
@@ -292,6 +297,11 @@ class ByContent(Policy):
         `logits(hidden)` are what it expects after them.
         """
         raise NotImplementedError
+
+    def after_prompt(self, scoring: Any, stored: Any, *, length: int, room: int) -> Any:
+        """The cache at the end of prompts of at most `length` tokens, with room for more."""
+        del scoring, length, room
+        return stored
 
 
 FULL = Full()
@@ -361,8 +371,15 @@ def check_trained(policy: AnyPolicy, trained_length: int) -> None:
 
 def common_turn(by_layer: Sequence[LayerPolicy]) -> int | None:
     """Tokens after which every layer that reads in turns may begin one; None: no layer does."""
-    turns = [part.turn for layer in by_layer for part in _parts(layer) if part.turn is not None]
-    return math.gcd(*turns) if turns else None
+    turns = [part.turn_len for layer in by_layer for part in _parts(layer)]
+    some = [turn for turn in turns if turn is not None]
+    return math.gcd(*some) if some else None
+
+
+def needing_prompt(by_layer: Sequence[LayerPolicy]) -> str | None:
+    """The name of a policy that acts at the end of a prompt; None: no layer's does."""
+    parts = [part for layer in by_layer for part in _parts(layer)]
+    return next((p.name for p in parts if isinstance(p, ByContent) and p.needs_prompt), None)
 
 
 def chunk_within(turn: int | None, chunk: int) -> int:

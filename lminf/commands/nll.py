@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", action="append", metavar="FILE",
                         help="may repeat; default: the interpreter's documentation")  # fmt: skip
     parser.add_argument("--length", type=int, help="tokens to read of each text; default: all")
+    parser.add_argument("--prompt", type=int, metavar="TOKENS",
+                        help="how many tokens of each text are the prompt, for the policies that "
+                        "act at its end")  # fmt: skip
     parser.add_argument("--block", type=int, default=2048, help="tokens averaged into one number")
     parser.add_argument("--protocol", choices=("document", "stream"), default="document",
                         help="each text by itself, or all as one shuffled stream")  # fmt: skip
@@ -74,7 +77,11 @@ def by_document(lm: LM, encoded, args) -> tuple[list[perplexity.Block], float, i
         before = 0
         for ids, ends in encoded:
             losses.append(
-                lm.token_nll(ids, progress=lambda done, _, b=before: progress.update(b + done))
+                lm.token_nll(
+                    ids,
+                    prompt=args.prompt,
+                    progress=lambda done, _, b=before: progress.update(b + done),
+                )
             )
             token_bytes.append(np.diff(ends))
             before += len(ids)

@@ -394,11 +394,21 @@ def init_caches(
 
 
 def settle(
-    spec: ModelSpec, by_layer: Sequence[LayerPolicy], caches: tuple[cache.Cache, ...]
+    spec: ModelSpec,
+    by_layer: Sequence[LayerPolicy],
+    caches: tuple[cache.Cache, ...],
+    *,
+    length: int,
+    room: int,
 ) -> tuple[cache.Cache, ...]:
-    """The caches as one token after another reads them fastest; a chunk can no more."""
+    """The caches as one token after another reads them fastest, at the end of a prompt of at most
+    `length` tokens; `room` more may come. Only policies that need a prompt then read chunks.
+    """
+    scoring = scoring_of(spec)
     return tuple(
-        settled.settle(policy, scoring_of(spec), stored)
+        policy.after_prompt(scoring, stored, length=length, room=room)
+        if isinstance(policy, policies.ByContent)
+        else settled.settle(policy, scoring, stored)
         for policy, stored in zip(by_layer, caches, strict=False)  # caches: of one period
     )
 

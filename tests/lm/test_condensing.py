@@ -1,0 +1,52 @@
+"""SnapKV and ThinK in a model: prompts, what follows them, and texts that have none."""
+
+import numpy as np
+import pytest
+
+from lminf import generation
+from lminf.attention.condense import SnapKV, ThinK
+from lminf.attention.policies import Full
+from lminf.errors import InputError
+
+TEXT = "Straße: forty-one tokens, a few in bytes"
+PROMPTS = ["Twenty bytes of text", "Seven b", "Eleven byte"]
+
+
+@pytest.fixture(scope="module")
+def ids(lm):
+    return lm.tokenizer.encode(TEXT)
+
+
+def test_losses_after_a_prompt_of_which_all_is_kept_are_those_of_full(lm, ids, small_steps):
+    """24 tokens of prompt are three chunks, and the rest is read in more."""
+    plain = lm.with_policy(Full()).token_nll(ids)
+    found = lm.with_policy(ThinK(0.0, recent=4)).token_nll(ids, prompt=24)
+    np.testing.assert_allclose(found, plain, atol=1e-5)
+    thinner = lm.with_policy(ThinK(0.5, recent=4, capacity=12)).token_nll(ids, prompt=24)
+    np.testing.assert_allclose(thinner[:24], plain[:24], atol=1e-5)
+    assert np.abs(thinner[24:] - plain[24:]).max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [SnapKV(40, window=4), ThinK(0.0, recent=4)])
+def test_what_is_written_after_all_of_a_prompt_is_that_of_full(lm, policy, small_steps):
+    full = lm.with_policy(Full()).generate(PROMPTS, max_new_tokens=8)
+    assert lm.with_policy(policy).generate(PROMPTS, max_new_tokens=8) == full
+
+
+@pytest.mark.slow
+def test_what_is_written_is_the_same_in_company_and_compiled_once(lm, small_steps):
+    policy = lm.with_policy(ThinK(0.25, recent=4, capacity=8))
+    alone = [policy.generate(prompt, max_new_tokens=8) for prompt in PROMPTS]
+    assert policy.generate(PROMPTS, max_new_tokens=8) == alone
+    before = generation._advance._cache_size()
+    policy.generate(PROMPTS[0][:17], max_new_tokens=6)
+    assert generation._advance._cache_size() == before
+
+
+def test_a_text_without_a_prompt_is_refused(lm, ids):
+    snapkv = lm.with_policy(SnapKV(40))
+    with pytest.raises(InputError, match="acts at the end of a prompt, and a text has none; say"):
+        snapkv.token_nll(ids)
+    with pytest.raises(InputError, match="prompt=41 of a text of 41 tokens; give at least 1"):
+        snapkv.token_nll(ids, prompt=len(ids))

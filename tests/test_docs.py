@@ -190,6 +190,11 @@ def test_every_page_is_in_the_site():
     assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
 
 
+@pytest.mark.parametrize("name", policies.POLICIES)
+def test_every_policy_has_its_mathematics(name):
+    assert re.search(rf"`{name}[:`]", (ROOT / "docs/policies.md").read_text())
+
+
 def test_every_source_named_in_the_code_is_cited():
     pattern = re.compile(r"arXiv:(\d{4}\.\d{5})")
     cited = set(pattern.findall((ROOT / "docs/citations.md").read_text()))

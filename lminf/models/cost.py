@@ -18,11 +18,28 @@ def parameters(spec: ModelSpec) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
+def active_parameters(spec: ModelSpec) -> int:
+    """Those of `parameters` that one token uses: not the experts that it does not go to."""
+    if spec.moe is None:
+        return parameters(spec)
+    idle = spec.moe.experts - spec.moe.per_token
+    each = (3 if spec.mlp.gated else 2) * spec.width * spec.moe.hidden_dim
+    return parameters(spec) - (spec.num_layers - spec.moe.dense_layers) * idle * each
+
+
 def matmul_flops_per_token(spec: ModelSpec) -> int:
-    """Forward FLOPs of every product with a weight, the head included."""
+    """Forward FLOPs of every product with a weight, the head included; of the experts that a token
+    goes to.
+    """
     attention = spec.width * spec.head_dim * 2 * (spec.num_heads + spec.num_kv_heads)
-    mlp = spec.width * spec.mlp.hidden_dim * (3 if spec.mlp.gated else 2)
-    return 2 * (spec.num_layers * (attention + mlp) + spec.width * spec.vocab_size)
+    hidden, routers = spec.num_layers * spec.mlp.hidden_dim, 0
+    if spec.moe is not None:
+        mixed = spec.num_layers - spec.moe.dense_layers
+        read = spec.moe.per_token * spec.moe.hidden_dim + spec.moe.shared_dim
+        hidden = spec.moe.dense_layers * spec.mlp.hidden_dim + mixed * read
+        routers = mixed * spec.width * spec.moe.experts
+    mlps = spec.width * hidden * (3 if spec.mlp.gated else 2)
+    return 2 * (spec.num_layers * attention + mlps + routers + spec.width * spec.vocab_size)
 
 
 def attention_flops(spec: ModelSpec, by_layer: Sequence[LayerPolicy], length: int) -> int:

@@ -5,9 +5,11 @@ sees is not the model's business: every layer is handed the function that attend
 different policies (local and global layers in turn) makes the scan's step one period long.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from lminf.attention import attend, cache, policies, settled
 from lminf.attention.policies import LayerPolicy
+from lminf.models import moe
 from lminf.models.spec import MLPSpec, ModelSpec, NormSpec
 from lminf.types import Hidden, Params, Positions, Tokens
 
@@ -27,23 +30,27 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
 }
 # Parameter path -> logical axes; lminf.parallel turns them into shardings.
+LAYERS = "(layers|first_layers)"
 AXES = {
     "embed": ("vocab", "embed"),
     "head": ("vocab", "embed"),
     "head_bias": ("vocab",),
     "final_norm/(scale|bias)": ("embed",),
-    "layers/(attention|attention_post|mlp|mlp_post)_norm/(scale|bias)": ("layers", "embed"),
-    "layers/attention/wq": ("layers", "embed", "heads", "head_dim"),
-    "layers/attention/w[kv]": ("layers", "embed", "kv_heads", "head_dim"),
-    "layers/attention/bq": ("layers", "heads", "head_dim"),
-    "layers/attention/b[kv]": ("layers", "kv_heads", "head_dim"),
-    "layers/attention/wo": ("layers", "heads", "head_dim", "embed"),
-    "layers/attention/bo": ("layers", "embed"),
-    "layers/attention/[qk]_norm/(scale|bias)": ("layers", "head_dim"),
-    "layers/mlp/w_(gate|up)": ("layers", "embed", "mlp"),
-    "layers/mlp/b_(gate|up)": ("layers", "mlp"),
-    "layers/mlp/w_down": ("layers", "mlp", "embed"),
-    "layers/mlp/b_down": ("layers", "embed"),
+    f"{LAYERS}/(attention|attention_post|mlp|mlp_post)_norm/(scale|bias)": ("layers", "embed"),
+    f"{LAYERS}/attention/wq": ("layers", "embed", "heads", "head_dim"),
+    f"{LAYERS}/attention/w[kv]": ("layers", "embed", "kv_heads", "head_dim"),
+    f"{LAYERS}/attention/bq": ("layers", "heads", "head_dim"),
+    f"{LAYERS}/attention/b[kv]": ("layers", "kv_heads", "head_dim"),
+    f"{LAYERS}/attention/wo": ("layers", "heads", "head_dim", "embed"),
+    f"{LAYERS}/attention/bo": ("layers", "embed"),
+    f"{LAYERS}/attention/[qk]_norm/(scale|bias)": ("layers", "head_dim"),
+    f"{LAYERS}/(mlp|shared)/w_(gate|up)": ("layers", "embed", "mlp"),
+    f"{LAYERS}/mlp/b_(gate|up)": ("layers", "mlp"),
+    f"{LAYERS}/(mlp|shared)/w_down": ("layers", "mlp", "embed"),
+    f"{LAYERS}/mlp/b_down": ("layers", "embed"),
+    "layers/moe/router": ("layers", "embed", "routes"),
+    "layers/moe/(gate|up)": ("layers", "expert", "embed", "mlp"),
+    "layers/moe/down": ("layers", "expert", "mlp", "embed"),
 }
 
 # Over how many axes a product with a layer's matrix sums; they stand first, after the layers'.
@@ -179,7 +186,7 @@ class Block(nn.Module):
     def __call__(self, x: Hidden, attend) -> tuple[Hidden, Any]:
         s = self.spec
         attention = Attention(s, self.place, name="attention")
-        mlp = MLP(s.mlp, s.width, self.place, name="mlp")
+        mlp = self.mlp()
 
         def norm(name):
             read = Norm(s.norm, s.width, name=name)
@@ -205,6 +212,19 @@ class Block(nn.Module):
             x = residual(x + seen + post("mlp_post_norm", thought))
         self.sow("intermediates", "hidden", x)
         return x, rest
+
+    def mlp(self):
+        """The MLP, or the experts in its place."""
+        s = self.spec
+        if s.moe is None:
+            return MLP(s.mlp, s.width, self.place, name="mlp")
+        act = ACTIVATIONS[s.mlp.activation]
+        experts = moe.Experts(s.moe, s.width, act, s.mlp.gated, self.place, name="moe")
+        if not s.moe.shared_dim:
+            return experts
+        wide = dataclasses.replace(s.mlp, hidden_dim=s.moe.shared_dim)
+        shared = MLP(wide, s.width, self.place, name="shared")
+        return lambda x: experts(x) + shared(x)
 
 
 class Decoder(nn.Module):
@@ -235,10 +255,14 @@ class Decoder(nn.Module):
         Positions rise by one along each row (or segment); a row below 0 is padding. With
         mutable=["intermediates"], `layers` holds what every layer computed: attention/q, k, v
         [L, B, T, heads, H] before rotation, and hidden [L, B, T, D] after it, each in a 1-tuple.
+        With mutable=["routing"], what the routers of a mixture did: moe/balance, z, dropped [L].
         """
         s = self.spec
         embed = self.param("embed", nn.initializers.normal(s.width**-0.5), (s.vocab_size, s.width))
-        layers = self.param("layers", lambda key: _init_layers(s, key))
+        layers = {
+            name: self.param(name, lambda key, part=part: _init_layers(part, key))
+            for name, part in stages_of(s).items()
+        }
         # Sliced by width it is gathered first: looked up in slices, every row would cross twice.
         x = self.place(embed, "vocab", None)[tokens].astype(self.dtype) * jnp.asarray(
             s.embed_scale, self.dtype
@@ -248,10 +272,14 @@ class Decoder(nn.Module):
             self.param("head", nn.initializers.normal(s.width**-0.5), (s.vocab_size, s.width))
         if s.head_bias:
             self.param("head_bias", nn.initializers.zeros, (s.vocab_size,))
-        watched = self.is_mutable_collection("intermediates") and not self.is_initializing()
+        watched = [
+            name
+            for name in ("intermediates", moe.ROUTING)
+            if self.is_mutable_collection(name) and not self.is_initializing()
+        ]
         x, caches, sown = self._run_layers(layers, x, positions, segments, caches, watched)
-        if watched:
-            self.put_variable("intermediates", "layers", sown)
+        for name, collected in sown.items():
+            self.put_variable(name, "layers", collected)
         x = self.place(Norm(s.norm, s.width, name="final_norm")(x), "batch", "length", None)
         return x, None if caches is None else self._told(caches, tokens, positions, x)
 
@@ -267,7 +295,7 @@ class Decoder(nn.Module):
 
     def _run_layers(self, layers, x, positions, segments, caches, watched):
         s, period = self.spec, period_of(self.policies)
-        scoring, block = scoring_of(s), Block(s, self.place)
+        scoring = scoring_of(s)
         if caches is None:
             readers = [
                 self.whole(
@@ -289,26 +317,24 @@ class Decoder(nn.Module):
             ]  # fmt: skip
             readers, pos = [step for step, _ in steps], [pos for _, pos in steps]
 
-        def one_layer(x, params, reader, stored, index) -> tuple[Hidden, Any, Any]:
+        def one_layer(x, params, reader, stored, index, block) -> tuple[Hidden, Any, Any]:
             def attended(q, k, v):
                 return (reader(q, k, v),) if stored is None else reader(q, k, v, stored, index)
 
             if watched:
-                (x, rest), sown = block.apply(
-                    {"params": params}, x, attended, mutable=["intermediates"]
-                )
-                return x, rest, sown["intermediates"]
+                (x, rest), sown = block.apply({"params": params}, x, attended, mutable=watched)
+                return x, rest, sown
             x, rest = block.apply({"params": params}, x, attended)
             return x, rest, {}
 
         if self.remat is not None:
-            one_layer = jax.checkpoint(one_layer, policy=self.remat, static_argnums=(2,))
+            one_layer = jax.checkpoint(one_layer, policy=self.remat, static_argnums=(2, 5))
 
-        def weights_of(params, index, i):
+        def weights_of(params, index, i, stacked):
             if params is not None:  # sliced by the scan, which gradients need
                 return jax.tree.map(lambda leaf: leaf[i], params)
             # Reshaped weights would be copied whole on every call: 425 MB a token in SmolLM2-135M.
-            return jax.tree.map(lambda w: w[index * period + i], layers)
+            return jax.tree.map(lambda w: w[index * period + i], stacked)
 
         # One token is written into all layers' cache in place. A chunk that overwrites what it also
         # reads would make XLA copy all layers in each of them: there the scan cuts each layer out.
@@ -318,7 +344,7 @@ class Decoder(nn.Module):
         whole = [None if now else kv for kv, now in zip(held, cut, strict=True)]
         layer_by_layer = [kv if now else None for kv, now in zip(held, cut, strict=True)]
 
-        def one_period(carry, scanned):
+        def one_period(block, stacked, begin, carry, scanned):
             x, kept = carry
             params, index, layer = scanned
             kept, layer, sown = list(kept), list(layer), []
@@ -326,7 +352,8 @@ class Decoder(nn.Module):
                 stored, at = kept[i], index
                 if cut[i]:
                     stored, at = jax.tree.map(lambda c: c[None], layer[i]), jnp.int32(0)
-                x, rest, seen = one_layer(x, weights_of(params, index, i), reader, stored, at)
+                own = weights_of(params, index - begin, i, stacked)
+                x, rest, seen = one_layer(x, own, reader, stored, at, block)
                 sown.append(seen)
                 if cut[i]:
                     layer[i] = jax.tree.map(lambda c: c[0], rest[0])
@@ -334,17 +361,28 @@ class Decoder(nn.Module):
                     kept[i] = rest[0]
             return (x, kept), (layer, jax.tree.map(lambda *leaves: jnp.stack(leaves), *sown))
 
-        rounds = s.num_layers // period
-        if caches is None:
-            by_period = jax.tree.map(lambda w: w.reshape(rounds, period, *w.shape[1:]), layers)
-        else:
+        begin, cut_out, seen_in = 0, [], []
+        for name, part in stages_of(s).items():  # two scans where the first layers are dense
+            rounds, rest = divmod(part.num_layers, period)
+            if rest:
+                raise ValueError(f"{part.num_layers} {name} are no multiple of {period} policies")
+            stacked = layers[name]
             by_period = None
-        (x, whole), (layer_by_layer, sown) = jax.lax.scan(
-            one_period,
-            (x, whole),
-            (by_period, jnp.arange(rounds, dtype=jnp.int32), layer_by_layer),
-        )
-        sown = jax.tree.map(lambda y: y.reshape(s.num_layers, *y.shape[2:]), sown)
+            if caches is None:
+                by_period = jax.tree.map(lambda w: w.reshape(-1, period, *w.shape[1:]), stacked)
+            layer = jax.tree.map(itemgetter(slice(begin, begin + rounds)), layer_by_layer)
+            (x, whole), (layer, sown) = jax.lax.scan(
+                partial(one_period, Block(part, self.place), stacked, begin),
+                (x, whole),
+                (by_period, jnp.arange(begin, begin + rounds, dtype=jnp.int32), layer),
+            )
+            cut_out.append(layer)
+            seen_in.append(jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), sown))
+            begin += rounds
+        layer_by_layer = joined(cut_out)
+        sown = {
+            name: joined([seen[name] for seen in seen_in if name in seen]) for name in seen_in[-1]
+        }
         if caches is not None:
             stored = (one or other for one, other in zip(whole, layer_by_layer, strict=True))
             caches = tuple(
@@ -352,6 +390,26 @@ class Decoder(nn.Module):
                 for held, p, old in zip(stored, pos, caches, strict=True)
             )
         return x, caches, sown
+
+
+def stages_of(spec: ModelSpec) -> dict[str, ModelSpec]:
+    """The parameters of layers that are alike, and the spec of those layers alone, in order."""
+    if spec.moe is None or not spec.moe.dense_layers:
+        return {"layers": spec}
+    first = spec.moe.dense_layers
+    dense = dataclasses.replace(spec, moe=None, num_layers=first, windows=spec.windows[:first])
+    mixed = dataclasses.replace(
+        spec, moe=dataclasses.replace(spec.moe, dense_layers=0),
+        num_layers=spec.num_layers - first, windows=spec.windows[first:],
+    )  # fmt: skip
+    return {"first_layers": dense, "layers": mixed}
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """Trees of one structure, their arrays one after another along axis 0."""
+    if len(parts) == 1:
+        return parts[0]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
 def scoring_of(spec: ModelSpec) -> attend.Scoring:

@@ -16,6 +16,10 @@ Parameters of a spec, as a nested dictionary (letters: lminf/types.py; L stacked
     layers/mlp/w_gate             [L, D, F]   when mlp.gated                b_gate when mlp.bias
     layers/mlp/w_up w_down        [L, D, F] [L, F, D]             b_up b_down when mlp.bias
     layers/mlp_post_norm/…        [L, D]      when post_norms
+    layers/moe/router             [L, D, E]   with moe, in place of mlp (M: the experts' own F)
+    layers/moe/gate up down       [L, E, D, M] [L, E, D, M] [L, E, M, D]   gate when mlp.gated
+    layers/shared/w_gate …        as mlp      when moe.shared_dim
+    first_layers/…                [L', …]     as layers without moe, the moe.dense_layers before it
     final_norm/scale              [D]         every norm has a bias when norm.bias
     head                          [V, D]      unless tied
     head_bias                     [V]         when head_bias
@@ -41,6 +45,24 @@ class MLPSpec:
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"]
     gated: bool  # act(x w_gate) * (x w_up), else act(x w_up)
     bias: bool
+
+
+@dataclass(frozen=True)
+class MoESpec:
+    """Experts in the MLP's place; their activation and gating are the MLP's."""
+
+    experts: int  # E
+    per_token: int  # k, the experts that read a token
+    hidden_dim: int  # of one expert
+    shared_dim: int  # hidden size of an MLP that reads every token beside them; 0: none
+    dense_layers: int  # layers at the start that have an MLP instead
+    normalised: bool  # the weights of a token's experts sum to 1
+    # Tokens that an expert reads, as a multiple of its fair share; None: all that come.
+    capacity: float | None
+
+    def __post_init__(self):
+        if not 1 <= self.per_token <= self.experts:
+            raise ValueError(f"per_token={self.per_token} of {self.experts} experts")
 
 
 @dataclass(frozen=True)
@@ -71,8 +93,15 @@ class ModelSpec:
     embed_scale: float  # multiplies the embeddings: sqrt(D) for Gemma, else 1.0
     tied: bool  # the head is the embedding
     head_bias: bool
+    moe: MoESpec | None = None  # no importer knows a mixture, so a checkpoint without one says so
 
     def __post_init__(self):
+        if self.moe is not None and self.mlp.bias:
+            raise ValueError("experts have no biases: mlp.bias must be False")
+        if self.moe is not None and self.moe.dense_layers >= self.num_layers:
+            raise ValueError(
+                f"dense_layers={self.moe.dense_layers} leaves no layer of {self.num_layers} to moe"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}"
@@ -94,6 +123,7 @@ def llama(
     trained_length: int,
     rope_base: float = 10_000.0,
     tied: bool = True,
+    moe: MoESpec | None = None,
 ) -> ModelSpec:
     """A Llama shape for training from scratch, where the facts are ours to choose."""
     head_dim = width // num_heads
@@ -122,4 +152,5 @@ def llama(
         embed_scale=1.0,
         tied=tied,
         head_bias=False,
+        moe=moe,
     )

@@ -71,6 +71,9 @@ STRATEGIES: dict[str, Strategy] = {
         )
     ),
 }
+OWN = (("expert", "expert"),)
+# Outside of the experts their devices hold other rows, as `data` would have it.
+STRATEGIES["expert"] = Strategy(OWN, OWN, OWN, (*Strategy.activations, ("batch", "expert"), *OWN))
 STRATEGIES["fsdp"] = STRATEGIES["zero3"]
 
 

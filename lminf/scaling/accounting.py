@@ -43,11 +43,20 @@ def block_parameters(layers, width, hidden):
     return layers * (4 * width**2 + 3 * width * hidden)
 
 
-def spec_parameters(spec: ModelSpec) -> int:
-    """N_nv of any decoder: attention and MLP matrices; norms and biases ignored."""
+def spec_parameters(spec: ModelSpec, *, active: bool = False) -> int:
+    """N_nv of any decoder: attention and MLP matrices; norms, biases and routers ignored.
+
+    `active` counts the experts that one token goes to, not all of them.
+    """
     attention = 2 * spec.width * spec.head_dim * (spec.num_heads + spec.num_kv_heads)
+    hidden = spec.num_layers * spec.mlp.hidden_dim
+    if spec.moe is not None:
+        experts = spec.moe.per_token if active else spec.moe.experts
+        mixed = experts * spec.moe.hidden_dim + spec.moe.shared_dim
+        dense = spec.moe.dense_layers
+        hidden = dense * spec.mlp.hidden_dim + (spec.num_layers - dense) * mixed
     matrices = 3 if spec.mlp.gated else 2
-    return spec.num_layers * (attention + matrices * spec.width * spec.mlp.hidden_dim)
+    return spec.num_layers * attention + matrices * spec.width * hidden
 
 
 def moe_parameters(

@@ -1,5 +1,6 @@
 """What a step learns from: arrays by name, and the function of the step that gives them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeAlias
 
@@ -39,11 +40,13 @@ def check(batch: Batch, *, mesh: Mesh, strategy: Strategy, accumulate: int) -> N
         raise InputError(f"a batch holds {sorted(batch)}; it must hold tokens and targets, and may "
                          f"hold weights, positions and segments")  # fmt: skip
     rows, length = batch["tokens"].shape
-    copies = mesh.shape["data"] * mesh.shape["fsdp"]
+    over = {axis for logical, axis in strategy.activations if logical == "batch"}
+    copies = math.prod(mesh.shape[axis] for axis in over)
     if rows % (copies * accumulate):
         raise InputError(
             f"a batch of {rows} rows does not divide into {accumulate} x {copies} (accumulate x "
-            f"data and fsdp devices); make the batch a multiple of {copies * accumulate}"
+            f"{' and '.join(sorted(over))} devices); make the batch a multiple of "
+            f"{copies * accumulate}"
         )
     if length % mesh.shape["context"]:
         raise InputError(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lminf.models import cost, decoder
+from lminf.models.spec import ModelSpec
 from lminf.parallel import partition
 from lminf.train.step import Program
 
@@ -46,10 +47,11 @@ def activation_bytes(program: Program, *, rows: int, length: int) -> int:
     """Kept for the backward, and the largest layer's own work while it is computed again."""
     s, sizes = program.spec, program.mesh.shape
     rules = {axis for _, axis in program.strategy.activations}
-    tokens = rows * length / (sizes["data"] * sizes["fsdp"] * program.accumulate)
+    over = {axis for logical, axis in program.strategy.activations if logical == "batch"}
+    tokens = rows * length / (math.prod(sizes[axis] for axis in over) * program.accumulate)
     tokens /= sizes["context"] if "context" in rules else 1
     slices = sizes["tensor"] if "tensor" in rules else 1
-    heads, wide = s.num_heads * s.head_dim, s.mlp.hidden_dim
+    heads, wide = s.num_heads * s.head_dim, hidden_width(s)
     stream = s.width / slices  # between products, in slices of positions
     products = (heads + 2 * s.num_kv_heads * s.head_dim + wide * (1 + s.mlp.gated)) / slices
     products += 2 * s.width / slices
@@ -59,6 +61,15 @@ def activation_bytes(program: Program, *, rows: int, length: int) -> int:
     if program.remat != "none":
         per_token += everything
     return math.ceil(tokens * per_token * jnp.dtype(program.dtype).itemsize)
+
+
+def hidden_width(spec: ModelSpec) -> float:
+    """Channels between the matrices of an MLP, or of all places in which experts read a token."""
+    if spec.moe is None:
+        return spec.mlp.hidden_dim
+    m = spec.moe
+    places = m.experts if m.capacity is None else m.capacity * m.per_token
+    return places * m.hidden_dim + m.shared_dim
 
 
 def flops_per_token(program: Program, length: int) -> float:

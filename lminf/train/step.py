@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from lminf.attention.policies import LayerPolicy
-from lminf.models import decoder
+from lminf.models import decoder, moe
 from lminf.models.spec import ModelSpec
 from lminf.parallel import context, partition, vocab
 from lminf.parallel.partition import Strategy
@@ -51,6 +51,7 @@ class Metrics(NamedTuple):
     grad_norm: Float[Array, ""]
     rate: Float[Array, ""]
     finite: Array  # bool; otherwise the step changed nothing
+    routing: Mapping[str, Float[Array, ""]] | None = None  # of a mixture: balance, z, dropped
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Program:
     accumulate: int = 1  # pieces of a batch, one after another
     clip: float | None = 1.0  # of the gradient's norm
     z_loss: float = 0.0  # weight of lse ** 2
+    balance: float = 0.01  # of a mixture of experts: weight of the loss that spreads tokens evenly
+    router_z: float = 0.001  # of a mixture of experts: weight of its routers' lse ** 2
     lora: LoRA | None = None  # adapters to train, instead of the model
 
     @cached_property
@@ -166,52 +169,74 @@ class Program:
         self, params: Params, batch: Batch, frozen: Params | None = None
     ) -> vocab.TokenLoss:
         """The loss of every token."""
+        return self._scored(params, batch, frozen)[0]
+
+    def _scored(
+        self, params: Params, batch: Batch, frozen: Params | None
+    ) -> tuple[vocab.TokenLoss, dict[str, Float[Array, ""]]]:
+        """The loss of every token, and the mean over layers of what routers did, if there are."""
         params = self.weights(params, frozen)
         tokens = batch["tokens"]
         positions = batch.get("positions")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        hidden, _ = self.module.apply(
-            {"params": params}, tokens, positions=positions, segments=batch.get("segments")
-        )
-        return vocab.token_loss(
+        (hidden, _), seen = self.module.apply(
+            {"params": params}, tokens, positions=positions, segments=batch.get("segments"),
+            mutable=[moe.ROUTING],
+        )  # fmt: skip
+        routing = {}
+        if self.spec.moe is not None:
+            routing = {
+                name: found.mean() for name, (found,) in seen[moe.ROUTING]["layers"]["moe"].items()
+            }
+        loss = vocab.token_loss(
             self.spec, params, hidden, batch["targets"], mesh=self.mesh, strategy=self.strategy
         )
+        return loss, routing
 
     def _share(self, params: Params, frozen, batch: Batch, total: Float[Array, ""]):
-        """This batch's part of the mean over `total` weight: what is minimised, and the loss."""
-        found = self.token_loss(params, batch, frozen)
+        """This batch's part of the mean over `total` weight: what is minimised, and the metrics."""
+        found, routing = self._scored(params, batch, frozen)
         weights = batch.get("weights", jnp.ones_like(found.nll))
         nll = (weights * found.nll).sum() / total
-        return nll + self.z_loss * (weights * jnp.square(found.lse)).sum() / total, nll
+        minimised = nll + self.z_loss * (weights * jnp.square(found.lse)).sum() / total
+        routing = {name: value / self.accumulate for name, value in routing.items()}
+        if routing:
+            minimised += self.balance * routing["balance"] + self.router_z * routing["z"]
+        return minimised, (nll, routing)
 
     def gradients(
         self, params: Params, batch: Batch, frozen: Params | None = None
-    ) -> tuple[Float[Array, ""], Params]:
-        """Mean loss (nats per token, without z-loss) and gradient, laid out by the strategy."""
+    ) -> tuple[tuple[Float[Array, ""], dict[str, Float[Array, ""]]], Params]:
+        """(mean loss in nats per token, without the losses beside it; what routers did), and the
+        gradient, laid out by the strategy.
+        """
         weights = batch.get("weights")
         total = jnp.float32(batch["tokens"].size) if weights is None else weights.sum()
         total = jnp.maximum(total, 1.0)
         laid_out = self.gradient_shardings
 
         def one(piece):
-            gradient, nll = jax.grad(self._share, has_aux=True)(params, frozen, piece, total)
-            return nll, jax.lax.with_sharding_constraint(gradient, laid_out)
+            gradient, found = jax.grad(self._share, has_aux=True)(params, frozen, piece, total)
+            return found, jax.lax.with_sharding_constraint(gradient, laid_out)
 
         if self.accumulate == 1:
             return one(batch)
 
         def add(carry, piece):
-            loss, summed = carry
-            nll, gradient = one(piece)
+            so_far, summed = carry
+            found, gradient = one(piece)
             summed = jax.tree.map(lambda s, g: s + g.astype(jnp.float32), summed, gradient)
-            return (loss + nll, jax.lax.with_sharding_constraint(summed, laid_out)), None
+            so_far = jax.tree.map(jnp.add, so_far, found)
+            return (so_far, jax.lax.with_sharding_constraint(summed, laid_out)), None
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         zeros = jax.lax.with_sharding_constraint(zeros, laid_out)
         pieces = jax.tree.map(self._pieces, dict(batch))
-        (loss, summed), _ = jax.lax.scan(add, (jnp.float32(0), zeros), pieces)
-        return loss, summed
+        names = () if self.spec.moe is None else moe.MEASURES
+        nothing = jnp.float32(0), dict.fromkeys(names, jnp.float32(0))
+        (found, summed), _ = jax.lax.scan(add, (nothing, zeros), pieces)
+        return found, summed
 
     def _pieces(self, x):
         """[B, T] -> [accumulate, B / accumulate, T]; every device cuts its own rows."""
@@ -227,7 +252,7 @@ class Program:
     # --- Step -------------------------------------------------------------------------------------
 
     def update(self, state: State, batch: Batch) -> tuple[State, Metrics]:
-        loss, gradient = self.gradients(state.params, batch, state.frozen)
+        (loss, routing), gradient = self.gradients(state.params, batch, state.frozen)
         gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
         norm = optax.tree.norm(gradient)
         if self.clip is not None:
@@ -251,7 +276,7 @@ class Program:
             state.skipped + (~finite).astype(jnp.int32),
             state.frozen,
         )
-        return state, Metrics(loss, norm, rate, finite)
+        return state, Metrics(loss, norm, rate, finite, routing)
 
     @cached_property
     def step(self) -> Callable[[State, Batch], tuple[State, Metrics]]:

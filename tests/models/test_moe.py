@@ -1,0 +1,190 @@
+"""Mixtures of experts: what they are where they are something simpler, and on a mesh."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lminf.attention import policies
+from lminf.models import cost, decoder, moe
+from lminf.models.spec import MoESpec
+from lminf.scaling import accounting
+from tests.train import making
+
+MIX = MoESpec(experts=4, per_token=2, hidden_dim=24, shared_dim=8, dense_layers=0,
+              normalised=False, capacity=None)  # fmt: skip
+WIDTH = 16
+
+
+def experts(**changes):
+    mix = dataclasses.replace(MIX, **changes)
+    return moe.Experts(mix, WIDTH, jax.nn.silu, True, decoder.unplaced)
+
+
+@pytest.fixture(scope="module")
+def x():
+    return jax.random.normal(jax.random.key(1), (2, 6, WIDTH))
+
+
+@pytest.fixture(scope="module")
+def params(x):
+    return experts().init(jax.random.key(0), x)["params"]
+
+
+def ran(module, params, x):
+    out, seen = module.apply({"params": params}, x, mutable=[moe.ROUTING])
+    return out, {name: float(found[0]) for name, found in seen[moe.ROUTING].items()}
+
+
+def one(params, index, x):
+    """What expert `index` makes of every token."""
+    up, gate, down = (params[name][index] for name in ("up", "gate", "down"))
+    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+
+def test_all_experts_with_equal_weights_are_their_mean(x, params):
+    even = params | {"router": jnp.zeros_like(params["router"])}
+    out, seen = ran(experts(per_token=4), even, x)
+    wanted = sum(one(params, index, x) for index in range(4)) / 4
+    np.testing.assert_allclose(out, wanted, atol=1e-6)
+    assert seen["balance"] == pytest.approx(1.0)
+    assert seen["z"] == pytest.approx(math.log(4) ** 2, rel=1e-6)
+    assert seen["dropped"] == 0
+
+
+def test_each_token_is_the_weighed_sum_of_its_experts(x, params):
+    out, _ = ran(experts(), params, x)
+    share = jax.nn.softmax(x @ params["router"])
+    weight, chosen = jax.lax.top_k(share, 2)
+    for b, t in ((0, 0), (1, 5)):
+        wanted = sum(weight[b, t, i] * one(params, chosen[b, t, i], x[b, t]) for i in range(2))
+        np.testing.assert_allclose(out[b, t], wanted, atol=1e-6)
+    halved, _ = ran(experts(normalised=True), params, x)
+    np.testing.assert_allclose(halved, out / weight.sum(-1, keepdims=True), atol=1e-6)
+
+
+def test_with_room_for_all_nothing_is_dropped(x, params):
+    out, _ = ran(experts(), params, x)
+    seated, seen = ran(experts(capacity=4.0), params, x)
+    assert seen["dropped"] == 0
+    np.testing.assert_allclose(seated, out, atol=1e-6)
+
+    def loss(module):
+        return lambda params, x: (module.apply({"params": params}, x) ** 2).sum()
+
+    for mine, its in zip(
+        jax.tree.leaves(jax.grad(loss(experts(capacity=4.0)), (0, 1))(params, x)),
+        jax.tree.leaves(jax.grad(loss(experts()), (0, 1))(params, x)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(mine, its, atol=1e-5)
+        assert np.abs(mine).max() > 0
+
+
+def test_tokens_beyond_an_experts_capacity_get_nothing_from_it(x, params):
+    """All 12 tokens want expert 3 alone, which reads 12 / 4 = 3 of them: the first ones."""
+    x = jnp.abs(x)
+    towards = jnp.zeros_like(params["router"]).at[:, 3].set(9.0)
+    out, seen = ran(experts(per_token=1, capacity=1.0), params | {"router": towards}, x)
+    assert seen["dropped"] == pytest.approx(9 / 12)
+    flat = out.reshape(12, WIDTH)
+    np.testing.assert_allclose(flat[:3], one(params, 3, x.reshape(12, WIDTH)[:3]), atol=1e-5)
+    assert not flat[3:].any()
+    assert seen["balance"] == pytest.approx(4.0, rel=1e-3)  # as uneven as can be
+
+
+def test_first_choices_are_seated_before_second_ones():
+    chosen = jnp.array([[1, 0], [0, 1], [0, 1]])
+    place, fits = moe.seats(chosen, 2, 2)
+    np.testing.assert_array_equal(place, [[0, 2], [0, 1], [1, 2]])
+    np.testing.assert_array_equal(fits, [[True, False], [True, True], [True, False]])
+
+
+# --- In a model -----------------------------------------------------------------------------------
+
+SHAPE = dataclasses.replace(making.SPEC, tied=False)
+
+
+def mixed(**changes):
+    return dataclasses.replace(SHAPE, moe=dataclasses.replace(MIX, **changes))
+
+
+def hidden(shape, params, tokens):
+    module = decoder.Decoder(shape, (policies.FULL,) * shape.num_layers)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    return module.apply({"params": params}, tokens, positions=positions)[0]
+
+
+def test_one_expert_is_the_mlp():
+    shape = mixed(experts=1, per_token=1, hidden_dim=32, shared_dim=0)
+    params = decoder.init(SHAPE, key=jax.random.key(0))
+    mlp = params["layers"]["mlp"]
+    experts = {name: mlp[f"w_{name}"][:, None] for name in ("gate", "up", "down")}
+    router = jax.random.normal(jax.random.key(2), (2, 16, 1))
+    layers = {k: v for k, v in params["layers"].items() if k != "mlp"}
+    layers["moe"] = experts | {"router": router}
+    tokens = jnp.asarray(making.tokens()["tokens"][:2])
+    found = hidden(shape, params | {"layers": layers}, tokens)
+    np.testing.assert_allclose(found, hidden(SHAPE, params, tokens), atol=1e-5)
+
+
+def test_parameters_are_counted():
+    shape = mixed(dense_layers=1)
+    params = decoder.init(shape, key=jax.random.key(0))
+    assert set(params) == {"embed", "head", "first_layers", "layers", "final_norm"}
+    assert params["first_layers"]["mlp"]["w_up"].shape == (1, 16, 32)
+    assert params["layers"]["moe"]["up"].shape == (1, 4, 16, 24)
+    assert params["layers"]["shared"]["w_down"].shape == (1, 8, 16)
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert cost.parameters(shape) == total
+    aside = 2 * 64 * 16 + 5 * 16 + 16 * 4  # vocabulary, norms, router
+    assert accounting.spec_parameters(shape) == total - aside
+    idle = 2 * 3 * 16 * 24
+    assert cost.active_parameters(shape) == total - idle
+    assert accounting.spec_parameters(shape, active=True) == total - aside - idle
+    used = cost.active_parameters(shape) - 64 * 16 - 5 * 16  # an embedding is looked up
+    assert cost.matmul_flops_per_token(shape) == 2 * used
+
+
+def test_a_shape_that_leaves_no_mixture_is_refused():
+    with pytest.raises(ValueError, match="dense_layers=2 leaves no layer"):
+        mixed(dense_layers=2)
+    with pytest.raises(ValueError, match="per_token=5 of 4 experts"):
+        mixed(per_token=5)
+    mlp = dataclasses.replace(SHAPE.mlp, bias=True)
+    with pytest.raises(ValueError, match="no biases"):
+        dataclasses.replace(SHAPE, mlp=mlp, moe=MIX)
+
+
+@pytest.mark.slow
+def test_decoding_through_the_cache_equals_prefill():
+    shape = mixed(dense_layers=1)
+    params = decoder.init(shape, key=jax.random.key(0))
+    by_layer = (policies.FULL,) * 2
+    module = decoder.Decoder(shape, by_layer)
+    tokens = jnp.asarray(making.tokens()["tokens"][:2, :6])
+    caches = decoder.init_caches(shape, by_layer, batch=2, capacity=8, dtype=jnp.float32)
+    parts = []
+    for start, stop in ((0, 3), (3, 4), (4, 5), (5, 6)):
+        positions = jnp.broadcast_to(jnp.arange(start, stop, dtype=jnp.int32), (2, stop - start))
+        found, caches = module.apply(
+            {"params": params}, tokens[:, start:stop], positions=positions, caches=caches
+        )
+        parts.append(found)
+    whole = hidden(shape, params, tokens)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-5)
+
+
+def test_the_routers_losses_are_minimised_and_reported():
+    made = making.program(shape=mixed(), balance=0.5, router_z=0.25)
+    state = made.init(key=jax.random.key(0))
+    batch = making.put(made, making.tokens())
+    _, (nll, routing) = made._share(state.params, None, batch, jnp.float32(8 * 16))
+    assert set(routing) == set(moe.MEASURES)
+    total, _ = made._share(state.params, None, batch, jnp.float32(8 * 16))
+    wanted = nll + 0.5 * routing["balance"] + 0.25 * routing["z"]
+    assert float(total) == pytest.approx(float(wanted), rel=1e-6)
+    assert 1 <= float(routing["balance"]) < 4

@@ -1,0 +1,40 @@
+"""Mixtures of experts in training: sharded, accumulated, and on one device."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from lminf.models import decoder
+from tests.models.test_moe import MIX
+from tests.train import making
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sizes", "strategy", "changes"),
+    [
+        ({"expert": 4, "data": 2}, "expert", {}),
+        ({"expert": 4, "data": 2}, "expert", {"capacity": 1.0}),
+        ({"expert": 2, "fsdp": 2, "tensor": 2}, "expert+zero3+tensor", {"dense_layers": 1}),
+    ],
+)
+def test_on_a_mesh_of_experts_it_trains_as_on_one_device(sizes, strategy, changes):
+    shape = dataclasses.replace(making.SPEC, moe=dataclasses.replace(MIX, **changes))
+    losses, states = [], []
+    for made in (
+        making.program(shape=shape),
+        making.program(shape=shape, strategy=strategy, **sizes),
+        making.program(shape=shape, accumulate=2),
+    ):
+        state = made.start(making.host(decoder.init(shape, key=jax.random.key(0))))
+        for step in range(2):
+            state, metrics = made.step(state, making.put(made, making.tokens(step)))
+        losses.append(float(metrics.loss))
+        states.append(state)
+    where = states[1].params["layers"]["moe"]["up"].sharding.spec
+    assert "expert" in where
+    assert losses[1] == pytest.approx(losses[0], abs=making.ATOL)
+    assert making.largest_difference(states[0].params, states[1].params) < 1e-4
+    if "capacity" not in changes:  # balance is of a piece, so accumulating is another loss
+        assert losses[2] == pytest.approx(losses[0], abs=1e-2)

@@ -62,8 +62,8 @@ def written(policy, scoring, arrays, size, pads=PADS, before=lambda stored: stor
 @pytest.mark.parametrize(
     ("policy", "encoding", "size"),
     [
-        (ThinK(0.0, recent=5), "rotary", 1),
         (SnapKV(TOKENS, window=5), "alibi", 4),
+        pytest.param(ThinK(0.0, recent=5), "rotary", 1, marks=pytest.mark.slow),
         pytest.param(ThinK(0.0, recent=5, capacity=TOKENS), "none", 4, marks=pytest.mark.slow),
         pytest.param(SnapKV(TOKENS, window=5), "yarn", 1, marks=pytest.mark.slow),
     ],
@@ -130,8 +130,8 @@ def weights_of(scores):
 @pytest.mark.parametrize(
     ("policy", "size"),
     [
-        (ThinK(0.4, recent=5), 1),
-        (SnapKV(9, window=5, pooling=3), 4),
+        pytest.param(ThinK(0.4, recent=5), 1, marks=pytest.mark.slow),
+        pytest.param(SnapKV(9, window=5, pooling=3), 4, marks=pytest.mark.slow),
         (ThinK(0.5, recent=4, capacity=10), 1),
     ],
 )
@@ -143,6 +143,7 @@ def test_removing_channels_and_tokens_is_masking_them(policy, size):
         np.testing.assert_allclose(found[row], one, atol=ATOL)
 
 
+@pytest.mark.slow
 def test_where_the_older_tokens_lie_changes_nothing():
     scoring, arrays = cases.scoring("alibi"), cases.arrays(2)
     policy = SnapKV(9, window=5, pooling=1)
@@ -156,6 +157,7 @@ def test_where_the_older_tokens_lie_changes_nothing():
     np.testing.assert_allclose(written(policy, scoring, arrays, 1, before=mixed), plain, atol=ATOL)
 
 
+@pytest.mark.slow
 def test_channels_that_are_zero_go_first_and_cost_nothing():
     scoring, (q, k, v) = cases.scoring("none"), cases.arrays(2)
     k = k.copy()
@@ -196,6 +198,7 @@ def test_bad_settings_are_one_sentence(make, message):
         make()
 
 
+@pytest.mark.slow
 def test_a_prompt_is_read_in_full():
     scoring, arrays = cases.scoring("rotary"), cases.arrays(1)
     at = jnp.asarray(cases.padded(PADS))

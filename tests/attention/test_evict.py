@@ -73,7 +73,7 @@ def read(policy, scoring, sizes, arrays, pads=PADS):
     ("policy", "encoding"),
     [
         (H2O(10, sinks=2, recent=2, turn=3), "rotary"),
-        (TOVA(9, sinks=0, recent=2, turn=3), "alibi"),
+        pytest.param(TOVA(9, sinks=0, recent=2, turn=3), "alibi", marks=pytest.mark.slow),
         pytest.param(H2O(9, sinks=1, recent=0, turn=3), "alibi", marks=pytest.mark.slow),
         pytest.param(TOVA(8, sinks=1, turn=3), "partial", marks=pytest.mark.slow),
         pytest.param(SirLLM(10, sinks=2, recent=1, turn=3), "none", marks=pytest.mark.slow),
@@ -87,6 +87,7 @@ def test_in_any_chunks_within_a_turn_it_is_the_lists_of_each_head(policy, encodi
         np.testing.assert_allclose(found[real], expected[real], atol=ATOL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [H2O, TOVA, SirLLM])
 def test_with_a_place_for_every_token_it_is_full_attention(kind):
     scoring, arrays = cases.scoring("rotary"), cases.arrays(1)
@@ -95,7 +96,7 @@ def test_with_a_place_for_every_token_it_is_full_attention(kind):
     np.testing.assert_allclose(found[real], np.asarray(full)[real], atol=ATOL)
 
 
-@pytest.mark.parametrize("kind", [H2O, SirLLM])
+@pytest.mark.parametrize("kind", [H2O, pytest.param(SirLLM, marks=pytest.mark.slow)])
 def test_with_no_token_kept_for_its_score_it_is_streaming(kind):
     """A capacity of sinks, recent tokens and the turn; a turn of one is StreamingLLM's."""
     scoring, arrays = cases.scoring("rotary"), cases.arrays(1)

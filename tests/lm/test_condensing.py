@@ -17,6 +17,7 @@ def ids(lm):
     return lm.tokenizer.encode(TEXT)
 
 
+@pytest.mark.slow
 def test_losses_after_a_prompt_of_which_all_is_kept_are_those_of_full(lm, ids, small_steps):
     """24 tokens of prompt are three chunks, and the rest is read in more."""
     plain = lm.with_policy(Full()).token_nll(ids)

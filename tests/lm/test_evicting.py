@@ -21,13 +21,14 @@ def ids(lm):
     return lm.tokenizer.encode(TEXT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy",
     [
         SIRLLM,
-        pytest.param(dataclasses.replace(SIRLLM, score="reference"), marks=pytest.mark.slow),
-        pytest.param(H2O(12, sinks=2, recent=2, turn=4), marks=pytest.mark.slow),
-        pytest.param(PerLayer((TOVA(12, turn=4), Full())), marks=pytest.mark.slow),
+        dataclasses.replace(SIRLLM, score="reference"),
+        H2O(12, sinks=2, recent=2, turn=4),
+        PerLayer((TOVA(12, turn=4), Full())),
     ],
 )
 def test_losses_do_not_depend_on_the_chunks_within_a_turn(lm, ids, policy, monkeypatch):

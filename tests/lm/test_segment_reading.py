@@ -53,6 +53,7 @@ def test_nothing_to_read_has_no_segments():
     assert segment_reading.segments(0, 8) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("select", [TopK(), TopK(1)])
 def test_a_prompt_that_fits_as_one_segment_is_read_as_it_is(full, select, small_steps):
     prompt = LONG[:16]
@@ -86,6 +87,7 @@ def test_the_surest_segments_that_fit_are_kept_in_the_order_of_the_text(full, su
         assert found.kept == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [1, 5])
 def test_entropies_do_not_depend_on_order_or_company(full, small_steps, monkeypatch, last):
     prompts = [LONG[:12], LONG[20:29], LONG[7:19]]

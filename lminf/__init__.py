@@ -6,22 +6,34 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lminf.attention.condense import SnapKV, ThinK
+    from lminf.attention.evict import H2O, TOVA, SirLLM
     from lminf.attention.policies import Full, LMInfinite, ReRoPE, SelfExtend, Streaming, Window
     from lminf.generation import Sampling
     from lminf.lm import LM
 
 __all__ = [
+    "H2O",
     "LM",
+    "TOVA",
     "Full",
     "LMInfinite",
     "ReRoPE",
     "Sampling",
     "SelfExtend",
+    "SirLLM",
+    "SnapKV",
     "Streaming",
+    "ThinK",
     "Window",
     "__version__",
 ]
-_HOMES = {"LM": "lminf.lm", "Sampling": "lminf.generation"}
+_HOMES = {
+    "LM": "lminf.lm",
+    "Sampling": "lminf.generation",
+    **dict.fromkeys(("SnapKV", "ThinK"), "lminf.attention.condense"),
+    **dict.fromkeys(("H2O", "TOVA", "SirLLM"), "lminf.attention.evict"),
+}
 
 
 def __getattr__(name: str):

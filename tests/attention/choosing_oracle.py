@@ -5,6 +5,8 @@ tokens. A query's keys are pairs (position, distance); rotary scores come from d
 in tests.attention.oracle, so nothing is ever placed at a position.
 """
 
+import itertools
+
 import numpy as np
 
 from lminf.attention import rope
@@ -140,3 +142,48 @@ def rotated(encoding, x, at):
     out[:, real] = turned.real * encoding.scaling.temperature
     out[:, imaginary] = turned.imag * encoding.scaling.temperature
     return out
+
+
+def hip(policy, scoring, q, k, v, calls):
+    """Every layer is a sparse one. Calls of one token keep what they found for `refresh` tokens."""
+    out, share, size = np.zeros_like(q), q.shape[1] // k.shape[1], policy.block
+    ends, found = set(np.cumsum(calls)), None
+    for start, stop in groups(calls, policy.query_block):
+        alone = stop - start == 1 and start in ends | {0} and stop in ends
+        if not alone or found is None or start % policy.refresh == 0:
+            blocks = max(start - policy.window + 1 - policy.sinks, 0) // size
+            near = policy.sinks + blocks * size
+            found = [hip_search(policy, scoring, q, k, head, range(start, stop), blocks)
+                     for head in range(k.shape[1])]  # fmt: skip
+        for i in range(start, stop):
+            for n in range(q.shape[1]):
+                looked_up = {policy.sinks + m * size + s for m in found[n // share]
+                             for s in range(size)}  # fmt: skip
+                at = np.array([j for j in range(i + 1)
+                               if j < policy.sinks or j >= near or j in looked_up])  # fmt: skip
+                scores = score(scoring, q[i, n], k[at, n // share], (i - at).astype(float))
+                out[i, n] = weights(scores) @ v[at, n // share]
+        found = found if alone else None
+    return out
+
+
+def hip_search(policy, scoring, q, k, head, rows, blocks):
+    share, kept = q.shape[1] // k.shape[1], policy.topk // policy.block
+    text = len(q) - policy.window - policy.sinks
+    kept = min(kept, max(text, 0) // policy.block)
+
+    def best(begin):
+        at = np.arange(policy.block) + policy.sinks + begin * policy.block
+        return max(
+            _products(scoring.encoding, q[None, None, i, head * share + n], k[None, at, head],
+                      (i - at)[None, None].astype(float)).max()
+            for i in rows[:: policy.query_stride] for n in range(share)
+        )  # fmt: skip
+
+    edges = [g * blocks // kept for g in range(kept + 1)] if kept else []
+    ranges = [(a, b - a) for a, b in itertools.pairwise(edges)]
+    while any(n > 1 for _, n in ranges):
+        halves = [(a, n // 2) for a, n in ranges] + [(a + n // 2, n - n // 2) for a, n in ranges]
+        wanted = np.array([best(a) if n else -np.inf for a, n in halves])
+        ranges = [halves[x] for x in top(wanted, kept)]
+    return [a for a, n in ranges if n]

@@ -7,10 +7,19 @@ import numpy as np
 import pytest
 
 from lminf.attention import attend, cache
+from lminf.attention.hip import HiP
 from lminf.attention.infllm import InfLLM
 from lminf.attention.longheads import LongHeads
 from lminf.attention.policies import POLICIES as POLICY_TABLE
-from lminf.attention.policies import Full, LMInfinite, PerHead, by_layer, check_rotary
+from lminf.attention.policies import (
+    Full,
+    Lambda,
+    LMInfinite,
+    PerHead,
+    Window,
+    by_layer,
+    check_rotary,
+)
 from lminf.attention.top_k import TopK
 from lminf.config import parse_choice
 from lminf.errors import InputError
@@ -23,7 +32,11 @@ POLICIES = {
     "infllm": InfLLM(window=8, sinks=3, topk=2, block=4, repr_topk=2, exec_block=4),
     "topk": TopK(window=8, sinks=3, topk=2, from_layer=0),
     "longheads": LongHeads(attended=16, chunk=4),
-}
+    "hip": HiP(
+        topk=8, window=6, sinks=3, block=2, query_block=4, query_stride=2, refresh=3,
+        dense_layers=0,
+    ),
+}  # fmt: skip
 OTHERS = {
     "infllm": [
         InfLLM(8, sinks=0, topk=1, block=2, repr_topk=1, exec_block=16),
@@ -32,11 +45,18 @@ OTHERS = {
     ],
     "topk": [TopK(4, sinks=0, topk=40, at=9, from_layer=1, distance=3)],
     "longheads": [LongHeads(12, chunk=4), LongHeads(24, chunk=8)],
-}
+    "hip": [
+        HiP(4, window=4, sinks=0, block=1, query_block=4, query_stride=1, refresh=1,
+            dense_layers=0),
+        HiP(40, window=3, sinks=1, block=2, query_block=16, query_stride=3, refresh=4,
+            dense_layers=0),
+    ],
+}  # fmt: skip
 ORACLES = {
     "infllm": choosing_oracle.infllm,
     "topk": choosing_oracle.top_k,
     "longheads": choosing_oracle.long_heads,
+    "hip": choosing_oracle.hip,
 }
 # Sizes of the calls: at once; in chunks of whole groups; a prompt, and then token by token.
 CALLS = ((TOKENS,), (16, 16, 8), (16, *[1] * 24))
@@ -105,6 +125,8 @@ def outputs():
         "topk, fits": TopK(TOKENS, sinks=3, topk=2, from_layer=0),
         "longheads, all chunks": LongHeads(TOKENS + 8, chunk=8),
         "longheads, as many": LongHeads(TOKENS, chunk=4),
+        "hip, keeps all": HiP(TOKENS, 3, sinks=2, block=2, query_block=8, dense_layers=0),
+        "hip, dense layer": HiP(4, 3, sinks=2, block=2, query_block=8, dense_layers=1),
         "infllm, no blocks": InfLLM(8, sinks=3, topk=0, block=1, repr_topk=1, exec_block=1),
         "lm_infinite": LMInfinite(8, 3, distance=7),
         "infllm, all blocks": every_block,
@@ -129,6 +151,8 @@ def outputs():
         ("topk, fits", "full"),
         ("longheads, all chunks", "full"),
         ("longheads, as many", "full"),
+        ("hip, keeps all", "full"),
+        ("hip, dense layer", "full"),
         ("infllm, no blocks", "lm_infinite"),
         ("infllm, all blocks", "rerope"),
         ("topk, below its layers", "lm_infinite"),
@@ -151,7 +175,7 @@ def one_row(group=1):
     return [x[:1] for x in cases.arrays(group, tokens=TOKENS)]
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", ["infllm", "topk", "longheads"])
 def test_a_needle_outside_the_window_is_found(name):
     """The last query and one key far back say much to each other wherever they stand."""
     q, k, v = one_row()
@@ -163,6 +187,46 @@ def test_a_needle_outside_the_window_is_found(name):
     blind = np.asarray(reader(LMInfinite(8, 3), 1)(q, k, v))[0, -1]
     assert found.min() > 6.5
     assert blind.max() < 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sign", "other"), [(1, Window(6 + 8)), (-1, Lambda(6, sinks=8))], ids=["rise", "fall"]
+)
+def test_the_search_finds_the_best_where_scores_only_rise_or_fall(sign, other):
+    """The last ones before the window are then the best, or the first of all."""
+    q, k, v = one_row()
+    q[...], k[...] = 0, 0
+    q[..., 0], k[..., 0] = 1, 0.2 * sign * np.arange(TOKENS)[None, :, None]
+    policy = HiP(8, window=6, sinks=0, block=1, query_block=1, query_stride=1, dense_layers=0)
+    at = jnp.arange(TOKENS, dtype=jnp.int32)[None]
+
+    @cases.compiled
+    def run(*arrays):
+        return [
+            attend.whole(p, cases.scoring("none"), at, implementation="xla")(*arrays)
+            for p in (policy, other)
+        ]
+
+    agree(*run(q, k, v))
+
+
+@pytest.mark.slow
+def test_a_search_finds_what_stands_among_its_like_and_may_miss_what_stands_alone():
+    """The half that a needle is in is known by its first key, so the needle must reach there."""
+    q, k, v = one_row()
+    q[0, -1], k[...] = 0, 0
+    q[0, -1, :, 0] = 10
+    policy = HiP(2, window=4, sinks=0, block=1, query_block=1, query_stride=1, dense_layers=0)
+    at = jnp.arange(TOKENS, dtype=jnp.int32)[None]
+    run = cases.compiled(attend.whole(policy, cases.scoring("none"), at))
+    v[0, 9:18] = 7  # the 36 keys before the window are halved into those from 0, 9, 18 and 27 on
+    k[0, 17, :, 0] = 9
+    alone = np.asarray(run(q, k, v))[0, -1]
+    k[0, 9:18, :, 0] = 9
+    together = np.asarray(run(q, k, v))[0, -1]
+    assert together.min() > 6.5
+    assert alone.max() < 6.5
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -237,6 +301,8 @@ def test_one_program_decodes_at_every_length(name):
         ("infllm:window=0", "window=0: give at least 1"),
         ("topk:window=64,topk=0", "topk=0: give at least 1"),
         ("topk:window=64,at=-1", "at=-1: give at least 0"),
+        ("hip:topk=5", "topk=5 tokens is no whole number of blocks of block=2; give a multiple"),
+        ("hip:topk=8,refresh=0", "refresh=0: give at least 1"),
         ("longheads:attended=100,chunk=32", "attended=100 is not three or more chunks of chunk=32"),
     ],
 )
@@ -267,6 +333,13 @@ def test_without_rotary_keys_cannot_be_moved():
         with pytest.raises(InputError, match="moves keys by rotating them, but this model's"):
             check_rotary(POLICIES["infllm"], cases.ENCODINGS[encoding])
     check_rotary(POLICIES["infllm"], cases.ENCODINGS["partial"])
+    check_rotary(POLICIES["hip"], cases.ENCODINGS["none"])  # which moves none
+    with pytest.raises(
+        InputError, match="ranks keys by products alone, but this"
+    ):
+        attend.whole(POLICIES["hip"], cases.scoring("alibi"), jnp.zeros((1, 4), jnp.int32))(
+            *(jnp.zeros((1, 4, 2, WIDTH)),) * 3
+        )
 
 
 def test_packed_rows_and_heads_of_their_own_are_refused():

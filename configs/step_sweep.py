@@ -6,7 +6,7 @@ Command    lminf sweep step --config=step_sweep:laptop
 Time       :laptop is meant for two CPU cores; its time is not measured yet
 Expected   a bowl whose minimum is interior in the learning rate; best losses at small batches
 Tiny       --config=:tiny: two batches, a minute
-Pod        --config=:pod: the shapes, tokens and grid of the paper's dense models
+Pod        --config=:pod: the shapes, tokens and grids of the paper's dense and mixed models
 """
 
 from ml_collections import ConfigDict
@@ -25,6 +25,11 @@ PUBLISHED = (
     ((2048, 8192, 16, 16), (20e9, 56.9e9)),
 )
 
+# One shape, its first layer dense: experts of a token, experts, their d_ff, the shared one's d_ff.
+MIXED_SHAPE = (1408, 3904, 11, 16)
+MIXTURES = ((1, 89, 352, 352), (2, 88, 352, 704), (1, 8, 3528, 3528), (3, 8, 2888, 8664))
+MIXED_TOKENS = (2_000_000_000, 4_000_000_000, 8_000_000_000, 20_000_000_000)
+
 
 def get_config(arg: str = ""):
     c = base.get_config(arg, variants=VARIANTS)
@@ -34,8 +39,14 @@ def get_config(arg: str = ""):
     c.data.length = 64  # tokens of a row
     c.data.batch = 8  # rows of a step
     c.model = base.small_shape()
+    c.experts = ConfigDict()  # in the MLP's place, beside a shared one
+    c.experts.count = 0  # 0: an MLP
+    c.experts.per_token = 1
+    c.experts.hidden_dim = 85  # of one expert
+    c.experts.shared_dim = 85  # of the one that reads every token
+    c.experts.dense_layers = 0  # layers at the start with an MLP instead
     c.tokens = 131_072  # D: every token is seen once
-    c.rates = tuple(5e-4 * 2**i for i in range(7))  # peaks, trained side by side
+    c.rates = tuple(1e-3 * 2**i for i in range(7))  # peaks, trained side by side
     c.replicates = 1  # seeds from c.seed on, trained side by side
     c.schedule = "cosine:peak=1,floor=1e-5,warmup=20"  # the law's runs too end at 1e-5
     c.optimizer = "adamw:b2=0.95,weight_decay=0.1"
@@ -61,20 +72,17 @@ def get_sweep(c, arg: str = ""):
                                    "data.batch": (16, 32, 64, 128, 256)}))  # fmt: skip
     if arg == "tiny":
         return grid({"data.batch": (2, 8)})
-    batches = grid({"data.batch": (2, 4, 8, 16, 32)})
+    # Two seeds where the least loss lies; there also one change at a time: a deeper shape of as
+    # many parameters, prose in place of code, and experts of which a token uses as many.
+    batches = zipped({"data.batch": (4, 2, 8, 1, 16), "replicates": (2, 2, 1, 1, 1)})
     narrow = {"model.width": 48, "model.num_layers": 4, "model.num_heads": 3,
               "model.num_kv_heads": 3, "model.hidden_dim": 106}  # fmt: skip
-    at_the_optimum = grid({"data.batch": (4,)})
-    return chain(
-        batches,
-        cross(grid({"seed": (1,)}), at_the_optimum),
-        cross(grid({"tokens": (262_144,)}), batches),
-        cross((narrow,), at_the_optimum),
-        cross(grid({"data.corpus": ("prose",)}), at_the_optimum),
-    )
+    changes = chain((narrow,), grid({"data.corpus": ("prose",)}), grid({"experts.count": (4,)}))
+    return chain(batches, cross(changes, ({"data.batch": 4, "replicates": 2},)))
 
 
 def published():
+    """Dense and mixed shapes; the mixtures have a grid of their own."""
     cells = []
     for (width, hidden, heads, layers), budgets in PUBLISHED:
         shape = {"model.width": width, "model.hidden_dim": hidden, "model.num_heads": heads,
@@ -82,4 +90,14 @@ def published():
         batches = (32, 64, 128, 192, 256, 352, 512, 736, 1024, 2048)
         settings = grid({"tokens": tuple(map(int, budgets)), "data.batch": batches})
         cells.append(cross((shape,), settings))
-    return chain(*cells)
+    width, hidden, heads, layers = MIXED_SHAPE
+    shape = {"model.width": width, "model.hidden_dim": hidden, "model.num_heads": heads,
+             "model.num_kv_heads": heads, "model.num_layers": layers,
+             "experts.dense_layers": 1, "rates": tuple(2.0 ** (-i / 2) for i in range(25, 16, -1)),
+    }  # fmt: skip
+    mixtures = zipped(dict(zip(
+        ("experts.per_token", "experts.count", "experts.hidden_dim", "experts.shared_dim"),
+        zip(*MIXTURES, strict=True), strict=True,
+    )))  # fmt: skip
+    settings = grid({"tokens": MIXED_TOKENS, "data.batch": (32, 64, 128, 256, 512)})
+    return chain(*cells, cross((shape,), mixtures, settings))

@@ -15,6 +15,12 @@ from lminf.data.tokenizers import Tokenizer
 from lminf.errors import InputError
 
 TEXTS = {"library": sources.python_library, "prose": sources.python_prose}
+SAID = {
+    "library": "the source files of the Python standard library (tests aside) and the topics of "
+    "the language reference, as the interpreter installs them (PSF licence)",
+    "prose": "the standard library's docstrings of 200 characters and more and the topics of the "
+    "language reference, as the interpreter installs them (PSF licence)",
+}
 HELD_OUT = 100_000  # characters, the end of the text: the same span for every vocabulary
 PIECE = 4000  # characters: files are cut, so that the held-out text is a sample of all of them
 

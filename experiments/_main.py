@@ -157,6 +157,8 @@ def write_report(
     figures: Sequence[str],
     seconds: float,
     state: str = "",
+    findings: str = "",
+    spent: str = "",
 ) -> None:
     text = report.compose(
         header.read(asked.config_path),
@@ -166,5 +168,7 @@ def write_report(
         table=table,
         figures=figures,
         seconds=seconds,
+        findings=findings,
+        spent=spent,
     )
     out.write("report.md", text)

@@ -14,7 +14,7 @@ from lminf.config import parse_choice
 from lminf.data import windows
 from lminf.errors import InputError
 from lminf.models import spec
-from lminf.models.spec import ModelSpec
+from lminf.models.spec import ModelSpec, MoESpec
 from lminf.parallel import mesh, partition
 from lminf.scaling import accounting
 from lminf.train.many import Copies
@@ -38,12 +38,25 @@ class Measured:
 
 
 def shape_of(c, vocab_size: int) -> ModelSpec:
-    return spec.llama(vocab_size=vocab_size, trained_length=c.data.length, **c.model.to_dict())
+    return spec.llama(
+        vocab_size=vocab_size, trained_length=c.data.length, moe=experts_of(c), **c.model.to_dict()
+    )
 
 
-def parameters(shape: ModelSpec) -> int:
-    """N: all but the vocabulary, as both laws count it."""
-    return accounting.spec_parameters(shape)
+def experts_of(c) -> MoESpec | None:
+    """The mixture in the MLP's place; None where the study has none or the cell counts none."""
+    if not c.get("experts") or not c.experts.count:
+        return None
+    return MoESpec(
+        experts=c.experts.count, per_token=c.experts.per_token, hidden_dim=c.experts.hidden_dim,
+        shared_dim=c.experts.shared_dim, dense_layers=c.experts.dense_layers,
+        normalised=False, capacity=None,
+    )  # fmt: skip
+
+
+def parameters(shape: ModelSpec, *, active: bool = False) -> int:
+    """N: all but the vocabulary, as both laws count it; `active`: what one token uses of it."""
+    return accounting.spec_parameters(shape, active=active)
 
 
 def train(

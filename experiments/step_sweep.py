@@ -1,14 +1,16 @@
 """Learning rate x batch: bowls of the held-out loss, and where each law's point falls in them."""
 
+import dataclasses
+
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import _corpus, _small
+from experiments import _corpus, _noise, _small
 from experiments._main import main
 from experiments.step_law import contours
 from lminf.run import plots
-from lminf.scaling import rivals
+from lminf.scaling import accounting, collect, rivals
 
 LAWS = ("step", "deepseek", "porian")
 
@@ -17,12 +19,13 @@ def run(c, out):
     study = _corpus.corpus(c.data.corpus)
     tokenizer = study.tokenizers([c.data.vocab])[c.data.vocab]
     shape = _small.shape_of(c, c.data.vocab)
-    n = _small.parameters(shape)
+    n, active = _small.parameters(shape), _small.parameters(shape, active=True)
     tokens, held_out = study.tokens(tokenizer)
     for found in _small.train(c, shape, tokens, held_out, budgets=[c.tokens]):
         yield {
             "corpus": study.name, "text_digest": study.digest, "seed": found.seed,
-            "n": n, "width": shape.width, "hidden": shape.mlp.hidden_dim,
+            "n": n, "n_active": active, "experts": c.experts.count,
+            "width": shape.width, "hidden": shape.mlp.hidden_dim,
             "heads": shape.num_heads, "layers": shape.num_layers, "vocab_size": c.data.vocab,
             "seq_len": c.data.length, "d": found.tokens, "batch_sequences": c.data.batch,
             "batch_tokens": c.data.batch * c.data.length, "lr": found.lr,
@@ -30,39 +33,103 @@ def run(c, out):
         }  # fmt: skip
 
 
+def planned(c):
+    """What a cell costs: a row of its counts, FLOPs with attention as the law counts them."""
+    shape = _small.shape_of(c, c.data.vocab)
+    n, active = _small.parameters(shape), _small.parameters(shape, active=True)
+    per_token = accounting.flops_per_token(
+        active, layers=shape.num_layers, width=shape.width, seq_len=c.data.length
+    )
+    return {
+        "layers": shape.num_layers, "width": shape.width, "experts": c.experts.count, "n": n,
+        "n_active": active, "vocab": c.data.vocab, "batch": c.data.batch, "tokens": c.tokens,
+        "flops_per_token": per_token, "runs": len(c.rates) * c.replicates,
+        "flops": float(per_token) * c.tokens * len(c.rates) * c.replicates,
+    }  # fmt: skip
+
+
 def groups(rows):
     """Rows of each (corpus, shape, D) by a title; replicates of other seeds stay together."""
     found: dict[str, list] = {}
     for row in rows:
+        mixed = f", {row['experts']} experts ({row['n_active']:,} active)" if row["experts"] else ""
         key = (
-            f"{row['corpus']}, N = {row['n']:,} ({row['layers']} x {row['width']}), "
+            f"{row['corpus']}, N = {row['n']:,} ({row['layers']} x {row['width']}){mixed}, "
             f"D = {row['d']:,}"
         )
         found.setdefault(key, []).append(row)
     return found
 
 
+def cells_of(rows) -> dict[tuple, list[float]]:
+    """Held-out losses of each (learning rate, batch), one for each seed."""
+    return _noise.settings(rows, ("lr", "batch_tokens"), "loss")
+
+
+def least(rows) -> tuple:
+    """(learning rate, batch) of the least mean loss."""
+    cells = cells_of(rows)
+    return min(cells, key=lambda key: np.mean(cells[key]))
+
+
+def along_rates(rows, batch) -> _noise.Curve:
+    """The bowl at one batch."""
+    own = {lr: v for (lr, tokens), v in cells_of(rows).items() if tokens == batch}
+    rates = sorted(own)
+    return _noise.Curve(np.array(rates), tuple(own[lr] for lr in rates))
+
+
+def along_batches(rows) -> _noise.Curve:
+    """Of each batch the loss at its best rate."""
+    best: dict[int, list[float]] = {}
+    for (_, batch), values in cells_of(rows).items():
+        if batch not in best or np.mean(values) < np.mean(best[batch]):
+            best[batch] = values
+    batches = sorted(best)
+    return _noise.Curve(np.array(batches), tuple(best[batch] for batch in batches))
+
+
 def table(rows):
     """The best cell of each group, the noise between seeds there, and each law's point."""
     lines = []
     for title, own in groups(rows).items():
-        best = min(own, key=lambda row: row["loss"])
+        lr, batch = least(own)
+        cells = cells_of(own)
+        row = {**own[0], "loss": float(np.mean(cells[lr, batch]))}
         lines.append({
-            "group": title, "cells": len(own), "best lr": best["lr"],
-            "best batch (tokens)": best["batch_tokens"], "loss": best["loss"],
-            "noise": noise(own), "interior": interior(own, best),
-            **{f"{name} lr, batch": point(name, best) for name in LAWS},
+            "group": title, "cells": len(cells), "best lr": lr, "best batch (tokens)": batch,
+            "loss": row["loss"], "noise": noise(own),
+            "interior": interior(own, {"lr": lr, "batch_tokens": batch}),
+            "plateau": plateau(own),
+            **{f"{name} lr, batch": point(name, row) for name in LAWS},
         })  # fmt: skip
     return lines
 
 
 def noise(rows):
-    """Standard deviation between seeds of one setting, the median over settings; None: one seed."""
-    settings: dict[tuple, list[float]] = {}
-    for row in rows:
-        settings.setdefault((row["lr"], row["batch_tokens"]), []).append(row["loss"])
-    spread = [np.std(losses, ddof=1) for losses in settings.values() if len(losses) > 1]
-    return float(np.median(spread)) if spread else None
+    """Standard deviation between seeds of one setting; None: one seed.
+
+    Of settings within 5 % of the least loss: at rates that hardly train, seeds differ by more.
+    """
+    cells = cells_of(rows)
+    lowest = min(np.mean(values) for values in cells.values())
+    return _noise.pooled([v for v in cells.values() if np.mean(v) < 1.05 * lowest])
+
+
+def plateau(rows):
+    """The cells that noise cannot tell from the best one."""
+    cells, sigma = cells_of(rows), noise(rows)
+    if sigma is None:
+        return None
+    best = cells[least(rows)]
+    same = [
+        key for key, values in cells.items()
+        if not _noise.told_apart(
+            float(np.mean(values)), float(np.mean(best)),
+            sigma * np.sqrt(1 / len(values) + 1 / len(best)),
+        )
+    ]  # fmt: skip
+    return f"{len(same)} of {len(cells)}"
 
 
 def interior(rows, best):
@@ -81,23 +148,114 @@ def point(name, row):
     return f"{lr:.2g}, {batch:,.0f}" if batch is not None else f"{lr:.2g}"
 
 
-def plot(rows):
+def findings(rows):
+    """What the rows say, in sentences; a difference within its noise is called none."""
     titled = groups(rows)
+    first = rows[0]
+    lines = [
+        f"The text is `{first['corpus']}`, digest {first['text_digest']}: "
+        f"{_corpus.SAID[first['corpus']]}.",
+        "Noise is the standard deviation between seeds of one setting near the least loss; an "
+        f"interval is of optima of {_noise.DRAWS:,} draws of the losses with that noise. Two "
+        "losses are told apart where they differ by more than twice the noise of their difference. "
+        "A group's plateau are the cells not told apart from its best one.",
+    ]
+    for title, own in titled.items():
+        batch = least(own)[1]
+        lines.append(
+            f"{title}; batch of {batch} tokens: "
+            f"{_noise.said_of_bowl(steady(along_rates(own, batch), noise(own)), 'lr')}"
+        )
+        batches = along_batches(own)
+        if len(batches.x) > 2:
+            said = _noise.said_of_bowl(steady(batches, noise(own)), "batch (tokens)")
+            lines.append(f"{title}; at each batch's best rate: {said}")
+            lines += [priced(name, own) for name in LAWS]
+    base, *others = titled.items()
+    lines += [compared(base, other) for other in others]
+    return "\n\n".join(lines)
+
+
+def steady(curve, sigma) -> _noise.Curve:
+    """The curve with the noise near the least loss in place of its own points' alone."""
+    return dataclasses.replace(curve, noise=sigma)
+
+
+def priced(name, rows) -> str:
+    """What a law's point costs: the loss of the cell nearest to it."""
+    cells, sigma = cells_of(rows), noise(rows)
+    best = least(rows)
+    row = {**rows[0], "loss": float(np.mean(cells[best]))}
+    lr, batch = rivals.rule(name).setting(rivals.Query(row["n"], row["d"], row["loss"], None))
+    if batch is None:
+        return f"The {name} law names no batch here."
+    near = min(cells, key=lambda c: np.hypot(np.log2(c[0] / lr), np.log2(c[1] / batch)))
+    above = float(np.mean(cells[near])) - row["loss"]
+    off = max(abs(np.log2(near[0] / lr)), abs(np.log2(near[1] / batch)))
+    text = (
+        f"The {name} law, far below its range, says lr {lr:.2g} and {batch:,.0f} tokens; the "
+        f"nearest cell, lr {near[0]:g} and {near[1]} tokens, is {above:.3f} above the best"
+    )
+    if off > 1:
+        text += f" (the point is a factor {2**off:.1f} from it, outside the grid)"
+    if sigma is None:
+        return text + "; one seed, so no noise to compare it with."
+    error = sigma * np.sqrt(1 / len(cells[near]) + 1 / len(cells[best]))
+    return f"{text}, {'told apart' if _noise.told_apart(above, 0, error) else 'not told apart'}."
+
+
+def compared(base, other) -> str:
+    """The best rate and loss of a change beside those of the group it changes, at its batch."""
+    (title, rows), (other_title, changed) = base, other
+    batch = least(changed)[1]
+    one, two = (
+        steady(along_rates(own, batch), noise(own) or noise(rows)) for own in (rows, changed)
+    )
+    if not len(one.x) or one.errors is None or two.errors is None:
+        return f"{other_title} has no noise to be compared with {title} by."
+    shift = np.log2(_noise.drawn_optima(two, seed=1) / _noise.drawn_optima(one))
+    low, high = np.percentile(shift, [2.5, 97.5])
+    moved = "moves the best rate" if low > 0 or high < 0 else "does not move the best rate visibly"
+    text = (
+        f"{other_title} against {title}, batch of {batch} tokens: this {moved}: by "
+        f"{np.median(shift):+.2f} octaves (95 % {low:+.2f} .. {high:+.2f})"
+    )
+    if changed[0]["corpus"] != rows[0]["corpus"]:
+        return f"{text}. Losses on other text are not comparable."
+    i, j = int(np.argmin(one.means)), int(np.argmin(two.means))
+    gap = float(two.means[j] - one.means[i])
+    apart = _noise.told_apart(gap, 0, float(np.hypot(one.errors[i], two.errors[j])))
+    return f"{text}; its least loss differs by {gap:+.3f}, {'' if apart else 'not '}told apart."
+
+
+def files(rows):
+    """What stands beside the report: the table that `lminf scaling fit step` takes."""
+    first = rows[0]["corpus"]
+    return {"table.csv": collect.step([row for row in rows if row["corpus"] == first])}
+
+
+def plot(rows):
+    titled = {  # a contour needs an area
+        title: own for title, own in groups(rows).items() if len(along_batches(own).x) > 2
+    } or groups(rows)
     with matplotlib.rc_context(plots.STYLE):
         figure = Figure(figsize=(4.6 * min(3, len(titled)), 4 * -(-len(titled) // 3)),
                         layout="constrained")  # fmt: skip
         for index, (title, own) in enumerate(titled.items()):
             axes = figure.add_subplot(-(-len(titled) // 3), min(3, len(titled)), index + 1)
-            lowest = min(row["loss"] for row in own)
+            means = {cell: float(np.mean(losses)) for cell, losses in cells_of(own).items()}
+            lowest = min(means.values())
             key = (own[0]["n"], own[0]["d"])
-            cells = [{"n": r["n"], "d": r["d"], "lr": r["lr"], "batch": r["batch_tokens"],
-                      "excess": r["loss"] / lowest - 1} for r in first_seed(own)]  # fmt: skip
-            contours(axes, key, cells, points(own))
+            cells = [
+                {"n": key[0], "d": key[1], "lr": lr, "batch": batch, "excess": loss / lowest - 1}
+                for (lr, batch), loss in means.items()
+            ]
+            contours(axes, key, cells, points(own))  # fmt: skip
             axes.set_title(title.replace(", D", "\nD"), fontsize=9)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     lines = [
         {**row, "setting": f"{title}; batch {row['batch_tokens']:,}"}
-        for title, own in titled.items()
+        for title, own in groups(rows).items()
         for row in first_seed(own)
     ]
     bowls = plots.curves(
@@ -113,9 +271,9 @@ def first_seed(rows):
 
 def points(rows):
     """Each law's point and the best cell, where a figure can show them."""
-    best = min(rows, key=lambda row: row["loss"])
-    found = [{"n": best["n"], "d": best["d"], "law": "best cell", "lr": best["lr"],
-              "batch": best["batch_tokens"]}]  # fmt: skip
+    lr, batch = least(rows)
+    best = {**rows[0], "loss": float(np.mean(cells_of(rows)[lr, batch]))}
+    found = [{"n": best["n"], "d": best["d"], "law": "best cell", "lr": lr, "batch": batch}]
     for name in LAWS:
         lr, batch = rivals.rule(name).setting(
             rivals.Query(best["n"], best["d"], best["loss"], None)

@@ -4,16 +4,15 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import _corpus, _small
+from experiments import _corpus, _noise, _small
 from experiments._main import main
 from lminf.config import closest
 from lminf.errors import InputError
 from lminf.run import plots
-from lminf.scaling import accounting, losses, published
+from lminf.scaling import accounting, collect, losses, published
 
 MODES = ("checkpoints", "runs")
 METRICS = {"loss_u": "L_u (nats/token)", "bits_per_character": "bits per character"}
-DRAWS = 1000
 
 
 def run(c, out):
@@ -48,112 +47,182 @@ def run(c, out):
             }  # fmt: skip
 
 
+def planned(c):
+    """What a cell costs: a row of its counts, FLOPs as the law counts them, without attention."""
+    shape = _small.shape_of(c, c.data.vocab)
+    n_nv, n_v = _small.parameters(shape), c.data.vocab * shape.width
+    longest = max(c.budgets) if c.budget_mode == "checkpoints" else sum(c.budgets)
+    per_token = 6 * (n_nv + n_v)
+    return {
+        "layers": shape.num_layers, "width": shape.width, "n_nv": n_nv, "vocab": c.data.vocab,
+        "n_v": n_v, "batch": c.data.batch, "tokens": int(max(c.budgets) / per_token),
+        "flops_per_token": per_token, "runs": len(c.rates) * c.replicates,
+        "flops": float(longest) * len(c.rates) * c.replicates,
+    }  # fmt: skip
+
+
 def nearest(values, value):
     return min(values, key=lambda v: abs(v - value))
 
 
-def best_rates(rows, metric):
-    """Of each (n_nv, budget, vocabulary, seed) the row of the best learning rate."""
-    found: dict[tuple, dict] = {}
-    for row in rows:
-        key = (row["n_nv"], row["budget"], row["vocab_size"], row["seed"])
-        if key not in found or row[metric] < found[key][metric]:
-            found[key] = row
-    return list(found.values())
+def curve(rows, n_nv, budget, metric) -> _noise.Curve:
+    """Of each size the mean over seeds of `metric` at its best rate, by rising size."""
+    at = [row for row in rows if (row["n_nv"], row["budget"]) == (n_nv, budget)]
+    settings = _noise.settings(at, ("vocab_size", "lr"), metric)
+    best: dict[int, tuple] = {}
+    for (size, lr), values in settings.items():
+        if size not in best or np.mean(values) < np.mean(best[size][1]):
+            best[size] = (lr, values)
+    sizes = sorted(best)
+    return _noise.Curve(
+        np.array(sizes), tuple(best[size][1] for size in sizes), tuple(best[s][0] for s in sizes)
+    )
 
 
-def noise(rows, metric):
-    """Standard deviation between seeds of one setting, the median over settings; None: one seed."""
-    settings: dict[tuple, list[float]] = {}
-    for row in rows:
-        key = (row["n_nv"], row["budget"], row["vocab_size"])
-        settings.setdefault(key, []).append(row[metric])
-    spread = [np.std(values, ddof=1) for values in settings.values() if len(values) > 1]
-    return float(np.median(spread)) if spread else None
-
-
-def optimum(sizes, values, sigma, *, seed=0):
-    """(V, low, high): the vertex of a parabola in ln V through the three best neighbours, and its
-    95 % interval over `DRAWS` draws of the losses with the noise that seeds showed.
-
-    None where the least loss is at an end of the sizes: there is no optimum to name.
-    """
-    sizes, values = np.log(np.asarray(sizes, float)), np.asarray(values, float)
-    order = np.argsort(sizes)
-    sizes, values = sizes[order], values[order]
-    best = vertex(sizes, values)
-    if best is None:
-        return None, None, None
-    if not sigma:
-        return float(np.exp(best)), None, None
-    rng = np.random.default_rng(seed)
-    drawn = [vertex(sizes, values + sigma * rng.standard_normal(len(values))) for _ in range(DRAWS)]
-    inside = [v for v in drawn if v is not None]
-    low, high = np.exp(np.percentile(inside, [2.5, 97.5])) if len(inside) > 0.9 * DRAWS else (0, 0)
-    return float(np.exp(best)), float(low) or None, float(high) or None
-
-
-def vertex(x, y):
-    at = int(np.argmin(y))
-    if at in (0, len(y) - 1):
-        return None
-    a, b, _ = np.polyfit(x[at - 1 : at + 2], y[at - 1 : at + 2], 2)
-    return -b / (2 * a)
+def budgets_of(rows):
+    return list(dict.fromkeys((row["n_nv"], row["budget"]) for row in rows))
 
 
 def table(rows):
     """The best vocabulary of each budget by both metrics, beside the published law's."""
     lines = []
-    for n_nv, budget in dict.fromkeys((row["n_nv"], row["budget"]) for row in rows):
-        line = {"N_nv": n_nv, "FLOPs": budget}
+    for n_nv, budget in budgets_of(rows):
+        line = {"N_nv": n_nv, "FLOPs": f"{budget:.0e}"}
         for metric in METRICS:
-            own = [
-                row
-                for row in best_rates(rows, metric)
-                if (row["n_nv"], row["budget"]) == (n_nv, budget)
-            ]
-            sigma = noise(best_rates(rows, metric), metric)
-            first = [row for row in own if row["seed"] == min(r["seed"] for r in own)]
-            sizes, values = [r["vocab_size"] for r in first], [r[metric] for r in first]
-            v, low, high = optimum(sizes, values, sigma)
-            line[f"best V by {metric}"] = sizes[int(np.argmin(values))]
-            line[f"V by {metric}"] = v and round(v)
-            line[f"95 % by {metric}"] = f"{low:.0f} .. {high:.0f}" if low and high else None
-            line[f"noise of {metric}"] = sigma
-        law = published.ISOFLOP.optimum(n_nv=n_nv, d=rows[0]["width"], flops=budget)
-        line["published isoflop law"] = round(law.vocab_size)
+            found = curve(rows, n_nv, budget, metric)
+            v, low, high = _noise.optimum(found)
+            line[f"least {metric} at V"] = int(found.x[np.argmin(found.means)])
+            line[f"optimum by {metric}"] = v and round(v)
+            line["95 % " + metric] = f"{low:.0f} .. {high:.0f}" if low and high else None
+            line["noise " + metric] = found.sigma
+        line["published law"] = round(published_optimum(rows, n_nv, budget))
         lines.append(line)
     return lines
 
 
-def plot(rows):
-    figures = {}
+def published_optimum(rows, n_nv, budget) -> float:
+    width = next(row["width"] for row in rows if row["n_nv"] == n_nv)
+    return published.ISOFLOP.optimum(n_nv=n_nv, d=width, flops=budget).vocab_size
+
+
+def findings(rows):
+    """What the rows say, in sentences; a difference within its noise is called none."""
+    first = rows[0]
+    corpus = (
+        f"The text is `{first['corpus']}`, digest {first['text_digest']}: "
+        + (_corpus.SAID[first["corpus"]])
+    )
+    lines = [
+        corpus,
+        "A size counts at its best learning rate; noise is the standard deviation between seeds of "
+        "one setting, pooled over the sizes of a budget, and an interval is of optima of "
+        f"{_noise.DRAWS:,} draws of the losses with that noise. Two losses are told apart where "
+        "they differ by more than twice the noise of their difference.",
+    ]
     for metric, label in METRICS.items():
-        with matplotlib.rc_context(plots.STYLE):
-            figure = Figure(figsize=(7, 4.6), layout="constrained")
-            axes = figure.add_subplot()
-            best = best_rates(rows, metric)
-            budgets = list(dict.fromkeys((row["n_nv"], row["budget"]) for row in best))
-            for index, (n_nv, budget) in enumerate(budgets):
-                own = sorted(
-                    (r for r in best if (r["n_nv"], r["budget"]) == (n_nv, budget)),
-                    key=lambda r: (r["seed"], r["vocab_size"]),
+        curves = {key: curve(rows, *key, metric) for key in budgets_of(rows)}
+        for (_, budget), found in curves.items():
+            lines.append(f"{budget:.0e} FLOPs, {label}: {_noise.said_of_bowl(found, 'V')}")
+        lines.append(moved(curves, label))
+    rates = sorted({row["lr"] for row in rows})
+    edge = [
+        f"V = {size} at {budget:.0e}"
+        for key in budgets_of(rows)
+        for budget, found in [(key[1], curve(rows, *key, "loss_u"))]
+        for size, lr in zip(found.x, found.labels, strict=True)
+        if len(rates) > 2 and lr in (rates[0], rates[-1])
+    ]
+    if edge:
+        lines.append(
+            f"The best of the rates {', '.join(f'{r:g}' for r in rates)} is the first or the last "
+            f"for {'; '.join(edge)}: there a rate beyond them might do better."
+        )
+    return "\n\n".join(lines)
+
+
+def moved(curves, label) -> str:
+    """Whether the optimum rises with the budget: the exponent of V in FLOPs over draws."""
+    inside = {key: found for key, found in curves.items() if _noise.optimum(found)[0] is not None}
+    if len(inside) < 2:
+        return f"By {label} fewer than two budgets have an optimum between the sizes: no movement."
+    log_flops = np.log([budget for _, budget in inside])
+    # Draws of their own for each budget: with the same ones the slope would seem to have no noise.
+    drawn = np.log([_noise.drawn_optima(f, seed=i) for i, f in enumerate(inside.values())])
+    slopes = np.polyfit(log_flops, drawn, 1)[0]
+    vertex = np.log([_noise.optimum(found)[0] for found in inside.values()])
+    slope = np.polyfit(log_flops, vertex, 1)[0]
+    low, high = np.percentile(slopes, [2.5, 97.5])
+    verdict = (
+        "it rises with the budget" if low > 0
+        else "it falls with the budget" if high < 0
+        else "the noise does not let one say that it moves"
+    )  # fmt: skip
+    return (
+        f"By {label} the optimum goes as FLOPs^{slope:.2f} (95 % {low:.2f} .. {high:.2f}) at this "
+        f"one N_nv over {len(inside)} budgets: {verdict}."
+    )
+
+
+def plot(rows):
+    figures = {metric: bowls(rows, metric, label) for metric, label in METRICS.items()}
+    return figures | {"optimum": optima(rows)}
+
+
+def bowls(rows, metric, label):
+    with matplotlib.rc_context(plots.STYLE):
+        figure = Figure(figsize=(7, 4.6), layout="constrained")
+        axes = figure.add_subplot()
+        for index, (n_nv, budget) in enumerate(budgets_of(rows)):
+            found = curve(rows, n_nv, budget, metric)
+            colour = plots.PALETTE[index % len(plots.PALETTE)]
+            axes.plot(found.x, found.means, "-", color=colour, label=f"{budget:.0e} FLOPs")
+            for size, values in zip(found.x, found.values, strict=True):
+                axes.plot([size] * len(values), values, "o", color=colour, markersize=3.5)
+            best, low, high = _noise.optimum(found)
+            if best and low and high:
+                at = found.means.min()
+                axes.plot([low, high], [at, at], "-", color=colour, linewidth=5, alpha=0.35)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("vocabulary (entries)")
+        axes.set_ylabel(label)
+        axes.set_title("Every seed at the best rate; bars: 95 % of the optimum")
+        axes.legend()
+    return figure
+
+
+def optima(rows):
+    """The optimum by budget, with its interval, beside the published law."""
+    with matplotlib.rc_context(plots.STYLE):
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        for index, (metric, label) in enumerate(METRICS.items()):
+            points = [
+                (budget * 1.03**index, *found)
+                for n_nv, budget in budgets_of(rows)
+                for found in [_noise.optimum(curve(rows, n_nv, budget, metric))]
+                if found[0] is not None
+            ]
+            if points:
+                x, y, low, high = np.array(points, float).T
+                error = [y - low, high - y] if np.isfinite([low, high]).all() else None
+                axes.errorbar(
+                    x, y, error, fmt="o-", capsize=3, color=plots.PALETTE[index], label=label
                 )
-                colour = plots.PALETTE[index % len(plots.PALETTE)]
-                for seed in dict.fromkeys(r["seed"] for r in own):
-                    points = [(r["vocab_size"], r[metric]) for r in own if r["seed"] == seed]
-                    axes.plot(
-                        *zip(*points, strict=True),
-                        marker="o" if seed == own[0]["seed"] else "x",
-                        color=colour,
-                        label=f"{budget:.0e} FLOPs, N_nv {n_nv:,}, seed {seed}",
-                    )
-            axes.set_xscale("log", base=2)
-            axes.set_xlabel("vocabulary (entries)")
-            axes.set_ylabel(label)
-            axes.legend()
-        figures[metric] = figure
-    return figures
+        for n_nv in dict.fromkeys(row["n_nv"] for row in rows):
+            flops = sorted({row["budget"] for row in rows if row["n_nv"] == n_nv})
+            law = [published_optimum(rows, n_nv, budget) for budget in flops]
+            axes.plot(flops, law, "--", color="#777777", label="published law, far below its range")
+        axes.set_xscale("log")
+        axes.set_yscale("log", base=2)
+        axes.set_xlabel("training FLOPs")
+        axes.set_ylabel("best vocabulary (entries)")
+        axes.legend()
+    return figure
+
+
+def files(rows):
+    """What stands beside the report: the table that `lminf scaling fit vocab` takes."""
+    return {"table.csv": collect.vocab(rows)}
 
 
 if __name__ == "__main__":

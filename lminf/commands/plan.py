@@ -2,10 +2,17 @@
 
 lminf plan MODEL                                     parameters, FLOPs and cache bytes
 lminf plan --config=train_lm:1b --devices=v5e-256    bytes on each device, sharding, hours
+lminf plan --config=step_sweep:pod                   parameters, tokens and FLOPs of a sweep's cells
+
+Where the compiler of those devices is installed (the extra `aot`), the step is compiled for them
+and the memory that it would take stands beside that of the formula.
 """
 
 import argparse
+import importlib
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,10 +24,13 @@ from lminf.attention.policies import POLICIES
 from lminf.config import parse_choice
 from lminf.errors import InputError
 from lminf.models import cost
-from lminf.parallel import hardware
-from lminf.run import request, tables
-from lminf.train import planning
+from lminf.parallel import absent, hardware
+from lminf.parallel.hardware import Devices
+from lminf.run import request, sweep, tables
+from lminf.train import compiled, planning
+from lminf.train.step import Program
 
+SWEEPS = ("vocab_sweep", "step_sweep")
 DEFAULT = ("full", "window:window={w}", "lm_infinite:window={w},sinks=10")
 
 
@@ -47,7 +57,8 @@ def run(args: argparse.Namespace) -> None:
     if (args.model is None) == (args.config is None):
         raise InputError("give a MODEL to run or a --config to train, as in lminf plan --help")
     if args.config is not None:
-        plan_training(args)
+        name = Path(args.config.partition(":")[0]).stem
+        plan_sweep(args, name) if name in SWEEPS else plan_training(args)
         return
     spec = checkpoints.read_spec(args.model)
     length = 4 * spec.trained_length if args.length is None else args.length
@@ -115,18 +126,88 @@ def plan_training(args: argparse.Namespace) -> None:
         "optimizer_bytes": held.optimizer,
         "activation_bytes": held.activations,
         "total_bytes": held.total,
+        **compiled_facts(program, devices, rows=c.data.batch, length=c.data.length),
         "device_memory_bytes": devices.kind.memory_bytes,
         "fits": held.total <= devices.kind.memory_bytes,
     }
     show(args, facts, {"sharding": planning.table(program)})
 
 
+def compiled_facts(program: Program, devices: Devices, *, rows: int, length: int) -> dict[str, Any]:
+    """What the compiler of these devices says; nothing, with a line that says why, without one."""
+    reason = absent.missing(devices)
+    if reason is not None:
+        print(f"bytes are of the formula only: {reason}", file=sys.stderr)
+        return {}
+    print(f"compiling the step for {devices.name}: a minute or two …", file=sys.stderr)
+    found = compiled.memory(program, devices, rows=rows, length=length)
+    return {
+        "compiled_state_bytes": found.held,
+        "compiled_working_bytes": found.working,
+        "compiled_total_bytes": found.total,
+    }
+
+
+def plan_sweep(args: argparse.Namespace, name: str) -> None:
+    """Every shape and length of a sweep, and what all its cells cost."""
+    given = [f"--config={args.config}", *(f"--config.{o}" for o in args.overrides)]
+    asked = request.parse(name, given)
+    assert asked is not None  # --help was this command's own
+    devices = hardware.parse(args.devices)
+    module = importlib.import_module(f"experiments.{name}")
+    planned = [module.planned(cell.config) for cell in sweep.cells_of(asked)]
+    flops = sum(row["flops"] for row in planned)
+    facts = {
+        "config": args.config,
+        "devices": f"{devices.count} x {devices.name}",
+        "cells": len(planned),
+        "runs": sum(row["runs"] for row in planned),
+        "flops": flops,
+        "mfu": args.mfu,
+        "hours": flops / (devices.count * devices.kind.peak_flops * args.mfu) / 3600,
+    }
+    # Cells that differ in their batch alone cost the same.
+    alike: dict[tuple, dict[str, Any]] = {}
+    for row in planned:
+        batch, own = row["batch"], {k: v for k, v in row.items() if k not in ("batch", "flops")}
+        line = alike.setdefault(tuple(own.values()), {**own, "batches": "", "flops": 0.0})
+        line["batches"] = " ".join(filter(None, (line["batches"], str(batch))))
+        line["flops"] += row["flops"]
+    show(args, facts, {"shapes": list(alike.values())})
+
+
 def show(args: argparse.Namespace, facts: dict, sections: dict[str, list]) -> None:
-    """Facts a line each and tables, or all as one JSON object."""
+    """Facts a line each and tables, in units for people; or all as one JSON object, as it is."""
     if args.json:
         print(json.dumps({**facts, **sections}))
         return
-    print("\n".join(f"{key:24} {value:,}" if isinstance(value, int) else f"{key:24} {value}"
-                    for key, value in facts.items()))  # fmt: skip
+    for key, value in facts.items():
+        print(f"{named(key):24} {spelled(key, value)}")
     for rows in sections.values():
-        Console(highlight=False).print(tables.rich_table(rows))
+        readable = [{named(key): spelled(key, row[key]) for key in row} for row in rows]
+        Console(highlight=False).print(tables.rich_table(readable))
+
+
+SIZES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))  # bytes
+COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))  # parameters, tokens
+
+
+def named(key: str) -> str:
+    """`total_bytes` as `total`: the value says its unit."""
+    return key.removesuffix("_bytes").replace("_", " ")
+
+
+def spelled(key: str, value: Any) -> str:
+    """The value with a unit that leaves few digits: 2.1 GB, 135 M, 1.6e+20."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str) or value is None:
+        return str(value)
+    if key.endswith("length"):
+        return f"{value:,}"
+    size = key.endswith("bytes")
+    if "flops" not in key:
+        for least, prefix in SIZES if size else COUNTS:
+            if value >= least:
+                return f"{value / least:.3g} {prefix}{'B' if size else ''}"
+    return f"{value:.3g} B" if size else f"{value:.3g}"

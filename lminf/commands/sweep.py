@@ -8,6 +8,7 @@ lminf sweep NAME --config=NAME:variant --config.FIELD=VALUE --out=DIR
 
 import argparse
 import importlib
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -95,7 +96,7 @@ def submit(
     try:
         submitit = importlib.import_module("submitit")
     except ModuleNotFoundError as error:
-        raise InputError("--submit needs submitit: pip install submitit") from error
+        raise InputError("--submit needs submitit: pip install 'lminf[sweep]'") from error
     executor = submitit.AutoExecutor(folder=out / "jobs", cluster=cluster)
     executor.update_parameters(timeout_min=minutes, name=f"sweep-{name}")
     kept = list(arguments)
@@ -124,13 +125,21 @@ def conclude(name: str, asked: Request, cells: Sequence[sweep.Cell], out: RunFol
     table = getattr(module, "table", None)
     shown = table(rows) if table else rows
     figures = plots.write(out, module.plot(rows), name)
-    folders = [sweep.cell_folder(out, cell) for cell in cells]
-    seconds = sum(folder.read_json(sweep.DONE)["seconds"] for folder in folders)
-    main.write_report(out, asked, table=shown, figures=figures, seconds=seconds)
+    beside = module.files(rows) if hasattr(module, "files") else {}
+    for file, text in beside.items():
+        out.write(file, text)
+    ended = [sweep.cell_folder(out, cell).read_json(sweep.DONE) for cell in cells]
+    seconds, processor = (sum(cell[key] for cell in ended) for key in ("seconds", "cpu_seconds"))
+    main.write_report(
+        out, asked, table=shown, figures=figures, seconds=seconds,
+        findings=module.findings(rows) if hasattr(module, "findings") else "",
+        spent=f" in the cells, beside what else the machine did; {processor:.1f} s of processor "
+        f"time, so at least {processor / (os.cpu_count() or 1):.0f} s on this machine when quiet",
+    )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(
         tables.rich_table(shown)
     )
-    for path in [*figures, "report.md", "rows.jsonl"]:
+    for path in [*figures, *beside, "report.md", "rows.jsonl"]:
         print(out / path)
 
 

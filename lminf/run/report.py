@@ -18,8 +18,12 @@ def compose(
     table: Sequence[Row],
     figures: Sequence[str],
     seconds: float,
+    findings: str = "",
+    spent: str = "",
 ) -> str:
-    """The report as Markdown. `state` says how a run failed; empty for one that ended."""
+    """The report as Markdown. `state` says how a run failed; empty for one that ended. `findings`
+    are an experiment's own sentences, `spent` what its time was made of.
+    """
     entries = [f"- **{key}**: {text}" for key, text in header.entries.items() if key != "Command"]
     source = described["source"]
     commit = "not a git checkout"
@@ -33,10 +37,11 @@ def compose(
         f"# {header.title or header.name}",
         "\n".join(entries),
         state,
+        findings,
         f"```\n{described['command']}\n```",
         tables.markdown(table),
         *(f"![{os.path.basename(path)}]({path})" for path in figures),
-        f"Hardware: {environment.hardware(dict(described))}.  \nTime: {seconds:.1f} s.  \n"
+        f"Hardware: {environment.hardware(dict(described))}.  \nTime: {seconds:.1f} s{spent}.  \n"
         f"Source: {commit}.  \nVersions: Python {described['python']}, {packages}.",
         f"<details><summary>Configuration</summary>\n\n```json\n{config.strip()}\n```\n\n</details>",
     ]

@@ -1,12 +1,15 @@
 """The studies: what their configs ask for, what they conclude, and their tiny forms."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
 from configs import step_sweep, vocab_sweep
+from experiments import _noise
+from experiments import step_sweep as step_study
 from experiments import vocab_sweep as vocab_study
-from experiments.step_sweep import interior, noise
 from lminf import cli
 from lminf.run import request, sweep
 from lminf.run.folder import RunFolder
@@ -26,64 +29,114 @@ def test_every_cell_can_be_configured(name, variant):
 def test_fewer_rates_do_not_change_the_cells():
     asked = request.parse("step_sweep", ["--config=step_sweep:laptop", "--config.rates=(1e-3,)"])
     assert asked is not None
-    assert len(sweep.cells_of(asked)) == 13
+    assert len(sweep.cells_of(asked)) == 8
 
 
-def test_the_pod_sweep_has_the_papers_families():
-    """N_nv from the shapes, and the published parameter counts of the data file within 5 %."""
-    asked = request.parse("vocab_sweep", ["--config=vocab_sweep:pod"])
+def plan(capsys, config):
+    cli.main(["plan", f"--config={config}", "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_pod_sweep_has_the_papers_families(capsys):
+    """Shapes, sizes and D_max of scaling_laws.md 2.6, and the data file's counts within 5 %."""
+    found = plan(capsys, "vocab_sweep:pod")
+    assert found["cells"] == 7 * 10
+    nominal = (33.55e6, 84.93e6, 150.99e6, 301.99e6, 631.11e6, 1130.4e6, 2870.5e6)
+    n_nv = list(dict.fromkeys(row["n_nv"] for row in found["shapes"]))
+    assert n_nv == pytest.approx(nominal, rel=2e-4)
+    assert n_nv == pytest.approx(list(accounting.SWEEP_SHAPES), rel=0.05)
+    assert [r["vocab"] for r in found["shapes"]] == list(vocab_sweep.PUBLISHED_SIZES) * 7
+    d_max = (1.2e9, 3.0e9, 5.3e9, 11.7e9, 27.7e9, 54.8e9, 165.5e9)
+    at_16k = [row for row in found["shapes"] if row["vocab"] == 16384]
+    assert [row["tokens"] for row in at_16k] == pytest.approx(d_max, rel=1e-6)
+    for row in found["shapes"]:
+        assert row["flops"] == pytest.approx(6 * (row["n_nv"] + row["n_v"]) * row["tokens"])
+
+
+def test_the_pod_grid_has_the_papers_models(capsys):
+    """N, N_a and M (FLOPs per token) of scaling_laws.md 3.3 and 3.4, exactly."""
+    found = plan(capsys, "step_sweep:pod")["shapes"]
+    dense = {}
+    for row in found:
+        if not row["experts"]:
+            assert row["n"] == row["n_active"]
+            dense.setdefault(row["n"], []).append(row["tokens"] / 1e9)
+    assert dense == {
+        214_663_680: [4, 11.4, 20, 100], 268_304_384: [5, 14.2, 25, 80],
+        429_260_800: [8, 22.7, 40, 50], 536_872_960: [10, 28.4, 50],
+        1_073_741_824: [20, 56.9],
+    }  # fmt: skip
+    mixed = [row for row in found if row["experts"]]
+    assert {row["tokens"] for row in mixed} == {2e9, 4e9, 8e9, 20e9}
+    assert {row["batches"] for row in mixed} == {"32 64 128 256 512"}
+    assert {(row["n"], row["n_active"], row["flops_per_token"]) for row in mixed} == {
+        (2_150_612_992, 187_973_632, 1_681_489_920),
+        (2_150_612_992, 232_579_072, 1_949_122_560),
+        (2_155_174_912, 590_436_352, 4_096_266_240),
+        (2_156_188_672, 1_241_270_272, 8_001_269_760),
+    }
+    assert {row["runs"] for row in mixed} == {9}
+
+
+def test_the_changes_of_the_laptop_grid_leave_n_as_it_is():
+    asked = request.parse("step_sweep", ["--config=step_sweep:laptop"])
     assert asked is not None
-    cells = sweep.cells_of(asked)
-    assert len(cells) == 7 * 10
-    shapes = {
-        (c.config.model.num_layers, c.config.model.width, c.config.model.hidden_dim) for c in cells
-    }
-    assert shapes == set(accounting.SWEEP_SHAPES.values())
-    sizes = sorted({c.config.data.vocab for c in cells})
-    assert sizes == sorted(vocab_sweep.PUBLISHED_SIZES)
-    for column, shape in accounting.SWEEP_SHAPES.items():
-        layers, width, hidden = shape
-        count = accounting.block_parameters(layers, width, hidden)
-        assert abs(count / column - 1) < 0.05
-
-
-def test_the_pod_grid_has_the_papers_shapes():
-    published = {214_663_680, 268_304_384, 429_260_800, 536_872_960, 1_073_741_824}
-    found = {
-        accounting.block_parameters(layers, width, hidden)
-        for (width, hidden, _, layers), _ in step_sweep.PUBLISHED
-    }
-    assert found == published
+    found = [step_study.planned(cell.config) for cell in sweep.cells_of(asked)]
+    dense = {row["n"] for row in found if not row["experts"]}
+    assert max(dense) / min(dense) < 1.002
+    mixed = next(row for row in found if row["experts"])
+    assert mixed["n_active"] in dense
+    assert mixed["n"] > 1.9 * mixed["n_active"]
 
 
 # --- Conclusions ----------------------------------------------------------------------------------
 
 
+SIZES = np.array([256, 512, 1024, 2048, 4096])
+
+
+def bowl(sigma, at=700):
+    """Two seeds at every size, `sigma` apart by the sample's standard deviation."""
+    values = 2 + 0.1 * (np.log(SIZES) - np.log(at)) ** 2
+    apart = sigma / np.sqrt(2)
+    return _noise.Curve(SIZES, tuple([v - apart, v + apart] for v in values))
+
+
 def test_the_optimum_is_the_vertex_of_the_bowl():
-    sizes = np.array([256, 512, 1024, 2048, 4096])
-    values = 2 + 0.1 * (np.log(sizes) - np.log(700)) ** 2
-    v, low, high = vocab_study.optimum(sizes, values, 0.001)
+    v, low, high = _noise.optimum(bowl(0.001))
     assert v == pytest.approx(700, rel=1e-6)
     assert low < 700 < high < 1.2 * low
-    wide = vocab_study.optimum(sizes[::-1], values[::-1], 0.02)
+    wide = _noise.optimum(bowl(0.02))
     assert wide[0] == pytest.approx(700, rel=1e-6)
-    assert wide[2] is None or wide[2] / wide[1] > high / low
+    assert wide[2] / wide[1] > high / low
 
 
 def test_a_best_size_at_the_edge_is_no_optimum():
-    assert vocab_study.optimum([256, 512, 1024], [3.0, 2.0, 1.0], 0.1) == (None, None, None)
+    assert _noise.optimum(bowl(0.001, at=100)) == (None, None, None)
+    said = _noise.said_of_bowl(bowl(0.001, at=100), "V")
+    assert "at V = 256, an end of the grid: no optimum between" in said
+
+
+def test_what_the_noise_hides_is_not_claimed():
+    assert "V = 1024 is 0.005 above, told apart" in _noise.said_of_bowl(bowl(0.001), "V")
+    assert "V = 1024 is 0.005 above, not told apart" in _noise.said_of_bowl(bowl(0.02), "V")
+    rising = {(1, 10.0**e): bowl(0.001, at=400 * 1.4**e) for e in range(3)}
+    assert "it rises with the budget" in vocab_study.moved(rising, "L_u")
+    hidden = {key: bowl(0.1, at=700 + 10 * i) for i, key in enumerate(rising)}
+    assert "does not let one say that it moves" in vocab_study.moved(hidden, "L_u")
 
 
 def test_noise_is_what_seeds_differ_by():
-    rows = [{"lr": 1, "batch_tokens": 2, "loss": loss} for loss in (1.0, 1.2)]
-    assert noise(rows) == pytest.approx(np.std([1.0, 1.2], ddof=1))
-    assert noise(rows[:1]) is None
+    rows = [{"lr": 1, "batch_tokens": 2, "loss": loss} for loss in (1.0, 1.01)]
+    assert step_study.noise(rows) == pytest.approx(np.std([1.0, 1.01], ddof=1))
+    assert step_study.noise(rows[:1]) is None
+    assert _noise.pooled([[1.0, 3.0], [0.0, 0.0], [5.0]]) == pytest.approx(1.0)
 
 
 def test_interior_names_the_directions():
     rows = [{"lr": lr, "batch_tokens": b} for lr in (1, 2, 3) for b in (1, 2)]
-    assert interior(rows, {"lr": 2, "batch_tokens": 1}) == "lr"
-    assert interior(rows, {"lr": 3, "batch_tokens": 2}) == "neither"
+    assert step_study.interior(rows, {"lr": 2, "batch_tokens": 1}) == "lr"
+    assert step_study.interior(rows, {"lr": 3, "batch_tokens": 2}) == "neither"
 
 
 # --- Tiny forms -----------------------------------------------------------------------------------
@@ -102,3 +155,21 @@ def test_a_tiny_sweep_runs_and_goes_on(name, rows, tmp_path, monkeypatch, capsys
     assert {row["seed"] for row in out.rows()} == {0}
     cli.main(command)
     assert "0 cells run, 2 finished before" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_sweep_is_submitted_as_jobs(tmp_path, monkeypatch, capsys):
+    """submitit's local executor: two workers of their own share the folder."""
+    monkeypatch.setenv("LMINF_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "sweep"
+    cli.main(
+        ["sweep", "step", "--config=step_sweep:tiny", "--config.data.corpus=prose",
+         "--config.data.vocab=256", "--config.tokens=2048", f"--out={out}", "--submit=local",
+         "--jobs=2", "--minutes=10"]
+    )  # fmt: skip
+    assert "jobs " in capsys.readouterr().out
+    logs = "".join(path.read_text() for path in (out / "jobs").glob("*_log.out"))
+    assert "data.batch=2" in logs
+    assert "data.batch=8" in logs
+    assert len(RunFolder(out).rows()) == 4
+    assert (out / "report.md").is_file()

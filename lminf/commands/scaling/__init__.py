@@ -6,6 +6,7 @@ predict chinchilla --flops 1e21
 fit vocab|step|chinchilla|density --data FILE --out law.json
 gap step --data FILE --law step,deepseek [--method linear]
 loss vocab --law law.json --data FILE
+plan vocab|step [--flops 1e13] [--hours 0.25] [--out plan.py]
 collect vocab|step --runs DIR --out FILE.csv [--where corpus=library]
 check [--vocab FILE] [--step FILE] [--moe FILE] [--step-bootstrap FILE]
 """
@@ -20,13 +21,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from lminf.commands.scaling import check, collect, fit, predict_step, predict_vocab, price
+from lminf.commands.scaling import check, collect, fit, plan, predict_step, predict_vocab, price
 from lminf.errors import InputError
 from lminf.scaling import evidence, gap
 from lminf.scaling.vocab_isoflop import DENSIFY, SELECTORS
 from lminf.scaling.vocab_loss import BOUNDS, MODES
 
-VERBS = ("predict", "fit", "gap", "loss", "collect", "check")
+VERBS = ("predict", "fit", "gap", "loss", "plan", "collect", "check")
 FLAGS: dict[str, dict[str, Any]] = {
     "n-nv": {"type": float, "help": "non-vocabulary parameters, raw: 7e9"},
     "n": {"type": float, "help": "non-embedding parameters, raw: 1e9"},
@@ -67,6 +68,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "seed": {"type": int, "help": "of the resampling (default 0)"},
     "method": {"choices": gap.METHODS, "help": "surface between the cells (default linear)"},
     "use-n": {"choices": ("total", "active"), "help": "gap: N of a mixture of experts"},
+    "hours": {"type": float, "help": "plan: time on this machine, whose speed is measured"},
     "runs": {"help": "collect: folders of sweeps, separated by commas"},
     "where": {"help": "collect: only rows with field=value, separated by commas"},
     "vocab": {"help": "check: vocabulary CSV"},
@@ -174,6 +176,8 @@ ACTIONS: dict[tuple[str, str | None], Action] = {
         ("law", "data", "n-nv-source", "fertility"),
         ("law", "data"),
     ),
+    ("plan", "vocab"): (plan.plan, ("flops", "hours", "out"), ()),
+    ("plan", "step"): (plan.plan, ("flops", "hours", "out"), ()),
     ("collect", "vocab"): (collect.collect, ("runs", "where", "out"), ("runs", "out")),
     ("collect", "step"): (collect.collect, ("runs", "where", "out"), ("runs", "out")),
     ("check", None): (check.check, ("vocab", "step", "moe", "step-bootstrap"), ()),

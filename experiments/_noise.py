@@ -1,0 +1,121 @@
+"""What replicate seeds let one say: noise, optima with intervals, differences or none."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from lminf.run.folder import Row
+
+DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A loss along one coordinate, measured with one seed or more at each point."""
+
+    x: np.ndarray  # rising
+    values: tuple[list[float], ...]  # at each x, one for each seed
+    labels: tuple[Any, ...] = ()  # of the points, for those who made them
+    noise: float | None = None  # between seeds; None: of these values
+
+    @cached_property
+    def means(self) -> np.ndarray:
+        return np.array([np.mean(values) for values in self.values])
+
+    @cached_property
+    def sigma(self) -> float | None:
+        return pooled(self.values) if self.noise is None else self.noise
+
+    @cached_property
+    def errors(self) -> np.ndarray | None:
+        """Standard errors of the means; None without replicates."""
+        if self.sigma is None:
+            return None
+        return self.sigma / np.sqrt([len(values) for values in self.values])
+
+
+def settings(rows: Sequence[Row], keys: Sequence[str], metric: str) -> dict[tuple, list[float]]:
+    """The measurements of each setting, one for each seed."""
+    found: dict[tuple, list[float]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), []).append(row[metric])
+    return found
+
+
+def pooled(values: Sequence[Sequence[float]]) -> float | None:
+    """Standard deviation between seeds of one setting, from all settings with two or more."""
+    several = [own for own in values if len(own) > 1]
+    if not several:
+        return None
+    freedom = sum(len(own) - 1 for own in several)
+    return float(np.sqrt(sum(np.var(own) * len(own) for own in several) / freedom))
+
+
+def told_apart(one: float, other: float, error: float) -> bool:
+    """Whether two losses differ by more than twice the standard error of their difference."""
+    return abs(one - other) > 2 * error
+
+
+def optimum(curve: Curve) -> tuple[float | None, float | None, float | None]:
+    """(x, low, high): the vertex of a parabola in ln x through the best point and its neighbours,
+    and 95 % of the vertices of draws with the noise of the means.
+
+    None where the least loss is at an end: there is no optimum to name.
+    """
+    best = vertex(np.log(curve.x), curve.means)
+    if best is None:
+        return None, None, None
+    if curve.errors is None:
+        return float(np.exp(best)), None, None
+    low, high = np.percentile(drawn_optima(curve), [2.5, 97.5])
+    return float(np.exp(best)), float(low), float(high)
+
+
+def drawn_optima(curve: Curve, *, seed: int = 0) -> np.ndarray:
+    """Optima of `DRAWS` draws of the means; where a draw is least at an end, that end."""
+    errors = curve.errors if curve.errors is not None else np.zeros(len(curve.x))
+    draws = np.random.default_rng(seed).standard_normal((DRAWS, len(curve.x)))
+    log_x, found = np.log(curve.x), []
+    for noise in draws:
+        values = curve.means + errors * noise
+        inside = vertex(log_x, values)
+        found.append(log_x[np.argmin(values)] if inside is None else inside)
+    return np.exp(found)
+
+
+def vertex(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Where the parabola through the least y and its neighbours is least; None at an end."""
+    at = int(np.argmin(y))
+    if at in (0, len(y) - 1):
+        return None
+    a, b, _ = np.polyfit(x[at - 1 : at + 2], y[at - 1 : at + 2], 2)
+    return -b / (2 * a)
+
+
+def said_of_bowl(curve: Curve, name: str) -> str:
+    """Where the least loss lies, and which neighbours it can be told apart from."""
+    at = int(np.argmin(curve.means))
+    best, low, high = optimum(curve)
+    x = f"{name} = {curve.x[at]:g}"
+    if best is None:
+        text = f"least ({curve.means[at]:.3f}) at {x}, an end of the grid: no optimum between"
+    elif low is None:
+        text = f"least ({curve.means[at]:.3f}) at {x}; one seed, so no interval"
+    else:
+        text = (
+            f"least ({curve.means[at]:.3f}) at {x}; the parabola's optimum is {best:.3g} "
+            f"(95 % {low:.3g} .. {high:.3g})"
+        )
+    if curve.errors is None:
+        return text + "."
+    apart = []
+    for other in (at - 1, at + 1):
+        if 0 <= other < len(curve.x):
+            error = float(np.hypot(curve.errors[at], curve.errors[other]))
+            above = curve.means[other] - curve.means[at]
+            verdict = "told apart" if told_apart(above, 0, error) else "not told apart"
+            apart.append(f"{name} = {curve.x[other]:g} is {above:.3f} above, {verdict}")
+    return f"{text}; {'; '.join(apart)} (noise {curve.sigma:.3f})."

@@ -1,0 +1,155 @@
+"""lminf scaling plan: a sweep that fits a budget of FLOPs and hours on this machine."""
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+
+from configs import step_sweep, vocab_sweep
+from experiments import _corpus, _small
+from lminf.errors import InputError
+from lminf.run import devices, folder
+from lminf.run import tables as show
+from lminf.scaling import plan as plans
+
+CONFIGS = {"vocab": vocab_sweep, "step": step_sweep}
+TIMED = 64  # steps, after as many that compile
+
+
+def plan(args):
+    """The plan, its cost and run list; with --out also the list as a config file."""
+    if args.hours is not None and not args.hours > 0:
+        raise InputError(f"--hours={args.hours}: give more than 0")
+    if args.flops is None and args.hours is None:
+        raise InputError("give a budget: --flops, --hours or both")
+    kind = args.subject
+    text = _corpus.corpus("library")
+    planned, speed = fitted(kind, args.flops, args.hours, len(text.train))
+    seconds = planned.flops / speed / plans.SHARE
+    factor = plans.interval(kind, planned.replicates)
+    file = config_file(kind, planned)
+    rows = [
+        {"layers": planned.shape.layers, "width": planned.shape.width, "vocab": size,
+         "batch (sequences)": batch, "rates": " ".join(f"{rate:.2g}" for rate in planned.rates),
+         "seeds": planned.replicates,
+         "FLOPs": f"{planned.run_flops * len(planned.rates) * planned.replicates:.3g}"}
+        for size in planned.sizes for batch in planned.batches
+    ]  # fmt: skip
+    result = {
+        "kind": kind,
+        "n": planned.shape.parameters,
+        "vocabularies": planned.sizes,
+        "rates": planned.rates,
+        "batches": planned.batches,
+        "replicates": planned.replicates,
+        "tokens": planned.tokens,
+        "run_flops": planned.run_flops,
+        "flops": planned.flops,
+        "measured_flops_per_second": speed,
+        "hours": seconds / 3600,
+        "expected_interval_factor": factor,
+        "config": file,
+    }
+    command = f"lminf sweep {kind} --config={args.out or 'FILE.py'}"
+    if args.out:
+        with folder.writing(Path(args.out)):
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        folder.write_whole(Path(args.out), file)
+
+    def say(console):
+        console.print(
+            f"N = {planned.shape.parameters:,}, {planned.cells} cells of {len(planned.rates)} "
+            f"rates x {planned.replicates} seeds, up to {planned.tokens:,} tokens a run"
+        )
+        console.print(show.rich_table(rows))
+        console.print(
+            f"cost: {planned.flops:.3g} FLOPs, {seconds / 3600:.2f} hours at the "
+            f"{speed / 1e9:.1f} GFLOP/s measured here, a fifth of them for compiling and "
+            "evaluating)"
+        )
+        console.print(
+            f"expected: the optimum within a factor {factor:.2f} (95 %), if noise and curvature "
+            "are those of docs/studies"
+        )
+        console.print(f"run it: {command}")
+
+    return result, say
+
+
+def fitted(kind: str, flops: float | None, hours: float | None, text: int):
+    """(the plan, FLOP/s): of all the FLOPs, or of as many as the hours allow on this machine."""
+    chosen = plans.vocab if kind == "vocab" else plans.step
+    budget = math.inf if flops is None else flops
+    speed = 0.0
+    for _ in range(2):  # another budget means another shape, and that another speed
+        first = chosen(min(budget, 1e13) if math.isinf(budget) else budget, text_tokens=text)
+        speed = measured_speed(kind, first)
+        if hours is None:
+            return first, speed
+        affordable = speed * hours * 3600 * plans.SHARE
+        found = chosen(min(budget, affordable), text_tokens=text)
+        if found.shape == first.shape:
+            return found, speed
+        budget = min(budget, affordable)
+    return chosen(budget, text_tokens=text), speed
+
+
+def measured_speed(kind: str, planned: plans.Plan) -> float:
+    """FLOP/s of training the plan's runs side by side, here and now."""
+    devices.share_cores()
+    c = config_of(kind, planned)
+    c.data.vocab, c.data.batch = planned.sizes[len(planned.sizes) // 2], planned.batches[-1]
+    per_step = c.data.batch * c.data.length
+    tokens = np.random.default_rng(0).integers(0, c.data.vocab, (2 * TIMED + 1) * per_step + 1)
+    held_out = tokens[: _small.EVALUATED + 1]
+    shape = _small.shape_of(c, c.data.vocab)
+    at, seen = [], set()
+    for found in _small.train(
+        c, shape, tokens, held_out, budgets=[TIMED * per_step, 2 * TIMED * per_step]
+    ):
+        if found.tokens not in seen:
+            seen.add(found.tokens)
+            at.append(time.monotonic())
+    per_token = 6 * (_small.parameters(shape) + c.data.vocab * shape.width)
+    copies = len(c.rates) * c.replicates
+    return TIMED * per_step * per_token * copies / (at[1] - at[0])
+
+
+def config_of(kind: str, planned: plans.Plan):
+    c = CONFIGS[kind].get_config("laptop")
+    for name, value in settings(kind, planned).items():
+        c.update_from_flattened_dict({name: value})
+    return c
+
+
+def settings(kind: str, planned: plans.Plan) -> dict:
+    """The fields of the laptop config that the plan sets."""
+    shape = planned.shape
+    found = {
+        "model.width": shape.width, "model.num_layers": shape.layers,
+        "model.num_heads": shape.heads, "model.num_kv_heads": shape.heads,
+        "model.hidden_dim": shape.hidden,
+        "rates": planned.rates, "replicates": planned.replicates,
+    }  # fmt: skip
+    if kind == "vocab":
+        return found | {"data.vocabs": planned.sizes, "budgets": tuple(plans.budgets(planned))}
+    return found | {"data.vocab": planned.sizes[0], "tokens": planned.tokens}
+
+
+def config_file(kind: str, planned: plans.Plan) -> str:
+    """The run list as a config file for `lminf sweep`."""
+    axis = ("data.vocab", planned.sizes) if kind == "vocab" else ("data.batch", planned.batches)
+    lines = [f"    c.{name} = {value!r}" for name, value in settings(kind, planned).items()]
+    title = "Vocabulary sizes" if kind == "vocab" else "Learning rates and batches"
+    return (
+        f'"""{title} for {planned.flops:.3g} FLOPs, by lminf scaling plan.\n\n'
+        f"Question   As {kind}_sweep asks\n"
+        f'"""\n\n'
+        f"from configs import {kind}_sweep\n"
+        f"from lminf.run.sweep import grid\n\n\n"
+        f'def get_config(arg: str = ""):\n'
+        f'    c = {kind}_sweep.get_config("laptop")\n' + "\n".join(lines) + "\n    return c\n\n\n"
+        f'def get_sweep(c, arg: str = ""):\n'
+        f'    return grid({{"{axis[0]}": {axis[1]!r}}})\n'
+    )

@@ -1,0 +1,77 @@
+"""Plans: what fits a budget, what it is expected to show, and a run list that sweeps take."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from lminf import cli
+from lminf.errors import InputError
+from lminf.run import request, sweep
+from lminf.scaling import plan
+
+
+@pytest.mark.parametrize("budget", [2e12, 1e13, 1e15])
+def test_a_plan_spends_its_budget(budget):
+    for found in (plan.vocab(budget, text_tokens=1e12), plan.step(budget, text_tokens=1e12)):
+        assert found.flops == pytest.approx(budget, rel=1e-6)
+        assert found.replicates == 2
+        assert all(b == 2 * a for a, b in zip(found.sizes, found.sizes[1:], strict=False))
+        assert list(found.rates) == sorted(found.rates)
+        # N = 0.0834 FLOPs^0.5, to the next step of the ladder.
+        wanted = 0.0834 * math.sqrt(found.run_flops)
+        assert 0.4 < found.shape.parameters / wanted < 2.5
+
+
+def test_more_budget_is_a_larger_model():
+    sizes = [plan.step(10.0**e, text_tokens=1e15).shape.parameters for e in (12, 14, 16)]
+    assert sizes == sorted(set(sizes))
+
+
+def test_no_token_is_read_twice():
+    found = plan.vocab(1e15, text_tokens=1e7)
+    assert found.tokens == 1e7
+    assert found.flops < 1e15
+
+
+def test_too_little_is_refused():
+    with pytest.raises(InputError, match=r"too few to train anything; give at least"):
+        plan.vocab(1e9, text_tokens=1e7)
+
+
+def test_the_expected_interval_is_what_noise_makes_of_a_parabola():
+    sigma, curvature = plan.MEASURED["vocab"]
+    x = math.log(2) * np.array([-1, 0, 1])
+    rng = np.random.default_rng(0)
+    noise = sigma / math.sqrt(2) * rng.standard_normal((20_000, 3))
+    a, b, _ = np.polyfit(x, (curvature / 2 * x**2 + noise).T, 2)
+    spread = np.std(-b / (2 * a))
+    assert math.log(plan.interval("vocab", 2)) == pytest.approx(1.96 * spread, rel=0.05)
+    assert plan.interval("vocab", 8) < plan.interval("vocab", 2)
+
+
+def test_a_plan_needs_a_budget():
+    with pytest.raises(SystemExit):
+        cli.main(["scaling", "plan", "vocab"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "cells"), [("vocab", 5), ("step", 5)])
+def test_the_run_list_is_a_sweep(kind, cells, tmp_path, capsys, monkeypatch):
+    """On this machine: its speed is measured."""
+    file = tmp_path / "planned.py"
+    monkeypatch.setattr("lminf.commands.scaling.plan.TIMED", 32)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes
+        cli.main(["scaling", "plan", kind, "--flops", "4e11", f"--out={file}", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["flops"] == pytest.approx(4e11, rel=1e-6)
+    assert found["measured_flops_per_second"] > 1e7
+    assert found["hours"] > 0
+    asked = request.parse(f"{kind}_sweep", [f"--config={file}"])
+    assert asked is not None
+    listed = sweep.cells_of(asked)
+    assert len(listed) == cells
+    assert asked.config.replicates == found["replicates"]
+    assert list(asked.config.rates) == found["rates"]

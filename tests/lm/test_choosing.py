@@ -1,0 +1,54 @@
+"""A model whose policy chooses by content: chunks, rows of unequal length, several devices."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from lminf.attention.infllm import InfLLM
+from lminf.attention.policies import FULL
+from lminf.attention.top_k import TopK
+from lminf.data.tokenizers import ByteTokenizer
+from lminf.errors import InputError
+from lminf.lm import LM
+from tests.models import specs
+
+TEXT = "a text of more than forty bytes, which is read in chunks of sixteen"
+INFLLM = InfLLM(window=8, sinks=2, topk=1, block=4, repr_topk=1, exec_block=8)
+
+
+@pytest.fixture
+def choosing(lm):
+    return lm.with_policy(INFLLM)
+
+
+def test_chunks_of_whole_groups_read_alike(choosing, monkeypatch):
+    whole = choosing.nll(TEXT).token_nll
+    monkeypatch.setattr("lminf.lm.CHUNK", 16)
+    np.testing.assert_allclose(choosing.nll(TEXT).token_nll, whole, atol=1e-5)
+    full = choosing.with_policy(FULL).nll(TEXT).token_nll
+    # Within the window it is full attention; all that the chunk's last token may predict is.
+    np.testing.assert_allclose(whole[:8], full[:8], atol=1e-5)
+    assert np.abs(whole - full).max() > 1e-3
+
+
+def test_several_devices_read_as_one(choosing, small_steps):
+    found = choosing.with_devices(jax.devices()[:2]).nll(TEXT).token_nll
+    np.testing.assert_allclose(found, choosing.nll(TEXT).token_nll, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [INFLLM, TopK(8, sinks=2, topk=3, from_layer=1)], ids=str)
+def test_rows_of_unequal_length_write_as_alone(lm, policy, small_steps):
+    lm = lm.with_policy(policy)
+    prompts = [TEXT, TEXT[:23], "short"]
+    together = lm.generate(prompts, max_new_tokens=12)
+    assert together == [lm.generate(prompt, max_new_tokens=12) for prompt in prompts]
+
+
+def test_a_model_without_rotary_refuses_it(lm):
+    spec = specs.change(specs.shallow(specs.MPT, 1), vocab_size=257)
+    model = LM(spec, specs.parameters(spec), ByteTokenizer())
+    with pytest.raises(InputError, match="moves keys by rotating them, but this model's positions"):
+        model.with_policy(dataclasses.replace(INFLLM, window=4))

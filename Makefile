@@ -35,10 +35,10 @@ test: $(VENV)/.installed-dev
 	$(IN)python -m pytest -m "not slow and not parity and not aot" -n $(WORKERS) $(ARGS)
 
 slow: $(VENV)/.installed-dev
-	$(IN)python -m pytest -m "slow and not parity and not aot" $(ARGS)
+	$(IN)python -m pytest -m "slow and not parity and not aot" -n $(WORKERS) --dist worksteal $(ARGS)
 
 parity: $(PARITY_VENV)/.installed-parity
-	$(PARITY_VENV)/bin/python -m pytest -m parity $(ARGS)
+	$(PARITY_VENV)/bin/python -m pytest -m parity -n $(WORKERS) --dist worksteal $(ARGS)
 
 aot: $(AOT_VENV)/.installed-aot
 	$(AOT_VENV)/bin/python -m pytest -m aot $(ARGS)

@@ -61,8 +61,6 @@ def _sample(encode: Encode, random: np.random.Generator, length: int, depth: flo
             f"ask for length>={short}"
         )
     at = min(int(depth * count), count - 1)
-    prompt = text(lines[:count], at)
-    before = text(lines[:count], at)[
-        : prompt.index(LINE.format(key=lines[at][0], value=lines[at][1]))
-    ]
-    return Sample(prompt, lines[at][1], at / count, len(encode(prompt)), len(encode(before)))
+    prompt, (key, value) = text(lines[:count], at), lines[at]
+    before = prompt[: prompt.index(LINE.format(key=key, value=value))]
+    return Sample(prompt, value, at / count, len(encode(prompt)), len(encode(before)))

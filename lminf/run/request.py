@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 from ml_collections.config_flags import config_flags
 
-from lminf.config import closest
+from lminf.config import CLASS, closest
 from lminf.errors import InputError
 from lminf.run import header
 
@@ -46,6 +46,7 @@ def parse(experiment: str, arguments: Sequence[str]) -> Request | None:
         show_help(experiment, path, config)
         return None
     check_overrides(arguments, config)
+    emptied = take_none(arguments, config)
     arguments = [quote_words(argument, config) for argument in arguments]
     values = flags.FlagValues()
     flags.DEFINE_string("out", None, "the run's folder", flag_values=values)
@@ -64,7 +65,7 @@ def parse(experiment: str, arguments: Sequence[str]) -> Request | None:
             f"--config={experiment}:VARIANT"
         )
     config_flag: Any = values["config"]  # absl knows it only as some flag
-    overrides = dict(config_flag.override_values)
+    overrides = dict(config_flag.override_values) | dict.fromkeys(emptied)
     check_items(overrides, before)
     return Request(
         experiment=experiment,
@@ -159,6 +160,29 @@ def check_overrides(arguments: Sequence[str], config: ConfigDict) -> None:
                 inner = [field for field in fields if field.startswith(f"{name}.")]
                 raise InputError(f"config.{name} is a section; override {', '.join(inner)}")
             raise InputError(f"the config has no field {name!r}; {closest(name, fields)}")
+
+
+def take_none(arguments: list[str], config: ConfigDict) -> list[str]:
+    """Removes every `--config.FIELD=none`, which empties the field; the fields' names.
+
+    Words stay words: `--config.remat=none` names a policy. Fields of a dataclass are emptied, and
+    whoever builds it refuses those that may not be; others only if the file leaves them empty.
+    """
+    fields, names = dict(leaves(config)), []
+    for argument in list(arguments):
+        flag, _, text = argument.partition("=")
+        name = flag.lstrip("-").removeprefix("config.")
+        if text.lower() != "none" or name not in fields or isinstance(fields[name], str):
+            continue
+        section, _, key = name.rpartition(".")
+        held = config[section] if section else config
+        if fields[name] is not None and CLASS not in held:
+            raise InputError(f"config.{name}={text}: it is {fields[name]!r} and cannot be none")
+        arguments.remove(argument)
+        with held.ignore_type():
+            held[key] = None
+        names.append(name)
+    return names
 
 
 def quote_words(argument: str, config: ConfigDict) -> str:

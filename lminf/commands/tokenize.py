@@ -8,6 +8,7 @@ when the same command is given again.
 import argparse
 import contextlib
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 from lminf import checkpoints
@@ -36,11 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.workers is not None and args.workers < 0:
         raise InputError(f"--workers={args.workers}: give 0 (this process alone) or more")
-    alone = contextlib.nullcontext()
-    if "://" not in args.out:  # a bucket has no locks: there, the older of two processes ends
-        with folder.writing(Path(args.out)):
-            Path(args.out).mkdir(parents=True, exist_ok=True)
-        alone = lock.held(Path(args.out))
+    # A bucket has no locks: there, the older of two processes ends.
+    alone = contextlib.nullcontext() if "://" in args.out else holding(Path(args.out))
     with alone, Progress(0, label="tokenize", unit="bytes") as progress:
         facts = tokenizing.tokenize(
             args.sources, named_tokenizer(args.tokenizer), args.out, name=args.tokenizer,
@@ -52,6 +50,22 @@ def run(args: argparse.Namespace) -> None:
         f"{args.out}: {facts.tokens:,} tokens ({facts.dtype}) in {facts.documents:,} documents, "
         f"{facts.text_bytes / facts.tokens:.2f} bytes a token{empty}"
     )
+
+
+@contextlib.contextmanager
+def holding(out: Path) -> Iterator[None]:
+    """Holds the store's folder; a new one is removed again if nothing was written there."""
+    new = not out.exists()
+    with folder.writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock.held(out):
+            yield
+    except InputError:
+        if new and {path.name for path in out.iterdir()} == {folder.LOCK}:
+            (out / folder.LOCK).unlink()
+            out.rmdir()
+        raise
 
 
 def named_tokenizer(name: str) -> Tokenizer:

@@ -279,3 +279,10 @@ def _alive(group):
     except ProcessLookupError:
         return False
     return True
+
+
+def test_a_refused_command_leaves_no_folder(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["tokenize", str(tmp_path / "none"), "--tokenizer=bytes", f"--out={tmp_path}/s"])
+    assert capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

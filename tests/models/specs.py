@@ -9,7 +9,7 @@ import numpy as np
 
 from lminf.attention import rope
 from lminf.models import decoder
-from lminf.models.spec import MLPSpec, ModelSpec, NormSpec
+from lminf.models.spec import MLPSpec, ModelSpec, MoESpec, NormSpec
 
 LLAMA = ModelSpec(
     family="llama",
@@ -75,6 +75,13 @@ MPT = change(
 ODD = change(
     NEOX, family="odd", qk_norm=True, post_norms=True, encoding=rope.NoEncoding(), num_kv_heads=1,
     mlp={"activation": "relu", "gated": True},
+)  # fmt: skip
+MIXED = change(  # the rest of its kind: tests/models/test_moe.py
+    LLAMA, family="mixed",
+    moe=MoESpec(
+        experts=4, per_token=2, hidden_dim=12, shared_dim=6, dense_layers=1, normalised=True,
+        capacity=None,
+    ),
 )  # fmt: skip
 SPECS = {s.family: s for s in (LLAMA, GEMMA, QWEN, NEOX, GPTJ, MPT, ODD)}
 

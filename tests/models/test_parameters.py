@@ -77,7 +77,7 @@ def test_every_parameter_matches_one_rule_of_its_rank(family):
 
 
 def test_every_rule_is_for_some_parameter():
-    paths = [path for spec in SPECS.values() for path in specs.shapes(spec)]
+    paths = [path for spec in (*SPECS.values(), specs.MIXED) for path in specs.shapes(spec)]
     for rule in decoder.AXES:
         assert any(re.fullmatch(rule, path) for path in paths), rule
 

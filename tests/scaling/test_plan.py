@@ -59,10 +59,9 @@ def test_a_plan_needs_a_budget():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "cells"), [("vocab", 5), ("step", 5)])
-def test_the_run_list_is_a_sweep(kind, cells, tmp_path, capsys, monkeypatch):
+def test_the_run_list_is_a_sweep(kind, cells, tmp_path, capsys):
     """On this machine: its speed is measured."""
     file = tmp_path / "planned.py"
-    monkeypatch.setattr("lminf.commands.scaling.plan.TIMED", 32)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes
         cli.main(["scaling", "plan", kind, "--flops", "4e11", f"--out={file}", "--json"])
     found = json.loads(capsys.readouterr().out)

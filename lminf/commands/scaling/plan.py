@@ -14,7 +14,7 @@ from lminf.run import tables as show
 from lminf.scaling import plan as plans
 
 CONFIGS = {"vocab": vocab_sweep, "step": step_sweep}
-TIMED = 64  # steps, after as many that compile
+TIMED = 8  # steps, after as many that compile
 
 
 def plan(args):
@@ -96,10 +96,12 @@ def fitted(kind: str, flops: float | None, hours: float | None, text: int):
 
 
 def measured_speed(kind: str, planned: plans.Plan) -> float:
-    """FLOP/s of training the plan's runs side by side, here and now."""
+    """FLOP/s of training two of the plan's runs side by side, here and now."""
     devices.share_cores()
     c = config_of(kind, planned)
-    c.data.vocab, c.data.batch = planned.sizes[len(planned.sizes) // 2], planned.batches[-1]
+    c.rates, c.replicates = planned.rates[:2], 1
+    c.data.vocab = planned.sizes[len(planned.sizes) // 2]
+    c.data.batch = planned.batches[len(planned.batches) // 2]
     per_step = c.data.batch * c.data.length
     tokens = np.random.default_rng(0).integers(0, c.data.vocab, (2 * TIMED + 1) * per_step + 1)
     held_out = tokens[: _small.EVALUATED + 1]

@@ -29,6 +29,7 @@ def get_config(arg: str = ""):
         "lm_infinite:window=1024,sinks=10",
         "streaming:window=1024,sinks=10",
         "topk:window=1024,sinks=10,topk=5",
+        "topk:window=1024,sinks=10,topk=20",
         "infllm:window=512,sinks=10,topk=8,block=64,exec_block=256",
     )
     c.text = ""  # a file to measure the loss on; empty: the default text
@@ -40,7 +41,7 @@ def get_config(arg: str = ""):
         c.policies = (
             "lm_infinite:window=4096,sinks=10",
             "streaming:window=4096,sinks=10",
-            "topk:window=4096,sinks=10,topk=5",
+            "topk:window=4096,sinks=10,topk=20",
             "infllm:window=2048,sinks=10,topk=16",
         )
         c.nll_length = 32_768

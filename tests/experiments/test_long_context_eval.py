@@ -1,0 +1,100 @@
+"""Cells, resuming, and what the table says of them; the model's answers are made up."""
+
+import re
+
+import jax
+import pytest
+from matplotlib.figure import Figure
+
+from experiments import _models, long_context_eval
+from lminf.errors import InputError
+from lminf.lm import LM
+from lminf.run import folder, request
+
+FORGETS, LOOKS_UP = "lm_infinite:window=400,sinks=4", "infllm:window=64,sinks=4,topk=4,block=8"
+
+
+@pytest.fixture
+def measure(random_lm, monkeypatch, tmp_path):
+    """`measure(before, field=value, …)`: rows that a run adds to those from before."""
+    monkeypatch.setattr(_models, "load", lambda *_, **__: random_lm)
+    monkeypatch.setattr(LM, "reach", 400)
+    monkeypatch.setattr(LM, "generate", read_by_eye)
+    jax.config.update("jax_disable_most_optimizations", True)
+
+    def run(before=(), **fields):
+        config = request.parse("long_context_eval", ["--config=long_context_eval:tiny"]).config
+        config.update({**ASKED, **fields})
+        out = folder.RunFolder(tmp_path)
+        for row in before:
+            out.append_row(row)
+        return list(long_context_eval.run(config, out))
+
+    yield run
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def read_by_eye(self, prompts, *, max_new_tokens):
+    """What is asked for, where the policy shows it: everywhere, or in its last `window` bytes."""
+    shown = [p if self.policy.name.startswith("infllm") else p[-self.policy.near_width :]
+             for p in prompts]  # fmt: skip
+    answers = []
+    for prompt, text in zip(prompts, shown, strict=True):
+        asked = re.search(r"key (\d+)\? The value", prompt)
+        wanted = rf"of key {asked[1]} is (\d+)" if asked else r"pass key is (\d+)"
+        found = re.search(wanted, text)
+        answers.append(f" {found[1]}." if found else " green. 12345")
+    return answers
+
+
+ASKED = {
+    "lengths": (600,), "prompts": (2,), "depths": (0.1, 0.9), "key_value_lengths": (500,),
+    "key_value_prompts": (2,), "key_value_depths": (0.0,), "policies": (FORGETS, LOOKS_UP),
+    "nll_length": 0,
+}  # fmt: skip
+
+
+def test_a_cell_is_a_task_a_policy_a_length_and_a_depth(measure):
+    rows = measure()
+    assert len({long_context_eval.cell_of(row) for row in rows}) == len(rows) == 6
+    for one, other in zip(rows[::2], rows[1::2], strict=True):  # policies are asked the same
+        assert one["prompts_digest"] == other["prompts_digest"]
+    for row in rows:
+        assert row["correct"] == row["prompts"] * (
+            row["key_in_window"] or row["policy"].startswith("infllm")
+        )
+        assert row["low"] <= row["accuracy"] <= row["high"]
+    kept = {row["policy"]: row["cache_bytes"] for row in rows if row["length"] == 600}
+    forgets, looks_up = kept.values()
+    assert looks_up > forgets  # which keeps every token, and summaries beside them
+    forgets, looks_up = long_context_eval.table(rows)
+    assert forgets["passkey 600 outside"].startswith("0/2 = 0.00 (0.00–0.6")
+    assert looks_up["passkey 600 outside"].startswith("4/4 = 1.00 (0.5")
+    assert forgets["passkey 600 in window"].startswith("2/2")
+    figures = long_context_eval.plot(rows)
+    assert set(figures) == {"long_context_eval"}
+    assert isinstance(figures["long_context_eval"], Figure)
+
+
+def test_what_was_measured_is_not_measured_again(measure):
+    rows = measure()
+    again = measure(rows[:4])
+    assert [long_context_eval.cell_of(row) for row in again] == [
+        long_context_eval.cell_of(row) for row in rows[4:]
+    ]
+
+
+def test_every_length_has_its_number_of_prompts(measure):
+    with pytest.raises(InputError, match=r"passkey: numbers of prompts \(2, 3\) for lengths"):
+        measure(prompts=(2, 3))
+
+
+def test_losses_lie_beside_those_of_reading_again(measure):
+    rows = measure(prompts=(1,), depths=(0.1,), key_value_prompts=(1,), nll_length=300, block=100)
+    losses = [row for row in rows if row["task"] == "nll"]
+    assert [(row["policy"], row["length"]) for row in losses][:3] == [
+        ("re-read", 100), ("re-read", 200), ("re-read", 300),
+    ]  # fmt: skip
+    assert len(losses) == 9
+    assert "nll above re-reading, last block" in long_context_eval.table(rows)[0]
+    assert set(long_context_eval.plot(rows)) == {"long_context_eval", "nll"}

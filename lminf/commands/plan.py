@@ -6,9 +6,6 @@ lminf plan --config=step_sweep:pod                   parameters, tokens and FLOP
 
 Where the compiler of those devices is installed (the extra `aot`), the step is compiled for them
 and the memory that it would take stands beside that of the formula.
-
-Where the compiler of those devices is installed (the extra `aot`), the step is compiled for them
-and the memory that it would take stands beside that of the formula.
 """
 
 import argparse

@@ -13,7 +13,7 @@ from lminf.run import folder
 
 pytestmark = pytest.mark.slow
 
-NAMES = ("decode_cost", "diagnose_lengths", "length_generalization", "passkey")
+NAMES = ("decode_cost", "diagnose_lengths", "kv_cache", "length_generalization", "passkey")
 
 
 @pytest.fixture

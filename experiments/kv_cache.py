@@ -1,0 +1,229 @@
+"""Quality against cache bytes, and the cost of a token against the length of the stream, by policy.
+
+A cell of quality is one policy at one capacity: the NLL of a continuation after a prompt, and the
+share of passkeys found. Bytes are those of the arrays that are held once the prompt has been read,
+what a policy remembers besides keys and values included. Cells of cost are made as if so many
+tokens had been read, with zeros for keys and values.
+"""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import _models
+from experiments._main import main
+from lminf import generation
+from lminf.attention import cache
+from lminf.attention.condense import ThinK
+from lminf.attention.evict import Scored
+from lminf.attention.policies import POLICIES
+from lminf.config import parse_choice
+from lminf.data import sources
+from lminf.evals import passkey, score
+from lminf.generation import GREEDY
+from lminf.models import decoder
+from lminf.run import plots, tables
+from lminf.run.progress import Progress
+
+TOGETHER = 8192  # prompt tokens read side by side: more of them is no faster on a CPU
+
+
+def run(c, out):
+    lm = _models.load(c.model, seed=c.seed)
+    cells = [(family, lm.with_policy(policy)) for family, policy in choices(c)]
+    text = sources.text_of(None)
+    ids = lm.encode(text, length=c.prompt + c.continuation)[0]
+    samples = passkey.draw(
+        "landmark", lambda text: lm.encode(text)[0], length=c.passkey_length, count=c.passkeys,
+        seed=c.seed,
+    )  # fmt: skip
+    each = len(ids) + sum(sample.tokens for sample in samples)
+    with Progress(len(cells) * each, label="quality", unit="tokens") as progress:
+        for done, (family, model) in enumerate(cells):
+            yield {
+                "measured": "quality",
+                "model": c.model,
+                "family": family,
+                "policy": model.policy.name,
+                "text_digest": sources.digest(text),
+                **quality(c, model, ids, samples),
+            }
+            progress.update((done + 1) * each)
+    streams = [
+        Stream(model, position, room=c.steps + 1)
+        for model in dict(cells).values()  # of each family the largest
+        for position in c.positions
+        if model.policy.bounded or position <= c.unbounded_to
+    ]
+    with Progress(c.steps + 1, label="decoding", unit="tokens of each") as progress:
+        rounds = []  # [steps + 1] of [streams] seconds
+        for done in range(c.steps + 1):
+            rounds.append([stream.step() for stream in streams])
+            progress.update(done + 1)
+    quartiles = np.percentile(rounds[1:], [25, 50, 75], axis=0).T  # the first of each compiles
+    for stream, (low, median, high) in zip(streams, quartiles, strict=True):
+        yield {
+            "measured": "cost",
+            "model": c.model,
+            "policy": stream.lm.policy.name,
+            "position": stream.position,
+            "ms_per_token": 1e3 * median,
+            "low": 1e3 * low,
+            "high": 1e3 * high,
+            **held_bytes(stream.lm, stream.position),
+            "steps": c.steps,
+        }
+
+
+def choices(c):
+    """(family, policy) of every cell: a text with places for a capacity is one for each."""
+    for text in c.policies:
+        for capacity in c.capacities if "{" in text else c.capacities[:1]:
+            filled = text.format(c=capacity, w=capacity - 4, h=capacity // 4)
+            policy = parse_choice(filled, POLICIES, what="policy")
+            family = text.partition(":")[0]
+            if isinstance(policy, ThinK):  # each ratio and combination is a curve
+                family += f" {policy.ratio}" + (" on snapkv" if policy.capacity else "")
+            yield family, policy
+
+
+def quality(c, lm, ids, samples):
+    started = time.perf_counter()
+    nll = lm.token_nll(ids, prompt=c.prompt)[c.prompt - 1 :]
+    together = max(1, TOGETHER // c.passkey_length)
+    answers = [
+        answer
+        for start in range(0, len(samples), together)
+        for answer in lm.generate(
+            [sample.prompt for sample in samples[start : start + together]],
+            max_new_tokens=passkey.ANSWER_TOKENS,
+        )
+    ]
+    found = sum(map(passkey.Sample.correct, samples, answers))
+    rate = score.success_rate(found, len(samples))
+    return {
+        "prompt": c.prompt,
+        "continuation": len(nll),
+        "nll": float(nll.mean(dtype=np.float64)),
+        "nll_error": float(nll.std(ddof=1) / np.sqrt(len(nll))),
+        "passkey_length": c.passkey_length,
+        "passkeys": len(samples),
+        "correct": found,
+        "accuracy": rate.rate,
+        "low": rate.low,
+        "high": rate.high,
+        **held_bytes(lm, c.prompt),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+class Stream:
+    """One policy after `position` tokens, which count as a prompt."""
+
+    def __init__(self, lm, position: int, *, room: int):
+        self.lm, self.position = lm, position
+        capacity = -(-(position + room) // generation.STEP) * generation.STEP
+        read = (as_if_read(each, lm.policy, position)
+                for each in lm.init_caches(batch=1, capacity=capacity))  # fmt: skip
+        self.caches = generation.settle(lm.decoder, tuple(read), length=position, room=room)
+        self.at, self.token = position, np.zeros(1, np.int32)
+
+    def step(self) -> float:
+        """Seconds until the next token is known here."""
+        started = time.perf_counter()
+        token, self.caches = generation._advance(
+            self.lm.decoder, self.lm.params, jnp.asarray(self.token[:, None]),
+            np.full((1, 1), self.at, np.int32), self.caches, GREEDY, jax.random.key(0),
+        )  # fmt: skip
+        self.token = np.asarray(token)
+        self.at += 1
+        return time.perf_counter() - started
+
+
+def held_bytes(lm, tokens: int) -> dict[str, int]:
+    """Bytes after a prompt of so many tokens with room for one more: of keys and values, and of
+    what else is held."""
+
+    def after_prompt():
+        caches = lm.init_caches(batch=1, capacity=tokens)
+        return decoder.settle(lm.spec, lm.decoder.policies, caches, length=tokens, room=1)
+
+    found = {"cache_bytes": 0, "state_bytes": 0}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.eval_shape(after_prompt)):
+        is_kv = jax.tree_util.keystr(path[-1:]) in (".k", ".v", "['k']", "['v']")
+        kind = "cache_bytes" if is_kv else "state_bytes"
+        found[kind] += leaf.size * leaf.dtype.itemsize
+    return found
+
+
+def as_if_read(empty: cache.Cache, policy, tokens: int) -> cache.Cache:
+    """The cache as it would say it is after `tokens` tokens; keys and values stay zero."""
+    if isinstance(policy, Scored):
+        filled = int(policy.place(jnp.int32(tokens - 1))) + 1
+        slots = jnp.arange(empty.layout.slots, dtype=jnp.int32)
+        place = jnp.where(slots < filled, slots, cache.EMPTY)[None, None, :, None]
+        place = jnp.broadcast_to(place, empty.extra["place"].shape)
+        return dataclasses.replace(empty, extra=empty.extra | {"place": place})
+    pos = jnp.arange(tokens, dtype=jnp.int32)[None]
+    slots = cache.destinations(empty.layout, pos)
+    return dataclasses.replace(empty, pos=cache.write_pos(empty.pos, pos, slots))
+
+
+def plot(rows):
+    shown = [{**row, "cache_mib": row["cache_bytes"] / 2**20} for row in rows]
+    measured = [row for row in shown if row["measured"] == "quality"]
+    cost = [{**row, "policy": row["policy"].partition(":")[0]} for row in shown
+            if row["measured"] == "cost"]  # fmt: skip
+    names = [row["policy"] for row in shown if row["measured"] == "cost"]
+    for row, name in zip(cost, names, strict=True):
+        row["policy"] = name.replace(":", "\n") if name.startswith("think") else row["policy"]
+    by_bytes = {"x": "cache_mib", "by": "family", "log_x": True, "x_label": "keys and values (MiB)"}
+    by_length = {"x": "position", "by": "policy", "log_x": True, "log_y": True,
+                 "x_label": "tokens read before"}  # fmt: skip
+    return {
+        "kv_cache": plots.curves(
+            measured, y="nll", y_label="continuation (nats per token)", **by_bytes
+        ),
+        "passkey": plots.curves(
+            measured, y="accuracy", y_label="share of keys found", y_limits=(-0.04, 1.04),
+            **by_bytes,
+        ),
+        "decode_cost": plots.curves(cost, y="ms_per_token", y_label="time per token (ms)",
+                                    **by_length),
+        "cache_bytes": plots.curves(cost, y="cache_mib", y_label="keys and values (MiB)",
+                                    **by_length),
+    }  # fmt: skip
+
+
+def table(rows):
+    """Quality, a policy and capacity a line; then milliseconds and MiB at each position."""
+    full = {row["policy"]: row["nll"] for row in rows if row["measured"] == "quality"}.get("full")
+    quality_of = [
+        {
+            "policy": row["policy"],
+            "cache (MiB)": row["cache_bytes"] / 2**20,
+            "state (MiB)": row["state_bytes"] / 2**20,
+            "nats/token": row["nll"],
+            "− full": None if full is None else row["nll"] - full,
+            "keys found": f"{row['correct']} of {row['passkeys']}",
+            "interval": f"{row['low']:.2f}–{row['high']:.2f}",
+        }
+        for row in rows
+        if row["measured"] == "quality"
+    ]
+    cost = [
+        {**row, "cache": row["cache_bytes"] / 2**20} for row in rows if row["measured"] == "cost"
+    ]
+    parts = {"ms_per_token": "ms/token", "cache": "MiB"}
+    return quality_of + [
+        {"policy": f"{line.pop('policy')}, {unit}", **{f"at {n}": v for n, v in line.items()}}
+        for value, unit in parts.items()
+        for line in tables.pivot(cost, index="policy", columns="position", value=value)
+    ]
+
+
+if __name__ == "__main__":
+    main(run, plot, table=table)

@@ -9,7 +9,7 @@ import contextvars
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 
@@ -25,6 +25,7 @@ class Decision:
     op: str
     chosen: str
     refused: Mapping[str, str]  # name -> reason
+    config: Any = None  # the chosen one's, where it has something to configure
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.chosen}"]
@@ -34,6 +35,8 @@ class Decision:
 _record: contextvars.ContextVar[list[Decision] | None] = contextvars.ContextVar(
     "kernel_decisions", default=None
 )
+
+_settled: contextvars.ContextVar[Any] = contextvars.ContextVar("kernel_config", default=None)
 
 
 @contextlib.contextmanager
@@ -66,6 +69,20 @@ def lazily(module: str, name: str) -> Callable[..., Any]:
     return implementation
 
 
+Config = TypeVar("Config")
+
+
+def settled(given: Any, default: Config) -> Config:
+    """The config of the call under way, for the implementation to use and the record to name:
+    `given`, or the default where it is None. NotImplementedError if it is another one's.
+    """
+    config = default if given is None else given
+    if not isinstance(config, type(default)):
+        raise NotImplementedError(f"config is a {type(config).__module__}.{type(config).__name__}")
+    _settled.set(config)
+    return config
+
+
 def run(
     op: str,
     implementations: Mapping[str, Callable[..., Any]],
@@ -83,6 +100,7 @@ def run(
     reasons: list[NotImplementedError] = []
     refused: dict[str, str] = {}
     for name in names:
+        _settled.set(None)
         try:
             result = implementations[name](*args, **kwargs)
         except NotImplementedError as reason:
@@ -91,7 +109,7 @@ def run(
             continue
         decisions = _record.get()
         if decisions is not None:
-            decisions.append(Decision(op, name, refused))
+            decisions.append(Decision(op, name, refused, _settled.get()))
         return result
     raise ExceptionGroup(f"{op}: no implementation in {list(names)} supports this call", reasons)
 

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from kernels.common import numerics
+from kernels.common import dispatch, numerics
 from kernels.cross_entropy.operands import Losses, Operands, Rules
 
 LANES = 128
@@ -44,10 +44,7 @@ def losses(rules: Rules, operands: Operands, labels: Int[Array, " rows"], config
     embeddings, classifier, _ = operands
     rows, width = embeddings.shape
     vocab = classifier.shape[0]
-    if config is None:
-        config = _fitting(width, embeddings.dtype.itemsize)
-    if not isinstance(config, Config):
-        raise NotImplementedError(f"{type(config).__module__}.Config is another's")
+    config = dispatch.settled(config, _fitting(width, embeddings.dtype.itemsize))
     if embeddings.dtype not in (jnp.bfloat16, jnp.float32) or embeddings.dtype != classifier.dtype:
         raise NotImplementedError(
             f"embeddings in {embeddings.dtype}, classifier in {classifier.dtype}; "

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.common import launch, numerics
+from kernels.common import dispatch, launch, numerics
 from kernels.cross_entropy import blocks
 from kernels.cross_entropy.operands import Losses, Operands, Rules
 
@@ -74,10 +74,7 @@ def losses(rules: Rules, operands: Operands, labels: Int[Array, " rows"], config
         raise NotImplementedError(f"operands in {operands.embeddings.dtype}")
     if jnp.dtype(rules.accum_dtype) != jnp.float32:
         raise NotImplementedError(f"accum_dtype={jnp.dtype(rules.accum_dtype)}; it adds in float32")
-    if config is None:
-        config = _TILES[operands.embeddings.dtype == jnp.float32]
-    if not isinstance(config, Config):
-        raise NotImplementedError(f"config is a {type(config).__module__}.{type(config).__name__}")
+    config = dispatch.settled(config, _TILES[operands.embeddings.dtype == jnp.float32])
     return Losses(*_losses(rules, config, operands, labels))
 
 

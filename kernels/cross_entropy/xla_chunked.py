@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.common import numerics, platforms
+from kernels.common import dispatch, numerics, platforms
 from kernels.cross_entropy import blocks
 from kernels.cross_entropy.operands import Losses, Operands, Rules
 
@@ -55,16 +55,15 @@ def default_config(rows: int, vocab: int, width: int, itemsize: int, budget_byte
     return Config(1024, 2048)
 
 
-def sized(config: Config | None, operands: Operands) -> Config:
+def sized(config: object, operands: Operands) -> Config:
     (rows, width), vocab = operands.embeddings.shape, operands.classifier.shape[0]
     itemsize = operands.embeddings.dtype.itemsize
-    config = config or default_config(rows, vocab, width, itemsize, BUDGET_BYTES)
+    default = default_config(rows, vocab, width, itemsize, BUDGET_BYTES)
+    config = dispatch.settled(config, default)
     return Config(min(config.block_rows, rows), min(config.block_vocab, vocab), config.gradients)
 
 
-def losses(
-    rules: Rules, operands: Operands, labels: Int[Array, " rows"], config: Config | None
-) -> Losses:
+def losses(rules: Rules, operands: Operands, labels: Int[Array, " rows"], config: object) -> Losses:
     """Loss and LSE of every row; differentiable in `operands`, through the LSE too."""
     config = sized(config, operands)
     if config.gradients != "backward":

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from kernels.common import numerics
+from kernels.common import dispatch, numerics
 from kernels.decode import xla
 from kernels.decode.cache import RollingCache
 from kernels.decode.operands import DecodeResiduals, Queries, Rules
@@ -35,9 +35,7 @@ class Config:
 
 def decode(rules: Rules, queries: Queries, cache: RollingCache, config: object) -> DecodeResiduals:
     """Outputs and log-denominators; statistics in float32."""
-    config = config or Config()
-    if not isinstance(config, Config):
-        raise NotImplementedError(f"{type(config).__module__}.Config is another's")
+    config = dispatch.settled(config, Config())
     dtypes = {str(x.dtype) for x in (*queries[:2], *cache[:4])}
     if not dtypes <= {"bfloat16", "float32"} or len(dtypes) > 1:
         raise NotImplementedError(f"{sorted(dtypes)}; it takes all bfloat16 or all float32")

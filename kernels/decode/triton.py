@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from kernels.common import launch, numerics
+from kernels.common import dispatch, launch, numerics
 from kernels.decode import xla
 from kernels.decode.cache import RollingCache
 from kernels.decode.operands import DecodeResiduals, Queries, Rules
@@ -46,12 +46,10 @@ def decode(rules: Rules, queries: Queries, cache: RollingCache, config: object) 
         raise NotImplementedError(f"{group} query heads a key head; it takes up to 64")
     if rules.scale <= 0:
         raise NotImplementedError(f"scale={rules.scale}: the running maximum needs a positive one")
-    if config is None:
-        config = Config()
-        if queries.near.dtype == jnp.float32 or width > 128:
-            config = dataclasses.replace(config, block_k=32, stages=2)
-    if not isinstance(config, Config):
-        raise NotImplementedError(f"config is a {type(config).__module__}.{type(config).__name__}")
+    default = Config()
+    if queries.near.dtype == jnp.float32 or width > 128:
+        default = dataclasses.replace(default, block_k=32, stages=2)
+    config = dispatch.settled(config, default)
     return DecodeResiduals(*_decode(rules, config, queries, cache))
 
 

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels.common import compat, launch, numerics
+from kernels.common import compat, dispatch, launch, numerics
 from kernels.lambda_attention import triton
 from kernels.lambda_attention.operands import Branch, Operands, Places, Residuals, Rules
 
@@ -54,9 +54,7 @@ class Config:
 def attention(rules: Rules, operands: Operands, places: Places, config: object) -> Residuals:
     """Outputs and log-denominators; gradients are those of the Triton kernels."""
     _require_device()
-    config = config or Config()
-    if not isinstance(config, Config):
-        raise NotImplementedError(f"config is a {type(config).__module__}.{type(config).__name__}")
+    config = dispatch.settled(config, Config())
     _refuse(rules, operands, places)
     plan = make_plan(rules, operands, config)
     if plan.shared_bytes > SHARED_BYTES:

@@ -39,18 +39,17 @@ class Config:
 
 @dataclass(frozen=True)
 class Side:
-    """One branch as programs read it. M = B * K key heads.
+    """One branch as programs read it: as the caller laid it out, queries padded to whole blocks."""
 
-    Keys and values of a head are one row of numbers: a tile is then a contiguous slice, which is
-    copied several times faster than a slice of a matrix.
-    """
-
-    query: Float[Array, "M G T H"]  # T padded to whole blocks
-    key: Float[Array, "M SH"]  # S padded by one tile
-    value: Float[Array, "M SHv"]
-    rows: int  # keys before padding
+    query: Float[Array, "B Tp N H"]
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K Hv"]
     width: int  # keys in a clear tile; 0: all tiles are masked
     edge: int  # keys in a masked tile
+
+    @property
+    def rows(self) -> int:
+        return self.key.shape[1]
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,17 @@ class Plan:
     prescaled: bool  # queries are scaled before the product, not the scores after it
 
     @property
-    def blocks(self) -> int:
-        return self.near.query.shape[2] // self.block_q
+    def length(self) -> int:
+        """Queries, padded to whole blocks."""
+        return self.near.query.shape[1]
 
     @property
-    def programs(self) -> int:
-        return self.near.query.shape[0] * self.blocks
+    def heads(self) -> Int[Array, " BK"]:
+        return jnp.arange(self.near.query.shape[0] * self.key_heads, dtype=jnp.int32)
+
+    @property
+    def blocks(self) -> Int[Array, " blocks"]:
+        return jnp.arange(self.length // self.block_q, dtype=jnp.int32)
 
     @property
     def score_scale(self) -> float:
@@ -84,7 +88,7 @@ class Plan:
 
 
 def plan(rules: Rules, config: Config, operands: Operands, places: Places) -> Plan:
-    """The arrays of one call laid out for programs and tiles of these sizes."""
+    """The arrays of one call and the tiles of these sizes."""
     block_q, block_k = config.block_q, config.block_k
     key_heads = operands.near.key.shape[2]
 
@@ -92,15 +96,7 @@ def plan(rules: Rules, config: Config, operands: Operands, places: Places) -> Pl
         width, edge = block_k, config.edge_k
         if places.segments is not None or rows_seen <= width:
             edge, width = min(width, rows_seen), 0
-        pad = max(width, edge)
-        return Side(
-            queries_first(branch.query, key_heads, block_q),
-            _keys_flat(branch.key, pad),
-            _keys_flat(branch.value, pad),
-            branch.key.shape[1],
-            width,
-            edge,
-        )
+        return Side(whole_blocks(branch.query, block_q), branch.key, branch.value, width, edge)
 
     near, far = operands.near, operands.far
     dtype = numerics.statistics_dtype(near.query.dtype)
@@ -129,37 +125,8 @@ def plan(rules: Rules, config: Config, operands: Operands, places: Places) -> Pl
     )
 
 
-def queries_first(
-    x: Float[Array, "B T N X"], key_heads: int, block: int, fill: float = 0.0
-) -> Float[Array, "M G Tp X"]:
-    b, _, n, width = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0)), constant_values=fill)
-    x = x.reshape(b, -1, key_heads, n // key_heads, width).transpose(0, 2, 3, 1, 4)
-    return x.reshape(b * key_heads, n // key_heads, -1, width)
-
-
-def _keys_flat(x: Float[Array, "B S K X"], pad: int) -> Float[Array, "M padded"]:
-    b, s, k, width = x.shape
-    x = jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0)))
-    return x.transpose(0, 2, 1, 3).reshape(b * k, (s + pad) * width)
-
-
-def keys_last(
-    x: Float[Array, "M padded"], like: Float[Array, "B S K X"]
-) -> Float[Array, "B S K X"]:
-    """Gradients of keys back in the shape and dtype of the keys."""
-    b, s, k, width = like.shape
-    x = x.reshape(b, k, -1, width)[:, :, :s]
-    return x.transpose(0, 2, 1, 3).astype(like.dtype)
-
-
-def blocks_last(
-    x: Float[Array, "programs G C X"], plan: Plan, batch: int, length: int
-) -> Float[Array, "B T N X"]:
-    """What the programs yielded, in the shape of the queries."""
-    _, g, c, width = x.shape
-    x = x.reshape(batch, plan.key_heads, plan.blocks, g, c, width).transpose(0, 2, 4, 1, 3, 5)
-    return x.reshape(batch, plan.blocks * c, -1, width)[:, :length]
+def whole_blocks(x: Float[Array, "B T N X"], block: int) -> Float[Array, "B Tp N X"]:
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0)))
 
 
 # --- Programs -------------------------------------------------------------------------------------
@@ -177,21 +144,56 @@ class Span(NamedTuple):
 class Tile(NamedTuple):
     """Some keys of one branch, and what a block of queries needs to know to score them."""
 
-    key: Float[Array, "W H"]
-    value: Float[Array, "W Hv"]
+    start: Int[Array, ""]
+    width: int  # W
     distance: Float[Array, "C W"] | None  # for ALiBi
     visible: Bool[Array, "C W"] | None  # None: all pairs
 
+    def rows(self, x: Float[Array, "S X"]) -> Float[Array, "W X"]:
+        return jax.lax.dynamic_slice_in_dim(x, self.start, self.width, 0)
 
-class Program:
-    """One block of C queries of one key head: its rows, and the tiles that it visits."""
+    def columns(self, x: Float[Array, "X S"]) -> Float[Array, "X W"]:
+        return jax.lax.dynamic_slice_in_dim(x, self.start, self.width, 1)
+
+    def add(self, total: Float[Array, "S X"], part: Float[Array, "W X"]) -> Float[Array, "S X"]:
+        """`total` with `part` added to the rows of this tile."""
+        return jax.lax.dynamic_update_slice_in_dim(total, self.rows(total) + part, self.start, 0)
+
+
+class Head:
+    """One key head of one sequence, with the G query heads that read it."""
 
     def __init__(self, plan: Plan, index: Int[Array, ""]):
         self.plan = plan
-        places = plan.places
-        self.head = index // plan.blocks
-        self.batch, self.key_head = self.head // plan.key_heads, self.head % plan.key_heads
-        self.row = index % plan.blocks * plan.block_q
+        self.batch, self.key_head = index // plan.key_heads, index % plan.key_heads
+
+    def rows(self, x: Float[Array, "B S K X"]) -> Float[Array, "S X"]:
+        """This head's keys or values, side by side: they are read many times, from the cache."""
+        _, rows, _, width = x.shape
+        return jax.lax.dynamic_slice(x, self._corner(), (1, rows, 1, width))[0, :, 0]
+
+    def put_rows(
+        self, total: Float[Array, "B S K X"], rows: Float[Array, "S X"]
+    ) -> Float[Array, "B S K X"]:
+        """`total` with this head's rows replaced."""
+        part = rows[None, :, None].astype(total.dtype)
+        return jax.lax.dynamic_update_slice(total, part, self._corner())
+
+    def _corner(self):
+        zero = jnp.int32(0)  # a literal would be an int64 in x64 mode
+        return self.batch, zero, self.key_head, zero
+
+    def group(self, x: Float[Array, " N"]) -> Float[Array, " G"]:
+        return x.reshape(self.plan.key_heads, -1)[self.key_head].astype(self.plan.dtype)
+
+
+class Program:
+    """One block of C queries of one key head: its G * C rows, and the tiles that it visits."""
+
+    def __init__(self, head: Head, block: Int[Array, ""]):
+        self.head, self.plan, self.batch = head, head.plan, head.batch
+        places = self.plan.places
+        self.row = block * self.plan.block_q
         # Where the first query of the block stands, counted in key rows and in positions.
         self.key_start = places.key_start[self.batch]
         self.at = places.query_offset + self.row
@@ -200,16 +202,40 @@ class Program:
         if places.segments is not None:
             # Of the block's first row: what stands before it is seen by nobody in the block.
             starts = masks.run_starts(places.segments.kv)
-            row = jnp.clip(self.at, 0, plan.near.rows - 1)
+            row = jnp.clip(self.at, 0, self.plan.near.rows - 1)
             self.segment_start = starts[self.batch, row]
 
-    def rows(self, x: Float[Array, "M G T X"]) -> Float[Array, "rows X"]:
-        """The block's G * C rows of an array laid out like the queries."""
-        _, group, _, width = x.shape
-        size = (1, group, self.plan.block_q, width)
-        zero = jnp.int32(0)  # a literal would be an int64 in x64 mode
-        block = jax.lax.dynamic_slice(x, (self.head, zero, self.row, zero), size)
-        return block.reshape(-1, width)
+    def rows(self, x: Float[Array, "B Tp N X"]) -> Float[Array, "rows X"]:
+        """The block's rows of an array laid out like the queries."""
+        plan, width = self.plan, x.shape[3]
+        size = (1, plan.block_q, plan.group, width)
+        block = jax.lax.dynamic_slice(x, self._corner(), size)
+        return block[0].swapaxes(0, 1).reshape(-1, width)
+
+    def put_rows(
+        self, total: Float[Array, "B Tp N X"], rows: Float[Array, "rows X"]
+    ) -> Float[Array, "B Tp N X"]:
+        """`total` with the block's rows replaced."""
+        plan = self.plan
+        block = rows.reshape(1, plan.group, plan.block_q, -1).swapaxes(1, 2)
+        return jax.lax.dynamic_update_slice(total, block.astype(total.dtype), self._corner())
+
+    def statistic(self, x: Float[Array, "B N Tp"]) -> Float[Array, "1 rows"]:
+        plan = self.plan
+        size = (1, plan.group, plan.block_q)
+        return jax.lax.dynamic_slice(x, self._statistic_corner(), size).reshape(1, -1)
+
+    def put_statistic(
+        self, total: Float[Array, "B N Tp"], x: Float[Array, "rows 1"]
+    ) -> Float[Array, "B N Tp"]:
+        block = x.reshape(1, self.plan.group, self.plan.block_q)
+        return jax.lax.dynamic_update_slice(total, block, self._statistic_corner())
+
+    def _corner(self):
+        return self.batch, self.row, self.head.key_head * self.plan.group, jnp.int32(0)
+
+    def _statistic_corner(self):
+        return self.batch, self.head.key_head * self.plan.group, self.row
 
     def query(self, side: Side) -> Float[Array, "rows H"]:
         rows = self.rows(side.query)
@@ -217,21 +243,20 @@ class Program:
 
     def per_row(self, x: Float[Array, " N"]) -> Float[Array, "rows 1"]:
         """One value for each query head, repeated for the block's rows."""
-        return jnp.repeat(self._group(x), self.plan.block_q)[:, None]
-
-    def _group(self, x: Float[Array, " N"]) -> Float[Array, " G"]:
-        return x.reshape(self.plan.key_heads, -1)[self.key_head].astype(self.plan.dtype)
+        return jnp.repeat(self.head.group(x), self.plan.block_q)[:, None]
 
     def walk(self, side: Side, visit: Callable, carry):
-        """Carry after `visit(carry, tile, first row of the tile)` of all tiles of a branch."""
+        """Carry after `visit(carry, tile)` of all tiles of a branch."""
         span = self._near_span() if side is self.plan.near else self._far_span()
         width, edge = side.width, side.edge
 
         def tiles(length, size):
             return jnp.maximum(length + size - 1, 0) // size
 
-        def masked(start, carry):
-            return visit(carry, self._tile(side, start, edge, True), start)
+        def masked(first, carry):
+            # At the end of the keys the tile lies further back, behind keys it must not show.
+            start = jnp.minimum(first, side.rows - edge)
+            return visit(carry, self._tile(side, start, edge, first))
 
         if not width:
             return jax.lax.fori_loop(
@@ -253,35 +278,37 @@ class Program:
 
         def interior(t, carry):
             start = clear + t * width
-            return visit(carry, self._tile(side, start, width, False), start)
+            return visit(carry, self._tile(side, start, width, None))
 
         carry = jax.lax.fori_loop(0, before + tiles(span.end - after, edge), edges, carry)
         return jax.lax.fori_loop(0, count, interior, carry)
 
     def logits(self, scores: Float[Array, "..."], tile: Tile, *, keys_first: bool):
-        """Exponents of 2 of [G, C, W] raw scores ([W, G, C] with keys first), and d(logit)/d(score)
+        """Exponents of 2 of raw scores [rows, W] ([W, rows] with keys first), and d(logit)/d(score)
         where a soft cap bends it, both in the shape of `scores`.
         """
         plan, cap = self.plan, self.plan.rules.soft_cap
+        flat, cube = scores.shape, (plan.group, plan.block_q)
 
-        def spread(x):  # [C, W] to the axes of the scores
+        def spread(x):  # [C, W] to the axes of the cube of scores
             return x.T[:, None] if keys_first else x[None]
 
+        scores = scores.reshape(-1, *cube) if keys_first else scores.reshape(*cube, -1)
         if not plan.prescaled:
             scores = scores * plan.score_scale
         if plan.places.alibi_slopes is not None:
             unit = plan.score_scale / plan.rules.scale
-            slopes = self._group(plan.places.alibi_slopes) * unit
+            slopes = self.head.group(plan.places.alibi_slopes) * unit
             slopes = slopes[None, :, None] if keys_first else slopes[:, None, None]
             assert tile.distance is not None
             scores = scores - slopes * spread(tile.distance)
         bend = None
         if cap is not None:
             bent = jnp.tanh(scores)
-            scores, bend = cap * numerics.LOG2_E * bent, 1 - bent * bent
+            scores, bend = cap * numerics.LOG2_E * bent, (1 - bent * bent).reshape(flat)
         if tile.visible is not None:
             scores = jnp.where(spread(tile.visible), scores, numerics.MASK_VALUE)
-        return scores, bend
+        return scores.reshape(flat), bend
 
     # Spans
 
@@ -312,27 +339,20 @@ class Program:
 
     # Tiles
 
-    def _tile(self, side: Side, start, width: int, masked: bool) -> Tile:
+    def _tile(self, side: Side, start, width: int, first) -> Tile:
+        """Keys from `start` on; without a `first`, all of them are visible to all rows."""
         place = self._near_place if side is self.plan.near else self._far_place
         distance, visible = place(start, width)
         if self.plan.places.segments is not None:
             visible &= self._same_segment(self.plan.places.segments, start, width)
+        if first is not None:
+            visible &= start + jnp.arange(width, dtype=jnp.int32)[None] >= first
         return Tile(
-            self._cut(side.key, start, width, side.query.shape[3]),
-            self._cut(side.value, start, width, self.plan.value_width),
+            start,
+            width,
             distance.astype(self.plan.dtype) if self.plan.places.alibi_slopes is not None else None,
-            visible if masked else None,
+            visible if first is not None else None,
         )
-
-    def _cut(self, x: Float[Array, "M SX"], start, count: int, width: int) -> Float[Array, "W X"]:
-        size = (1, count * width)
-        return jax.lax.dynamic_slice(x, (self.head, start * width), size).reshape(count, width)
-
-    def add(self, total: Float[Array, "M SX"], start, part: Float[Array, "W X"]):
-        """`total` with `part` added to this head's rows from `start` on."""
-        count, width = part.shape
-        part = (self._cut(total, start, count, width) + part).reshape(1, -1)
-        return jax.lax.dynamic_update_slice(total, part, (self.head, start * width))
 
     def _near_place(self, start, width: int):
         column = (start + jnp.arange(width, dtype=jnp.int32))[None]

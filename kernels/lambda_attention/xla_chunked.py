@@ -8,8 +8,9 @@ Only tiles on an edge of the window are masked, and tiles that nobody sees are n
 same walk over all keys is causal attention at half the dense cost. The backward recomputes p from
 the saved LSE, with delta = sum(do * out):
     dv = p^T do;  ds = p (do v^T - delta);  dk = ds^T q;  dq = ds k
-It works on p^T and ds^T, so that two of its three accumulating products read them as they lie
-(a product over the leading axis costs twice as much on a CPU).
+It works on s^T = k q^T, for two of its three accumulating products then read p^T and ds^T as they
+lie: a product over the first axis of its left operand runs at half the rate on a CPU. The third is
+computed as dq^T = k^T ds^T, from a copy of the head's keys that lies the other way.
 """
 
 import dataclasses
@@ -20,17 +21,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels.common import numerics
+from kernels.common import dispatch, numerics
 from kernels.lambda_attention import tiles
 from kernels.lambda_attention.operands import Branch, Operands, Places, Residuals, Rules
 
 Config = tiles.Config
 
 
-def attention(rules: Rules, operands: Operands, places: Places, config: Config | None) -> Residuals:
+def attention(rules: Rules, operands: Operands, places: Places, config: object) -> Residuals:
     """Outputs and log-denominators; differentiable in `operands`, through the LSE too."""
     queries, keys = operands.near.query.shape[1], operands.near.key.shape[1]
-    config = config or _default_config(rules, operands, places)
+    config = dispatch.settled(config, _default_config(rules, operands, places))
     block_q = min(config.block_q, queries)
     if places.segments is not None and operands.far is not None:
         # With blocks no longer than the window, all globals that a block sees belong to the
@@ -72,29 +73,42 @@ class Saved(NamedTuple):
 
 def _attend(rules: Rules, config: Config, operands: Operands, places: Places) -> Saved:
     plan = tiles.plan(rules, config, operands, places)
-    index = jnp.arange(plan.programs, dtype=jnp.int32)
-    out, lse2 = jax.lax.map(functools.partial(_forward_block, plan, operands.sinks), index)
-    batch, length = operands.near.query.shape[:2]
-    out = tiles.blocks_last(out, plan, batch, length)
-    lse2 = tiles.blocks_last(lse2, plan, batch, length)[..., 0].transpose(0, 2, 1)
-    return Saved(Residuals(out, lse2 / numerics.LOG2_E), lse2)
+    sides = [side for side in (plan.far, plan.near) if side is not None]
+    batch, length, heads, _ = operands.near.query.shape
+
+    def head(results, index):
+        head = tiles.Head(plan, index)
+        held = [(s, head.rows(s.key), head.rows(s.value)) for s in sides]
+
+        def block(results, index):
+            return _forward_block(tiles.Program(head, index), held, operands.sinks, results), None
+
+        return jax.lax.scan(block, results, plan.blocks)
+
+    nothing = (
+        jnp.zeros((batch, plan.length, heads, plan.value_width), operands.near.query.dtype),
+        jnp.zeros((batch, heads, plan.length), plan.dtype),
+    )
+    (out, lse2), _ = jax.lax.scan(head, nothing, plan.heads)
+    lse2 = lse2[..., :length]
+    return Saved(Residuals(out[:, :length], lse2 / numerics.LOG2_E), lse2)
 
 
-def _forward_block(plan: tiles.Plan, sinks, index):
-    """Output [G, C, Hv] and LSE [G, C, 1] of one program."""
-    program = tiles.Program(plan, index)
+def _forward_block(program: tiles.Program, held, sinks, results):
+    """Outputs and LSE with those of one program in their place."""
+    plan = program.plan
     dtype, precision = plan.dtype, plan.rules.precision
 
-    def visit(query, carry, tile, start):
+    def visit(query, keys, values, carry, tile):
         top, total, out = carry
-        scores = tiles.dot(query, tile.key, (1, 1), dtype, precision)
-        cube = scores.reshape(plan.group, plan.block_q, -1)
-        logits = program.logits(cube, tile, keys_first=False)[0].reshape(scores.shape)
+        key, value = tile.rows(keys), tile.rows(values)
+        scores = tiles.dot(query, key, (1, 1), dtype, precision)
+        logits, _ = program.logits(scores, tile, keys_first=False)
         new_top = jnp.maximum(top, logits.max(-1, keepdims=True))
         weights = numerics.exp2(logits - new_top)
         shrink = jnp.exp2(top - new_top)  # not numerics.exp2: it hands on a NaN
         total = total * shrink + weights.sum(-1, keepdims=True)
-        product = tiles.dot(weights.astype(tile.value.dtype), tile.value, (1, 0), dtype, precision)
+        product = tiles.dot(weights.astype(value.dtype), value, (1, 0), dtype, precision)
         return new_top, total, out * shrink + product
 
     rows = plan.group * plan.block_q
@@ -103,9 +117,9 @@ def _forward_block(plan: tiles.Plan, sinks, index):
         jnp.zeros((rows, 1), dtype),
         jnp.zeros((rows, plan.value_width), dtype),
     )
-    for side in (plan.far, plan.near):
-        if side is not None:
-            carry = program.walk(side, functools.partial(visit, program.query(side)), carry)
+    for side, keys, values in held:
+        query = program.query(side)
+        carry = program.walk(side, functools.partial(visit, query, keys, values), carry)
     top, total, out = carry
 
     empty = total == 0
@@ -116,10 +130,9 @@ def _forward_block(plan: tiles.Plan, sinks, index):
         top, out = new_top, out * shrink
         total = total * shrink + jnp.exp2(sink - new_top)
     total = jnp.where(empty, 1, total)
-    out = jnp.where(empty, 0, out / total).astype(plan.near.query.dtype)
+    out = jnp.where(empty, 0, out / total)
     lse2 = jnp.where(empty, -jnp.inf, top + jnp.log2(total))
-    cube = (plan.group, plan.block_q, -1)
-    return out.reshape(cube), lse2.reshape(cube)
+    return program.put_rows(results[0], out), program.put_statistic(results[1], lse2)
 
 
 def _forward(rules: Rules, config: Config, operands: Operands, places: Places):
@@ -132,97 +145,112 @@ def _backward(rules: Rules, config: Config, saved, cotangents: Saved):
     # Its accumulators of keys and values stay in the cache beside blocks of 128, not of 512.
     config = dataclasses.replace(config, block_q=min(config.block_q, 128))
     plan = tiles.plan(rules, config, operands, places)
-    dtype = plan.dtype
-    batch, length = operands.near.query.shape[:2]
-
     d_out, d_lse = cotangents.result
-    # d(lse) joins delta: ds = p * (do v^T - delta), and d(lse)/ds = p.
-    delta = (d_out.astype(dtype) * out.astype(dtype)).sum(-1) - d_lse.transpose(0, 2, 1)
     # A row that saw nothing weighs nothing: 2^(MASK_VALUE - 1e38) is 0.
-    lse2 = jnp.where(jnp.isneginf(lse2), -numerics.EMPTY_MAX, lse2).transpose(0, 2, 1)
-    first = functools.partial(tiles.queries_first, key_heads=plan.key_heads, block=config.block_q)
+    lse2 = jnp.where(jnp.isneginf(lse2), -numerics.EMPTY_MAX, lse2)
+    beyond = ((0, 0), (0, 0), (0, -lse2.shape[2] % config.block_q))
     statistics = Statistics(
-        first(d_out), first(delta[..., None]), first(lse2[..., None], fill=-numerics.EMPTY_MAX)
+        tiles.whole_blocks(out, config.block_q),
+        tiles.whole_blocks(d_out, config.block_q),
+        jnp.pad(lse2, beyond, constant_values=-numerics.EMPTY_MAX),
+        jnp.pad(d_lse, beyond),
     )
-
     sides = [side for side in (plan.near, plan.far) if side is not None]
-    totals = [
-        (jnp.zeros(side.key.shape, dtype), jnp.zeros(side.value.shape, dtype)) for side in sides
-    ]
-    totals, d_queries = jax.lax.scan(
-        functools.partial(_backward_block, plan, sides, statistics),
-        totals,
-        jnp.arange(plan.programs, dtype=jnp.int32),
-    )
 
-    def branch(given: Branch, d_query, d_key, d_value) -> Branch:
-        d_query = tiles.blocks_last(d_query, plan, batch, length) * rules.scale
+    def head(gradients, index):
+        head = tiles.Head(plan, index)
+        held = [Held(s, head.rows(s.key), head.rows(s.key).T, head.rows(s.value)) for s in sides]
+
+        def block(carry, index):
+            program = tiles.Program(head, index)
+            return _backward_block(program, held, statistics, *carry), None
+
+        totals = [tuple(jnp.zeros(x.shape, plan.dtype) for x in (h.key, h.value)) for h in held]
+        d_queries = [g.query for g in gradients]
+        (d_queries, totals), _ = jax.lax.scan(block, (d_queries, totals), plan.blocks)
         # The queries in ds^T q carry score_scale where the gradient asks for scale.
         factor = rules.scale / plan.score_scale if plan.prescaled else rules.scale
-        return Branch(
-            d_query.astype(given.query.dtype),
-            tiles.keys_last(d_key * factor, given.key),
-            tiles.keys_last(d_value, given.value),
-        )
+        return [
+            Branch(query, head.put_rows(g.key, key * factor), head.put_rows(g.value, value))
+            for g, query, (key, value) in zip(gradients, d_queries, totals, strict=True)
+        ], None
 
-    branches = [
-        branch(given, d_query, *total)
-        for given, d_query, total in zip(
-            (b for b in (operands.near, operands.far) if b is not None),
-            d_queries,
-            totals,
-            strict=True,
-        )
-    ]
-    d_sinks = None
-    if operands.sinks is not None:
-        # The sink is one more logit, whose value is nothing: ds = p * (0 - delta).
-        sinks2 = operands.sinks.astype(dtype) * numerics.LOG2_E
-        share = jnp.exp2(sinks2[None, None] - lse2)
-        d_sinks = -(share * delta).sum((0, 1)).astype(operands.sinks.dtype)
+    nothing = [Branch(*map(jnp.zeros_like, (s.query, s.key, s.value))) for s in sides]
+    branches, _ = jax.lax.scan(head, nothing, plan.heads)
+    length = out.shape[1]
+    branches = [b._replace(query=b.query[:, :length]) for b in branches]
     near, far = branches if len(branches) == 2 else (branches[0], None)
-    return Operands(near, far, d_sinks), None
+    return Operands(near, far, _d_sinks(operands, cotangents.result, out, lse2)), None
+
+
+def _d_sinks(operands: Operands, cotangents: Residuals, out, lse2) -> Float[Array, " N"] | None:
+    """The sink is one more logit, whose value is nothing: ds = p * (0 - delta)."""
+    if operands.sinks is None:
+        return None
+    dtype = lse2.dtype
+    delta = (cotangents.out.astype(dtype) * out.astype(dtype)).sum(-1).swapaxes(1, 2)
+    sinks2 = operands.sinks.astype(dtype)[None, :, None] * numerics.LOG2_E
+    d_sinks = -(jnp.exp2(sinks2 - lse2) * (delta - cotangents.lse)).sum((0, 2))
+    return d_sinks.astype(operands.sinks.dtype)
 
 
 class Statistics(NamedTuple):
-    """What the backward reads beside a block's queries, laid out like them."""
+    """What the backward reads beside a block's queries."""
 
-    d_out: Float[Array, "M G T Hv"]
-    delta: Float[Array, "M G T 1"]
-    lse2: Float[Array, "M G T 1"]
+    out: Float[Array, "B Tp N Hv"]
+    d_out: Float[Array, "B Tp N Hv"]
+    lse2: Float[Array, "B N Tp"]
+    d_lse: Float[Array, "B N Tp"]
 
 
-def _backward_block(plan: tiles.Plan, sides, statistics: Statistics, totals, index):
-    """Adds one program's share to the gradients of keys and values; yields those of its queries."""
-    program = tiles.Program(plan, index)
+class Held(NamedTuple):
+    """One key head of a branch. Products read an array fast along its last axis only, so the keys
+    are there both ways."""
+
+    side: tiles.Side
+    key: Float[Array, "S H"]
+    key_columns: Float[Array, "H S"]
+    value: Float[Array, "S Hv"]
+
+
+def _backward_block(program: tiles.Program, held: list[Held], statistics, d_queries, totals):
+    """Gradients of queries with those of one program in their place, and its share added to those
+    of the head's keys and values.
+    """
+    plan = program.plan
     dtype, precision = plan.dtype, plan.rules.precision
-    d_out = program.rows(statistics.d_out)
-    delta, lse2 = (program.rows(x).reshape(1, -1) for x in statistics[1:])
+    d_out, lse2 = program.rows(statistics.d_out), program.statistic(statistics.lse2)
+    # d(lse) joins delta: ds = p * (do v^T - delta), and d(lse)/ds = p.
+    delta = (d_out.astype(dtype) * program.rows(statistics.out).astype(dtype)).sum(-1)[None]
+    delta = delta - program.statistic(statistics.d_lse)
 
-    def visit(query, carry, tile, start):
+    def visit(held, query, carry, tile):
         d_query, d_keys, d_values = carry
-        scores = tiles.dot(tile.key, query, (1, 1), dtype, precision)
-        cube = scores.reshape(-1, plan.group, plan.block_q)
-        logits, bend = program.logits(cube, tile, keys_first=True)
-        weights = numerics.exp2(logits.reshape(scores.shape) - lse2)
-        d_weights = tiles.dot(tile.value, d_out, (1, 1), dtype, precision)
+        key = tile.rows(held.key)
+        scores = tiles.dot(key, query, (1, 1), dtype, precision)
+        logits, bend = program.logits(scores, tile, keys_first=True)
+        weights = numerics.exp2(logits - lse2)
+        value = tile.rows(held.value)
+        d_weights = tiles.dot(value, d_out, (1, 1), dtype, precision)
         d_logits = weights * (d_weights - delta)
         if bend is not None:
-            d_logits = d_logits * bend.reshape(scores.shape)
-        d_logits = d_logits.astype(tile.key.dtype)
+            d_logits = d_logits * bend
+        d_logits = d_logits.astype(key.dtype)
         d_value = tiles.dot(weights.astype(d_out.dtype), d_out, (1, 0), dtype, precision)
         d_key = tiles.dot(d_logits, query, (1, 0), dtype, precision)
-        d_query = d_query + tiles.dot(d_logits, tile.key, (0, 0), dtype, precision)
-        return d_query, program.add(d_keys, start, d_key), program.add(d_values, start, d_value)
+        columns = tile.columns(held.key_columns)
+        d_query = d_query + tiles.dot(columns, d_logits, (1, 0), dtype, precision)
+        return d_query, tile.add(d_keys, d_key), tile.add(d_values, d_value)
 
-    new_totals, d_queries = [], []
-    for side, total in zip(sides, totals, strict=True):
-        nothing = jnp.zeros((plan.group * plan.block_q, side.query.shape[3]), dtype)
-        visit_side = functools.partial(visit, program.query(side))
-        d_query, *total = program.walk(side, visit_side, (nothing, *total))
+    new_queries, new_totals = [], []
+    for one, d_query, total in zip(held, d_queries, totals, strict=True):
+        query = program.query(one.side)
+        nothing = jnp.zeros(query.shape[::-1], dtype)
+        visit_one = functools.partial(visit, one, query)
+        columns, *total = program.walk(one.side, visit_one, (nothing, *total))
+        new_queries.append(program.put_rows(d_query, columns.T * plan.rules.scale))
         new_totals.append(tuple(total))
-        d_queries.append(d_query.reshape(plan.group, plan.block_q, -1))
-    return new_totals, d_queries
+    return new_queries, new_totals
 
 
 _attention = jax.custom_vjp(_attend, nondiff_argnums=(0, 1))

@@ -351,7 +351,7 @@ def _loss(seed: int) -> Case:
 
 
 def _blocks(seed: int) -> Case:
-    length, heads, key_heads, width, block = 300, 8, 2, 64, 64
+    length, heads, key_heads, width, block = 300, 8, 2, 64, 128
     blocks = -(-length // block)
     arrays = _normal(
         seed,

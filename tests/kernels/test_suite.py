@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from kernels import checks, peers, suite
-from kernels.suite import Plan, Work
+from kernels import checks, peers, programs, suite
+from kernels.programs import Work
+from kernels.suite import Plan
 
 SMALL = {"B": 1, "T": 96, "N": 4, "K": 2, "H": 16, "w": 24, "g": 4}
 TINY = Plan(
@@ -33,14 +34,14 @@ def test_pairs_are_those_of_the_mask():
         apart = np.arange(length)[:, None] - np.arange(length)
         near = (apart >= 0) & (apart < window)
         far = (apart >= window) & (np.arange(length) < num_global)
-        found = suite.pairs(length, window=window, num_global=num_global)
+        found = programs.pairs(length, window=window, num_global=num_global)
         assert found == near.sum() + far.sum()
-    assert suite.pairs(131072, window=4096, num_global=100) == 541_177_002
+    assert programs.pairs(131072, window=4096, num_global=100) == 541_177_002
 
 
 def test_costs_of_the_loss_are_four_products():
     work = Work("linear_cross_entropy", {"N": 8192, "D": 2304, "V": 256000}, True, ())
-    flops, _ = suite.costs(work, 2)
+    flops, _ = programs.costs(work, 2)
     assert flops == pytest.approx(4 * 2 * 8192 * 2304 * 256000)
 
 
@@ -105,5 +106,9 @@ def test_a_tiny_run_fills_the_schema():
             "floor_ms", "of_floor", "peak_mem_mb", "config",
         }  # fmt: skip
         assert 0 < row["min_ms"] <= row["median_ms"]
+    configs = [row["config"] for row in results["timings"]]
+    assert configs[0] == {"block_q": 128, "block_k": 256, "edge_k": 128}
+    assert configs[1] == configs[3] == {}  # nothing to choose
+    assert configs[2]["block_rows"] == 1024
     assert any("triton: not timed" in line for line in lines)
     assert "torch" in results["absent"]

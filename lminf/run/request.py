@@ -175,7 +175,7 @@ def take_none(arguments: list[str], config: ConfigDict) -> list[str]:
         if text.lower() != "none" or name not in fields or isinstance(fields[name], str):
             continue
         section, _, key = name.rpartition(".")
-        held = config[section] if section else config
+        held: Any = config[section] if section else config
         if fields[name] is not None and CLASS not in held:
             raise InputError(f"config.{name}={text}: it is {fields[name]!r} and cannot be none")
         arguments.remove(argument)

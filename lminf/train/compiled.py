@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def memory(program: Program, devices: Devices, *, rows: int, length: int) -> Mem
         if devices.name == "h100":
             stack.enter_context(compat.lowering_for(HOPPER))
             stack.enter_context(jax.set_mesh(program.mesh))
-        found = lowered(program, rows, length).compile().memory_analysis()
+        found: Any = lowered(program, rows, length).compile().memory_analysis()
     fresh = found.output_size_in_bytes - found.alias_size_in_bytes
     return Memory(found.argument_size_in_bytes, found.temp_size_in_bytes + max(fresh, 0))
 
@@ -56,4 +57,5 @@ def lowered(program: Program, rows: int, length: int) -> jax.stages.Lowered:
         jax.ShapeDtypeStruct((rows, length), jnp.int32), NamedSharding(program.mesh, where)
     )
     state = jax.tree.map(placed, program.shapes, program.shardings)
-    return program.step.lower(state, {"tokens": tokens, "targets": tokens})
+    step: Any = program.step  # jitted
+    return step.lower(state, {"tokens": tokens, "targets": tokens})

@@ -78,7 +78,12 @@ def get_sweep(c, arg: str = ""):
     narrow = {"model.width": 48, "model.num_layers": 4, "model.num_heads": 3,
               "model.num_kv_heads": 3, "model.hidden_dim": 106}  # fmt: skip
     changes = chain((narrow,), grid({"data.corpus": ("prose",)}), grid({"experts.count": (4,)}))
-    return chain(batches, cross(changes, ({"data.batch": 4, "replicates": 2},)))
+    # Four times the tokens, where the best batch is larger; the rates that matter there.
+    long = zipped({"data.batch": (2, 4, 1, 8), "replicates": (2, 1, 1, 1)})
+    longer = {"tokens": 524_288, "rates": tuple(1e-3 * 2**i for i in range(5))}
+    return chain(
+        batches, cross(changes, ({"data.batch": 4, "replicates": 2},)), cross((longer,), long)
+    )
 
 
 def published():

@@ -17,7 +17,7 @@ from lminf.scaling import accounting, published, rivals
 SMALLEST = 2e9  # FLOPs of one run: below it a model has learned little more than frequencies
 # What docs/studies measured on models of 1e5 parameters: standard deviation between seeds, and the
 # curvature of a bowl, d2 loss / d(ln x)2. They make the expected interval, nothing else.
-MEASURED = {"vocab": (0.03, 0.9), "step": (0.02, 0.25)}
+MEASURED = {"vocab": (0.03, 1.1), "step": (0.01, 0.5)}
 SHARE = 0.8  # of the hours that training gets; the rest compiles and evaluates
 
 

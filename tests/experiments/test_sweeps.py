@@ -29,7 +29,7 @@ def test_every_cell_can_be_configured(name, variant):
 def test_fewer_rates_do_not_change_the_cells():
     asked = request.parse("step_sweep", ["--config=step_sweep:laptop", "--config.rates=(1e-3,)"])
     assert asked is not None
-    assert len(sweep.cells_of(asked)) == 8
+    assert len(sweep.cells_of(asked)) == 12
 
 
 def plan(capsys, config):

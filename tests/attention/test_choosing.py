@@ -62,6 +62,13 @@ ORACLES = {
 CALLS = ((TOKENS,), (16, 16, 8), (16, *[1] * 24))
 
 
+def lanes(*fast):
+    """The policies by name, those besides `fast` in the slow lane."""
+    return pytest.mark.parametrize(
+        "name", [n if n in fast else pytest.param(n, marks=pytest.mark.slow) for n in POLICIES]
+    )
+
+
 def agree(found, expected):
     np.testing.assert_allclose(found, expected, atol=ATOL, rtol=0)
 
@@ -95,7 +102,7 @@ def check(name, policy, encoding, group, every):
         agree(found, expected(name, policy, scoring, arrays, calls))
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@lanes("infllm")
 def test_reading_and_decoding_are_the_formulas(name):
     check(name, POLICIES[name], "rotary", 3, CALLS[2:])
 
@@ -114,52 +121,37 @@ def test_every_setting_is_the_formulas_under_every_encoding(name, policy, encodi
 # --- Identities -----------------------------------------------------------------------------------
 
 
-@functools.cache
-def outputs():
-    """What policies give that are one another, by name; from one graph."""
-    at, scoring = cases.padded(PADS, TOKENS), cases.scoring("rotary")
-    every_block = InfLLM(8, sinks=0, topk=8, block=4, repr_topk=1, exec_block=4)
-    policies = {
-        "full": Full(),
-        "infllm, fits": InfLLM(TOKENS, sinks=3, topk=2, block=5, exec_block=8),
-        "topk, fits": TopK(TOKENS, sinks=3, topk=2, from_layer=0),
-        "longheads, all chunks": LongHeads(TOKENS + 8, chunk=8),
-        "longheads, as many": LongHeads(TOKENS, chunk=4),
-        "hip, keeps all": HiP(TOKENS, 3, sinks=2, block=2, query_block=8, dense_layers=0),
-        "hip, dense layer": HiP(4, 3, sinks=2, block=2, query_block=8, dense_layers=1),
-        "infllm, no blocks": InfLLM(8, sinks=3, topk=0, block=1, repr_topk=1, exec_block=1),
-        "lm_infinite": LMInfinite(8, 3, distance=7),
-        "infllm, all blocks": every_block,
-        "rerope": LMInfinite(8, TOKENS, distance=7),  # ReRoPE with another constant
-        "topk, below its layers": TopK(8, sinks=3, topk=2, from_layer=1, distance=7),
-    }
-
-    @cases.compiled
-    def run(*arrays):
-        return {
-            name: attend.whole(policy, scoring, jnp.asarray(at), implementation="xla")(*arrays)
-            for name, policy in policies.items()
-        }
-
-    return run(*cases.arrays(3, tokens=TOKENS))
+EVERY_BLOCK = InfLLM(8, sinks=0, topk=8, block=4, repr_topk=1, exec_block=4)
+NO_BLOCK = InfLLM(8, sinks=3, topk=0, block=1, repr_topk=1, exec_block=1)
+SAME = [
+    (NO_BLOCK, LMInfinite(8, 3, distance=7)),
+    (EVERY_BLOCK, LMInfinite(8, TOKENS, distance=7)),  # ReRoPE with another constant
+    (InfLLM(TOKENS, sinks=3, topk=2, block=5, exec_block=8), Full()),
+    (TopK(TOKENS, sinks=3, topk=2, from_layer=0), Full()),
+    (TopK(8, sinks=3, topk=2, from_layer=1), LMInfinite(8, 3)),  # which begins at the next layer
+    (LongHeads(TOKENS + 8, chunk=8), Full()),
+    (LongHeads(TOKENS, chunk=4), Full()),
+    (HiP(TOKENS, 3, sinks=2, block=2, query_block=8, dense_layers=0), Full()),
+    (HiP(4, 3, sinks=2, block=2, query_block=8, dense_layers=1), Full()),
+]
 
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [
-        ("infllm, fits", "full"),
-        ("topk, fits", "full"),
-        ("longheads, all chunks", "full"),
-        ("longheads, as many", "full"),
-        ("hip, keeps all", "full"),
-        ("hip, dense layer", "full"),
-        ("infllm, no blocks", "lm_infinite"),
-        ("infllm, all blocks", "rerope"),
-        ("topk, below its layers", "lm_infinite"),
-    ],
+    [SAME[0], *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SAME[1:])],
+    ids=lambda policy: policy.name,
 )
-def test_they_become_other_policies(one, other):
-    agree(outputs()[one], outputs()[other])
+def test_it_becomes_another_policy(one, other):
+    at, scoring = jnp.asarray(cases.padded(PADS, TOKENS)), cases.scoring("rotary")
+
+    @cases.compiled
+    def run(*arrays):
+        return [
+            attend.whole(policy, scoring, at, implementation="xla")(*arrays)
+            for policy in (one, other)
+        ]
+
+    agree(*run(*cases.arrays(3, tokens=TOKENS)))
 
 
 @functools.cache
@@ -175,7 +167,9 @@ def one_row(group=1):
     return [x[:1] for x in cases.arrays(group, tokens=TOKENS)]
 
 
-@pytest.mark.parametrize("name", ["infllm", "topk", "longheads"])
+@pytest.mark.parametrize(
+    "name", ["topk", *(pytest.param(n, marks=pytest.mark.slow) for n in ("infllm", "longheads"))]
+)
 def test_a_needle_outside_the_window_is_found(name):
     """The last query and one key far back say much to each other wherever they stand."""
     q, k, v = one_row()
@@ -229,7 +223,7 @@ def test_a_search_finds_what_stands_among_its_like_and_may_miss_what_stands_alon
     assert alone.max() < 6.5
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@lanes("topk")
 def test_nothing_that_comes_later_is_seen(name):
     """Tokens choose together in groups of 4, and none of a group sees past itself."""
     arrays = one_row()
@@ -242,8 +236,9 @@ def test_nothing_that_comes_later_is_seen(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", ["infllm", "topk", "longheads"])
 def test_grouped_heads_are_repeated_heads(name):
+    """Not so HiP, where the query heads of a key head share one search."""
     q, k, v = one_row(3)
     grouped = reader(POLICIES[name], 3)(q, k, v)
     separate = reader(POLICIES[name], 1)(q, np.repeat(k, 3, 2), np.repeat(v, 3, 2))
@@ -263,7 +258,7 @@ def test_a_larger_cache_changes_nothing(name):
     agree(*run(*arrays))
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@lanes("infllm")
 def test_one_program_decodes_at_every_length(name):
     policy, scoring = POLICIES[name], cases.scoring("rotary")
     layout = cache.layout_for(policy, TOKENS)
@@ -334,9 +329,7 @@ def test_without_rotary_keys_cannot_be_moved():
             check_rotary(POLICIES["infllm"], cases.ENCODINGS[encoding])
     check_rotary(POLICIES["infllm"], cases.ENCODINGS["partial"])
     check_rotary(POLICIES["hip"], cases.ENCODINGS["none"])  # which moves none
-    with pytest.raises(
-        InputError, match="ranks keys by products alone, but this"
-    ):
+    with pytest.raises(InputError, match="ranks keys by products alone, but this"):
         attend.whole(POLICIES["hip"], cases.scoring("alibi"), jnp.zeros((1, 4), jnp.int32))(
             *(jnp.zeros((1, 4, 2, WIDTH)),) * 3
         )

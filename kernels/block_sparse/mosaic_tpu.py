@@ -22,13 +22,11 @@ from jaxtyping import Array, Float, Int
 
 from kernels.block_sparse import lists as lists_
 from kernels.block_sparse.operands import Lists, Operands, Rules
-from kernels.common import compat, numerics
+from kernels.common import compat, numerics, tpu_blocks
 from kernels.common.masks import SegmentIds
-from kernels.lambda_attention import mosaic_tpu as inner
+from kernels.common.tpu_blocks import LANES, HeadsFirst, Statistics
 from kernels.lambda_attention.operands import Residuals
-from kernels.lambda_attention.operands import Rules as InnerRules
 
-LANES = 128
 SCALARS = 2**17  # of 4 bytes: half of what a v5e core's scalar memory holds
 SCORES = 2**18  # of one pair of blocks: several arrays of this size must fit the vector memory
 
@@ -67,7 +65,6 @@ class Plan:
     """One call: every size that is known when tracing."""
 
     rules: Rules
-    products: inner.Plan  # one block with one block, as Λ-attention has them
     batch: int
     heads: int  # N
     key_heads: int  # K
@@ -76,6 +73,10 @@ class Plan:
     listed: int  # M
     block_q: int  # C
     block_k: int  # W
+
+    @property
+    def scoring(self) -> tpu_blocks.Scoring:
+        return tpu_blocks.Scoring(self.rules.scale, self.rules.soft_cap)
 
     @property
     def group(self) -> int:
@@ -111,7 +112,7 @@ class Plan:
 
     def visible(self, i, j):
         """Which pairs of the two blocks see each other, keys first."""
-        key, query = inner._rows_and_columns(self.block_k, self.block_q)
+        key, query = tpu_blocks.rows_and_columns(self.block_k, self.block_q)
         key, query = key + j * self.block_k, query + i * self.block_q
         distance, seen = query - key, key < self.keys
         if self.rules.causal:
@@ -124,12 +125,8 @@ class Plan:
 def _plan(rules: Rules, operands: Operands, lists: Lists) -> Plan:
     batch, queries, heads, _ = operands.query.shape
     keys, key_heads = operands.key.shape[1:3]
-    products = inner.Plan(
-        InnerRules(keys, 0, rules.scale, rules.soft_cap, None, None),
-        heads, key_heads, queries, keys, 0, rules.block_q, rules.block_kv, rules.block_kv,
-    )  # fmt: skip
     return Plan(
-        rules, products, batch, heads, key_heads, queries, keys, lists.indices.shape[3],
+        rules, batch, heads, key_heads, queries, keys, lists.indices.shape[3],
         rules.block_q, rules.block_kv,
     )  # fmt: skip
 
@@ -221,14 +218,14 @@ def _walk(plan: Plan, scalars, visit) -> None:
 
 
 def _forward_kernel(plan: Plan, scalars, arrays, out, lse2, top, total, acc):
-    @inner._at_first(2)
+    @tpu_blocks.at_first(2)
     def _():
         top[...] = jnp.full_like(top, numerics.EMPTY_MAX)
         total[...] = jnp.zeros_like(total)
         acc[...] = jnp.zeros_like(acc)
 
     def visit(visible):
-        logits, _ = inner._logits(plan.products, arrays.query[...], arrays.key[...], visible)
+        logits, _ = tpu_blocks.logits(plan.scoring, arrays.query[...], arrays.key[...], visible)
         old = top[...]
         new = jnp.maximum(old, logits.max(0, keepdims=True))
         # What is masked weighs exactly 0, also in a row that has seen nothing: EMPTY_MAX.
@@ -236,12 +233,12 @@ def _forward_kernel(plan: Plan, scalars, arrays, out, lse2, top, total, acc):
         value = arrays.value[...]
         top[...] = new
         total[...] = total[...] * shrink + weights.sum(0, keepdims=True)
-        part = inner._dot(plan.products, value, weights.astype(value.dtype), (0, 0))
+        part = tpu_blocks.dot(plan.scoring, value, weights.astype(value.dtype), (0, 0))
         acc[...] = acc[...] * shrink + part
 
     _walk(plan, scalars, visit)
 
-    @inner._at_last(2)
+    @tpu_blocks.at_last(2)
     def _():
         empty = total[...] == 0
         denominator = jnp.where(empty, 1, total[...])
@@ -251,18 +248,18 @@ def _forward_kernel(plan: Plan, scalars, arrays, out, lse2, top, total, acc):
 
 
 def _d_query_kernel(plan: Plan, scalars, arrays, statistics, d_query, acc):
-    @inner._at_first(2)
+    @tpu_blocks.at_first(2)
     def _():
         acc[...] = jnp.zeros_like(acc)
 
     def visit(visible):
-        _, d_scores = inner._gradient(plan.products, arrays, statistics, visible)
+        _, d_scores = tpu_blocks.gradient(plan.scoring, arrays, statistics, visible)
         key = arrays.key[...]
-        acc[...] += inner._dot(plan.products, key, d_scores.astype(key.dtype), (0, 0))
+        acc[...] += tpu_blocks.dot(plan.scoring, key, d_scores.astype(key.dtype), (0, 0))
 
     _walk(plan, scalars, visit)
 
-    @inner._at_last(2)
+    @tpu_blocks.at_last(2)
     def _():
         d_query[...] = (acc[...] * plan.rules.scale).T.astype(d_query.dtype)
 
@@ -279,10 +276,10 @@ def _d_key_kernel(plan: Plan, scalars, arrays, statistics, d_key, d_value, key_a
         value_acc[...] = jnp.zeros_like(value_acc)
 
     def visit(visible):
-        weights, d_scores = inner._gradient(plan.products, arrays, statistics, visible)
+        weights, d_scores = tpu_blocks.gradient(plan.scoring, arrays, statistics, visible)
         query, d_out = arrays.query[...], statistics.d_out[...]
-        key_acc[...] += inner._dot(plan.products, d_scores.astype(query.dtype), query, (1, 0))
-        value_acc[...] += inner._dot(plan.products, weights.astype(d_out.dtype), d_out, (1, 0))
+        key_acc[...] += tpu_blocks.dot(plan.scoring, d_scores.astype(query.dtype), query, (1, 0))
+        value_acc[...] += tpu_blocks.dot(plan.scoring, weights.astype(d_out.dtype), d_out, (1, 0))
 
     _visit(plan, i, j, visited, visit)
 
@@ -302,20 +299,20 @@ class Saved(NamedTuple):
     lse2: Float[Array, "BN 1 T"]
 
 
-def _arrays(plan: Plan, operands: Operands) -> inner.HeadsFirst:
+def _arrays(plan: Plan, operands: Operands) -> HeadsFirst:
     sizes = (plan.block_q, plan.block_k, plan.block_k)
-    return inner.HeadsFirst(*map(inner._heads_first, operands, sizes))
+    return HeadsFirst(*map(tpu_blocks.heads_first, operands, sizes))
 
 
-def _blocks(plan: Plan, arrays: inner.HeadsFirst, query_at, key_at) -> Any:
+def _blocks(plan: Plan, arrays: HeadsFirst, query_at, key_at) -> Any:
     return arrays._replace(
-        query=inner._block_of(arrays.query, plan.block_q, query_at),
-        key=inner._block_of(arrays.key, plan.block_k, key_at),
-        value=inner._block_of(arrays.value, plan.block_k, key_at),
+        query=tpu_blocks.block_of(arrays.query, plan.block_q, query_at),
+        key=tpu_blocks.block_of(arrays.key, plan.block_k, key_at),
+        value=tpu_blocks.block_of(arrays.value, plan.block_k, key_at),
     )
 
 
-def _by_queries(plan: Plan, arrays: inner.HeadsFirst):
+def _by_queries(plan: Plan, arrays: HeadsFirst):
     """Grid, index map of queries and block specs for a walk over the lists."""
 
     def query_at(head, i, step, scalars):
@@ -343,14 +340,14 @@ def _attend(plan: Plan, operands: Operands, lists: Lists) -> Saved:
         compat.output_like((heads, rows, value_width), arrays.query.dtype, arrays.query),
         compat.output_like((heads, 1, rows), jnp.float32, arrays.query),
     )
-    out, lse2 = inner._call(
+    out, lse2 = tpu_blocks.call(
         functools.partial(_forward_kernel, plan),
         grid,
         Walk.scalars(lists),
         (arrays,),
         (specs,),
         outputs,
-        tuple(inner._block_of(x, plan.block_q, query_at) for x in outputs),
+        tuple(tpu_blocks.block_of(x, plan.block_q, query_at) for x in outputs),
         [
             pltpu.VMEM((1, plan.block_q), jnp.float32),
             pltpu.VMEM((1, plan.block_q), jnp.float32),
@@ -360,7 +357,7 @@ def _attend(plan: Plan, operands: Operands, lists: Lists) -> Saved:
         _flops(plan, width, value_width),
     )
     lse = lse2.reshape(plan.batch, plan.heads, -1)[..., : plan.queries] / numerics.LOG2_E
-    return Saved(Residuals(inner._heads_last(out, operands.query), lse), lse2)
+    return Saved(Residuals(tpu_blocks.heads_last(out, operands.query), lse), lse2)
 
 
 def _forward(plan: Plan, operands: Operands, lists: Lists):
@@ -377,24 +374,24 @@ def _backward(plan: Plan, saved, cotangents: Saved):
     delta = jnp.pad(delta, ((0, 0), (0, 0), (0, padding))).reshape(lse2.shape)
     # A row that saw nothing weighs nothing: 2^(MASK_VALUE - 1e38) is 0.
     lse2 = jnp.where(jnp.isneginf(lse2), -numerics.EMPTY_MAX, lse2)
-    statistics = inner.Statistics(inner._heads_first(d_out, plan.block_q), delta, lse2)
+    statistics = Statistics(tpu_blocks.heads_first(d_out, plan.block_q), delta, lse2)
     arrays = _arrays(plan, operands)
     found = (_d_queries(plan, lists, arrays, statistics), *_d_keys(plan, lists, arrays, statistics))
-    return Operands(*map(inner._heads_last, found, operands)), None
+    return Operands(*map(tpu_blocks.heads_last, found, operands)), None
 
 
-def _d_queries(plan: Plan, lists: Lists, arrays: inner.HeadsFirst, statistics: inner.Statistics):
+def _d_queries(plan: Plan, lists: Lists, arrays: HeadsFirst, statistics: Statistics):
     grid, query_at, specs = _by_queries(plan, arrays)
-    output = inner._like(arrays.query)
+    output = tpu_blocks.like(arrays.query)
     width, value_width = arrays.query.shape[2], arrays.value.shape[2]
-    (found,) = inner._call(
+    (found,) = tpu_blocks.call(
         functools.partial(_d_query_kernel, plan),
         grid,
         Walk.scalars(lists),
         (arrays, statistics),
-        (specs, _statistics_blocks(plan, statistics, query_at)),
+        (specs, tpu_blocks.statistics_blocks(plan.block_q, statistics, query_at)),
         (output,),
-        (inner._block_of(output, plan.block_q, query_at),),
+        (tpu_blocks.block_of(output, plan.block_q, query_at),),
         [pltpu.VMEM((width, plan.block_q), jnp.float32)],
         "block_sparse_d_query",
         _flops(plan, width, width, value_width),
@@ -402,11 +399,7 @@ def _d_queries(plan: Plan, lists: Lists, arrays: inner.HeadsFirst, statistics: i
     return found
 
 
-def _statistics_blocks(plan: Plan, statistics: inner.Statistics, query_at):
-    return jax.tree.map(lambda x: inner._block_of(x, plan.block_q, query_at), statistics)
-
-
-def _d_keys(plan: Plan, lists: Lists, arrays: inner.HeadsFirst, statistics: inner.Statistics):
+def _d_keys(plan: Plan, lists: Lists, arrays: HeadsFirst, statistics: Statistics):
     entries = Entries(plan)
 
     def query_at(head, _, entry, member, scalars):
@@ -415,10 +408,10 @@ def _d_keys(plan: Plan, lists: Lists, arrays: inner.HeadsFirst, statistics: inne
     def key_at(head, _, entry, member, scalars):
         return head, entries.blocks(scalars, head, entry)[1]
 
-    outputs = tuple(inner._like(x) for x in arrays[1:])
+    outputs = tuple(tpu_blocks.like(x) for x in arrays[1:])
     width, value_width = arrays.key.shape[2], arrays.value.shape[2]
     scalars = entries.scalars(lists)
-    found = inner._call(
+    found = tpu_blocks.call(
         functools.partial(_d_key_kernel, plan),
         # No two programs may hold one block of keys: one that is parallel has all of a head.
         (plan.batch * plan.key_heads, 1, plan.entries, plan.group),
@@ -426,10 +419,10 @@ def _d_keys(plan: Plan, lists: Lists, arrays: inner.HeadsFirst, statistics: inne
         (arrays, statistics),
         (
             _blocks(plan, arrays, query_at, key_at),
-            _statistics_blocks(plan, statistics, query_at),
+            tpu_blocks.statistics_blocks(plan.block_q, statistics, query_at),
         ),
         outputs,
-        tuple(inner._block_of(x, plan.block_k, key_at) for x in outputs),
+        tuple(tpu_blocks.block_of(x, plan.block_k, key_at) for x in outputs),
         [pltpu.VMEM((plan.block_k, size), jnp.float32) for size in (width, value_width)],
         "block_sparse_d_key",
         _flops(plan, width, width, value_width, value_width),

@@ -72,12 +72,12 @@ def lazily(module: str, name: str) -> Callable[..., Any]:
 Config = TypeVar("Config")
 
 
-def settled(given: Any, default: Config) -> Config:
+def settled(kind: type[Config], given: Any, default: Callable[[], Config]) -> Config:
     """The config of the call under way, for the implementation to use and the record to name:
     `given`, or the default where it is None. NotImplementedError if it is another one's.
     """
-    config = default if given is None else given
-    if not isinstance(config, type(default)):
+    config = default() if given is None else given
+    if not isinstance(config, kind):
         raise NotImplementedError(f"config is a {type(config).__module__}.{type(config).__name__}")
     _settled.set(config)
     return config

@@ -44,7 +44,7 @@ def losses(rules: Rules, operands: Operands, labels: Int[Array, " rows"], config
     embeddings, classifier, _ = operands
     rows, width = embeddings.shape
     vocab = classifier.shape[0]
-    config = dispatch.settled(config, _fitting(width, embeddings.dtype.itemsize))
+    config = dispatch.settled(Config, config, lambda: _fitting(width, embeddings.dtype.itemsize))
     if embeddings.dtype not in (jnp.bfloat16, jnp.float32) or embeddings.dtype != classifier.dtype:
         raise NotImplementedError(
             f"embeddings in {embeddings.dtype}, classifier in {classifier.dtype}; "

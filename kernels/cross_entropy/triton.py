@@ -74,7 +74,9 @@ def losses(rules: Rules, operands: Operands, labels: Int[Array, " rows"], config
         raise NotImplementedError(f"operands in {operands.embeddings.dtype}")
     if jnp.dtype(rules.accum_dtype) != jnp.float32:
         raise NotImplementedError(f"accum_dtype={jnp.dtype(rules.accum_dtype)}; it adds in float32")
-    config = dispatch.settled(config, _TILES[operands.embeddings.dtype == jnp.float32])
+    config = dispatch.settled(
+        Config, config, lambda: _TILES[operands.embeddings.dtype == jnp.float32]
+    )
     return Losses(*_losses(rules, config, operands, labels))
 
 

@@ -59,7 +59,7 @@ def sized(config: object, operands: Operands) -> Config:
     (rows, width), vocab = operands.embeddings.shape, operands.classifier.shape[0]
     itemsize = operands.embeddings.dtype.itemsize
     default = default_config(rows, vocab, width, itemsize, BUDGET_BYTES)
-    config = dispatch.settled(config, default)
+    config = dispatch.settled(Config, config, lambda: default)
     return Config(min(config.block_rows, rows), min(config.block_vocab, vocab), config.gradients)
 
 

@@ -35,7 +35,7 @@ class Config:
 
 def decode(rules: Rules, queries: Queries, cache: RollingCache, config: object) -> DecodeResiduals:
     """Outputs and log-denominators; statistics in float32."""
-    config = dispatch.settled(config, Config())
+    config = dispatch.settled(Config, config, Config)
     dtypes = {str(x.dtype) for x in (*queries[:2], *cache[:4])}
     if not dtypes <= {"bfloat16", "float32"} or len(dtypes) > 1:
         raise NotImplementedError(f"{sorted(dtypes)}; it takes all bfloat16 or all float32")

@@ -49,7 +49,7 @@ def decode(rules: Rules, queries: Queries, cache: RollingCache, config: object) 
     default = Config()
     if queries.near.dtype == jnp.float32 or width > 128:
         default = dataclasses.replace(default, block_k=32, stages=2)
-    config = dispatch.settled(config, default)
+    config = dispatch.settled(Config, config, lambda: default)
     return DecodeResiduals(*_decode(rules, config, queries, cache))
 
 

@@ -54,7 +54,7 @@ class Config:
 def attention(rules: Rules, operands: Operands, places: Places, config: object) -> Residuals:
     """Outputs and log-denominators; gradients are those of the Triton kernels."""
     _require_device()
-    config = dispatch.settled(config, Config())
+    config = dispatch.settled(Config, config, Config)
     _refuse(rules, operands, places)
     plan = make_plan(rules, operands, config)
     if plan.shared_bytes > SHARED_BYTES:

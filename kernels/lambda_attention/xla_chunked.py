@@ -31,7 +31,7 @@ Config = tiles.Config
 def attention(rules: Rules, operands: Operands, places: Places, config: object) -> Residuals:
     """Outputs and log-denominators; differentiable in `operands`, through the LSE too."""
     queries, keys = operands.near.query.shape[1], operands.near.key.shape[1]
-    config = dispatch.settled(config, _default_config(rules, operands, places))
+    config = dispatch.settled(Config, config, lambda: _default_config(rules, operands, places))
     block_q = min(config.block_q, queries)
     if places.segments is not None and operands.far is not None:
         # With blocks no longer than the window, all globals that a block sees belong to the

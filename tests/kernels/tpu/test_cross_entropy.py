@@ -109,7 +109,7 @@ def test_lowers_for_a_tpu_without_one():
     [
         ({"embeddings": jnp.zeros((2, 4), jnp.float16)}, "float16"),
         ({"accum_dtype": jnp.bfloat16}, "accum_dtype"),
-        ({"config": shared.SMALL}, "Config is another's"),
+        ({"config": shared.SMALL}, "config is a"),
         (
             {"embeddings": jnp.zeros((2, 2**20)), "classifier": jnp.zeros((3, 2**20))},
             f"D={2**20}",

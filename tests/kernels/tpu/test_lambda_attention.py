@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels import SegmentIds
-from kernels.lambda_attention import mosaic_tpu
+from kernels.lambda_attention import mosaic_tpu, tpu_spans
 from kernels.lambda_attention.operands import Rules
 from tests.kernels import test_lambda_attention as shared
 
@@ -27,7 +27,7 @@ def plans(draw):
     window = draw(st.sampled_from([1, 7, 8, 9, 20, 2**31 - 1]))
     known = draw(st.sampled_from([offset, None]))
     rules = Rules(window, 40, 1.0, None, None, None, query_offset=known)
-    plan = mosaic_tpu.Plan(
+    plan = tpu_spans.Plan(
         rules,
         heads=2,
         key_heads=1,
@@ -63,7 +63,7 @@ def test_walks_visit_what_is_seen_once(case):
     for side in plan.sides:
         key = np.arange(side.blocks * side.block)[None]
         window = plan.rules.window
-        if isinstance(side, mosaic_tpu.Near):
+        if isinstance(side, tpu_spans.Near):
             seen = (row - key >= 0) & (row - key < window)
             seen &= (key + start >= 0) & (key < plan.keys)
         else:
@@ -213,7 +213,7 @@ def test_refusals_name_the_reason():
         ({"segment_ids": SegmentIds(ids[:, 11:], ids)}, "segments"),
         ({"alibi_slopes": jnp.ones(2)}, "ALiBi"),
         ({"scale": -1.0}, "scale=-1.0"),
-        ({"config": shared.SMALL}, "Config is another's"),
+        ({"config": shared.SMALL}, "config is a"),
     ):
         with pytest.raises(ExceptionGroup) as refusal:
             attend(**(options | changed))

@@ -9,13 +9,14 @@ import jax
 import numpy as np
 
 from experiments._main import main
+from kernels.common import bench
 from lminf.attention import policies
 from lminf.errors import InputError
 from lminf.models import cost, spec
 from lminf.parallel import mesh, partition
 from lminf.run import memory, plots
 from lminf.run.progress import Progress
-from lminf.train import batches
+from lminf.train import batches, planning
 from lminf.train.optim import AdamW
 from lminf.train.step import Program
 
@@ -33,6 +34,7 @@ def run(c, out):
             if c.peer:
                 yield {"part": "speed", **facts, "side": "torch", "round": turn, **peer(c)}
             progress.update(turn + 1)
+    yield {"part": "ceiling", **ceiling(ours.program, c.data.length)}
     small = Timed(c, c.small)
     yield {"part": "dispatch", "parameters": cost.parameters(small.program.spec),
            "dispatch_share": small.dispatch(c.steps)}  # fmt: skip
@@ -82,6 +84,13 @@ class Timed:
         return float(np.median(spent) / seconds)
 
 
+def ceiling(timed, length):
+    """Tokens/s if a step did nothing but its products, at the rate of a large one."""
+    flops = planning.flops_per_token(timed, length)
+    rate = bench.gemm_tflops(np.float32, 2048) * 1e12
+    return {"flops_per_token": flops, "flops_per_second": rate, "tokens_per_second": rate / flops}
+
+
 def program(model, vocab_size, length, laid_out):
     shape = spec.llama(vocab_size=vocab_size, trained_length=length, **model.to_dict())
     return Program(
@@ -124,6 +133,9 @@ def table(rows):
     if "torch" in medians:
         shown.append({"measured": "lminf / torch", "value": medians["lminf"] / medians["torch"]})
     for row in rows:
+        if row["part"] == "ceiling":
+            shown.append({"measured": "tokens/s of the products alone, at XLA's rate",
+                          "value": row["tokens_per_second"]})  # fmt: skip
         if row["part"] == "dispatch":
             shown.append({"measured": "dispatch share of a step, 1M parameters",
                           "value": row["dispatch_share"]})  # fmt: skip

@@ -102,7 +102,7 @@ def step(
     flops = _per_run(budget, rates * batches * replicates)
     shape = shape_for(flops)
     per_token = accounting.training_flops(shape.parameters, vocab_size * shape.width, 1)
-    tokens = min(flops / per_token, text_tokens)
+    tokens = min(float(flops / per_token), text_tokens)
     point = rivals.rule("step").setting(rivals.Query(shape.parameters, tokens, None, None))
     assert point.batch is not None
     middle = max(2, round(math.log2(point.batch / length)))

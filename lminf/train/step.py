@@ -180,15 +180,15 @@ class Program:
         positions = batch.get("positions")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        (hidden, _), seen = self.module.apply(
+        applied: Any = self.module.apply(
             {"params": params}, tokens, positions=positions, segments=batch.get("segments"),
             mutable=[moe.ROUTING],
         )  # fmt: skip
+        (hidden, _), seen = applied
         routing = {}
         if self.spec.moe is not None:
-            routing = {
-                name: found.mean() for name, (found,) in seen[moe.ROUTING]["layers"]["moe"].items()
-            }
+            measured = seen[moe.ROUTING]["layers"]["moe"]
+            routing = {name: found.mean() for name, (found,) in measured.items()}
         loss = vocab.token_loss(
             self.spec, params, hidden, batch["targets"], mesh=self.mesh, strategy=self.strategy
         )
@@ -207,10 +207,15 @@ class Program:
 
     def gradients(
         self, params: Params, batch: Batch, frozen: Params | None = None
-    ) -> tuple[tuple[Float[Array, ""], dict[str, Float[Array, ""]]], Params]:
-        """(mean loss in nats per token, without the losses beside it; what routers did), and the
-        gradient, laid out by the strategy.
+    ) -> tuple[Float[Array, ""], Params]:
+        """Mean loss (nats per token, without the losses beside it) and gradient, laid out by the
+        strategy.
         """
+        (loss, _), gradient = self._gradients(params, batch, frozen)
+        return loss, gradient
+
+    def _gradients(self, params: Params, batch: Batch, frozen: Params | None):
+        """(the loss, what routers did), and the gradient."""
         weights = batch.get("weights")
         total = jnp.float32(batch["tokens"].size) if weights is None else weights.sum()
         total = jnp.maximum(total, 1.0)
@@ -252,7 +257,7 @@ class Program:
     # --- Step -------------------------------------------------------------------------------------
 
     def update(self, state: State, batch: Batch) -> tuple[State, Metrics]:
-        (loss, routing), gradient = self.gradients(state.params, batch, state.frozen)
+        (loss, routing), gradient = self._gradients(state.params, batch, state.frozen)
         gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
         norm = optax.tree.norm(gradient)
         if self.clip is not None:

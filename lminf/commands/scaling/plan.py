@@ -65,8 +65,8 @@ def plan(args):
         console.print(show.rich_table(rows))
         console.print(
             f"cost: {planned.flops:.3g} FLOPs, {seconds / 3600:.2f} hours at the "
-            f"{speed / 1e9:.1f} GFLOP/s measured here, a fifth of them for compiling and "
-            "evaluating)"
+            f"{speed / 1e9:.1f} GFLOP/s measured here; a fifth of the time is for compiling and "
+            "evaluating"
         )
         console.print(
             f"expected: the optimum within a factor {factor:.2f} (95 %), if noise and curvature "

@@ -56,6 +56,14 @@ class HiP(select.Choosing):
     def near_width(self) -> int:
         return self.window
 
+    @property
+    def far_count(self) -> int:
+        return self.sinks
+
+    @property
+    def looked_up(self) -> int:
+        return self.topk
+
     def _kept(self, slots: int) -> int:
         """Blocks that are kept of a text of so many tokens."""
         return min(self.topk // self.block, max(slots - self.window - self.sinks, 0) // self.block)

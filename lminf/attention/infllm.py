@@ -60,6 +60,14 @@ class InfLLM(select.Choosing):
     def near_width(self) -> int:
         return self.window
 
+    @property
+    def far_count(self) -> int:
+        return self.sinks
+
+    @property
+    def looked_up(self) -> int:
+        return self.topk * self.block
+
     def layout(self, capacity: int) -> caches.Append:
         room = capacity // self.block
         if capacity > self.window and self.topk > room:

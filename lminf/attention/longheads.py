@@ -46,6 +46,10 @@ class LongHeads(select.Choosing):
         return self.chunk + 1  # the chunk before is always seen
 
     @property
+    def looked_up(self) -> int:
+        return self.attended - self.near_width
+
+    @property
     def chunks(self) -> int:
         return self.attended // self.chunk
 

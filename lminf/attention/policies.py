@@ -273,6 +273,7 @@ class ByContent(Policy):
     """
 
     needs_rotary = True  # whether it places keys where they are not
+    looked_up = 0  # tokens, at most, that are seen beside those near and the first `far_count`
     listens = False  # whether `told` wants to know what was read
     needs_prompt = False  # whether it acts at the end of a prompt, and a text needs one
 

@@ -24,6 +24,10 @@ TILE = 128  # queries whose weights exist at a time
 class Choosing(ByContent):
     """Chooses among all earlier tokens. Subclasses say how a layer reads a chunk."""
 
+    @property
+    def bounded(self) -> bool:
+        return False  # what it may choose from is everything
+
     def layout(self, capacity: int) -> caches.Append:
         return caches.Append(capacity)
 

@@ -44,6 +44,10 @@ class TopK(select.Choosing):
     def far_count(self) -> int:
         return self.sinks
 
+    @property
+    def looked_up(self) -> int:
+        return self.topk
+
     def layout(self, capacity: int) -> caches.Append:
         if self.window < capacity < self.topk:
             raise InputError(

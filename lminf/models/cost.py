@@ -6,8 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from lminf.attention import cache
-from lminf.attention.policies import LayerPolicy, PerHead, Policy
+from lminf.attention.policies import ByContent, LayerPolicy, PerHead, Policy
 from lminf.models import decoder
 from lminf.models.spec import ModelSpec
 
@@ -62,15 +61,20 @@ def attended_pairs(policy: Policy, length: int) -> int:
     pairs = triangle(near) + (length - near) * near
     if policy.far_count is None:
         return triangle(length)
-    # The query at i sees min(far_count, i - near + 1) tokens beyond its window.
+    # The query at i sees min(far_count, i - near + 1) tokens beyond its window; a policy that
+    # chooses by content sees those it looks up too.
     beyond = length - near
-    few = min(policy.far_count, beyond)
+    looked_up = policy.looked_up if isinstance(policy, ByContent) else 0
+    few = min(policy.far_count + looked_up, beyond)
     return pairs + triangle(few) + (beyond - few) * few
 
 
 def cache_bytes(
     spec: ModelSpec, by_layer: Sequence[LayerPolicy], *, tokens: int, dtype=jnp.float32
 ) -> int:
-    """Keys and values held for one sequence of `tokens`, over all layers."""
-    each = 2 * spec.num_kv_heads * spec.head_dim * jnp.dtype(dtype).itemsize
-    return sum(each * cache.layout_for(policy, tokens).slots for policy in by_layer)
+    """Keys, values and what else is held for one sequence of `tokens`, over all layers."""
+    caches = jax.eval_shape(
+        lambda: decoder.init_caches(spec, by_layer, batch=1, capacity=tokens, dtype=dtype)
+    )
+    held = jax.tree.leaves([stored.held for stored in caches])
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in held)

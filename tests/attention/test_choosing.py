@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,8 +24,10 @@ from lminf.attention.policies import (
 from lminf.attention.top_k import TopK
 from lminf.config import parse_choice
 from lminf.errors import InputError
+from lminf.models import cost, decoder
 from tests.attention import cases, choosing_oracle
 from tests.attention.cases import ATOL, BATCH, WIDTH
+from tests.models import specs
 
 TOKENS = 40
 PADS = (0, 5)
@@ -342,3 +345,29 @@ def test_packed_rows_and_heads_of_their_own_are_refused():
     mix = PerHead((Full(), POLICIES["infllm"]))
     with pytest.raises(InputError, match="chooses for all heads of a layer"):
         by_layer(mix, windows=(None,), num_kv_heads=2)
+
+
+# --- What it costs --------------------------------------------------------------------------------
+
+
+def test_a_stream_without_end_is_no_matter_for_a_policy_that_keeps_everything():
+    assert not any(policy.bounded for policy in POLICIES.values())
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_bytes_said_to_be_held_are_those_of_the_arrays(name):
+    shape = specs.change(specs.shallow(specs.LLAMA, 2), windows=(None, None))
+    layers = (POLICIES[name],) * 2
+    caches = decoder.init_caches(shape, layers, batch=1, capacity=TOKENS, dtype=jnp.bfloat16)
+    held = jax.tree.leaves([stored.held for stored in caches])
+    said = cost.cache_bytes(shape, layers, tokens=TOKENS, dtype=jnp.bfloat16)
+    assert said == sum(x.nbytes for x in held)
+    full = cost.cache_bytes(shape, (Full(),) * 2, tokens=TOKENS, dtype=jnp.bfloat16)
+    assert said >= full == 2 * 2 * TOKENS * shape.num_kv_heads * shape.head_dim * 2
+
+
+def test_pairs_attended_count_what_is_looked_up():
+    policy = InfLLM(8, sinks=2, topk=2, block=4, repr_topk=1)
+    window = cost.attended_pairs(LMInfinite(8, 2), 1000)
+    assert cost.attended_pairs(policy, 1000) == cost.attended_pairs(LMInfinite(8, 2 + 8), 1000)
+    assert 0 < cost.attended_pairs(policy, 1000) - window <= 8 * 1000

@@ -116,8 +116,9 @@ def findings(rows):
         corpus,
         "A size counts at its best learning rate; noise is the standard deviation between seeds of "
         "one setting, pooled over the sizes of a budget, and an interval is of optima of "
-        f"{_noise.DRAWS:,} draws of the losses with that noise. Two losses are told apart where "
-        "they differ by more than twice the noise of their difference.",
+        f"{_noise.DRAWS:,} draws of the losses with that noise: what a parabola through sizes a "
+        "factor of two apart is off by is not in it. Two losses are told apart where they differ "
+        "by more than twice the noise of their difference.",
     ]
     for metric, label in METRICS.items():
         curves = {key: curve(rows, *key, metric) for key in budgets_of(rows)}

@@ -155,8 +155,9 @@ def losses(c, lm, models, done):
 
 def plot(rows):
     """Heat maps: passkeys found by depth, for each policy at each length; loss by position."""
+    label = labels(dict.fromkeys(row["policy"] for row in rows))
     found = [
-        {**row, "asked": f"{row['policy'].partition(':')[0]}\n{row['length']:,}"}
+        {**row, "asked": f"{label[row['policy']]}\n{row['length']:,}"}
         for row in rows
         if row["task"] == "passkey"
     ]
@@ -176,6 +177,17 @@ def plot(rows):
             x_label="position (tokens)", y_label="loss (nats/token)",
         )  # fmt: skip
     return figures
+
+
+def labels(policies):
+    """Policy -> its kind, with the settings that tell it from others of its kind."""
+    parts = {policy: policy.partition(":") for policy in policies}
+    short = {}
+    for policy, (kind, _, settings) in parts.items():
+        others = [set(s.split(",")) for p, (k, _, s) in parts.items() if k == kind and p != policy]
+        own = [s for s in settings.split(",") if not all(s in other for other in others)]
+        short[policy] = "\n".join([kind, *own] if others else [kind])
+    return short
 
 
 def table(rows):

@@ -344,7 +344,8 @@ def through(
                 f"spread rows over devices, or use a policy of positions"
             )
         return policy.through(scoring, layout, stored_pos, positions)
-    assert not isinstance(layout, caches.Slots)  # which only such policies have
+    # Slots are of such policies alone; of settled ones, lminf.attention.settled takes care.
+    assert isinstance(layout, caches.ByPosition)
     spread = Spread(context_axis, positions.shape[1])
     all_positions = spread.all(positions)
     slots = caches.destinations(layout, all_positions)

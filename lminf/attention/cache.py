@@ -1,8 +1,9 @@
 """Key-value caches: fixed numbers of slots that say which position each of them holds.
 
 Keys are stored as the model projects them, before any rotation, because where a key seems to be
-depends on the policy and on the query. `pos = -1` marks an empty slot. Which slot a position goes
-to is a rule of the layout; masks come from `pos`, never from slot numbers.
+depends on the policy and on the query; writing may settle them (lminf.attention.settled).
+`pos = -1` marks an empty slot. Which slot a position goes to is a rule of the layout; masks come
+from `pos`, never from slot numbers.
 """
 
 from dataclasses import dataclass
@@ -64,7 +65,25 @@ class Slots:
 
 
 ByPosition: TypeAlias = Append | SinkRing  # a token's position says where it goes
-Layout: TypeAlias = ByPosition | Slots
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The slots of `layout`, keys after the first rotated to slot numbers: what writing reads."""
+
+    layout: ByPosition
+
+    @property
+    def slots(self) -> int:
+        return self.layout.slots
+
+    @property
+    def first(self) -> int:
+        """Slots of the first tokens, whose keys are un-rotated."""
+        return self.layout.sinks if isinstance(self.layout, SinkRing) else 0
+
+
+Layout: TypeAlias = ByPosition | Slots | Settled
 
 
 class Held(NamedTuple):
@@ -96,7 +115,7 @@ class Sizes(NamedTuple):
 class Cache:
     """What layers of one layout remember. Empty slots hold zeros and pos = -1."""
 
-    k: Float[Array, "L B S K H"]  # un-rotated
+    k: Float[Array, "L B S K H"]  # un-rotated, unless settled
     v: Float[Array, "L B S K H"]
     pos: Int[Array, "B S"]
     layout: Layout

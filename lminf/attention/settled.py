@@ -9,7 +9,6 @@ angles stay those of slot numbers however long the stream. The first tokens, whi
 place elsewhere too, stay un-rotated in their slots.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,30 +18,6 @@ from jaxtyping import Array, Int
 from lminf.attention import attend, cache, policies, rope
 from lminf.attention.attend import Scoring
 
-_LAYOUTS = (cache.Append, cache.SinkRing)
-
-
-@dataclass(frozen=True)
-class Settled:
-    """The slots of `layout`; keys after the first are rotated to slot numbers; one token a time."""
-
-    layout: cache.Append | cache.SinkRing
-
-    @property
-    def slots(self) -> int:
-        return self.layout.slots
-
-    @property
-    def first(self) -> int:
-        """Slots of the first tokens, whose keys are un-rotated."""
-        return self.layout.sinks if isinstance(self.layout, cache.SinkRing) else 0
-
-    def slot(self, pos: Int[Array, "B T"]) -> Int[Array, "B T"]:
-        return self.layout.slot(pos)
-
-    def keeps(self, pos: Int[Array, "B T"], end: Int[Array, "B 1"]) -> Array:
-        return self.layout.keeps(pos, end)
-
 
 def settle(policy: policies.LayerPolicy, scoring: Scoring, stored: cache.Cache) -> cache.Cache:
     """The cache with its keys settled; itself, where a rotation would not stay right.
@@ -51,13 +26,13 @@ def settle(policy: policies.LayerPolicy, scoring: Scoring, stored: cache.Cache) 
     length of the text, and where a policy reads for itself.
     """
     layout, encoding = stored.layout, scoring.encoding
-    if isinstance(policy, policies.ByContent) or not isinstance(layout, _LAYOUTS):
+    if isinstance(policy, policies.ByContent) or not isinstance(layout, cache.ByPosition):
         return stored
     if not isinstance(encoding, rope.Rotary) or isinstance(encoding.scaling, rope.DynamicNTK):
         return stored
     if any(part.far_count is None for part in attend.parts(policy)):
         return stored
-    settled = Settled(layout)
+    settled = cache.Settled(layout)
     slots = jnp.arange(settled.first, layout.slots, dtype=jnp.int32)[None]
     by = rope.rotation(encoding, slots)
     ring = jax.vmap(lambda k: rope.rotate(k, by, encoding.layout))(stored.k[:, :, settled.first :])
@@ -68,7 +43,7 @@ def settle(policy: policies.LayerPolicy, scoring: Scoring, stored: cache.Cache) 
 def through(
     policy: policies.LayerPolicy,
     scoring: Scoring,
-    layout: Settled,
+    layout: cache.Settled,
     stored_pos: Int[Array, "B S"],
     positions: Int[Array, "B 1"],
 ) -> tuple[attend.Through, Int[Array, "B S"]]:

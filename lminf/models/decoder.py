@@ -308,7 +308,7 @@ class Decoder(nn.Module):
         else:
             steps = [
                 settled.through(policy, scoring, stored.layout, stored.pos, positions)
-                if isinstance(stored.layout, settled.Settled)
+                if isinstance(stored.layout, cache.Settled)
                 else attend.through(
                     policy, scoring, stored.layout, stored.pos, positions,
                     context_axis=self.context_axis, implementation=self.implementation,

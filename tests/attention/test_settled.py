@@ -37,7 +37,7 @@ def written(policy, scoring, positions, *, settle):
         stored = dataclasses.replace(empty, k=held.k, v=held.v, pos=pos)
         if settle:
             stored = settled.settle(policy, scoring, stored)
-            assert isinstance(stored.layout, settled.Settled)
+            assert isinstance(stored.layout, cache.Settled)
         through = settled.through if settle else attend.through
 
         def one(carry, token):

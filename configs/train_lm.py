@@ -55,6 +55,7 @@ def get_config(arg: str = ""):
     c.checkpoint.folder = ""  # gs://… or a path; "" is the run's own folder
     c.export = ""  # a new folder for the finished model, in Hugging Face's format
     c.log_every = 10  # steps
+    c.watch = ""  # tensorboard, wandb, or both with a comma: who shows metrics.jsonl as well
     c.profile = ()  # (first, last) step to trace, for TensorBoard's profiler
     if arg == "tiny":
         c.data.length, c.data.batch = 64, 32

@@ -17,6 +17,7 @@ from lminf.errors import InputError
 from lminf.models import spec
 from lminf.models.spec import ModelSpec
 from lminf.parallel import mesh, partition
+from lminf.run import watchers
 from lminf.surgery.lora import LoRA
 from lminf.train.batches import Batches
 from lminf.train.optim import OPTIMIZERS
@@ -41,6 +42,7 @@ def check(c) -> None:
             value = value[part]
         if value < least:
             raise InputError(f"--config.{name}={value}: give at least {least}")
+    watchers.named(c.watch)
     known(c.not_finite, {"stop": None, "skip": None}, "not_finite")
     if c.export:
         checkpoints.must_be_new(c.export)

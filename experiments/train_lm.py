@@ -1,8 +1,10 @@
 """Trains a language model; goes on where it was when its command is given again with its --out."""
 
+import contextlib
 import itertools
 import math
 import sys
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -18,7 +20,7 @@ from lminf.errors import InputError
 from lminf.lm import LM
 from lminf.parallel import hardware
 from lminf.parallel.processes import Processes
-from lminf.run import environment, memory, plots
+from lminf.run import environment, memory, plots, watchers
 from lminf.run.clock import Split
 from lminf.run.metrics import Smoothed
 from lminf.run.progress import Progress
@@ -49,8 +51,12 @@ def run(c, out):
         if leads():
             out.keep_until(done)
         watch = Watch(c, program, data, out, done, skipped=int(state.skipped))
+        watch.shown = watchers.opened(c.watch if leads() else "", out.path, c.to_dict())
         meter = Meter(program, data.held_out, _training.token_bytes(start.tokenizer), place)
-        with watch.progress:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(watch.progress)
+            for watcher in watch.shown:
+                stack.callback(watcher.close)
             for until in _training.boundaries(done, c.steps, c.evaluate.every):
                 state = fit(
                     watch.split.compiling(program.step, key=lambda _, batch: shapes(batch)),
@@ -70,6 +76,7 @@ def run(c, out):
                     raise KeyboardInterrupt
                 with watch.split.part("eval"):
                     found = meter(state)
+                watch.show(done, {f"held_out_{name}": x for name, x in found.means.items()})
                 yield {"part": "loss", "step": done, "tokens": done * watch.tokens_per_step,
                        "train_loss": watch.smoothed, **found.means,
                        **watch.split.seconds()}  # fmt: skip
@@ -153,6 +160,7 @@ class Watch:
         self.step_share = flops / peak  # seconds of a step at full speed
         self.last = (done, self.split.seconds()["seconds_train"])
         self.traced = None
+        self.shown: Sequence[watchers.Watcher] = ()
 
     def __call__(self, done, metrics):
         loss = float(metrics.loss)
@@ -166,19 +174,22 @@ class Watch:
         steps, train = done - self.last[0], seconds["seconds_train"] - self.last[1]
         self.last = (done, seconds["seconds_train"])
         speed = steps / train if train > 0 else 0.0
-        self.out.append_metrics(
-            done,
-            {
-                "loss": loss if math.isfinite(loss) else None,
-                "grad_norm": float(metrics.grad_norm) if metrics.finite else None,
-                "rate": float(metrics.rate),
-                "skipped": self.skipped,
-                "tokens_per_second": speed * self.tokens_per_step,
-                "mfu": speed * self.step_share,
-                "memory_bytes": memory.peak_bytes(),
-                **seconds,
-            },
-        )
+        values = {
+            "loss": loss if math.isfinite(loss) else None,
+            "grad_norm": float(metrics.grad_norm) if metrics.finite else None,
+            "rate": float(metrics.rate),
+            "skipped": self.skipped,
+            "tokens_per_second": speed * self.tokens_per_step,
+            "mfu": speed * self.step_share,
+            "memory_bytes": memory.peak_bytes(),
+            **seconds,
+        }
+        self.out.append_metrics(done, values)
+        self.show(done, values)
+
+    def show(self, done, values):
+        for watcher in self.shown:
+            watcher.add(done, values)
 
     def not_finite(self, done, metrics):
         if self.c.not_finite == "skip":

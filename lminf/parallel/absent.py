@@ -1,23 +1,19 @@
 """Devices that are not here but whose compiler is: programs can be built for them, not run.
 
-The compilers come with the extra `aot`: libtpu for TPUs, JAX's CUDA plugin for an H100.
+The compiler of TPUs, libtpu, comes with the extra `aot`.
 """
 
 import importlib.util
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
 from jax.experimental import topologies
 
-import kernels
 from lminf.parallel.hardware import Devices
 
 AXES = {"v5e": 2, "v6e": 2, "v5p": 3}  # of a slice's grid of chips
-H100 = Path(kernels.__file__).parent / "common" / "h100.txt"
 
 
 def missing(devices: Devices) -> str | None:
@@ -28,21 +24,12 @@ def missing(devices: Devices) -> str | None:
         if devices.count < 4 or devices.count & (devices.count - 1):
             return f"slices of {devices.name} have 4, 8, 16, … chips, not {devices.count}"
         return None
-    if devices.name == "h100":
-        if importlib.util.find_spec("jax_cuda13_plugin") is None:
-            return "the compiler of h100 is not installed: pip install 'lminf[aot]'"
-        return None
-    known = ", ".join((*AXES, "h100"))
+    known = ", ".join(AXES)
     return f"nobody has described {devices.name} to a compiler here; there are {known}"
 
 
 def devices(asked: Devices) -> Sequence[Any]:
     """As many devices of a topology; they hold no memory and run nothing."""
-    if asked.name == "h100":
-        jax.devices()  # loads the plugin, which finds no GPU here and need not
-        return topologies.get_topology_desc(
-            "", platform="cuda", target_config=H100.read_text(), topology=f"1x1x{asked.count}"
-        ).devices
     # Otherwise libtpu asks a cloud machine's metadata server which chips it has.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     grid = "x".join(map(str, grid_of(asked.count, AXES[asked.name])))

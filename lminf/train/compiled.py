@@ -1,6 +1,5 @@
 """A training step compiled for devices that are not here, and the memory that it would take."""
 
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,13 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from kernels.common import compat, platforms
+from kernels.common import platforms
 from lminf.parallel import absent, mesh, partition
 from lminf.parallel.hardware import Devices
 from lminf.parallel.mesh import MeshShape
 from lminf.train.step import Program
-
-HOPPER = 90  # compute capability
 
 
 @dataclass(frozen=True)
@@ -34,18 +31,16 @@ def memory(program: Program, devices: Devices, *, rows: int, length: int) -> Mem
     chips = absent.devices(devices)
     sizes = MeshShape(**program.mesh.shape)
     program = replace(program, mesh=mesh.make(sizes, chips))
-    with ExitStack() as stack:
-        stack.enter_context(platforms.assuming(chips[0]))
-        if devices.name == "h100":
-            stack.enter_context(compat.lowering_for(HOPPER))
-            stack.enter_context(jax.set_mesh(program.mesh))
-        found: Any = lowered(program, rows, length).compile().memory_analysis()
+    arguments = shapes_of(program, rows, length)
+    step: Any = program.step  # jitted
+    with platforms.assuming(chips[0]):
+        found: Any = step.lower(*arguments).compile().memory_analysis()
     fresh = found.output_size_in_bytes - found.alias_size_in_bytes
     return Memory(found.argument_size_in_bytes, found.temp_size_in_bytes + max(fresh, 0))
 
 
-def lowered(program: Program, rows: int, length: int) -> jax.stages.Lowered:
-    """The step of fresh shapes, on the mesh of the program."""
+def shapes_of(program: Program, rows: int, length: int) -> tuple[Any, Any]:
+    """What the step is called with: the state and a batch, as shapes on the program's mesh."""
 
     def placed(leaf, sharding):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -57,5 +52,4 @@ def lowered(program: Program, rows: int, length: int) -> jax.stages.Lowered:
         jax.ShapeDtypeStruct((rows, length), jnp.int32), NamedSharding(program.mesh, where)
     )
     state = jax.tree.map(placed, program.shapes, program.shardings)
-    step: Any = program.step  # jitted
-    return step.lower(state, {"tokens": tokens, "targets": tokens})
+    return state, {"tokens": tokens, "targets": tokens}

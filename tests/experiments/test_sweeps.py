@@ -1,6 +1,9 @@
 """The studies: what their configs ask for, what they conclude, and their tiny forms."""
 
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -158,16 +161,20 @@ def test_a_tiny_sweep_runs_and_goes_on(name, rows, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.slow
-def test_a_sweep_is_submitted_as_jobs(tmp_path, monkeypatch, capsys):
-    """submitit's local executor: two workers of their own share the folder."""
-    monkeypatch.setenv("LMINF_CACHE", str(tmp_path / "cache"))
+def test_a_sweep_is_submitted_as_jobs(tmp_path):
+    """submitit's local executor: two workers share the folder. In a process of its own, because
+    submitit keeps the streams that it finds, which pytest closes.
+    """
     out = tmp_path / "sweep"
-    cli.main(
-        ["sweep", "step", "--config=step_sweep:tiny", "--config.data.corpus=prose",
-         "--config.data.vocab=256", "--config.tokens=2048", f"--out={out}", "--submit=local",
-         "--jobs=2", "--minutes=10"]
-    )  # fmt: skip
-    assert "jobs " in capsys.readouterr().out
+    command = [
+        sys.executable, "-m", "lminf.cli", "sweep", "step", "--config=step_sweep:tiny",
+        "--config.data.corpus=prose", "--config.data.vocab=256", "--config.tokens=2048",
+        f"--out={out}", "--submit=local", "--jobs=2", "--minutes=10",
+    ]  # fmt: skip
+    environment = {**os.environ, "LMINF_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "jobs " in done.stdout
+    assert len(list((out / "jobs").glob("*_result.pkl"))) == 2
     logs = "".join(path.read_text() for path in (out / "jobs").glob("*_log.out"))
     assert "data.batch=2" in logs
     assert "data.batch=8" in logs

@@ -14,6 +14,7 @@ however a text is divided into calls. Keys and values of all chunks are visited,
 mask those not chosen: what is saved is positions, not work.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -158,7 +159,9 @@ class LongHeads(select.Choosing):
             every = jnp.ones((len(q), self.chunk, self.chunk), bool)
             out, _ = select.attend(places.scoring, [select.Branch(own, k, v, every)])
             mean = out.mean(1, keepdims=True)
-            out, _ = select.attend(places.scoring, [select.Branch(mean, k, k, every[:, :1])])
+            # A mean of outputs is no query of the model: its scores are not capped.
+            plain = dataclasses.replace(places.scoring, soft_cap=None)
+            out, _ = select.attend(plain, [select.Branch(mean, k, k, every[:, :1])])
             return out[:, 0]
 
         nothing = jnp.zeros((q.shape[0], *q.shape[2:]), q.dtype)

@@ -12,6 +12,7 @@ from lminf.attention import policies
 from lminf.models import cost, decoder, moe
 from lminf.models.spec import MoESpec
 from lminf.scaling import accounting
+from tests.attention import cases
 from tests.train import making
 
 MIX = MoESpec(experts=4, per_token=2, hidden_dim=24, shared_dim=8, dense_layers=0,
@@ -31,11 +32,15 @@ def x():
 
 @pytest.fixture(scope="module")
 def params(x):
-    return experts().init(jax.random.key(0), x)["params"]
+    return cases.compiled(lambda x: experts().init(jax.random.key(0), x))(x)["params"]
 
 
 def ran(module, params, x):
-    out, seen = module.apply({"params": params}, x, mutable=[moe.ROUTING])
+    @cases.compiled
+    def run(params, x):
+        return module.apply({"params": params}, x, mutable=[moe.ROUTING])
+
+    out, seen = run(params, x)
     return out, {name: float(found[0]) for name, found in seen[moe.ROUTING].items()}
 
 
@@ -72,14 +77,13 @@ def test_with_room_for_all_nothing_is_dropped(x, params):
     assert seen["dropped"] == 0
     np.testing.assert_allclose(seated, out, atol=1e-6)
 
-    def loss(module):
-        return lambda params, x: (module.apply({"params": params}, x) ** 2).sum()
+    def gradients(module):
+        def loss(params, x):
+            return (module.apply({"params": params}, x) ** 2).sum()
 
-    for mine, its in zip(
-        jax.tree.leaves(jax.grad(loss(experts(capacity=4.0)), (0, 1))(params, x)),
-        jax.tree.leaves(jax.grad(loss(experts()), (0, 1))(params, x)),
-        strict=True,
-    ):
+        return jax.tree.leaves(cases.compiled(jax.grad(loss, (0, 1)))(params, x))
+
+    for mine, its in zip(gradients(experts(capacity=4.0)), gradients(experts()), strict=True):
         np.testing.assert_allclose(mine, its, atol=1e-5)
         assert np.abs(mine).max() > 0
 
@@ -115,12 +119,17 @@ def mixed(**changes):
 def hidden(shape, params, tokens):
     module = decoder.Decoder(shape, (policies.FULL,) * shape.num_layers)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    return module.apply({"params": params}, tokens, positions=positions)[0]
+    run = cases.compiled(lambda params: module.apply(params, tokens, positions=positions)[0])
+    return run({"params": params})
+
+
+def fresh(shape):
+    return cases.compiled(lambda key: decoder.init(shape, key=key))(jax.random.key(0))
 
 
 def test_one_expert_is_the_mlp():
     shape = mixed(experts=1, per_token=1, hidden_dim=32, shared_dim=0)
-    params = decoder.init(SHAPE, key=jax.random.key(0))
+    params = fresh(SHAPE)
     mlp = params["layers"]["mlp"]
     experts = {name: mlp[f"w_{name}"][:, None] for name in ("gate", "up", "down")}
     router = jax.random.normal(jax.random.key(2), (2, 16, 1))
@@ -133,7 +142,7 @@ def test_one_expert_is_the_mlp():
 
 def test_parameters_are_counted():
     shape = mixed(dense_layers=1)
-    params = decoder.init(shape, key=jax.random.key(0))
+    params = jax.eval_shape(lambda key: decoder.init(shape, key=key), jax.random.key(0))
     assert set(params) == {"embed", "head", "first_layers", "layers", "final_norm"}
     assert params["first_layers"]["mlp"]["w_up"].shape == (1, 16, 32)
     assert params["layers"]["moe"]["up"].shape == (1, 4, 16, 24)
@@ -162,7 +171,7 @@ def test_a_shape_that_leaves_no_mixture_is_refused():
 @pytest.mark.slow
 def test_decoding_through_the_cache_equals_prefill():
     shape = mixed(dense_layers=1)
-    params = decoder.init(shape, key=jax.random.key(0))
+    params = fresh(shape)
     by_layer = (policies.FULL,) * 2
     module = decoder.Decoder(shape, by_layer)
     tokens = jnp.asarray(making.tokens()["tokens"][:2, :6])
@@ -182,9 +191,9 @@ def test_the_routers_losses_are_minimised_and_reported():
     made = making.program(shape=mixed(), balance=0.5, router_z=0.25)
     state = made.init(key=jax.random.key(0))
     batch = making.put(made, making.tokens())
-    _, (nll, routing) = made._share(state.params, None, batch, jnp.float32(8 * 16))
+    share = jax.jit(lambda params: made._share(params, None, batch, jnp.float32(8 * 16)))
+    total, (nll, routing) = share(state.params)
     assert set(routing) == set(moe.MEASURES)
-    total, _ = made._share(state.params, None, batch, jnp.float32(8 * 16))
     wanted = nll + 0.5 * routing["balance"] + 0.25 * routing["z"]
     assert float(total) == pytest.approx(float(wanted), rel=1e-6)
     assert 1 <= float(routing["balance"]) < 4

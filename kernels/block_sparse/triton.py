@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels.block_sparse import lists as lists_
 from kernels.block_sparse.operands import Lists, Operands, Rules
-from kernels.common import launch, masks, numerics
+from kernels.common import dispatch, launch, masks, numerics
 from kernels.common.masks import SegmentIds
 from kernels.lambda_attention.operands import Residuals
 from kernels.lambda_attention.triton import Config, Tile, config_of
@@ -32,10 +32,7 @@ def attention(
     """Outputs and log-denominators; differentiable in `operands`, through the LSE too."""
     launch.require()
     _refuse(rules, operands)
-    if config is None:
-        config = default_config(rules, operands, segments)
-    if not isinstance(config, Config):
-        raise NotImplementedError(f"config is a {type(config).__module__}.{type(config).__name__}")
+    config = dispatch.settled(Config, config, lambda: default_config(rules, operands, segments))
     starts = None if segments is None else masks.run_starts(segments.kv)
     return Residuals(*_attention(rules, config, operands, _Where(lists, segments, starts)))
 

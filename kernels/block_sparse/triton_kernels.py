@@ -15,14 +15,7 @@ sees: those are walked without masks, and the others after them.
 import triton
 import triton.language as tl
 
-from kernels.common.triton_math import LOG2_E
-from kernels.lambda_attention.triton_kernels import (
-    _attend,
-    _key_gradients,
-    _query_gradient,
-    _store,
-    _tile,
-)
+from kernels.common import triton_attention as tiles
 
 
 @triton.jit
@@ -103,21 +96,20 @@ def forward(
     top = tl.full((BLOCK_Q,), MASK * UNIT / 2, tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     sums = tl.zeros((BLOCK_Q, BLOCK_V), tl.float32)
-    q = _tile(query + first_query * WIDTH, rows, valid, HEADS * WIDTH, WIDTH, BLOCK_H, True)
+    q = tiles.tile(query + first_query * WIDTH, rows, valid, HEADS * WIDTH, WIDTH, BLOCK_H, True)
     clear = count * 0
     if CLEAR:
         clear = tl.load(spans + 2 * at_list + 1)
         for turn in tl.range(0, clear * TILES):
             start = tl.load(names + turn // TILES) * LIST_KV + turn % TILES * BLOCK_K
             at_row = (key_origin + start) * KEY_HEADS + key_head
-            k = _tile(key + at_row * WIDTH, slots, slots, KEY_HEADS * WIDTH, WIDTH, BLOCK_H, False)
-            v = _tile(
-                value + at_row * VALUE_WIDTH, slots, slots,
-                KEY_HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, False,
+            k, v = tiles.key_and_value(
+                key, value, at_row, slots, slots,
+                KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, False,
             )  # fmt: skip
-            top, total, sums = _attend(
-                q, k, v, slots, top, total, sums, UNIT, INNER, MASK, PRECISION, False
-            )
+            top, total, sums = tiles.attend(
+                q, k, v, slots, slots, top, total, sums, UNIT, INNER, MASK, PRECISION, False, False
+            )  # fmt: skip
     for turn in tl.range(clear * TILES, count * TILES):
         kv_block = tl.load(names + turn // TILES)
         start = kv_block * LIST_KV + turn % TILES * BLOCK_K
@@ -125,29 +117,22 @@ def forward(
         at_row = (key_origin + start) * KEY_HEADS + key_head
         column = start + slots
         inside = column < end
-        k = _tile(key + at_row * WIDTH, slots, inside, KEY_HEADS * WIDTH, WIDTH, BLOCK_H, True)
-        v = _tile(
-            value + at_row * VALUE_WIDTH, slots, inside,
-            KEY_HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, True,
+        k, v = tiles.key_and_value(
+            key, value, at_row, slots, inside,
+            KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, True,
         )  # fmt: skip
         visible = _masked_keys(
             row + rows, column, end, window, num_global,
             segments, ids_kv, starts, key_origin, CAUSAL, WINDOW, SEGMENTS,
         )  # fmt: skip
-        top, total, sums = _attend(
-            q, k, v, visible, top, total, sums, UNIT, INNER, MASK, PRECISION, True
-        )
+        top, total, sums = tiles.attend(
+            q, k, v, visible, slots, top, total, sums, UNIT, INNER, MASK, PRECISION, False, True
+        )  # fmt: skip
 
-    empty = total == 0
-    total = tl.where(empty, 1.0, total)
-    sums = tl.where(empty[:, None], 0.0, sums / total[:, None])
-    lse_rows = tl.where(empty, float("-inf"), (top + tl.log2(total)) / LOG2_E)
-    _store(
-        out + first_query * VALUE_WIDTH, rows, valid, sums,
-        HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V,
+    tiles.write(
+        out, lse, total == 0, top, total, sums, batch, row, head, queries, rows, valid,
+        HEADS, VALUE_WIDTH, BLOCK_V,
     )  # fmt: skip
-    at_lse = (batch.to(tl.int64) * HEADS + head) * queries + row + rows
-    tl.store(lse + at_lse, lse_rows, mask=valid)
 
 
 # --- Gradient of the queries ----------------------------------------------------------------------
@@ -190,15 +175,10 @@ def gradient_of_queries(
     count = tl.load(spans + 2 * at_list)
     names = indices + at_list * listed
 
-    at_lse = (batch.to(tl.int64) * HEADS + head) * queries + row + rows
-    # Rows past the end weigh nothing.
-    lse2_rows = tl.load(lse2 + at_lse, mask=valid, other=1e38)
-    delta_rows = tl.load(delta + at_lse, mask=valid, other=0.0)
-    do = _tile(
-        d_out + first_query * VALUE_WIDTH, rows, valid,
-        HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, True,
+    q, do, lse2_rows, delta_rows = tiles.of_queries(
+        query, d_out, lse2, delta, batch, row, head, queries, rows, valid,
+        HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, True,
     )  # fmt: skip
-    q = _tile(query + first_query * WIDTH, rows, valid, HEADS * WIDTH, WIDTH, BLOCK_H, True)
     gradient = tl.zeros((BLOCK_Q, BLOCK_H), tl.float32)
     clear = count * 0
     if CLEAR:
@@ -206,14 +186,13 @@ def gradient_of_queries(
         for turn in tl.range(0, clear * TILES):
             start = tl.load(names + turn // TILES) * LIST_KV + turn % TILES * BLOCK_K
             at_row = (key_origin + start) * KEY_HEADS + key_head
-            k = _tile(key + at_row * WIDTH, slots, slots, KEY_HEADS * WIDTH, WIDTH, BLOCK_H, False)
-            v = _tile(
-                value + at_row * VALUE_WIDTH, slots, slots,
-                KEY_HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, False,
+            k, v = tiles.key_and_value(
+                key, value, at_row, slots, slots,
+                KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, False,
             )  # fmt: skip
-            gradient = _query_gradient(
-                q, k, v, do, lse2_rows, delta_rows, slots, gradient,
-                UNIT, INNER, MASK, PRECISION, False,
+            gradient = tiles.query_gradient(
+                q, k, v, do, lse2_rows, delta_rows, slots, slots, gradient,
+                UNIT, INNER, MASK, PRECISION, False, False,
             )  # fmt: skip
     for turn in tl.range(clear * TILES, count * TILES):
         kv_block = tl.load(names + turn // TILES)
@@ -222,20 +201,19 @@ def gradient_of_queries(
         at_row = (key_origin + start) * KEY_HEADS + key_head
         column = start + slots
         inside = column < end
-        k = _tile(key + at_row * WIDTH, slots, inside, KEY_HEADS * WIDTH, WIDTH, BLOCK_H, True)
-        v = _tile(
-            value + at_row * VALUE_WIDTH, slots, inside,
-            KEY_HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, True,
+        k, v = tiles.key_and_value(
+            key, value, at_row, slots, inside,
+            KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, True,
         )  # fmt: skip
         visible = _masked_keys(
             row + rows, column, end, window, num_global,
             segments, ids_kv, starts, key_origin, CAUSAL, WINDOW, SEGMENTS,
         )  # fmt: skip
-        gradient = _query_gradient(
-            q, k, v, do, lse2_rows, delta_rows, visible, gradient,
-            UNIT, INNER, MASK, PRECISION, True,
+        gradient = tiles.query_gradient(
+            q, k, v, do, lse2_rows, delta_rows, visible, slots, gradient,
+            UNIT, INNER, MASK, PRECISION, False, True,
         )  # fmt: skip
-    _store(
+    tiles.store(
         d_query + first_query * WIDTH, rows, valid, gradient * SCALE,
         HEADS * WIDTH, WIDTH, BLOCK_H,
     )  # fmt: skip
@@ -299,10 +277,9 @@ def gradient_of_keys(
         clear_tiles = (after - begin - before) * TILES
     masked_tiles = (before + end - after) * TILES
 
-    k = _tile(key + at_key * WIDTH, slots, inside, KEY_HEADS * WIDTH, WIDTH, BLOCK_H, True)
-    v = _tile(
-        value + at_key * VALUE_WIDTH, slots, inside,
-        KEY_HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, True,
+    k, v = tiles.key_and_value(
+        key, value, at_key, slots, inside,
+        KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, True,
     )  # fmt: skip
     d_k = tl.zeros((BLOCK_K, BLOCK_H), tl.float32)
     d_v = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
@@ -312,18 +289,13 @@ def gradient_of_keys(
             t = turn % clear_tiles
             q_block = tl.load(names + begin + before + t // TILES)
             row = q_block * LIST_Q + t % TILES * BLOCK_Q
-            at_row = (query_origin + row) * HEADS + head
-            q = _tile(query + at_row * WIDTH, rows, rows, HEADS * WIDTH, WIDTH, BLOCK_H, False)
-            do = _tile(
-                d_out + at_row * VALUE_WIDTH, rows, rows,
-                HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, False,
+            q, do, lse2_rows, delta_rows = tiles.of_queries(
+                query, d_out, lse2, delta, batch, row, head, queries, rows, rows,
+                HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, False,
             )  # fmt: skip
-            statistics = (batch.to(tl.int64) * HEADS + head) * queries + row
-            lse2_rows = tl.load(lse2 + statistics + rows)
-            delta_rows = tl.load(delta + statistics + rows)
-            d_k, d_v = _key_gradients(
-                q, k, v, do, lse2_rows, delta_rows, rows, d_k, d_v,
-                UNIT, INNER, MASK, PRECISION, False,
+            d_k, d_v = tiles.key_gradients(
+                q, k, v, do, lse2_rows, delta_rows, rows, rows, d_k, d_v,
+                UNIT, INNER, MASK, PRECISION, False, False,
             )  # fmt: skip
     for turn in tl.range(0, group * masked_tiles):
         head = key_head * group + turn // masked_tiles
@@ -331,16 +303,11 @@ def gradient_of_keys(
         entry = t // TILES
         q_block = tl.load(names + tl.where(entry < before, begin + entry, after + entry - before))
         row = q_block * LIST_Q + t % TILES * BLOCK_Q
-        at_row = (query_origin + row) * HEADS + head
         asked = row + rows < tl.minimum((q_block + 1) * LIST_Q, queries)
-        q = _tile(query + at_row * WIDTH, rows, asked, HEADS * WIDTH, WIDTH, BLOCK_H, True)
-        do = _tile(
-            d_out + at_row * VALUE_WIDTH, rows, asked,
-            HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, True,
+        q, do, lse2_rows, delta_rows = tiles.of_queries(
+            query, d_out, lse2, delta, batch, row, head, queries, rows, asked,
+            HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, True,
         )  # fmt: skip
-        statistics = (batch.to(tl.int64) * HEADS + head) * queries + row
-        lse2_rows = tl.load(lse2 + statistics + rows, mask=asked, other=1e38)
-        delta_rows = tl.load(delta + statistics + rows, mask=asked, other=0.0)
         ids_rows = rows
         if SEGMENTS:
             ids_rows = tl.load(ids_q + query_origin + row + rows, mask=asked, other=-1)
@@ -348,13 +315,15 @@ def gradient_of_keys(
             asked[None, :], (row + rows)[None, :], column[:, None], window, num_global,
             ids_rows[None, :], ids[:, None], first[:, None], CAUSAL, WINDOW, SEGMENTS,
         )  # fmt: skip
-        d_k, d_v = _key_gradients(
-            q, k, v, do, lse2_rows, delta_rows, visible, d_k, d_v,
-            UNIT, INNER, MASK, PRECISION, True,
+        d_k, d_v = tiles.key_gradients(
+            q, k, v, do, lse2_rows, delta_rows, visible, rows, d_k, d_v,
+            UNIT, INNER, MASK, PRECISION, False, True,
         )  # fmt: skip
 
-    _store(d_key + at_key * WIDTH, slots, inside, d_k * SCALE, KEY_HEADS * WIDTH, WIDTH, BLOCK_H)
-    _store(
+    tiles.store(
+        d_key + at_key * WIDTH, slots, inside, d_k * SCALE, KEY_HEADS * WIDTH, WIDTH, BLOCK_H
+    )
+    tiles.store(
         d_value + at_key * VALUE_WIDTH, slots, inside, d_v,
         KEY_HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V,
     )  # fmt: skip

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.common import launch, masks, numerics
+from kernels.common import dispatch, launch, masks, numerics
 from kernels.lambda_attention.operands import Branch, Operands, Places, Residuals, Rules
 
 
@@ -62,11 +62,8 @@ def attention(rules: Rules, operands: Operands, places: Places, config: object) 
     """Outputs and log-denominators; differentiable in `operands`, through the LSE too."""
     launch.require()
     _refuse(rules, operands, places)
-    if config is None:
-        config = default_config(operands, places)
-    if not isinstance(config, Config):
-        raise NotImplementedError(f"config is a {type(config).__module__}.{type(config).__name__}")
-    return Residuals(*_attention(rules, config, operands, _where(operands, places)))
+    config = dispatch.settled(Config, config, lambda: default_config(operands, places))
+    return Residuals(*_attention(rules, config, operands, _where(rules, operands, places)))
 
 
 def gradients(
@@ -75,7 +72,7 @@ def gradients(
     """Gradients of Λ-attention, from the result of whichever forward computed it."""
     launch.require()
     _refuse(rules, operands, places)
-    saved = (operands, _where(operands, places), *result)
+    saved = (operands, _where(rules, operands, places), *result)
     return _backward(rules, default_config(operands, places), saved, cotangents)[0]
 
 
@@ -92,8 +89,6 @@ def _refuse(rules: Rules, operands: Operands, places: Places) -> None:
     widest = 128 if near.query.dtype == jnp.float32 else 256
     if width > widest:
         raise NotImplementedError(f"{near.query.dtype} heads {width} wide; it takes up to {widest}")
-    if places.alibi_slopes is not None:
-        raise NotImplementedError("alibi_slopes")
     if rules.scale <= 0:
         raise NotImplementedError(f"scale={rules.scale}: the running maximum needs a positive one")
 
@@ -106,7 +101,7 @@ def default_config(operands: Operands, places: Places) -> Config:
     widest = max(operands.near.query.shape[3], operands.near.value.shape[3])
     wide = operands.near.query.dtype == jnp.float32
     config = _TILES[wide, _padded(max(widest, 64))]
-    if places.segments is not None:  # their ids take registers
+    if places.segments is not None or places.alibi_slopes is not None:  # these take registers
         config = dataclasses.replace(
             config, forward_block_q=min(64, config.forward_block_q), forward_stages=2
         )
@@ -123,6 +118,15 @@ _TILES = {
 }
 
 
+class _Alibi(NamedTuple):
+    """Slopes in units of raw scores, and how far away the globals seem where that is given."""
+
+    slopes: Float[Array, "B N"]
+    far_at: Int[Array, "B T"] | None
+    far_from: Int[Array, "B R"] | None
+    far_unit: Float[Array, " B"] | None
+
+
 class _Where(NamedTuple):
     """What places the operands, with the batch axis first."""
 
@@ -130,6 +134,7 @@ class _Where(NamedTuple):
     segments: masks.SegmentIds | None
     starts: Int[Array, "B S"] | None  # of every key's run of equal ids
     ends: Int[Array, "B S"] | None
+    alibi: _Alibi | None
 
     def or_stand_ins(self) -> tuple[Array, Array, Array, Array]:
         """(ids of queries, ids of keys, starts, ends): a kernel never reads the ones missing."""
@@ -137,8 +142,28 @@ class _Where(NamedTuple):
             return self.places, self.places, self.places, self.places
         return self.segments.q, self.segments.kv, self.starts, self.ends
 
+    def alibi_or_stand_ins(self) -> list[Array]:
+        found = (None,) * 4 if self.alibi is None else self.alibi
+        return [self.places if x is None else x for x in found]
 
-def _where(operands: Operands, places: Places) -> _Where:
+
+def _alibi(rules: Rules, operands: Operands, places: Places) -> _Alibi | None:
+    if places.alibi_slopes is None:
+        return None
+    batch, queries, heads, _ = operands.near.query.shape
+    slopes = places.alibi_slopes.astype(jnp.float32) / rules.scale
+    slopes, far = jnp.broadcast_to(slopes, (batch, heads)), places.far_distance
+    if far is None or operands.far is None:
+        return _Alibi(slopes, None, None, None)
+    return _Alibi(
+        slopes,
+        jnp.broadcast_to(far.query, (batch, queries)),
+        jnp.broadcast_to(far.key, (batch, far.key.shape[1])),
+        jnp.broadcast_to(jnp.asarray(far.scale, jnp.float32), (batch,)),
+    )
+
+
+def _where(rules: Rules, operands: Operands, places: Places) -> _Where:
     batch = operands.near.query.shape[0]
     starts = ends = None
     if places.segments is not None:
@@ -150,6 +175,7 @@ def _where(operands: Operands, places: Places) -> _Where:
         places.segments,
         starts,
         ends,
+        _alibi(rules, operands, places),
     )
 
 
@@ -197,11 +223,20 @@ def _constants(rules: Rules, near: Branch, where: _Where, tile: Tile) -> dict:
         # float32 products on tensor cores: three of tf32 each, as exact as one of float32.
         "PRECISION": "ieee" if exact else "tf32x3",
         "SEGMENTS": where.segments is not None,
+        "ALIBI": where.alibi is not None,
+        "GIVEN": where.alibi is not None and where.alibi.far_at is not None,
     }
 
 
+MOST = 2**30  # positions, and sums of two of them, are int32
+
+
 def _window(rules: Rules) -> int:
-    return min(rules.window, 2**30)  # positions are int32
+    return min(rules.window, MOST)
+
+
+def _clip(rules: Rules) -> int:
+    return MOST if rules.clip_distance is None else min(rules.clip_distance, MOST)
 
 
 # --- Forward --------------------------------------------------------------------------------------
@@ -226,8 +261,9 @@ def _launch_forward(rules: Rules, tile: Tile, near: Branch, far: Branch | None, 
             (math.ceil(sizes.queries / tile.block_q) * sizes.batch * sizes.heads,),
             [
                 *near, *(far or near), where.places if sinks is None else sinks, where.places,
-                ids_q, ids_kv, starts,
+                ids_q, ids_kv, starts, *where.alibi_or_stand_ins(),
                 sizes.queries, sizes.keys, sizes.far_rows, _window(rules), rules.num_global,
+                _clip(rules),
             ],
             [
                 jax.ShapeDtypeStruct(
@@ -297,7 +333,9 @@ def _launch_query_gradients(
             (math.ceil(sizes.queries / tile.block_q) * sizes.batch * sizes.heads,),
             [
                 *near, *(far or near), d_out, lse2, delta, where.places, ids_q, ids_kv, starts,
+                *where.alibi_or_stand_ins(),
                 sizes.queries, sizes.keys, sizes.far_rows, _window(rules), rules.num_global,
+                _clip(rules),
             ],
             [like, unused if far is None else like],
             _constants(rules, near, where, tile) | {"FAR": far is not None, "SCALE": rules.scale},
@@ -331,7 +369,9 @@ def _launch_key_gradients(
             (programs * chunks,),
             [
                 *branch, d_out, lse2, delta, where.places, ids_q, ids_kv, starts, ends,
-                sizes.batch, sizes.queries, sizes.keys, _window(rules), rules.num_global, chunks,
+                *where.alibi_or_stand_ins(),
+                sizes.batch, sizes.queries, sizes.keys, _window(rules), rules.num_global,
+                _clip(rules), chunks,
             ],
             [output(branch.key), output(branch.value)],
             _constants(rules, branch, where, tile) | {"FAR": is_far, "SCALE": rules.scale},

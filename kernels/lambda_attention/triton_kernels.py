@@ -5,10 +5,9 @@ Arrays are contiguous: queries [B, T, N, H], keys [B, S, K, H], values [B, S, K,
 the same source runs under jax-triton, in the Triton interpreter and in `triton.compile`.
 
 A program walks the tiles of the globals and those of its window. Each walk is a loop over tiles
-that every pair of sees, without any mask, and one over the tiles on an edge. Exponents are powers
-of two: s = raw * UNIT with raw = <q, k>, or tanh(<q, k> * INNER) under a soft cap; the product with
-UNIT and the subtraction of the maximum are one fused multiply-add, which costs no more than scaling
-q beforehand and does not round it.
+that every pair of sees, without any mask, and one over the tiles on an edge. What happens to one
+tile is in `common/triton_attention`. With ALIBI, `slopes` [B, N] are in units of raw scores; with
+GIVEN, the globals' distances are (far_at[row] - far_from[key]) * far_unit.
 """
 
 # Triton is no dependency: where it is missing, this file is not imported.
@@ -17,189 +16,30 @@ q beforehand and does not round it.
 import triton
 import triton.language as tl
 
-from kernels.common.triton_math import LOG2_E, tanh
-
-# --- Pieces ---------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _tile(
-    base, rows, valid,
-    STRIDE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GUARD: tl.constexpr,
-):  # fmt: skip
-    """Rows of a matrix, columns padded to BLOCK with zeros; with GUARD, invalid rows are zeros."""
-    column = tl.arange(0, BLOCK)
-    at = base + rows[:, None] * STRIDE + column[None, :]
-    if GUARD and BLOCK != WIDTH:
-        tile = tl.load(at, mask=valid[:, None] & (column < WIDTH)[None, :], other=0.0)
-    elif GUARD:
-        tile = tl.load(at, mask=valid[:, None], other=0.0)
-    elif BLOCK != WIDTH:
-        tile = tl.load(at, mask=(column < WIDTH)[None, :], other=0.0)
-    else:
-        tile = tl.load(at)
-    return tile
-
-
-@triton.jit
-def _store(
-    base, rows, valid, tile, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    column = tl.arange(0, BLOCK)
-    at = base + rows[:, None] * STRIDE + column[None, :]
-    mask = valid[:, None]
-    if BLOCK != WIDTH:
-        mask = mask & (column < WIDTH)[None, :]
-    tl.store(at, tile.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _raw_scores(a, b, INNER: tl.constexpr, PRECISION: tl.constexpr):
-    """[rows of a, rows of b] scores in units of UNIT."""
-    raw = tl.dot(a, tl.trans(b), input_precision=PRECISION)
-    if INNER is not None:
-        raw = tanh(raw * INNER)
-    return raw
-
-
-@triton.jit
-def _walk(first, clear_first, clear_end, end, BLOCK: tl.constexpr, ALL_MASKED: tl.constexpr):
-    """How to visit [first, end), of which [clear_first, clear_end) needs no mask.
-
-    (masked tiles from `first` on, start of the clear tiles, end of the clear tiles = start of the
-    remaining masked ones, number of masked tiles)
-    """
-    whole = tl.cdiv(tl.maximum(end - first, 0), BLOCK)
-    if ALL_MASKED:
-        before = whole
-        clear = first + before * BLOCK
-        after = clear
-    else:
-        before = tl.minimum(tl.cdiv(tl.maximum(clear_first - first, 0), BLOCK), whole)
-        clear = first + before * BLOCK
-        after = clear + tl.maximum(clear_end - clear, 0) // BLOCK * BLOCK
-    return before, clear, after, before + tl.cdiv(tl.maximum(end - after, 0), BLOCK)
-
-
-@triton.jit
-def _near_walk(
-    at, last, window, key_start, keys, starts, origin, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr
-):  # fmt: skip
-    """(first key, *_walk) of the window of queries that stand at key rows at..last."""
-    first = tl.maximum(tl.maximum(at - window + 1, -key_start), 0)
-    if SEGMENTS:
-        beside = tl.minimum(tl.maximum(at, 0), keys - 1)
-        first = tl.maximum(first, tl.load(starts + origin + beside))
-    before, clear, after, masked = _walk(
-        first, last - window + 1, tl.minimum(at + 1, keys), tl.minimum(last + 1, keys),
-        BLOCK, SEGMENTS,
-    )  # fmt: skip
-    return first, before, clear, after, masked
-
-
-@triton.jit
-def _far_walk(
-    at, last, window, key_start, num_global, far_rows, starts, origin,
-    BLOCK: tl.constexpr, SEGMENTS: tl.constexpr,
-):  # fmt: skip
-    """(first row, *_walk) of the globals of queries that stand at key rows at..last."""
-    if SEGMENTS:
-        # The globals of the segment that the first query is in, and then those of segments that
-        # begin within the block: rows after the first query that the last one is w away from.
-        first = tl.load(starts + origin + tl.minimum(tl.maximum(at, 0), far_rows - 1))
-        end = tl.minimum(last - window + 1, far_rows)
-        own = tl.minimum(first + num_global, end)
-        before = tl.cdiv(tl.maximum(own - first, 0), BLOCK)
-        clear = first + before * BLOCK
-        after = tl.maximum(clear, at + 1)
-        clear = after
-        masked = before + tl.cdiv(tl.maximum(end - after, 0), BLOCK)
-    else:
-        first = at * 0
-        limit = tl.minimum(num_global, far_rows)
-        beyond = key_start - window + 1
-        before, clear, after, masked = _walk(
-            first, first, tl.minimum(at + beyond, limit), tl.minimum(last + beyond, limit),
-            BLOCK, False,
-        )  # fmt: skip
-    return first, before, clear, after, masked
-
-
-@triton.jit
-def _near_visible(
-    at, column, window, keys, ids_q, ids_kv, origin, SEGMENTS: tl.constexpr
-):  # fmt: skip
-    """[queries, keys] of the window; `at` are key rows that the queries stand beside."""
-    distance = at[:, None] - column[None, :]
-    visible = (distance >= 0) & (distance < window) & (column < keys)[None, :]
-    if SEGMENTS:
-        ids = tl.load(ids_kv + origin + column, mask=column < keys, other=-1)
-        visible &= (ids_q[:, None] == ids[None, :]) & (ids_q >= 0)[:, None]
-    return visible
-
-
-@triton.jit
-def _far_visible(
-    at, column, window, key_start, num_global, far_rows, ids_q, ids_kv, starts, origin,
-    SEGMENTS: tl.constexpr,
-):  # fmt: skip
-    """[queries, rows] of the globals."""
-    inside = column < far_rows
-    visible = at[:, None] + key_start - column[None, :] >= window
-    if SEGMENTS:
-        ids = tl.load(ids_kv + origin + column, mask=inside, other=-1)
-        rank = column - tl.load(starts + origin + column, mask=inside, other=0)
-        visible &= (inside & (rank < num_global))[None, :]
-        visible &= (ids_q[:, None] == ids[None, :]) & (ids_q >= 0)[:, None]
-    else:
-        visible &= (inside & (column < num_global))[None, :]
-    return visible
-
+from kernels.common import triton_attention as tiles
+from kernels.common.triton_math import LOG2_E
+from kernels.lambda_attention import triton_walks as walks
 
 # --- Forward --------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _attend(
-    query, key, value, visible, top, total, out,
-    UNIT: tl.constexpr, INNER: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    """(top, total, out) after one tile of keys."""
-    raw = _raw_scores(query, key, INNER, PRECISION)
-    if MASKED:
-        raw = tl.where(visible, raw, MASK)
-    new_top = tl.maximum(top, tl.max(raw, 1) * UNIT)
-    weights = tl.exp2(raw * UNIT - new_top[:, None])
-    shrink = tl.exp2(top - new_top)
-    total = total * shrink + tl.sum(weights, 1)
-    out = out * shrink[:, None]
-    out = tl.dot(weights.to(value.dtype), value, out, input_precision=PRECISION)
-    return new_top, total, out
-
-
-@triton.jit
 def forward(
     query, key, value, query_far, key_far, value_far, sinks, places, ids_q, ids_kv, starts,
-    queries, keys, far_rows, window, num_global,
+    slopes, far_at, far_from, far_unit,
+    queries, keys, far_rows, window, num_global, clip,
     out, lse,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr,
     UNIT: tl.constexpr, INNER: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     FAR: tl.constexpr, SINKS: tl.constexpr, SEGMENTS: tl.constexpr,
+    ALIBI: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     """Outputs [B, T, N, Hv] and LSE [B, N, T]; one program for each query head and BLOCK_Q rows."""
-    program = tl.program_id(0)
-    blocks = tl.cdiv(queries, BLOCK_Q)
-    row = (blocks - 1 - program % blocks) * BLOCK_Q  # under causal attention, the longest first
-    head = program // blocks % HEADS
-    batch = program // (blocks * HEADS)
-    key_head = head // (HEADS // KEY_HEADS)
-    key_start = tl.load(places + 2 * batch)
-    at = tl.load(places + 2 * batch + 1) + row
-    last = at + tl.minimum(BLOCK_Q, queries - row) - 1
-
+    batch, head, key_head, row, key_start, at, last = walks.own(
+        places, queries, HEADS, KEY_HEADS, BLOCK_Q
+    )
     rows = tl.arange(0, BLOCK_Q)
     slots = tl.arange(0, BLOCK_K)
     valid = rows < queries - row
@@ -208,80 +48,101 @@ def forward(
     segments = valid
     if SEGMENTS:
         segments = tl.load(ids_q + batch.to(tl.int64) * queries + row + rows, mask=valid, other=-1)
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes + batch * HEADS + head)
+    position = at + rows + key_start
+    placed = rows  # where ALiBi says that they stand, seen from the globals
+    unit = 1.0
+    if GIVEN:
+        placed = tl.load(far_at + batch.to(tl.int64) * queries + row + rows, mask=valid, other=0)
+        unit = tl.load(far_unit + batch)
 
     top = tl.full((BLOCK_Q,), MASK * UNIT / 2, tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     sums = tl.zeros((BLOCK_Q, BLOCK_V), tl.float32)
 
     if FAR:
-        q = _tile(query_far + first_query * WIDTH, rows, valid, HEADS * WIDTH, WIDTH, BLOCK_H, True)
+        q = tiles.tile(
+            query_far + first_query * WIDTH, rows, valid, HEADS * WIDTH, WIDTH, BLOCK_H, True
+        )
         far_origin = batch.to(tl.int64) * far_rows
-        first, before, clear, after, masked = _far_walk(
+        first, before, clear, after, masked = walks.far_walk(
             at, last, window, key_start, num_global, far_rows, starts, key_origin,
             BLOCK_K, SEGMENTS,
         )  # fmt: skip
         for start in tl.range(clear, after, BLOCK_K):
             at_row = (far_origin + start) * KEY_HEADS + key_head
-            k = _tile(
-                key_far + at_row * WIDTH, slots, slots, KEY_HEADS * WIDTH, WIDTH, BLOCK_H, False
-            )
-            v = _tile(
-                value_far + at_row * VALUE_WIDTH, slots, slots,
-                KEY_HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, False,
+            k, v = tiles.key_and_value(
+                key_far, value_far, at_row, slots, slots,
+                KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, False,
             )  # fmt: skip
-            top, total, sums = _attend(
-                q, k, v, slots, top, total, sums, UNIT, INNER, MASK, PRECISION, False
-            )
+            column = start + slots
+            away = slots
+            if ALIBI:
+                away = slope * walks.far_distance(
+                    position, placed, column, far_rows, far_from + far_origin, unit, clip, GIVEN
+                )
+            top, total, sums = tiles.attend(
+                q, k, v, slots, away, top, total, sums, UNIT, INNER, MASK, PRECISION, ALIBI, False
+            )  # fmt: skip
         for t in tl.range(0, masked):
             start = tl.where(t < before, first + t * BLOCK_K, after + (t - before) * BLOCK_K)
             at_row = (far_origin + start) * KEY_HEADS + key_head
             column = start + slots
             inside = column < far_rows
-            k = _tile(
-                key_far + at_row * WIDTH, slots, inside, KEY_HEADS * WIDTH, WIDTH, BLOCK_H, True
-            )
-            v = _tile(
-                value_far + at_row * VALUE_WIDTH, slots, inside,
-                KEY_HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, True,
+            k, v = tiles.key_and_value(
+                key_far, value_far, at_row, slots, inside,
+                KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, True,
             )  # fmt: skip
-            visible = _far_visible(
+            visible = walks.far_visible(
                 at + rows, column, window, key_start, num_global, far_rows,
                 segments, ids_kv, starts, key_origin, SEGMENTS,
             )  # fmt: skip
-            top, total, sums = _attend(
-                q, k, v, visible, top, total, sums, UNIT, INNER, MASK, PRECISION, True
-            )
+            away = slots
+            if ALIBI:
+                away = slope * walks.far_distance(
+                    position, placed, column, far_rows, far_from + far_origin, unit, clip, GIVEN
+                )
+            top, total, sums = tiles.attend(
+                q, k, v, visible, away, top, total, sums, UNIT, INNER, MASK, PRECISION, ALIBI, True
+            )  # fmt: skip
 
-    q = _tile(query + first_query * WIDTH, rows, valid, HEADS * WIDTH, WIDTH, BLOCK_H, True)
-    first, before, clear, after, masked = _near_walk(
+    q = tiles.tile(query + first_query * WIDTH, rows, valid, HEADS * WIDTH, WIDTH, BLOCK_H, True)
+    first, before, clear, after, masked = walks.near_walk(
         at, last, window, key_start, keys, starts, key_origin, BLOCK_K, SEGMENTS
     )
     for start in tl.range(clear, after, BLOCK_K):
         at_row = (key_origin + start) * KEY_HEADS + key_head
-        k = _tile(key + at_row * WIDTH, slots, slots, KEY_HEADS * WIDTH, WIDTH, BLOCK_H, False)
-        v = _tile(
-            value + at_row * VALUE_WIDTH, slots, slots,
-            KEY_HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, False,
+        k, v = tiles.key_and_value(
+            key, value, at_row, slots, slots,
+            KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, False,
         )  # fmt: skip
-        top, total, sums = _attend(
-            q, k, v, slots, top, total, sums, UNIT, INNER, MASK, PRECISION, False
-        )
+        column = start + slots
+        away = slots
+        if ALIBI:
+            away = slope * ((at + rows)[:, None] - column[None, :]).to(tl.float32)
+        top, total, sums = tiles.attend(
+            q, k, v, slots, away, top, total, sums, UNIT, INNER, MASK, PRECISION, ALIBI, False
+        )  # fmt: skip
     for t in tl.range(0, masked):
         start = tl.where(t < before, first + t * BLOCK_K, after + (t - before) * BLOCK_K)
         at_row = (key_origin + start) * KEY_HEADS + key_head
         column = start + slots
         inside = column < keys
-        k = _tile(key + at_row * WIDTH, slots, inside, KEY_HEADS * WIDTH, WIDTH, BLOCK_H, True)
-        v = _tile(
-            value + at_row * VALUE_WIDTH, slots, inside,
-            KEY_HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, True,
+        k, v = tiles.key_and_value(
+            key, value, at_row, slots, inside,
+            KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, True,
         )  # fmt: skip
-        visible = _near_visible(
+        visible = walks.near_visible(
             at + rows, column, window, keys, segments, ids_kv, key_origin, SEGMENTS
         )
-        top, total, sums = _attend(
-            q, k, v, visible, top, total, sums, UNIT, INNER, MASK, PRECISION, True
-        )
+        away = slots
+        if ALIBI:
+            away = slope * ((at + rows)[:, None] - column[None, :]).to(tl.float32)
+        top, total, sums = tiles.attend(
+            q, k, v, visible, away, top, total, sums, UNIT, INNER, MASK, PRECISION, ALIBI, True
+        )  # fmt: skip
 
     empty = total == 0
     if SINKS:
@@ -291,63 +152,32 @@ def forward(
         total = total * shrink + tl.exp2(sink - new_top)
         sums = sums * shrink[:, None]
         top = new_top
-    total = tl.where(empty, 1.0, total)
-    sums = tl.where(empty[:, None], 0.0, sums / total[:, None])
-    lse_rows = tl.where(empty, float("-inf"), (top + tl.log2(total)) / LOG2_E)
-    _store(
-        out + first_query * VALUE_WIDTH, rows, valid, sums,
-        HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V,
+    tiles.write(
+        out, lse, empty, top, total, sums, batch, row, head, queries, rows, valid,
+        HEADS, VALUE_WIDTH, BLOCK_V,
     )  # fmt: skip
-    at_lse = (batch.to(tl.int64) * HEADS + head) * queries + row + rows
-    tl.store(lse + at_lse, lse_rows, mask=valid)
 
 
 # --- Gradient of the queries ----------------------------------------------------------------------
 
 
 @triton.jit
-def _query_gradient(
-    query, key, value, d_out, lse2, delta, visible, d_query,
-    UNIT: tl.constexpr, INNER: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    raw = _raw_scores(query, key, INNER, PRECISION)
-    if MASKED:
-        exponent = tl.where(visible, raw, MASK) * UNIT
-    else:
-        exponent = raw * UNIT
-    weights = tl.exp2(exponent - lse2[:, None])
-    d_weights = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
-    d_logits = weights * (d_weights - delta[:, None])
-    if INNER is not None:
-        d_logits = d_logits * (1 - raw * raw)
-    return tl.dot(d_logits.to(key.dtype), key, d_query, input_precision=PRECISION)
-
-
-@triton.jit
 def gradient_of_queries(
     query, key, value, query_far, key_far, value_far, d_out, lse2, delta,
-    places, ids_q, ids_kv, starts,
-    queries, keys, far_rows, window, num_global,
+    places, ids_q, ids_kv, starts, slopes, far_at, far_from, far_unit,
+    queries, keys, far_rows, window, num_global, clip,
     d_query, d_query_far,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr,
     SCALE: tl.constexpr,
     UNIT: tl.constexpr, INNER: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    FAR: tl.constexpr, SEGMENTS: tl.constexpr,
+    FAR: tl.constexpr, SEGMENTS: tl.constexpr, ALIBI: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     """Gradients [B, T, N, H] of both queries, by the walk of the forward."""
-    program = tl.program_id(0)
-    blocks = tl.cdiv(queries, BLOCK_Q)
-    row = (blocks - 1 - program % blocks) * BLOCK_Q
-    head = program // blocks % HEADS
-    batch = program // (blocks * HEADS)
-    key_head = head // (HEADS // KEY_HEADS)
-    key_start = tl.load(places + 2 * batch)
-    at = tl.load(places + 2 * batch + 1) + row
-    last = at + tl.minimum(BLOCK_Q, queries - row) - 1
-
+    batch, head, key_head, row, key_start, at, last = walks.own(
+        places, queries, HEADS, KEY_HEADS, BLOCK_Q
+    )
     rows = tl.arange(0, BLOCK_Q)
     slots = tl.arange(0, BLOCK_K)
     valid = rows < queries - row
@@ -356,96 +186,113 @@ def gradient_of_queries(
     segments = valid
     if SEGMENTS:
         segments = tl.load(ids_q + batch.to(tl.int64) * queries + row + rows, mask=valid, other=-1)
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes + batch * HEADS + head)
+    position = at + rows + key_start
+    placed = rows  # where ALiBi says that they stand, seen from the globals
+    unit = 1.0
+    if GIVEN:
+        placed = tl.load(far_at + batch.to(tl.int64) * queries + row + rows, mask=valid, other=0)
+        unit = tl.load(far_unit + batch)
 
-    at_lse = (batch.to(tl.int64) * HEADS + head) * queries + row + rows
-    # Rows past the end weigh nothing.
-    lse2_rows = tl.load(lse2 + at_lse, mask=valid, other=1e38)
-    delta_rows = tl.load(delta + at_lse, mask=valid, other=0.0)
-    do = _tile(
-        d_out + first_query * VALUE_WIDTH, rows, valid,
-        HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, True,
+    _, do, lse2_rows, delta_rows = tiles.of_queries(
+        query, d_out, lse2, delta, batch, row, head, queries, rows, valid,
+        HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, True,
     )  # fmt: skip
 
     if FAR:
-        q = _tile(query_far + first_query * WIDTH, rows, valid, HEADS * WIDTH, WIDTH, BLOCK_H, True)
+        q = tiles.tile(
+            query_far + first_query * WIDTH, rows, valid, HEADS * WIDTH, WIDTH, BLOCK_H, True
+        )
         gradient = tl.zeros((BLOCK_Q, BLOCK_H), tl.float32)
         far_origin = batch.to(tl.int64) * far_rows
-        first, before, clear, after, masked = _far_walk(
+        first, before, clear, after, masked = walks.far_walk(
             at, last, window, key_start, num_global, far_rows, starts, key_origin,
             BLOCK_K, SEGMENTS,
         )  # fmt: skip
         for start in tl.range(clear, after, BLOCK_K):
             at_row = (far_origin + start) * KEY_HEADS + key_head
-            k = _tile(
-                key_far + at_row * WIDTH, slots, slots, KEY_HEADS * WIDTH, WIDTH, BLOCK_H, False
-            )
-            v = _tile(
-                value_far + at_row * VALUE_WIDTH, slots, slots,
-                KEY_HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, False,
+            k, v = tiles.key_and_value(
+                key_far, value_far, at_row, slots, slots,
+                KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, False,
             )  # fmt: skip
-            gradient = _query_gradient(
-                q, k, v, do, lse2_rows, delta_rows, slots, gradient,
-                UNIT, INNER, MASK, PRECISION, False,
+            column = start + slots
+            away = slots
+            if ALIBI:
+                away = slope * walks.far_distance(
+                    position, placed, column, far_rows, far_from + far_origin, unit, clip, GIVEN
+                )
+            gradient = tiles.query_gradient(
+                q, k, v, do, lse2_rows, delta_rows, slots, away, gradient,
+                UNIT, INNER, MASK, PRECISION, ALIBI, False,
             )  # fmt: skip
         for t in tl.range(0, masked):
             start = tl.where(t < before, first + t * BLOCK_K, after + (t - before) * BLOCK_K)
             at_row = (far_origin + start) * KEY_HEADS + key_head
             column = start + slots
             inside = column < far_rows
-            k = _tile(
-                key_far + at_row * WIDTH, slots, inside, KEY_HEADS * WIDTH, WIDTH, BLOCK_H, True
-            )
-            v = _tile(
-                value_far + at_row * VALUE_WIDTH, slots, inside,
-                KEY_HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, True,
+            k, v = tiles.key_and_value(
+                key_far, value_far, at_row, slots, inside,
+                KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, True,
             )  # fmt: skip
-            visible = _far_visible(
+            visible = walks.far_visible(
                 at + rows, column, window, key_start, num_global, far_rows,
                 segments, ids_kv, starts, key_origin, SEGMENTS,
             )  # fmt: skip
-            gradient = _query_gradient(
-                q, k, v, do, lse2_rows, delta_rows, visible, gradient,
-                UNIT, INNER, MASK, PRECISION, True,
+            away = slots
+            if ALIBI:
+                away = slope * walks.far_distance(
+                    position, placed, column, far_rows, far_from + far_origin, unit, clip, GIVEN
+                )
+            gradient = tiles.query_gradient(
+                q, k, v, do, lse2_rows, delta_rows, visible, away, gradient,
+                UNIT, INNER, MASK, PRECISION, ALIBI, True,
             )  # fmt: skip
-        _store(
+        tiles.store(
             d_query_far + first_query * WIDTH, rows, valid, gradient * SCALE,
             HEADS * WIDTH, WIDTH, BLOCK_H,
         )  # fmt: skip
 
-    q = _tile(query + first_query * WIDTH, rows, valid, HEADS * WIDTH, WIDTH, BLOCK_H, True)
+    q = tiles.tile(query + first_query * WIDTH, rows, valid, HEADS * WIDTH, WIDTH, BLOCK_H, True)
     gradient = tl.zeros((BLOCK_Q, BLOCK_H), tl.float32)
-    first, before, clear, after, masked = _near_walk(
+    first, before, clear, after, masked = walks.near_walk(
         at, last, window, key_start, keys, starts, key_origin, BLOCK_K, SEGMENTS
     )
     for start in tl.range(clear, after, BLOCK_K):
         at_row = (key_origin + start) * KEY_HEADS + key_head
-        k = _tile(key + at_row * WIDTH, slots, slots, KEY_HEADS * WIDTH, WIDTH, BLOCK_H, False)
-        v = _tile(
-            value + at_row * VALUE_WIDTH, slots, slots,
-            KEY_HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, False,
+        k, v = tiles.key_and_value(
+            key, value, at_row, slots, slots,
+            KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, False,
         )  # fmt: skip
-        gradient = _query_gradient(
-            q, k, v, do, lse2_rows, delta_rows, slots, gradient,
-            UNIT, INNER, MASK, PRECISION, False,
+        column = start + slots
+        away = slots
+        if ALIBI:
+            away = slope * ((at + rows)[:, None] - column[None, :]).to(tl.float32)
+        gradient = tiles.query_gradient(
+            q, k, v, do, lse2_rows, delta_rows, slots, away, gradient,
+            UNIT, INNER, MASK, PRECISION, ALIBI, False,
         )  # fmt: skip
     for t in tl.range(0, masked):
         start = tl.where(t < before, first + t * BLOCK_K, after + (t - before) * BLOCK_K)
         at_row = (key_origin + start) * KEY_HEADS + key_head
         column = start + slots
         inside = column < keys
-        k = _tile(key + at_row * WIDTH, slots, inside, KEY_HEADS * WIDTH, WIDTH, BLOCK_H, True)
-        v = _tile(
-            value + at_row * VALUE_WIDTH, slots, inside,
-            KEY_HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, True,
+        k, v = tiles.key_and_value(
+            key, value, at_row, slots, inside,
+            KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, True,
         )  # fmt: skip
-        visible = _near_visible(
+        visible = walks.near_visible(
             at + rows, column, window, keys, segments, ids_kv, key_origin, SEGMENTS
         )
-        gradient = _query_gradient(
-            q, k, v, do, lse2_rows, delta_rows, visible, gradient,
-            UNIT, INNER, MASK, PRECISION, True,
+        away = slots
+        if ALIBI:
+            away = slope * ((at + rows)[:, None] - column[None, :]).to(tl.float32)
+        gradient = tiles.query_gradient(
+            q, k, v, do, lse2_rows, delta_rows, visible, away, gradient,
+            UNIT, INNER, MASK, PRECISION, ALIBI, True,
         )  # fmt: skip
-    _store(
+    tiles.store(
         d_query + first_query * WIDTH, rows, valid, gradient * SCALE,
         HEADS * WIDTH, WIDTH, BLOCK_H,
     )  # fmt: skip
@@ -455,38 +302,39 @@ def gradient_of_queries(
 
 
 @triton.jit
-def _key_gradients(
-    query, key, value, d_out, lse2, delta, visible, d_key, d_value,
-    UNIT: tl.constexpr, INNER: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
+def _away_from_keys(
+    slopes, head, at, column, key_start, far_at, asked, far_from, key_origin, keys, far_unit, clip,
+    FAR: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """(d_key, d_value) after one tile of queries; scores are [keys, queries] here."""
-    raw = _raw_scores(key, query, INNER, PRECISION)
-    if MASKED:
-        exponent = tl.where(visible, raw, MASK) * UNIT
+    """What ALiBi takes off scores [keys, queries]; `far_at` points to what the queries have."""
+    if FAR:
+        placed = at
+        unit = 1.0
+        if GIVEN:
+            placed = tl.load(far_at, mask=asked, other=0)
+            unit = tl.load(far_unit)
+        distance = tl.trans(
+            walks.far_distance(
+                at + key_start, placed, column, keys, far_from + key_origin, unit, clip, GIVEN
+            )
+        )
     else:
-        exponent = raw * UNIT
-    weights = tl.exp2(exponent - lse2[None, :])
-    d_value = tl.dot(weights.to(d_out.dtype), d_out, d_value, input_precision=PRECISION)
-    d_weights = tl.dot(value, tl.trans(d_out), input_precision=PRECISION)
-    d_logits = weights * (d_weights - delta[None, :])
-    if INNER is not None:
-        d_logits = d_logits * (1 - raw * raw)
-    d_key = tl.dot(d_logits.to(query.dtype), query, d_key, input_precision=PRECISION)
-    return d_key, d_value
+        distance = (at[None, :] - column[:, None]).to(tl.float32)
+    return tl.load(slopes + head) * distance
 
 
 @triton.jit
 def gradient_of_keys(
     query, key, value, d_out, lse2, delta, places, ids_q, ids_kv, starts, ends,
-    batches, queries, keys, window, num_global, chunks,
+    slopes, far_at, far_from, far_unit,
+    batches, queries, keys, window, num_global, clip, chunks,
     d_key, d_value,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr,
     SCALE: tl.constexpr,
     UNIT: tl.constexpr, INNER: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    FAR: tl.constexpr, SEGMENTS: tl.constexpr,
+    FAR: tl.constexpr, SEGMENTS: tl.constexpr, ALIBI: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     """Gradients [chunks, B, S, K, ...] of one branch's keys and values, a part for each chunk of
     queries; with FAR the branch is that of the globals, and `keys` counts its rows.
@@ -538,15 +386,13 @@ def gradient_of_keys(
     part = tl.cdiv(queries, chunks)
     first = tl.maximum(first, chunk * part)
     end = tl.minimum(end, tl.minimum((chunk + 1) * part, queries))
-    before, clear, after, masked = _walk(
+    before, clear, after, masked = walks.walk(
         first, clear_first, tl.minimum(clear_end, end), end, BLOCK_Q, SEGMENTS
     )
 
-    k = _tile(key + at_key * WIDTH, slots, inside, KEY_HEADS * WIDTH, WIDTH, BLOCK_H, True)
-    v = _tile(
-        value + at_key * VALUE_WIDTH, slots, inside,
-        KEY_HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, True,
-    )  # fmt: skip
+    k, v = tiles.key_and_value(
+        key, value, at_key, slots, inside, KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, True
+    )
     d_k = tl.zeros((BLOCK_K, BLOCK_H), tl.float32)
     d_v = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
     # All query heads of the key head in one loop: nested ones would start their pipeline anew for
@@ -556,33 +402,37 @@ def gradient_of_keys(
     for turn in tl.range(0, group * clear_tiles):
         head = key_head * group + turn // clear_tiles
         row = clear + turn % clear_tiles * BLOCK_Q
-        at_row = (query_origin + row) * HEADS + head
-        q = _tile(query + at_row * WIDTH, rows, rows, HEADS * WIDTH, WIDTH, BLOCK_H, False)
-        do = _tile(
-            d_out + at_row * VALUE_WIDTH, rows, rows,
-            HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, False,
+        q, do, lse2_rows, delta_rows = tiles.of_queries(
+            query, d_out, lse2, delta, batch, row, head, queries, rows, rows,
+            HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, False,
         )  # fmt: skip
-        statistics = (batch.to(tl.int64) * HEADS + head) * queries + row
-        lse2_rows = tl.load(lse2 + statistics + rows)
-        delta_rows = tl.load(delta + statistics + rows)
-        d_k, d_v = _key_gradients(
-            q, k, v, do, lse2_rows, delta_rows, rows, d_k, d_v,
-            UNIT, INNER, MASK, PRECISION, False,
+        away = slots
+        if ALIBI:
+            away = _away_from_keys(
+                slopes, batch * HEADS + head, offset + row + rows, column, key_start,
+                far_at + query_origin + row + rows, row + rows < end, far_from, key_origin, keys,
+                far_unit + batch, clip, FAR, GIVEN,
+            )  # fmt: skip
+        d_k, d_v = tiles.key_gradients(
+            q, k, v, do, lse2_rows, delta_rows, rows, away, d_k, d_v,
+            UNIT, INNER, MASK, PRECISION, ALIBI, False,
         )  # fmt: skip
     for turn in tl.range(0, group * masked):
         head = key_head * group + turn // masked
         t = turn % masked
         row = tl.where(t < before, first + t * BLOCK_Q, after + (t - before) * BLOCK_Q)
-        at_row = (query_origin + row) * HEADS + head
         asked = row + rows < end
-        q = _tile(query + at_row * WIDTH, rows, asked, HEADS * WIDTH, WIDTH, BLOCK_H, True)
-        do = _tile(
-            d_out + at_row * VALUE_WIDTH, rows, asked,
-            HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, True,
+        q, do, lse2_rows, delta_rows = tiles.of_queries(
+            query, d_out, lse2, delta, batch, row, head, queries, rows, asked,
+            HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, True,
         )  # fmt: skip
-        statistics = (batch.to(tl.int64) * HEADS + head) * queries + row
-        lse2_rows = tl.load(lse2 + statistics + rows, mask=asked, other=1e38)
-        delta_rows = tl.load(delta + statistics + rows, mask=asked, other=0.0)
+        away = slots
+        if ALIBI:
+            away = _away_from_keys(
+                slopes, batch * HEADS + head, offset + row + rows, column, key_start,
+                far_at + query_origin + row + rows, asked, far_from, key_origin, keys,
+                far_unit + batch, clip, FAR, GIVEN,
+            )  # fmt: skip
         distance = (offset + row + rows)[None, :] - column[:, None]
         if FAR:
             visible = distance + key_start >= window
@@ -592,17 +442,17 @@ def gradient_of_keys(
         if SEGMENTS:
             ids_rows = tl.load(ids_q + query_origin + row + rows, mask=asked, other=-1)
             visible &= (ids_rows[None, :] == ids[:, None]) & (ids_rows >= 0)[None, :]
-        d_k, d_v = _key_gradients(
-            q, k, v, do, lse2_rows, delta_rows, visible, d_k, d_v,
-            UNIT, INNER, MASK, PRECISION, True,
+        d_k, d_v = tiles.key_gradients(
+            q, k, v, do, lse2_rows, delta_rows, visible, away, d_k, d_v,
+            UNIT, INNER, MASK, PRECISION, ALIBI, True,
         )  # fmt: skip
 
     # Keys that nobody may see were scored with the others; what they gathered is dropped here.
     d_k = tl.where(seen[:, None], d_k * SCALE, 0.0)
     d_v = tl.where(seen[:, None], d_v, 0.0)
     to = ((chunk.to(tl.int64) * batches + batch) * keys + start) * KEY_HEADS + key_head
-    _store(d_key + to * WIDTH, slots, inside, d_k, KEY_HEADS * WIDTH, WIDTH, BLOCK_H)
-    _store(
+    tiles.store(d_key + to * WIDTH, slots, inside, d_k, KEY_HEADS * WIDTH, WIDTH, BLOCK_H)
+    tiles.store(
         d_value + to * VALUE_WIDTH, slots, inside, d_v,
         KEY_HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V,
     )  # fmt: skip

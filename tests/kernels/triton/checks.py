@@ -87,6 +87,15 @@ def attention(inputs, options, *, dtype=np.float32, config=SQUARE):
         chosen = {"query_offset": OFFSET} | options
         if chosen.pop("packed", False):
             chosen["segment_ids"] = packed()
+        if chosen.pop("slopes", False):
+            # One is 0: nothing may divide by it.
+            chosen["alibi_slopes"] = jnp.linspace(0, 0.3, given["query"].shape[2])
+        if chosen.pop("far", False):
+            chosen["global_distance"] = kernels.GlobalDistance(
+                jnp.arange(QUERIES, dtype=jnp.int32)[None] + 90,
+                jnp.arange(given["key_global"].shape[1], dtype=jnp.int32)[None] * 3,
+                0.25,
+            )
         found = results(
             given, implementation="triton", dtype=dtype, config=config, **chosen
         )  # fmt: skip
@@ -190,6 +199,19 @@ LAMBDA_CASES = {
     ),
     "queries after the keys": (
         {"rows": 6}, {"num_global": 6, "window_size": 9, "query_offset": OFFSET + 5}, SQUARE,
+    ),
+    "ALiBi": (
+        {"heads": 4, "sinks": True},
+        {"num_global": KEYS, "window_size": 11, "slopes": True, "logits_soft_cap": 5.0},
+        UNEQUAL,
+    ),
+    "ALiBi with a limit, segments": (
+        {"heads": 4},
+        {"num_global": 3, "window_size": 10, "slopes": True, "clip_distance": 12, "packed": True},
+        SQUARE,
+    ),
+    "ALiBi at given distances": (
+        {"rows": 20}, {"num_global": 20, "window_size": 15, "slopes": True, "far": True}, UNEQUAL,
     ),
     "heads that differ": (
         {"heads": 4, "key_heads": 2},

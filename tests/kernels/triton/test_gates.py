@@ -20,16 +20,18 @@ pytestmark = pytest.mark.aot
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of one block
 
 
-def lambda_launches(width, dtype, *, length=131_072, segments=False, **options):
+def lambda_launches(width, dtype, *, length=131_072, segments=False, alibi=False, **options):
     """Forward, gradient of the queries, of keys and values, of the globals' keys and values."""
     query = jax.ShapeDtypeStruct((1, length, 32, width), dtype)
     key = jax.ShapeDtypeStruct((1, length, 8, width), dtype)
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
 
     def loss(query, key, value, ids):
+        far = kernels.GlobalDistance(ids, ids[:, :100], 0.5) if alibi == "given" else None
         out = kernels.lambda_attention(
             query, key, value, num_global=100, window_size=4096, implementation="triton",
-            segment_ids=SegmentIds(ids, ids) if segments else None, **options,
+            segment_ids=SegmentIds(ids, ids) if segments else None, global_distance=far,
+            alibi_slopes=jnp.linspace(0.1, 1, 32) if alibi else None, **options,
         )  # fmt: skip
         return out.astype(jnp.float32).sum()
 
@@ -91,6 +93,11 @@ PROGRAMS = {
     "attention, 64 wide, float32": (lambda: lambda_launches(64, F32), 4, (80,), False),
     "attention, 128 wide, float32": (lambda: lambda_launches(128, F32), 4, (90,), False),
     "attention, segments": (lambda: lambda_launches(128, BF16, segments=True), 4, (90,), True),
+    "attention, ALiBi": (lambda: lambda_launches(128, BF16, alibi="given"), 4, (80, 90, 100), True),
+    "attention, ALiBi and segments, 64 wide": (
+        lambda: lambda_launches(64, BF16, alibi="own", segments=True, clip_distance=4096),
+        4, (90, 100), True,
+    ),
     "attention, soft cap": (
         lambda: lambda_launches(128, BF16, logits_soft_cap=50.0), 4, (90,), True,
     ),

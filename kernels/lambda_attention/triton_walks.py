@@ -1,0 +1,133 @@
+"""Which tiles the Triton kernels of Λ-attention visit, and who sees whom in them. No JAX here.
+
+Queries stand beside key rows `at` .. `last`; `key_start` is the position of key row 0.
+"""
+
+# Triton is no dependency: where it is missing, this file is not imported.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def walk(first, clear_first, clear_end, end, BLOCK: tl.constexpr, ALL_MASKED: tl.constexpr):
+    """How to visit [first, end), of which [clear_first, clear_end) needs no mask.
+
+    (masked tiles from `first` on, start of the clear tiles, end of the clear tiles = start of the
+    remaining masked ones, number of masked tiles)
+    """
+    whole = tl.cdiv(tl.maximum(end - first, 0), BLOCK)
+    if ALL_MASKED:
+        before = whole
+        clear = first + before * BLOCK
+        after = clear
+    else:
+        before = tl.minimum(tl.cdiv(tl.maximum(clear_first - first, 0), BLOCK), whole)
+        clear = first + before * BLOCK
+        after = clear + tl.maximum(clear_end - clear, 0) // BLOCK * BLOCK
+    return before, clear, after, before + tl.cdiv(tl.maximum(end - after, 0), BLOCK)
+
+
+@triton.jit
+def near_walk(
+    at, last, window, key_start, keys, starts, origin, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr
+):  # fmt: skip
+    """(first key, *walk) of the window of queries that stand at key rows at..last."""
+    first = tl.maximum(tl.maximum(at - window + 1, -key_start), 0)
+    if SEGMENTS:
+        beside = tl.minimum(tl.maximum(at, 0), keys - 1)
+        first = tl.maximum(first, tl.load(starts + origin + beside))
+    before, clear, after, masked = walk(
+        first, last - window + 1, tl.minimum(at + 1, keys), tl.minimum(last + 1, keys),
+        BLOCK, SEGMENTS,
+    )  # fmt: skip
+    return first, before, clear, after, masked
+
+
+@triton.jit
+def far_walk(
+    at, last, window, key_start, num_global, far_rows, starts, origin,
+    BLOCK: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """(first row, *walk) of the globals of queries that stand at key rows at..last."""
+    if SEGMENTS:
+        # The globals of the segment that the first query is in, and then those of segments that
+        # begin within the block: rows after the first query that the last one is w away from.
+        first = tl.load(starts + origin + tl.minimum(tl.maximum(at, 0), far_rows - 1))
+        end = tl.minimum(last - window + 1, far_rows)
+        own = tl.minimum(first + num_global, end)
+        before = tl.cdiv(tl.maximum(own - first, 0), BLOCK)
+        clear = first + before * BLOCK
+        after = tl.maximum(clear, at + 1)
+        clear = after
+        masked = before + tl.cdiv(tl.maximum(end - after, 0), BLOCK)
+    else:
+        first = at * 0
+        limit = tl.minimum(num_global, far_rows)
+        beyond = key_start - window + 1
+        before, clear, after, masked = walk(
+            first, first, tl.minimum(at + beyond, limit), tl.minimum(last + beyond, limit),
+            BLOCK, False,
+        )  # fmt: skip
+    return first, before, clear, after, masked
+
+
+@triton.jit
+def near_visible(
+    at, column, window, keys, ids_q, ids_kv, origin, SEGMENTS: tl.constexpr
+):  # fmt: skip
+    """[queries, keys] of the window; `at` are key rows that the queries stand beside."""
+    distance = at[:, None] - column[None, :]
+    visible = (distance >= 0) & (distance < window) & (column < keys)[None, :]
+    if SEGMENTS:
+        ids = tl.load(ids_kv + origin + column, mask=column < keys, other=-1)
+        visible &= (ids_q[:, None] == ids[None, :]) & (ids_q >= 0)[:, None]
+    return visible
+
+
+@triton.jit
+def far_visible(
+    at, column, window, key_start, num_global, far_rows, ids_q, ids_kv, starts, origin,
+    SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """[queries, rows] of the globals."""
+    inside = column < far_rows
+    visible = at[:, None] + key_start - column[None, :] >= window
+    if SEGMENTS:
+        ids = tl.load(ids_kv + origin + column, mask=inside, other=-1)
+        rank = column - tl.load(starts + origin + column, mask=inside, other=0)
+        visible &= (inside & (rank < num_global))[None, :]
+        visible &= (ids_q[:, None] == ids[None, :]) & (ids_q >= 0)[:, None]
+    else:
+        visible &= (inside & (column < num_global))[None, :]
+    return visible
+
+
+@triton.jit
+def own(places, queries, HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """(batch row, head, its key head, first row, key_start, the key rows at which the first and the
+    last row stand) of a program that owns queries."""
+    program = tl.program_id(0)
+    blocks = tl.cdiv(queries, BLOCK_Q)
+    row = (blocks - 1 - program % blocks) * BLOCK_Q  # under causal attention, the longest first
+    head = program // blocks % HEADS
+    batch = program // (blocks * HEADS)
+    key_head = head // (HEADS // KEY_HEADS)
+    key_start = tl.load(places + 2 * batch)
+    at = tl.load(places + 2 * batch + 1) + row
+    last = at + tl.minimum(BLOCK_Q, queries - row) - 1
+    return batch, head, key_head, row, key_start, at, last
+
+
+@triton.jit
+def far_distance(
+    position, placed, column, far_rows, far_from, unit, clip, GIVEN: tl.constexpr
+):  # fmt: skip
+    """[queries, rows] of the globals, as ALiBi sees them."""
+    if GIVEN:
+        origin = tl.load(far_from + column, mask=column < far_rows, other=0)
+        distance = (placed[:, None] - origin[None, :]).to(tl.float32) * unit
+    else:
+        distance = tl.minimum(position[:, None] - column[None, :], clip).to(tl.float32)
+    return distance

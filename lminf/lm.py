@@ -183,7 +183,8 @@ class LM:
         """
         if self.mesh is not None and policies.by_content(self.policy):
             # Which tokens are chosen follows from all that came before: one device reads them.
-            yield from dataclasses.replace(self, mesh=None).read(pieces, longest=longest)
+            alone = dataclasses.replace(self, mesh=None)
+            yield from alone.read(pieces, longest=longest, prompt=prompt)
             return
         module, mesh = self.decoder, self.mesh
         bounded = all(policy.bounded for policy in module.policies)

@@ -1,5 +1,6 @@
 """SnapKV and ThinK in a model: prompts, what follows them, and texts that have none."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -23,6 +24,8 @@ def test_losses_after_a_prompt_of_which_all_is_kept_are_those_of_full(lm, ids, s
     plain = lm.with_policy(Full()).token_nll(ids)
     found = lm.with_policy(ThinK(0.0, recent=4)).token_nll(ids, prompt=24)
     np.testing.assert_allclose(found, plain, atol=1e-5)
+    on_two = lm.with_policy(ThinK(0.0, recent=4)).with_devices(jax.devices()[:2])
+    np.testing.assert_array_equal(on_two.token_nll(ids, prompt=24), found)
     thinner = lm.with_policy(ThinK(0.5, recent=4, capacity=12)).token_nll(ids, prompt=24)
     np.testing.assert_allclose(thinner[:24], plain[:24], atol=1e-5)
     assert np.abs(thinner[24:] - plain[24:]).max() > 1e-3

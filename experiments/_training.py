@@ -19,7 +19,7 @@ from lminf.models.spec import ModelSpec
 from lminf.parallel import mesh, partition
 from lminf.run import watchers
 from lminf.surgery.lora import LoRA
-from lminf.train.batches import Batches
+from lminf.train.batches import Batches, Share
 from lminf.train.optim import OPTIMIZERS
 from lminf.train.schedules import SCHEDULES
 from lminf.train.step import REMAT, Program
@@ -122,13 +122,13 @@ def known(name: str, table: Mapping[str, Any], what: str) -> str:
 
 @dataclass(frozen=True)
 class Data:
-    train: Batches
+    train: Batches  # this process's share
     shapes: tuple[tuple[int, int], ...]  # (rows, length) of every batch that may come
     held_out: list[Mapping[str, np.ndarray]]  # batches, for evaluation
 
 
-def data_of(c, tokenizer) -> Data:
-    """Batches of the stores or texts by the plan; the end of each is held out."""
+def data_of(c, tokenizer, share: Share) -> Data:
+    """Batches of the stores or texts by the plan; the end of each is held out, in every process."""
     size = {"length": c.data.length, "rows": c.data.batch}
     plan = loader.parse_plan(c.data.plan)
     corpora = corpus.open_corpora(c.data.path, tokenizer)
@@ -136,7 +136,7 @@ def data_of(c, tokenizer) -> Data:
     corpora, held_out = corpus.hold_out(corpora, c.data.held_out, at_most=needed)
     train = loader.Loader(corpora, plan, seed=c.seed, **size)
     return Data(
-        loader.Prefetched(train),
+        loader.Prefetched(train, process=share.index, processes=share.count),
         train.schedule.shapes,
         windows.consecutive(held_out, at_most=c.evaluate.batches, **size),
     )

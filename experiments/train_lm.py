@@ -34,8 +34,9 @@ def run(c, out):
     _training.check(c)
     start = _training.start_of(c)
     program = _training.program_of(c, start.spec)
-    data = _training.data_of(c, start.tokenizer)
     place = {"mesh": program.mesh, "strategy": program.strategy}
+    share = batches.share(**place)
+    data = _training.data_of(c, start.tokenizer, share)
     for shape in data.shapes:
         example = dict.fromkeys(("tokens", "targets"), np.zeros(shape, np.int32))
         batches.check(example, accumulate=c.accumulate, **place)
@@ -61,7 +62,7 @@ def run(c, out):
                 state = fit(
                     watch.split.compiling(program.step, key=lambda _, batch: shapes(batch)),
                     state,
-                    lambda step: batches.put(data.train.batch(step), **place),
+                    lambda step: batches.put(data.train.batch(step), **place, share=share),
                     steps=until,
                     watch=watch,
                     not_finite=watch.not_finite,

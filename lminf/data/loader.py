@@ -141,16 +141,17 @@ def _same_tokenizer(stores: Sequence[TokenStore]) -> None:
 
 
 class Source(Protocol):
-    def batch(self, step: int) -> Any: ...
+    def batch(self, step: int, *, process: int, processes: int) -> Any: ...
 
     def documents(self, step: int) -> Sequence[int]: ...
 
 
 class Prefetched:
-    """The same batches, the next ones being made while a step runs."""
+    """One process's share of the same batches, the next ones being made while a step runs."""
 
-    def __init__(self, source: Source, *, ahead: int = 2):
+    def __init__(self, source: Source, *, ahead: int = 2, process: int = 0, processes: int = 1):
         self._source, self._ahead = source, ahead
+        self._share = {"process": process, "processes": processes}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._made: dict[int, Future] = {}
         self._lock = threading.Lock()
@@ -162,7 +163,9 @@ class Prefetched:
                 self._made.pop(other).cancel()
             for number in wanted:
                 if number not in self._made:
-                    self._made[number] = self._pool.submit(self._source.batch, number)
+                    self._made[number] = self._pool.submit(
+                        self._source.batch, number, **self._share
+                    )
             found = self._made[step]
         return found.result()
 

@@ -1,8 +1,8 @@
 """What a step learns from: arrays by name, and the function of the step that gives them."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Protocol, TypeAlias
+from collections.abc import Mapping, Sequence, Set
+from typing import NamedTuple, Protocol, TypeAlias
 
 import jax
 import numpy as np
@@ -25,12 +25,49 @@ class Batches(Protocol):
     """Training data. A batch is a pure function of its step: no iterator state, exact resume."""
 
     def batch(self, step: int) -> Batch:
-        """The whole batch of a step, equal in every process."""
+        """The batch of a step: this process's share of its rows."""
         ...
 
     def documents(self, step: int) -> Sequence[int]:
-        """Where the rows of that batch come from, to be named when one of them does harm."""
+        """Where all rows of that step come from, to be named when one of them does harm."""
         ...
+
+
+class Share(NamedTuple):
+    """Part number `index` of `count` equal parts of a batch's rows."""
+
+    index: int
+    count: int
+
+
+WHOLE = Share(0, 1)
+
+
+def share(mesh: Mesh, strategy: Strategy) -> Share:
+    """The rows that this process's devices work on, which are all that it must read."""
+    copies = _copies(mesh, strategy)
+    where = partition.spec(("batch",), (copies,), strategy.activations, mesh)
+    held = NamedSharding(mesh, where).addressable_devices_indices_map((copies,))
+    rows = {row for (part,) in held.values() for row in range(copies)[part]}
+    return _enclosing(rows, copies)
+
+
+def _enclosing(rows: Set[int], of: int) -> Share:
+    """The smallest equal part of `of` rows that holds these."""
+    for count in sorted((n for n in range(1, of + 1) if of % n == 0), reverse=True):
+        size = of // count
+        if max(rows) // size == min(rows) // size:
+            return Share(min(rows) // size, count)
+    return WHOLE
+
+
+def _copies(mesh: Mesh, strategy: Strategy) -> int:
+    return math.prod(mesh.shape[axis] for axis in _axes(strategy))
+
+
+def _axes(strategy: Strategy) -> list[str]:
+    """Mesh axes over which the rows of a batch are divided."""
+    return sorted({axis for logical, axis in strategy.activations if logical == "batch"})
 
 
 def check(batch: Batch, *, mesh: Mesh, strategy: Strategy, accumulate: int) -> None:
@@ -40,12 +77,11 @@ def check(batch: Batch, *, mesh: Mesh, strategy: Strategy, accumulate: int) -> N
         raise InputError(f"a batch holds {sorted(batch)}; it must hold tokens and targets, and may "
                          f"hold weights, positions and segments")  # fmt: skip
     rows, length = batch["tokens"].shape
-    over = {axis for logical, axis in strategy.activations if logical == "batch"}
-    copies = math.prod(mesh.shape[axis] for axis in over)
+    copies = _copies(mesh, strategy)
     if rows % (copies * accumulate):
         raise InputError(
             f"a batch of {rows} rows does not divide into {accumulate} x {copies} (accumulate x "
-            f"{' and '.join(sorted(over))} devices); make the batch a multiple of "
+            f"{' and '.join(_axes(strategy))} devices); make the batch a multiple of "
             f"{copies * accumulate}"
         )
     if length % mesh.shape["context"]:
@@ -55,13 +91,19 @@ def check(batch: Batch, *, mesh: Mesh, strategy: Strategy, accumulate: int) -> N
         )
 
 
-def put(batch: Batch, *, mesh: Mesh, strategy: Strategy) -> dict[str, Array]:
-    """The batch on the mesh; every process gives the devices it holds their part."""
+def put(batch: Batch, *, mesh: Mesh, strategy: Strategy, share: Share = WHOLE) -> dict[str, Array]:
+    """The whole batch on the mesh, of which `batch` is this process's share."""
 
     def one(x):
         x = np.asarray(x)
-        where = partition.spec(("batch", "length"), x.shape, strategy.activations, mesh)
-        sharding = NamedSharding(mesh, where)
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+        shape = (x.shape[0] * share.count, x.shape[1])
+        where = partition.spec(("batch", "length"), shape, strategy.activations, mesh)
+        before = x.shape[0] * share.index
+
+        def part(index):
+            first, last, _ = index[0].indices(shape[0])
+            return x[first - before : last - before, index[1]]
+
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, where), part)
 
     return {name: one(x) for name, x in batch.items()}

@@ -346,6 +346,8 @@ def test_prefetched_batches_are_the_same_in_any_order():
     for step in (0, 1, 2, 9, 3, 3, 4):
         np.testing.assert_array_equal(ahead.batch(step)["tokens"], loaded.batch(step)["tokens"])
     assert ahead.documents(3) == loaded.documents(3)
+    own = Prefetched(loaded, process=1, processes=2).batch(3)["tokens"]
+    np.testing.assert_array_equal(own, loaded.batch(3)["tokens"][2:])
 
 
 @pytest.mark.parametrize(

@@ -204,3 +204,24 @@ def test_a_batch_that_does_not_fit_is_one_sentence(changes, message):
         batches.check(
             {**making.tokens(), **changes}, mesh=made.mesh, strategy=made.strategy, accumulate=1
         )
+
+
+@pytest.mark.parametrize(
+    ("rows", "of", "share"),
+    [
+        ({0, 1, 2, 3}, 8, (0, 2)),
+        ({4, 5, 6, 7}, 8, (1, 2)),
+        ({2}, 4, (2, 4)),
+        ({0, 3}, 8, (0, 2)),
+        ({1, 2}, 4, (0, 1)),
+        ({0, 1}, 2, (0, 1)),
+        ({3, 4, 5}, 9, (1, 3)),
+    ],
+)
+def test_a_process_reads_the_smallest_share_with_its_rows(rows, of, share):
+    assert batches._enclosing(rows, of) == share
+
+
+def test_one_process_reads_every_row():
+    made = making.program(strategy="data+context", data=4, context=2)
+    assert batches.share(made.mesh, made.strategy) == batches.WHOLE

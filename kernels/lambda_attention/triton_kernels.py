@@ -6,7 +6,7 @@ the same source runs under jax-triton, in the Triton interpreter and in `triton.
 
 A program walks the tiles of the globals and those of its window. Each walk is a loop over tiles
 that every pair of sees, without any mask, and one over the tiles on an edge. What happens to one
-tile is in `common/triton_attention`. With ALIBI, `slopes` [B, N] are in units of raw scores; with
+tile is in `common/triton_kernels`. With ALIBI, `slopes` [B, N] are in units of raw scores; with
 GIVEN, the globals' distances are (far_at[row] - far_from[key]) * far_unit.
 """
 
@@ -16,9 +16,9 @@ GIVEN, the globals' distances are (far_at[row] - far_from[key]) * far_unit.
 import triton
 import triton.language as tl
 
-from kernels.common import triton_attention as tiles
+from kernels.common import triton_kernels as tiles
 from kernels.common.triton_math import LOG2_E
-from kernels.lambda_attention import triton_walks as walks
+from kernels.lambda_attention import triton_math as walks
 
 # --- Forward --------------------------------------------------------------------------------------
 

@@ -1,4 +1,5 @@
-"""Which tiles the Triton kernels of Λ-attention visit, and who sees whom in them. No JAX here.
+"""Positions in the Triton kernels of Λ-attention: which tiles are visited, who sees whom in them,
+and how far away. No JAX here.
 
 Queries stand beside key rows `at` .. `last`; `key_start` is the position of key row 0.
 """

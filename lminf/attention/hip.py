@@ -13,10 +13,12 @@ what it found for `refresh` tokens. The first `dense_layers` layers see everythi
 the model's own: this saves work, and does not reach past the trained length.
 """
 
+import functools
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 import kernels
 from lminf.attention import cache as caches
@@ -25,9 +27,207 @@ from lminf.attention.policies import at_least
 from lminf.errors import InputError
 
 
+class Searching(select.Choosing):
+    """Sinks, a window, and what a search in stages finds between them for a block of queries.
+
+    Subclasses say how a stage searches, and where what is seen seems to be. Decoding keeps what a
+    stage found until it or a stage before it searches again, and the window where it then began.
+    """
+
+    window: int  # tokens, the query's own included
+    sinks: int  # tokens at the start that stay visible
+    query_block: int  # tokens that see the same, where they are read together
+    dense_layers: int  # layers at the start, of those with this policy, that see everything
+
+    loose = 0  # tokens that a window may have beyond its width
+
+    @property
+    def near_width(self) -> int:
+        return self.window
+
+    @property
+    def far_count(self) -> int:
+        return self.sinks
+
+    @property
+    def refreshes(self) -> tuple[int, ...]:
+        """Of every stage, the tokens that are written before it searches again."""
+        raise NotImplementedError
+
+    def kept(self, stage: int, slots: int) -> int:
+        """Blocks that a stage keeps of a text of so many tokens."""
+        raise NotImplementedError
+
+    def window_start(self, first: Int[Array, " B"]) -> Int[Array, " B"]:
+        """Where the window of a block of queries begins."""
+        raise NotImplementedError
+
+    def search(
+        self, stage: int, keys: "Keys", group: select.Group, q, start, before
+    ) -> Int[Array, "B K kept"]:
+        """Numbers of the blocks that a stage keeps of those `before`, in order; first -1 for none.
+        The first stage has `before` None, and everything from sinks to `start`.
+        """
+        raise NotImplementedError
+
+    def tokens(self, blocks: Int[Array, "B K X"], start) -> Int[Array, "B K Y"]:
+        """Positions of the tokens of the last stage's blocks; -1 for those of none."""
+        raise NotImplementedError
+
+    def places(self, slots: int, rows: int) -> int:
+        """One past the largest place that `seem` or a search gives a key."""
+        del rows
+        return slots
+
+    def seem(self, pos: Int[Array, "B K X"], found: int, start, rows_pos):
+        """Places of the keys at `pos`, of which `found` stand before the window; and of the
+        queries [B, R].
+        """
+        del found, start
+        return pos, rows_pos
+
+    def extra(self, sizes: caches.Sizes):
+        stages = range(len(self.refreshes))
+        kept = [(sizes.batch, sizes.kv_heads, self.kept(s, sizes.slots)) for s in stages]
+        return {  # what decoding found last: blocks, -1 for none, and where its window began
+            "found": tuple(jnp.full(shape, -1, jnp.int32) for shape in kept),
+            "start": jnp.full((sizes.batch,), -1, jnp.int32),
+        }
+
+    def reader(self, scoring, layout, positions):
+        if isinstance(scoring.encoding, rope.Alibi):
+            raise InputError(
+                f"{self.name} ranks keys by products alone, but this model's positions are Alibi; "
+                f"use a policy of positions"
+            )
+        groups = select.Groups(positions, self.query_block)
+        places = select.Places(scoring, positions)
+        every = jnp.arange(layout.slots, dtype=jnp.int32)
+        every = jnp.broadcast_to(every, (len(positions), layout.slots))
+        count = self.places(layout.slots, groups.rows)
+        some = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (len(positions), count))
+        angles = places.rotation(some)
+
+        def read(q, held, layer):
+            extra = held.extra
+            if self.dense_layers == 0:
+                return sparse(q, held, layer, extra)
+            return jax.lax.cond(
+                layer < self.dense_layers,
+                lambda: (_dense(places, q, positions, held, layer, every), extra),
+                lambda: sparse(q, held, layer, extra),
+            )
+
+        def sparse(q, held, layer, extra):
+            def one(group, q, extra):
+                keys = Keys(places, angles, held, layer)
+                alone = groups.tokens == 1
+                found, start, extra = self._found(keys, group, q, extra, alone)
+                return self._attend(keys, group, q, found, start), extra
+
+            return groups.run(one, q, extra)
+
+        return read
+
+    def _found(self, keys, group, q, extra, alone):
+        """What the last stage keeps, where the window begins, and what is remembered of it, which
+        is something where the group was read `alone`.
+        """
+        start, layer, found = self.window_start(group.first), keys.layer, None
+        if not alone:
+            for stage in range(len(self.refreshes)):
+                found = self.search(stage, keys, group, q, start, found)
+            return found, start, {**extra, "start": extra["start"].at[layer].set(-1)}
+        old, known = extra["start"][layer], []
+        stale = (old < 0) | (group.first % self.refreshes[0] == 0)
+        start = jnp.where(stale, start, old)
+        for stage, (refresh, last) in enumerate(zip(self.refreshes, extra["found"], strict=True)):
+            stale |= group.first % refresh == 0
+            search = functools.partial(self.search, stage, keys, group, q, start, found)
+            found = jax.lax.cond(stale.any(), search, lambda last=last: last[layer])
+            found = jnp.where(stale[:, None, None], found, last[layer])
+            known.append(last.at[layer].set(found))
+        return found, start, {"found": tuple(known), "start": extra["start"].at[layer].set(start)}
+
+    def _attend(self, keys, group, q, found, start):
+        batch, rows = group.pos.shape
+        kv_heads = keys.held.k.shape[3]
+        waited = self.refreshes[0] if rows == 1 else 0
+        near = jnp.arange(self.window + rows + self.loose + waited, dtype=jnp.int32)
+        near = start[:, None] + near[None]
+        first = jnp.arange(self.sinks, dtype=jnp.int32)
+        pos = jnp.concatenate(
+            [
+                jnp.broadcast_to(first, (batch, kv_heads, self.sinks)),
+                self.tokens(found, start),
+                jnp.broadcast_to(near[:, None], (batch, kv_heads, near.shape[1])),
+            ],
+            -1,
+        )
+        at_k, at_q = self.seem(pos, pos.shape[2] - near.shape[1], start, group.rows_pos)
+        k = keys.at(keys.held.k, pos, at_k).astype(q.dtype)
+        v = keys.at(keys.held.v, pos).astype(q.dtype)
+        placed = keys.places.at(q, jnp.maximum(at_q, 0))
+        scoring = keys.places.scoring
+        grouped = placed.reshape(batch, rows, kv_heads, -1, q.shape[3])
+        grouped = grouped * jnp.asarray(scoring.scale, q.dtype)
+        scores = jnp.einsum("btkgh,bksh->bkgts", grouped, k, preferred_element_type=jnp.float32)
+        if scoring.soft_cap is not None:
+            scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
+        seen = (pos[:, :, None] >= 0) & (pos[:, :, None] <= group.pos[:, None, :, None])
+        weights = select.softmax(jnp.where(seen[:, :, None], scores, select.MASKED))
+        out = jnp.einsum("bkgts,bksh->btkgh", weights.astype(q.dtype), v)
+        return out.reshape(q.shape)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keys and values of one layer at positions of each key head's own."""
+
+    places: select.Places
+    angles: rope.Rotation | None  # of places 0.. [B, X, P]
+    held: caches.Held
+    layer: Array
+
+    def at(
+        self,
+        stored: Float[Array, "L B S K H"],
+        pos: Int[Array, "B K X"],
+        seem: Int[Array, "B K X"] | None = None,
+    ) -> Float[Array, "B K X H"]:
+        """What is stored at these positions, rotated to where it is to seem."""
+        row = jnp.arange(pos.shape[0], dtype=jnp.int32)[:, None, None]
+        head = jnp.arange(pos.shape[1], dtype=jnp.int32)[None, :, None]
+        x = stored[self.layer, row, jnp.clip(pos, 0, stored.shape[2] - 1), head]
+        if seem is None or self.angles is None:
+            return x
+        seem = jnp.clip(seem, 0, self.angles.cos.shape[1] - 1)
+        by = rope.Rotation(self.angles.cos[row, seem], self.angles.sin[row, seem])
+        return rope.rotate(x[..., None, :], by, self.places.encoding.layout)[..., 0, :]
+
+
+def _dense(places, q, positions, held, layer, every):
+    """Full attention over what is held."""
+    k, v = (x[layer].astype(q.dtype) for x in (held.k, held.v))
+    k, q = places.at(k, every), places.at(q, jnp.maximum(positions, 0))
+    scoring = places.scoring
+    if q.shape[1] == 1:
+        seen = every[:, None] <= positions[:, :, None]
+        return select.attend(scoring, [select.Branch(q, k, v, seen)])[0]
+
+    def one_row(row):
+        q, k, v, offset = row
+        return kernels.lambda_attention(
+            q[None], k[None], v[None], num_global=0, window_size=k.shape[0], query_offset=offset,
+            scale=scoring.scale, logits_soft_cap=scoring.soft_cap,
+        )[0]  # fmt: skip
+
+    return jax.lax.map(one_row, (q, k, v, positions[:, 0]))
+
+
 @policies.register("hip")
 @dataclass(frozen=True)
-class HiP(select.Choosing):
+class HiP(Searching):
     """Keys found by a tree search. Source: Lee et al. 2024, arXiv:2406.09827."""
 
     topk: int = 512  # tokens found, a multiple of `block`
@@ -53,91 +253,36 @@ class HiP(select.Choosing):
             )
 
     @property
-    def near_width(self) -> int:
-        return self.window
-
-    @property
-    def far_count(self) -> int:
-        return self.sinks
-
-    @property
     def looked_up(self) -> int:
         return self.topk
 
-    def _kept(self, slots: int) -> int:
-        """Blocks that are kept of a text of so many tokens."""
+    @property
+    def loose(self) -> int:
+        return self.block
+
+    @property
+    def refreshes(self) -> tuple[int]:
+        return (self.refresh,)
+
+    def kept(self, stage, slots):
         return min(self.topk // self.block, max(slots - self.window - self.sinks, 0) // self.block)
 
-    def extra(self, sizes: caches.Sizes):
-        kept = (sizes.batch, sizes.kv_heads, self._kept(sizes.slots))
-        return {  # what decoding found last: blocks, -1 for none, and where its window began
-            "found": jnp.full(kept, -1, jnp.int32),
-            "start": jnp.full((sizes.batch,), -1, jnp.int32),
-        }
-
-    def reader(self, scoring, layout, positions):
-        if isinstance(scoring.encoding, rope.Alibi):
-            raise InputError(
-                f"{self.name} ranks keys by products alone, but this model's positions are Alibi; "
-                f"use a policy of positions"
-            )
-        groups = select.Groups(positions, self.query_block)
-        places = select.Places(scoring, positions)
-        every = jnp.arange(layout.slots, dtype=jnp.int32)
-        every = jnp.broadcast_to(every, (len(positions), layout.slots))
-        angles = places.rotation(every)
-
-        def read(q, held, layer):
-            extra = held.extra
-            if self.dense_layers == 0:
-                return sparse(q, held, layer, extra)
-            return jax.lax.cond(
-                layer < self.dense_layers,
-                lambda: (_dense(places, q, positions, held, layer, every), extra),
-                lambda: sparse(q, held, layer, extra),
-            )
-
-        def sparse(q, held, layer, extra):
-            def one(group, q, extra):
-                start = self._window_start(group.first)
-                keys = _Keys(places, angles, held, layer)
-
-                def search():
-                    return self._search(keys, group, q, start)
-
-                if len(groups.positions[0]) == 1:
-                    old = extra["found"][layer], extra["start"][layer]
-                    stale = (old[1] < 0) | (group.first % self.refresh == 0)
-                    found = jax.lax.cond(stale.any(), search, lambda: old[0])
-                    found = jnp.where(stale[:, None, None], found, old[0])
-                    start = jnp.where(stale, start, old[1])
-                    extra = {"found": extra["found"].at[layer].set(found),
-                             "start": extra["start"].at[layer].set(start)}  # fmt: skip
-                else:
-                    found = search()
-                    extra = {**extra, "start": extra["start"].at[layer].set(-1)}
-                return self._attend(keys, group, q, found, start), extra
-
-            return groups.run(one, q, extra)
-
-        return read
-
-    def _window_start(self, first):
-        """Where the window of a block of queries begins: after the last whole block before it."""
+    def window_start(self, first):
+        """After the last whole block before it."""
         blocks = jnp.maximum(first - self.window + 1 - self.sinks, 0) // self.block
         return self.sinks + blocks * self.block
 
-    def _tokens(self, blocks):
-        """Positions [B, K, X * block] of the tokens of blocks [B, K, X]; -1 for those of -1."""
+    def tokens(self, blocks, start):
+        del start
         inside = jnp.arange(self.block, dtype=jnp.int32)[None, None, None]
         pos = self.sinks + blocks[..., None] * self.block + inside
         return jnp.where(blocks[..., None] >= 0, pos, -1).reshape(*blocks.shape[:2], -1)
 
-    def _search(self, keys, group, q, start):
-        """Numbers [B, K, kept] of the blocks that are seen, in order, and -1 for none."""
+    def search(self, stage, keys, group, q, start, before):
+        del before  # there is one stage
         kv_heads = keys.held.k.shape[3]
         most = max(keys.held.k.shape[2] - self.window - self.sinks, 0) // self.block
-        kept = self._kept(keys.held.k.shape[2])
+        kept = self.kept(stage, keys.held.k.shape[2])
         if not kept:
             return jnp.zeros((len(q), kv_heads, 0), jnp.int32)
         blocks = (start - self.sinks) // self.block
@@ -152,7 +297,8 @@ class HiP(select.Choosing):
 
         def score(at, size):
             """Of ranges of so many blocks that begin at block `at`, [B, K, X]."""
-            k = keys.at(keys.held.k, self._tokens(at), placed=True)
+            pos = self.tokens(at, start)
+            k = keys.at(keys.held.k, pos, pos)
             products = jnp.einsum(
                 "btkgh,bksh->bkstg", some, k.astype(some.dtype), preferred_element_type=jnp.float32
             )
@@ -176,72 +322,3 @@ class HiP(select.Choosing):
         rounds = (-(-most // kept) - 1).bit_length()
         at, size = jax.lax.fori_loop(0, rounds, halve, (at, size))
         return jnp.sort(jnp.where(size > 0, at, -1), axis=-1)
-
-    def _attend(self, keys, group, q, found, start):
-        batch, rows = group.pos.shape
-        kv_heads = keys.held.k.shape[3]
-        waited = self.refresh if rows == 1 else 0
-        near = jnp.arange(self.window + rows + self.block + waited, dtype=jnp.int32)
-        near = start[:, None] + near[None]
-        first = jnp.arange(self.sinks, dtype=jnp.int32)
-        pos = jnp.concatenate(
-            [
-                jnp.broadcast_to(first, (batch, kv_heads, self.sinks)),
-                self._tokens(found),
-                jnp.broadcast_to(near[:, None], (batch, kv_heads, near.shape[1])),
-            ],
-            -1,
-        )
-        k = keys.at(keys.held.k, pos, placed=True).astype(q.dtype)
-        v = keys.at(keys.held.v, pos).astype(q.dtype)
-        placed = keys.places.at(q, jnp.maximum(group.rows_pos, 0))
-        scoring = keys.places.scoring
-        grouped = placed.reshape(batch, rows, kv_heads, -1, q.shape[3])
-        grouped = grouped * jnp.asarray(scoring.scale, q.dtype)
-        scores = jnp.einsum("btkgh,bksh->bkgts", grouped, k, preferred_element_type=jnp.float32)
-        if scoring.soft_cap is not None:
-            scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
-        seen = (pos[:, :, None] >= 0) & (pos[:, :, None] <= group.pos[:, None, :, None])
-        weights = select.softmax(jnp.where(seen[:, :, None], scores, select.MASKED))
-        out = jnp.einsum("bkgts,bksh->btkgh", weights.astype(q.dtype), v)
-        return out.reshape(q.shape)
-
-
-@dataclass(frozen=True)
-class _Keys:
-    """Keys and values of one layer at positions of each key head's own."""
-
-    places: select.Places
-    angles: rope.Rotation | None  # of positions 0.. [B, S, P]
-    held: caches.Held
-    layer: jax.Array
-
-    def at(self, stored, pos, *, placed: bool = False):
-        """[B, K, X, H] for positions [B, K, X]."""
-        pos = jnp.clip(pos, 0, stored.shape[2] - 1)
-        row = jnp.arange(pos.shape[0], dtype=jnp.int32)[:, None, None]
-        head = jnp.arange(pos.shape[1], dtype=jnp.int32)[None, :, None]
-        x = stored[self.layer, row, pos, head]
-        if not placed or self.angles is None:
-            return x
-        by = rope.Rotation(self.angles.cos[row, pos], self.angles.sin[row, pos])
-        return rope.rotate(x[..., None, :], by, self.places.encoding.layout)[..., 0, :]
-
-
-def _dense(places, q, positions, held, layer, every):
-    """Full attention over what is held."""
-    k, v = (x[layer].astype(q.dtype) for x in (held.k, held.v))
-    k, q = places.at(k, every), places.at(q, jnp.maximum(positions, 0))
-    scoring = places.scoring
-    if q.shape[1] == 1:
-        seen = every[:, None] <= positions[:, :, None]
-        return select.attend(scoring, [select.Branch(q, k, v, seen)])[0]
-
-    def one_row(row):
-        q, k, v, offset = row
-        return kernels.lambda_attention(
-            q[None], k[None], v[None], num_global=0, window_size=k.shape[0], query_offset=offset,
-            scale=scoring.scale, logits_soft_cap=scoring.soft_cap,
-        )[0]  # fmt: skip
-
-    return jax.lax.map(one_row, (q, k, v, positions[:, 0]))

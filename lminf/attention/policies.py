@@ -108,7 +108,8 @@ class Policy:
     def name(self) -> str:
         """As on the command line: `lm_infinite:window=4096,sinks=10`."""
         kind = NAMES[type(self)]
-        set_fields = ",".join(f"{k}={v}" for k, v in vars(self).items() if v is not None)
+        written = {k: str(v).replace(" ", "") for k, v in vars(self).items() if v is not None}
+        set_fields = ",".join(f"{k}={v}" for k, v in written.items())
         return f"{kind}:{set_fields}" if set_fields else kind
 
 

@@ -187,3 +187,56 @@ def hip_search(policy, scoring, q, k, head, rows, blocks):
         wanted = np.array([best(a) if n else -np.inf for a, n in halves])
         ranges = [halves[x] for x in top(wanted, kept)]
     return [a for a, n in ranges if n]
+
+
+LAYER = 1  # that the tests of these policies read
+
+
+def infinite_hip(policy, scoring, q, k, v, calls):
+    """Lists of tokens, cut down stage by stage; a query's keys stand in one row."""
+    out, share = np.zeros_like(q), q.shape[1] // k.shape[1]
+    ends, kept, near = set(np.cumsum(calls)), None, None
+    for start, stop in groups(calls, policy.query_block):
+        alone = stop - start == 1 and start in ends | {0} and stop in ends
+        stale = not alone or kept is None
+        kept = kept or [[None] * k.shape[1] for _ in policy.chunk]
+        for stage, refresh in enumerate(policy.refresh):
+            stale |= start % refresh == 0
+            if stage == 0 and stale:
+                near = max(start - policy.window + 1, policy.sinks)
+            for head in range(k.shape[1] if stale else 0):
+                left = kept[stage - 1][head] if stage else list(range(policy.sinks, near))
+                kept[stage][head] = pruned(policy, scoring, q[start:stop], k, head, stage, left)
+        for i in range(start, stop):
+            for n in range(q.shape[1]):
+                at = [*range(policy.sinks), *kept[-1][n // share], *range(near, i + 1)]
+                at = np.array([j for j in at if j <= i])
+                distance = np.arange(len(at))[::-1].astype(float)
+                p = weights(score(scoring, q[i, n], k[at, n // share], distance))
+                out[i, n] = p @ v[at, n // share]
+        kept = kept if alone else None
+    return out
+
+
+def pruned(policy, scoring, q, k, head, stage, tokens):
+    """The tokens of the best chunks of a list, for queries [R, N, H]."""
+    size, share = policy.chunk[stage], q.shape[1] // k.shape[1]
+    chunks = [tokens[a : a + size] for a in range(0, len(tokens), size)]
+    ordered = policy.ordered_layers > LAYER
+
+    def said(n, token, index, left):
+        away = policy.window + (len(chunks) - 1 - index if ordered else left)
+        return max(turned(scoring, row, k[None, token, head], away)[0] for row in q[:, n])
+
+    def best(n, index):
+        part = chunks[index]
+        while len(part) > 1:
+            halves = part[: len(part) // 2], part[len(part) // 2 :]
+            first, second = (said(n, h[0], index, h is halves[0]) for h in halves)
+            part = halves[int(second > first)]
+        return said(n, part[0], index, False)
+
+    heads = range(head * share, (head + 1) * share)
+    found = np.array([max(best(n, index) for n in heads) for index in range(len(chunks))])
+    chosen = sorted(top(found, policy.topk[stage] // size)) if chunks else []
+    return [token for index in chosen for token in chunks[index]]

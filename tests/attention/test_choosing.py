@@ -9,6 +9,7 @@ import pytest
 
 from lminf.attention import attend, cache
 from lminf.attention.hip import HiP
+from lminf.attention.infinite_hip import InfiniteHiP
 from lminf.attention.infllm import InfLLM
 from lminf.attention.longheads import LongHeads
 from lminf.attention.policies import POLICIES as POLICY_TABLE
@@ -39,6 +40,9 @@ POLICIES = {
         topk=8, window=6, sinks=3, block=2, query_block=4, query_stride=2, refresh=3,
         dense_layers=0,
     ),
+    "infinite_hip": InfiniteHiP(
+        chunk=(8, 2), topk=(16, 6), refresh=(6, 2), window=5, sinks=3, query_block=4,
+    ),
 }  # fmt: skip
 OTHERS = {
     "infllm": [
@@ -54,12 +58,18 @@ OTHERS = {
         HiP(40, window=3, sinks=1, block=2, query_block=16, query_stride=3, refresh=4,
             dense_layers=0),
     ],
+    "infinite_hip": [
+        InfiniteHiP((1,), (4,), (2,), window=4, sinks=0, query_block=1, ordered_layers=0),
+        InfiniteHiP((12, 6, 3), (24, 12, 6), (5, 3, 7), window=3, sinks=1, query_block=16,
+                    ordered_layers=1),
+    ],
 }  # fmt: skip
 ORACLES = {
     "infllm": choosing_oracle.infllm,
     "topk": choosing_oracle.top_k,
     "longheads": choosing_oracle.long_heads,
     "hip": choosing_oracle.hip,
+    "infinite_hip": choosing_oracle.infinite_hip,
 }
 # Sizes of the calls: at once; in chunks of whole groups; a prompt, and then token by token.
 CALLS = ((TOKENS,), (16, 16, 8), (16, *[1] * 24))
@@ -105,7 +115,7 @@ def check(name, policy, encoding, group, every):
         agree(found, expected(name, policy, scoring, arrays, calls))
 
 
-@lanes("infllm")
+@lanes("infllm", "infinite_hip")
 def test_reading_and_decoding_are_the_formulas(name):
     check(name, POLICIES[name], "rotary", 3, CALLS[2:])
 
@@ -136,6 +146,8 @@ SAME = [
     (LongHeads(TOKENS, chunk=4), Full()),
     (HiP(TOKENS, 3, sinks=2, block=2, query_block=8, dense_layers=0), Full()),
     (HiP(4, 3, sinks=2, block=2, query_block=8, dense_layers=1), Full()),
+    (InfiniteHiP((8, 2), (TOKENS, TOKENS), (1, 1), window=3, sinks=2, query_block=8), Full()),
+    (InfiniteHiP((2,), (4,), (1,), window=3, sinks=2, query_block=8, dense_layers=1), Full()),
 ]
 
 
@@ -209,21 +221,60 @@ def test_the_search_finds_the_best_where_scores_only_rise_or_fall(sign, other):
 
 
 @pytest.mark.slow
-def test_a_search_finds_what_stands_among_its_like_and_may_miss_what_stands_alone():
+@pytest.mark.parametrize(
+    "policy",
+    [
+        HiP(2, window=4, sinks=0, block=1, query_block=1, query_stride=1, dense_layers=0),
+        InfiniteHiP((9, 3, 1), (9, 3, 1), (1, 1, 1), window=4, sinks=0, query_block=1),
+    ],
+    ids=["hip", "infinite_hip"],
+)
+def test_a_search_finds_what_stands_among_its_like_and_may_miss_what_stands_alone(policy):
     """The half that a needle is in is known by its first key, so the needle must reach there."""
     q, k, v = one_row()
     q[0, -1], k[...] = 0, 0
     q[0, -1, :, 0] = 10
-    policy = HiP(2, window=4, sinks=0, block=1, query_block=1, query_stride=1, dense_layers=0)
     at = jnp.arange(TOKENS, dtype=jnp.int32)[None]
     run = cases.compiled(attend.whole(policy, cases.scoring("none"), at))
-    v[0, 9:18] = 7  # the 36 keys before the window are halved into those from 0, 9, 18 and 27 on
+    v[0, 9:18] = 7  # the 36 keys before the window are cut into those from 0, 9, 18 and 27 on
     k[0, 17, :, 0] = 9
     alone = np.asarray(run(q, k, v))[0, -1]
     k[0, 9:18, :, 0] = 9
     together = np.asarray(run(q, k, v))[0, -1]
     assert together.min() > 6.5
     assert alone.max() < 6.5
+
+
+def test_stages_of_single_tokens_are_the_best_tokens():
+    """Without positions, and with as many key heads as heads."""
+    one = InfiniteHiP((1, 1), (9, 4), (1, 1), window=5, sinks=3, query_block=1)
+    other, scoring = TopK(5, sinks=3, topk=4, from_layer=0), cases.scoring("none")
+
+    @cases.compiled
+    def run(*arrays):
+        one_at_a_time = read(other, scoring, [1] * TOKENS)(*arrays)
+        return attend.whole(one, scoring, jnp.asarray(cases.padded(PADS, TOKENS)))(
+            *arrays
+        ), one_at_a_time
+
+    agree(*run(*cases.arrays(1, tokens=TOKENS)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ordered", [0, 3])
+def test_searching_for_every_token_does_not_depend_on_calls(ordered):
+    scoring, every = cases.scoring("rotary"), ((TOKENS,), (7, 16, 1, 1, 15), (1,) * TOKENS)
+    policy = InfiniteHiP(
+        (8, 2), (16, 6), (1, 1), window=5, sinks=3, query_block=1, ordered_layers=ordered
+    )
+
+    @cases.compiled
+    def run(*arrays):
+        return [read(policy, scoring, calls)(*arrays) for calls in every]
+
+    whole, chunks, tokens = run(*cases.arrays(3, tokens=TOKENS))
+    agree(chunks, whole)
+    agree(tokens, whole)
 
 
 @lanes("topk")
@@ -241,7 +292,7 @@ def test_nothing_that_comes_later_is_seen(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["infllm", "topk", "longheads"])
 def test_grouped_heads_are_repeated_heads(name):
-    """Not so HiP, where the query heads of a key head share one search."""
+    """Not so in HiP and InfiniteHiP, where the query heads of a key head share one search."""
     q, k, v = one_row(3)
     grouped = reader(POLICIES[name], 3)(q, k, v)
     separate = reader(POLICIES[name], 1)(q, np.repeat(k, 3, 2), np.repeat(v, 3, 2))
@@ -302,11 +353,26 @@ def test_one_program_decodes_at_every_length(name):
         ("hip:topk=5", "topk=5 tokens is no whole number of blocks of block=2; give a multiple"),
         ("hip:topk=8,refresh=0", "refresh=0: give at least 1"),
         ("longheads:attended=100,chunk=32", "attended=100 is not three or more chunks of chunk=32"),
+        ("infinite_hip:chunk=(64,8)", "chunk, topk and refresh have 2, 3 and 3 stages; give each"),
+        ("infinite_hip:refresh=(4,0,4)", r"refresh=\(4, 0, 4\): give at least 1 in each stage"),
+        (
+            "infinite_hip:topk=(32768,8000,2050)",
+            "topk=2050 tokens is no whole number of chunks of chunk=8; give a multiple",
+        ),
+        ("infinite_hip:chunk=(256,32,12),topk=(2560,960,120)", "chunk=12 tokens does not divide"),
+        ("infinite_hip:topk=(4096,8192,2048)", "topk=8192 tokens of the topk=4096 that the stage"),
     ],
 )
 def test_settings_that_make_no_sense_are_one_sentence(text, message):
     with pytest.raises(InputError, match=message):
         parse_choice(text, POLICY_TABLE, what="policy")
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_is_named_as_it_is_asked_for(name):
+    policy = POLICIES[name]
+    assert " " not in policy.name
+    assert parse_choice(policy.name, POLICY_TABLE, what="policy") == policy
 
 
 @pytest.mark.parametrize(
@@ -330,6 +396,8 @@ def test_without_rotary_keys_cannot_be_moved():
     for encoding in ("alibi", "none"):
         with pytest.raises(InputError, match="moves keys by rotating them, but this model's"):
             check_rotary(POLICIES["infllm"], cases.ENCODINGS[encoding])
+        with pytest.raises(InputError, match="moves keys by rotating them, but this model's"):
+            check_rotary(POLICIES["infinite_hip"], cases.ENCODINGS[encoding])
     check_rotary(POLICIES["infllm"], cases.ENCODINGS["partial"])
     check_rotary(POLICIES["hip"], cases.ENCODINGS["none"])  # which moves none
     with pytest.raises(InputError, match="ranks keys by products alone, but this"):

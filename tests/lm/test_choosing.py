@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from lminf.attention.infinite_hip import InfiniteHiP
 from lminf.attention.infllm import InfLLM
 from lminf.attention.top_k import TopK
 from lminf.data.tokenizers import ByteTokenizer
@@ -15,6 +16,7 @@ from tests.models import specs
 
 TEXT = "a text of more than forty bytes, which is read in chunks of sixteen"
 INFLLM = InfLLM(window=8, sinks=2, topk=1, block=4, repr_topk=1, exec_block=8)
+INFINITE = InfiniteHiP((8, 2), (16, 8), (4, 2), window=8, sinks=2, query_block=8, ordered_layers=1)
 
 
 @pytest.fixture
@@ -29,13 +31,16 @@ def test_chunks_of_whole_groups_read_alike(choosing, monkeypatch):
 
 
 @pytest.mark.slow
-def test_several_devices_read_as_one(choosing, small_steps):
+@pytest.mark.parametrize("policy", [INFLLM, INFINITE], ids=str)
+def test_several_devices_read_as_one(lm, policy, small_steps):
+    choosing = lm.with_policy(policy)
     found = choosing.with_devices(jax.devices()[:2]).nll(TEXT).token_nll
     np.testing.assert_allclose(found, choosing.nll(TEXT).token_nll, atol=1e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", [INFLLM, TopK(8, sinks=2, topk=3, from_layer=1)], ids=str)
+@pytest.mark.parametrize("policy", [INFLLM, TopK(8, sinks=2, topk=3, from_layer=1), INFINITE],
+                         ids=str)  # fmt: skip
 def test_rows_of_unequal_length_write_as_alone(lm, policy, small_steps):
     lm = lm.with_policy(policy)
     prompts = [TEXT, TEXT[:23], "short"]

@@ -1,0 +1,179 @@
+"""InfiniteHiP: the best keys of every block of queries, found by cutting down a list in stages.
+
+Source: Lee et al. 2025, arXiv:2502.08910. As in HiP, queries of one `query_block` share what they
+see: the first `sinks` tokens, the last `window` of the block's first query and all after, and of
+the tokens between them what a search finds. A stage cuts the tokens that the stage before left into
+chunks of `chunk` and leaves the `topk / chunk` best:
+
+    in each head, halve a chunk and go to the half whose first key has the larger product with any
+    of the queries, until it is one token; a chunk scores the largest product of that token in any
+    head that shares the keys
+
+The first stage looks at all of the text, so it takes O(text / chunk) for a block of queries. What
+is seen is packed as if nothing stood between it, so that no distance grows with the text:
+
+    δ(i, j) = d − tokens between them that were left out
+
+While searching keys have other places. In the first `ordered_layers` layers the last chunk of a
+list seems `window` tokens away and each one before it one token more. In the others all keys seem
+`window` away, and one more where they are the first of a left half.
+
+The source leaves open, and here: each list starts with the first token after the sinks, and its
+last chunk may be short; a half that ends up no better goes left; the token that stands for a chunk
+is scored once more as a right half, so stages of single tokens rank all at one distance; all layers
+keep as many (give PerLayer two policies to keep more in some).
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from lminf.attention import hip, policies
+from lminf.attention.policies import at_least
+from lminf.errors import InputError
+
+
+@policies.register("infinite_hip")
+@dataclass(frozen=True)
+class InfiniteHiP(hip.Searching):
+    """Keys found in stages, packed. Source: Lee et al. 2025, arXiv:2502.08910."""
+
+    chunk: tuple[int, ...] = (256, 32, 8)  # tokens of a chunk, by stage
+    topk: tuple[int, ...] = (32_768, 8192, 2048)  # tokens that a stage leaves
+    refresh: tuple[int, ...] = (16, 8, 4)  # tokens that are written before it searches again
+    window: int = 1024  # tokens, the query's own included
+    sinks: int = 256  # tokens at the start that stay visible
+    query_block: int = 64  # tokens that see the same, where they are read together
+    ordered_layers: int = 3  # layers at the start whose search tells chunks apart by place
+    dense_layers: int = 0  # layers at the start that see everything, where it is
+
+    def __post_init__(self):
+        for field in ("window", "query_block"):
+            at_least(self, field, 1)
+        for field in ("sinks", "ordered_layers", "dense_layers"):
+            at_least(self, field, 0)
+        counts = [len(getattr(self, field)) for field in ("chunk", "topk", "refresh")]
+        if len(set(counts)) > 1 or not counts[0]:
+            raise InputError(
+                f"chunk, topk and refresh have {counts[0]}, {counts[1]} and {counts[2]} stages; "
+                f"give each one number a stage"
+            )
+        for field in ("chunk", "topk", "refresh"):
+            if min(getattr(self, field)) < 1:
+                raise InputError(f"{field}={getattr(self, field)}: give at least 1 in each stage")
+        for size, kept in zip(self.chunk, self.topk, strict=True):
+            if kept % size:
+                raise InputError(
+                    f"topk={kept} tokens is no whole number of chunks of chunk={size}; "
+                    f"give a multiple"
+                )
+        for before, after in zip(self.chunk, self.chunk[1:], strict=False):
+            if before % after:
+                raise InputError(
+                    f"chunk={after} tokens does not divide chunk={before} of the stage before; "
+                    f"give a divisor"
+                )
+        for before, after in zip(self.topk, self.topk[1:], strict=False):
+            if after > before:
+                raise InputError(
+                    f"topk={after} tokens of the topk={before} that the stage before leaves; "
+                    f"give no more than those"
+                )
+
+    @property
+    def looked_up(self) -> int:
+        return self.topk[-1]
+
+    @property
+    def refreshes(self) -> tuple[int, ...]:
+        return self.refresh
+
+    def _listed(self, stage: int, slots: int) -> int:
+        """Chunks that a stage chooses from, at most."""
+        if stage == 0:
+            return -(-max(slots - self.window - self.sinks, 0) // self.chunk[0])
+        return self.kept(stage - 1, slots) * (self.chunk[stage - 1] // self.chunk[stage])
+
+    def kept(self, stage, slots):
+        return min(self.topk[stage] // self.chunk[stage], self._listed(stage, slots))
+
+    def window_start(self, first):
+        return jnp.maximum(first - self.window + 1, self.sinks)
+
+    def tokens(self, blocks, start):
+        inside = jnp.arange(self.chunk[-1], dtype=jnp.int32)[None, None, None]
+        pos = self.sinks + blocks[..., None] * self.chunk[-1] + inside
+        held = (blocks[..., None] >= 0) & (pos < start[:, None, None, None])
+        return jnp.where(held, pos, -1).reshape(*blocks.shape[:2], -1)
+
+    def places(self, slots, rows):
+        stages = range(len(self.chunk))
+        found = self.kept(stages[-1], slots) * self.chunk[-1]
+        seen = self.sinks + found + self.window + rows + self.refresh[0]
+        return max(seen, 2, *(self._listed(stage, slots) for stage in stages))
+
+    def seem(self, pos, found, start, rows_pos):
+        """Packed, so that the window stands where it would if every place of the list were filled:
+        what is seen before it is counted from there.
+        """
+        counted = (pos[..., :found] >= 0).astype(jnp.int32)
+        before = found - jnp.cumsum(counted[..., ::-1], -1)[..., ::-1]
+        near = pos[..., found:] - start[:, None, None] + found
+        return jnp.concatenate([before, near], -1), rows_pos - start[:, None] + found
+
+    def search(self, stage, keys, group, q, start, before):
+        size, slots = self.chunk[stage], keys.held.k.shape[2]
+        listed, kept = self._listed(stage, slots), self.kept(stage, slots)
+        number = self._list(stage, listed, keys.held.k.shape[3], start, before)
+        if kept == listed:
+            return number
+        tokens = jnp.where(number < 0, 0, start[:, None, None] - self.sinks - number * size)
+        tokens = jnp.minimum(tokens, size)
+
+        kv_heads = number.shape[1]
+        ordered = keys.layer < self.ordered_layers
+        place = jnp.arange(listed, dtype=jnp.int32)  # of chunks, the last one's listed - 1
+        away = self.window + jnp.where(ordered, listed - 1, 1)
+        placed = keys.places.at(q, jnp.broadcast_to(away, group.pos.shape))
+        placed = placed.reshape(*placed.shape[:2], kv_heads, -1, placed.shape[3])
+        asks = (group.pos >= 0)[:, None, None, :, None]
+
+        def score(at, side):
+            """Of the tokens `at` [B, K, G, X] of the list's text, the largest product [B, K, G, X];
+            `side` is 0 in left halves and 1 in right ones.
+            """
+            flat = (*at.shape[:2], -1)
+            seem = jnp.broadcast_to(jnp.where(ordered, place, side), at.shape)
+            k = keys.at(keys.held.k, self.sinks + at.reshape(flat), seem.reshape(flat))
+            k = k.reshape(*at.shape, k.shape[-1]).astype(placed.dtype)
+            products = jnp.einsum(
+                "btkgh,bkgxh->bkgtx", placed, k, preferred_element_type=jnp.float32
+            )
+            return jnp.where(asks, products, -jnp.inf).max(3)
+
+        def descend(_, ranges):
+            at, tokens = ranges
+            left = tokens // 2
+            right = (score(at + left, 1) > score(at, 0)) | (left == 0)
+            return jnp.where(right, at + left, at), jnp.where(right, tokens - left, left)
+
+        of_heads = (*number.shape[:2], placed.shape[3], listed)
+        at, left = (jnp.broadcast_to(x[:, :, None], of_heads) for x in (number * size, tokens))
+        at, _ = jax.lax.fori_loop(0, (size - 1).bit_length(), descend, (at, left))
+        scores = jnp.where(tokens > 0, score(at, 1).max(2), -jnp.inf)
+        _, best = jax.lax.top_k(scores, kept)
+        return jnp.sort(jnp.take_along_axis(number, best, 2), axis=-1)
+
+    def _list(self, stage, listed, kv_heads, start, before):
+        """Numbers [B, K, X] of the chunks that a stage chooses from, in order; -1 for none."""
+        tokens = (start - self.sinks)[:, None, None]
+        if before is None:
+            end = -(-tokens // self.chunk[0])
+            number = jnp.arange(listed, dtype=jnp.int32)[None, None] - listed
+            number = jnp.maximum(end + number, -1)
+            return jnp.broadcast_to(number, (len(start), kv_heads, listed))
+        parts = self.chunk[stage - 1] // self.chunk[stage]
+        number = before[..., None] * parts + jnp.arange(parts, dtype=jnp.int32)[None, None, None]
+        held = (before[..., None] >= 0) & (number * self.chunk[stage] < tokens[..., None])
+        return jnp.sort(jnp.where(held, number, -1).reshape(*before.shape[:2], -1), axis=-1)

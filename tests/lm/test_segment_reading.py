@@ -8,10 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lminf import segment_reading
+from lminf.attention import rope
 from lminf.attention.policies import Full
+from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
 from lminf.lm import LM
 from lminf.segment_reading import SegmentReading, Threshold, TopK
+from tests.models import specs
 
 NEW = 4
 LONG = np.random.default_rng(0).integers(0, 256, 60).astype(np.int32)
@@ -85,6 +88,49 @@ def test_the_surest_segments_that_fit_are_kept_in_the_order_of_the_text(full, su
         how = SegmentReading(segment_len=8, question_len=5, head_len=3, select=select)
         found = segment_reading.key_context(full, LONG, how, max_new_tokens=NEW)
         assert found.kept == wanted
+
+
+@pytest.fixture(scope="module")
+def finds_digits():
+    """A layer made by hand: "?" attends to digits, and what it saw follows it."""
+    spec = specs.change(
+        specs.shallow(specs.LLAMA, 1), vocab_size=257, num_heads=1, num_kv_heads=1, head_dim=16,
+        encoding=rope.NoEncoding(), query_scale=1.0,
+    )  # fmt: skip
+    params = specs.parameters(spec)
+    params = {**params, "embed": np.zeros((257, 16), np.float32)}
+    params["head"], digits = params["embed"].copy(), np.arange(10)
+    is_digit, asks, other = 10, 11, 12  # channels, after one for each digit
+    params["embed"][:, other] = 1
+    params["embed"][[*b"0123456789?"], other] = 0
+    params["embed"][digits + ord("0"), digits] = 1
+    params["embed"][digits + ord("0"), is_digit] = params["embed"][ord("?"), asks] = 1
+    params["head"][digits + ord("0"), digits] = 4
+    weights = {name: np.zeros((16, 16), np.float32) for name in ("wq", "wk", "wv", "wo")}
+    weights["wq"][asks, 0] = weights["wk"][is_digit, 0] = 4
+    weights["wv"][digits, digits] = weights["wo"][digits, digits] = 1
+    layers = params["layers"]
+    mlp = {name: np.zeros_like(x) for name, x in layers["mlp"].items()}
+    attention = {n: x.reshape(layers["attention"][n].shape) for n, x in weights.items()}
+    params["layers"] = {**layers, "mlp": mlp, "attention": attention}
+    return LM(spec, params, ByteTokenizer())
+
+
+@pytest.mark.parametrize(("at", "digit"), [(3, "7"), (29, "0"), (50, "9")])
+def test_a_planted_key_is_in_the_surest_segment_and_is_the_answer(finds_digits, at, digit):
+    """Anywhere else the model, which sees no digit, holds all bytes for equally likely."""
+    filler = "".join(map(chr, np.random.default_rng(1).integers(97, 123, 58)))
+    prompt = "^" + filler[:at] + digit + filler[at:] + "?"
+    how = SegmentReading(segment_len=12, question_len=1, head_len=1, select=TopK(1))
+    kept = segment_reading.key_context(finds_digits, prompt, how, max_new_tokens=1)
+    start, stop = kept.segments[kept.kept[0]]
+    assert digit in prompt[start:stop]
+    assert bytes(kept.tokens.tolist()).decode() == "^" + prompt[start:stop] + "?"
+    without = np.delete(kept.entropies, kept.kept)
+    np.testing.assert_allclose(without, np.log(257), rtol=1e-5)
+    assert kept.entropies[kept.kept[0]] < 1
+    answer = segment_reading.generate(finds_digits, prompt, how, max_new_tokens=1)
+    assert answer == digit
 
 
 @pytest.mark.slow

@@ -22,6 +22,19 @@ def small_shape() -> ConfigDict:
     )
 
 
+def experts(*, hidden: int) -> ConfigDict:
+    """A mixture in the MLP's place, beside an expert that reads every token; none to begin with."""
+    return ConfigDict(
+        {
+            "count": 0,  # 0: an MLP
+            "per_token": 1,
+            "hidden_dim": hidden,  # of one expert
+            "shared_dim": hidden,  # of the one that reads every token; 0: there is none
+            "dense_layers": 0,  # layers at the start with an MLP instead
+        }
+    )
+
+
 def get_config(arg: str = "", *, variants: Sequence[str] = ("tiny",)) -> ConfigDict:
     """The shared fields; `arg` is the variant after the colon, "" being the full form.
 

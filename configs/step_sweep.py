@@ -39,12 +39,7 @@ def get_config(arg: str = ""):
     c.data.length = 64  # tokens of a row
     c.data.batch = 8  # rows of a step
     c.model = base.small_shape()
-    c.experts = ConfigDict()  # in the MLP's place, beside a shared one
-    c.experts.count = 0  # 0: an MLP
-    c.experts.per_token = 1
-    c.experts.hidden_dim = 85  # of one expert
-    c.experts.shared_dim = 85  # of the one that reads every token
-    c.experts.dense_layers = 0  # layers at the start with an MLP instead
+    c.experts = base.experts(hidden=85)
     c.tokens = 131_072  # D: every token is seen once
     c.rates = tuple(1e-3 * 2**i for i in range(7))  # peaks, trained side by side
     c.replicates = 1  # seeds from c.seed on, trained side by side

@@ -32,6 +32,7 @@ def get_config(arg: str = ""):
     c.data.batch = 16  # rows of a step, over all devices
     c.data.held_out = 0.05  # share of each text, its end, kept for evaluation
     c.model = shape(width=256, layers=6, heads=4, kv_heads=2, hidden=768)
+    c.experts = base.experts(hidden=384)  # experts.count=8 makes it a mixture of experts
     c.attention = "full"  # the policy of all layers
     c.steps = 1000
     c.optimizer = "adamw:b2=0.95,weight_decay=0.1"
@@ -43,7 +44,7 @@ def get_config(arg: str = ""):
     c.remat = "none"  # none, dots, full: what the backward finds in memory
     c.not_finite = "stop"  # or skip: count the step and go on
     c.mesh = to_config(MeshShape())
-    c.strategy = "data"  # data, zero1, zero2, zero3, tensor, context, or name+name
+    c.strategy = "data"  # data, zero1, zero2, zero3, tensor, context, expert, or name+name
     c.processes = to_config(Processes())
     c.evaluate = ConfigDict()
     c.evaluate.every = 250  # steps; the state is saved each time

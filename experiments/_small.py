@@ -9,12 +9,13 @@ from functools import cached_property
 import jax
 import numpy as np
 
+from experiments._training import experts_of
 from lminf.attention import policies
 from lminf.config import parse_choice
 from lminf.data import windows
 from lminf.errors import InputError
 from lminf.models import spec
-from lminf.models.spec import ModelSpec, MoESpec
+from lminf.models.spec import ModelSpec
 from lminf.parallel import mesh, partition
 from lminf.scaling import accounting
 from lminf.train.many import Copies
@@ -39,19 +40,11 @@ class Measured:
 
 def shape_of(c, vocab_size: int) -> ModelSpec:
     return spec.llama(
-        vocab_size=vocab_size, trained_length=c.data.length, moe=experts_of(c), **c.model.to_dict()
+        vocab_size=vocab_size,
+        trained_length=c.data.length,
+        moe=experts_of(c.get("experts")),
+        **c.model.to_dict(),
     )
-
-
-def experts_of(c) -> MoESpec | None:
-    """The mixture in the MLP's place; None where the study has none or the cell counts none."""
-    if not c.get("experts") or not c.experts.count:
-        return None
-    return MoESpec(
-        experts=c.experts.count, per_token=c.experts.per_token, hidden_dim=c.experts.hidden_dim,
-        shared_dim=c.experts.shared_dim, dense_layers=c.experts.dense_layers,
-        normalised=False, capacity=None,
-    )  # fmt: skip
 
 
 def parameters(shape: ModelSpec, *, active: bool = False) -> int:

@@ -15,7 +15,7 @@ from lminf.data import corpus, loader, windows
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
 from lminf.models import spec
-from lminf.models.spec import ModelSpec
+from lminf.models.spec import ModelSpec, MoESpec
 from lminf.parallel import mesh, partition
 from lminf.run import watchers
 from lminf.surgery.lora import LoRA
@@ -44,6 +44,11 @@ def check(c) -> None:
             raise InputError(f"--config.{name}={value}: give at least {least}")
     watchers.named(c.watch)
     known(c.not_finite, {"stop": None, "skip": None}, "not_finite")
+    if c.experts.count and (c.init or c.export):
+        raise InputError(
+            f"--config.experts.count={c.experts.count}: models with experts are neither read nor "
+            f"written in others' formats; leave out init and export"
+        )
     if c.export:
         checkpoints.must_be_new(c.export)
 
@@ -77,9 +82,19 @@ def tokenizer_of(name: str):
 def shape_of(c, vocab_size: int) -> ModelSpec:
     sizes = {"vocab_size": vocab_size, "trained_length": c.data.length, **c.model.to_dict()}
     try:
-        return spec.llama(**sizes)
+        return spec.llama(**sizes, moe=experts_of(c.experts))
     except (ArithmeticError, ValueError) as error:  # heads that do not divide, or none
         raise InputError(f"--config.model is no shape ({error}); choose other sizes") from error
+
+
+def experts_of(c) -> MoESpec | None:
+    """The mixture in the MLP's place; None where these fields are missing or count none."""
+    if c is None or not c.count:
+        return None
+    return MoESpec(
+        experts=c.count, per_token=c.per_token, hidden_dim=c.hidden_dim, shared_dim=c.shared_dim,
+        dense_layers=c.dense_layers, normalised=False, capacity=None,
+    )  # fmt: skip
 
 
 def shape_to_plan(c) -> ModelSpec:

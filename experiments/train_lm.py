@@ -183,6 +183,7 @@ class Watch:
             "tokens_per_second": speed * self.tokens_per_step,
             "mfu": speed * self.step_share,
             "memory_bytes": memory.peak_bytes(),
+            **{f"router_{name}": float(value) for name, value in (metrics.routing or {}).items()},
             **seconds,
         }
         self.out.append_metrics(done, values)

@@ -147,6 +147,19 @@ def test_two_processes_of_four_devices_are_one_of_eight(tmp_path):
     assert max(abs(one[step] - two[step]) for step in one) < 1e-6
 
 
+@pytest.mark.slow
+def test_a_mixture_of_experts_trains_over_their_axis_and_writes(tmp_path):
+    changes = (
+        "--config.experts.count=4", "--config.experts.hidden_dim=16", "--config.steps=3",
+        "--config.mesh.data=2", "--config.mesh.expert=2", "--config.strategy=expert",
+        "--config.evaluate.sample=4",
+    )  # fmt: skip
+    finish(tmp_path / "run", *changes, devices=4)
+    out = folder.RunFolder(tmp_path / "run")
+    assert all(row["router_balance"] > 0.5 for row in out.metrics())
+    assert any(row["part"] == "sample" for row in out.rows())
+
+
 @pytest.fixture
 def small_model(tmp_path):
     """A folder in Hugging Face's format with a tokenizer, not trained."""
@@ -283,11 +296,14 @@ def test_a_plan_of_a_run_agrees_with_zeros_formula(capsys):
         ("checkpoint.every=0", "--config.checkpoint.every=0: give at least 1"),
         ("data.batch=0", "--config.data.batch=0: give at least 1"),
         ("not_finite=warn", "there is no not_finite 'warn'; use stop, skip"),
+        ("experts.per_token=9", "per_token=9 of 2 experts"),
+        ("init=smollm2-135m-instruct", "models with experts are neither read nor written"),
         ("export=README.md", "README.md exists and is not an empty folder"),
         ("model.num_heads=3", "num_heads=3 is no multiple of num_kv_heads=2"),
     ],
 )
 def test_settings_that_would_fail_later_are_refused_at_once(change, message, tmp_path):
-    asked = request.parse("train_lm", ["--config=train_lm:tiny", f"--config.{change}"])
+    mixture = ["--config.experts.count=2"] if "experts" in message else []
+    asked = request.parse("train_lm", ["--config=train_lm:tiny", *mixture, f"--config.{change}"])
     with pytest.raises(InputError, match=message):
         next(train_lm.run(asked.config, tmp_path))

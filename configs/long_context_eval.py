@@ -8,15 +8,19 @@ Time       more than an hour on two CPU cores: nearly all of it reads the long p
            command with the same --out goes on where it was stopped
 Expected   InfLLM finds every key; LM-Infinite and StreamingLLM none that has left their window;
            top-k some. docs/results/long_context_eval has what was measured so far
+Loss       --config=:loss reads 32,768 tokens under each policy that goes past the trained length,
+           with about 4,106 attended to where a policy chooses: more than an hour
 Long       --config=:long asks at 8,192 to 32,768 tokens with 4,106 attended to: hours
 Tiny       --config=:tiny trains a byte model at 64 tokens, which answers nothing: under 2 minutes
 """
 
 from configs import base
 
+VARIANTS = ("tiny", "long", "loss")
+
 
 def get_config(arg: str = ""):
-    c = base.get_config(arg, variants=("tiny", "long"))
+    c = base.get_config(arg, variants=VARIANTS)
     c.model = "smollm2-135m-instruct"  # prompted raw, not through its chat template
     c.generator = "landmark"  # or lm_infinite: lminf.evals.passkey says how they differ
     c.lengths = (4096,)  # tokens of the whole prompt
@@ -44,6 +48,21 @@ def get_config(arg: str = ""):
             "streaming:window=4096,sinks=10",
             "topk:window=4096,sinks=10,topk=20",
             "infllm:window=2048,sinks=10,topk=16",
+        )
+        c.nll_length = 32_768
+    if arg == "loss":
+        c.lengths = c.prompts = c.key_value_lengths = c.key_value_prompts = ()
+        c.policies = (
+            "lm_infinite:window=4096,sinks=10",
+            "streaming:window=4096,sinks=10",
+            "infllm:window=2048,sinks=10,topk=16",
+            "longheads:attended=4096",
+            "sirllm:capacity=4096,sinks=10,recent=2048,turn=512",
+            "tova:capacity=4096,sinks=10,turn=512",
+            "rerope:window=4096",
+            "leaky_rerope:window=4096,stretch=8",
+            "self_extend:window=4096,group=8",
+            "topk:window=4096,sinks=10,topk=5",
         )
         c.nll_length = 32_768
     if arg == "tiny":

@@ -161,22 +161,31 @@ def plot(rows):
         for row in rows
         if row["task"] == "passkey"
     ]
-    figures = {
-        "long_context_eval": plots.heatmap(
+    figures = {}
+    if found:
+        figures["long_context_eval"] = plots.heatmap(
             found, x="asked", y="depth", value="accuracy", limits=(0, 1),
             x_label="policy, prompt (tokens)", y_label="share of the filler before the key",
             value_label="share of passkeys found",
-        )
-    }  # fmt: skip
-    nll = [
-        {**row, "policy": row["policy"].replace(":", "\n")} for row in rows if row["task"] == "nll"
-    ]
+        )  # fmt: skip
+    nll = [{**row, "policy": row["policy"].replace(":", "\n")} for row in above_reread(rows)]
     if nll:
-        figures["nll"] = plots.curves(
-            nll, x="length", y="nll", by="policy", mark=rows[0]["trained_length"],
-            x_label="position (tokens)", y_label="loss (nats/token)",
+        figures["above_reread"] = plots.curves(
+            nll, x="length", y="excess", by="policy", mark=rows[0]["trained_length"],
+            x_label="position (tokens)", y_label="loss above re-reading (nats/token)",
         )  # fmt: skip
     return figures
+
+
+def above_reread(rows):
+    """The rows of losses that have a re-read one beside them, with their excess over it."""
+    nll = [row for row in rows if row["task"] == "nll"]
+    base = {row["length"]: row["nll"] for row in nll if row["policy"] == REREAD}
+    return [
+        {**row, "excess": row["nll"] - base[row["length"]]}
+        for row in nll
+        if row["policy"] != REREAD and row["length"] in base
+    ]
 
 
 def labels(policies):
@@ -192,7 +201,7 @@ def labels(policies):
 
 def table(rows):
     """A policy a line: what it found inside and outside its window, its loss, speed and memory."""
-    base = {row["length"]: row["nll"] for row in rows if row["policy"] == REREAD}
+    beyond = [row for row in above_reread(rows) if row["start"] >= row["trained_length"]]
     lines = []
     for policy in dict.fromkeys(row["policy"] for row in rows if row["policy"] != REREAD):
         own = [row for row in rows if row["policy"] == policy]
@@ -205,9 +214,11 @@ def table(rows):
                          and (row["task"], row["length"]) == (task, length)]  # fmt: skip
                 place = "in window" if inside else "outside"
                 line[f"{task} {length:,} {place}"] = share(cells)
-        excess = [row["nll"] - base[row["length"]] for row in own
-                  if row["task"] == "nll" and row["length"] in base]  # fmt: skip
-        line["nll above re-reading, last block"] = excess[-1] if excess else None
+        excess = [row["excess"] for row in beyond if row["policy"] == policy]
+        if excess:
+            line["nll above re-reading past the trained length"] = sum(excess) / len(excess)
+            line["of the worst block"], line["of the last"] = max(excess), excess[-1]
+            line["tokens/s, reading"] = own[-1]["tokens_per_second"]
         if asked:
             line["cache (MB)"] = max(row["cache_bytes"] for row in asked) / 1e6
             longest = [row for row in asked if row["length"] == max(r["length"] for r in asked)]

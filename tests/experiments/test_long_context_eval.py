@@ -102,5 +102,9 @@ def test_losses_lie_beside_those_of_reading_again(measure):
         ("re-read", 100), ("re-read", 200), ("re-read", 300),
     ]  # fmt: skip
     assert len(losses) == 9
-    assert "nll above re-reading, last block" in long_context_eval.table(rows)[0]
-    assert set(long_context_eval.plot(rows)) == {"long_context_eval", "nll"}
+    read_again, own = losses[2]["nll"], losses[5]["nll"]
+    line = long_context_eval.table(rows)[0]
+    assert line["of the last"] == own - read_again
+    assert line["of the worst block"] >= line["nll above re-reading past the trained length"]
+    assert set(long_context_eval.plot(rows)) == {"long_context_eval", "above_reread"}
+    assert set(long_context_eval.plot(losses)) == {"above_reread"}

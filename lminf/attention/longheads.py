@@ -127,19 +127,21 @@ class LongHeads(select.Choosing):
             new_top = jnp.maximum(top, scores.max(-1))
             weights = jnp.exp(scores - new_top[..., None])
             shrink = jnp.exp(top - new_top)
-            part = jnp.einsum("bkgts,bskh->bkgth", weights.astype(v.dtype), v)
-            out = out * shrink[..., None].astype(out.dtype) + part
+            part = jnp.einsum(
+                "bkgts,bskh->bkgth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+            )
+            out = out * shrink[..., None] + part
             return new_top, total * shrink + weights.sum(-1), out
 
         start = (
             jnp.full(shape, select.MASKED / 2, jnp.float32),
             jnp.zeros(shape, jnp.float32),
-            jnp.zeros((*shape, q.shape[3]), q.dtype),
+            jnp.zeros((*shape, q.shape[3]), jnp.float32),
         )
         stop = (number.max() + 1).astype(jnp.int32)
         _, total, out = jax.lax.fori_loop(jnp.int32(0), stop, visit, start)
-        out = out / jnp.where(total == 0, 1.0, total)[..., None].astype(out.dtype)
-        return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+        out = out / jnp.where(total == 0, 1.0, total)[..., None]
+        return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
 
     def _remember(self, places, group, q, held, layer, extra, number):
         """The queries of the chunk that is being read, and its summary where that was its end."""

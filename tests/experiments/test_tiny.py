@@ -13,7 +13,10 @@ from lminf.run import folder
 
 pytestmark = pytest.mark.slow
 
-NAMES = ("decode_cost", "diagnose_lengths", "kv_cache", "length_generalization", "passkey")
+NAMES = (
+    "decode_cost", "diagnose_lengths", "kv_cache", "length_generalization", "long_context_eval",
+    "passkey",
+)  # fmt: skip
 
 
 @pytest.fixture

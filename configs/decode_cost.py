@@ -7,14 +7,18 @@ Command    python -m experiments.decode_cost
 Time       about 2 minutes on two CPU cores
 Expected   with a window of 4,096, the token after 100,000 costs what the one after 5,000 costs
            (69 ms both); Full costs more than twice as much at 16,384 as at 4,096
+Choosing   --config=:choosing times the policies by content, with about 1,024 tokens attended to,
+           after 1,024 to 16,384: those that look for them among all keys grow with the stream
 Tiny       --config=:tiny trains a byte model at 64 tokens first: under 2 minutes
 """
 
 from configs import base
 
+VARIANTS = ("tiny", "choosing")
+
 
 def get_config(arg: str = ""):
-    c = base.get_config(arg)
+    c = base.get_config(arg, variants=VARIANTS)
     c.model = "smollm2-135m-instruct"
     c.positions = (1024, 4096, 5000, 16384, 100_000)  # tokens already read
     c.policies = (
@@ -25,6 +29,19 @@ def get_config(arg: str = ""):
     c.unbounded_to = 16384  # tokens: at 100,000 a cache that keeps everything takes 4.6 GB
     c.steps = 24  # tokens timed in every cell, after one that compiles
     c.chunk = 512  # tokens of the prompt whose reading is timed; the better of two
+    if arg == "choosing":
+        c.positions = (1024, 2048, 4096, 8192, 16384)
+        c.policies = (
+            "full",
+            "lm_infinite:window=1024,sinks=10",
+            "topk:window=1024,sinks=10,topk=5",
+            "infllm:window=512,sinks=10,topk=8,block=64",
+            "longheads:attended=1024",
+            "hip:topk=512,window=512,sinks=10,refresh=1",
+            "sirllm:capacity=1024,recent=256",
+            "h2o:capacity=1024,recent=256",
+            "tova:capacity=1024",
+        )
     if arg == "tiny":
         c.model = "tiny"
         c.positions, c.unbounded_to = (100, 500, 100_000), 500

@@ -1,25 +1,18 @@
 """Time per token and bytes of cache at positions of a stream, by policy.
 
-Nobody reads 100,000 tokens for this: the work of a step depends on the number of slots and on
-nothing that they hold, so each cache is made as if that many tokens had been read, with zeros for
-keys and values. Cells are timed in turn, one token of each, so that a busy moment of the machine
-falls on all of them alike.
+Nobody reads 100,000 tokens for this: `_streams` says how. Cells are timed in turn, one token of
+each, so that a busy moment of the machine falls on all of them alike.
 """
 
-import dataclasses
 import time
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments import _models
 from experiments._main import main
-from lminf import generation
-from lminf.attention import cache
+from experiments._streams import Stream
 from lminf.attention.policies import POLICIES
 from lminf.config import parse_choice
-from lminf.generation import GREEDY
 from lminf.models import cost
 from lminf.run import plots, tables
 from lminf.run.progress import Progress
@@ -67,64 +60,35 @@ def run(c, out):
         }
 
 
-class Cell:
-    """One policy at one position: caches that say `position` tokens were read."""
+class Cell(Stream):
+    """One policy at one position."""
 
     def __init__(self, lm, position: int, *, room: int):
-        self.lm, self.position = lm, position
-        # As generation does: caches that keep everything grow by this many tokens at a time.
-        self.capacity = -(-(position + room) // generation.STEP) * generation.STEP
-        self.caches = generation.settle(lm.decoder, self._as_if_read(), length=position, room=room)
-        self.cache_bytes = sum(each.k.nbytes + each.v.nbytes for each in self.caches)
-        self.at, self.token, self.chunks = position, np.zeros(1, np.int32), 0
-
-    def _as_if_read(self):
-        empty = self.lm.init_caches(batch=1, capacity=self.capacity)
-        return tuple(as_if_read(each, self.position) for each in empty)
-
-    def step(self) -> float:
-        """Seconds until the next token is known here."""
-        started = time.perf_counter()
-        self.token = np.asarray(self.advance(self.token[:, None], self.at))
-        self.at += 1
-        return time.perf_counter() - started
+        super().__init__(lm, position, room=room)
+        self.cache_bytes, self.chunks = self.bytes, 0
 
     def read(self, chunk: int) -> float:
         """Seconds to read `chunk` tokens of a prompt from here; then no more steps are taken."""
         if not self.chunks:
-            self.caches = self._as_if_read()
+            self.caches = self.as_if_read()
         self.chunks += 1
         started = time.perf_counter()
         np.asarray(self.advance(np.zeros((1, chunk), np.int32), self.position))
         return time.perf_counter() - started
-
-    def advance(self, tokens, position):
-        key = jax.random.key(0)  # greedy: not used
-        token, self.caches = generation._advance(
-            self.lm.decoder, self.lm.params, jnp.asarray(tokens),
-            position + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], self.caches, GREEDY, key,
-        )  # fmt: skip
-        return token
-
-
-def as_if_read(empty: cache.Cache, tokens: int) -> cache.Cache:
-    """The cache as it would say it is after `tokens` tokens; keys and values stay zero."""
-    pos = jnp.arange(tokens, dtype=jnp.int32)[None]
-    slots = cache.destinations(empty.layout, pos)
-    return dataclasses.replace(empty, pos=cache.write_pos(empty.pos, pos, slots))
 
 
 def plot(rows):
     shown = [{**row, "policy": row["policy"].replace(":", "\n")} for row in rows]
     for row in shown:
         row["cache_mib"] = row["cache_bytes"] / 2**20
-    common = {"x": "position", "by": "policy", "log_x": True, "x_label": "tokens read before"}
+    common = {"x": "position", "by": "policy", "log_x": True, "log_y": True,
+              "x_label": "tokens read before"}  # fmt: skip
     return {
         "decode_cost": plots.curves(
-            shown, y="ms_per_token", y_label="time per token (ms)", y_limits=(0, None), **common
+            shown, y="ms_per_token", y_label="time per token (ms)", **common
         ),
         "cache_bytes": plots.curves(
-            shown, y="cache_mib", y_label="keys and values (MiB)", y_limits=(0, None), **common
+            shown, y="cache_mib", y_label="keys and values (MiB)", **common
         ),
     }
 

@@ -6,24 +6,19 @@ what a policy remembers besides keys and values included. Cells of cost are made
 tokens had been read, with zeros for keys and values.
 """
 
-import dataclasses
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments import _models
 from experiments._main import main
-from lminf import generation
-from lminf.attention import cache
-from lminf.attention.condense import ThinK
-from lminf.attention.evict import Scored
+from experiments._streams import Stream
+from lminf.attention.condense import SnapKV, ThinK
 from lminf.attention.policies import POLICIES
 from lminf.config import parse_choice
 from lminf.data import sources
 from lminf.evals import passkey, score
-from lminf.generation import GREEDY
 from lminf.models import decoder
 from lminf.run import plots, tables
 from lminf.run.progress import Progress
@@ -87,6 +82,8 @@ def choices(c):
             family = text.partition(":")[0]
             if isinstance(policy, ThinK):  # each ratio and combination is a curve
                 family += f" {policy.ratio}" + (" on snapkv" if policy.capacity else "")
+            if isinstance(policy, SnapKV):
+                family += f" asked by {policy.window}"
             yield family, policy
 
 
@@ -120,29 +117,6 @@ def quality(c, lm, ids, samples):
     }
 
 
-class Stream:
-    """One policy after `position` tokens, which count as a prompt."""
-
-    def __init__(self, lm, position: int, *, room: int):
-        self.lm, self.position = lm, position
-        capacity = -(-(position + room) // generation.STEP) * generation.STEP
-        read = (as_if_read(each, lm.policy, position)
-                for each in lm.init_caches(batch=1, capacity=capacity))  # fmt: skip
-        self.caches = generation.settle(lm.decoder, tuple(read), length=position, room=room)
-        self.at, self.token = position, np.zeros(1, np.int32)
-
-    def step(self) -> float:
-        """Seconds until the next token is known here."""
-        started = time.perf_counter()
-        token, self.caches = generation._advance(
-            self.lm.decoder, self.lm.params, jnp.asarray(self.token[:, None]),
-            np.full((1, 1), self.at, np.int32), self.caches, GREEDY, jax.random.key(0),
-        )  # fmt: skip
-        self.token = np.asarray(token)
-        self.at += 1
-        return time.perf_counter() - started
-
-
 def held_bytes(lm, tokens: int) -> dict[str, int]:
     """Bytes after a prompt of so many tokens with room for one more: of keys and values, and of
     what else is held."""
@@ -157,19 +131,6 @@ def held_bytes(lm, tokens: int) -> dict[str, int]:
         kind = "cache_bytes" if is_kv else "state_bytes"
         found[kind] += leaf.size * leaf.dtype.itemsize
     return found
-
-
-def as_if_read(empty: cache.Cache, policy, tokens: int) -> cache.Cache:
-    """The cache as it would say it is after `tokens` tokens; keys and values stay zero."""
-    if isinstance(policy, Scored):
-        filled = int(policy.place(jnp.int32(tokens - 1))) + 1
-        slots = jnp.arange(empty.layout.slots, dtype=jnp.int32)
-        place = jnp.where(slots < filled, slots, cache.EMPTY)[None, None, :, None]
-        place = jnp.broadcast_to(place, empty.extra["place"].shape)
-        return dataclasses.replace(empty, extra=empty.extra | {"place": place})
-    pos = jnp.arange(tokens, dtype=jnp.int32)[None]
-    slots = cache.destinations(empty.layout, pos)
-    return dataclasses.replace(empty, pos=cache.write_pos(empty.pos, pos, slots))
 
 
 def plot(rows):
@@ -199,9 +160,13 @@ def plot(rows):
 
 
 def table(rows):
-    """Quality, a policy and capacity a line; then milliseconds and MiB at each position."""
-    full = {row["policy"]: row["nll"] for row in rows if row["measured"] == "quality"}.get("full")
-    quality_of = [
+    """A policy and capacity a line; the time of a token where it was measured."""
+    measured = [row for row in rows if row["measured"] == "quality"]
+    full = {row["policy"]: row["nll"] for row in measured}.get("full")
+    cost = [row for row in rows if row["measured"] == "cost"]
+    by_position = tables.pivot(cost, index="policy", columns="position", value="ms_per_token")
+    cost_of = {line.pop("policy"): line for line in by_position}
+    return [
         {
             "policy": row["policy"],
             "cache (MiB)": row["cache_bytes"] / 2**20,
@@ -210,18 +175,9 @@ def table(rows):
             "− full": None if full is None else row["nll"] - full,
             "keys found": f"{row['correct']} of {row['passkeys']}",
             "interval": f"{row['low']:.2f}–{row['high']:.2f}",
+            **{f"ms after {int(n):,}": x for n, x in cost_of.get(row["policy"], {}).items()},
         }
-        for row in rows
-        if row["measured"] == "quality"
-    ]
-    cost = [
-        {**row, "cache": row["cache_bytes"] / 2**20} for row in rows if row["measured"] == "cost"
-    ]
-    parts = {"ms_per_token": "ms/token", "cache": "MiB"}
-    return quality_of + [
-        {"policy": f"{line.pop('policy')}, {unit}", **{f"at {n}": v for n, v in line.items()}}
-        for value, unit in parts.items()
-        for line in tables.pivot(cost, index="policy", columns="position", value=value)
+        for row in measured
     ]
 
 

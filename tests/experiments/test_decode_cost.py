@@ -2,8 +2,9 @@ import jax.numpy as jnp
 import pytest
 from matplotlib.figure import Figure
 
-from experiments import decode_cost
+from experiments import _streams, decode_cost
 from lminf.attention import cache
+from lminf.attention.policies import LMInfinite
 
 COLUMNS = {
     "model", "trained_length", "policy", "position", "ms_per_token", "low", "high", "tokens_per_s",
@@ -34,5 +35,5 @@ def test_a_cache_made_as_if_read_says_what_reading_would_leave():
     empty = cache.empty(
         cache.SinkRing(2, 5), layers=1, batch=1, kv_heads=1, head_dim=1, dtype=jnp.float32
     )
-    assert decode_cost.as_if_read(empty, 4).pos.tolist() == [[0, 1, 2, 3, -1, -1, -1]]
-    assert decode_cost.as_if_read(empty, 100).pos.tolist() == [[0, 1, 97, 98, 99, 95, 96]]
+    for tokens, slots in ((4, [0, 1, 2, 3, -1, -1, -1]), (100, [0, 1, 97, 98, 99, 95, 96])):
+        assert _streams.as_if_read(empty, LMInfinite(5, 2), tokens).pos.tolist() == [slots]

@@ -176,12 +176,15 @@ def test_decoding_through_the_cache_equals_prefill():
     module = decoder.Decoder(shape, by_layer)
     tokens = jnp.asarray(making.tokens()["tokens"][:2, :6])
     caches = decoder.init_caches(shape, by_layer, batch=2, capacity=8, dtype=jnp.float32)
+
+    @cases.compiled
+    def read(tokens, start, caches):
+        positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+        return module.apply({"params": params}, tokens, positions=positions, caches=caches)
+
     parts = []
     for start, stop in ((0, 3), (3, 4), (4, 5), (5, 6)):
-        positions = jnp.broadcast_to(jnp.arange(start, stop, dtype=jnp.int32), (2, stop - start))
-        found, caches = module.apply(
-            {"params": params}, tokens[:, start:stop], positions=positions, caches=caches
-        )
+        found, caches = read(tokens[:, start:stop], jnp.int32(start), caches)
         parts.append(found)
     whole = hidden(shape, params, tokens)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-5)
@@ -189,10 +192,9 @@ def test_decoding_through_the_cache_equals_prefill():
 
 def test_the_routers_losses_are_minimised_and_reported():
     made = making.program(shape=mixed(), balance=0.5, router_z=0.25)
-    state = made.init(key=jax.random.key(0))
     batch = making.put(made, making.tokens())
-    share = jax.jit(lambda params: made._share(params, None, batch, jnp.float32(8 * 16)))
-    total, (nll, routing) = share(state.params)
+    share = cases.compiled(lambda params: made._share(params, None, batch, jnp.float32(8 * 16)))
+    total, (nll, routing) = share(fresh(mixed()))
     assert set(routing) == set(moe.MEASURES)
     wanted = nll + 0.5 * routing["balance"] + 0.25 * routing["z"]
     assert float(total) == pytest.approx(float(wanted), rel=1e-6)

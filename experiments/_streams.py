@@ -1,0 +1,67 @@
+"""Streams of which nobody read the first tokens, to time the next ones.
+
+The work of a step depends on the number of slots and on nothing that they hold, so a cache is made
+as if that many tokens had been read, with zeros for keys and values.
+"""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lminf import generation
+from lminf.attention import cache
+from lminf.attention.evict import Scored
+from lminf.generation import GREEDY
+
+
+class Stream:
+    """One policy after `position` tokens, which count as a prompt, with room for some more."""
+
+    def __init__(self, lm, position: int, *, room: int):
+        self.lm, self.position = lm, position
+        # As generation does: caches that keep everything grow by this many tokens at a time.
+        self.capacity = -(-(position + room) // generation.STEP) * generation.STEP
+        read = self.as_if_read()
+        self.caches = generation.settle(lm.decoder, read, length=position, room=room)
+        self.at, self.token = position, np.zeros(1, np.int32)
+
+    def as_if_read(self) -> tuple[cache.Cache, ...]:
+        empty = self.lm.init_caches(batch=1, capacity=self.capacity)
+        return tuple(as_if_read(each, self.lm.policy, self.position) for each in empty)
+
+    @property
+    def bytes(self) -> int:
+        """Of keys, values and what else the policy holds."""
+        return sum(x.nbytes for x in jax.tree.leaves([(c.k, c.v, c.extra) for c in self.caches]))
+
+    def step(self) -> float:
+        """Seconds until the next token is known here."""
+        started = time.perf_counter()
+        self.token = np.asarray(self.advance(self.token[:, None], self.at))
+        self.at += 1
+        return time.perf_counter() - started
+
+    def advance(self, tokens, position):
+        """The token after these, greedily."""
+        key = jax.random.key(0)  # greedy: not used
+        token, self.caches = generation._advance(
+            self.lm.decoder, self.lm.params, jnp.asarray(tokens),
+            position + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], self.caches, GREEDY, key,
+        )  # fmt: skip
+        return token
+
+
+def as_if_read(empty: cache.Cache, policy, tokens: int) -> cache.Cache:
+    """The cache as it would say it is after `tokens` tokens; keys and values stay zero."""
+    if isinstance(policy, Scored):
+        filled = int(policy.place(jnp.int32(tokens - 1))) + 1
+        slots = jnp.arange(empty.layout.slots, dtype=jnp.int32)
+        place = jnp.where(slots < filled, slots, cache.EMPTY)[None, None, :, None]
+        place = jnp.broadcast_to(place, empty.extra["place"].shape)
+        return dataclasses.replace(empty, extra=empty.extra | {"place": place})
+    pos = jnp.arange(tokens, dtype=jnp.int32)[None]
+    slots = cache.destinations(empty.layout, pos)
+    return dataclasses.replace(empty, pos=cache.write_pos(empty.pos, pos, slots))

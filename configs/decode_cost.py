@@ -28,9 +28,10 @@ def get_config(arg: str = ""):
     )
     c.unbounded_to = 16384  # tokens: at 100,000 a cache that keeps everything takes 4.6 GB
     c.steps = 24  # tokens timed in every cell, after one that compiles
-    c.chunk = 512  # tokens of the prompt whose reading is timed; the better of two
+    c.chunk = 512  # tokens of the prompt whose reading is timed, the better of two; 0: none is
     if arg == "choosing":
-        c.positions = (1024, 2048, 4096, 8192, 16384)
+        c.positions, c.steps = (1024, 4096, 16384), 12
+        c.chunk = 0
         c.policies = (
             "full",
             "lm_infinite:window=1024,sinks=10",

@@ -32,14 +32,8 @@ def run(c, out):
         for done in range(c.steps + 1):
             rounds.append([cell.step() for cell in cells])
             progress.update(done + 1)
-    with Progress(3, label="reading", unit="chunks of each") as progress:
-        chunks = []
-        for done in range(3):
-            chunks.append([cell.read(c.chunk) for cell in cells])
-            progress.update(done + 1)
-    # The first of everything compiles.
-    reading = np.min(chunks[1:], axis=0)
-    quartiles = np.percentile(rounds[1:], [25, 50, 75], axis=0).T
+    reading = read_times(cells, c.chunk) if c.chunk else [None] * len(cells)
+    quartiles = np.percentile(rounds[1:], [25, 50, 75], axis=0).T  # the first of each compiles
     for cell, read, (low, median, high) in zip(cells, reading, quartiles, strict=True):
         yield {
             "model": c.model,
@@ -50,7 +44,7 @@ def run(c, out):
             "low": 1e3 * low,
             "high": 1e3 * high,
             "tokens_per_s": 1 / median,
-            "read_ms_per_token": 1e3 * read / c.chunk,
+            **({"read_ms_per_token": 1e3 * read / c.chunk} if c.chunk else {}),
             "cache_bytes": cell.cache_bytes,
             "planned_bytes": cost.cache_bytes(
                 lm.spec, cell.lm.decoder.policies, tokens=cell.capacity, dtype=lm.dtype
@@ -58,6 +52,16 @@ def run(c, out):
             "steps": c.steps,
             "chunk": c.chunk,
         }
+
+
+def read_times(cells, chunk):
+    """Seconds that each takes to read a chunk, the better of two."""
+    with Progress(3, label="reading", unit="chunks of each") as progress:
+        chunks = []
+        for done in range(3):
+            chunks.append([cell.read(chunk) for cell in cells])
+            progress.update(done + 1)
+    return np.min(chunks[1:], axis=0)  # the first of each compiles
 
 
 class Cell(Stream):

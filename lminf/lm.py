@@ -7,7 +7,6 @@ lm.with_policy(Full())             the same weights, attended otherwise
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,6 +70,10 @@ class LM:
     dtype: Any = jnp.float32
     # Its axis "context" shares out the tokens of each chunk that `read` takes. None: one device.
     mesh: Mesh | None = None
+    # Mesh -> (params, the same on all of its devices), for every model made from this one.
+    _placed: dict[Mesh, tuple[Params, Params]] = dataclasses.field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def __post_init__(self):
         policies.check_trained(self.policy, self.reach)
@@ -133,12 +136,16 @@ class LM:
         encoding = dataclasses.replace(self.spec.encoding, scaling=scaling)
         return dataclasses.replace(self, spec=dataclasses.replace(self.spec, encoding=encoding))
 
-    @functools.cached_property
+    @property
     def _params_everywhere(self) -> Params:
         """The parameters where `read` wants them."""
         if self.mesh is None:
             return self.params
-        return jax.device_put(self.params, NamedSharding(self.mesh, P()))
+        held = self._placed.get(self.mesh)
+        if held is None or held[0] is not self.params:
+            placed = jax.device_put(self.params, NamedSharding(self.mesh, P()))
+            held = self._placed[self.mesh] = self.params, placed
+        return held[1]
 
     def init_caches(self, *, batch: int, capacity: int):
         """Empty caches; `capacity` (tokens) is what policies that keep everything can hold."""

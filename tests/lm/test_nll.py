@@ -50,6 +50,14 @@ def test_losses_do_not_depend_on_the_devices(lm, one_shot, small_steps, devices)
     np.testing.assert_allclose(found, one_shot, atol=1e-5)
 
 
+def test_weights_are_copied_to_other_devices_once(lm):
+    first = lm.with_devices(jax.devices()[:2])
+    other = first.with_policy(Window(8))
+    assert other._params_everywhere is first._params_everywhere
+    changed = dataclasses.replace(first, params={**lm.params, "embed": lm.params["embed"] + 1})
+    assert (changed._params_everywhere["embed"] != first._params_everywhere["embed"]).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [2, 16, 17, 18, 33])
 def test_losses_of_texts_of_any_length(lm, one_shot, small_steps, length):

@@ -20,7 +20,7 @@ POLICIES = {
     "snapkv": SnapKV(9, window=5, pooling=1),
     "think": ThinK(0.5, recent=5),
 }
-FAST = ("infinite_hip", "h2o")
+FAST = ("topk", "h2o")
 
 
 def far_apart(tokens):

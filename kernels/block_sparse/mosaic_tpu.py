@@ -24,10 +24,9 @@ from kernels.block_sparse import lists as lists_
 from kernels.block_sparse.operands import Lists, Operands, Rules
 from kernels.common import compat, numerics, tpu_blocks
 from kernels.common.masks import SegmentIds
-from kernels.common.tpu_blocks import LANES, HeadsFirst, Statistics
+from kernels.common.tpu_blocks import LANES, SCALARS, HeadsFirst, Statistics
 from kernels.lambda_attention.operands import Residuals
 
-SCALARS = 2**17  # of 4 bytes: half of what a v5e core's scalar memory holds
 SCORES = 2**18  # of one pair of blocks: several arrays of this size must fit the vector memory
 
 

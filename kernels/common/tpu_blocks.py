@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from kernels.common import compat, numerics
 
 LANES = 128
+SCALARS = 2**17  # of 4 bytes: half of what a v5e core's scalar memory holds
 
 
 @dataclass(frozen=True)

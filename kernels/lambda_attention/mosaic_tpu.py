@@ -5,7 +5,8 @@ and then those of the window: grid (B N, T / C, globals + window). dk and dv wal
 and block of W keys, the queries of its group that see it: grid (B K, S / W, G, queries), once for
 each branch. All index maps name the next block that is seen, and stay on the last one when a row of
 the grid has seen its share, so that steps without work copy nothing either. Only blocks on an edge
-of the window, or of the globals, are masked.
+of the window, or of the globals, are masked. With segments the same walks read from scalar memory
+where they begin and end (`tpu_packing`).
 
 Scores are kept keys first, s^T [W, C]: maxima and sums then run down the sublanes, statistics are
 rows [1, C] that are stored as they are (no padding to 128 lanes), and dk, dv need no transposition.
@@ -26,12 +27,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from kernels.common import compat, dispatch, numerics, tpu_blocks
 from kernels.common.tpu_blocks import HeadsFirst, Statistics
+from kernels.lambda_attention import tpu_packing
 from kernels.lambda_attention.operands import Branch, Operands, Places, Residuals, Rules
-from kernels.lambda_attention.tpu_spans import Far, Near, Plan
+from kernels.lambda_attention.tpu_packing import Where
+from kernels.lambda_attention.tpu_spans import Plan, Ranges, Side
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,6 @@ class Config:
 def attention(rules: Rules, operands: Operands, places: Places, config: object) -> Residuals:
     """Outputs and log-denominators; differentiable in `operands`, through the LSE too."""
     config = dispatch.settled(Config, config, Config)
-    if places.segments is not None:
-        raise NotImplementedError("segments: every block would need a mask and a range of its own")
     if places.alibi_slopes is not None:
         raise NotImplementedError("ALiBi: distances cost as much as the masks that it avoids")
     dtypes = {str(x.dtype) for x in jax.tree.leaves((operands.near, operands.far))}
@@ -54,15 +55,26 @@ def attention(rules: Rules, operands: Operands, places: Places, config: object) 
         raise NotImplementedError(f"{sorted(dtypes)}; it takes all bfloat16 or all float32")
     if rules.scale <= 0:
         raise NotImplementedError(f"scale={rules.scale}; it takes positive ones")
-    plan = _plan(rules, operands, config)
-    scalars = jnp.concatenate([places.query_offset[None], places.key_start])
-    return _attention(plan, operands, scalars).result
+    plan = _plan(rules, operands, config, packed=places.segments is not None)
+    if places.segments is None:
+        where = Where(jnp.concatenate([places.query_offset[None], places.key_start]))
+    else:
+        operands, where = tpu_packing.pack(plan, operands, places)
+        if where.scalars.size > tpu_blocks.SCALARS:
+            raise NotImplementedError(
+                f"segments in blocks placed by {where.scalars.size} numbers; "
+                f"it takes at most {tpu_blocks.SCALARS}"
+            )
+    return _attention(plan, operands, where).result
 
 
-def _plan(rules: Rules, operands: Operands, config: Config) -> Plan:
-    _, queries, heads, _ = operands.near.query.shape
+def _plan(rules: Rules, operands: Operands, config: Config, *, packed: bool) -> Plan:
+    batch, queries, heads, _ = operands.near.query.shape
     keys, key_heads = operands.near.key.shape[1:3]
-    rows = 0 if operands.far is None else min(operands.far.key.shape[1], rules.num_global)
+    rows = 0
+    if operands.far is not None:
+        most = tpu_packing.most_globals(rules, keys) if packed else rules.num_global
+        rows = min(operands.far.key.shape[1], most)
 
     def block(size, rows):
         return min(size, max(rows + -rows % tpu_blocks.LANES, tpu_blocks.LANES))
@@ -77,24 +89,26 @@ def _plan(rules: Rules, operands: Operands, config: Config) -> Plan:
         block(config.block_q, queries),
         block(config.block_k, keys),
         block(config.block_k, rows),
+        batch if packed else None,
     )
 
 
 # --- Kernels --------------------------------------------------------------------------------------
 
 
-def _walk_keys(plan: Plan, scalars, visits) -> None:
+def _walk_keys(plan: Plan, where: Where, visits) -> None:
     """Calls, at this step of the grid, the visit of the branch whose block it is, if any."""
     head, i, step = (pl.program_id(axis) for axis in range(3))
-    batch = jax.lax.div(head, plan.heads)
-    for side, visit in zip(plan.sides, visits, strict=True):
+    batch, scalars = jax.lax.div(head, plan.heads), where.scalars
+    ranges = where.ranges or (None,) * len(plan.sides)
+    for side, range_, visit in zip(plan.sides, ranges, visits, strict=True):
         span = side.keys_of(scalars, batch, i)
         j = span.block(step, side.block, side.blocks)
-        _visit(side, scalars, batch, i, j, span.visits(step, side.block), visit)
+        _visit(side, scalars, range_, batch, i, j, span.visits(step, side.block), visit)
         step -= side.key_steps
 
 
-def _visit(side: Near | Far, scalars, batch, i, j, visited, visit) -> None:
+def _visit(side: Side, scalars, ranges: Ranges | None, batch, i, j, visited, visit) -> None:
     """`visit(None)` if all pairs see each other, else `visit` of which do."""
     clear = side.clear(scalars, batch, i, j)
 
@@ -104,10 +118,10 @@ def _visit(side: Near | Far, scalars, batch, i, j, visited, visit) -> None:
 
     @pl.when(visited & ~clear)
     def _():
-        visit(side.visible(scalars, batch, i, j))
+        visit(side.visible(scalars, batch, i, j, ranges))
 
 
-def _forward_kernel(plan: Plan, scalars, branches, sinks, out, lse2, top, total, acc):
+def _forward_kernel(plan: Plan, where: Where, branches, sinks, out, lse2, top, total, acc):
     @tpu_blocks.at_first(2)
     def _():
         top[...] = jnp.full_like(top, numerics.EMPTY_MAX)
@@ -126,7 +140,7 @@ def _forward_kernel(plan: Plan, scalars, branches, sinks, out, lse2, top, total,
         part = tpu_blocks.dot(plan.scoring, value, weights.astype(value.dtype), (0, 0))
         acc[...] = acc[...] * shrink + part
 
-    _walk_keys(plan, scalars, [functools.partial(visit, branch) for branch in branches])
+    _walk_keys(plan, where, [functools.partial(visit, branch) for branch in branches])
 
     @tpu_blocks.at_last(2)
     def _():
@@ -144,7 +158,7 @@ def _forward_kernel(plan: Plan, scalars, branches, sinks, out, lse2, top, total,
         lse2[...] = jnp.where(empty, -jnp.inf, found)
 
 
-def _d_query_kernel(plan: Plan, scalars, branches, statistics, *outputs_and_accumulators):
+def _d_query_kernel(plan: Plan, scalars, branches, ranges, statistics, *outputs_and_accumulators):
     d_queries = outputs_and_accumulators[: len(branches)]
     accs = outputs_and_accumulators[len(branches) :]
 
@@ -160,7 +174,7 @@ def _d_query_kernel(plan: Plan, scalars, branches, statistics, *outputs_and_accu
 
     _walk_keys(
         plan,
-        scalars,
+        Where(scalars, ranges),
         [functools.partial(visit, *pair) for pair in zip(branches, accs, strict=True)],
     )
 
@@ -171,8 +185,9 @@ def _d_query_kernel(plan: Plan, scalars, branches, statistics, *outputs_and_accu
 
 
 def _d_key_kernel(
-    plan: Plan, side: Near | Far, scalars, branch, statistics, d_key, d_value, key_acc, value_acc
-):
+    plan: Plan, side: Side, scalars, branch, ranges, statistics,
+    d_key, d_value, key_acc, value_acc,
+):  # fmt: skip
     head, j, step = pl.program_id(0), pl.program_id(1), pl.program_id(3)
     batch = jax.lax.div(head, plan.key_heads)
     span = side.queries_of(scalars, batch, j)
@@ -189,7 +204,7 @@ def _d_key_kernel(
         key_acc[...] += tpu_blocks.dot(plan.scoring, d_scores.astype(query.dtype), query, (1, 0))
         value_acc[...] += tpu_blocks.dot(plan.scoring, weights.astype(d_out.dtype), d_out, (1, 0))
 
-    _visit(side, scalars, batch, i, j, span.visits(step, plan.block_q), visit)
+    _visit(side, scalars, ranges, batch, i, j, span.visits(step, plan.block_q), visit)
 
     @tpu_blocks.at_last(2, 3)
     def _():
@@ -220,8 +235,17 @@ def _branches(plan: Plan, operands: Operands) -> list[HeadsFirst]:
     ]
 
 
-def _by_queries(plan: Plan, branches: list[HeadsFirst]) -> tuple[tuple[int, ...], Any, list[Any]]:
-    """Grid, index map of queries, and block specs of the branches, for a walk over keys."""
+class Walk(NamedTuple):
+    """A grid that walks keys for each block of queries, and which blocks it reads."""
+
+    grid: tuple[int, ...]
+    query_at: Any  # index map
+    branches: list[Any]
+    ranges: Any
+
+
+def _by_queries(plan: Plan, branches: list[HeadsFirst], where: Where) -> Walk:
+    """The walk of the forward and of dq."""
 
     def query_at(head, i, step, scalars):
         return head, i
@@ -243,7 +267,17 @@ def _by_queries(plan: Plan, branches: list[HeadsFirst]) -> tuple[tuple[int, ...]
             )
         )
         steps += side.key_steps
-    return (branches[0].query.shape[0], plan.query_blocks, steps), query_at, specs
+    ranges = _ranges_blocks(plan, where.ranges, plan.heads, query_at)
+    return Walk((branches[0].query.shape[0], plan.query_blocks, steps), query_at, specs, ranges)
+
+
+def _ranges_blocks(plan: Plan, ranges, heads: int, query_at) -> Any:
+    """Block specs of ranges, which all heads of a batch row share."""
+
+    def at(head, *grid):
+        return jax.lax.div(head, heads), query_at(head, *grid)[1]
+
+    return jax.tree.map(lambda x: tpu_blocks.block_of(x, plan.block_q, at), ranges)
 
 
 def _flops(plan: Plan, heads: int, *products: int) -> int:
@@ -252,9 +286,9 @@ def _flops(plan: Plan, heads: int, *products: int) -> int:
     return 2 * heads * pairs * sum(products)
 
 
-def _attend(plan: Plan, operands: Operands, scalars: Int[Array, " scalars"]) -> Saved:
+def _attend(plan: Plan, operands: Operands, where: Where) -> Saved:
     branches = _branches(plan, operands)
-    grid, query_at, specs = _by_queries(plan, branches)
+    walk = _by_queries(plan, branches, where)
     query = branches[0].query
     heads, rows, width = query.shape
     value_width = operands.near.value.shape[3]
@@ -262,23 +296,23 @@ def _attend(plan: Plan, operands: Operands, scalars: Int[Array, " scalars"]) -> 
         compat.output_like((heads, rows, value_width), query.dtype, query),
         compat.output_like((heads, 1, rows), jnp.float32, query),
     )
-    inputs, in_specs = (branches,), (specs,)
+    inputs, in_specs = (branches, where.ranges), (walk.branches, walk.ranges)
     if operands.sinks is not None:
         inputs += (operands.sinks.astype(jnp.float32),)
         in_specs += (pl.BlockSpec(memory_space=pltpu.SMEM),)
 
-    def kernel(scalars, branches, *rest):
+    def kernel(scalars, branches, ranges, *rest):
         sinks = None if operands.sinks is None else rest[0]
-        _forward_kernel(plan, scalars, branches, sinks, *rest[len(inputs) - 1 :])
+        _forward_kernel(plan, Where(scalars, ranges), branches, sinks, *rest[len(inputs) - 2 :])
 
     out, lse2 = tpu_blocks.call(
         kernel,
-        grid,
-        scalars,
+        walk.grid,
+        where.scalars,
         inputs,
         in_specs,
         outputs,
-        tuple(tpu_blocks.block_of(x, plan.block_q, query_at) for x in outputs),
+        tuple(tpu_blocks.block_of(x, plan.block_q, walk.query_at) for x in outputs),
         [
             pltpu.VMEM((1, plan.block_q), jnp.float32),
             pltpu.VMEM((1, plan.block_q), jnp.float32),
@@ -292,13 +326,13 @@ def _attend(plan: Plan, operands: Operands, scalars: Int[Array, " scalars"]) -> 
     return Saved(Residuals(tpu_blocks.heads_last(out, operands.near.query), lse), lse2)
 
 
-def _forward(plan: Plan, operands: Operands, scalars):
-    saved = _attend(plan, operands, scalars)
-    return saved, (operands, scalars, saved.result.out, saved.lse2)
+def _forward(plan: Plan, operands: Operands, where: Where):
+    saved = _attend(plan, operands, where)
+    return saved, (operands, where, saved.result.out, saved.lse2)
 
 
 def _backward(plan: Plan, saved, cotangents: Saved):
-    operands, scalars, out, lse2 = saved
+    operands, where, out, lse2 = saved
     d_out, d_lse = cotangents.result
     branches = _branches(plan, operands)
     # d(lse) joins delta: ds = p * (v do^T - delta), and d(lse)/ds = p.
@@ -309,10 +343,12 @@ def _backward(plan: Plan, saved, cotangents: Saved):
     lse2 = jnp.where(jnp.isneginf(lse2), -numerics.EMPTY_MAX, lse2)
     statistics = Statistics(tpu_blocks.heads_first(d_out, plan.block_q), delta, lse2)
 
-    d_queries = _d_queries(plan, scalars, branches, statistics)
+    d_queries = _d_queries(plan, where, branches, statistics)
     d_keys = [
-        _d_keys(plan, side, scalars, branch, statistics)
-        for side, branch in zip(plan.sides, branches, strict=True)
+        _d_keys(plan, side, where.scalars, branch, ranges, statistics)
+        for side, branch, ranges in zip(
+            plan.sides, branches, where.ranges or (None,) * len(branches), strict=True
+        )
     ]
 
     def gradient(given: Branch, d_query, d_key_value) -> Branch:
@@ -339,29 +375,34 @@ def _rows_like(x: Float[Array, "B _ K X"], like: Float[Array, "B R K X"]):
     return jnp.pad(x, ((0, 0), (0, like.shape[1] - x.shape[1]), (0, 0), (0, 0)))
 
 
-def _d_queries(plan: Plan, scalars, branches: list[HeadsFirst], statistics: Statistics):
-    grid, query_at, specs = _by_queries(plan, branches)
+def _d_queries(plan: Plan, where: Where, branches: list[HeadsFirst], statistics: Statistics):
+    walk = _by_queries(plan, branches, where)
     outputs = [tpu_blocks.like(branch.query) for branch in branches]
     width, value_width = branches[0].query.shape[2], statistics.d_out.shape[2]
     return tpu_blocks.call(
         functools.partial(_d_query_kernel, plan),
-        grid,
-        scalars,
-        (branches, statistics),
-        (specs, tpu_blocks.statistics_blocks(plan.block_q, statistics, query_at)),
+        walk.grid,
+        where.scalars,
+        (branches, where.ranges, statistics),
+        (
+            walk.branches,
+            walk.ranges,
+            tpu_blocks.statistics_blocks(plan.block_q, statistics, walk.query_at),
+        ),
         outputs,
-        [tpu_blocks.block_of(x, plan.block_q, query_at) for x in outputs],
+        [tpu_blocks.block_of(x, plan.block_q, walk.query_at) for x in outputs],
         [pltpu.VMEM((width, plan.block_q), jnp.float32) for _ in branches],
         "lambda_d_query",
-        _flops(plan, grid[0], width, width, value_width),
+        _flops(plan, walk.grid[0], width, width, value_width),
     )
 
 
 def _d_keys(
     plan: Plan,
-    side: Near | Far,
+    side: Side,
     scalars,
     branch: HeadsFirst,
+    ranges: Ranges | None,
     statistics: Statistics,
 ):
     def query_at(head, j, member, step, scalars):
@@ -379,19 +420,20 @@ def _d_keys(
         functools.partial(_d_key_kernel, plan, side),
         grid,
         scalars,
-        (branch, statistics),
+        (branch, ranges, statistics),
         (
             branch._replace(
                 query=tpu_blocks.block_of(branch.query, plan.block_q, query_at),
                 key=tpu_blocks.block_of(branch.key, side.block, key_at),
                 value=tpu_blocks.block_of(branch.value, side.block, key_at),
             ),
+            _ranges_blocks(plan, ranges, plan.key_heads, query_at),
             tpu_blocks.statistics_blocks(plan.block_q, statistics, query_at),
         ),
         outputs,
         tuple(tpu_blocks.block_of(x, side.block, key_at) for x in outputs),
         [pltpu.VMEM((side.block, size), jnp.float32) for size in (width, value_width)],
-        f"lambda_d_key_{type(side).__name__.lower()}",
+        f"lambda_d_key_{side.name}",
         4 * steps * plan.block_q * side.block * (width + value_width),
     )
 

@@ -1,14 +1,17 @@
 """Which blocks of queries and keys see each other in Λ-attention, for a TPU's grid of them."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jaxtyping import Array, Int
 
 from kernels.common import tpu_blocks
 from kernels.lambda_attention.operands import Rules
+
+MOST = 2**30  # beyond every position; sums of two such stay in int32
 
 
 @dataclass(frozen=True)
@@ -20,10 +23,11 @@ class Plan:
     key_heads: int  # K
     queries: int  # T
     keys: int  # S
-    globals: int  # R, at most num_global
+    globals: int  # R, at most num_global; with segments, of all of them
     block_q: int  # C
     block_k: int  # W
     block_g: int
+    packed: int | None = None  # rows of the batch, where there are segments in them
 
     @property
     def scoring(self) -> tpu_blocks.Scoring:
@@ -38,9 +42,18 @@ class Plan:
         return pl.cdiv(self.queries, self.block_q)
 
     @property
-    def sides(self) -> "tuple[Near | Far, ...]":
+    def sides(self) -> "tuple[Side, ...]":
         """The branches in the order in which blocks of queries walk them."""
-        return (Far(self), Near(self)) if self.globals else (Near(self),)
+        sides = (Far(self), Near(self)) if self.globals else (Near(self),)
+        if self.packed is None:
+            return sides
+        packed, at = [], 0
+        for side in sides:
+            packed.append(
+                Packed(self, side.name, side.rows, side.block, side.key_steps, side.query_steps, at)
+            )
+            at = packed[-1].end
+        return tuple(packed)
 
 
 class Span(NamedTuple):
@@ -63,9 +76,11 @@ class Span(NamedTuple):
 class Near:
     """The keys of the window. Scalars: the query offset, then where each batch row's keys start."""
 
+    name = "near"
+
     def __init__(self, plan: Plan):
         self.plan, self.block, self.rows = plan, plan.block_k, plan.keys
-        self.window = min(plan.rules.window, 2**30)  # beyond every position, sums stay in int32
+        self.window = min(plan.rules.window, MOST)
 
     @property
     def blocks(self) -> int:
@@ -108,8 +123,8 @@ class Near:
         seen = (first + self.block - 1 <= at) & (at + self.plan.block_q - first <= self.window)
         return seen & (first >= -scalars[batch + 1]) & (first + self.block <= self.rows)
 
-    def visible(self, scalars, batch, i, j):
-        """Which pairs of the two blocks see each other, keys first."""
+    def visible(self, scalars, batch, i, j, ranges=None):
+        """Which pairs of the two blocks see each other, keys first; only `Packed` has ranges."""
         key, query = tpu_blocks.rows_and_columns(self.block, self.plan.block_q)
         key += j * self.block
         distance = scalars[0] + i * self.plan.block_q + query - key
@@ -120,9 +135,11 @@ class Near:
 class Far:
     """The globals, row r at position r; as Near."""
 
+    name = "far"
+
     def __init__(self, plan: Plan):
         self.plan, self.block, self.rows = plan, plan.block_g, plan.globals
-        self.window = min(plan.rules.window, 2**30)
+        self.window = min(plan.rules.window, MOST)
 
     @property
     def blocks(self) -> int:
@@ -130,7 +147,11 @@ class Far:
 
     @property
     def key_steps(self) -> int:
-        return self.blocks
+        if self.plan.packed is None:
+            return self.blocks
+        # Those of the first query's segment, and of segments that begin in the block of queries.
+        later = max(self.plan.block_q - self.window, 0)
+        return min(self.blocks, touched(None, self.plan.rules.num_global + later, self.block))
 
     @property
     def query_steps(self) -> int:
@@ -152,13 +173,75 @@ class Far:
         end = (j + 1) * self.block
         return (end <= self.rows) & (end - 1 <= self._beyond(scalars, batch, i))
 
-    def visible(self, scalars, batch, i, j):
+    def visible(self, scalars, batch, i, j, ranges=None):
         row, query = tpu_blocks.rows_and_columns(self.block, self.plan.block_q)
         row += j * self.block
         return (row <= self._beyond(scalars, batch, i) + query) & (row < self.rows)
 
 
-def touched(first: int | None, length: int, size: int, *, every: int) -> int:
+class Ranges(NamedTuple):
+    """Query t sees the rows first[t] <= row < end[t] of one side."""
+
+    first: Int[Array, "B 1 T"]
+    end: Int[Array, "B 1 T"]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A side of which each query sees a range of rows that depends on its segment.
+
+    Scalars from `at` on: for each batch row and block of queries the first and the last row that
+    one of them sees, and the first and the end of those that all see; then for each batch row and
+    block of keys the first and the last query that sees one of them. `tpu_packing` makes them.
+    """
+
+    plan: Plan
+    name: str
+    rows: int
+    block: int
+    key_steps: int
+    query_steps: int
+    at: int
+
+    @property
+    def blocks(self) -> int:
+        return pl.cdiv(self.rows, self.block)
+
+    @property
+    def _keys_at(self) -> int:
+        assert self.plan.packed is not None
+        return self.at + 4 * self.plan.packed * self.plan.query_blocks
+
+    @property
+    def end(self) -> int:
+        """Where the scalars of this side are over."""
+        assert self.plan.packed is not None
+        return self._keys_at + 2 * self.plan.packed * self.blocks
+
+    def keys_of(self, scalars, batch, i) -> Span:
+        at = self.at + 4 * (batch * self.plan.query_blocks + i)
+        return Span(scalars[at], scalars[at + 1])
+
+    def queries_of(self, scalars, batch, j) -> Span:
+        at = self._keys_at + 2 * (batch * self.blocks + j)
+        return Span(scalars[at], scalars[at + 1])
+
+    def clear(self, scalars, batch, i, j):
+        at = self.at + 4 * (batch * self.plan.query_blocks + i)
+        return (scalars[at + 2] <= j * self.block) & ((j + 1) * self.block <= scalars[at + 3])
+
+    def visible(self, scalars, batch, i, j, ranges):
+        """As Near; `ranges` are those of block i."""
+        first, end = ranges.first[...], ranges.end[...]
+        row, _ = tpu_blocks.rows_and_columns(self.block, self.plan.block_q)
+        row += j * self.block
+        return (row >= first) & (row < end)
+
+
+Side: TypeAlias = Near | Far | Packed
+
+
+def touched(first: int | None, length: int, size: int, *, every: int = 1) -> int:
     """Blocks of `size` rows that `length` rows touch, at most, if they start at
     first + n * every for some n; None: anywhere.
     """

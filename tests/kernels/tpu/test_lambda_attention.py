@@ -98,39 +98,43 @@ def test_walks_visit_what_is_seen_once(case):
         assert {(j // side.block, i // plan.block_q) for i, j in needed} <= set(backwards)
 
 
-def small(*, heads=2, key_heads=1, queries=19, keys=30, rows=3, sinks=False, **options):
+def small(
+    *, batch=1, heads=2, key_heads=1, queries=19, keys=30, rows=3, sinks=False, **options
+):  # fmt: skip
     given = {
-        "query": shared.normal(0, 1, queries, heads, 8),
-        "key": shared.normal(1, 1, keys, key_heads, 8),
-        "value": shared.normal(2, 1, keys, key_heads, shared.VALUE_WIDTH),
+        "query": shared.normal(0, batch, queries, heads, 8),
+        "key": shared.normal(1, batch, keys, key_heads, 8),
+        "value": shared.normal(2, batch, keys, key_heads, shared.VALUE_WIDTH),
     }
     if rows:
-        given["query_global"] = shared.normal(3, 1, queries, heads, 8)
-        given["key_global"] = shared.normal(4, 1, rows, key_heads, 8)
-        given["value_global"] = shared.normal(5, 1, rows, key_heads, shared.VALUE_WIDTH)
+        given["query_global"] = shared.normal(3, batch, queries, heads, 8)
+        given["key_global"] = shared.normal(4, batch, rows, key_heads, 8)
+        given["value_global"] = shared.normal(5, batch, rows, key_heads, shared.VALUE_WIDTH)
     if sinks:
         given["sinks"] = shared.normal(6, heads)
     return given, {"num_global": rows, "query_offset": keys - queries, **options}
 
 
 def check(monkeypatch, given, options, dtype=np.float32, **tolerances):
-    monkeypatch.setattr(shared, "BATCH", 1)  # of the cotangents
+    monkeypatch.setattr(shared, "BATCH", given["query"].shape[0])  # of the cotangents
     found = shared.results(given, implementation="mosaic_tpu", config=SMALL, dtype=dtype, **options)
     shared.assert_close(found, shared.oracle(given, **options), **tolerances)
 
 
 def test_values(interpreter):
     """Two heads on one key head, globals, a sink, clear and masked blocks, an odd last block."""
-    given, options = small(sinks=True, window_size=18)
-    found = jax.jit(
-        functools.partial(
-            kernels.lambda_attention, **options, return_residuals=True,
-            implementation="mosaic_tpu", config=SMALL,
-        )
-    )(**given)  # fmt: skip
-    right = kernels.lambda_attention(
-        **{name: jnp.asarray(x) for name, x in given.items()}, **options, return_residuals=True,
-        implementation="reference",
+    assert_values(*small(sinks=True, window_size=18))
+
+
+def assert_values(given, options):
+    found, right = (
+        jax.jit(
+            functools.partial(
+                kernels.lambda_attention, **options, return_residuals=True,
+                implementation=name, config=config,
+            )
+        )(**given)
+        for name, config in (("mosaic_tpu", SMALL), ("reference", None))
     )  # fmt: skip
     np.testing.assert_allclose(found.out, right.out, atol=2e-6)
     np.testing.assert_allclose(found.lse, right.lse, atol=2e-6)
@@ -142,7 +146,39 @@ def test_gradients_on_two_cores(two_cores, monkeypatch):
     check(monkeypatch, given, options)
 
 
+def packed(*rows, **options):
+    """Operands of rows of segments, whose last ones ask, and the options of the call."""
+    ids = jnp.array(rows, jnp.int32)
+    given, options = small(batch=ids.shape[0], keys=ids.shape[1], **options)
+    at = jnp.arange(given["query"].shape[1]) + options["query_offset"]
+    at = jnp.clip(at, 0, ids.shape[1] - 1)
+    return given, options | {"segment_ids": SegmentIds(ids[:, at], ids)}
+
+
+# Segments that show their globals and ones too short to, padding in front, between and behind.
+MIXED = [4] * 2 + [-1] * 3 + [0] * 11 + [7] + [2] * 12 + [-1]
+OTHER = [-1] + [5] * 20 + [3] * 9
+
+
+def test_segments(interpreter):
+    """Two rows of the batch, each with globals to gather."""
+    assert_values(*packed(MIXED, OTHER, heads=1, queries=7, rows=30, num_global=2, window_size=4))
+
+
 CASES = {
+    "segments": packed(MIXED, OTHER, sinks=True, rows=30, num_global=2, window_size=4),
+    "segments, blocks that all see": packed(
+        [1] * 5 + [2] * 35, heads=1, queries=35, rows=0, num_global=11, window_size=18
+    ),
+    "segments, every far key": packed(
+        OTHER, heads=1, rows=30, num_global=30, window_size=5, query_offset=jnp.int32(11)
+    ),
+    "segments without globals, soft cap": packed(
+        MIXED, rows=0, window_size=2**31 - 1, logits_soft_cap=2.0
+    ),
+    "segments, queries past the keys": packed(
+        OTHER, heads=1, rows=30, num_global=3, window_size=5, query_offset=20
+    ),
     "window of one, as many globals as keys": small(rows=30, window_size=1),
     "no globals, causal": small(rows=0, window_size=2**31 - 1, scale=0.3),
     "soft cap, one query head for each key head": small(
@@ -163,6 +199,25 @@ CASES = {
 def test_options(interpreter, monkeypatch, case):
     given, options = CASES[case]
     check(monkeypatch, given, options)
+
+
+@pytest.mark.slow
+def test_segments_under_vmap(interpreter):
+    """One text after the other: their walks differ."""
+    given, options = packed(MIXED, OTHER, heads=1, queries=7, rows=30, num_global=2, window_size=4)
+    ids = options.pop("segment_ids")
+
+    def attend(name, config, given, ids):
+        return kernels.lambda_attention(
+            **{n: x[None] for n, x in given.items()}, **options, implementation=name,
+            config=config, segment_ids=SegmentIds(ids.q[None], ids.kv[None]),
+        )  # fmt: skip
+
+    found, right = (
+        jax.jit(jax.vmap(functools.partial(attend, name, config)))(given, ids)
+        for name, config in (("mosaic_tpu", SMALL), ("reference", None))
+    )
+    np.testing.assert_allclose(found, right, atol=2e-6)
 
 
 @pytest.mark.slow
@@ -208,9 +263,7 @@ def test_refusals_name_the_reason():
         **{name: jnp.asarray(x) for name, x in given.items()},
         implementation="mosaic_tpu",
     )
-    ids = jnp.zeros((1, 30), jnp.int32)
     for changed, word in (
-        ({"segment_ids": SegmentIds(ids[:, 11:], ids)}, "segments"),
         ({"alibi_slopes": jnp.ones(2)}, "ALiBi"),
         ({"scale": -1.0}, "scale=-1.0"),
         ({"config": shared.SMALL}, "config is a"),

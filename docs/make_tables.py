@@ -16,6 +16,7 @@ from lminf.run import folder, header, tables
 FOLDER = Path(__file__).resolve().parent
 EXPERIMENTS, README = FOLDER / "experiments.md", FOLDER.parent / "README.md"
 BEGIN, END = "<!-- results: docs/make_tables.py -->\n", "<!-- end of results -->\n"
+VARIANTS = ("Sizes", "Pod", "Loss", "Choosing", "Long")  # entries of headers that name others
 OPENING = """\
 # Experiments
 
@@ -41,7 +42,7 @@ def section(found: header.Header) -> str:
     if "Tiny" in entries:
         lines.append(tiny(found))
     lines += ["```", ""]
-    for name in ("Paper", "Time", "Expected", "Tiny", "Sizes", "Pod"):
+    for name in ("Paper", "Time", "Expected", "Tiny", *VARIANTS):
         if name in entries:
             lines.append(f"- {name}: {plain(entries[name])}")
     return "\n".join([*lines, "", *measured(found.name)])

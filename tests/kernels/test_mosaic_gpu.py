@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 import kernels
 from kernels.common import compat, numerics
 from kernels.common.masks import SegmentIds
-from kernels.lambda_attention import mosaic_gpu
+from kernels.lambda_attention import gpu_steps, mosaic_gpu
 
-BLOCK = mosaic_gpu.BLOCK_Q
+BLOCK = gpu_steps.BLOCK_Q
 
 
 def plan_of(queries, keys, window, rows, block_kv):
-    return mosaic_gpu.Plan(
+    return gpu_steps.Plan(
         queries, keys, rows, window,
         heads=1, key_heads=1, width=64, value_width=64, block_kv=block_kv, stages=2, unit=1.0,
     )  # fmt: skip
@@ -41,7 +41,7 @@ def check_walks(plan, place):
     reached = [np.zeros(mask.shape, int) for mask in dense]
     size = plan.block_kv
     for block in range(-(-plan.queries // BLOCK)):
-        steps = mosaic_gpu.Walk(*map(int, mosaic_gpu.walk(plan, block, place)))
+        steps = gpu_steps.Walk(*map(int, gpu_steps.walk(plan, block, place)))
         assert 0 <= steps.far_plain <= steps.far <= steps.plain <= steps.masked <= steps.steps
         all_rows = block * BLOCK + np.arange(BLOCK, dtype=np.int32)[:, None]
         rows = all_rows[all_rows < plan.queries][:, None]
@@ -58,8 +58,8 @@ def check_walks(plan, place):
                 assert whole
             else:
                 assert not whole
-                limits = jax.tree.map(int, mosaic_gpu.limits(plan, is_far, place))
-                found = np.asarray(mosaic_gpu.seen(limits, all_rows, keys))[: len(rows)]
+                limits = jax.tree.map(int, gpu_steps.limits(plan, is_far, place))
+                found = np.asarray(gpu_steps.seen(limits, all_rows, keys))[: len(rows)]
                 assert not found[:, len(columns) :].any()
                 np.testing.assert_array_equal(found[:, : len(columns)], visible)
             counts[rows, columns[None]] += visible
@@ -81,14 +81,14 @@ def test_programs_walk_what_the_dense_mask_shows(
     queries, keys, window, rows, block_kv, key_start, query_offset
 ):
     plan = plan_of(queries, keys, window, rows, block_kv)
-    check_walks(plan, mosaic_gpu.Place(key_start, query_offset))
+    check_walks(plan, gpu_steps.Place(key_start, query_offset))
 
 
 def test_a_long_window_is_mostly_unmasked():
     """Window 4096 and 100 globals: 2 of 34 blocks have the window's edges, one the globals."""
     plan = plan_of(16384, 16384, 4096, 100, 128)
-    place = mosaic_gpu.Place(0, 0)
-    steps = mosaic_gpu.Walk(*map(int, mosaic_gpu.walk(plan, 100, place)))
+    place = gpu_steps.Place(0, 0)
+    steps = gpu_steps.Walk(*map(int, gpu_steps.walk(plan, 100, place)))
     assert steps.steps == 34
     assert steps.masked - steps.plain == 31
 
@@ -99,8 +99,8 @@ def take_step(plan, is_masked, limits, rows, query, key, value, state):
     acc, maximum, total = state
     scores = query @ key.T
     if is_masked:
-        scores = jnp.where(mosaic_gpu.seen(limits, *rows), scores, mosaic_gpu.masked_score(plan))
-    weights, decay, maximum, total = mosaic_gpu.weigh(plan, scores, maximum, total)
+        scores = jnp.where(gpu_steps.seen(limits, *rows), scores, gpu_steps.masked_score(plan))
+    weights, decay, maximum, total = gpu_steps.weigh(plan, scores, maximum, total)
     return acc * decay[:, None] + weights @ value, maximum, total
 
 
@@ -112,11 +112,11 @@ def replay(plan, place, near, far):
 
     outs, lses = [], []
     for block in range(-(-plan.queries // BLOCK)):
-        steps = mosaic_gpu.Walk(*map(int, mosaic_gpu.walk(plan, block, place)))
+        steps = gpu_steps.Walk(*map(int, gpu_steps.walk(plan, block, place)))
         query_rows = block * BLOCK + np.arange(BLOCK, dtype=np.int32)[:, None]
         state = (
             np.zeros((BLOCK, plan.value_width), np.float32),
-            np.full(BLOCK, mosaic_gpu.initial_maximum(plan), np.float32),
+            np.full(BLOCK, gpu_steps.initial_maximum(plan), np.float32),
             np.zeros(BLOCK, np.float32),
         )
         for step in range(steps.steps):
@@ -126,7 +126,7 @@ def replay(plan, place, near, far):
             state = take_step(
                 plan,
                 not (step < steps.far_plain or steps.plain <= step < steps.masked),
-                jax.tree.map(np.asarray, mosaic_gpu.limits(plan, is_far, place)),
+                jax.tree.map(np.asarray, gpu_steps.limits(plan, is_far, place)),
                 (query_rows, at + np.arange(plan.block_kv, dtype=np.int32)[None]),
                 rows_of(query, block * BLOCK, BLOCK),
                 rows_of(key, at, plan.block_kv),
@@ -134,7 +134,7 @@ def replay(plan, place, near, far):
                 state,
             )
         acc, maximum, total = state
-        inverse, lse = jax.jit(mosaic_gpu.finish)(maximum, total)
+        inverse, lse = jax.jit(gpu_steps.finish)(maximum, total)
         outs.append(np.asarray(acc) * np.asarray(inverse)[:, None])
         lses.append(np.asarray(lse))
     return np.concatenate(outs)[: plan.queries], np.concatenate(lses)[: plan.queries]
@@ -164,13 +164,13 @@ def test_the_steps_give_the_numbers_of_the_reference(scale, key_start):
         *map(lift, (query, key, value)), query_global=lift(query_global),
         key_global=lift(key_global), value_global=lift(value_global),
     )  # fmt: skip
-    plan = mosaic_gpu.Plan(
+    plan = gpu_steps.Plan(
         queries, keys, globals_, window,
         heads=1, key_heads=1, width=width, value_width=width, block_kv=64, stages=2,
         unit=scale * numerics.LOG2_E,
     )  # fmt: skip
     out, lse = replay(
-        plan, mosaic_gpu.Place(key_start, 5), (query, key, value),
+        plan, gpu_steps.Place(key_start, 5), (query, key, value),
         (query_global, key_global, value_global),
     )  # fmt: skip
     assert np.isneginf(np.asarray(lse)).any() == (key_start < 0)

@@ -56,17 +56,25 @@ def tiny(found: header.Header) -> str:
 
 
 def measured(name: str) -> list[str]:
-    """What lies in docs/results: how long it took, and the experiment's own table of its rows."""
-    run = FOLDER / "results" / name
-    if not (run / "rows.jsonl").exists():
+    """What lies in docs/results, of this experiment (NAME) and of its variants (NAME_VARIANT)."""
+    runs = [name, *sorted(path.name for path in (FOLDER / "results").glob(f"{name}_*"))]
+    runs = [run for run in runs if (FOLDER / "results" / run / "rows.jsonl").exists()]
+    if not runs:
         return ["Measured: no rows are committed.", ""]
+    return [line for run in runs for line in one_run(name, run)]
+
+
+def one_run(name: str, run: str) -> list[str]:
+    """How long it took, and the experiment's own table of its rows."""
     module = importlib.import_module(f"experiments.{name}")
-    rows = folder.RunFolder(run).rows()
+    rows = folder.RunFolder(FOLDER / "results" / run).rows()
     shown = module.table(rows) if hasattr(module, "table") else rows
-    took = re.search(r"^Time: (.*?)\.? *$", (run / "report.md").read_text(), re.MULTILINE)
+    report = (FOLDER / "results" / run / "report.md").read_text()
+    took = re.search(r"^Time: (.*?)\.? *$", report, re.MULTILINE)
+    what = f", `:{run.removeprefix(f'{name}_')}`" if run != name else ""
     seconds = f" in {took[1]}" if took else ""
-    links = f"([rows](results/{name}/rows.jsonl), [report](results/{name}/report.md))"
-    return [f"Measured{seconds} {links}:", "", tables.markdown(shown), ""]
+    links = f"([rows](results/{run}/rows.jsonl), [report](results/{run}/report.md))"
+    return [f"Measured{what}{seconds} {links}:", "", tables.markdown(shown), ""]
 
 
 def plain(text: str) -> str:

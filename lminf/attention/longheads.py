@@ -10,8 +10,8 @@ between them that was not chosen. A chunk's summary, of each head, is made of it
 
 and a query, unrotated, ranks chunks by <q, c>. The reference leaves a token's own key out while it
 reads a prompt, though not when it writes; here every token sees itself, so both are one function,
-however a text is divided into calls. Keys and values of all chunks are visited, in products that
-mask those not chosen: what is saved is positions, not work.
+however a text is divided into calls. Reading visits the keys and values of all chunks, in products
+that mask those not chosen; a token that is written fetches its own chunks and no others.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from lminf.attention import cache as caches
-from lminf.attention import policies, select
+from lminf.attention import policies, rope, select
 from lminf.attention.policies import at_least
 from lminf.errors import InputError
 
@@ -76,7 +76,10 @@ class LongHeads(select.Choosing):
                 number = jnp.maximum(group.end - 1, 0) // self.chunk
                 summary = extra["summary"][layer] if extra else None
                 chosen = self._chosen(q, summary, number, count)
-                out = self._attend(places, angles, group, q, held, layer, chosen, number)
+                if groups.tokens == 1:
+                    out = self._attend_alone(places, angles, group, q, held, layer, chosen)
+                else:
+                    out = self._attend(places, angles, group, q, held, layer, chosen, number)
                 if extra:
                     extra = self._remember(places, group, q, held, layer, extra, number)
                 return out, extra
@@ -101,6 +104,31 @@ class LongHeads(select.Choosing):
         best, at = jax.lax.top_k(scores, min(self.chunks - 3, count))
         named = jax.nn.one_hot(jnp.where(jnp.isneginf(best), -1, at), count, dtype=bool)
         return always | named.any(-2)
+
+    def _attend_alone(self, places, angles, group, q, held, layer, chosen):
+        """One token: every head fetches its own chunks, and no others are read."""
+        w, count = self.chunk, chosen.shape[-1]
+        heads_per_kv = q.shape[2] // held.k.shape[3]
+        chosen = chosen[:, 0]  # [B, N, C]
+        every = jnp.arange(count, dtype=jnp.int32)[None, None]
+        in_order = jnp.where(chosen, count - every, 0)
+        left, _ = jax.lax.top_k(in_order, min(self.chunks, count))  # [B, N, M]
+        number = count - left  # rising; any where nothing is left
+        inside = jnp.arange(w, dtype=jnp.int32)[None, None, None]
+        pos = (number[..., None] * w + inside).reshape(*number.shape[:2], -1)  # [B, N, S]
+        seen = jnp.repeat(left > 0, w, axis=-1) & (pos <= group.pos[:, :, None])
+        row = jnp.arange(len(pos), dtype=jnp.int32)[:, None, None]
+        head = jnp.arange(pos.shape[1], dtype=jnp.int32)[None, :, None] // heads_per_kv
+        at = jnp.clip(pos, 0, held.k.shape[2] - 1)
+        k, v = (x[layer, row, at, head].astype(q.dtype).swapaxes(1, 2) for x in (held.k, held.v))
+        if angles is not None:
+            k = rope.rotate(k, angles, places.encoding.layout)
+        own = (chosen.sum(-1, dtype=jnp.int32) - 1) * w + jnp.maximum(group.pos, 0) % w
+        placed = places.turned_by_head(q, angles, own[:, None])
+        anything = jnp.ones((len(q), 1, k.shape[1]), bool)
+        scores = select.scores_of(places.scoring, placed, k, anything)  # [B, N, 1, 1, S]
+        weights = select.softmax(jnp.where(seen[:, :, None, None], scores, select.MASKED))
+        return jnp.einsum("bngts,bsnh->btnh", weights.astype(v.dtype), v).astype(q.dtype)
 
     def _attend(self, places, angles, group, q, held, layer, chosen, number):
         """Online softmax over the chunks of the text, in each of them over who chose it."""

@@ -82,9 +82,11 @@ class Cell(Stream):
 
 
 def plot(rows):
-    shown = [{**row, "policy": row["policy"].replace(":", "\n")} for row in rows]
-    for row in shown:
-        row["cache_mib"] = row["cache_bytes"] / 2**20
+    label = plots.short_names(row["policy"] for row in rows)
+    shown = [
+        {**row, "policy": label[row["policy"]], "cache_mib": row["cache_bytes"] / 2**20}
+        for row in rows
+    ]
     common = {"x": "position", "by": "policy", "log_x": True, "log_y": True,
               "x_label": "tokens read before"}  # fmt: skip
     return {

@@ -155,7 +155,7 @@ def losses(c, lm, models, done):
 
 def plot(rows):
     """Heat maps: passkeys found by depth, for each policy at each length; loss by position."""
-    label = labels(dict.fromkeys(row["policy"] for row in rows))
+    label = plots.short_names(row["policy"] for row in rows)
     found = [
         {**row, "asked": f"{label[row['policy']]}\n{row['length']:,}"}
         for row in rows
@@ -168,7 +168,7 @@ def plot(rows):
             x_label="policy, prompt (tokens)", y_label="share of the filler before the key",
             value_label="share of passkeys found",
         )  # fmt: skip
-    nll = [{**row, "policy": row["policy"].replace(":", "\n")} for row in above_reread(rows)]
+    nll = [{**row, "policy": label[row["policy"]]} for row in above_reread(rows)]
     if nll:
         figures["above_reread"] = plots.curves(
             nll, x="length", y="excess", by="policy", mark=rows[0]["trained_length"],
@@ -186,17 +186,6 @@ def above_reread(rows):
         for row in nll
         if row["policy"] != REREAD and row["length"] in base
     ]
-
-
-def labels(policies):
-    """Policy -> its kind, with the settings that tell it from others of its kind."""
-    parts = {policy: policy.partition(":") for policy in policies}
-    short = {}
-    for policy, (kind, _, settings) in parts.items():
-        others = [set(s.split(",")) for p, (k, _, s) in parts.items() if k == kind and p != policy]
-        own = [s for s in settings.split(",") if not all(s in other for other in others)]
-        short[policy] = "\n".join([kind, *own] if others else [kind])
-    return short
 
 
 def table(rows):

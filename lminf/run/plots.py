@@ -6,7 +6,7 @@ drawn from rows alone.
 
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -38,6 +38,17 @@ STYLE: dict[Any, Any] = {  # matplotlib types the keys as literals
     "savefig.dpi": 160,
 }
 LABEL_GAP = 1.3  # line heights between neighbouring labels
+
+
+def short_names(values: Iterable[str]) -> dict[str, str]:
+    """`kind:field=value,…` -> its kind, with the settings that tell it from others of its kind."""
+    parts = {value: value.partition(":") for value in values}
+    short = {}
+    for value, (kind, _, settings) in parts.items():
+        others = [set(s.split(",")) for v, (k, _, s) in parts.items() if k == kind and v != value]
+        own = [s for s in settings.split(",") if not all(s in other for other in others)]
+        short[value] = "\n".join([kind, *own] if others else [kind])
+    return short
 
 
 def curves(

@@ -84,17 +84,12 @@ def test_what_was_measured_is_not_measured_again(measure):
     ]
 
 
-def test_policies_of_one_kind_are_told_apart_by_what_differs():
-    one, other = "topk:window=8,topk=5", "topk:window=8,topk=20"
-    label = long_context_eval.labels([one, FORGETS, other])
-    assert label == {one: "topk\ntopk=5", FORGETS: "lm_infinite", other: "topk\ntopk=20"}
-
-
 def test_every_length_has_its_number_of_prompts(measure):
     with pytest.raises(InputError, match=r"passkey: numbers of prompts \(2, 3\) for lengths"):
         measure(prompts=(2, 3))
 
 
+@pytest.mark.slow
 def test_losses_lie_beside_those_of_reading_again(measure):
     rows = measure(prompts=(1,), depths=(0.1,), key_value_prompts=(1,), nll_length=300, block=100)
     losses = [row for row in rows if row["task"] == "nll"]

@@ -72,3 +72,9 @@ def test_bars_and_heatmap_show_every_row():
 
 def test_no_rows_give_an_empty_figure():
     plots.save(plots.curves([], x="length", y="nll", by="policy", log_x=True, mark=8))
+
+
+def test_policies_of_one_kind_are_told_apart_by_what_differs():
+    one, two, other = "topk:window=8,topk=5", "topk:window=8,topk=20", "lm_infinite:window=400"
+    label = plots.short_names([one, other, two, one])
+    assert label == {one: "topk\ntopk=5", other: "lm_infinite", two: "topk\ntopk=20"}

@@ -20,7 +20,6 @@ POLICIES = {
     "snapkv": SnapKV(9, window=5, pooling=1),
     "think": ThinK(0.5, recent=5),
 }
-FAST = ("topk", "h2o")
 
 
 def far_apart(tokens):
@@ -35,9 +34,8 @@ def far_apart(tokens):
     return [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in POLICIES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", POLICIES)
 def test_bfloat16_stays_within_its_rounding(name):
     policy, scoring = POLICIES[name], cases.scoring("partial")
     tokens = cases.TOKENS if name in ("snapkv", "think") else TOKENS

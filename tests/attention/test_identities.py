@@ -72,7 +72,7 @@ def decoded(policy, scoring, at):
 @pytest.mark.parametrize(
     ("encoding", "group"),
     lanes(
-        [("rotary", 3), ("alibi", 1)],
+        [("alibi", 1)],
         itertools.product(cases.ENCODINGS, (1, 3)),
     ),
 )
@@ -95,14 +95,13 @@ def test_the_reference_and_decoding_token_by_token_are_the_formulas(encoding, gr
 # policy, encoding, group, implementation: the tiled form is what models run on long texts.
 GRADIENTS = [
     ("lm_infinite", "partial", 3, "xla_chunked"),
-    ("rerope_log", "rotary", 1, "xla"),
     ("streaming", "alibi", 1, "xla"),
     ("self_extend", "none", 3, "xla"),
 ]
 
 
 def gradient_cases(test):
-    every = [(*case, "xla_chunked") for case in OTHERS]
+    every = [*((*case, "xla_chunked") for case in OTHERS), ("rerope_log", "rotary", 1, "xla")]
     names = ("policy", "encoding", "group", "implementation")
     return pytest.mark.parametrize(names, lanes(GRADIENTS, every))(test)
 

@@ -12,6 +12,7 @@ COLUMNS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_row_is_one_policy_and_position(rows_of):
     rows = rows_of(
         "decode_cost", positions=(100, 100_000), unbounded_to=100, steps=2, chunk=16,

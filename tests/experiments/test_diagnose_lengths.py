@@ -30,6 +30,7 @@ def of(rows, factor, **columns):
     ]
 
 
+@pytest.mark.slow
 def test_logits_are_summarised_at_every_distance(rows):
     for layer in (0, 1):
         found = of(rows, "logits", layer=layer)

@@ -72,6 +72,7 @@ def test_a_key_must_stay_in_the_window_until_the_answer_is_given():
         assert passkey.in_window(Full(), sample)
 
 
+@pytest.mark.slow
 def test_prompts_of_a_real_model_are_read_in_batches(rows_of):
     (row,) = rows_of("passkey", lengths=(300,), prompts=(2,), depths=(0.5,), policies=("full",))
     assert row["prompts"] == 2

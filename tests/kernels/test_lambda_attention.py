@@ -177,8 +177,8 @@ def expected(case):
     return oracle(given(), **options())
 
 
-# Compiling is what costs: these three touch nearly every line, the others run in the slow lane.
-FAST = {"causal", "a chunk against a cache", "segments"}
+# Compiling is what costs: these two touch most lines, the others run in the slow lane.
+FAST = {"a chunk against a cache", "segments"}
 
 
 @pytest.mark.parametrize(
@@ -284,6 +284,7 @@ def test_reference_is_the_definition():
         np.testing.assert_allclose(lse[0, 0, i], np.log(total), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_unseen_rows_are_empty_and_invisible_keys_do_not_matter():
     given = operands(rows=4, sinks=True)
     options = {

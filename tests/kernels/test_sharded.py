@@ -69,6 +69,7 @@ SCATTERED = TOKENS | {"embed_reduce": "psum_scatter"}
 EXPLICIT = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Explicit,))
 
 
+@pytest.mark.slow
 def test_every_option_with_tokens_split_too(mesh):
     assert_same(mesh, sharding=SCATTERED, bias=True, **EVERYTHING)
 

@@ -24,6 +24,7 @@ def choosing(lm):
     return lm.with_policy(INFLLM)
 
 
+@pytest.mark.slow
 def test_chunks_of_whole_groups_read_alike(choosing, monkeypatch):
     whole = choosing.nll(TEXT).token_nll
     monkeypatch.setattr("lminf.lm.CHUNK", 16)

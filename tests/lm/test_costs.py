@@ -43,6 +43,7 @@ def test_the_loss_holds_one_block_of_logits_whatever_the_vocabulary(gradients):
     assert long - wide < 0.1 * (4096 - 1024) * 8192 * 4
 
 
+@pytest.mark.slow
 def test_scoring_a_chunk_holds_no_more_than_its_states_and_one_chunk_of_logits():
     spec = specs.change(specs.shallow(specs.LLAMA, 1), vocab_size=8192)
     module = decoder.Decoder(spec, (LMInfinite(64, 4),), implementation="xla_chunked")

@@ -64,6 +64,7 @@ def caches_after(lm, ids, size):
     return stored[0]
 
 
+@pytest.mark.slow
 def test_sirllm_remembers_how_surprising_each_token_was(lm, ids):
     nll = lm.with_policy(Full()).token_nll(ids[:12])
     scores = {}

@@ -43,7 +43,8 @@ def test_losses_through_the_cache_are_those_of_the_whole_text(lm, one_shot, smal
     assert calls == [(16, 40), (32, 40), (40, 40)]
 
 
-@pytest.mark.parametrize("devices", [2, 3])  # three do not divide a chunk: each reads it whole
+# Three do not divide a chunk: each reads it whole.
+@pytest.mark.parametrize("devices", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_losses_do_not_depend_on_the_devices(lm, one_shot, small_steps, devices):
     ids = lm.tokenizer.encode(TEXT)
     found = lm.with_devices(jax.devices()[:devices]).token_nll(ids)

@@ -149,6 +149,7 @@ def test_entropies_do_not_depend_on_order_or_company(full, small_steps, monkeypa
     )
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_the_whole_text_and_come_in_the_order_of_prompts(full, small_steps):
     """24 tokens are two chunks; the last 18 places span both."""
     found = full.logits([LONG[:24], LONG[:18]], last=18)

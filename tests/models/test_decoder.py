@@ -68,12 +68,12 @@ def read_in_pieces(module, params, tokens, positions, *, chunks, capacity=TOKENS
 MIXES = {
     "one": (specs.shallow(specs.GPTJ, 2), (LMInfinite(5, 2),) * 2),
     "two": (specs.LLAMA, (Window(4), SelfExtend(5, 3)) * 2),
+}
+SLOW_MIXES = {
     "three": (
         specs.shallow(specs.GEMMA, 3),
         (LMInfinite(5, 2), ReRoPE(4, log_from=9), PerHead((Streaming(6, 1), Full()))),
     ),
-}
-SLOW_MIXES = {
     "neox": (specs.NEOX, (Streaming(5, 3),) * 4),
     "mpt": (specs.MPT, (LMInfinite(5, 3), Full()) * 2),
     "qwen": (specs.QWEN, (PerHead((LeakyReRoPE(4, 3), Lambda(6, 1))),) * 4),
@@ -184,6 +184,7 @@ def test_padding_changes_no_gradient():
 # --- Rematerialisation, sowing, dtypes ------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rematerialised_layers_give_the_same_values_and_gradients():
     spec = specs.shallow(specs.LLAMA, 2)
     params, tokens = specs.parameters(spec), tokens_of(spec)[:, :8]

@@ -190,6 +190,7 @@ def test_decoding_through_the_cache_equals_prefill():
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_routers_losses_are_minimised_and_reported():
     made = making.program(shape=mixed(), balance=0.5, router_z=0.25)
     batch = making.put(made, making.tokens())

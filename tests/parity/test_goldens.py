@@ -36,7 +36,13 @@ def run(spec, params, tokens):
     return jax.jit(forward).lower(params).compile(compiler_options=quickly)(params)
 
 
-@pytest.mark.parametrize("case", CASES)
+# One of each architecture; their variants run in the slow lane.
+FAST = {"gemma2", "gpt_neox", "gptj", "llama", "llama_llama3", "mistral", "mpt", "qwen2", "qwen3"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=() if c in FAST else pytest.mark.slow) for c in CASES]
+)
 def test_logits_and_hidden_states_equal_transformers(case):
     expected = np.load(GOLDENS / case / "expected.npz")
     loaded = checkpoints.load(str(GOLDENS / case))

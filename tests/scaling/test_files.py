@@ -80,7 +80,7 @@ def test_the_anchor_of_approach_2_moves_with_its_budget():
     ("mode", "expected", "beta"),
     [
         pytest.param("reference", (2.44, 0.21, 2.10, 5.25), 0.583, marks=pytest.mark.slow),
-        ("tokens", (2.51, 0.06, 1.13, 5.26), 0.570),
+        pytest.param("tokens", (2.51, 0.06, 1.13, 5.26), 0.570, marks=pytest.mark.slow),
     ],
 )
 def test_approach_3_within_bounds(mode, expected, beta):
@@ -92,6 +92,7 @@ def test_approach_3_within_bounds(mode, expected, beta):
     assert any("alpha2 is not identified" in note for note in law.warnings)
 
 
+@pytest.mark.slow
 def test_approach_3_without_bounds_says_not_identified():
     law = scaling.fit(VocabLaw3("tokens", bounds="wide"), data.vocab_table(), draws=0)
     assert law.constants["alpha2"] < 0

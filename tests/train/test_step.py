@@ -38,10 +38,7 @@ def gradients(made):
 
 @pytest.mark.parametrize(
     ("strategy", "sizes"),
-    [
-        pytest.param(*case, marks=[] if case[0] == "zero3+tensor" else pytest.mark.slow, id=case[0])
-        for case in STRATEGIES
-    ],
+    [pytest.param(*case, marks=pytest.mark.slow, id=case[0]) for case in STRATEGIES],
 )
 def test_sharded_gradients_equal_those_of_a_single_device(strategy, sizes, alone):
     found = gradients(making.program(strategy=strategy, **sizes))

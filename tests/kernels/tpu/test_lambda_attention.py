@@ -160,6 +160,7 @@ MIXED = [4] * 2 + [-1] * 3 + [0] * 11 + [7] + [2] * 12 + [-1]
 OTHER = [-1] + [5] * 20 + [3] * 9
 
 
+@pytest.mark.slow
 def test_segments(interpreter):
     """Two rows of the batch, each with globals to gather."""
     assert_values(*packed(MIXED, OTHER, heads=1, queries=7, rows=30, num_global=2, window_size=4))

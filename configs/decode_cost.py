@@ -8,7 +8,10 @@ Time       about 2 minutes on two CPU cores
 Expected   with a window of 4,096, the token after 100,000 costs what the one after 5,000 costs
            (69 ms both); Full costs more than twice as much at 16,384 as at 4,096
 Choosing   --config=:choosing times the policies by content, with about 1,024 tokens attended to,
-           after 1,024 to 16,384: those that look for them among all keys grow with the stream
+           after 1,024 to 16,384, in 2 minutes. From 4,096 to 16,384 tokens InfLLM and LongHeads
+           take a tenth longer, those that evict no longer at all; top-k, which scores every key,
+           doubles as Full does, and so does HiP, searching for every token here, whose first three
+           layers see everything
 Tiny       --config=:tiny trains a byte model at 64 tokens first: under 2 minutes
 """
 

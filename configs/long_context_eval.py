@@ -57,13 +57,13 @@ def get_config(arg: str = ""):
             "streaming:window=4096,sinks=10",
             "infllm:window=2048,sinks=10,topk=16",
             "longheads:attended=4096",
-            "sirllm:capacity=4096,sinks=10,recent=2048,turn=512",
-            "tova:capacity=4096,sinks=10,turn=512",
             "rerope:window=4096",
             "self_extend:window=4096,group=8",
             "leaky_rerope:window=4096,stretch=8",
             "infinite_hip:topk=(16384,8192,2048),window=2048,sinks=10",
             "topk:window=4096,sinks=10,topk=5",
+            "sirllm:capacity=4096,sinks=10,recent=2048,turn=512",
+            "tova:capacity=4096,sinks=10,turn=512",
         )
         c.nll_length = 32_768
     if arg == "tiny":

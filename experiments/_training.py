@@ -151,7 +151,7 @@ def data_of(c, tokenizer, share: Share) -> Data:
     corpora, held_out = corpus.hold_out(corpora, c.data.held_out, at_most=needed)
     train = loader.Loader(corpora, plan, seed=c.seed, **size)
     return Data(
-        loader.Prefetched(train, process=share.index, processes=share.count),
+        loader.Prefetched(train, **share._asdict()),
         train.schedule.shapes,
         windows.consecutive(held_out, at_most=c.evaluate.batches, **size),
     )

@@ -34,10 +34,10 @@ class Batches(Protocol):
 
 
 class Share(NamedTuple):
-    """Part number `index` of `count` equal parts of a batch's rows."""
+    """Part number `process` of `processes` equal parts of a batch's rows."""
 
-    index: int
-    count: int
+    process: int
+    processes: int
 
 
 WHOLE = Share(0, 1)
@@ -47,8 +47,13 @@ def share(mesh: Mesh, strategy: Strategy) -> Share:
     """The rows that this process's devices work on, which are all that it must read."""
     copies = _copies(mesh, strategy)
     where = partition.spec(("batch",), (copies,), strategy.activations, mesh)
-    held = NamedSharding(mesh, where).addressable_devices_indices_map((copies,))
-    rows = {row for (part,) in held.values() for row in range(copies)[part]}
+    laid_out = NamedSharding(mesh, where).devices_indices_map((copies,))
+    rows = {
+        row
+        for device, (part,) in laid_out.items()
+        if device.process_index == jax.process_index()
+        for row in range(copies)[part]
+    }
     return _enclosing(rows, copies)
 
 
@@ -96,9 +101,9 @@ def put(batch: Batch, *, mesh: Mesh, strategy: Strategy, share: Share = WHOLE) -
 
     def one(x):
         x = np.asarray(x)
-        shape = (x.shape[0] * share.count, x.shape[1])
+        shape = (x.shape[0] * share.processes, x.shape[1])
         where = partition.spec(("batch", "length"), shape, strategy.activations, mesh)
-        before = x.shape[0] * share.index
+        before = x.shape[0] * share.process
 
         def part(index):
             first, last, _ = index[0].indices(shape[0])

@@ -59,11 +59,9 @@ def share(mesh: Mesh, strategy: Strategy) -> Share:
 
 def _enclosing(rows: Set[int], of: int) -> Share:
     """The smallest equal part of `of` rows that holds these."""
-    for count in sorted((n for n in range(1, of + 1) if of % n == 0), reverse=True):
-        size = of // count
-        if max(rows) // size == min(rows) // size:
-            return Share(min(rows) // size, count)
-    return WHOLE
+    first, last = min(rows), max(rows)
+    size = next(n for n in range(1, of + 1) if of % n == 0 and first // n == last // n)
+    return Share(first // size, of // size)
 
 
 def _copies(mesh: Mesh, strategy: Strategy) -> int:

@@ -47,7 +47,7 @@ class Stream:
     def advance(self, tokens, position):
         """The token after these, greedily."""
         key = jax.random.key(0)  # greedy: not used
-        token, self.caches = generation._advance(
+        token, self.caches = generation.advance(
             self.lm.decoder, self.lm.params, jnp.asarray(tokens),
             position + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], self.caches, GREEDY, key,
         )  # fmt: skip

@@ -91,22 +91,43 @@ def generate_tokens(
 
     Prompts of unequal length are padded on the left with negative positions, which nothing sees.
     """
-    pieces = list(_pieces(lm, prompts))
+    chunks = list(pieces(lm, prompts))
+    check_new_tokens(max_new_tokens)
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    caches = empty_caches(lm, rows=len(prompts), longest=int(lengths.max()), room=max_new_tokens)
+    yield from go_on(
+        lm, chunks, caches, lengths=lengths, sampling=sampling, max_new_tokens=max_new_tokens,
+        key=key,
+    )  # fmt: skip
+
+
+def check_new_tokens(max_new_tokens: int) -> None:
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens}: give at least 1")
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    caches = _caches(lm, prompts, room=max_new_tokens)
+
+
+def go_on(
+    lm: Any,
+    chunks: Sequence[tuple[Int[np.ndarray, "B C"], Int[np.ndarray, "B C"]]],
+    caches: tuple[Any, ...],
+    *,
+    lengths: Int[np.ndarray, " B"],
+    sampling: Sampling,
+    max_new_tokens: int,
+    key: jax.Array,
+) -> Iterator[Int[np.ndarray, " B"]]:
+    """Reads the last chunks of prompts of `lengths` tokens into these caches, which are used up,
+    and yields the next token of every row, max_new_tokens times.
+    """
     module, keys = lm.decoder, jax.random.split(key, max_new_tokens)
     token = None
-    for tokens, positions in pieces:
-        token, caches = _advance(
-            module, lm.params, tokens, positions, caches, sampling, keys[0]
-        )  # fmt: skip
+    for tokens, positions in chunks:
+        token, caches = advance(module, lm.params, tokens, positions, caches, sampling, keys[0])
     caches = settle(module, caches, length=int(lengths.max()), room=max_new_tokens)
     for count in range(max_new_tokens):
         yield np.asarray(token)
         if count + 1 < max_new_tokens:
-            token, caches = _advance(
+            token, caches = advance(
                 module, lm.params, token[:, None], (lengths + count)[:, None], caches, sampling,
                 keys[count + 1],
             )  # fmt: skip
@@ -116,13 +137,14 @@ def next_logits(
     lm: Any, prompts: Sequence[Int[np.ndarray, " _"]], *, last: int = 1
 ) -> Float32[np.ndarray, "B last V"]:
     """Logits of what follows each of the `last` tokens of every prompt. `lm` is an lminf.LM."""
-    pieces, caches = list(_pieces(lm, prompts)), _caches(lm, prompts, room=0)
+    chunks = list(pieces(lm, prompts))
+    caches = empty_caches(lm, rows=len(prompts), longest=max(map(len, prompts)), room=0)
     if not 1 <= last <= min(len(prompt) for prompt in prompts):
         raise InputError(
             f"last={last}: give at least 1, and no more than the shortest prompt has tokens"
         )
     states = np.zeros((len(prompts), last, lm.spec.width), np.float32)
-    for tokens, positions in pieces:
+    for tokens, positions in chunks:
         hidden, caches = _read(lm.decoder, lm.params, tokens, positions, caches)
         read = np.asarray(hidden, np.float32)
         for row, at in enumerate(positions):
@@ -130,7 +152,7 @@ def next_logits(
     return np.asarray(_logits(lm.spec, lm.params, jnp.asarray(states, lm.dtype)))
 
 
-def _pieces(lm, prompts) -> Iterator[tuple[Int[np.ndarray, "B C"], Int[np.ndarray, "B C"]]]:
+def pieces(lm: Any, prompts) -> Iterator[tuple[Int[np.ndarray, "B C"], Int[np.ndarray, "B C"]]]:
     """(tokens, positions) of one chunk after another. All rows end together; where the policy has
     turns, all begin with a chunk, and end within the last.
     """
@@ -153,13 +175,13 @@ def _pieces(lm, prompts) -> Iterator[tuple[Int[np.ndarray, "B C"], Int[np.ndarra
         yield padded[:, start : start + chunk], positions[:, start : start + chunk]
 
 
-def _caches(lm: Any, prompts, *, room: int):
-    longest = max(len(prompt) for prompt in prompts)
-    return lm.init_caches(batch=len(prompts), capacity=-(-(longest + room) // STEP) * STEP)
+def empty_caches(lm: Any, *, rows: int, longest: int, room: int):
+    """Caches of prompts of at most `longest` tokens, and `room` more after each."""
+    return lm.init_caches(batch=rows, capacity=-(-(longest + room) // STEP) * STEP)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _advance(module: decoder.Decoder, params, tokens, positions, caches, sampling: Sampling, key):
+def advance(module: decoder.Decoder, params, tokens, positions, caches, sampling: Sampling, key):
     """The token after these [B, C], which stand at `positions` [B, C]; and the caches."""
     hidden, caches = module.apply({"params": params}, tokens, positions=positions, caches=caches)
     last = hidden[jnp.arange(len(hidden)), positions.argmax(1)]

@@ -264,7 +264,7 @@ class LM:
         self, prompts: Sequence[str | np.ndarray], *, last: int = 1
     ) -> Float32[np.ndarray, "B last V"]:
         """Logits of what follows each of the `last` tokens of every prompt (text or token ids)."""
-        return next_logits(self, self._encoded(prompts), last=last)
+        return next_logits(self, self.encode_prompts(prompts), last=last)
 
     def generate(
         self,
@@ -298,7 +298,7 @@ class LM:
         seed: int = 0,
     ) -> Iterator[tuple[int, str]]:
         """(row, text) as it is written. A row ends at an end token, a stop string or the limit."""
-        yield from self._write(self._encoded(prompts), max_new_tokens, sampling, stop, seed)
+        yield from self._write(self.encode_prompts(prompts), max_new_tokens, sampling, stop, seed)
 
     def chat(
         self,
@@ -315,22 +315,30 @@ class LM:
             yield piece
 
     def _write(self, prompts, max_new_tokens, sampling, stop, seed) -> Iterator[tuple[int, str]]:
-        rows = [TextStream(self.tokenizer, stop) for _ in prompts]
-        self._check_room(max((len(ids) for ids in prompts), default=0) + max_new_tokens)
-        for tokens in generate_tokens(
+        self.check_room(max((len(ids) for ids in prompts), default=0) + max_new_tokens)
+        written = generate_tokens(
             self, prompts, sampling=sampling, max_new_tokens=max_new_tokens,
             key=jax.random.key(seed),
-        ):  # fmt: skip
+        )  # fmt: skip
+        yield from self.shown(written, rows=len(prompts), stop=stop)
+
+    def shown(
+        self, written: Iterable[Int[np.ndarray, " B"]], *, rows: int, stop: Sequence[str] = ()
+    ) -> Iterator[tuple[int, str]]:
+        """(row, text) of tokens that come for all rows at once, until every row has ended."""
+        texts = [TextStream(self.tokenizer, stop) for _ in range(rows)]
+        for tokens in written:
             for row, token in enumerate(tokens):
-                if piece := rows[row].feed(int(token)):
+                if piece := texts[row].feed(int(token)):
                     yield row, piece
-            if all(row.done for row in rows):
+            if all(text.done for text in texts):
                 return
-        for row, text in enumerate(rows):
+        for row, text in enumerate(texts):
             if piece := text.finish():
                 yield row, piece
 
-    def _check_room(self, tokens: int) -> None:
+    def check_room(self, tokens: int) -> None:
+        """Refuses more tokens than the policy can place within what the model was trained on."""
         most = policies.longest(self.policy, self.reach)
         if most is not None and tokens > most:
             raise InputError(
@@ -339,7 +347,8 @@ class LM:
                 f"shorten the prompt or raise its group or stretch"
             )
 
-    def _encoded(self, prompts: Sequence[str | np.ndarray]) -> list[Int[np.ndarray, " _"]]:
+    def encode_prompts(self, prompts: Sequence[str | np.ndarray]) -> list[Int[np.ndarray, " _"]]:
+        """Token ids of each, as the model reads it; arrays are taken as they are."""
         return [
             self.encode(each)[0] if isinstance(each, str) else np.asarray(each, np.int32)
             for each in prompts

@@ -19,7 +19,7 @@ DATA = BASE | {"lminf.data"}
 TRAIN = MODELS | {"lminf.losses", "lminf.surgery", "lminf.parallel", "lminf.train"}
 CHECKPOINTS = TRAIN | DATA | {"lminf.checkpoints"}
 LM = CHECKPOINTS | {"lminf.generation", "lminf.lm"}
-EVALS = LM | {"lminf.evals", "lminf.segment_reading"}
+EVALS = LM | {"lminf.evals", "lminf.segment_reading", "lminf.shared_prefix"}
 LIBRARY = EVALS | {"lminf.scaling", "lminf.ngram", "lminf.run", "lminf"}
 LAYERS = {
     "lminf.errors": set(),
@@ -39,6 +39,7 @@ LAYERS = {
     "lminf.generation": CHECKPOINTS,
     "lminf.lm": CHECKPOINTS | {"lminf.generation"},
     "lminf.segment_reading": LM,
+    "lminf.shared_prefix": LM,
     "lminf.evals": LM,
     "lminf.run": {"lminf.errors", "lminf.config"},
     "lminf": LM,  # on first use of a name, so that importing the package stays instant

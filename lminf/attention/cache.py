@@ -153,6 +153,18 @@ def empty(
     )
 
 
+def repeated(stored: Cache, rows: int) -> Cache:
+    """A cache of one row as that of `rows` rows that have read the same."""
+
+    def each(x):  # [L, 1, ...]
+        return jnp.broadcast_to(x, (x.shape[0], rows, *x.shape[2:]))
+
+    pos = jnp.broadcast_to(stored.pos, (rows, *stored.pos.shape[1:]))
+    return Cache(
+        each(stored.k), each(stored.v), pos, stored.layout, jax.tree.map(each, stored.extra)
+    )
+
+
 def destinations(layout: ByPosition, pos: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Slot that each new token is written to; past the end for those that are not stored."""
     end = pos[:, -1:] + 1

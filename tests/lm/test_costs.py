@@ -73,7 +73,7 @@ def step(policy, capacity, batch=1):
             spec, module.policies, batch=batch, capacity=capacity, dtype=jnp.float32
         )
     )
-    return generation._advance.lower(
+    return generation.advance.lower(
         module, abstract_parameters(spec), shape(batch, 1, dtype=jnp.int32),
         shape(batch, 1, dtype=jnp.int32), caches, GREEDY, jax.eval_shape(lambda: jax.random.key(0)),
     )  # fmt: skip

@@ -56,14 +56,14 @@ def test_prompts_of_unequal_length_are_each_alone(lm, small_steps):
 
 def test_decoding_compiles_once_for_all_lengths(lm, small_steps):
     tokens_after(lm, PROMPTS[:1])
-    before = generation._advance._cache_size()
+    before = generation.advance._cache_size()
     for prompt, new in (("a prompt", 11), ("another prompt, longer", 9), ("another", 24)):
         assert len(prompt) + new in range(17, 33)  # the same room for layers that keep everything
         tokens_after(lm, [prompt], new=new)
-    assert generation._advance._cache_size() == before
+    assert generation.advance._cache_size() == before
     for temperature in (0.5, 2.0):  # greedy was the first
         list(lm.stream(PROMPTS[:1], max_new_tokens=3, sampling=Sampling(temperature)))
-    assert generation._advance._cache_size() == before
+    assert generation.advance._cache_size() == before
     rows = tokens_after(lm, PROMPTS[:1], new=1)
     assert rows.shape == (1, 1)
 
@@ -119,7 +119,7 @@ def test_a_prompt_that_the_policy_cannot_place_is_refused(lm):
     with pytest.raises(InputError, match=r"places at most 56 tokens within the 32 .* take 57"):
         extended.generate("x" * 47, max_new_tokens=10)
     for policy in (LMInfinite(8, 2), lm.policy):
-        lm.with_policy(policy)._check_room(10**9)
+        lm.with_policy(policy).check_room(10**9)
 
 
 # --- Text out of tokens ---------------------------------------------------------------------------

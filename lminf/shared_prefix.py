@@ -1,0 +1,109 @@
+"""Answers to many prompts that begin alike: what several of them begin with is read once.
+
+The prompts of an evaluation share examples, a book, or the filler before a key that stands deeper
+in each. The prompt that agrees longest with the others, the trunk, is read chunk by chunk; where
+others leave it, they go on from copies of its caches. Each prompt so meets the chunks that
+`LM.generate` reads, in their order, and its answer is the same.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from lminf import generation
+from lminf.attention import cache
+from lminf.generation import GREEDY, Sampling
+from lminf.lm import LM
+
+Chunk = tuple[Int[np.ndarray, "P C"], Int[np.ndarray, "P C"]]  # tokens, positions
+
+
+def generate(
+    lm: LM,
+    prompts: Sequence[str | np.ndarray],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    rows: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """What the model writes after each prompt, as `LM.generate` of it alone.
+
+    At most `rows` prompts that leave the trunk together are read side by side, each with caches of
+    its own beside the trunk's. `progress` is told of the tokens of prompts as they are done.
+    """
+    encoded = lm.encode_prompts(prompts)
+    generation.check_new_tokens(max_new_tokens)
+    lm.check_room(max(map(len, encoded), default=0) + max_new_tokens)
+    chunks = list(generation.pieces(lm, encoded))
+    lengths = np.array([len(ids) for ids in encoded], np.int32)
+    texts = [""] * len(encoded)
+    empty = partial(
+        generation.empty_caches, lm, rows=1, longest=int(lengths.max()), room=max_new_tokens
+    )
+    for members, begun, caches in _branches(lm, chunks, empty, rows):
+        written = generation.go_on(
+            lm, _of_rows(chunks[begun:], members), caches, lengths=lengths[members],
+            sampling=sampling, max_new_tokens=max_new_tokens, key=jax.random.key(seed),
+        )  # fmt: skip
+        for row, piece in lm.shown(written, rows=len(members)):
+            texts[members[row]] += piece
+        if progress:
+            progress(int(lengths[members].sum()))
+    return texts
+
+
+def _branches(
+    lm: LM, chunks: Sequence[Chunk], empty: Callable[[], Any], rows: int
+) -> Iterator[tuple[list[int], int, Any]]:
+    """Groups of prompts, how many chunks they share with the trunk, and caches that hold these."""
+    shared = common_chunks(chunks)
+    left = set(range(len(shared)))
+    while left:  # prompts that share nothing with a trunk have one of their own
+        trunk = max(sorted(left), key=lambda row: sum(shared[row, other] for other in left))
+        family = sorted(row for row in left if row == trunk or shared[trunk, row] > 0)
+        left -= set(family)
+        caches = empty()
+        leaves = {row: int(shared[trunk, row]) for row in family if row != trunk}
+        last = leaves[trunk] = max(leaves.values(), default=0)
+        for begun in range(last + 1):
+            leaving = [row for row in family if leaves[row] == begun]
+            for start in range(0, len(leaving), rows):
+                members = leaving[start : start + rows]
+                yield members, begun, _copies(caches, len(members))
+            if begun < last:
+                (chunk,) = _of_rows(chunks[begun : begun + 1], [trunk])
+                # As a prompt is read that an answer follows, so that one program serves both.
+                _, caches = generation.advance(
+                    lm.decoder, lm.params, *chunk, caches, GREEDY, jax.random.key(0)
+                )
+
+
+def common_chunks(chunks: Sequence[Chunk]) -> Int[np.ndarray, "P P"]:
+    """How many chunks every two prompts begin with alike, the last one aside: the answer is
+    written after that.
+    """
+    known: dict[bytes, int] = {}
+    names = np.array(
+        [
+            [known.setdefault(one.tobytes() + two.tobytes(), len(known)) for one, two in rows]
+            for rows in (list(zip(*chunk, strict=True)) for chunk in chunks)
+        ]
+    )  # [chunks, P]: a number for what stands there
+    alike = names[:-1, :, None] == names[:-1, None, :]
+    return np.logical_and.accumulate(alike, axis=0).sum(0)
+
+
+def _of_rows(chunks: Sequence[Chunk], rows: list[int]) -> list[Chunk]:
+    return [(tokens[rows], positions[rows]) for tokens, positions in chunks]
+
+
+@partial(jax.jit, static_argnums=1)
+def _copies(caches: tuple[cache.Cache, ...], rows: int) -> tuple[cache.Cache, ...]:
+    """In memory of their own, which reading on uses up."""
+    return tuple(cache.repeated(stored, rows) for stored in caches)

@@ -434,9 +434,14 @@ def _over_window(policy, scoring, layout, positions, spread, implementation):
     place = _Placement(policy, scoring, positions, key_pos, length_read(scoring, chunk))
     far = place.far(jnp.broadcast_to(jnp.arange(count, dtype=positions.dtype), (batch, count)))
 
+    def window_of(new, before, after):
+        # Where nothing is overwritten all of it is read after the chunk is written: an array that
+        # is read on both sides of its own change is copied, with all layers of it, in every layer.
+        old = _rows(after if isinstance(layout, caches.Append) else before, recent_slots)
+        return jnp.concatenate([old.astype(new.dtype), new], 1)
+
     def read(q, k, v, before_k, before_v, after_k, after_v, slopes):
-        window_k = jnp.concatenate([_rows(before_k, recent_slots).astype(k.dtype), k], 1)
-        window_v = jnp.concatenate([_rows(before_v, recent_slots).astype(v.dtype), v], 1)
+        window_k, window_v = window_of(k, before_k, after_k), window_of(v, before_v, after_v)
         far_k, far_v = after_k[:, :count].astype(k.dtype), after_v[:, :count].astype(v.dtype)
         return _lambda_attention(
             place, far, q, window_k, window_v, far_k, far_v, slopes, count,

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from kernels.common import numerics
+
 Seen: TypeAlias = Callable[[Int[Array, "B T 1"], Int[Array, "B 1 S"]], Bool[Array, "B T S"]]
 
 BLOCK = 256  # keys: the weights of 2,048 queries and 9 heads over them are 19 MB
@@ -36,23 +38,40 @@ def columns(
     q and k are placed (rotated) already. A position below 0 is padding or an empty slot, which
     neither attends nor is attended to. `slopes` subtract slope * (q_pos - k_pos), as ALiBi does.
     """
-    keys = k.shape[1]
+    keys, key_heads = k.shape[1:3]
+    batch, queries, heads, _ = q.shape
     block = min(block, keys)
     blocks = -(-keys // block)
     short = blocks * block - keys
-    k = jnp.pad(k, ((0, 0), (0, short), (0, 0), (0, 0)))
+    # By key head, the queries of all its heads in one product: a third of the time of a product
+    # and an exponential for each on two cores (512 queries of 9 heads, 1,536 keys).
+    k = jnp.pad(k, ((0, 0), (0, short), (0, 0), (0, 0))).swapaxes(1, 2)
     k_pos = jnp.pad(k_pos, ((0, 0), (0, short)), constant_values=-1)
+    rows = q.reshape(batch, queries, key_heads, -1, q.shape[3]).transpose(0, 2, 3, 1, 4)
+    by_head = rows.shape[:4]  # [B, K, G, T]
+    lse2 = lse.astype(jnp.float32).reshape(*by_head, 1) * jnp.float32(numerics.LOG2_E)
+    to = q_pos[:, :, None]
 
     def of_block(start):
-        some_k = jax.lax.dynamic_slice_in_dim(k, start, block, 1)
-        some_pos = jax.lax.dynamic_slice_in_dim(k_pos, start, block, 1)
-        return _weights(
-            q, some_k, lse, q_pos=q_pos, k_pos=some_pos, seen=seen, scale=scale,
-            soft_cap=soft_cap, slopes=slopes,
-        ).sum(2)  # fmt: skip
+        some_k = jax.lax.dynamic_slice_in_dim(k, start, block, 2)
+        at = jax.lax.dynamic_slice_in_dim(k_pos, start, block, 1)[:, None]
+        scores = jnp.einsum(
+            "bkrh,bksh->bkrs", rows.reshape(batch, key_heads, -1, q.shape[3]), some_k,
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        scores = scores.reshape(*by_head, block) * jnp.float32(scale)
+        if slopes is not None:
+            steep = slopes.reshape(1, key_heads, -1, 1, 1)
+            scores = scores - steep * (to - at).astype(jnp.float32)[:, None, None]
+        if soft_cap is not None:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        # What is not visible may be beyond what exp2 takes.
+        weights = numerics.exp2(scores * jnp.float32(numerics.LOG2_E) - lse2)
+        visible = (seen(to, at) & (to >= 0) & (at >= 0))[:, None, None]
+        return jnp.where(visible, weights, 0.0).sum(3)
 
-    parts = jax.lax.map(of_block, jnp.arange(blocks, dtype=jnp.int32) * block)  # [blocks, B, N, C]
-    return jnp.moveaxis(parts, 0, 2).reshape(*parts.shape[1:3], -1)[..., :keys]
+    parts = jax.lax.map(of_block, jnp.arange(blocks, dtype=jnp.int32) * block)  # [.., B, K, G, C]
+    return jnp.moveaxis(parts, 0, 3).reshape(batch, heads, -1)[..., :keys]
 
 
 def reference(
@@ -68,19 +87,6 @@ def reference(
     slopes: Float[Array, " N"] | None = None,
 ) -> Float32[Array, "B N S"]:
     """`columns` from all weights at once; O(T S) memory."""
-    return _weights(
-        q, k, lse, q_pos=q_pos, k_pos=k_pos, seen=seen, scale=scale, soft_cap=soft_cap,
-        slopes=slopes,
-    ).sum(2)  # fmt: skip
-
-
-def by_key_head(mass: Float[Array, "B N S"], key_heads: int) -> Float[Array, "B K S"]:
-    """Sum over the query heads of each key/value head."""
-    return mass.reshape(mass.shape[0], key_heads, -1, mass.shape[2]).sum(2)
-
-
-def _weights(q, k, lse, *, q_pos, k_pos, seen, scale, soft_cap, slopes) -> Array:
-    """[B, N, T, S], float32."""
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
     scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
     scores = scores.reshape(q.shape[0], q.shape[2], q.shape[1], -1) * jnp.float32(scale)
@@ -92,4 +98,10 @@ def _weights(q, k, lse, *, q_pos, k_pos, seen, scale, soft_cap, slopes) -> Array
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     visible = (seen(to, at) & (to >= 0) & (at >= 0))[:, None]
     # A query that sees nothing has lse = -inf.
-    return jnp.where(visible, jnp.exp(scores - lse[..., None].astype(jnp.float32)), 0.0)
+    weights = jnp.exp(scores - lse[..., None].astype(jnp.float32))
+    return jnp.where(visible, weights, 0.0).sum(2)
+
+
+def by_key_head(mass: Float[Array, "B N S"], key_heads: int) -> Float[Array, "B K S"]:
+    """Sum over the query heads of each key/value head."""
+    return mass.reshape(mass.shape[0], key_heads, -1, mass.shape[2]).sum(2)

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import kernels
+from lminf.attention import attend, policies, rope, select
 from lminf.attention import cache as caches
-from lminf.attention import policies, rope, select
 from lminf.attention.policies import at_least
 from lminf.errors import InputError
 
@@ -168,16 +168,10 @@ class Searching(select.Choosing):
         k = keys.at(keys.held.k, pos, at_k).astype(q.dtype)
         v = keys.at(keys.held.v, pos).astype(q.dtype)
         placed = keys.places.at(q, jnp.maximum(at_q, 0))
-        scoring = keys.places.scoring
-        grouped = placed.reshape(batch, rows, kv_heads, -1, q.shape[3])
-        grouped = grouped * jnp.asarray(scoring.scale, q.dtype)
-        scores = jnp.einsum("btkgh,bksh->bkgts", grouped, k, preferred_element_type=jnp.float32)
-        if scoring.soft_cap is not None:
-            scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
         seen = (pos[:, :, None] >= 0) & (pos[:, :, None] <= group.pos[:, None, :, None])
-        weights = select.softmax(jnp.where(seen[:, :, None], scores, select.MASKED))
-        out = jnp.einsum("bkgts,bksh->btkgh", weights.astype(q.dtype), v)
-        return out.reshape(q.shape)
+        scores = select.scores_of(keys.places.scoring, placed, k.swapaxes(1, 2), seen[:, :, None])
+        weights = select.softmax(scores)
+        return attend.mix(weights.astype(q.dtype), v.swapaxes(1, 2))
 
 
 @dataclass(frozen=True)
@@ -293,16 +287,18 @@ class HiP(Searching):
         )
         some = select.rows_of(q[None], 0, row)
         some = keys.places.at(some, jnp.maximum(group.base[:, None] + row, 0))
-        some = some.reshape(*some.shape[:2], kv_heads, -1, some.shape[3])
+        some = attend.rows_of_key_heads(some, kv_heads)
+        flat = some.reshape(*some.shape[:2], -1, some.shape[4])
 
         def score(at, size):
             """Of ranges of so many blocks that begin at block `at`, [B, K, X]."""
             pos = self.tokens(at, start)
             k = keys.at(keys.held.k, pos, pos)
             products = jnp.einsum(
-                "btkgh,bksh->bkstg", some, k.astype(some.dtype), preferred_element_type=jnp.float32
+                "bkrh,bksh->bkrs", flat, k.astype(flat.dtype), preferred_element_type=jnp.float32
             )
-            products = jnp.where(asks[:, None, None, :, None], products, -jnp.inf).max((3, 4))
+            products = products.reshape(*some.shape[:4], -1)
+            products = jnp.where(asks[:, None, None, :, None], products, -jnp.inf).max((2, 3))
             return jnp.where(size > 0, products.reshape(*at.shape, self.block).max(-1), -jnp.inf)
 
         ends = jnp.arange(kept + 1, dtype=jnp.int32)[None] * blocks[:, None] // kept

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from lminf.attention import hip, policies
+from lminf.attention import attend, hip, policies
 from lminf.attention.policies import at_least
 from lminf.errors import InputError
 
@@ -132,38 +132,70 @@ class InfiniteHiP(hip.Searching):
         tokens = jnp.minimum(tokens, size)
 
         kv_heads = number.shape[1]
-        ordered = keys.layer < self.ordered_layers
-        place = jnp.arange(listed, dtype=jnp.int32)  # of chunks, the last one's listed - 1
-        away = self.window + jnp.where(ordered, listed - 1, 1)
-        placed = keys.places.at(q, jnp.broadcast_to(away, group.pos.shape))
-        placed = placed.reshape(*placed.shape[:2], kv_heads, -1, placed.shape[3])
-        asks = (group.pos >= 0)[:, None, None, :, None]
+        of_heads = (*number.shape[:2], q.shape[2] // kv_heads, listed)
+        first, left = (jnp.broadcast_to(x[:, :, None], of_heads) for x in (number * size, tokens))
 
-        def score(at, side):
-            """Of the tokens `at` [B, K, G, X] of the list's text, the largest product [B, K, G, X];
-            `side` is 0 in left halves and 1 in right ones.
-            """
-            flat = (*at.shape[:2], -1)
-            seem = jnp.broadcast_to(jnp.where(ordered, place, side), at.shape)
-            k = keys.at(keys.held.k, self.sinks + at.reshape(flat), seem.reshape(flat))
-            k = k.reshape(*at.shape, k.shape[-1]).astype(placed.dtype)
-            products = jnp.einsum(
-                "btkgh,bkgxh->bkgtx", placed, k, preferred_element_type=jnp.float32
-            )
-            return jnp.where(asks, products, -jnp.inf).max(3)
+        def best_of_chunks(score):
+            """Of each chunk the largest product of the token it comes down to, [B, K, X]."""
 
-        def descend(_, ranges):
-            at, tokens = ranges
-            left = tokens // 2
-            right = (score(at + left, 1) > score(at, 0)) | (left == 0)
-            return jnp.where(right, at + left, at), jnp.where(right, tokens - left, left)
+            def descend(_, ranges):
+                at, left, as_left, as_right = ranges
+                half = left // 2
+                middle_as_left, middle_as_right = score(at + half)
+                right = (middle_as_right > as_left) | (half == 0)
+                return (
+                    jnp.where(right, at + half, at),
+                    jnp.where(right, left - half, half),
+                    jnp.where(right, middle_as_left, as_left),
+                    jnp.where(right, middle_as_right, as_right),
+                )
 
-        of_heads = (*number.shape[:2], placed.shape[3], listed)
-        at, left = (jnp.broadcast_to(x[:, :, None], of_heads) for x in (number * size, tokens))
-        at, _ = jax.lax.fori_loop(0, (size - 1).bit_length(), descend, (at, left))
-        scores = jnp.where(tokens > 0, score(at, 1).max(2), -jnp.inf)
+            start = (first, left, *score(first))
+            *_, found = jax.lax.fori_loop(0, (size - 1).bit_length(), descend, start)
+            return found.max(2)
+
+        # Two programs: where chunks are not told apart no key has to be turned.
+        scores = jax.lax.cond(
+            keys.layer < self.ordered_layers,
+            lambda: best_of_chunks(self._ordered(keys, group, q, kv_heads, listed)),
+            lambda: best_of_chunks(self._alike(keys, group, q, kv_heads)),
+        )
+        scores = jnp.where(tokens > 0, scores, -jnp.inf)
         _, best = jax.lax.top_k(scores, kept)
         return jnp.sort(jnp.take_along_axis(number, best, 2), axis=-1)
+
+    def _ordered(self, keys, group, q, kv_heads, listed):
+        """The function of tokens [B, K, G, X] of the list's text to their largest products in each
+        head, as first of a left half and of a right one: here the same.
+        """
+        placed = keys.places.at(q, jnp.full_like(group.pos, self.window + listed - 1))
+        place = jnp.arange(listed, dtype=jnp.int32)  # of chunks, the last one's listed - 1
+
+        def score(at):
+            seem = jnp.broadcast_to(place, at.shape)
+            (found,) = self._largest(keys, group, [placed], kv_heads, at, seem)
+            return found, found
+
+        return score
+
+    def _alike(self, keys, group, q, kv_heads):
+        """As `_ordered`, for keys that all seem equally far away, one token more on the left."""
+        sides = [keys.places.away(q, self.window + more) for more in (1, 0)]
+        return lambda at: self._largest(keys, group, sides, kv_heads, at, None)
+
+    def _largest(self, keys, group, placed, kv_heads, at, seem):
+        """The largest product [B, K, G, X] of a token with queries placed in each of these ways."""
+        flat = (*at.shape[:2], -1)
+        seem = None if seem is None else seem.reshape(flat)
+        k = keys.at(keys.held.k, self.sinks + at.reshape(flat), seem)
+        k = k.reshape(*at.shape, k.shape[-1]).astype(placed[0].dtype)
+        rows = [attend.rows_of_key_heads(q, kv_heads) for q in placed]
+        products = jnp.einsum(
+            "bkgth,bkgxh->bkgtx", jnp.concatenate(rows, 3), k, preferred_element_type=jnp.float32
+        )
+        asks = (group.pos >= 0)[:, None, None, :, None]
+        parts = jnp.split(products, len(placed), axis=3)
+        return tuple(jnp.where(asks, part, -jnp.inf).max(3) for part in parts)
 
     def _list(self, stage, listed, kv_heads, start, before):
         """Numbers [B, K, X] of the chunks that a stage chooses from, in order; -1 for none."""

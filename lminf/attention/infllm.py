@@ -133,7 +133,7 @@ class InfLLM(select.Choosing):
             seen = near(group.pos[:, :, None], pos[:, None]) & (pos[:, None] >= 0)
             branches = [Branch(near_q, near_k, v, seen),
                         Branch(away, far_k, far_v, row <= start[:, None, None])]  # fmt: skip
-            out, received = select.attend(scoring, branches)
+            out, received = select.attend_branches(scoring, branches)
             return out, received[0]
         far = {"query_global": away, "key_global": far_k, "value_global": far_v} if count else {}
         out, lse = kernels.lambda_attention(

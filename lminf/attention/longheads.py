@@ -125,9 +125,8 @@ class LongHeads(select.Choosing):
             k = rope.rotate(k, angles, places.encoding.layout)
         own = (chosen.sum(-1, dtype=jnp.int32) - 1) * w + jnp.maximum(group.pos, 0) % w
         placed = places.turned_by_head(q, angles, own[:, None])
-        anything = jnp.ones((len(q), 1, k.shape[1]), bool)
-        scores = select.scores_of(places.scoring, placed, k, anything)  # [B, N, 1, 1, S]
-        weights = select.softmax(jnp.where(seen[:, :, None, None], scores, select.MASKED))
+        scores = select.scores_of(places.scoring, placed, k, seen[:, :, None, None])
+        weights = select.softmax(scores)  # [B, N, 1, 1, S]
         return jnp.einsum("bngts,bsnh->btnh", weights.astype(v.dtype), v).astype(q.dtype)
 
     def _attend(self, places, angles, group, q, held, layer, chosen, number):
@@ -148,17 +147,15 @@ class LongHeads(select.Choosing):
             k = places.at(k, jnp.broadcast_to(inside, pos.shape))
             apart = after[..., m] * w + offset[..., None]  # [B, R, N] of the chunk's first token
             placed = places.turned_by_head(q, angles, apart)
-            seen = pos[:, None] <= group.pos[:, :, None]
-            scores = select.scores_of(scoring, placed, k, seen)
             mine = chosen[..., m].transpose(0, 2, 1).reshape(shape)[..., None]
-            scores = jnp.where(mine, scores, select.MASKED)
+            seen = mine & (pos[:, None] <= group.pos[:, :, None])[:, None, None]
+            scores = select.scores_of(scoring, placed, k, seen)
             new_top = jnp.maximum(top, scores.max(-1))
             weights = jnp.exp(scores - new_top[..., None])
             shrink = jnp.exp(top - new_top)
-            part = jnp.einsum(
-                "bkgts,bskh->bkgth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-            )
-            out = out * shrink[..., None] + part
+            rows = weights.astype(v.dtype).reshape(*shape[:2], -1, w)
+            part = jnp.einsum("bkrs,bskh->bkrh", rows, v, preferred_element_type=jnp.float32)
+            out = out * shrink[..., None] + part.reshape(out.shape)
             return new_top, total * shrink + weights.sum(-1), out
 
         start = (
@@ -187,11 +184,11 @@ class LongHeads(select.Choosing):
             inside = jnp.broadcast_to(jnp.arange(self.chunk, dtype=jnp.int32), pos.shape)
             k, own = places.at(k, inside), places.at(queries[layer].astype(q.dtype), inside)
             every = jnp.ones((len(q), self.chunk, self.chunk), bool)
-            out, _ = select.attend(places.scoring, [select.Branch(own, k, v, every)])
+            out, _ = select.attend_branches(places.scoring, [select.Branch(own, k, v, every)])
             mean = out.mean(1, keepdims=True)
             # A mean of outputs is no query of the model: its scores are not capped.
             plain = dataclasses.replace(places.scoring, soft_cap=None)
-            out, _ = select.attend(plain, [select.Branch(mean, k, k, every[:, :1])])
+            out, _ = select.attend_branches(plain, [select.Branch(mean, k, k, every[:, :1])])
             return out[:, 0]
 
         nothing = jnp.zeros((q.shape[0], *q.shape[2:]), q.dtype)

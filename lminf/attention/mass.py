@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from kernels.common import numerics
+from lminf.attention import attend
 
 Seen: TypeAlias = Callable[[Int[Array, "B T 1"], Int[Array, "B 1 S"]], Bool[Array, "B T S"]]
 
@@ -39,15 +40,13 @@ def columns(
     neither attends nor is attended to. `slopes` subtract slope * (q_pos - k_pos), as ALiBi does.
     """
     keys, key_heads = k.shape[1:3]
-    batch, queries, heads, _ = q.shape
+    batch, _, heads, _ = q.shape
     block = min(block, keys)
     blocks = -(-keys // block)
     short = blocks * block - keys
-    # By key head, the queries of all its heads in one product: a third of the time of a product
-    # and an exponential for each on two cores (512 queries of 9 heads, 1,536 keys).
     k = jnp.pad(k, ((0, 0), (0, short), (0, 0), (0, 0))).swapaxes(1, 2)
     k_pos = jnp.pad(k_pos, ((0, 0), (0, short)), constant_values=-1)
-    rows = q.reshape(batch, queries, key_heads, -1, q.shape[3]).transpose(0, 2, 3, 1, 4)
+    rows = attend.rows_of_key_heads(q, key_heads)
     by_head = rows.shape[:4]  # [B, K, G, T]
     lse2 = lse.astype(jnp.float32).reshape(*by_head, 1) * jnp.float32(numerics.LOG2_E)
     to = q_pos[:, :, None]

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lminf.attention import attend, rope
 from lminf.attention import cache as caches
-from lminf.attention import rope
 from lminf.attention.policies import ByContent
 
 MASKED = -1e30  # finite: a row with nothing to see must not become NaN
@@ -178,7 +178,9 @@ class Branch(NamedTuple):
     seen: Bool[Array, "B R C"]
 
 
-def attend(scoring, branches: Sequence[Branch]) -> tuple[Float[Array, "B R N H"], list[Array]]:
+def attend_branches(
+    scoring, branches: Sequence[Branch]
+) -> tuple[Float[Array, "B R N H"], list[Array]]:
     """Outputs, zero where nothing is seen; and what each key of each branch received from all the
     queries, [B, N, C] float32. One softmax over all branches, some queries at a time.
     """
@@ -191,13 +193,12 @@ def attend(scoring, branches: Sequence[Branch]) -> tuple[Float[Array, "B R N H"]
             return jax.lax.dynamic_slice_in_dim(x, start, tile, 1)
 
         scores = jnp.concatenate(
-            [scores_of(scoring, cut(b.q), b.k, cut(b.seen)) for b in branches], -1
+            [scores_of(scoring, cut(b.q), b.k, cut(b.seen)[:, None, None]) for b in branches], -1
         )
         weights = softmax(scores)
-        out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
         received = weights.sum(3)
         received = received.reshape(received.shape[0], -1, received.shape[3])
-        return out.reshape(*out.shape[:2], -1, out.shape[4]), received
+        return attend.mix(weights.astype(v.dtype), v), received
 
     if rows == tile:
         out, received = some(0)
@@ -213,14 +214,17 @@ def attend(scoring, branches: Sequence[Branch]) -> tuple[Float[Array, "B R N H"]
     return out, ends
 
 
-def scores_of(scoring, q, k, seen) -> Float[Array, "B K G R C"]:
+def scores_of(
+    scoring,
+    q: Float[Array, "B R N H"],
+    k: Float[Array, "B C K H"],
+    seen: Bool[Array, "B #K #G R C"],
+) -> Float[Array, "B K G R C"]:
     """Scaled and capped scores of placed queries and keys, MASKED where not seen."""
-    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
-    grouped = grouped * jnp.asarray(scoring.scale, q.dtype)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    scores = attend.dot(q * jnp.asarray(scoring.scale, q.dtype), k)
     if scoring.soft_cap is not None:
         scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
-    return jnp.where(seen[:, None, None], scores, MASKED)
+    return jnp.where(seen, scores, MASKED)
 
 
 def softmax(scores: Float[Array, "B K G R C"]) -> Float[Array, "B K G R C"]:

@@ -91,7 +91,7 @@ class TopK(select.Choosing):
             k, v = (select.rows_of(x, layer, pos).astype(q.dtype) for x in (held.k, held.v))
             by_q = places.at(q, q_pos) if placed else places.away(q, far)
             by_k = places.at(k, pos) if placed else k
-            scores.append(select.scores_of(scoring, by_q, by_k, seen[:, None]))
+            scores.append(select.scores_of(scoring, by_q, by_k, seen[:, None, None, None]))
             values.append(v)
         values = jnp.concatenate(values, 1)
 
@@ -101,14 +101,14 @@ class TopK(select.Choosing):
             (every >= self.sinks) & (every <= q_pos - self.window) & (layer >= self.from_layer)
         )
         middle = select.scores_of(
-            scoring, places.away(q, at), held.k[layer].astype(q.dtype), between[:, None]
+            scoring, places.away(q, at), held.k[layer].astype(q.dtype), between[:, None, None, None]
         )
         best, chosen = jax.lax.top_k(middle, min(self.topk, slots))  # [B, K, G, 1, k]
         weights = select.softmax(jnp.concatenate([*scores, best], -1)).astype(q.dtype)
         count = values.shape[1]
-        out = jnp.einsum("bkgts,bskh->btkgh", weights[..., :count], values)
+        out = attend.mix(weights[..., :count], values)
         rows, heads = (jnp.arange(n, dtype=jnp.int32) for n in (len(q), held.v.shape[3]))
         rows, heads = rows[:, None, None, None, None], heads[None, :, None, None, None]
         taken = held.v[layer, rows, chosen, heads].astype(q.dtype)  # [B, K, G, 1, k, H]
-        out = out + jnp.einsum("bkgts,bkgtsh->btkgh", weights[..., count:], taken)
-        return out.reshape(q.shape)
+        found = jnp.einsum("bkgts,bkgtsh->btkgh", weights[..., count:], taken)
+        return out + found.reshape(q.shape)

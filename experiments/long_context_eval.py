@@ -1,28 +1,39 @@
-"""What policies that choose by content find outside their window, beside those that forget it."""
+"""What policies that choose by content find outside their window, beside those that forget it.
 
-import math
+The prompts of a task and length differ in where the key stands, or in what is asked, and are the
+same before: each policy reads what they share once (`lminf.shared_prefix`).
+"""
+
 import time
-
-import jax
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from experiments import _models
 from experiments._main import main
-from experiments.passkey import batches, in_window
+from experiments.passkey import in_window
+from lminf import segment_reading, shared_prefix
 from lminf.attention.policies import POLICIES
 from lminf.config import parse_choice
 from lminf.data import sources
 from lminf.errors import InputError
 from lminf.evals import key_value, passkey, perplexity, reread, score
+from lminf.lm import LM
+from lminf.models import cost
 from lminf.run import plots
 from lminf.run.progress import Progress
+from lminf.segment_reading import SegmentReading
 
-TOGETHER = 8192  # prompt tokens read side by side: more of them is no faster on a CPU
 REREAD = "re-read"
+READERS = {**POLICIES, "segments": SegmentReading}
+TASKS = {"passkey": passkey, "key_value": key_value}
 CELL = ("task", "policy", "length", "depth")  # what tells one measured cell from another
+TOGETHER = 2  # prompts read side by side once they differ: more are no faster on a CPU
 
 
 def run(c, out):
-    policies = [parse_choice(text, POLICIES, what="policy") for text in c.policies]
+    lm = _models.load(c.model, seed=c.seed)
+    readers = [reader(lm, text) for text in c.policies]  # refuses bad windows at once
     for task, prompts, lengths in (
         ("passkey", c.prompts, c.lengths),
         ("key_value", c.key_value_prompts, c.key_value_lengths),
@@ -31,93 +42,146 @@ def run(c, out):
             raise InputError(
                 f"{task}: numbers of prompts {prompts} for lengths {lengths}; give one per length"
             )
-    lm = _models.load(c.model, seed=c.seed)
-    models = [lm.with_policy(policy) for policy in policies]  # refuses bad windows at once
     done = {cell_of(row) for row in out.rows()}
     asked = list(questions(c, lm))
-    total = sum(s.tokens for *_, samples in asked for s in samples) * len(models)
+    total = len(readers) * sum(s.tokens for *_, cells in asked for _, group in cells for s in group)
     with Progress(total, label="questions", unit="tokens") as progress:
         read = 0
-        for task, length, depth, samples in asked:
-            for model in models:
-                read += sum(sample.tokens for sample in samples)
-                if (task, model.policy.name, length, depth) not in done:
-                    yield {
-                        "model": c.model,
-                        "trained_length": lm.spec.trained_length,
-                        **answered(model, task, samples, length, depth),
-                    }
+        for task, length, cells in asked:
+            for one in readers:
+                missing = [
+                    (depth, samples)
+                    for depth, samples in cells
+                    if (task, one.name, length, depth) not in done
+                ]
+                before, read = read, read + sum(s.tokens for _, group in cells for s in group)
+                for row in answered(one, task, length, missing, progress, before):
+                    yield {"model": c.model, "trained_length": lm.spec.trained_length, **row}
                 progress.update(read)
     if c.nll_length:
-        yield from losses(c, lm, models, done)
+        yield from losses(c, lm, [one for one in readers if one.policy is not None], done)
 
 
 def cell_of(row):
     return tuple(row[name] for name in CELL)
 
 
+@dataclass(frozen=True)
+class Reader:
+    """A policy, or reading in segments, under the name that the config gives it."""
+
+    name: str
+    lm: LM
+    policy: Any  # None: in segments
+    answer: Callable[..., list[str]]  # (prompts, progress=) -> texts
+    attended: int | None  # tokens that a query sees at most; None: all
+
+    def in_window(self, sample) -> bool:
+        return self.policy is not None and in_window(self.policy, sample)
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Of every array that is held for one text of so many tokens."""
+        tokens = min(tokens, self.attended or tokens) if self.policy is None else tokens
+        by_layer = self.lm.decoder.policies
+        return cost.cache_bytes(self.lm.spec, by_layer, tokens=tokens, dtype=self.lm.dtype)
+
+
+def reader(lm: LM, text: str) -> Reader:
+    how = parse_choice(text, READERS, what="policy")
+    new = passkey.ANSWER_TOKENS
+    if isinstance(how, SegmentReading):
+
+        def in_segments(prompts, *, progress):
+            answers = []
+            for prompt in prompts:
+                answers.append(segment_reading.generate(lm, prompt, how, max_new_tokens=new))
+                progress(len(lm.encode(prompt)[0]))
+            return answers
+
+        return Reader(text, lm, None, in_segments, longest_context(lm, how))
+    own = lm.with_policy(how)
+
+    def at_once(prompts, *, progress):
+        return shared_prefix.generate(
+            own, prompts, max_new_tokens=new, rows=TOGETHER, progress=progress
+        )
+
+    return Reader(how.name, own, how, at_once, cost.attended_tokens(how))
+
+
+def longest_context(lm: LM, how: SegmentReading) -> int:
+    """Tokens that an answer in segments is written from, and the answer's."""
+    count = how.select.count if isinstance(how.select, segment_reading.TopK) else None
+    if count is None:
+        return lm.reach
+    kept = how.head_len + count * how.segment_len + how.question_len
+    return min(lm.reach, kept + passkey.ANSWER_TOKENS)
+
+
 def questions(c, lm):
-    """(task, length, depth, samples), the same for every policy."""
+    """(task, length, [(depth, samples)]), the same for every policy."""
 
     def encode(text):
         return lm.encode(text)[0]
 
     for length, count in zip(c.lengths, c.prompts, strict=True):
-        for depth in c.depths:
-            yield (
-                "passkey",
-                length,
-                depth,
-                passkey.draw(
-                    c.generator, encode, length=length, count=count, seed=c.seed, depth=depth
-                ),
-            )
+        yield "passkey", length, [
+            (depth, passkey.draw(
+                c.generator, encode, length=length, count=count, seed=c.seed, depth=depth
+            ))
+            for depth in c.depths
+        ]  # fmt: skip
     for length, count in zip(c.key_value_lengths, c.key_value_prompts, strict=True):
-        for depth in c.key_value_depths:
-            yield (
-                "key_value",
-                length,
-                depth,
-                key_value.draw(encode, length=length, count=count, seed=c.seed, depth=depth),
-            )
-
-
-def answered(model, task, samples, length, depth):
-    """One cell: a task at one length and depth under one policy."""
-    started, answers = time.perf_counter(), []
-    for batch in batches(samples, max(1, TOGETHER // length)):
-        answers += model.generate(
-            [sample.prompt for sample in batch], max_new_tokens=passkey.ANSWER_TOKENS
+        yield (
+            "key_value",
+            length,
+            [
+                (
+                    depth,
+                    key_value.draw(encode, length=length, count=count, seed=c.seed, depth=depth),
+                )
+                for depth in c.key_value_depths
+            ],
         )
+
+
+def answered(reader, task, length, cells, progress, before):
+    """The cells of one policy: a task at one length, at several depths."""
+    samples = [sample for _, group in cells for sample in group]
+    if not samples:
+        return
+    read = before
+
+    def show(tokens):
+        nonlocal read
+        read += tokens
+        progress.update(read)
+
+    started = time.perf_counter()
+    answers = iter(reader.answer([sample.prompt for sample in samples], progress=show))
     seconds = time.perf_counter() - started
-    correct = sum(sample.correct(text) for sample, text in zip(samples, answers, strict=True))
-    accuracy, low, high = score.success_rate(correct, len(samples))
-    tokens = sum(sample.tokens + passkey.ANSWER_TOKENS for sample in samples)
-    return {
-        "task": task,
-        "policy": model.policy.name,
-        "length": length,
-        "depth": depth,
-        "prompts_digest": sources.digest("\0".join(sample.prompt for sample in samples)),
-        "key_in_window": all(in_window(model.policy, sample) for sample in samples),
-        "prompts": len(samples),
-        "correct": correct,
-        "accuracy": accuracy,
-        "low": low,
-        "high": high,
-        "cache_bytes": cache_bytes(model, length + passkey.ANSWER_TOKENS),
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-    }
+    for depth, group in cells:
+        correct = sum(sample.correct(next(answers)) for sample in group)
+        accuracy, low, high = score.success_rate(correct, len(group))
+        yield {
+            "task": task,
+            "policy": reader.name,
+            "length": length,
+            "depth": depth,
+            "prompts_digest": sources.digest("\0".join(sample.prompt for sample in group)),
+            "key_in_window": all(reader.in_window(sample) for sample in group),
+            "attended": reader.attended,
+            "prompts": len(group),
+            "correct": correct,
+            "accuracy": accuracy,
+            "low": low,
+            "high": high,
+            "cache_bytes": reader.cache_bytes(length + passkey.ANSWER_TOKENS),
+            "seconds": seconds * len(group) / len(samples),  # its share of all depths'
+        }
 
 
-def cache_bytes(model, tokens):
-    """Of every array that is held for one text of so many tokens."""
-    caches = jax.eval_shape(lambda: model.init_caches(batch=1, capacity=tokens))
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(caches))
-
-
-def losses(c, lm, models, done):
+def losses(c, lm, readers, done):
     """Loss by position of one text, and how far it lies above re-reading."""
     tokens, _ = lm.encode(sources.text_of(c.text), length=c.nll_length)
 
@@ -143,10 +207,10 @@ def losses(c, lm, models, done):
     last = ("nll", REREAD, len(tokens), None)
     if last not in done:
         yield from measured(REREAD, lambda show: reread.token_nll(lm, tokens, progress=show))
-    for model in models:
-        if ("nll", model.policy.name, len(tokens), None) not in done:
+    for one in readers:
+        if ("nll", one.name, len(tokens), None) not in done:
             yield from measured(
-                model.policy.name, lambda show, m=model: m.token_nll(tokens, progress=show)
+                one.name, lambda show, lm=one.lm: lm.token_nll(tokens, progress=show)
             )
 
 

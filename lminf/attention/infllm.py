@@ -9,20 +9,34 @@ attention while they were in the window stand for it: a summary is the mean of t
 head. A group's mean query, placed at L - 1, times the summaries, summed over heads, ranks blocks.
 
 The branches are disjoint. (The reference implementation counts keys that leave the window within a
-group twice.) Blocks stay where keys and values are: there is no host store.
+group twice.) All blocks stay in one store on the device. With `resident` blocks are read from as
+many slots of their own, into which those that are missing are fetched from the store: what is
+fetched changes with it, and no result.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
 
 import kernels
 from lminf.attention import cache as caches
-from lminf.attention import mass, policies, select
+from lminf.attention import mass, policies, residency, select
 from lminf.attention.policies import at_least
 from lminf.attention.select import Branch
 from lminf.errors import InputError
+
+
+class Far(NamedTuple):
+    """What a group sees beyond its window."""
+
+    pos: Int[Array, "B F"]
+    looked_up: Bool[Array, "B F"]  # whether it is of a chosen block
+    chosen: Int[Array, "B k"]  # blocks
+    count: Int[Array, " B"]  # of these, the first so many exist
+    skipped: Int[Array, " B"]  # tokens of blocks that were not chosen
 
 
 @policies.register("infllm")
@@ -36,6 +50,7 @@ class InfLLM(select.Choosing):
     block: int = 128  # tokens
     repr_topk: int = 4  # tokens that stand for a block
     exec_block: int = 512  # tokens that look up the same blocks, where they are read together
+    resident: int | None = None  # blocks at hand, least recently used first to go; None: all
 
     def __post_init__(self):
         for field, least in {
@@ -54,6 +69,11 @@ class InfLLM(select.Choosing):
         if not 1 <= self.repr_topk <= self.block:
             raise InputError(
                 f"repr_topk={self.repr_topk} of block={self.block} tokens; give 1 to {self.block}"
+            )
+        if self.resident is not None and self.resident < max(self.topk, 1):
+            raise InputError(
+                f"resident={self.resident} blocks cannot hold the topk={self.topk} that are looked "
+                f"up together; give resident>={max(self.topk, 1)}"
             )
 
     @property
@@ -91,7 +111,13 @@ class InfLLM(select.Choosing):
             return ()
         summary = (sizes.batch, blocks, sizes.heads, sizes.head_dim)
         attention = (sizes.batch, sizes.slots, sizes.heads)
-        return {"summary": jnp.zeros(summary, sizes.dtype), "attracted": jnp.zeros(attention)}
+        held = {"summary": jnp.zeros(summary, sizes.dtype), "attracted": jnp.zeros(attention)}
+        if self.resident is not None and self.topk:
+            held["resident"] = residency.empty(
+                batch=sizes.batch, slots=self.resident, block=self.block, kv_heads=sizes.kv_heads,
+                head_dim=sizes.head_dim, dtype=sizes.dtype,
+            )  # fmt: skip
+        return held
 
     def reader(self, scoring, layout, positions):
         groups = select.Groups(positions, self.exec_block)
@@ -102,10 +128,13 @@ class InfLLM(select.Choosing):
             def one(group, q, extra):
                 recent = jnp.arange(-self.window, q.shape[1], dtype=jnp.int32)
                 pos = group.base[:, None] + recent[None]
-                far_pos, skipped = self._far(places, group, q, layer, extra)
+                far = self._far(places, group, q, layer, extra)
                 if layout.slots <= self.window:
-                    far_pos = far_pos[:, :0]
-                out, received = self._attend(places, group, q, held, layer, pos, far_pos, skipped)
+                    far = far._replace(pos=far.pos[:, :0], looked_up=far.looked_up[:, :0])
+                far_kv, extra = self._fetched(far, held, layer, extra)
+                out, received = self._attend(
+                    places, group, q, held, layer, pos, far_kv, far.skipped
+                )
                 if blocks:
                     extra = self._remember(group, held, layer, extra, pos, received)
                 return out, extra
@@ -114,13 +143,11 @@ class InfLLM(select.Choosing):
 
         return read
 
-    def _attend(self, places, group, q, held, layer, pos, far_pos, skipped):
+    def _attend(self, places, group, q, held, layer, pos, far_kv, skipped):
         """Outputs, and what the window's keys received: [B, N, L + R]."""
-        scoring, count = places.scoring, far_pos.shape[1]
-        k, v, far_k, far_v = (
-            select.rows_of(x, layer, at).astype(q.dtype)
-            for at in (pos, far_pos) for x in (held.k, held.v)
-        )  # fmt: skip
+        scoring, count = places.scoring, far_kv[0].shape[1]
+        k, v = (select.rows_of(x, layer, pos).astype(q.dtype) for x in (held.k, held.v))
+        far_k, far_v = (x.astype(q.dtype) for x in far_kv)
         near_q, near_k = places.at(q, group.rows_pos), places.at(k, pos)
         away = places.away(q, self.window - 1)
         start = pos[:, 0] - skipped  # the position of the first key, were what is skipped cut out
@@ -148,9 +175,8 @@ class InfLLM(select.Choosing):
         return out, received
 
     def _far(self, places, group, q, layer, extra):
-        """Positions [B, F] of what is seen beyond the window: sinks, the blocks that the group
-        chooses, then what has left the window and fills no block; and how many tokens of blocks
-        are left out before these.
+        """What is seen beyond the window: sinks, the blocks that the group chooses, then what has
+        left the window and fills no block.
 
         If that many were cut out of the text, row r would stand at position r: so the kernel,
         which shows its r-th global key to queries at r + window and after, shows each when its
@@ -165,6 +191,7 @@ class InfLLM(select.Choosing):
         size = self.sinks + (chosen.shape[1] + 1) * self.block + q.shape[1] - 2
         row = jnp.arange(max(size, 1), dtype=jnp.int32)[None]
         pos = jnp.where(row < self.sinks, row, row + skipped[:, None])
+        looked_up = jnp.zeros(pos.shape, bool)
         if chosen.shape[1]:
             inside = row - self.sinks
             which = jnp.clip(inside // self.block, 0, chosen.shape[1] - 1)
@@ -172,7 +199,34 @@ class InfLLM(select.Choosing):
             block = jnp.take_along_axis(chosen, which, 1)
             looked_up = (inside >= 0) & (inside < count[:, None] * self.block)
             pos = jnp.where(looked_up, self.sinks + block * self.block + inside % self.block, pos)
-        return pos, skipped
+        return Far(pos, looked_up, chosen, count, skipped)
+
+    def _fetched(self, far, held, layer, extra):
+        """Keys and values [B, F, K, H] of what is seen beyond the window."""
+        if "resident" not in extra:
+            return [select.rows_of(x, layer, far.pos) for x in (held.k, held.v)], extra
+        size = (1, 1, self.block, *held.k.shape[3:])
+
+        def load(row, block):
+            start = (layer, row, self.sinks + block * self.block, 0, 0)
+            return tuple(jax.lax.dynamic_slice(x, start, size)[0, 0] for x in (held.k, held.v))
+
+        rank = jnp.arange(far.chosen.shape[1], dtype=jnp.int32)[None]
+        *blocks, resident = residency.ask(
+            extra["resident"], layer, far.chosen, rank < far.count[:, None], load
+        )
+        inside = jnp.arange(far.pos.shape[1], dtype=jnp.int32) - self.sinks
+        inside = jnp.clip(inside, 0, far.chosen.shape[1] * self.block - 1)
+        others = jnp.where(far.looked_up, 0, far.pos)
+        kv = [
+            jnp.where(
+                far.looked_up[..., None, None],
+                some.reshape(len(some), -1, *some.shape[3:])[:, inside],
+                select.rows_of(x, layer, others),
+            )
+            for some, x in zip(blocks, (held.k, held.v), strict=True)
+        ]
+        return kv, {**extra, "resident": resident}
 
     def _chosen(self, places, group, q, summary, existing):
         """Numbers [B, k] of the best blocks; where fewer exist, they stand first."""
@@ -212,4 +266,4 @@ class InfLLM(select.Choosing):
             .at[layer, every, row]
             .set(mean.astype(extra["summary"].dtype), mode="drop")
         )
-        return {"summary": summary, "attracted": attracted}
+        return {**extra, "summary": summary, "attracted": attracted}

@@ -69,6 +69,14 @@ def attended_pairs(policy: Policy, length: int) -> int:
     return pairs + triangle(few) + (beyond - few) * few
 
 
+def attended_tokens(policy: Policy) -> int | None:
+    """The most tokens that a query sees; None: all before it."""
+    if policy.near_width is None or policy.far_count is None:
+        return None
+    looked_up = policy.looked_up if isinstance(policy, ByContent) else 0
+    return policy.near_width + policy.far_count + looked_up
+
+
 def cache_bytes(
     spec: ModelSpec, by_layer: Sequence[LayerPolicy], *, tokens: int, dtype=jnp.float32
 ) -> int:

@@ -106,7 +106,8 @@ def reference(policy, scoring, positions, segments=None):
 
 
 def chunks(policy, scoring, positions, sizes, *, implementation, capacity: int | None = None):
-    """(q, k, v) -> outputs, and the cache's `pos` at the end, when read in chunks of these sizes.
+    """(q, k, v) -> outputs, the cache's `pos` at the end and what it holds, when read in chunks of
+    these sizes.
 
     Chunks of one size in a row are one scan, so they compile once.
     """
@@ -142,7 +143,7 @@ def chunks(policy, scoring, positions, sizes, *, implementation, capacity: int |
             )
             out = out.swapaxes(0, 1)
             outs.append(out.reshape(out.shape[0], -1, *out.shape[3:]))
-        return jnp.concatenate(outs, 1), carry[1]
+        return jnp.concatenate(outs, 1), carry[1], carry[0]
 
     return run
 

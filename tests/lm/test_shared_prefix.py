@@ -1,4 +1,4 @@
-"""Prompts that begin alike: the answers are those of each alone, and what is shared is read once."""
+"""Prompts that begin alike: answers are those of each alone, and what is shared is read once."""
 
 import numpy as np
 import pytest

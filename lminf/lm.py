@@ -25,8 +25,9 @@ from lminf.attention.policies import FULL, AnyPolicy
 from lminf.errors import InputError
 from lminf.generation import GREEDY, Sampling, TextStream, generate_tokens, next_logits, settle
 from lminf.losses import xent
-from lminf.models import decoder
+from lminf.models import cost, decoder
 from lminf.models.spec import ModelSpec
+from lminf.parallel import hardware
 from lminf.types import Params
 
 Progress: TypeAlias = Callable[[int, int], None]  # (done, of), in tokens
@@ -148,10 +149,22 @@ class LM:
         return held[1]
 
     def init_caches(self, *, batch: int, capacity: int):
-        """Empty caches; `capacity` (tokens) is what policies that keep everything can hold."""
-        module = self.decoder
+        """Empty caches; `capacity` (tokens) is what policies that keep everything can hold.
+
+        Refuses what the device has no memory for.
+        """
+        by_layer = self.decoder.policies
+        wanted = batch * cost.cache_bytes(self.spec, by_layer, tokens=capacity, dtype=self.dtype)
+        there = hardware.memory_bytes(jax.local_devices()[0])
+        if there is not None and wanted > there:
+            rows = "" if batch == 1 else f"{batch} texts of "
+            raise InputError(
+                f"under {self.policy.name} the caches of {rows}{capacity} tokens take "
+                f"{wanted / 1e9:.1f} GB, but this device has {there / 1e9:.1f} GB; read fewer "
+                f"tokens or use a policy with a window, such as lm_infinite"
+            )
         return decoder.init_caches(
-            self.spec, module.policies, batch=batch, capacity=capacity, dtype=self.dtype
+            self.spec, by_layer, batch=batch, capacity=capacity, dtype=self.dtype
         )
 
     def token_nll(

@@ -1,5 +1,6 @@
 """What devices can do, for plans and for the share of it that a run reaches."""
 
+import os
 import re
 import time
 from dataclasses import dataclass
@@ -66,6 +67,16 @@ NAMES = {
     "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA H200": "h200",
 }
+
+
+def memory_bytes(device: Any) -> int | None:
+    """Of one device, as its runtime says; of a CPU device the machine's. None: nobody knows."""
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # not a Unix machine
+        return None
 
 
 def peak_flops(device: Any) -> float:

@@ -122,6 +122,18 @@ def test_a_prompt_that_the_policy_cannot_place_is_refused(lm):
         lm.with_policy(policy).check_room(10**9)
 
 
+def test_caches_that_the_device_cannot_hold_are_refused(lm, monkeypatch):
+    monkeypatch.setattr("lminf.parallel.hardware.memory_bytes", lambda _: 20_000_000)
+    forgets = lm.with_policy(LMInfinite(8, 2))
+    assert forgets.init_caches(batch=1, capacity=10**9)[0].k.shape[2] == 10
+    for act in (
+        lambda: lm.generate("abc", max_new_tokens=200_000),
+        lambda: list(lm.read([], longest=200_000)),
+    ):
+        with pytest.raises(InputError, match=r"the caches of 20\d{4} tokens take .* 0.0 GB; read"):
+            act()
+
+
 # --- Text out of tokens ---------------------------------------------------------------------------
 
 

@@ -218,20 +218,24 @@ def losses(c, lm, readers, done):
 
 
 def plot(rows):
-    """Heat maps: passkeys found by depth, for each policy at each length; loss by position."""
-    label = plots.short_names(row["policy"] for row in rows)
-    found = [
-        {**row, "asked": f"{label[row['policy']]}\n{row['length']:,}"}
-        for row in rows
-        if row["task"] == "passkey"
-    ]
+    """Heat maps of what was found by depth, a line for each policy and length; loss by position."""
+    label = {
+        name: short.replace("\n", ", ")
+        for name, short in plots.short_names(row["policy"] for row in rows).items()
+    }
     figures = {}
-    if found:
-        figures["long_context_eval"] = plots.heatmap(
-            found, x="asked", y="depth", value="accuracy", limits=(0, 1),
-            x_label="policy, prompt (tokens)", y_label="share of the filler before the key",
-            value_label="share of passkeys found",
-        )  # fmt: skip
+    for task, stem in (("passkey", "long_context_eval"), ("key_value", "key_value")):
+        found = [
+            {**row, "asked": f"{label[row['policy']]}, {row['length']:,}"}
+            for row in rows
+            if row["task"] == task
+        ]
+        if found:
+            figures[stem] = plots.heatmap(
+                found, x="depth", y="asked", value="accuracy", limits=(0, 1),
+                x_label="share of the text before what is asked for", y_label="",
+                value_label="share found",
+            )  # fmt: skip
     nll = [{**row, "policy": label[row["policy"]]} for row in above_reread(rows)]
     if nll:
         figures["above_reread"] = plots.curves(
@@ -255,29 +259,26 @@ def above_reread(rows):
 def table(rows):
     """A policy a line: what it found inside and outside its window, its loss, speed and memory."""
     beyond = [row for row in above_reread(rows) if row["start"] >= row["trained_length"]]
+    groups = dict.fromkeys((r["task"], r["length"]) for r in rows if r["task"] != "nll")
     lines = []
     for policy in dict.fromkeys(row["policy"] for row in rows if row["policy"] != REREAD):
         own = [row for row in rows if row["policy"] == policy]
         asked = [row for row in own if row["task"] != "nll"]
         line = {"policy": policy}
-        for task, length in dict.fromkeys((row["task"], row["length"]) for row in rows
-                                          if row["task"] != "nll"):  # fmt: skip
+        if groups:
+            line["attended"] = (asked[0]["attended"] or "all") if asked else None
+        for task, length in groups:
             for inside in (True, False):
                 cells = [row for row in asked if row["key_in_window"] == inside
                          and (row["task"], row["length"]) == (task, length)]  # fmt: skip
-                place = "in window" if inside else "outside"
-                line[f"{task} {length:,} {place}"] = share(cells)
+                line[f"{task} {length:,} {'in window' if inside else 'outside'}"] = share(cells)
+        if asked:
+            line["cache (MB)"] = max(row["cache_bytes"] for row in asked) / 1e6
         excess = [row["excess"] for row in beyond if row["policy"] == policy]
         if excess:
             line["nll above re-reading past the trained length"] = sum(excess) / len(excess)
             line["of the worst block"], line["of the last"] = max(excess), excess[-1]
             line["tokens/s, reading"] = own[-1]["tokens_per_second"]
-        if asked:
-            line["cache (MB)"] = max(row["cache_bytes"] for row in asked) / 1e6
-            longest = [row for row in asked if row["length"] == max(r["length"] for r in asked)]
-            line["tokens/s"] = sum(r["tokens_per_second"] * r["seconds"] for r in longest) / sum(
-                r["seconds"] for r in longest
-            )
         lines.append(line)
     return lines
 

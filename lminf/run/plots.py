@@ -129,14 +129,24 @@ def heatmap(
     title: str | None = None,
     limits: tuple[float | None, float | None] = (None, None),
 ) -> Figure:
-    """A grid of coloured cells with the values written in them while they are few."""
+    """A grid of coloured cells with the values written in them while they are few.
+
+    Numbers rise, from the left and from below; names stand as they come, the first on top.
+    """
     rows = [row for row in rows if _measured(row, x, value) and row.get(y) is not None]
-    columns, lines = sorted({row[x] for row in rows}), sorted({row[y] for row in rows})
+    columns, lines = _in_order(row[x] for row in rows), _in_order(row[y] for row in rows)
+    if any(isinstance(line, str) for line in lines):
+        lines.reverse()
     grid = np.full((len(lines), len(columns)), np.nan)
     for row in rows:
         grid[lines.index(row[y]), columns.index(row[x])] = row[value]
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        figure, axes = _new_figure(x_label or axis_label(x), y_label or axis_label(y), title)
+        figure, axes = _new_figure(
+            axis_label(x) if x_label is None else x_label,
+            axis_label(y) if y_label is None else y_label,
+            title,
+        )
+        figure.set_figheight(max(figure.get_figheight(), 1.2 + 0.28 * len(lines)))
         image = axes.imshow(
             grid, cmap="cividis", aspect="auto", origin="lower", vmin=limits[0], vmax=limits[1]
         )
@@ -146,6 +156,11 @@ def heatmap(
         if grid.size <= 150:
             _write_cells(axes, grid, image.norm)
         return figure
+
+
+def _in_order(values: Iterable[Any]) -> list[Any]:
+    different = list(dict.fromkeys(values))
+    return different if any(isinstance(v, str) for v in different) else sorted(different)
 
 
 def save(figure: Figure) -> bytes:

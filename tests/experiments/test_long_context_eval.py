@@ -7,6 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments import _models, long_context_eval
+from lminf import segment_reading, shared_prefix
 from lminf.errors import InputError
 from lminf.lm import LM
 from lminf.run import folder, request
@@ -19,7 +20,7 @@ def measure(random_lm, monkeypatch, tmp_path):
     """`measure(before, field=value, …)`: rows that a run adds to those from before."""
     monkeypatch.setattr(_models, "load", lambda *_, **__: random_lm)
     monkeypatch.setattr(LM, "reach", 400)
-    monkeypatch.setattr(LM, "generate", read_by_eye)
+    monkeypatch.setattr(shared_prefix, "generate", read_by_eye)
     jax.config.update("jax_disable_most_optimizations", True)
 
     def run(before=(), **fields):
@@ -34,17 +35,19 @@ def measure(random_lm, monkeypatch, tmp_path):
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def read_by_eye(self, prompts, *, max_new_tokens):
+def read_by_eye(lm, prompts, *, max_new_tokens, rows, progress):
     """What is asked for, where the policy shows it: everywhere, or in its last `window` bytes."""
-    shown = [p if self.policy.name.startswith("infllm") else p[-self.policy.near_width :]
+    progress(sum(map(len, prompts)))
+    shown = [p if lm.policy.name.startswith("infllm") else p[-lm.policy.near_width :]
              for p in prompts]  # fmt: skip
-    answers = []
-    for prompt, text in zip(prompts, shown, strict=True):
-        asked = re.search(r"key (\d+)\? The value", prompt)
-        wanted = rf"of key {asked[1]} is (\d+)" if asked else r"pass key is (\d+)"
-        found = re.search(wanted, text)
-        answers.append(f" {found[1]}." if found else " green. 12345")
-    return answers
+    return [found_by_eye(prompt, text) for prompt, text in zip(prompts, shown, strict=True)]
+
+
+def found_by_eye(prompt, text):
+    asked = re.search(r"key (\d+)\? The value", prompt)
+    wanted = rf"of key {asked[1]} is (\d+)" if asked else r"pass key is (\d+)"
+    found = re.search(wanted, text)
+    return f" {found[1]}." if found else " green. 12345"
 
 
 ASKED = {
@@ -57,7 +60,8 @@ ASKED = {
 def test_a_cell_is_a_task_a_policy_a_length_and_a_depth(measure):
     rows = measure()
     assert len({long_context_eval.cell_of(row) for row in rows}) == len(rows) == 6
-    for one, other in zip(rows[::2], rows[1::2], strict=True):  # policies are asked the same
+    # Depths of one policy come together; policies are asked the same.
+    for one, other in ((rows[0], rows[2]), (rows[1], rows[3]), (rows[4], rows[5])):
         assert one["prompts_digest"] == other["prompts_digest"]
     for row in rows:
         assert row["correct"] == row["prompts"] * (
@@ -71,9 +75,10 @@ def test_a_cell_is_a_task_a_policy_a_length_and_a_depth(measure):
     assert forgets["passkey 600 outside"].startswith("0/2 = 0.00 (0.00–0.6")
     assert looks_up["passkey 600 outside"].startswith("4/4 = 1.00 (0.5")
     assert forgets["passkey 600 in window"].startswith("2/2")
+    assert (forgets["attended"], looks_up["attended"]) == (404, 64 + 4 + 4 * 8)
     figures = long_context_eval.plot(rows)
-    assert set(figures) == {"long_context_eval"}
-    assert isinstance(figures["long_context_eval"], Figure)
+    assert set(figures) == {"long_context_eval", "key_value"}
+    assert all(isinstance(figure, Figure) for figure in figures.values())
 
 
 def test_what_was_measured_is_not_measured_again(measure):
@@ -82,6 +87,37 @@ def test_what_was_measured_is_not_measured_again(measure):
     assert [long_context_eval.cell_of(row) for row in again] == [
         long_context_eval.cell_of(row) for row in rows[4:]
     ]
+
+
+def test_a_policy_is_asked_of_all_depths_at_once_and_only_what_is_missing(measure, monkeypatch):
+    sizes = []
+
+    def counted(lm, prompts, **options):
+        sizes.append(len(prompts))
+        return read_by_eye(lm, prompts, **options)
+
+    monkeypatch.setattr(shared_prefix, "generate", counted)
+    rows = measure()
+    assert sizes == [4, 4, 2, 2]
+    sizes.clear()
+    assert len(measure(rows[:1] + rows[2:])) == 1
+    assert sizes == [2]
+
+
+def test_reading_in_segments_is_one_of_the_policies(measure, monkeypatch):
+    read = []
+
+    def generate(lm, prompt, how, *, max_new_tokens):
+        read.append((how.segment_len, how.select.count))
+        return found_by_eye(prompt, prompt)
+
+    monkeypatch.setattr(segment_reading, "generate", generate)
+    text = "segments:segment_len=150,question_len=60,head_len=90,select=(TopK:count=1)"
+    rows = measure(policies=(text,))
+    assert read == [(150, 1)] * 6
+    assert all(row["policy"] == text and row["accuracy"] == 1 for row in rows)
+    assert {row["attended"] for row in rows} == {150 + 60 + 90 + 10}
+    assert not any(row["key_in_window"] for row in rows)
 
 
 def test_every_length_has_its_number_of_prompts(measure):
@@ -101,5 +137,5 @@ def test_losses_lie_beside_those_of_reading_again(measure):
     line = long_context_eval.table(rows)[0]
     assert line["of the last"] == own - read_again
     assert line["of the worst block"] >= line["nll above re-reading past the trained length"]
-    assert set(long_context_eval.plot(rows)) == {"long_context_eval", "above_reread"}
+    assert set(long_context_eval.plot(rows)) == {"long_context_eval", "key_value", "above_reread"}
     assert set(long_context_eval.plot(losses)) == {"above_reread"}

@@ -68,6 +68,8 @@ def test_bars_and_heatmap_show_every_row():
     assert len(bars.axes[0].patches) == len(ROWS)
     heat = plots.heatmap(ROWS, x="length", y="policy", value="nll")
     assert len(heat.axes[0].texts) == len(ROWS)
+    names = list(dict.fromkeys(row["policy"] for row in ROWS))
+    assert [tick.get_text() for tick in heat.axes[0].get_yticklabels()] == names[::-1]  # upwards
 
 
 def test_no_rows_give_an_empty_figure():

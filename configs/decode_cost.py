@@ -33,8 +33,8 @@ def get_config(arg: str = ""):
     c.steps = 24  # tokens timed in every cell, after one that compiles
     c.chunk = 512  # tokens of the prompt whose reading is timed, the better of two; 0: none is
     if arg == "choosing":
-        c.positions, c.steps = (1024, 4096, 16384), 12
-        c.chunk = 0
+        c.positions, c.steps = (1024, 4096, 16_384, 32_768), 12
+        c.unbounded_to, c.chunk = 32_768, 0
         c.policies = (
             "full",
             "lm_infinite:window=1024,sinks=10",
@@ -42,6 +42,7 @@ def get_config(arg: str = ""):
             "infllm:window=512,sinks=10,topk=8,block=64",
             "longheads:attended=1024",
             "hip:topk=512,window=512,sinks=10,refresh=1",
+            "infinite_hip:topk=(4096,2048,512),window=512,sinks=10",
             "sirllm:capacity=1024,recent=256",
             "h2o:capacity=1024,recent=256",
             "tova:capacity=1024",

@@ -4,6 +4,7 @@ Nobody reads 100,000 tokens for this: `_streams` says how. Cells are timed in tu
 each, so that a busy moment of the machine falls on all of them alike.
 """
 
+import math
 import time
 
 import numpy as np
@@ -16,6 +17,23 @@ from lminf.config import parse_choice
 from lminf.models import cost
 from lminf.run import plots, tables
 from lminf.run.progress import Progress
+
+# What a token that is written has to visit after n others, in keys; settings by their names, of
+# several the first as k₁. Sources: docs/policies.md.
+VISITED = {
+    "full": "n",
+    "window": "window",
+    "lm_infinite": "window + sinks",
+    "streaming": "window + sinks",
+    "topk": "n",
+    "infllm": "window + sinks + topk · block + n / block",
+    "longheads": "attended + n / chunk",
+    "hip": "topk · log(n / topk) + window + sinks; n in dense layers",
+    "infinite_hip": "n · log(chunk₁) / chunk₁ every refresh₁; topk + window + sinks",
+    "sirllm": "capacity",
+    "h2o": "capacity",
+    "tova": "capacity",
+}
 
 
 def run(c, out):
@@ -100,14 +118,31 @@ def plot(rows):
 
 
 def table(rows):
-    """Milliseconds per token, then MiB of cache; a policy a line, a position a column."""
+    """Milliseconds per token, then MiB of cache; a policy a line, a position a column. Beside them
+    what a token visits, and the exponent of n between the two farthest positions.
+    """
     mib = [{**row, "cache": row["cache_bytes"] / 2**20} for row in rows]
     parts = {"ms_per_token": "ms/token", "cache": "MiB", "read_ms_per_token": "ms/token, reading"}
     return [
-        {**line, "policy": f"{line['policy']}, {unit}"}
+        {
+            **line,
+            "policy": f"{line['policy']}, {unit}",
+            "exponent": exponent(mib, line["policy"], value),
+            "visits": VISITED.get(line["policy"].partition(":")[0]) if unit != "MiB" else None,
+        }
         for value, unit in parts.items()
         for line in tables.pivot(mib, index="policy", columns="position", value=value)
     ]
+
+
+def exponent(rows, policy, value):
+    """b of value = a n^b through the two farthest positions that were measured; None with one."""
+    points = sorted((r["position"], r[value]) for r in rows
+                    if r["policy"] == policy and r.get(value) is not None)  # fmt: skip
+    if len(points) < 2:
+        return None
+    (n, low), (m, high) = points[-2:]
+    return math.log(high / low) / math.log(m / n)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from matplotlib.figure import Figure
 from experiments import _streams, decode_cost
 from lminf.attention import cache
 from lminf.attention.policies import LMInfinite
+from lminf.run import request
 
 COLUMNS = {
     "model", "trained_length", "policy", "position", "ms_per_token", "low", "high", "tokens_per_s",
@@ -29,7 +30,23 @@ def test_a_row_is_one_policy_and_position(rows_of):
     figures = decode_cost.plot(rows)
     assert set(figures) == {"decode_cost", "cache_bytes"}
     assert all(isinstance(figure, Figure) for figure in figures.values())
-    assert decode_cost.table(rows)[0].keys() == {"policy", "100", "100000"}
+    full, streaming = decode_cost.table(rows)[:2]
+    assert full.keys() == {"policy", "100", "100000", "exponent", "visits"}
+    assert full["exponent"] is None
+    assert abs(streaming["exponent"]) < 0.2  # of a thousand times as many tokens
+    assert (full["visits"], streaming["visits"]) == ("n", "window + sinks")
+
+
+def test_an_exponent_is_that_of_the_two_farthest():
+    rows = [{"policy": "full", "position": n, "ms_per_token": t} for n, t in
+            ((16_384, 160), (1024, 50), (4096, 80))]  # fmt: skip
+    assert decode_cost.exponent(rows, "full", "ms_per_token") == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("variant", ["", "choosing"])
+def test_every_policy_that_is_timed_has_its_complexity(variant):
+    for text in request.parse("decode_cost", [f"--config=:{variant}"]).config.policies:
+        assert text.partition(":")[0] in decode_cost.VISITED
 
 
 def test_a_cache_made_as_if_read_says_what_reading_would_leave():

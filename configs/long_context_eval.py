@@ -23,47 +23,55 @@ def get_config(arg: str = ""):
     c = base.get_config(arg, variants=VARIANTS)
     c.model = "smollm2-135m-instruct"  # prompted raw, not through its chat template
     c.generator = "landmark"  # or lm_infinite: lminf.evals.passkey says how they differ
-    c.lengths = (4096,)  # tokens of the whole prompt
-    c.prompts = (3,)  # passkeys of each length, at each depth
+    c.lengths = (16_384,)  # tokens of the whole prompt
+    c.prompts = (2,)  # passkeys of each length, at each depth
     c.depths = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
-    c.key_value_lengths = (2048,)
-    c.key_value_prompts = (3,)
-    c.key_value_depths = (0.1, 0.3, 0.9)
-    # Each attends to 1,034 tokens or a few more: InfLLM to a window of 512 and 8 blocks of 64.
+    c.key_value_lengths = (4096,)
+    c.key_value_prompts = (3,)  # lists, of each of which one line is asked for at every depth
+    c.key_value_depths = c.depths
+    # Each attends to 2,058 tokens or a few more, but rerope and self_extend to all.
     c.policies = (
-        "lm_infinite:window=1024,sinks=10",
-        "streaming:window=1024,sinks=10",
-        "topk:window=1024,sinks=10,topk=5",
-        "topk:window=1024,sinks=10,topk=20",
-        "infllm:window=512,sinks=10,topk=8,block=64,exec_block=256",
+        "lm_infinite:window=2048,sinks=10",
+        "streaming:window=2048,sinks=10",
+        "topk:window=2048,sinks=10,topk=20,at=8",
+        "topk:window=2048,sinks=10,topk=20",
+        "infllm:window=1024,sinks=10,topk=16,block=64",
+        "longheads:attended=2048",
+        "infinite_hip:topk=(8192,4096,1024),window=1024,sinks=10",
+        "sirllm:capacity=2048,sinks=10,recent=1024,turn=512",
+        "h2o:capacity=2048,sinks=10,recent=1024,turn=512",
+        "tova:capacity=2048,sinks=10,turn=512",
+        "segments:segment_len=1984,question_len=32,head_len=48,select=(TopK:count=1)",
+        "self_extend:window=2048,group=8",
+        "rerope:window=2048",
     )
     c.text = ""  # a file to measure the loss on; empty: the default text
     c.nll_length = 16_384  # tokens; 0: no loss is measured
     c.block = 2048  # positions averaged over
     if arg == "long":
-        c.lengths, c.prompts = (8192, 16_384, 32_768), (2, 2, 2)
-        c.key_value_lengths, c.key_value_prompts = (8192,), (4,)
+        c.lengths, c.nll_length = (32_768,), 0
+        c.key_value_lengths = c.key_value_prompts = ()
         c.policies = (
-            "lm_infinite:window=4096,sinks=10",
-            "streaming:window=4096,sinks=10",
-            "topk:window=4096,sinks=10,topk=20",
-            "infllm:window=2048,sinks=10,topk=16",
+            "lm_infinite:window=2048,sinks=10",
+            "streaming:window=2048,sinks=10",
+            "topk:window=2048,sinks=10,topk=20,at=8",
+            "infllm:window=1024,sinks=10,topk=16,block=64",
         )
-        c.nll_length = 32_768
     if arg == "loss":
         c.lengths = c.prompts = c.key_value_lengths = c.key_value_prompts = ()
         c.policies = (
             "lm_infinite:window=4096,sinks=10",
             "streaming:window=4096,sinks=10",
+            "topk:window=4096,sinks=10,topk=20,at=8",
             "infllm:window=2048,sinks=10,topk=16",
             "longheads:attended=4096",
+            "infinite_hip:topk=(16384,8192,2048),window=2048,sinks=10",
+            "sirllm:capacity=4096,sinks=10,recent=2048,turn=512",
+            "h2o:capacity=4096,sinks=10,recent=2048,turn=512",
+            "tova:capacity=4096,sinks=10,turn=512",
             "rerope:window=4096",
             "self_extend:window=4096,group=8",
             "leaky_rerope:window=4096,stretch=8",
-            "infinite_hip:topk=(16384,8192,2048),window=2048,sinks=10",
-            "topk:window=4096,sinks=10,topk=5",
-            "sirllm:capacity=4096,sinks=10,recent=2048,turn=512",
-            "tova:capacity=4096,sinks=10,turn=512",
         )
         c.nll_length = 32_768
     if arg == "tiny":

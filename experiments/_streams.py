@@ -44,6 +44,13 @@ class Stream:
         self.at += 1
         return time.perf_counter() - started
 
+    def read(self, chunk: int) -> float:
+        """Seconds to read `chunk` tokens of a prompt from here; no step is to follow."""
+        self.caches = self.as_if_read()
+        started = time.perf_counter()
+        np.asarray(self.advance(np.zeros((1, chunk), np.int32), self.position))
+        return time.perf_counter() - started
+
     def advance(self, tokens, position):
         """The token after these, greedily."""
         key = jax.random.key(0)  # greedy: not used

@@ -5,7 +5,6 @@ each, so that a busy moment of the machine falls on all of them alike.
 """
 
 import math
-import time
 
 import numpy as np
 
@@ -40,11 +39,12 @@ def run(c, out):
     lm = _models.load(c.model, seed=c.seed)
     policies = [parse_choice(text, POLICIES, what="policy") for text in c.policies]
     cells = [
-        Cell(lm.with_policy(policy), position, room=max(c.steps + 1, c.chunk))
+        Stream(lm.with_policy(policy), position, room=max(c.steps + 1, c.chunk))
         for policy in policies
         for position in c.positions
         if policy.bounded or position <= c.unbounded_to
     ]
+    held = [cell.bytes for cell in cells]
     with Progress(c.steps + 1, label="decoding", unit="tokens of each") as progress:
         rounds = []  # [steps + 1] of [cells] seconds
         for done in range(c.steps + 1):
@@ -52,7 +52,7 @@ def run(c, out):
             progress.update(done + 1)
     reading = read_times(cells, c.chunk) if c.chunk else [None] * len(cells)
     quartiles = np.percentile(rounds[1:], [25, 50, 75], axis=0).T  # the first of each compiles
-    for cell, read, (low, median, high) in zip(cells, reading, quartiles, strict=True):
+    for cell, kept, read, (low, median, high) in zip(cells, held, reading, quartiles, strict=True):
         yield {
             "model": c.model,
             "trained_length": lm.spec.trained_length,
@@ -63,7 +63,7 @@ def run(c, out):
             "high": 1e3 * high,
             "tokens_per_s": 1 / median,
             **({"read_ms_per_token": 1e3 * read / c.chunk} if c.chunk else {}),
-            "cache_bytes": cell.cache_bytes,
+            "cache_bytes": kept,
             "planned_bytes": cost.cache_bytes(
                 lm.spec, cell.lm.decoder.policies, tokens=cell.capacity, dtype=lm.dtype
             ),
@@ -80,23 +80,6 @@ def read_times(cells, chunk):
             chunks.append([cell.read(chunk) for cell in cells])
             progress.update(done + 1)
     return np.min(chunks[1:], axis=0)  # the first of each compiles
-
-
-class Cell(Stream):
-    """One policy at one position."""
-
-    def __init__(self, lm, position: int, *, room: int):
-        super().__init__(lm, position, room=room)
-        self.cache_bytes, self.chunks = self.bytes, 0
-
-    def read(self, chunk: int) -> float:
-        """Seconds to read `chunk` tokens of a prompt from here; then no more steps are taken."""
-        if not self.chunks:
-            self.caches = self.as_if_read()
-        self.chunks += 1
-        started = time.perf_counter()
-        np.asarray(self.advance(np.zeros((1, chunk), np.int32), self.position))
-        return time.perf_counter() - started
 
 
 def plot(rows):

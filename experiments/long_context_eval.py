@@ -4,6 +4,7 @@ The prompts of a task and length differ in where the key stands, or in what is a
 same before: each policy reads what they share once (`lminf.shared_prefix`).
 """
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 from experiments import _models
 from experiments._main import main
+from experiments._streams import Stream
 from experiments.passkey import in_window
 from lminf import segment_reading, shared_prefix
 from lminf.attention.policies import POLICIES
@@ -26,17 +28,17 @@ from lminf.segment_reading import SegmentReading
 
 REREAD = "re-read"
 READERS = {**POLICIES, "segments": SegmentReading}
-TASKS = {"passkey": passkey, "key_value": key_value}
+TASKS = ("passkey", "key_value")
 CELL = ("task", "policy", "length", "depth")  # what tells one measured cell from another
+CHUNK, STEPS = 512, 9  # tokens read and tokens written, to time them
 TOGETHER = 2  # prompts read side by side once they differ: more are no faster on a CPU
 
 
 def run(c, out):
     lm = _models.load(c.model, seed=c.seed)
     readers = [reader(lm, text) for text in c.policies]  # refuses bad windows at once
-    for task, prompts, lengths in (
-        ("passkey", c.prompts, c.lengths),
-        ("key_value", c.key_value_prompts, c.key_value_lengths),
+    for task, prompts, lengths in zip(
+        TASKS, (c.prompts, c.key_value_prompts), (c.lengths, c.key_value_lengths), strict=True
     ):
         if len(prompts) != len(lengths):
             raise InputError(
@@ -58,8 +60,13 @@ def run(c, out):
                 for row in answered(one, task, length, missing, progress, before):
                     yield {"model": c.model, "trained_length": lm.spec.trained_length, **row}
                 progress.update(read)
+    own = [one for one in readers if one.policy is not None]
     if c.nll_length:
-        yield from losses(c, lm, [one for one in readers if one.policy is not None], done)
+        yield from losses(c, lm, own, done)
+    for one in own:
+        after = max((*c.lengths, c.nll_length))
+        if ("speed", one.name, after, None) not in done:
+            yield {"model": c.model, "trained_length": lm.spec.trained_length, **speed(one, after)}
 
 
 def cell_of(row):
@@ -125,7 +132,7 @@ def questions(c, lm):
         return lm.encode(text)[0]
 
     for length, count in zip(c.lengths, c.prompts, strict=True):
-        yield "passkey", length, [
+        yield TASKS[0], length, [
             (depth, passkey.draw(
                 c.generator, encode, length=length, count=count, seed=c.seed, depth=depth
             ))
@@ -201,7 +208,6 @@ def losses(c, lm, readers, done):
                 "start": block.start,
                 "nll": block.nll,
                 "seconds": seconds,
-                "tokens_per_second": len(tokens) / seconds,
             }
 
     last = ("nll", REREAD, len(tokens), None)
@@ -214,6 +220,25 @@ def losses(c, lm, readers, done):
             )
 
 
+def speed(reader, after):
+    """Time of reading a chunk, and of a token that is written, after so many tokens."""
+    stream = Stream(reader.lm, after, room=CHUNK + STEPS)
+    held = stream.bytes
+    steps = [stream.step() for _ in range(STEPS)][1:]  # the first compiles
+    read = [stream.read(CHUNK) for _ in range(3)][1:]
+    return {
+        "task": "speed",
+        "policy": reader.name,
+        "length": after,
+        "depth": None,
+        "read_tokens_per_second": CHUNK / min(read),
+        "ms_per_token": 1e3 * statistics.median(steps),
+        "cache_bytes": held,
+        "steps": len(steps),
+        "chunk": CHUNK,
+    }
+
+
 # --- What is shown --------------------------------------------------------------------------------
 
 
@@ -224,7 +249,7 @@ def plot(rows):
         for name, short in plots.short_names(row["policy"] for row in rows).items()
     }
     figures = {}
-    for task, stem in (("passkey", "long_context_eval"), ("key_value", "key_value")):
+    for task, stem in zip(TASKS, ("long_context_eval", "key_value"), strict=True):
         found = [
             {**row, "asked": f"{label[row['policy']]}, {row['length']:,}"}
             for row in rows
@@ -259,11 +284,11 @@ def above_reread(rows):
 def table(rows):
     """A policy a line: what it found inside and outside its window, its loss, speed and memory."""
     beyond = [row for row in above_reread(rows) if row["start"] >= row["trained_length"]]
-    groups = dict.fromkeys((r["task"], r["length"]) for r in rows if r["task"] != "nll")
+    groups = dict.fromkeys((r["task"], r["length"]) for r in rows if r["task"] in TASKS)
     lines = []
     for policy in dict.fromkeys(row["policy"] for row in rows if row["policy"] != REREAD):
         own = [row for row in rows if row["policy"] == policy]
-        asked = [row for row in own if row["task"] != "nll"]
+        asked = [row for row in own if row["task"] in TASKS]
         line = {"policy": policy}
         if groups:
             line["attended"] = (asked[0]["attended"] or "all") if asked else None
@@ -272,13 +297,16 @@ def table(rows):
                 cells = [row for row in asked if row["key_in_window"] == inside
                          and (row["task"], row["length"]) == (task, length)]  # fmt: skip
                 line[f"{task} {length:,} {'in window' if inside else 'outside'}"] = share(cells)
-        if asked:
-            line["cache (MB)"] = max(row["cache_bytes"] for row in asked) / 1e6
         excess = [row["excess"] for row in beyond if row["policy"] == policy]
         if excess:
             line["nll above re-reading past the trained length"] = sum(excess) / len(excess)
             line["of the worst block"], line["of the last"] = max(excess), excess[-1]
-            line["tokens/s, reading"] = own[-1]["tokens_per_second"]
+        if any("cache_bytes" in row for row in own):
+            line["cache (MB)"] = max(row.get("cache_bytes", 0) for row in own) / 1e6
+        for row in own:
+            if row["task"] == "speed":
+                line["tokens/s, reading"] = row["read_tokens_per_second"]
+                line["ms/token, writing"] = row["ms_per_token"]
         lines.append(line)
     return lines
 

@@ -301,6 +301,19 @@ def test_grouped_heads_are_repeated_heads(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
+def test_heads_have_no_order(name):
+    """Key heads change places, and their query heads with them: so do the outputs."""
+    q, k, v = one_row(3)
+
+    def swapped(x):
+        return x.reshape(*x.shape[:2], 2, -1, WIDTH)[:, :, ::-1].reshape(x.shape)
+
+    found = np.asarray(reader(POLICIES[name], 3)(*map(swapped, (q, k, v))))
+    agree(swapped(found), np.asarray(reader(POLICIES[name], 3)(q, k, v)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", POLICIES)
 def test_a_larger_cache_changes_nothing(name):
     policy, scoring = POLICIES[name], cases.scoring("rotary")
     arrays = cases.arrays(3, tokens=TOKENS)

@@ -21,8 +21,9 @@ OPENING = """\
 # Experiments
 
 What each asks, how to run it, how long it takes, what to expect and what was measured here. Written
-by `docs/make_tables.py` from the headers of `configs/` and the committed rows of `docs/results/`,
-whose machine, versions and configuration stand in each report. `lminf list` prints the headers.
+by `docs/make_tables.py` from the headers of `configs/` and the committed rows of `docs/results/`
+and `docs/studies/`; each report names its machine, its versions and its configuration. `lminf list`
+prints the headers.
 
 Every experiment takes `--config=:tiny`, `--config.FIELD=VALUE` and `--out=DIR`, and leaves a folder
 with its configuration, environment, `rows.jsonl`, figures and `report.md`.
@@ -56,24 +57,28 @@ def tiny(found: header.Header) -> str:
 
 
 def measured(name: str) -> list[str]:
-    """What lies in docs/results, of this experiment (NAME) and of its variants (NAME_VARIANT)."""
-    runs = [name, *sorted(path.name for path in (FOLDER / "results").glob(f"{name}_*"))]
-    runs = [run for run in runs if (FOLDER / "results" / run / "rows.jsonl").exists()]
+    """What lies in docs/results and docs/studies, of this experiment (NAME) and of its variants
+    (NAME_VARIANT).
+    """
+    runs = [path.parent for home in ("results", "studies")
+            for path in sorted((FOLDER / home).glob(f"{name}*/rows.jsonl"))
+            if path.parent.name == name or path.parent.name.startswith(f"{name}_")]  # fmt: skip
     if not runs:
         return ["Measured: no rows are committed.", ""]
     return [line for run in runs for line in one_run(name, run)]
 
 
-def one_run(name: str, run: str) -> list[str]:
+def one_run(name: str, run: Path) -> list[str]:
     """How long it took, and the experiment's own table of its rows."""
     module = importlib.import_module(f"experiments.{name}")
-    rows = folder.RunFolder(FOLDER / "results" / run).rows()
+    rows = folder.RunFolder(run).rows()
     shown = module.table(rows) if hasattr(module, "table") else rows
-    report = (FOLDER / "results" / run / "report.md").read_text()
+    report = (run / "report.md").read_text()
     took = re.search(r"^Time: (.*?)\.? *$", report, re.MULTILINE)
-    what = f", `:{run.removeprefix(f'{name}_')}`" if run != name else ""
+    what = f", `:{run.name.removeprefix(f'{name}_')}`" if run.name != name else ""
     seconds = f" in {took[1]}" if took else ""
-    links = f"([rows](results/{run}/rows.jsonl), [report](results/{run}/report.md))"
+    where = f"{run.parent.name}/{run.name}"
+    links = f"([rows]({where}/rows.jsonl), [report]({where}/report.md))"
     return [f"Measured{what}{seconds} {links}:", "", tables.markdown(shown), ""]
 
 
@@ -114,9 +119,17 @@ class Rows:
         return f"[{show(row)}]({self.file}#L{line})"
 
 
+FORGETTING_AND_LOOKING_UP = {
+    "lm_infinite:window=2048,sinks=10": "LM-Infinite",
+    "streaming:window=2048,sinks=10": "StreamingLLM",
+    "topk:window=2048,sinks=10,topk=20,at=8,from_layer=4": "LM-Infinite and its top-k",
+    "infllm:window=1024,sinks=10,topk=16,block=64,repr_topk=4,exec_block=512": "InfLLM",
+}
+
+
 def results() -> str:
-    """The two tables of the README."""
-    return f"{loss_by_position()}\n{other_results()}"
+    """The tables of the README."""
+    return f"{loss_by_position()}\n{keys_by_depth()}\n{other_results()}"
 
 
 def loss_by_position() -> str:
@@ -131,6 +144,26 @@ def loss_by_position() -> str:
         ]
         took = rows.link(lambda row: f"{row['seconds']:.0f}", policy=policy, start=0)
         lines.append([name, *cells, took])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def keys_by_depth() -> str:
+    """Keys found in prompts past the trained length, by where they stand."""
+    found = {length: Rows(name) for length, name in
+             ((16_384, "long_context_eval"), (32_768, "long_context_eval_long"))}  # fmt: skip
+    depths = sorted({row["depth"] for row in found[16_384].rows if row["task"] == "passkey"})
+    heads = [f"{100 * depth:.0f} %" for depth in depths]
+    lines = [["keys found", *heads], ["---", *["---:"] * len(heads)]]
+    for length, rows in found.items():
+        for policy, name in FORGETTING_AND_LOOKING_UP.items():
+            cells = [
+                rows.link(
+                    lambda row: f"{row['correct']}/{row['prompts']}",
+                    task="passkey", policy=policy, length=length, depth=depth,
+                )
+                for depth in depths
+            ]  # fmt: skip
+            lines.append([f"{length:,} tokens, {name}", *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -207,7 +207,7 @@ def _dense(places, q, positions, held, layer, every):
     scoring = places.scoring
     if q.shape[1] == 1:
         seen = every[:, None] <= positions[:, :, None]
-        return select.attend(scoring, [select.Branch(q, k, v, seen)])[0]
+        return select.attend_branches(scoring, [select.Branch(q, k, v, seen)])[0]
 
     def one_row(row):
         q, k, v, offset = row

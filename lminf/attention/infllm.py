@@ -15,7 +15,7 @@ fetched changes with it, and no result.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ class Far(NamedTuple):
     pos: Int[Array, "B F"]
     looked_up: Bool[Array, "B F"]  # whether it is of a chosen block
     chosen: Int[Array, "B k"]  # blocks
-    count: Int[Array, " B"]  # of these, the first so many exist
+    existing: Int[Array, " B"]  # of these the first so many are blocks
     skipped: Int[Array, " B"]  # tokens of blocks that were not chosen
 
 
@@ -111,7 +111,10 @@ class InfLLM(select.Choosing):
             return ()
         summary = (sizes.batch, blocks, sizes.heads, sizes.head_dim)
         attention = (sizes.batch, sizes.slots, sizes.heads)
-        held = {"summary": jnp.zeros(summary, sizes.dtype), "attracted": jnp.zeros(attention)}
+        held: dict[str, Any] = {
+            "summary": jnp.zeros(summary, sizes.dtype),
+            "attracted": jnp.zeros(attention),
+        }
         if self.resident is not None and self.topk:
             held["resident"] = residency.empty(
                 batch=sizes.batch, slots=self.resident, block=self.block, kv_heads=sizes.kv_heads,
@@ -209,11 +212,12 @@ class InfLLM(select.Choosing):
 
         def load(row, block):
             start = (layer, row, self.sinks + block * self.block, 0, 0)
-            return tuple(jax.lax.dynamic_slice(x, start, size)[0, 0] for x in (held.k, held.v))
+            k, v = (jax.lax.dynamic_slice(x, start, size)[0, 0] for x in (held.k, held.v))
+            return k, v
 
         rank = jnp.arange(far.chosen.shape[1], dtype=jnp.int32)[None]
         *blocks, resident = residency.ask(
-            extra["resident"], layer, far.chosen, rank < far.count[:, None], load
+            extra["resident"], layer, far.chosen, rank < far.existing[:, None], load
         )
         inside = jnp.arange(far.pos.shape[1], dtype=jnp.int32) - self.sinks
         inside = jnp.clip(inside, 0, far.chosen.shape[1] * self.block - 1)

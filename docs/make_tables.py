@@ -16,7 +16,8 @@ from lminf.run import folder, header, tables
 FOLDER = Path(__file__).resolve().parent
 EXPERIMENTS, README = FOLDER / "experiments.md", FOLDER.parent / "README.md"
 BEGIN, END = "<!-- results: docs/make_tables.py -->\n", "<!-- end of results -->\n"
-VARIANTS = ("Sizes", "Pod", "Loss", "Choosing", "Long")  # entries of headers that name others
+# Entries of headers that name other forms.
+VARIANTS = ("Sizes", "Pod", "Choosing", "Long", "All", "Loss")
 OPENING = """\
 # Experiments
 

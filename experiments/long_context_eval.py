@@ -63,8 +63,8 @@ def run(c, out):
     own = [one for one in readers if one.policy is not None]
     if c.nll_length:
         yield from losses(c, lm, own, done)
-    for one in own:
-        after = max((*c.lengths, c.nll_length))
+    for one in own if c.lengths else ():
+        after = max(c.lengths)
         if ("speed", one.name, after, None) not in done:
             yield {"model": c.model, "trained_length": lm.spec.trained_length, **speed(one, after)}
 

@@ -116,7 +116,7 @@ def measure(
         at=asked.out,
         resume=resumes,
     )
-    started = time.monotonic()
+    started, before = time.monotonic(), len(out.rows())
     try:
         for row in run(asked.config, out):
             out.append_row(row)
@@ -127,7 +127,10 @@ def measure(
     rows = out.rows()
     shown = table(rows) if table else rows
     figures = plots.write(out, plot(rows), asked.experiment)
-    write_report(out, asked, table=shown, figures=figures, seconds=seconds)
+    spent = f" in the last of several calls, which found {before} of {len(rows)} rows there"
+    write_report(
+        out, asked, table=shown, figures=figures, seconds=seconds, spent=spent if before else ""
+    )
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     console.print(tables.rich_table(shown))
     for path in [*figures, "report.md", "rows.jsonl"]:

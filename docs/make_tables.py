@@ -156,7 +156,10 @@ def keys_by_depth() -> str:
     heads = [f"{100 * depth:.0f} %" for depth in depths]
     lines = [["keys found", *heads], ["---", *["---:"] * len(heads)]]
     for length, rows in found.items():
+        asked = {row["policy"] for row in rows.rows}
         for policy, name in FORGETTING_AND_LOOKING_UP.items():
+            if policy not in asked:
+                continue
             cells = [
                 rows.link(
                     lambda row: f"{row['correct']}/{row['prompts']}",

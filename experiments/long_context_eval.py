@@ -15,7 +15,7 @@ from experiments._main import main
 from experiments._streams import Stream
 from experiments.passkey import in_window
 from lminf import segment_reading, shared_prefix
-from lminf.attention.policies import POLICIES
+from lminf.attention.policies import POLICIES, chunk_within, common_turn
 from lminf.config import parse_choice
 from lminf.data import sources
 from lminf.errors import InputError
@@ -222,20 +222,21 @@ def losses(c, lm, readers, done):
 
 def speed(reader, after):
     """Time of reading a chunk, and of a token that is written, after so many tokens."""
-    stream = Stream(reader.lm, after, room=CHUNK + STEPS)
+    chunk = chunk_within(common_turn(reader.lm.decoder.policies), CHUNK)
+    stream = Stream(reader.lm, after, room=chunk + STEPS)
     held = stream.bytes
     steps = [stream.step() for _ in range(STEPS)][1:]  # the first compiles
-    read = [stream.read(CHUNK) for _ in range(3)][1:]
+    read = [stream.read(chunk) for _ in range(3)][1:]
     return {
         "task": "speed",
         "policy": reader.name,
         "length": after,
         "depth": None,
-        "read_tokens_per_second": CHUNK / min(read),
+        "read_tokens_per_second": chunk / min(read),
         "ms_per_token": 1e3 * statistics.median(steps),
         "cache_bytes": held,
         "steps": len(steps),
-        "chunk": CHUNK,
+        "chunk": chunk,
     }
 
 

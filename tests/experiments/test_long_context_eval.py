@@ -58,8 +58,9 @@ ASKED = {
 
 
 def test_a_cell_is_a_task_a_policy_a_length_and_a_depth(measure):
-    rows = measure()
-    assert len({long_context_eval.cell_of(row) for row in rows}) == len(rows) == 6
+    every = measure()
+    assert len({long_context_eval.cell_of(row) for row in every}) == len(every) == 8
+    *rows, _, _ = every
     # Depths of one policy come together; policies are asked the same.
     for one, other in ((rows[0], rows[2]), (rows[1], rows[3]), (rows[4], rows[5])):
         assert one["prompts_digest"] == other["prompts_digest"]
@@ -71,12 +72,17 @@ def test_a_cell_is_a_task_a_policy_a_length_and_a_depth(measure):
     kept = {row["policy"]: row["cache_bytes"] for row in rows if row["length"] == 600}
     forgets, looks_up = kept.values()
     assert looks_up > forgets  # which keeps every token, and summaries beside them
-    forgets, looks_up = long_context_eval.table(rows)
+    assert [row["task"] for row in every[6:]] == ["speed", "speed"]
+    for row in every[6:]:
+        assert row["length"] == 600
+        assert row["read_tokens_per_second"] > 0 < row["ms_per_token"]
+    forgets, looks_up = long_context_eval.table(every)
+    assert forgets["ms/token, writing"] == every[6]["ms_per_token"]
     assert forgets["passkey 600 outside"].startswith("0/2 = 0.00 (0.00–0.6")
     assert looks_up["passkey 600 outside"].startswith("4/4 = 1.00 (0.5")
     assert forgets["passkey 600 in window"].startswith("2/2")
     assert (forgets["attended"], looks_up["attended"]) == (404, 64 + 4 + 4 * 8)
-    figures = long_context_eval.plot(rows)
+    figures = long_context_eval.plot(every)
     assert set(figures) == {"long_context_eval", "key_value"}
     assert all(isinstance(figure, Figure) for figure in figures.values())
 

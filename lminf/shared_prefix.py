@@ -32,7 +32,7 @@ def generate(
     rows: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """What the model writes after each prompt, as `LM.generate` of it alone.
+    """What the model writes after each prompt: greedily, as `LM.generate` of it alone.
 
     At most `rows` prompts that leave the trunk together are read side by side, each with caches of
     its own beside the trunk's. `progress` is told of the tokens of prompts as they are done.

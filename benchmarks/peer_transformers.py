@@ -64,11 +64,11 @@ def decode(model, ids, args: argparse.Namespace) -> dict:
     A bare loop over the model with its cache, without what `generate` does between steps.
     """
     cache = DynamicCache()
-    out = model(ids[:, : args.context], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    out = model(ids[:, : args.context], cache=cache, use_cache=True, logits_to_keep=1)
     token = out.logits[:, -1:].argmax(-1)
     times, written = [time.perf_counter()], [int(token)]
     for _ in range(args.new + 1):
-        out = model(token, past_key_values=cache, use_cache=True)
+        out = model(token, cache=cache, use_cache=True)
         token = out.logits[:, -1:].argmax(-1)
         written.append(int(token))
         times.append(time.perf_counter())

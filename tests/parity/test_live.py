@@ -101,10 +101,8 @@ def test_decoding_through_the_caches_gives_the_same_logits(peer, both, case):
     for start, stop in [(0, prompt), *((at, at + 1) for at in range(prompt, peer.T))]:
         piece, positions = tokens[:, start:stop], np.tile(np.arange(start, stop), (2, 1))
         with torch.no_grad():
-            out = theirs(
-                input_ids=torch.from_numpy(piece).long(), past_key_values=cached, use_cache=True
-            )
-        cached = out.past_key_values
+            out = theirs(input_ids=torch.from_numpy(piece).long(), cache=cached, use_cache=True)
+        cached = out.cache
         ours, caches = our_logits(lm, piece, positions, caches)
         assert abs(ours - out.logits.numpy()).max() <= LOGITS, f"tokens {start} to {stop}"
 

@@ -130,7 +130,9 @@ FORGETTING_AND_LOOKING_UP = {
 
 def results() -> str:
     """The tables of the README."""
-    return f"{loss_by_position()}\n{keys_by_depth()}\n{other_results()}"
+    laws = "Vocabularies refitted to, and settings judged on, the published measurements:\n"
+    parts = loss_by_position(), keys_by_depth(), costs(), laws, vocabularies(), gaps(), training()
+    return "\n".join(parts)
 
 
 def loss_by_position() -> str:
@@ -171,9 +173,8 @@ def keys_by_depth() -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def other_results() -> str:
+def costs() -> str:
     decode, passkey = Rows("decode_cost"), Rows("passkey")
-    training = Rows("train_throughput")
 
     def cost(policy, position):
         milliseconds, mebibytes = (
@@ -194,11 +195,6 @@ def other_results() -> str:
     def keys(policy, length):
         return f"{found(policy, length, 0.1)} early, {found(policy, length, 0.9)} late"
 
-    def speed(side):
-        return training.link(
-            lambda row: f"{row['tokens_per_second']:,.0f}", part="speed", side=side, round=1
-        )
-
     lines = [
         ["measured on two CPU cores", "Full", "LM-Infinite, window 4096"],
         ["---", "---", "---"],
@@ -209,11 +205,58 @@ def other_results() -> str:
         ["in 8,000", keys("full", 8000), keys(WIDE, 8000)],
         ["in 10,000", keys("full", 10_000), keys(WIDE, 10_000)],
     ]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return (
-        f"{table}\nTraining 10M parameters: {speed('lminf')} tokens/s, a plain torch loop "
-        f"{speed('torch')}.\n"
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+APPROACHES = {
+    "approach 1: equal compute": "isoflop-huber",
+    "approach 2: derivative": "derivative",
+    "approach 3: a loss formula": "loss-consistent-reference",
+}
+
+
+def vocabularies() -> str:
+    """The vocabulary that each refitted approach gives a model, and its 95 % interval."""
+    rows = Rows("vocab_law")
+    full = {row["law"].rpartition("-")[0]: row["law"] for row in rows.rows if "law" in row}
+    sizes = {"3B": 3e9, "7B": 7e9, "13B": 13e9, "70B": 70e9}
+    heads = [f"for {size} (95 %)" for size in sizes]
+    lines = [["vocabulary", *heads], ["---", *["---:"] * len(sizes)]]
+    for name, law in APPROACHES.items():
+        cells = [
+            rows.link(
+                lambda row: f"{row['vocab']:,.0f} ({row['low']:,.0f}–{row['high']:,.0f})",
+                part="prediction", law=full[law], n_nv=n_nv,
+            )
+            for n_nv in sizes.values()
+        ]  # fmt: skip
+        lines.append([name, *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+LAWS = {"step": "step law", "microsoft": "Microsoft", "porian": "Porian et al.",
+        "deepseek": "DeepSeek", "openai-lr": "OpenAI (rate)"}  # fmt: skip
+
+
+def gaps() -> str:
+    """How far above the best of the published grids each law's rate and batch end."""
+    rows = Rows("step_law")
+    cells = [rows.link(lambda row: f"{row['linear']:.1f}", part="gap", law=law) for law in LAWS]
+    lines = [
+        ["learning rate and batch by", *LAWS.values()],
+        ["---", *["---:"] * len(LAWS)],
+        ["loss above the best of 14 grids (per mille)", *cells],
+    ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def training() -> str:
+    rows = Rows("train_throughput")
+    ours, theirs = (
+        rows.link(lambda row: f"{row['tokens_per_second']:,.0f}", part="speed", side=side, round=1)
+        for side in ("lminf", "torch")
     )
+    return f"Training 10M parameters: {ours} tokens/s, a plain torch loop {theirs}.\n"
 
 
 def readme() -> str:

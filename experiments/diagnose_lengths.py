@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments import _models
 from experiments._main import main
-from lminf.attention import attend
+from lminf.attention import dense
 from lminf.attention.policies import POLICIES
 from lminf.config import parse_choice
 from lminf.data import sources
@@ -76,7 +76,7 @@ def _watched(module, layers: bytes, params, tokens):
 @partial(jax.jit, static_argnums=(0, 4))
 def _logits(scoring, queries, keys, q_pos, policy):
     k_pos = jnp.arange(keys.shape[1], dtype=jnp.int32)[None]
-    return attend.logits(policy, scoring, queries, keys, q_pos=q_pos, k_pos=k_pos)
+    return dense.logits(policy, scoring, queries, keys, q_pos=q_pos, k_pos=k_pos)
 
 
 def by_distance(logits: np.ndarray, q_pos: np.ndarray):

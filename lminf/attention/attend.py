@@ -1,6 +1,5 @@
-"""Attention for any policy and any encoding: the dense reference, and the forms that models run.
+"""Attention for any policy and any encoding, in the forms that models run.
 
-    reference   one dense softmax over all pairs; O(T S) memory; what every other form is tested on
     whole       a text at once: kernels.lambda_attention
     through     a chunk against a cache: kernels.lambda_attention, or for one token the slots
 
@@ -14,19 +13,17 @@ them; full attention passes keys round a ring; the others gather all keys, as pa
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 import kernels
 from kernels.common import masks
 from lminf.attention import cache as caches
-from lminf.attention import rope
-from lminf.attention.policies import ByContent, LayerPolicy, PerHead, Policy
+from lminf.attention import dense, rope
+from lminf.attention.policies import ByContent, LayerPolicy, Policy
 from lminf.attention.spread import Spread
 from lminf.errors import InputError
 
@@ -34,151 +31,13 @@ Whole: TypeAlias = Callable[[Array, Array, Array], Array]  # (q, k, v) -> out, a
 # (q, k, v, held, layer) -> out, held
 Through: TypeAlias = Callable[[Array, Array, Array, caches.Held, Any], tuple[Array, caches.Held]]
 
-MASKED = -1e30  # finite: a row with nothing to see must not become NaN
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """How a model turns a query and a key into a score, apart from which pairs it scores."""
-
-    encoding: rope.Encoding
-    scale: float
-    soft_cap: float | None
-
-    def slopes(self, num_heads: int) -> Float[Array, " N"] | None:
-        if isinstance(self.encoding, rope.Alibi):
-            return jnp.asarray(self.encoding.slopes(num_heads))
-        return None
-
-
-# --- The reference --------------------------------------------------------------------------------
-
-
-def reference(
-    policy: LayerPolicy,
-    scoring: Scoring,
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    *,
-    q_pos: Int[Array, "B T"],
-    k_pos: Int[Array, "B S"],
-    q_segments: Int[Array, "B T"] | None = None,
-    k_segments: Int[Array, "B S"] | None = None,
-) -> Float[Array, "B T N H"]:
-    """Attention output; zero for a query that sees nothing.
-
-    A position below 0 marks an empty slot or padding, as the segment masks.PADDING does.
-    """
-    to, at = q_pos[:, :, None], k_pos[:, None, :]
-    length = length_read(scoring, q_pos, q_segments)
-    same_text = (at >= 0) & (to >= 0)
-    if q_segments is not None and k_segments is not None:
-        same_text &= q_segments[:, :, None] == k_segments[:, None, :]
-        same_text &= (q_segments != masks.PADDING)[:, :, None]
-
-    def dense(part: Policy, q, k, v, slopes):
-        scores = _policy_scores(part, scoring, slopes, q, k, q_pos, k_pos, length)
-        seen = (part.visible(to, at) & same_text)[:, None, None]
-        weights = softmax(scoring, scores, seen)
-        return mix(weights.astype(v.dtype), v)
-
-    return by_head(policy, dense, scoring)(q, k, v)
-
-
-def logits(
-    policy: Policy,
-    scoring: Scoring,
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    *,
-    q_pos: Int[Array, "B T"],
-    k_pos: Int[Array, "B S"],
-) -> Float[Array, "B N T S"]:
-    """What the reference's softmax is taken of, -inf for what is not seen: for looking at."""
-    length = length_read(scoring, q_pos, None)
-    slopes = scoring.slopes(q.shape[2])
-    scores = _capped(scoring, _policy_scores(policy, scoring, slopes, q, k, q_pos, k_pos, length))
-    to, at = q_pos[:, :, None], k_pos[:, None, :]
-    seen = policy.visible(to, at) & (at >= 0) & (to >= 0)
-    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
-    return scores.reshape(scores.shape[0], -1, *scores.shape[3:])
-
-
-def _policy_scores(part: Policy, scoring, slopes, q, k, q_pos, k_pos, length):
-    """`_scores` of every pair, placed near or far as the policy says."""
-    gain = part.query_gain(q_pos)
-    if gain is not None:
-        q = q * gain[..., None, None].astype(q.dtype)
-    far = part.far()
-    near = _scores(scoring, slopes, q, k, q_pos, k_pos, 1.0, length)
-    beyond = _scores(scoring, slopes, q, k, far.at_q(q_pos), far.at_k(k_pos), far.scale, length)
-    is_near = part.near(q_pos[:, :, None], k_pos[:, None, :])
-    return jnp.where(is_near[:, None, None], near, beyond)
-
-
-# Queries of one key head are rows of one product. Named apart, [B, K, G, T, S] comes out of it in
-# another order and is copied, which takes longer than both products (512 queries, 2,048 keys).
-
-
-def dot(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> Float[Array, "B K G T S"]:
-    rows = rows_of_key_heads(q, k.shape[2])
-    flat = rows.reshape(*rows.shape[:2], -1, rows.shape[4])
-    scores = jnp.einsum("bkrh,bskh->bkrs", flat, k, preferred_element_type=jnp.float32)
-    return scores.reshape(*rows.shape[:4], -1)
-
-
-def mix(weights: Float[Array, "B K G T S"], v: Float[Array, "B S K H"]) -> Float[Array, "B T N H"]:
-    rows = weights.reshape(*weights.shape[:2], -1, weights.shape[4])
-    out = jnp.einsum("bkrs,bskh->bkrh", rows, v)
-    out = out.reshape(*weights.shape[:4], -1).transpose(0, 3, 1, 2, 4)
-    return out.reshape(*out.shape[:2], -1, out.shape[4])
-
-
-def rows_of_key_heads(q: Float[Array, "B T N H"], key_heads: int) -> Float[Array, "B K G T H"]:
-    return q.reshape(*q.shape[:2], key_heads, -1, q.shape[3]).transpose(0, 2, 3, 1, 4)
-
-
-def _scores(
-    scoring, slopes, q, k, q_at, k_at, scale, length, product=dot
-) -> Float[Array, "B K G T S"]:
-    """Scaled scores with every pair placed at (q_at, k_at) * scale, before the soft cap."""
-    if isinstance(scoring.encoding, rope.Rotary):
-        rotary = scoring.encoding
-        by_q = rope.rotation(rotary, q_at, scale=scale, length=length)
-        by_k = rope.rotation(rotary, k_at, scale=scale, length=length)
-        q, k = rope.rotate(q, by_q, rotary.layout), rope.rotate(k, by_k, rotary.layout)
-    scores = product(q, k) * jnp.float32(scoring.scale)
-    if slopes is not None:
-        distance = (q_at[:, :, None] - k_at[:, None, :]).astype(jnp.float32) * scale
-        steep = slopes.reshape(k.shape[2], -1)
-        scores = scores - steep[None, :, :, None, None] * distance[:, None, None]
-    return scores
-
-
-def softmax(
-    scoring: Scoring, scores: Float[Array, "B K G T S"], seen: Bool[Array, "B #K #G T S"]
-) -> Float[Array, "B K G T S"]:
-    """Weights of the values, float32; all zero for a query that sees nothing."""
-    scores = jnp.where(seen, _capped(scoring, scores), MASKED)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    weights = jnp.where(seen, weights, 0.0)
-    total = weights.sum(-1, keepdims=True)
-    return weights / jnp.where(total == 0, 1.0, total)
-
-
-def _capped(scoring, scores: Float[Array, "..."]) -> Float[Array, "..."]:
-    if scoring.soft_cap is None:
-        return scores
-    return scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
-
 
 # --- A text at once -------------------------------------------------------------------------------
 
 
 def whole(
     policy: LayerPolicy,
-    scoring: Scoring,
+    scoring: dense.Scoring,
     positions: Int[Array, "B T"],
     *,
     segments: Int[Array, "B T"] | None = None,
@@ -203,8 +62,8 @@ def whole(
                 return _whole_in_a_ring(part, scoring, positions, spread, implementation)
         return _whole(part, scoring, positions, segments, spread, implementation)
 
-    readers = {part: reader(part) for part in parts(policy)}
-    return by_head(policy, lambda part, *arrays: readers[part](*arrays), scoring)
+    readers = {part: reader(part) for part in dense.parts(policy)}
+    return dense.by_head(policy, lambda part, *arrays: readers[part](*arrays), scoring)
 
 
 def _whole_through(policy: ByContent, scoring, positions, segments, context_axis):
@@ -234,7 +93,7 @@ def _whole(policy, scoring, positions, segments, spread, implementation):
     key_pos = spread.all(positions)
     batch, tokens = key_pos.shape
     count = tokens if policy.far_count is None else min(policy.far_count, tokens)
-    length = length_read(scoring, key_pos, segments)
+    length = dense.length_read(scoring, key_pos, segments)
     place = _Placement(policy, scoring, positions, key_pos, length)
     if segments is None:
         # Far keys are the tokens at positions 0.. of each row: behind the padding, if any.
@@ -266,7 +125,7 @@ def _whole_in_reach(policy, scoring, positions, spread, implementation):
     reach = min(policy.near_width - 1, spread.total - tokens)  # keys that stand on other devices
     count = min(policy.far_count, spread.total)
     key_pos = positions[:, :1] + jnp.arange(-reach, tokens, dtype=positions.dtype)[None]
-    length = length_read(scoring, spread.all(positions))
+    length = dense.length_read(scoring, spread.all(positions))
     place = _Placement(policy, scoring, positions, key_pos, length)
     far_pos = jnp.broadcast_to(jnp.arange(count, dtype=positions.dtype), (batch, count))
     far = place.far(far_pos)
@@ -289,7 +148,7 @@ def _whole_in_reach(policy, scoring, positions, spread, implementation):
 
 def _whole_in_a_ring(policy, scoring, positions, spread, implementation):
     """Of a text spread over devices: the keys of one device after another, as they come round."""
-    length = length_read(scoring, spread.all(positions))
+    length = dense.length_read(scoring, spread.all(positions))
     place = _Placement(policy, scoring, positions, positions, length)
 
     def run(q, k, v, slopes):
@@ -336,7 +195,7 @@ def _merged(out, lse, other, other_lse):
 
 def through(
     policy: LayerPolicy,
-    scoring: Scoring,
+    scoring: dense.Scoring,
     layout: caches.Layout,
     stored_pos: Int[Array, "B S"],
     positions: Int[Array, "B T"],
@@ -371,8 +230,8 @@ def through(
             return _over_window(part, scoring, layout, positions, spread, implementation)
         return _over_all(part, scoring, layout, positions, spread, implementation)
 
-    readers = {part: reader(part) for part in parts(policy)}
-    read = by_head(policy, lambda part, *arrays: readers[part](*arrays), scoring)
+    readers = {part: reader(part) for part in dense.parts(policy)}
+    read = dense.by_head(policy, lambda part, *arrays: readers[part](*arrays), scoring)
 
     def step(q, k, v, held, layer):
         k, v = spread.all(k), spread.all(v)
@@ -389,7 +248,7 @@ def _over_slots(policy, scoring, layout, slot_pos, positions):
     """One token per row over all slots, itself included: what decoding runs."""
     slots = layout.slots
     count = slots if policy.far_count is None else policy.far_count
-    place = _Placement(policy, scoring, positions, slot_pos, length_read(scoring, positions))
+    place = _Placement(policy, scoring, positions, slot_pos, dense.length_read(scoring, positions))
     # In both layouts the slots of the first positions are the first slots.
     far = place.far(slot_pos[:, :count])
     seen = policy.visible(positions[:, :, None], slot_pos[:, None]) & (slot_pos[:, None] >= 0)
@@ -403,36 +262,11 @@ def _over_slots(policy, scoring, layout, slot_pos, positions):
             beyond = place.scores(*far(q, stored_k[:, :count]), slopes, far=True)
             first = jnp.where(is_near[..., :count], scores[..., :count], beyond)
             scores = jnp.concatenate([first, scores[..., count:]], -1)
-        return mix_of_one(softmax(scoring, scores, seen).astype(stored_v.dtype), stored_v)
+        return dense.mix_of_one(
+            dense.softmax(scoring, scores, seen).astype(stored_v.dtype), stored_v
+        )
 
     return read
-
-
-# A product for each key head would first copy the cache, transposed, in every layer. Side by side
-# the heads are one product over the rows as they lie, and its zeros cost less than that copy: 0.8
-# of the time for 1 key head, 0.57 for 3, 0.35 for 8, 0.56 for 32 (4,106 slots, two cores).
-
-
-def dot_of_one(q: Float[Array, "B 1 N H"], k: Float[Array, "B S K H"]):
-    """`dot` of one query per row: each head's query in its key head's columns of one wide row."""
-    batch, slots, key_heads, _ = k.shape
-    own = np.repeat(np.eye(key_heads, dtype=bool), q.shape[2] // key_heads, axis=0)  # [N, K]
-    wide = jnp.where(own[None, :, :, None], q[:, 0, :, None], jnp.zeros((), q.dtype))
-    scores = jnp.einsum(
-        "bnc,bsc->bns", wide.reshape(batch, q.shape[2], -1), k.reshape(batch, slots, -1),
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    return scores.reshape(batch, key_heads, -1, 1, slots)
-
-
-def mix_of_one(weights: Float[Array, "B K G 1 S"], v: Float[Array, "B S K H"]):
-    """`mix` of one query per row: every head mixes all columns, and keeps its key head's."""
-    batch, slots, key_heads, width = v.shape
-    rows = weights.reshape(batch, -1, slots)
-    out = jnp.einsum("bns,bsc->bnc", rows, v.reshape(batch, slots, -1))
-    out = out.reshape(batch, key_heads, -1, key_heads, width)
-    own = jnp.stack([out[:, head, :, head] for head in range(key_heads)], 1)
-    return own.reshape(batch, 1, -1, width)
 
 
 def _over_window(policy, scoring, layout, positions, spread, implementation):
@@ -443,7 +277,7 @@ def _over_window(policy, scoring, layout, positions, spread, implementation):
     recent = chunk[:, :1] + jnp.arange(-width, 0, dtype=chunk.dtype)[None]
     recent_slots = jnp.clip(layout.slot(recent), 0, layout.slots - 1)
     key_pos = jnp.concatenate([recent, chunk], 1)
-    place = _Placement(policy, scoring, positions, key_pos, length_read(scoring, chunk))
+    place = _Placement(policy, scoring, positions, key_pos, dense.length_read(scoring, chunk))
     far = place.far(jnp.broadcast_to(jnp.arange(count, dtype=positions.dtype), (batch, count)))
 
     def window_of(new, before, after):
@@ -470,7 +304,7 @@ def _over_all(policy, scoring, layout, positions, spread, implementation):
     in_order = jnp.arange(layout.slots, dtype=positions.dtype)
     slot_pos = jnp.broadcast_to(in_order, (batch, layout.slots))
     count = layout.slots if policy.far_count is None else policy.far_count
-    length = length_read(scoring, spread.all(positions))
+    length = dense.length_read(scoring, spread.all(positions))
     place = _Placement(policy, scoring, positions, slot_pos, length)
     far = place.far(slot_pos[:, :count])
 
@@ -492,7 +326,7 @@ def _over_all(policy, scoring, layout, positions, spread, implementation):
 class _Placement:
     """Every rotation of one forward pass, computed once, and applied in each layer."""
 
-    def __init__(self, policy: Policy, scoring: Scoring, q_pos, k_pos, length):
+    def __init__(self, policy: Policy, scoring: dense.Scoring, q_pos, k_pos, length):
         self.policy, self.scoring, self.q_pos, self.k_pos = policy, scoring, q_pos, k_pos
         self.length = length
         self.gain = policy.query_gain(q_pos)
@@ -512,15 +346,17 @@ class _Placement:
 
     def scores(self, q, k, slopes, *, far: bool = False) -> Float[Array, "B K G 1 S"]:
         """Scores of one query per row and keys, both placed already."""
-        plain = Scoring(rope.NoEncoding(), self.scoring.scale, None)
+        plain = dense.Scoring(rope.NoEncoding(), self.scoring.scale, None)
         if slopes is None:
-            return _scores(plain, None, q, k, self.q_pos, self.k_pos, 1.0, None, dot_of_one)
+            return dense.scores_at(
+                plain, None, q, k, self.q_pos, self.k_pos, 1.0, None, dense.dot_of_one
+            )
         q_at, k_at, scale = (
             (self.far_q_pos, self.far_k_pos, self.far_scale)
             if far
             else (self.q_pos, self.k_pos, 1.0)
         )
-        return _scores(plain, slopes, q, k, q_at, k_at, scale, None, dot_of_one)
+        return dense.scores_at(plain, slopes, q, k, q_at, k_at, scale, None, dense.dot_of_one)
 
     def _gained(self, q):
         return q if self.gain is None else q * self.gain[..., None, None].astype(q.dtype)
@@ -578,49 +414,6 @@ def _outputs(query, key, value, **options) -> Array:
     return out
 
 
-def parts(policy: LayerPolicy) -> tuple[Policy, ...]:
-    """The different policies of a layer's heads."""
-    return tuple(dict.fromkeys(policy.policies)) if isinstance(policy, PerHead) else (policy,)
-
-
-def by_head(policy: LayerPolicy, attend, scoring: Scoring):
-    """`run(q, *arrays)` calling `attend(part, q, *arrays, slopes)` for the heads of each part.
-
-    `arrays` have their key/value heads on axis 2, as q has its query heads.
-    """
-
-    def run(q, *arrays):
-        slopes = scoring.slopes(q.shape[2])
-        if not isinstance(policy, PerHead):
-            return attend(policy, q, *arrays, slopes)
-        group = q.shape[2] // len(policy.policies)
-        out: list = [None] * q.shape[2]
-        for part in parts(policy):
-            heads = [i for i, chosen in enumerate(policy.policies) if chosen == part]
-            queries = np.array([i * group + j for i in heads for j in range(group)])
-            taken = [x[:, :, np.array(heads)] for x in arrays]
-            steep = None if slopes is None else slopes[queries]
-            some = attend(part, q[:, :, queries], *taken, steep)
-            for index, head in enumerate(queries):
-                out[head] = some[:, :, index]
-        return jnp.stack(out, 2)
-
-    return run
-
-
 def _rows(x: Float[Array, "B S K H"], rows: Int[Array, "B R"]) -> Float[Array, "B R K H"]:
     # Whole rows at a time: take_along_axis would look up every channel by itself.
     return x[jnp.arange(len(rows))[:, None], rows]
-
-
-def length_read(scoring: Scoring, positions, segments=None) -> Int[Array, "B 1"] | None:
-    """Tokens of each row once these positions are read, which dynamic rotary scaling follows."""
-    encoding = scoring.encoding
-    if not isinstance(encoding, rope.Rotary) or not isinstance(encoding.scaling, rope.DynamicNTK):
-        return None
-    if segments is not None:
-        raise InputError(
-            "DynamicNTK follows the length of a row, but packed rows hold texts of several "
-            "lengths; give each text its own row or use NTKAware"
-        )
-    return positions.max(-1, keepdims=True) + 1

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lminf.attention import attend, policies, rope
+from lminf.attention import attend, dense, policies, rope
 from lminf.attention import cache as caches
 from lminf.attention.policies import at_least
 from lminf.errors import InputError
@@ -75,7 +75,7 @@ class _Condensing(policies.ByContent):
         return step, new_pos
 
     def after_prompt(
-        self, scoring: attend.Scoring, stored: caches.Cache, *, length: int, room: int
+        self, scoring: dense.Scoring, stored: caches.Cache, *, length: int, room: int
     ) -> caches.Cache:
         """The cache with the prompt condensed and `room` for more tokens. No row is longer than
         `length`.
@@ -84,7 +84,7 @@ class _Condensing(policies.ByContent):
         pos = stored.pos[:, :slots]  # a token's slot is its position
         read = pos.max(1, keepdims=True) + 1  # [B, 1]
         recent = read - self.asking + jnp.arange(self.asking, dtype=jnp.int32)[None]
-        turn = _Turn(scoring, attend.length_read(scoring, read - 1))
+        turn = _Turn(scoring, dense.length_read(scoring, read - 1))
         older = max(min(self.tokens_kept or slots, slots) - self.asking, 1)
 
         def one(layer: caches.Held) -> tuple[Array, Array, dict[str, Any]]:
@@ -122,7 +122,7 @@ class _Condensing(policies.ByContent):
         if self.tokens_kept is None:
             value = jnp.broadcast_to(old[..., None], (*old.shape, kv_heads)).astype(jnp.float32)
         else:
-            weights = attend.softmax(scoring, _scores(scoring, q, k, recent, pos[..., None]),
+            weights = dense.softmax(scoring, _scores(scoring, q, k, recent, pos[..., None]),
                                      _seen(recent, pos[..., None]))  # fmt: skip
             value = _pooled(weights.sum((2, 3)).swapaxes(1, 2), self.pool)
         value = jnp.where(old[..., None], value, -1.0)  # attention is never below 0
@@ -140,9 +140,9 @@ class _Condensing(policies.ByContent):
         slots = filled + jnp.arange(tokens, dtype=jnp.int32)[None]
         slots = jnp.where(positions >= 0, slots, layout.slots)
         new_pos = caches.write_pos(stored_pos, positions, slots)
-        turn = _Turn(scoring, attend.length_read(scoring, positions))
-        product = attend.dot_of_one if tokens == 1 else attend.dot
-        mix = attend.mix_of_one if tokens == 1 else attend.mix
+        turn = _Turn(scoring, dense.length_read(scoring, positions))
+        product = dense.dot_of_one if tokens == 1 else dense.dot
+        mix = dense.mix_of_one if tokens == 1 else dense.mix
 
         def step(q, k, v, held, layer):
             held = held._replace(
@@ -162,7 +162,7 @@ class _Condensing(policies.ByContent):
             )  # fmt: skip
             mine = jnp.broadcast_to(new_pos[..., None], (*new_pos.shape, old["pos"].shape[2]))
             seen = _seen(positions, jnp.concatenate([old["pos"], mine], 1))
-            weights = attend.softmax(scoring, scores, seen).astype(v.dtype)
+            weights = dense.softmax(scoring, scores, seen).astype(v.dtype)
             older = old["pos"].shape[1]
             out = mix(weights[..., :older], old["v"].astype(v.dtype))
             return out + mix(weights[..., older:], new_v), held
@@ -173,7 +173,7 @@ class _Condensing(policies.ByContent):
 class _Turn:
     """Rotates to positions, where the model does."""
 
-    def __init__(self, scoring: attend.Scoring, length):
+    def __init__(self, scoring: dense.Scoring, length):
         self.encoding, self.length = scoring.encoding, length
 
     def __call__(self, x: Float[Array, "B R N H"], pos: Int[Array, "B R"]):
@@ -190,7 +190,7 @@ def _seen(to: Int[Array, "B T"], at: Int[Array, "B S P"]):
     return (at >= 0) & (at <= to[:, None, None, :, None])
 
 
-def _scores(scoring, q, k, to: Int[Array, "B T"], at: Int[Array, "B S P"], product=attend.dot):
+def _scores(scoring, q, k, to: Int[Array, "B T"], at: Int[Array, "B S P"], product=dense.dot):
     """[B, K, G, T, S] of queries and keys that are rotated already."""
     scores = product(q, k) * jnp.float32(scoring.scale)
     slopes = scoring.slopes(q.shape[2])

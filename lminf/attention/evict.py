@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lminf.attention import attend, policies, rope
 from lminf.attention import cache as caches
+from lminf.attention import dense, policies, rope
 from lminf.attention.policies import at_least
 from lminf.errors import InputError
 
@@ -137,7 +137,7 @@ class Scored(policies.ByContent):
             stored_v = _write(held.v, v, layer, slots)
             all_k, all_v = stored_k[layer].astype(k.dtype), stored_v[layer].astype(v.dtype)
             weights = turned.weights(q, all_k, at, place)
-            mix = attend.mix_of_one if tokens == 1 else attend.mix
+            mix = dense.mix_of_one if tokens == 1 else dense.mix
             out = mix(weights.astype(v.dtype), all_v)
             new = {"place": place, "score": self.scored(score, weights, at)}
             extra = held.extra | {name: held.extra[name].at[layer].set(new[name]) for name in new}
@@ -165,7 +165,7 @@ class _Turned:
         self.scoring, self.at = scoring, at
         self.rotary = scoring.encoding if isinstance(scoring.encoding, rope.Rotary) else None
         if self.rotary is not None:
-            length = attend.length_read(scoring, at)
+            length = dense.length_read(scoring, at)
             places = jnp.broadcast_to(jnp.arange(capacity, dtype=at.dtype), (len(at), capacity))
             self.by_q = rope.rotation(self.rotary, at, length=length)
             # Looked up by every layer and head, each of which holds other tokens.
@@ -178,14 +178,14 @@ class _Turned:
             by_k = rope.Rotation(*(x[rows, some] for x in self.by_place))
             q = rope.rotate(q, self.by_q, self.rotary.layout)
             k = rope.rotate(k[..., None, :], by_k, self.rotary.layout)[..., 0, :]
-        product = attend.dot_of_one if at.shape[1] == 1 else attend.dot
+        product = dense.dot_of_one if at.shape[1] == 1 else dense.dot
         scores = product(q, k) * jnp.float32(self.scoring.scale)
         to, held = at[:, None, None, :, None], place.swapaxes(1, 2)[:, :, None, None, :]
         slopes = self.scoring.slopes(q.shape[2])
         if slopes is not None:
             steep = slopes.reshape(k.shape[2], -1)[None, :, :, None, None]
             scores = scores - steep * (to - held).astype(jnp.float32)
-        return attend.softmax(self.scoring, scores, (held >= 0) & (held <= to))
+        return dense.softmax(self.scoring, scores, (held >= 0) & (held <= to))
 
 
 def _free(place: Int[Array, "B S P"], count: int) -> Int[Array, "B T P"]:

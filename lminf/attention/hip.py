@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import kernels
-from lminf.attention import attend, policies, rope, select
 from lminf.attention import cache as caches
+from lminf.attention import dense, policies, rope, select
 from lminf.attention.policies import at_least
 from lminf.errors import InputError
 
@@ -171,7 +171,7 @@ class Searching(select.Choosing):
         seen = (pos[:, :, None] >= 0) & (pos[:, :, None] <= group.pos[:, None, :, None])
         scores = select.scores_of(keys.places.scoring, placed, k.swapaxes(1, 2), seen[:, :, None])
         weights = select.softmax(scores)
-        return attend.mix(weights.astype(q.dtype), v.swapaxes(1, 2))
+        return dense.mix(weights.astype(q.dtype), v.swapaxes(1, 2))
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ class HiP(Searching):
         )
         some = select.rows_of(q[None], 0, row)
         some = keys.places.at(some, jnp.maximum(group.base[:, None] + row, 0))
-        some = attend.rows_of_key_heads(some, kv_heads)
+        some = dense.rows_of_key_heads(some, kv_heads)
         flat = some.reshape(*some.shape[:2], -1, some.shape[4])
 
         def score(at, size):

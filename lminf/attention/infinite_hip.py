@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from lminf.attention import attend, hip, policies
+from lminf.attention import dense, hip, policies
 from lminf.attention.policies import at_least
 from lminf.errors import InputError
 
@@ -189,7 +189,7 @@ class InfiniteHiP(hip.Searching):
         seem = None if seem is None else seem.reshape(flat)
         k = keys.at(keys.held.k, self.sinks + at.reshape(flat), seem)
         k = k.reshape(*at.shape, k.shape[-1]).astype(placed[0].dtype)
-        rows = [attend.rows_of_key_heads(q, kv_heads) for q in placed]
+        rows = [dense.rows_of_key_heads(q, kv_heads) for q in placed]
         products = jnp.einsum(
             "bkgth,bkgxh->bkgtx", jnp.concatenate(rows, 3), k, preferred_element_type=jnp.float32
         )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from kernels.common import numerics
-from lminf.attention import attend
+from lminf.attention import dense
 
 Seen: TypeAlias = Callable[[Int[Array, "B T 1"], Int[Array, "B 1 S"]], Bool[Array, "B T S"]]
 
@@ -46,7 +46,7 @@ def columns(
     short = blocks * block - keys
     k = jnp.pad(k, ((0, 0), (0, short), (0, 0), (0, 0))).swapaxes(1, 2)
     k_pos = jnp.pad(k_pos, ((0, 0), (0, short)), constant_values=-1)
-    rows = attend.rows_of_key_heads(q, key_heads)
+    rows = dense.rows_of_key_heads(q, key_heads)
     by_head = rows.shape[:4]  # [B, K, G, T]
     lse2 = lse.astype(jnp.float32).reshape(*by_head, 1) * jnp.float32(numerics.LOG2_E)
     to = q_pos[:, :, None]

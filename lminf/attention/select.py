@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lminf.attention import attend, rope
 from lminf.attention import cache as caches
+from lminf.attention import dense, rope
 from lminf.attention.policies import ByContent
 
 MASKED = -1e30  # finite: a row with nothing to see must not become NaN
@@ -198,7 +198,7 @@ def attend_branches(
         weights = softmax(scores)
         received = weights.sum(3)
         received = received.reshape(received.shape[0], -1, received.shape[3])
-        return attend.mix(weights.astype(v.dtype), v), received
+        return dense.mix(weights.astype(v.dtype), v), received
 
     if rows == tile:
         out, received = some(0)
@@ -221,7 +221,7 @@ def scores_of(
     seen: Bool[Array, "B #K #G R C"],
 ) -> Float[Array, "B K G R C"]:
     """Scaled and capped scores of placed queries and keys, MASKED where not seen."""
-    scores = attend.dot(q * jnp.asarray(scoring.scale, q.dtype), k)
+    scores = dense.dot(q * jnp.asarray(scoring.scale, q.dtype), k)
     if scoring.soft_cap is not None:
         scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
     return jnp.where(seen, scores, MASKED)

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from lminf.attention import attend, cache, policies, rope
-from lminf.attention.attend import Scoring
+from lminf.attention import attend, cache, dense, policies, rope
 
 
-def settle(policy: policies.LayerPolicy, scoring: Scoring, stored: cache.Cache) -> cache.Cache:
+def settle(
+    policy: policies.LayerPolicy, scoring: dense.Scoring, stored: cache.Cache
+) -> cache.Cache:
     """The cache with its keys settled; itself, where a rotation would not stay right.
 
     It would not where keys all along the text are placed twice, where the schedule changes with the
@@ -30,7 +31,7 @@ def settle(policy: policies.LayerPolicy, scoring: Scoring, stored: cache.Cache) 
         return stored
     if not isinstance(encoding, rope.Rotary) or isinstance(encoding.scaling, rope.DynamicNTK):
         return stored
-    if any(part.far_count is None for part in attend.parts(policy)):
+    if any(part.far_count is None for part in dense.parts(policy)):
         return stored
     settled = cache.Settled(layout)
     slots = jnp.arange(settled.first, layout.slots, dtype=jnp.int32)[None]
@@ -42,7 +43,7 @@ def settle(policy: policies.LayerPolicy, scoring: Scoring, stored: cache.Cache) 
 
 def through(
     policy: policies.LayerPolicy,
-    scoring: Scoring,
+    scoring: dense.Scoring,
     layout: cache.Settled,
     stored_pos: Int[Array, "B S"],
     positions: Int[Array, "B 1"],
@@ -63,7 +64,7 @@ def through(
         return rope.rotate(x, by, encoding.layout)
 
     def score(q, k):
-        return attend.dot_of_one(q, k) * jnp.float32(scoring.scale)
+        return dense.dot_of_one(q, k) * jnp.float32(scoring.scale)
 
     by_slot, by_first = to_turn(slots), to_turn(first_slots)
     by_lap = None if isinstance(ring, cache.Append) else to_turn(slots + ring.window)
@@ -92,12 +93,12 @@ def through(
             scores = of_ring(q, k[:, layout.first :])
             if layout.first:
                 scores = jnp.concatenate([of_first(q, k[:, : layout.first]), scores], -1)
-            return attend.mix_of_one(attend.softmax(scoring, scores, seen).astype(v.dtype), v)
+            return dense.mix_of_one(dense.softmax(scoring, scores, seen).astype(v.dtype), v)
 
         return read
 
-    readers = {part: reader(part) for part in attend.parts(policy)}
-    read = attend.by_head(policy, lambda part, *arrays: readers[part](*arrays), scoring)
+    readers = {part: reader(part) for part in dense.parts(policy)}
+    read = dense.by_head(policy, lambda part, *arrays: readers[part](*arrays), scoring)
 
     def step(q, k, v, held: cache.Held, layer: Any):
         placed = jnp.where((slots < layout.first)[..., None, None], k, turned(k, by_slot))

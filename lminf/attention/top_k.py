@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from lminf.attention import attend, policies, select
+from lminf.attention import attend, dense, policies, select
 from lminf.attention import cache as caches
 from lminf.attention.policies import LMInfinite, at_least
 from lminf.errors import InputError
@@ -106,7 +106,7 @@ class TopK(select.Choosing):
         best, chosen = jax.lax.top_k(middle, min(self.topk, slots))  # [B, K, G, 1, k]
         weights = select.softmax(jnp.concatenate([*scores, best], -1)).astype(q.dtype)
         count = values.shape[1]
-        out = attend.mix(weights[..., :count], values)
+        out = dense.mix(weights[..., :count], values)
         rows, heads = (jnp.arange(n, dtype=jnp.int32) for n in (len(q), held.v.shape[3]))
         rows, heads = rows[:, None, None, None, None], heads[None, :, None, None, None]
         taken = held.v[layer, rows, chosen, heads].astype(q.dtype)  # [B, K, G, 1, k, H]

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lminf.attention import attend, cache, policies, settled
+from lminf.attention import attend, cache, dense, policies, settled
 from lminf.attention.policies import LayerPolicy
 from lminf.models import moe
 from lminf.models.spec import MLPSpec, ModelSpec, NormSpec
@@ -412,8 +412,8 @@ def joined(parts: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
-def scoring_of(spec: ModelSpec) -> attend.Scoring:
-    return attend.Scoring(spec.encoding, spec.query_scale, spec.attention_soft_cap)
+def scoring_of(spec: ModelSpec) -> dense.Scoring:
+    return dense.Scoring(spec.encoding, spec.query_scale, spec.attention_soft_cap)
 
 
 def period_of(pattern: Sequence[LayerPolicy]) -> int:

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
-from lminf.attention import attend, rope
+from lminf.attention import attend, dense, rope
 from lminf.attention.policies import LayerPolicy, PerHead
 from lminf.parallel import partition
 from lminf.parallel.partition import Strategy
@@ -25,7 +25,7 @@ class Sharded:
     def __call__(
         self,
         policy: LayerPolicy,
-        scoring: attend.Scoring,
+        scoring: dense.Scoring,
         positions: Int[Array, "B T"],
         *,
         segments: Int[Array, "B T"] | None = None,

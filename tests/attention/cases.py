@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lminf.attention import attend, cache, rope
+from lminf.attention import attend, cache, dense, rope
 from lminf.attention.policies import (
     ByContent,
     Full,
@@ -57,8 +57,8 @@ COVER = [case for i, case in enumerate(_PRODUCT) if i % 5 == i // 5 % 5]
 OTHERS = [(p, e, 4 - g) for i, (p, e, g) in enumerate(_PRODUCT) if i % 5 == (i // 5 + 2) % 5]
 
 
-def scoring(encoding: str, *, soft_cap: float | None = None) -> attend.Scoring:
-    return attend.Scoring(ENCODINGS[encoding], WIDTH**-0.5, soft_cap)
+def scoring(encoding: str, *, soft_cap: float | None = None) -> dense.Scoring:
+    return dense.Scoring(ENCODINGS[encoding], WIDTH**-0.5, soft_cap)
 
 
 def arrays(group: int, *, tokens: int = TOKENS, kv_heads: int = KV_HEADS):
@@ -100,7 +100,7 @@ def compiled(function):
 def reference(policy, scoring, positions, segments=None):
     positions = jnp.asarray(positions)
     return functools.partial(
-        attend.reference, policy, scoring, q_pos=positions, k_pos=positions,
+        dense.reference, policy, scoring, q_pos=positions, k_pos=positions,
         q_segments=segments, k_segments=segments,
     )  # fmt: skip
 

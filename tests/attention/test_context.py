@@ -9,11 +9,11 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from lminf.attention import attend, rope
+from lminf.attention import attend, dense, rope
 from lminf.attention.policies import Full, LMInfinite, PerHead, ReRoPE, SelfExtend, Window
 from tests.attention import cases
 
-SCORING = attend.Scoring(rope.Rotary(dim=8, base=100.0, layout="half"), scale=0.4, soft_cap=None)
+SCORING = dense.Scoring(rope.Rotary(dim=8, base=100.0, layout="half"), scale=0.4, soft_cap=None)
 B, T, N, K, H = 2, 16, 4, 2, 8
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.common import masks
-from lminf.attention import attend, cache
+from lminf.attention import attend, cache, dense
 from lminf.attention.policies import (
     Full,
     Lambda,
@@ -341,7 +341,7 @@ def test_logits_are_those_of_the_references_softmax():
 
     @cases.compiled
     def run(q, k, v):
-        logits = attend.logits(policy, scoring, q, k, q_pos=at, k_pos=at)
+        logits = dense.logits(policy, scoring, q, k, q_pos=at, k_pos=at)
         weights = jnp.exp(logits - jnp.maximum(logits.max(-1, keepdims=True), -1e9))
         weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-9)
         mixed = jnp.einsum("bnts,bsnh->btnh", weights, jnp.repeat(v, 3, axis=2))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lminf.attention import attend, cache, rope
+from lminf.attention import attend, cache, dense, rope
 from lminf.attention.policies import (
     Full,
     Lambda,
@@ -215,7 +215,7 @@ def test_a_stream_reads_the_same_after_100_million_tokens(policy, encoding, grou
 
 # --- Dynamic scaling ------------------------------------------------------------------------------
 
-DYNAMIC = attend.Scoring(
+DYNAMIC = dense.Scoring(
     rope.Rotary(100.0, 8, "half", rope.DynamicNTK(2.0, 10)), cases.WIDTH**-0.5, None
 )
 
@@ -233,14 +233,14 @@ def test_dynamic_scaling_follows_each_row_on_its_own():
             cases.reference(policy, DYNAMIC, at)(q, k, v),
         )
 
-    full, whole, dense = run(q, k, v, at)
-    np.testing.assert_allclose(whole, dense, atol=cases.ATOL, rtol=0)
+    full, whole, reference = run(q, k, v, at)
+    np.testing.assert_allclose(whole, reference, atol=cases.ATOL, rtol=0)
     for row, length in ((0, 24), (1, 15)):
         static = rope.Rotary(100.0, 8, "half", rope.NTKAware(2.0 * length / 10 - 1))
         alone = [x[row : row + 1, 24 - length :] for x in (q, k, v)]
         place = np.arange(length)[None]
         expected = oracle.attention(
-            Full(), attend.Scoring(static, cases.WIDTH**-0.5, None), *alone,
+            Full(), dense.Scoring(static, cases.WIDTH**-0.5, None), *alone,
             q_pos=place, k_pos=place,
         )  # fmt: skip
         np.testing.assert_allclose(full[row, 24 - length :], expected[0], atol=1e-5, rtol=0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lminf.attention import attend, cache, rope, settled
+from lminf.attention import attend, cache, dense, rope, settled
 from lminf.attention.policies import Full, Lambda, LMInfinite, PerHead, ReRoPE, Streaming, Window
 from tests.attention import cases
 
@@ -94,5 +94,5 @@ def test_a_cache_stays_as_it_is_where_a_rotation_would_not_stay_right():
     ):
         layout = cache.layout_for(policy, 8)
         empty = cache.empty(layout, layers=1, batch=1, kv_heads=1, head_dim=8, dtype=jnp.float32)
-        scoring = attend.Scoring(encoding, 1.0, None)
+        scoring = dense.Scoring(encoding, 1.0, None)
         assert settled.settle(policy, scoring, empty) is empty

@@ -212,7 +212,7 @@ def scores_at(
 
 
 def softmax(
-    scoring: Scoring, scores: Float[Array, "B K G T S"], seen: Bool[Array, "B #K #G T S"]
+    scoring: Scoring, scores: Float[Array, "B K G T S"], seen: Bool[Array, " B #K #G T S"]
 ) -> Float[Array, "B K G T S"]:
     """Weights of the values, float32; all zero for a query that sees nothing."""
     scores = jnp.where(seen, _capped(scoring, scores), MASKED)

@@ -218,7 +218,7 @@ def scores_of(
     scoring,
     q: Float[Array, "B R N H"],
     k: Float[Array, "B C K H"],
-    seen: Bool[Array, "B #K #G R C"],
+    seen: Bool[Array, " B #K #G R C"],
 ) -> Float[Array, "B K G R C"]:
     """Scaled and capped scores of placed queries and keys, MASKED where not seen."""
     scores = dense.dot(q * jnp.asarray(scoring.scale, q.dtype), k)

@@ -215,7 +215,7 @@ class Trend(NamedTuple):
     doubling_months: float
 
 
-def trend(days: Float[np.ndarray, "models"], density: Float[np.ndarray, "models"]) -> Trend:
+def trend(days: Float[np.ndarray, " models"], density: Float[np.ndarray, " models"]) -> Trend:
     """Growth of the running maximum of density over release days."""
     order = np.argsort(days, kind="stable")
     days, density = np.asarray(days, float)[order], np.asarray(density, float)[order]

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-Columns = Mapping[str, Float[np.ndarray, "rows"]]
+Columns = Mapping[str, Float[np.ndarray, " rows"]]
 Residual = Callable[[Array, Mapping[str, Array]], Array]  # (parameters, columns) -> [rows]
 
 LEVELS = 6  # thresholds in one call of the explorer
@@ -48,10 +48,10 @@ class Solutions(NamedTuple):
     """One optimum per draw."""
 
     parameters: Float[np.ndarray, "draws parameters"]
-    objective: Float[np.ndarray, "draws"]  # sum of Huber
+    objective: Float[np.ndarray, " draws"]  # sum of Huber
     converged: np.ndarray  # [draws] bool
     bound: np.ndarray  # [draws, parameters] -1 on the lower bound, 1 on the upper, else 0
-    gradient: Float[np.ndarray, "draws"]  # projected gradient over its own scale
+    gradient: Float[np.ndarray, " draws"]  # projected gradient over its own scale
 
 
 def huber(residual, threshold):
@@ -68,7 +68,7 @@ def objective(residual: Residual, theta, columns, weights, threshold):
 
 def value_and_gradient(
     residual: Residual, theta, columns: Columns, *, threshold: float
-) -> tuple[float, Float[np.ndarray, "parameters"]]:
+) -> tuple[float, Float[np.ndarray, " parameters"]]:
     """The unweighted objective and its automatic gradient, in float64."""
     with jax.enable_x64(True):
         data = {name: np.asarray(column, np.float64) for name, column in columns.items()}
@@ -88,8 +88,8 @@ def minimise(
     columns: Columns,
     *,
     starts: Float[np.ndarray, "starts parameters"],
-    lower: Float[np.ndarray, "parameters"] | Float[np.ndarray, "draws parameters"],
-    upper: Float[np.ndarray, "parameters"] | Float[np.ndarray, "draws parameters"],
+    lower: Float[np.ndarray, " parameters"] | Float[np.ndarray, "draws parameters"],
+    upper: Float[np.ndarray, " parameters"] | Float[np.ndarray, "draws parameters"],
     weights: Float[np.ndarray, "draws rows"],
     threshold: float = 1e-3,
     keep: int = 8,

@@ -22,15 +22,15 @@ Row = dict[str, Any]
 
 
 class IsoFlopCurve(NamedTuple):
-    vocab_size: Float[np.ndarray, "sizes"]
-    loss: Float[np.ndarray, "sizes"]
+    vocab_size: Float[np.ndarray, " sizes"]
+    loss: Float[np.ndarray, " sizes"]
     optimum: float  # V at the bowl's minimum; NaN: no interior minimum
     low: float
     high: float
     note: str
 
 
-def metric_values(table: VocabTable, metric: str) -> Float[np.ndarray, "rows"]:
+def metric_values(table: VocabTable, metric: str) -> Float[np.ndarray, " rows"]:
     if metric == "L_u":
         return table.loss
     if metric == "bits_per_character":

@@ -150,8 +150,8 @@ INSTANCES = {fertility.name: fertility for fertility in (PUBLISHED, MEASURED, PO
 
 
 def fit_quadlog(
-    vocab_sizes: Float[np.ndarray, "pairs"],
-    tokens: Float[np.ndarray, "pairs"],
+    vocab_sizes: Float[np.ndarray, " pairs"],
+    tokens: Float[np.ndarray, " pairs"],
     characters: float,
     *,
     name: str,

@@ -26,14 +26,14 @@ PUBLISHED_UNIGRAM_ENTROPY = {
 }
 
 
-def log_unigram(counts: Int[np.ndarray, "V"]) -> Float[np.ndarray, "V"]:
+def log_unigram(counts: Int[np.ndarray, " V"]) -> Float[np.ndarray, " V"]:
     """ln p_u in nats; ids never seen count once before normalising."""
     safe = np.maximum(np.asarray(counts, np.float64), 1.0)
     return np.log(safe) - np.log(safe.sum())
 
 
 def unigram_normalised(
-    nll: Float[np.ndarray, "T"], targets: Int[np.ndarray, "T"], log_probs: Float[np.ndarray, "V"]
+    nll: Float[np.ndarray, " T"], targets: Int[np.ndarray, " T"], log_probs: Float[np.ndarray, " V"]
 ) -> float:
     """Mean of nll + ln p_unigram(target) in nats per token; 0: no better than word frequencies.
 
@@ -61,8 +61,8 @@ def unigram_entropy(vocab_size) -> Float[np.ndarray, "..."]:
 
 
 def published_bits_per_character(
-    loss_u: Float[np.ndarray, "rows"], vocab_size: Float[np.ndarray, "rows"]
-) -> Float[np.ndarray, "rows"]:
+    loss_u: Float[np.ndarray, " rows"], vocab_size: Float[np.ndarray, " rows"]
+) -> Float[np.ndarray, " rows"]:
     """Bits per character of the published sweep's L_u, with its measured tokens per character."""
     ratio = fertility.MEASURED.tokens_per_character(vocab_size)
     return bits_per_character(loss_u + unigram_entropy(vocab_size), ratio)

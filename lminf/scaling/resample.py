@@ -13,7 +13,7 @@ from lminf.errors import InputError
 
 
 def bootstrap_weights(
-    cluster: Int[np.ndarray, "rows"], *, draws: int, seed: int
+    cluster: Int[np.ndarray, " rows"], *, draws: int, seed: int
 ) -> Float[np.ndarray, "draws rows"]:
     """How often each row appears when whole clusters are drawn with replacement."""
     ids, member = np.unique(cluster, return_inverse=True)
@@ -27,22 +27,22 @@ def bootstrap_weights(
 
 
 def leave_one_out_weights(
-    cluster: Int[np.ndarray, "rows"],
-) -> tuple[Int[np.ndarray, "clusters"], Float[np.ndarray, "clusters rows"]]:
+    cluster: Int[np.ndarray, " rows"],
+) -> tuple[Int[np.ndarray, " clusters"], Float[np.ndarray, "clusters rows"]]:
     """Cluster ids, and for each the weights that omit it."""
     ids, member = np.unique(cluster, return_inverse=True)
     weights = np.asarray(member.ravel()[None, :] != np.arange(ids.size)[:, None], np.float64)
     return ids, weights
 
 
-def percentile_interval(values: Float[np.ndarray, "draws"], level: float) -> tuple[float, float]:
+def percentile_interval(values: Float[np.ndarray, " draws"], level: float) -> tuple[float, float]:
     tail = 50 * (1 - level)
     low, high = np.percentile(np.asarray(values, np.float64), [tail, 100 - tail])
     return float(low), float(high)
 
 
 def jackknife_interval(
-    point: float, left_out: Float[np.ndarray, "clusters"], level: float
+    point: float, left_out: Float[np.ndarray, " clusters"], level: float
 ) -> tuple[float, float]:
     """Normal interval from the delete-one-cluster estimates; wide when clusters are few."""
     left_out = np.asarray(left_out, np.float64)

@@ -57,8 +57,8 @@ class Surface:
         return np.where(chosen.min(1) >= -HULL_TOLERANCE, triangle, -1), chosen
 
     def linear(
-        self, values: Float[np.ndarray, "points"], at: Float[np.ndarray, "queries 2"]
-    ) -> Float[np.ndarray, "queries"]:
+        self, values: Float[np.ndarray, " points"], at: Float[np.ndarray, "queries 2"]
+    ) -> Float[np.ndarray, " queries"]:
         triangle, weights = self.locate(at)
         inside = triangle >= 0
         found = np.full(len(at), np.nan)
@@ -67,12 +67,12 @@ class Surface:
         return found
 
     def nearest(
-        self, values: Float[np.ndarray, "points"], at: Float[np.ndarray, "queries 2"]
-    ) -> Float[np.ndarray, "queries"]:
+        self, values: Float[np.ndarray, " points"], at: Float[np.ndarray, "queries 2"]
+    ) -> Float[np.ndarray, " queries"]:
         distance = ((at[:, None, :] - self.points[None]) ** 2).sum(2)
         return values[np.argmin(distance, axis=1)]
 
-    def gradients(self, values: Float[np.ndarray, "points"]) -> Float[np.ndarray, "points 2"]:
+    def gradients(self, values: Float[np.ndarray, " points"]) -> Float[np.ndarray, "points 2"]:
         """Gradients that minimise the integral of squared second derivatives along all edges.
 
         The cubic along an edge e with end values f and end slopes g.e bends with energy
@@ -96,7 +96,7 @@ class Surface:
         return np.linalg.solve(flat, right.ravel()).reshape(count, 2) / scale
 
     def one_sweep_gradients(
-        self, values: Float[np.ndarray, "points"]
+        self, values: Float[np.ndarray, " points"]
     ) -> Float[np.ndarray, "points 2"]:
         """The same minimisation stopped after one Gauss-Seidel sweep from zero, in point order.
 
@@ -121,10 +121,10 @@ class Surface:
 
     def cubic(
         self,
-        values: Float[np.ndarray, "points"],
+        values: Float[np.ndarray, " points"],
         at: Float[np.ndarray, "queries 2"],
         gradients: Float[np.ndarray, "points 2"],
-    ) -> Float[np.ndarray, "queries"]:
+    ) -> Float[np.ndarray, " queries"]:
         values = np.asarray(values, np.float64)
         triangle, weights = self.locate(at)
         inside = np.flatnonzero(triangle >= 0)
@@ -185,8 +185,10 @@ def _least_norm(matrix, right):
 
 
 def quadratic_spline(
-    x: Float[np.ndarray, "points"], y: Float[np.ndarray, "points"], at: Float[np.ndarray, "queries"]
-) -> Float[np.ndarray, "queries"]:
+    x: Float[np.ndarray, " points"],
+    y: Float[np.ndarray, " points"],
+    at: Float[np.ndarray, " queries"],
+) -> Float[np.ndarray, " queries"]:
     """Piecewise quadratic, C1, through all points; knots midway between them, without the two ends.
 
     With fewer than three points it is the polynomial through them.

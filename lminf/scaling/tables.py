@@ -35,29 +35,29 @@ DENSITY_REFERENCE_COLUMNS = ("N", "D", "loss")
 class VocabTable:
     """One row per checkpoint of a vocabulary sweep."""
 
-    vocab_size: Float[np.ndarray, "rows"]
-    width: Float[np.ndarray, "rows"]
-    characters: Float[np.ndarray, "rows"]
-    n_nv: Float[np.ndarray, "rows"]
-    flops: Float[np.ndarray, "rows"]
-    loss: Float[np.ndarray, "rows"]  # L_u, nats per token, negative for any trained model
+    vocab_size: Float[np.ndarray, " rows"]
+    width: Float[np.ndarray, " rows"]
+    characters: Float[np.ndarray, " rows"]
+    n_nv: Float[np.ndarray, " rows"]
+    flops: Float[np.ndarray, " rows"]
+    loss: Float[np.ndarray, " rows"]  # L_u, nats per token, negative for any trained model
     digest: str  # sha256 of the file
 
     @property
-    def n_v(self) -> Float[np.ndarray, "rows"]:
+    def n_v(self) -> Float[np.ndarray, " rows"]:
         return self.vocab_size * self.width
 
     @property
-    def tokens(self) -> Float[np.ndarray, "rows"]:
+    def tokens(self) -> Float[np.ndarray, " rows"]:
         """D from the FLOPs identity: exact, whereas characters inherit the fertility's errors."""
         return self.flops / (6 * (self.n_nv + self.n_v))
 
     @property
-    def family(self) -> Int[np.ndarray, "rows"]:
+    def family(self) -> Int[np.ndarray, " rows"]:
         return np.unique(self.n_nv, return_inverse=True)[1].astype(np.int64)
 
     @property
-    def run(self) -> Int[np.ndarray, "rows"]:
+    def run(self) -> Int[np.ndarray, " rows"]:
         """One id per training run: rows of a run share noise."""
         keys = np.stack([self.n_nv, self.width, self.vocab_size], axis=1)
         return np.unique(keys, axis=0, return_inverse=True)[1].ravel().astype(np.int64)
@@ -79,23 +79,23 @@ class VocabTable:
 class StepTable:
     """One row per run of a learning rate x batch grid; a group shares (N, N_active, D)."""
 
-    n: Float[np.ndarray, "rows"]
-    n_active: Float[np.ndarray, "rows"]  # equals n for dense models
-    d: Float[np.ndarray, "rows"]
-    lr: Float[np.ndarray, "rows"]
-    batch: Float[np.ndarray, "rows"]  # tokens
-    loss: Float[np.ndarray, "rows"]  # smoothed training loss
-    flops_per_token: Float[np.ndarray, "rows"]  # M, with attention
+    n: Float[np.ndarray, " rows"]
+    n_active: Float[np.ndarray, " rows"]  # equals n for dense models
+    d: Float[np.ndarray, " rows"]
+    lr: Float[np.ndarray, " rows"]
+    batch: Float[np.ndarray, " rows"]  # tokens
+    loss: Float[np.ndarray, " rows"]  # smoothed training loss
+    flops_per_token: Float[np.ndarray, " rows"]  # M, with attention
     seq_len: int
     digest: str
 
     @property
-    def group(self) -> Int[np.ndarray, "rows"]:
+    def group(self) -> Int[np.ndarray, " rows"]:
         keys = np.stack([self.n, self.n_active, self.d], axis=1)
         return np.unique(keys, axis=0, return_inverse=True)[1].ravel().astype(np.int64)
 
     @property
-    def excess(self) -> Float[np.ndarray, "rows"]:
+    def excess(self) -> Float[np.ndarray, " rows"]:
         """L / L_min(group) - 1."""
         group = self.group
         best = np.full(group.max() + 1, np.inf)
@@ -118,11 +118,11 @@ class StepTable:
 class CurveTable:
     """Losses of runs by size and tokens, for the Chinchilla and density laws."""
 
-    n: Float[np.ndarray, "rows"]
-    d: Float[np.ndarray, "rows"]
-    loss: Float[np.ndarray, "rows"]
-    score: Float[np.ndarray, "rows"] | None  # benchmark score, density law only
-    run: Int[np.ndarray, "rows"]  # rows of one run share noise
+    n: Float[np.ndarray, " rows"]
+    d: Float[np.ndarray, " rows"]
+    loss: Float[np.ndarray, " rows"]
+    score: Float[np.ndarray, " rows"] | None  # benchmark score, density law only
+    run: Int[np.ndarray, " rows"]  # rows of one run share noise
     digest: str
 
     def __len__(self) -> int:

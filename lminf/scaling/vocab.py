@@ -15,7 +15,7 @@ from lminf.scaling import fertility as fertilities
 from lminf.scaling.fertility import Fertility
 from lminf.scaling.laws import Interval, Law
 
-Constants = Mapping[str, Float[np.ndarray, "draws"]]
+Constants = Mapping[str, Float[np.ndarray, " draws"]]
 SMALLEST_VOCAB = 64.0
 
 
@@ -43,11 +43,11 @@ class VocabLaw(Law):
 
     def n_v(
         self, constants: Constants, *, n_nv: float, width: float, flops
-    ) -> Float[np.ndarray, "draws"]:
+    ) -> Float[np.ndarray, " draws"]:
         """Optimal N_v for each draw of the constants; NaN where there is none."""
         raise NotImplementedError
 
-    def budget(self, constants: Constants, n_nv: float) -> Float[np.ndarray, "draws"]:
+    def budget(self, constants: Constants, n_nv: float) -> Float[np.ndarray, " draws"]:
         """Compute-optimal FLOPs of N_nv: the envelope's (N_nv / k)^(1 / alpha)."""
         return np.exp((np.log(n_nv) - constants["ln_k_nnv"]) / constants["alpha_nnv"])
 
@@ -100,7 +100,9 @@ class VocabLaw(Law):
             tuple(notes),
         )  # fmt: skip
 
-    def optimum_draws(self, *, n_nv, d=None, flops=None, tokens=None) -> Float[np.ndarray, "draws"]:
+    def optimum_draws(
+        self, *, n_nv, d=None, flops=None, tokens=None
+    ) -> Float[np.ndarray, " draws"]:
         """Optimal V under each draw of the constants (NaN: that draw has none)."""
         n_nv, width = self._checked(n_nv, d, flops, tokens)
         constants = {

@@ -29,7 +29,7 @@ def flops_slope(vocab_size, *, n_nv, width, fertility: Fertility):
     ) * width
 
 
-def flops_root(n_nv, *, width, fertility: Fertility) -> Float[np.ndarray, "sizes"]:
+def flops_root(n_nv, *, width, fertility: Fertility) -> Float[np.ndarray, " sizes"]:
     """V that minimises FLOPs at fixed text, in [64, the fertility's cap); NaN: no root."""
     n_nv, width = np.atleast_1d(np.asarray(n_nv, np.float64)), np.asarray(width, np.float64)
     low = max(vocab.SMALLEST_VOCAB, 1.0)

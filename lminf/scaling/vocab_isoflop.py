@@ -22,11 +22,11 @@ VOCAB_POINTS = 20  # per family, through the final checkpoints
 
 
 class Points(NamedTuple):
-    n_nv: Float[np.ndarray, "points"]
-    n_v: Float[np.ndarray, "points"]
-    characters: Float[np.ndarray, "points"]
-    flops: Float[np.ndarray, "points"]
-    loss: Float[np.ndarray, "points"]
+    n_nv: Float[np.ndarray, " points"]
+    n_v: Float[np.ndarray, " points"]
+    characters: Float[np.ndarray, " points"]
+    flops: Float[np.ndarray, " points"]
+    loss: Float[np.ndarray, " points"]
 
 
 def measured(table: VocabTable) -> Points:

@@ -65,7 +65,7 @@ class LossLaw(vocab.VocabLaw):
     def mode(self) -> str:
         return self.procedure["mode"]
 
-    def loss(self, *, n_nv, n_v, characters, vocab_size, tokens) -> Float[np.ndarray, "rows"]:
+    def loss(self, *, n_nv, n_v, characters, vocab_size, tokens) -> Float[np.ndarray, " rows"]:
         """L_u in nats per token, with the covariate the law was fitted on."""
         data = covariate(
             self.mode, characters=characters, vocab_size=vocab_size, tokens=tokens,
@@ -73,7 +73,7 @@ class LossLaw(vocab.VocabLaw):
         )  # fmt: skip
         return self._loss(self.constants, n_nv, n_v, data)
 
-    def table_loss(self, table: VocabTable) -> Float[np.ndarray, "rows"]:
+    def table_loss(self, table: VocabTable) -> Float[np.ndarray, " rows"]:
         return self.loss(
             n_nv=table.n_nv, n_v=table.n_v, characters=table.characters,
             vocab_size=table.vocab_size, tokens=table.tokens,

@@ -20,7 +20,7 @@ TRAIN = MODELS | {"lminf.losses", "lminf.surgery", "lminf.parallel", "lminf.trai
 CHECKPOINTS = TRAIN | DATA | {"lminf.checkpoints"}
 LM = CHECKPOINTS | {"lminf.generation", "lminf.lm"}
 EVALS = LM | {"lminf.evals", "lminf.segment_reading", "lminf.shared_prefix"}
-LIBRARY = EVALS | {"lminf.scaling", "lminf.ngram", "lminf.run", "lminf"}
+LIBRARY = EVALS | {"lminf.scaling", "lminf.run", "lminf"}
 LAYERS = {
     "lminf.errors": set(),
     "lminf.types": set(),
@@ -34,7 +34,6 @@ LAYERS = {
     "lminf.scaling": BASE | {"lminf.models.spec"},
     "lminf.train": TRAIN,
     "lminf.data": BASE,
-    "lminf.ngram": BASE,
     "lminf.checkpoints": TRAIN | DATA,
     "lminf.generation": CHECKPOINTS,
     "lminf.lm": CHECKPOINTS | {"lminf.generation"},

@@ -53,20 +53,9 @@ def attention_flops(spec: ModelSpec, by_layer: Sequence[LayerPolicy], length: in
 
 def attended_pairs(policy: Policy, length: int) -> int:
     """(query, key) pairs that a text of `length` tokens attends over, each counted once."""
-
-    def triangle(n: int) -> int:
-        return n * (n + 1) // 2
-
-    near = length if policy.near_width is None else min(policy.near_width, length)
-    pairs = triangle(near) + (length - near) * near
-    if policy.far_count is None:
-        return triangle(length)
-    # The query at i sees min(far_count, i - near + 1) tokens beyond its window; a policy that
-    # chooses by content sees those it looks up too.
-    beyond = length - near
-    looked_up = policy.looked_up if isinstance(policy, ByContent) else 0
-    few = min(policy.far_count + looked_up, beyond)
-    return pairs + triangle(few) + (beyond - few) * few
+    most = attended_tokens(policy)
+    most = length if most is None else min(most, length)
+    return most * (most + 1) // 2 + (length - most) * most
 
 
 def attended_tokens(policy: Policy) -> int | None:

@@ -27,6 +27,7 @@ from lminf.run import request
 from lminf.run.header import ROOT
 from lminf.scaling import synthetic
 from tests.attention import cases, oracle, test_identities
+from tests.scaling import data
 from tests.test_layers import FILES, LAYERS, PACKAGES, imports, within
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -124,17 +125,51 @@ def test_the_programs_of_a_page_run(page, tmp_path):
     run([sys.executable, "-c", "\n".join(blocks(page, "python"))], tmp_path)
 
 
-def write_sweep(path):
+def write(path, columns):
+    rows = zip(*(np.asarray(column, float).tolist() for column in columns.values()), strict=True)
+    lines = [",".join(columns), *(",".join(map(repr, row)) for row in rows)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def write_sweep(path, seed=0):
     """A vocabulary sweep in the published schema, for the page that reads one."""
-    table = synthetic.vocab_sweep(noise=0.005, seed=0)
-    columns = {
+    table = synthetic.vocab_sweep(noise=0.005, seed=seed)
+    write(path, {
         "vocab_size": table.vocab_size, "embed_dim": table.width,
         "num_characters": table.characters, "Non_vocab_parameters": table.n_nv,
         "FLOPs": table.flops, "Lossu": table.loss,
-    }  # fmt: skip
-    rows = [",".join(columns), *(",".join(map(repr, map(float, row)))
-            for row in zip(*columns.values(), strict=True))]  # fmt: skip
-    path.write_text("\n".join(rows) + "\n")
+    })  # fmt: skip
+
+
+def write_grid(path, seed=0):
+    """Grids of learning rate and batch in the published schema."""
+    table = synthetic.step_grid(noise=0.001, seed=seed)
+    one = np.ones_like(table.n)
+    write(path, {
+        "h": 1024 * one, "numl": 12 * one, "lr": table.lr, "bs": table.batch / table.seq_len,
+        "ti": table.d / table.batch, "smooth loss": table.loss, "D": table.d, "N": table.n,
+    })  # fmt: skip
+
+
+def write_curves(path, table):
+    score = {} if table.score is None else {"score": table.score}
+    write(path, {"N": table.n, "D": table.d, "loss": table.loss, **score})
+
+
+@pytest.mark.slow
+def test_the_commands_that_read_measured_tables_run_on_drawn_ones(tmp_path):
+    """In the order of the page. `check` compares with the published files, which are not here."""
+    for seed, name in enumerate(("exp_data.csv", "unseen_vocab.csv")):
+        write_sweep(tmp_path / name, seed)
+    for seed, name in enumerate(("dense_lr_bs_loss.csv", "unseen_step.csv")):
+        write_grid(tmp_path / name, seed)
+    write_curves(tmp_path / "runs.csv", data.synthetic_curves(0.01, 0))
+    write_curves(tmp_path / "references.csv", data.synthetic_density(0.001, 0))
+    block = next(b for b in blocks(ROOT / "docs/scaling_laws.md", "console") if "runs.csv" in b)
+    reading = [line for line in block.splitlines() if re.match("lminf scaling (?!check)", line)]
+    assert len(reading) == 6
+    for command in reading:
+        assert run(shlex.split(command), tmp_path).strip()
 
 
 @pytest.fixture

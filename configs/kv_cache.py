@@ -35,7 +35,7 @@ def get_config(arg: str = ""):
     )
     c.capacities = (128, 256)
     c.prompt, c.continuation = 1024, 256  # tokens of the default text: read, and then predicted
-    c.passkey_length, c.passkeys = 700, 8  # tokens of a prompt, and prompts at random depths
+    c.passkey_length, c.passkeys = 700, 20  # tokens of a prompt, and prompts at random depths
     c.positions = (1024, 4096, 16384)  # tokens of the stream before the steps timed
     c.unbounded_to = 4096  # tokens, of policies that keep something of every token
     c.steps = 8  # tokens timed in every cell, after one that compiles

@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
             )
         if not given and flag in needed:
             raise InputError(
-                f"`{' '.join(filter(None, key))}` needs --{flag}: {FLAGS[flag]['help']}"
+                f"`{' '.join(filter(None, key))}` needs --{flag}: {_meaning(flag, args.subject)}"
             )
     result, text, *complaint = action(args)
     if args.json:
@@ -116,6 +116,13 @@ def run(args: argparse.Namespace) -> None:
         text(Console(width=None if sys.stdout.isatty() else 160, highlight=False))
     if complaint:
         raise InputError(*complaint)
+
+
+def _meaning(flag: str, subject: str | None) -> str:
+    """What a flag is, to this subject where it is something else to another."""
+    meaning = FLAGS[flag]["help"]
+    own = [part for part in meaning.split("; ") if part.startswith(f"{subject}: ")]
+    return own[0].removeprefix(f"{subject}: ") if own else meaning
 
 
 def _finite(value):

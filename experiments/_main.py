@@ -121,16 +121,17 @@ def measure(
         for row in run(asked.config, out):
             out.append_row(row)
     except BaseException as failure:
-        keep_what_there_is(out, asked, failure, time.monotonic() - started)
+        keep_what_there_is(out, asked, failure, seconds=time.monotonic() - started, resumes=resumes)
         raise
     seconds = time.monotonic() - started
     rows = out.rows()
     shown = table(rows) if table else rows
     figures = plots.write(out, plot(rows), asked.experiment)
-    spent = f" in the last of several calls, which found {before} of {len(rows)} rows there"
-    write_report(
-        out, asked, table=shown, figures=figures, seconds=seconds, spent=spent if before else ""
-    )
+    if not (before and before == len(rows) and complete(out)):  # else it was finished before
+        spent = f" in the last of several calls, which found {before} of {len(rows)} rows there"
+        write_report(
+            out, asked, table=shown, figures=figures, seconds=seconds, spent=spent if before else ""
+        )
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     console.print(tables.rich_table(shown))
     for path in [*figures, "report.md", "rows.jsonl"]:
@@ -138,8 +139,17 @@ def measure(
     return out
 
 
+INCOMPLETE = "what follows is incomplete."
+
+
+def complete(out: RunFolder) -> bool:
+    """Whether its report is of a run that came to its end."""
+    written = out / "report.md"
+    return written.exists() and INCOMPLETE not in written.read_text(encoding="utf-8")
+
+
 def keep_what_there_is(
-    out: RunFolder, asked: Request, failure: BaseException, seconds: float
+    out: RunFolder, asked: Request, failure: BaseException, *, seconds: float, resumes: bool
 ) -> None:
     """A report without figures, for which the rows may not be enough; nothing if nothing ran."""
     rows = out.rows()
@@ -147,9 +157,14 @@ def keep_what_there_is(
         out.remove()
         return
     how = "Interrupted" if isinstance(failure, KeyboardInterrupt) else f"Failed ({failure})"
-    state = f"**{how} after {len(rows)} rows: what follows is incomplete.**"
+    state = f"**{how} after {len(rows)} rows: {INCOMPLETE}**"
     write_report(out, asked, table=rows, figures=[], seconds=seconds, state=state)
-    print(f"{len(rows)} rows are in {out / 'rows.jsonl'}", file=sys.stderr)
+    after = (
+        f"the same command with --out={out.path} goes on from there"
+        if resumes
+        else "this experiment cannot go on from there: begin again in another folder"
+    )
+    print(f"{len(rows)} rows are in {out / 'rows.jsonl'}; {after}", file=sys.stderr)
 
 
 def write_report(

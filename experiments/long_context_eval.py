@@ -45,21 +45,20 @@ def run(c, out):
                 f"{task}: numbers of prompts {prompts} for lengths {lengths}; give one per length"
             )
     done = {cell_of(row) for row in out.rows()}
-    asked = list(questions(c, lm))
-    total = len(readers) * sum(s.tokens for *_, cells in asked for _, group in cells for s in group)
+    missing = [
+        (task, length, one, cells)
+        for task, length, asked in questions(c, lm)
+        for one in readers
+        if (cells := [cell for cell in asked if (task, one.name, length, cell[0]) not in done])
+    ]
+    total = sum(tokens_of(cells) for *_, cells in missing)
     with Progress(total, label="questions", unit="tokens") as progress:
         read = 0
-        for task, length, cells in asked:
-            for one in readers:
-                missing = [
-                    (depth, samples)
-                    for depth, samples in cells
-                    if (task, one.name, length, depth) not in done
-                ]
-                before, read = read, read + sum(s.tokens for _, group in cells for s in group)
-                for row in answered(one, task, length, missing, progress, before):
-                    yield {"model": c.model, "trained_length": lm.spec.trained_length, **row}
-                progress.update(read)
+        for task, length, one, cells in missing:
+            for row in answered(one, task, length, cells, progress, read):
+                yield {"model": c.model, "trained_length": lm.spec.trained_length, **row}
+            read += tokens_of(cells)
+            progress.update(read)
     own = [one for one in readers if one.policy is not None]
     if c.nll_length:
         yield from losses(c, lm, own, done)
@@ -71,6 +70,11 @@ def run(c, out):
 
 def cell_of(row):
     return tuple(row[name] for name in CELL)
+
+
+def tokens_of(cells):
+    """Of all prompts, asked one by one."""
+    return sum(sample.tokens for _, group in cells for sample in group)
 
 
 @dataclass(frozen=True)
@@ -155,8 +159,6 @@ def questions(c, lm):
 def answered(reader, task, length, cells, progress, before):
     """The cells of one policy: a task at one length, at several depths."""
     samples = [sample for _, group in cells for sample in group]
-    if not samples:
-        return
     read = before
 
     def show(tokens):

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -49,8 +50,11 @@ def run(c, out):
     with store, Stopping().listening() as stopping:
         state = begin(program, start, store, say, seed=c.seed)
         done = int(state.step)
+        if done >= c.steps and finished(c, out.rows()):
+            return
         if leads():
             out.keep_until(done)
+            out.keep(lambda row: row["part"] not in AT_THE_END)
         watch = Watch(c, program, data, out, done, skipped=int(state.skipped))
         watch.shown = watchers.opened(c.watch if leads() else "", out.path, c.to_dict())
         meter = Meter(program, data.held_out, _training.token_bytes(start.tokenizer), place)
@@ -94,6 +98,16 @@ def run(c, out):
             yield {"part": "sample", "step": done, "text": f"The {text}"}
         if c.export and leads():
             checkpoints.save(c.export, checkpoints.Checkpoint(lm.spec, lm.params, lm.tokenizer, ""))
+
+
+AT_THE_END = ("position", "sample")  # parts that are measured once all steps are done
+
+
+def finished(c, rows) -> bool:
+    """Whether an earlier call of the command did all that this one would."""
+    parts = {row["part"] for row in rows}
+    wanted = AT_THE_END if c.evaluate.sample else AT_THE_END[:1]
+    return parts.issuperset(wanted) and (not c.export or Path(c.export).exists())
 
 
 def begin(program, start, store, say, *, seed):

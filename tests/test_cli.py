@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from lminf import cli
+from lminf.checkpoints import fetch
 from lminf.errors import InputError
 from lminf.run import folder, header
 
@@ -37,7 +38,10 @@ def test_every_command_has_help_of_its_own(name, capsys):
             ["nll", "m", "--length=x"],
             "argument --length: invalid int value: 'x'; `lminf nll --help`",
         ),
-        (["fetch"], "the following arguments are required: NAME; `lminf fetch --help`"),
+        (["show"], "the following arguments are required: RUN; `lminf show --help`"),
+        (["train"], "there is no command 'train'; use list, run"),
+        (["sweep", "stp"], "there is no sweep 'stp'; did you mean 'step'?"),
+        (["data", "absent"], "there is no file or folder absent; check the path"),
         ([], "the following arguments are required: COMMAND; `lminf --help`"),
     ],
 )
@@ -52,6 +56,12 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
         if arguments[:1] != ["run"]:  # which hands on what follows the name
             with pytest.raises(InputError):
                 cli.main(debugging)
+
+
+def test_fetch_without_a_name_lists_the_names(capsys):
+    cli.main(["fetch"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in fetch.MODELS)
 
 
 def test_list_prints_every_experiment_with_its_question(capsys):

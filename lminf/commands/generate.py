@@ -31,6 +31,8 @@ def run(args: argparse.Namespace) -> None:
         converse(lm, args, sampling)
         return
     prompt = sys.stdin.read() if args.prompt is None else args.prompt
+    if not prompt:
+        raise InputError("the prompt is empty; write it behind the model's name, or pipe it in")
     for _, piece in lm.stream(
         [prompt], max_new_tokens=args.max_new_tokens, sampling=sampling, stop=args.stop,
         seed=args.seed,

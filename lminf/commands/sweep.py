@@ -17,6 +17,7 @@ from types import ModuleType
 
 from rich.console import Console
 
+from lminf.config import closest
 from lminf.errors import InputError
 from lminf.run import devices, environment, header, plots, request, sweep, tables
 from lminf.run.folder import RunFolder
@@ -59,8 +60,15 @@ def run(args: argparse.Namespace) -> None:
 def experiment_of(name: str) -> str:
     """The experiment's module name: `vocab` is experiments/vocab_sweep.py."""
     known = [found.name for found in header.experiments()]
-    longer = f"{name}_sweep"
-    return longer if name not in known and longer in known else header.experiments([name])[0].name
+    if name in known:
+        return name
+    sweeps = {one.removesuffix("_sweep"): one for one in known if one.endswith("_sweep")}
+    if name not in sweeps:
+        raise InputError(
+            f"there is no sweep {name!r}; {closest(name, sweeps)}, or an experiment and a --config "
+            f"file with get_sweep"
+        )
+    return sweeps[name]
 
 
 def work(
@@ -76,7 +84,13 @@ def work(
         done = len(sweep.finished(out, cells))
         print(f"[{time.monotonic() - began:6.0f} s, {done}/{total} finished] {text}", flush=True)
 
-    tally = sweep.work(out, asked, cells, module.run, shard=shard, say=say)
+    try:
+        tally = sweep.work(out, asked, cells, module.run, shard=shard, say=say)
+    except KeyboardInterrupt:
+        done = len(sweep.finished(out, cells))
+        print(f"{done} of {total} cells are kept in {out.path}; the same command goes on",
+              file=sys.stderr)  # fmt: skip
+        raise
     print(f"{tally.ran} cells run, {tally.found_done} finished before", flush=True)
     for reason in tally.elsewhere:
         print(f"left alone: {reason}")

@@ -31,6 +31,8 @@ def open_corpora(path: str | None, tokenizer: Tokenizer | None) -> list[TokenSto
 def _open(path: str, tokenizer: Tokenizer | None) -> TokenStore:
     if "://" in path or Path(path).is_dir():
         return store.open_store(path, tokenizer_digest=tokenizer and tokenizer.digest)
+    if not Path(path).exists():
+        raise InputError(f"there is no file or folder {path}; check the path")
     tokenizer = _required(tokenizer, path)
     if not Path(path).name.endswith(STRUCTURED):
         return store.from_documents([tokenizer.encode(sources.read_text(path))])

@@ -34,16 +34,26 @@ class Devices:
 
 
 def parse(text: str) -> Devices:
-    """`v5e-256`, `h100x8`, `h200`."""
-    found = re.fullmatch(r"(\w+?)(?:[-x*](\d+))?", text.lower())
-    if found is None or found[1] not in KINDS or found[2] == "0":
+    """`v5e-256`, `h100x8`, `h200`; `v5p-128`, a slice's name, counts the cores of 64 chips."""
+    found = re.fullmatch(r"(\w+?)(?:([-x*])(\d+))?", text.lower())
+    if found is None or found[1] not in KINDS or found[3] == "0":
         name = found[1] if found else text
         raise InputError(
             f"--devices={text}: {closest(name, KINDS)}, and how many, as in v5e-256 or h100x8"
         )
-    return Devices(found[1], int(found[2] or 1))
+    count, per_chip = int(found[3] or 1), CORES_IN_NAMES.get(found[1], 1)
+    if found[2] != "-":
+        return Devices(found[1], count)
+    if count % per_chip:
+        raise InputError(
+            f"--devices={text}: slices of {found[1]} are named after their cores, {per_chip} in a "
+            f"chip; give an even number, or chips, as in {found[1]}x{count}"
+        )
+    return Devices(found[1], count // per_chip)
 
 
+# Cores of a chip, where slices are named after cores (cloud.google.com/tpu/docs/v5p, /v4).
+CORES_IN_NAMES = {"v4": 2, "v5p": 2}
 GB, GiB = 10**9, 2**30
 # By the names of command lines. Devices call themselves otherwise: NAMES.
 KINDS = {

@@ -2,30 +2,55 @@
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 
 from lminf.errors import InputError
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
+TERMINATED = 143  # and for one ended by SIGTERM
 BROKEN_PIPE = 141  # and for one whose reader went away, as in `lminf list | head -1`
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, from a scheduler or `kill`: ends a command as Ctrl-C does, with its own status."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises Terminated, in the main thread: no other may set handlers."""
+
+    def terminate(number, frame):
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 @contextlib.contextmanager
 def orderly(*, debug: bool) -> Iterator[None]:
     """Ends the process with one line instead of a traceback where the cause is not a defect."""
     try:
-        yield
+        with _terminable():
+            yield
         sys.stdout.flush()  # here, so that a closed pipe is noticed inside
     except InputError as error:
         if debug:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(BAD_INPUT)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(TERMINATED if isinstance(stop, Terminated) else INTERRUPTED)
     except BrokenPipeError:
         # The interpreter flushes stdout once more at exit, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

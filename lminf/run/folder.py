@@ -22,7 +22,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,10 +156,14 @@ class RunFolder:
     def keep_until(self, step: int) -> None:
         """Drops the rows and metrics of later steps, which a resumed run measures again."""
         for name in ("rows.jsonl", "metrics.jsonl"):
-            lines = read_lines(self.path / name)
-            kept = [line for line in lines if line.get("step", 0) <= step]
-            if len(kept) < len(lines):
-                self.write(name, "".join(json.dumps(line) + "\n" for line in kept))
+            self.keep(lambda line: line.get("step", 0) <= step, of=name)
+
+    def keep(self, wanted: Callable[[Row], bool], *, of: str = "rows.jsonl") -> None:
+        """Drops the other lines of that file."""
+        lines = read_lines(self.path / of)
+        kept = [line for line in lines if wanted(line)]
+        if len(kept) < len(lines):
+            self.write(of, "".join(json.dumps(line) + "\n" for line in kept))
 
     def read_json(self, name: str) -> Any:
         try:

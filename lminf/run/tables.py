@@ -1,8 +1,10 @@
 """Rows -> tables for a terminal and for Markdown. A table is itself a list of rows."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderResult
 from rich.table import Table
 
 from lminf.run.folder import Row
@@ -49,17 +51,53 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def rich_table(rows: Sequence[Row], *, title: str | None = None, digits: int = 3) -> Table:
-    """The rows as a table that a rich console prints."""
-    table = Table(title=title, title_justify="left")
-    names = column_names(rows)
-    for name in names:
-        # Folded, not cut: two names that begin alike must stay two names.
-        side = "right" if _numeric(rows, name) else "left"
-        table.add_column(name, justify=side, overflow="fold")
-    for row in rows:
-        table.add_row(*(cell(row.get(name), digits) for name in names))
-    return table
+def rich_table(
+    rows: Sequence[Row], *, title: str | None = None, digits: int = 3
+) -> ConsoleRenderable:
+    """The rows as a table that a rich console prints; where it is too wide, as tables below each
+    other that all begin with the first column.
+    """
+    return _Fitting(rows, title, digits)
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    rows: Sequence[Row]
+    title: str | None
+    digits: int
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        del console
+        for index, names in enumerate(self.groups(options.max_width)):
+            table = Table(title=None if index else self.title, title_justify="left")
+            for name in names:
+                # Folded, not cut: two names that begin alike must stay two names. Values are not
+                # folded for the sake of long heads.
+                side = "right" if _numeric(self.rows, name) else "left"
+                least = min(self.width_of(name), options.max_width // 2) - 3
+                table.add_column(name, justify=side, overflow="fold", min_width=least)
+            for row in self.rows:
+                table.add_row(*(cell(row.get(name), self.digits) for name in names))
+            yield table
+
+    def groups(self, width: int) -> list[list[str]]:
+        """Names of the columns that stand side by side in so many characters."""
+        first, *others = column_names(self.rows) or [""]
+        start = min(self.width_of(first), width // 2) + 1  # the line at the end
+        groups, used = [[first]], start
+        for name in others:
+            # One that no width is enough for shares its line with the first alone, and is folded.
+            if used + self.width_of(name) > width and len(groups[-1]) > 1:
+                groups.append([first])
+                used = start
+            groups[-1].append(name)
+            used += self.width_of(name)
+        return groups
+
+    def width_of(self, name: str) -> int:
+        """Of a column with the spaces and the line before it; a head is broken between words."""
+        cells = (cell(row.get(name), self.digits) for row in self.rows)
+        return 3 + max(map(len, [*name.split(), *cells]), default=0)
 
 
 def cell(value: Any, digits: int = 3) -> str:

@@ -83,6 +83,9 @@ def test_a_killed_run_goes_on_and_equals_one_that_was_not(tmp_path):
         for path in (out, tmp_path / "whole")
     ]
     assert kept[0] == kept[1]
+    before = {name: (out / name).read_text() for name in ("rows.jsonl", "report.md")}
+    finish(out, *steps)
+    assert {name: (out / name).read_text() for name in before} == before
 
 
 def folders(path):

@@ -1,6 +1,7 @@
 """From a command line to a finished folder, with a small experiment made for the occasion."""
 
 import json
+import signal
 import sys
 
 import pytest
@@ -34,6 +35,9 @@ def get_config(arg=""):
 '''
 
 EXPERIMENT = """
+import os
+import signal
+
 from lminf.errors import InputError
 
 
@@ -217,6 +221,15 @@ def test_an_interrupted_run_ends_with_130():
     with pytest.raises(SystemExit) as ending:
         start("--config.stop_after=2", error="KeyboardInterrupt")
     assert ending.value.code == 130
+
+
+def test_a_terminated_run_ends_with_143_and_says_what_is_kept(capsys):
+    with pytest.raises(SystemExit) as ending:
+        start("--config.stop_after=2", error="os.kill(os.getpid(), signal.SIGTERM)")
+    assert ending.value.code == 143
+    assert "2 rows are in" in (said := capsys.readouterr().err)
+    assert "cannot go on from there" in said
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_the_recorded_command_is_one_that_can_be_typed(monkeypatch):

@@ -1,6 +1,9 @@
 """Rows -> tables."""
 
+import io
+
 import pytest
+import rich.console
 
 from lminf.run import tables
 
@@ -41,6 +44,26 @@ def test_a_cell_is_short(value, text):
     assert tables.cell(value) == text
 
 
+def printed(rows, width):
+    console = rich.console.Console(width=width, file=io.StringIO(), highlight=False)
+    console.print(tables.rich_table(rows, title="losses"))
+    return console.file.getvalue()
+
+
+def test_a_table_too_wide_for_the_terminal_is_several_and_breaks_no_number():
+    names = [f"{1000 * i}–{1000 * (i + 1)}" for i in range(12)]
+    rows = [{"policy": f"a_policy:window={4**i},sinks=10", **dict.fromkeys(names, -1.2345 * i)}
+            for i in range(1, 4)]  # fmt: skip
+    wide, narrow = printed(rows, 300), printed(rows, 60)
+    assert wide.count("policy:") == 3
+    assert narrow.count("losses") == 1
+    assert narrow.count("┃ policy") > 2
+    assert all(len(line) <= 60 for line in narrow.splitlines())
+    for text in [*names, "-1.234", "-2.469", "-3.704", *(row["policy"] for row in rows)]:
+        assert text in wide
+        assert text in narrow
+
+
 def test_no_rows_are_a_table_too():
     assert tables.markdown([]) == "(no rows)"
-    tables.rich_table([])
+    assert printed([], 80)

@@ -4,7 +4,8 @@ Question   Which learning rate and batch give the least loss, and do the laws fi
 Paper      Step law (Li et al. 2025, arXiv:2503.04715)
 Command    lminf sweep step --config=step_sweep:laptop
 Time       :laptop took 1,200 s of processor time beside other work: two idle cores need 10 minutes
-Expected   a bowl whose minimum is interior in the learning rate, and at 524,288 tokens in the batch
+Expected   a bowl whose minimum is interior in the learning rate; after 524,288 tokens of training
+           in the batch too
 Tiny       --config=:tiny: two batches, a minute
 Pod        --config=:pod: the shapes, tokens and grids of the paper's dense and mixed models
 """

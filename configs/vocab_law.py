@@ -3,9 +3,11 @@
 Question   Do the three approaches to the optimal vocabulary agree, and with the curves themselves?
 Paper      Scaling Laws with Vocabulary (Tao et al. 2024, arXiv:2407.13623)
 Command    python -m experiments.vocab_law --config.data=../shared/data/scaling_vocab/exp_data.csv
-Time       about 5 minutes on two CPU cores
+Data       exp_data.csv of github.com/sail-sg/scaling-with-vocab; --config.data= draws a small sweep
+Time       about a minute on two CPU cores
 Expected   approach 1 N_v ~ F^0.43; approach 3 puts alpha2 on its bound: not identified
-Tiny       --config=:tiny draws a sweep from the published law: under a minute
+Tiny       --config=:tiny draws a small sweep from the published law, too little to recover it at
+           7B: seconds
 """
 
 from configs import base

@@ -9,13 +9,15 @@ import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lminf.run import folder, header, tables
 
 FOLDER = Path(__file__).resolve().parent
 EXPERIMENTS, README = FOLDER / "experiments.md", FOLDER.parent / "README.md"
 BEGIN, END = "<!-- results: docs/make_tables.py -->\n", "<!-- end of results -->\n"
+# At the end of README, where they do not stand in the way of a reader without a browser.
+ROWS = "<!-- the rows of these numbers: docs/make_tables.py -->\n"
 # Entries of headers that name other forms.
 VARIANTS = ("Sizes", "Pod", "Choosing", "Long", "All", "Loss")
 OPENING = """\
@@ -44,7 +46,7 @@ def section(found: header.Header) -> str:
     if "Tiny" in entries:
         lines.append(tiny(found))
     lines += ["```", ""]
-    for name in ("Paper", "Time", "Expected", "Tiny", *VARIANTS):
+    for name in ("Paper", "Data", "Time", "Expected", "Tiny", *VARIANTS):
         if name in entries:
             lines.append(f"- {name}: {plain(entries[name])}")
     return "\n".join([*lines, "", *measured(found.name)])
@@ -77,7 +79,8 @@ def one_run(name: str, run: Path) -> list[str]:
     report = (run / "report.md").read_text()
     took = re.search(r"^Time: (.*?)\.? *$", report, re.MULTILINE)
     what = f", `:{run.name.removeprefix(f'{name}_')}`" if run.name != name else ""
-    seconds = f" in {took[1]}" if took else ""
+    # Of a run in several calls the report knows the time of the last, which says nothing.
+    seconds = f" in {took[1]}" if took and "several calls" not in took[1] else ""
     where = f"{run.parent.name}/{run.name}"
     links = f"([rows]({where}/rows.jsonl), [report]({where}/report.md))"
     return [f"Measured{what}{seconds} {links}:", "", tables.markdown(shown), ""]
@@ -103,8 +106,11 @@ WIDE = "lm_infinite:window=4096,sinks=10"
 class Rows:
     """The committed rows of one experiment, each with a link to its line."""
 
+    targets: ClassVar[dict[str, str]] = {}  # label of a link -> where it leads
+
     def __init__(self, name: str):
         self.file = f"docs/results/{name}/rows.jsonl"
+        self.label = "".join(word[0] for word in name.split("_"))
         self.rows = folder.RunFolder(FOLDER / "results" / name).rows()
 
     def link(self, show: Callable[[Any], str], **facts: Any) -> str:
@@ -117,7 +123,9 @@ class Rows:
         if len(found) != 1:
             raise LookupError(f"{len(found)} rows of {self.file} have {facts}; one is needed")
         line, row = found[0]
-        return f"[{show(row)}]({self.file}#L{line})"
+        label, target = f"{self.label}{line}", f"{self.file}#L{line}"
+        assert self.targets.setdefault(label, target) == target
+        return f"[{show(row)}][{label}]"
 
 
 FORGETTING_AND_LOOKING_UP = {
@@ -130,7 +138,11 @@ FORGETTING_AND_LOOKING_UP = {
 
 def results() -> str:
     """The tables of the README."""
-    laws = "Vocabularies refitted to, and settings judged on, the published measurements:\n"
+    laws = (
+        "Vocabularies refitted to, and settings judged on, the published measurements "
+        "([which to take](docs/scaling_laws.md);\nan interval that ends at 64 or 1,000,000 ends "
+        "at a bound of the search):\n"
+    )
     parts = loss_by_position(), keys_by_depth(), costs(), laws, vocabularies(), gaps(), training()
     return "\n".join(parts)
 
@@ -209,9 +221,11 @@ def costs() -> str:
 
 
 APPROACHES = {
-    "approach 1: equal compute": "isoflop-huber",
-    "approach 2: derivative": "derivative",
-    "approach 3: a loss formula": "loss-consistent-reference",
+    "approach 1, equal compute": "isoflop-huber",
+    "approach 2, derivative": "derivative",
+    "approach 3, loss, as released": "loss-reference",
+    "approach 3, one covariate": "loss-consistent-reference",
+    "approach 3, true tokens": "loss-tokens",
 }
 
 
@@ -252,8 +266,16 @@ def gaps() -> str:
 
 def training() -> str:
     rows = Rows("train_throughput")
+    speeds: dict[int, dict[str, float]] = {}
+    for row in rows.rows:
+        if row["part"] == "speed":
+            speeds.setdefault(row["round"], {})[row["side"]] = row["tokens_per_second"]
+    by_ratio = sorted(speeds, key=lambda one: speeds[one]["lminf"] / speeds[one]["torch"])
+    middle = by_ratio[len(by_ratio) // 2]  # both sides of one round: the machine is shared
     ours, theirs = (
-        rows.link(lambda row: f"{row['tokens_per_second']:,.0f}", part="speed", side=side, round=1)
+        rows.link(
+            lambda row: f"{row['tokens_per_second']:,.0f}", part="speed", side=side, round=middle
+        )
         for side in ("lminf", "torch")
     )
     return f"Training 10M parameters: {ours} tokens/s, a plain torch loop {theirs}.\n"
@@ -263,7 +285,10 @@ def readme() -> str:
     """README.md with the tables that its rows give."""
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
-    return before + BEGIN + results() + END + rest.split(END)[1]
+    after = rest.split(END)[1].split(ROWS)[0]
+    shown = results()
+    targets = "".join(f"[{label}]: {target}\n" for label, target in Rows.targets.items())
+    return before + BEGIN + shown + END + after + ROWS + targets
 
 
 if __name__ == "__main__":

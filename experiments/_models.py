@@ -6,6 +6,7 @@ import numpy as np
 from lminf.data.sources import text_of
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.data.windows import RandomWindows
+from lminf.errors import InputError
 from lminf.lm import LM
 from lminf.models import spec
 from lminf.parallel import mesh, partition
@@ -28,6 +29,12 @@ def load(name: str, *, seed: int) -> LM:
     with Progress(1, label=f"loading {name}", unit="tensors") as progress:
         lm = LM.from_pretrained(name, progress=_showing(progress))
     return lm.with_devices(jax.local_devices())
+
+
+def check_length(length: int) -> None:
+    """Before a model is loaded, or trained, to read so many tokens."""
+    if length < 2:
+        raise InputError(f"--config.length={length}: give at least 2 tokens")
 
 
 def train_tiny(*, seed: int) -> LM:

@@ -25,6 +25,7 @@ SHOWN = 256  # later tokens in the picture of features
 
 def run(c, out):
     policies = [parse_choice(text, POLICIES, what="policy") for text in c.policies]
+    _models.check_length(c.length)
     text = sources.text_of(c.text)
     lm = _models.load(c.model, seed=c.seed)
     missing = [layer for layer in c.layers if not 0 <= layer < lm.spec.num_layers]

@@ -18,6 +18,7 @@ REREAD = "re-read"
 
 def run(c, out):
     policies = [parse_choice(text, POLICIES, what="policy") for text in c.policies]
+    _models.check_length(c.length)
     text = sources.text_of(c.text)
     lm = _models.load(c.model, seed=c.seed)
     for policy in policies:

@@ -211,7 +211,10 @@ def test_the_worked_policy_keeps_its_own_promise(worked_example):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_to_files_that_are_there(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+    text = page.read_text()
+    defined = re.findall(r"^\[\w+\]: (\S+)$", text, re.MULTILINE)
+    for target in [*re.findall(r"\]\(([^)\s]+)\)", text), *defined]:
+        assert not target.startswith("..") or page.parent == ROOT, f"{target} is not in the site"
         if not re.match(r"[a-z]+:", target):
             path = target.partition("#")[0]
             assert not path or (page.parent / path).exists(), target

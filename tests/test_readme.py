@@ -7,7 +7,12 @@ from docs import make_tables
 from lminf.run.header import ROOT
 
 TEXT = (ROOT / "README.md").read_text()
-LINKS = re.findall(r"\[([^\]]+)\]\((docs/results/\S+/rows\.jsonl)#L(\d+)\)", TEXT)
+TARGETS = dict(re.findall(r"^\[(\w+)\]: (\S+)$", TEXT, re.MULTILINE))
+ROW = re.compile(r"(docs/results/\w+/rows\.jsonl)#L(\d+)")
+LINKS = [
+    (shown, *ROW.fullmatch(TARGETS[label]).groups())
+    for shown, label in re.findall(r"\[([^\]]+)\]\[(\w+)\]", TEXT)
+]
 
 
 def test_the_tables_are_what_the_rows_give():
@@ -34,7 +39,8 @@ def test_a_tables_rows_and_columns_say_what_their_numbers_are():
     assert len(lines) == len(policies)
     for name, *cells in lines:
         for head, cell in zip(heads[1:], cells, strict=True):
-            file, line = re.search(r"\((\S+)#L(\d+)\)", cell).groups()
+            label = re.search(r"\]\[(\w+)\]", cell)[1]
+            file, line = ROW.fullmatch(TARGETS[label]).groups()
             row = json.loads((ROOT / file).read_text().splitlines()[int(line) - 1])
             assert row["policy"] == policies[name]
             if head != "seconds":

@@ -32,7 +32,7 @@ def closest(name: str, options: Iterable[str]) -> str:
     """The end of an error message: which of `options` was probably meant, or all of them."""
     options = [str(option) for option in options]
     folded = {option.lower().replace("-", "_"): option for option in options}
-    matches = difflib.get_close_matches(name.lower().replace("-", "_"), folded, n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(name.lower().replace("-", "_"), folded, n=1, cutoff=0.55)
     listed = ", ".join(options) if options else "nothing"
     return f"did you mean {folded[matches[0]]!r}? (of {listed})" if matches else f"use {listed}"
 

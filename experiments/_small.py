@@ -17,6 +17,7 @@ from lminf.errors import InputError
 from lminf.models import spec
 from lminf.models.spec import ModelSpec
 from lminf.parallel import mesh, partition
+from lminf.run.progress import Progress
 from lminf.scaling import accounting
 from lminf.train.many import Copies
 from lminf.train.optim import OPTIMIZERS
@@ -83,14 +84,20 @@ def train(
     measured = windows.consecutive(held_out, length=c.data.length, rows=rows, at_most=len(held_out))
     targets = np.concatenate([batch["targets"].ravel() for batch in measured])
     seen = []
-    for done, state, losses in copies.train(copies.init(), data, stops):
-        seen.append(losses)
-        last = np.concatenate(seen)[-max(1, math.ceil(done / 20)) :].mean(0)
-        scored = [np.asarray(copies.nll(state.params, batch)) for batch in measured]
-        nll = np.concatenate([part.reshape(*last.shape, -1) for part in scored], -1)
-        for (s, seed), (r, rate) in itertools.product(enumerate(seeds), enumerate(c.rates)):
-            if np.isfinite(nll[s, r]).all():
-                yield Measured(seed, rate, done * per_step, float(last[s, r]), nll[s, r], targets)
+    with Progress(stops[-1], label="training side by side") as progress:
+        for done, state, losses in copies.train(
+            copies.init(), data, stops, progress=progress.update
+        ):
+            progress.update(done)
+            seen.append(losses)
+            last = np.concatenate(seen)[-max(1, math.ceil(done / 20)) :].mean(0)
+            scored = [np.asarray(copies.nll(state.params, batch)) for batch in measured]
+            nll = np.concatenate([part.reshape(*last.shape, -1) for part in scored], -1)
+            for (s, seed), (r, rate) in itertools.product(enumerate(seeds), enumerate(c.rates)):
+                if np.isfinite(nll[s, r]).all():
+                    yield Measured(
+                        seed, rate, done * per_step, float(last[s, r]), nll[s, r], targets
+                    )
 
 
 @dataclass(frozen=True)

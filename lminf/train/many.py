@@ -5,7 +5,7 @@ the work of many runs: one compilation, and wider operations.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -46,10 +46,15 @@ class Copies:
         return jax.jit(lambda *states: jax.tree.map(spread, *states))(*of_seeds)
 
     def train(
-        self, state: State, data: Sequence[Batches], until: Sequence[int]
+        self,
+        state: State,
+        data: Sequence[Batches],
+        until: Sequence[int],
+        *,
+        progress: Callable[[int], object] = lambda done: None,
     ) -> Iterator[tuple[int, State, Float[np.ndarray, "steps seeds peaks"]]]:
         """(steps done, state, losses since the last) at each of `until`, which rise; every seed has
-        its own `data`.
+        its own `data`. `progress` hears of steps done in between.
         """
         done = int(state.step[0, 0])
         for stop in until:
@@ -61,6 +66,9 @@ class Copies:
                 stacked = jax.tree.map(
                     lambda *leaves: np.stack(leaves), *[_stacked(of_seeds) for of_seeds in batches]
                 )
+                if losses:
+                    losses[-1].block_until_ready()  # one call ahead, and not all of them
+                    progress(done)
                 state, loss = self._some(state, stacked)
                 losses.append(loss)
                 done += count

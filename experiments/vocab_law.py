@@ -8,6 +8,7 @@ from experiments._main import main
 from lminf import scaling
 from lminf.errors import InputError
 from lminf.run import plots, tables
+from lminf.run.progress import track
 from lminf.scaling import evidence, published, synthetic, validation
 from lminf.scaling import fertility as fertilities
 from lminf.scaling.vocab_derivative import VocabLaw2
@@ -42,7 +43,7 @@ def measure(c, out):
     )
     procedures = [VocabLaw1(), VocabLaw2(), VocabLaw3("reference"), VocabLaw3("tokens")]
     laws = []
-    for procedure in procedures:
+    for procedure in track(procedures, total=len(procedures), label="fitting", unit="approaches"):
         try:
             law = scaling.fit(procedure, table, draws=c.draws, seed=c.seed)
         except InputError as error:

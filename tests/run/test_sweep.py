@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 
+from lminf.commands import sweep as command
 from lminf.errors import InputError
 from lminf.run import folder, lock, request, sweep
 from lminf.run.sweep import Shard, chain, cross, grid, zipped
@@ -140,6 +142,22 @@ def test_a_cell_that_stopped_in_the_middle_starts_anew(asked):
     out, cells, tally, _ = work(asked())
     assert (tally.ran, tally.found_done) == (2, 2)
     assert len(sweep.collect(out, cells)) == 8
+
+
+def test_a_stopped_sweep_says_how_much_is_kept(asked, monkeypatch, capsys):
+    def stops(config, out):
+        if config.rate == 0.2:
+            raise KeyboardInterrupt
+        yield {"value": 1}
+
+    request = asked()
+    cells = sweep.cells_of(request)
+    out = sweep.create(request, cells, ["test"])
+    monkeypatch.setattr(command, "experiment", lambda name: SimpleNamespace(run=stops))
+    with pytest.raises(KeyboardInterrupt):
+        command.work("toy", request, cells, out, WHOLE)
+    kept = f"2 of 4 cells are kept in {out.path}; the same command goes on"
+    assert kept in capsys.readouterr().err
 
 
 def test_a_failing_cell_leaves_the_others_alone(asked):

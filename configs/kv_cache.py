@@ -4,7 +4,8 @@ Question   With so many bytes of keys and values, which policy predicts and reme
 Paper      SirLLM (arXiv:2405.12528), H2O (arXiv:2306.14048), TOVA (arXiv:2401.06104),
            SnapKV (arXiv:2404.14469), ThinK (arXiv:2407.21018); beside LM-Infinite and StreamingLLM
 Command    python -m experiments.kv_cache
-Time       10 minutes on two CPU cores
+Time       10 minutes on two CPU cores; the same command with the same --out goes on where it was
+           stopped
 Expected   at 256 of 1,024 tokens SnapKV is 0.05 nats above Full and the policies that evict while
            they read 0.25 to 0.32. SirLLM finds 18 of 20 keys with 128 tokens and all with 256.
            SnapKV finds 2: its 32 last tokens, most of them filler, vote against the digits after

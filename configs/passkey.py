@@ -3,7 +3,8 @@
 Question   Up to what length does a model find a number hidden in its prompt, and where?
 Paper      LM-Infinite (Han et al. 2024, arXiv:2308.16137)
 Command    python -m experiments.passkey
-Time       an hour on two CPU cores: nearly all of it reads the long prompts
+Time       an hour on two CPU cores: nearly all of it reads the long prompts; the
+           same command with the same --out goes on where it was stopped
 Expected   Full answers up to about the 8,192 tokens it was trained at and not at 10,000;
            LM-Infinite cannot answer where the key has left its window. Two prompts in a cell are
            few: at 8,000 tokens neither finds the late key, at 10,000 LM-Infinite finds it twice

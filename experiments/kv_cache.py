@@ -29,6 +29,7 @@ TOGETHER = 8192  # prompt tokens read side by side: more of them is no faster on
 def run(c, out):
     lm = _models.load(c.model, seed=c.seed)
     cells = [(family, lm.with_policy(policy)) for family, policy in choices(c)]
+    done = {(row["measured"], row["policy"], row.get("position")) for row in out.rows()}
     text = sources.text_of(None)
     ids = lm.encode(text, length=c.prompt + c.continuation)[0]
     samples = passkey.draw(
@@ -36,8 +37,13 @@ def run(c, out):
         seed=c.seed,
     )  # fmt: skip
     each = len(ids) + sum(sample.tokens for sample in samples)
-    with Progress(len(cells) * each, label="quality", unit="tokens") as progress:
-        for done, (family, model) in enumerate(cells):
+    missing = [
+        (family, model)
+        for family, model in cells
+        if ("quality", model.policy.name, None) not in done
+    ]
+    with Progress(len(missing) * each, label="quality", unit="tokens") as progress:
+        for count, (family, model) in enumerate(missing, 1):
             yield {
                 "measured": "quality",
                 "model": c.model,
@@ -46,18 +52,22 @@ def run(c, out):
                 "text_digest": sources.digest(text),
                 **quality(c, model, ids, samples),
             }
-            progress.update((done + 1) * each)
-    streams = [
-        Stream(model, position, room=c.steps + 1)
+            progress.update(count * each)
+    timed = [
+        (model, position)
         for model in dict(cells).values()  # of each family the largest
         for position in c.positions
         if model.policy.bounded or position <= c.unbounded_to
     ]
+    if done.issuperset(("cost", model.policy.name, position) for model, position in timed):
+        return
+    out.keep(lambda row: row["measured"] != "cost")  # timed in turns, so all in one call
+    streams = [Stream(model, position, room=c.steps + 1) for model, position in timed]
     with Progress(c.steps + 1, label="decoding", unit="tokens of each") as progress:
         rounds = []  # [steps + 1] of [streams] seconds
-        for done in range(c.steps + 1):
+        for count in range(c.steps + 1):
             rounds.append([stream.step() for stream in streams])
-            progress.update(done + 1)
+            progress.update(count + 1)
     quartiles = np.percentile(rounds[1:], [25, 50, 75], axis=0).T  # the first of each compiles
     for stream, (low, median, high) in zip(streams, quartiles, strict=True):
         yield {
@@ -182,4 +192,4 @@ def table(rows):
 
 
 if __name__ == "__main__":
-    main(run, plot, table=table)
+    main(run, plot, table=table, resumes=True)

@@ -45,37 +45,43 @@ def run(c, out):
         for length, count in zip(c.lengths, c.prompts, strict=True)
         for depth, samples in draw(length, count).items()
     ]
-    total = len(models) * sum(sample.tokens for _, _, samples in cells for sample in samples)
+    done = {(row["policy"], row["length"], row["depth"]) for row in out.rows()}
+    missing = [
+        (model, *cell)
+        for model in models
+        for cell in cells
+        if (model.policy.name, *cell[:2]) not in done
+    ]
+    total = sum(sample.tokens for *_, samples in missing for sample in samples)
     with Progress(total, label="passkey", unit="tokens") as progress:
         read = 0
-        for model in models:
-            for length, depth, samples in cells:
-                started = time.perf_counter()
-                answers = []
-                for batch in batches(samples, max(1, TOGETHER // length)):
-                    answers += model.generate(
-                        [sample.prompt for sample in batch], max_new_tokens=passkey.ANSWER_TOKENS
-                    )
-                    read += sum(sample.tokens for sample in batch)
-                    progress.update(read)
-                correct = sum(map(passkey.Sample.correct, samples, answers))
-                accuracy, low, high = score.success_rate(correct, len(samples))
-                yield {
-                    "model": c.model,
-                    "trained_length": lm.spec.trained_length,
-                    "generator": c.generator,
-                    "prompts_digest": sources.digest("\0".join(s.prompt for s in samples)),
-                    "policy": model.policy.name,
-                    "length": length,
-                    "depth": depth,
-                    "key_in_window": all(in_window(model.policy, sample) for sample in samples),
-                    "prompts": len(samples),
-                    "correct": correct,
-                    "accuracy": accuracy,
-                    "low": low,
-                    "high": high,
-                    "seconds": time.perf_counter() - started,
-                }
+        for model, length, depth, samples in missing:
+            started = time.perf_counter()
+            answers = []
+            for batch in batches(samples, max(1, TOGETHER // length)):
+                answers += model.generate(
+                    [sample.prompt for sample in batch], max_new_tokens=passkey.ANSWER_TOKENS
+                )
+                read += sum(sample.tokens for sample in batch)
+                progress.update(read)
+            correct = sum(map(passkey.Sample.correct, samples, answers))
+            accuracy, low, high = score.success_rate(correct, len(samples))
+            yield {
+                "model": c.model,
+                "trained_length": lm.spec.trained_length,
+                "generator": c.generator,
+                "prompts_digest": sources.digest("\0".join(s.prompt for s in samples)),
+                "policy": model.policy.name,
+                "length": length,
+                "depth": depth,
+                "key_in_window": all(in_window(model.policy, sample) for sample in samples),
+                "prompts": len(samples),
+                "correct": correct,
+                "accuracy": accuracy,
+                "low": low,
+                "high": high,
+                "seconds": time.perf_counter() - started,
+            }
 
 
 def batches(items, size):
@@ -131,4 +137,4 @@ def over_depths(rows):
 
 
 if __name__ == "__main__":
-    main(run, plot, table=table)
+    main(run, plot, table=table, resumes=True)

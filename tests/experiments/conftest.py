@@ -1,4 +1,6 @@
 import importlib
+import tempfile
+from pathlib import Path
 
 import jax
 import pytest
@@ -7,7 +9,7 @@ from experiments import _models
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.lm import LM
 from lminf.models import spec
-from lminf.run import request
+from lminf.run import folder, request
 from tests.models import specs
 
 
@@ -29,16 +31,21 @@ def tiny_lm() -> LM:
 
 
 @pytest.fixture
-def rows_of(random_lm, monkeypatch):
-    """`rows_of(name, field=value, …)`: what the experiment's tiny form measures of that model."""
+def rows_of(random_lm, monkeypatch, tmp_path):
+    """`rows_of(name, before, field=value, …)`: what the experiment's tiny form measures of that
+    model, in a folder that holds the rows `before`.
+    """
     monkeypatch.setattr(_models, "load", lambda *_, **__: random_lm)
     # Much is compiled and little computed.
     jax.config.update("jax_disable_most_optimizations", True)
 
-    def measure(name, **fields):
+    def measure(name, before=(), **fields):
         config = request.parse(name, [f"--config={name}:tiny"]).config
         config.update(fields)
-        return list(importlib.import_module(f"experiments.{name}").run(config, None))
+        out = folder.RunFolder(Path(tempfile.mkdtemp(dir=tmp_path)))
+        for row in before:
+            out.append_row(row)
+        return list(importlib.import_module(f"experiments.{name}").run(config, out))
 
     yield measure
     jax.config.update("jax_disable_most_optimizations", False)

@@ -16,13 +16,14 @@ COLUMNS = {
 }  # fmt: skip
 
 
+ASKED = {"lengths": (400, 700), "prompts": (2, 3), "depths": (0.0, 0.5),
+         "policies": ("full", WINDOWED)}  # fmt: skip
+
+
 @pytest.fixture
 def rows(rows_of, monkeypatch):
     monkeypatch.setattr(LM, "generate", read_by_eye)
-    return rows_of(
-        "passkey", lengths=(400, 700), prompts=(2, 3), depths=(0.0, 0.5),
-        policies=("full", WINDOWED),
-    )  # fmt: skip
+    return rows_of("passkey", **ASKED)
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,12 @@ def test_a_row_is_one_policy_length_and_depth(rows):
     assert [row["prompts_digest"] for row in rows[:4]] == [
         row["prompts_digest"] for row in rows[4:]
     ]
+
+
+def test_a_stopped_run_goes_on_with_the_cells_that_it_lacks(rows, rows_of):
+    again = rows_of("passkey", rows[:5], **ASKED)
+    assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in rows[5:]]
+    assert rows_of("passkey", rows, **ASKED) == []
 
 
 def test_a_key_is_found_where_it_is_seen(rows):

@@ -3,7 +3,7 @@
 Question   Does a policy keep a model fluent at lengths it never saw?
 Paper      LM-Infinite (Han et al. 2024, arXiv:2308.16137)
 Command    python -m experiments.length_generalization
-Time       4 minutes on two CPU cores
+Time       3 minutes on two CPU cores
 Expected   nats/token by position: past 8,192 tokens Full is more than 3 above re-reading,
            LM-Infinite near it. From 6,144 to 8,192 the text repeats what a window of 4,096 tokens
            has lost: 0.31 above

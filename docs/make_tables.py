@@ -30,8 +30,8 @@ prints the headers.
 
 Every experiment takes `--config=:tiny`, `--config.FIELD=VALUE` and `--out=DIR`, and leaves a folder
 with its configuration, environment, `rows.jsonl`, figures and `report.md`. One that is stopped, by
-Ctrl-C or SIGTERM, keeps its rows; `train_lm`, `long_context_eval`, `passkey`, `kv_cache` and sweeps go
-on when their command is given again with the same `--out`.
+Ctrl-C or SIGTERM, keeps its rows; `train_lm`, `long_context_eval`, `passkey`, `kv_cache` and sweeps
+go on when their command is given again with the same `--out`.
 """
 
 

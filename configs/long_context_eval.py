@@ -67,7 +67,7 @@ def get_config(arg: str = ""):
     if arg == "long":
         c.lengths, c.nll_length = (32_768,), 0
         c.key_value_lengths = c.key_value_prompts = ()
-        c.policies = (FORGETS[0], *LOOKS_UP)
+        c.policies = (*FORGETS, *LOOKS_UP)
     if arg == "all":
         c.lengths, c.prompts, c.policies, c.nll_length = (4096,), (3,), ALL, 0
         c.key_value_lengths = c.key_value_prompts = ()
@@ -80,7 +80,10 @@ def get_config(arg: str = ""):
             "infllm:window=2048,sinks=10,topk=16",
             "sirllm:capacity=4096,sinks=10,recent=2048,turn=512",
             "tova:capacity=4096,sinks=10,turn=512",
+            "h2o:capacity=4096,sinks=10,recent=2048,turn=512",
             "self_extend:window=4096,group=8",
+            "rerope:window=4096",
+            "leaky_rerope:window=4096,stretch=8",
             "longheads:attended=4096",
             "infinite_hip:topk=(16384,8192,2048),window=2048,sinks=10",
         )

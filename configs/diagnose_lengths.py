@@ -6,7 +6,7 @@ Command    python -m experiments.diagnose_lengths
 Time       half a minute on two CPU cores
 Expected   the mean entropy of attention jumps past 8,192 tokens under Full, to 5.5 nats at 12,288,
            and stays at 4.2 under LM-Infinite; the first token's features lie far from all others,
-           by a factor of 107 in layer 19. The largest logits do not leave their trained range:
+           by a factor of 107 in layer 19. The largest logits hardly leave their trained range:
            not all three factors of the paper show in this model
 Tiny       --config=:tiny trains a byte model at 64 tokens and looks at 512: under 2 minutes
 """

@@ -9,7 +9,7 @@ import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from lminf.run import folder, header, tables
 
@@ -105,14 +105,19 @@ NAMES = {
 WIDE = "lm_infinite:window=4096,sinks=10"
 
 
+# What the labels of links begin with.
+SHORT = {
+    "length_generalization": "lg", "long_context_eval": "lce", "long_context_eval_long": "long",
+    "decode_cost": "dc", "passkey": "pk", "vocab_law": "vl", "step_law": "sl",
+    "train_throughput": "tt",
+}  # fmt: skip
+
+
 class Rows:
     """The committed rows of one experiment, each with a link to its line."""
 
-    targets: ClassVar[dict[str, str]] = {}  # label of a link -> where it leads
-
     def __init__(self, name: str):
-        self.file = f"docs/results/{name}/rows.jsonl"
-        self.label = "".join(word[0] for word in name.split("_"))
+        self.name = name
         self.rows = folder.RunFolder(FOLDER / "results" / name).rows()
 
     def link(self, show: Callable[[Any], str], **facts: Any) -> str:
@@ -123,11 +128,9 @@ class Rows:
             if all(row.get(key) == value for key, value in facts.items())
         ]
         if len(found) != 1:
-            raise LookupError(f"{len(found)} rows of {self.file} have {facts}; one is needed")
+            raise LookupError(f"{len(found)} rows of {self.name} have {facts}; one is needed")
         line, row = found[0]
-        label, target = f"{self.label}{line}", f"{self.file}#L{line}"
-        assert self.targets.setdefault(label, target) == target
-        return f"[{show(row)}][{label}]"
+        return f"[{show(row)}][{SHORT[self.name]}{line}]"
 
 
 FORGETTING_AND_LOOKING_UP = {
@@ -142,8 +145,8 @@ def results() -> str:
     """The tables of the README."""
     laws = (
         "Vocabularies refitted to, and settings judged on, the published measurements "
-        "([which to take](docs/scaling_laws.md);\nan interval that ends at 64 or 1,000,000 ends "
-        "at a bound of the search):\n"
+        "([which to take](docs/scaling_laws.md);\nan interval that ends at 64 has draws without an "
+        "optimum, at 1,000,000 it ends at the search's bound):\n"
     )
     parts = loss_by_position(), keys_by_depth(), costs(), laws, vocabularies(), gaps(), training()
     return "\n".join(parts)
@@ -288,8 +291,12 @@ def readme() -> str:
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1].split(ROWS)[0]
-    shown = results()
-    targets = "".join(f"[{label}]: {target}\n" for label, target in Rows.targets.items())
+    shown, names = results(), {short: name for name, short in SHORT.items()}
+    labels = dict.fromkeys(re.findall(r"\]\[([a-z]+)(\d+)\]", shown))
+    targets = "".join(
+        f"[{short}{line}]: docs/results/{names[short]}/rows.jsonl#L{line}\n"
+        for short, line in labels
+    )
     return before + BEGIN + shown + END + after + ROWS + targets
 
 

@@ -116,19 +116,28 @@ def measure(
         at=asked.out,
         resume=resumes,
     )
-    started, before = time.monotonic(), len(out.rows())
+    started, before = time.monotonic(), out.rows()
+
+    def nothing_new() -> bool:
+        """The run was finished by an earlier call, whose report stays."""
+        return bool(before) and out.rows() == before and complete(out)
+
     try:
         for row in run(asked.config, out):
             out.append_row(row)
     except BaseException as failure:
-        keep_what_there_is(out, asked, failure, seconds=time.monotonic() - started, resumes=resumes)
+        if not nothing_new():
+            spent = time.monotonic() - started
+            keep_what_there_is(out, asked, failure, seconds=spent, resumes=resumes)
         raise
     seconds = time.monotonic() - started
     rows = out.rows()
     shown = table(rows) if table else rows
     figures = plots.write(out, plot(rows), asked.experiment)
-    if not (before and before == len(rows) and complete(out)):  # else it was finished before
-        spent = f" in the last of several calls, which found {before} of {len(rows)} rows there"
+    if not nothing_new():
+        spent = (
+            f" in the last of several calls, which found {len(before)} of {len(rows)} rows there"
+        )
         write_report(
             out, asked, table=shown, figures=figures, seconds=seconds, spent=spent if before else ""
         )
@@ -159,6 +168,9 @@ def keep_what_there_is(
     how = "Interrupted" if isinstance(failure, KeyboardInterrupt) else f"Failed ({failure})"
     state = f"**{how} after {len(rows)} rows: {INCOMPLETE}**"
     write_report(out, asked, table=rows, figures=[], seconds=seconds, state=state)
+    if not rows:
+        print(f"no row was measured; {out / 'report.md'} says why", file=sys.stderr)
+        return
     after = (
         f"the same command with --out={out.path} goes on from there"
         if resumes

@@ -49,8 +49,6 @@ def check(c) -> None:
             f"--config.experts.count={c.experts.count}: models with experts are neither read nor "
             f"written in others' formats; leave out init and export"
         )
-    if c.export:
-        checkpoints.must_be_new(c.export)
 
 
 @dataclass(frozen=True)

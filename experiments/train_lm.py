@@ -33,6 +33,9 @@ from lminf.train.loop import Hook, fit, refuse
 def run(c, out):
     memory.keep_pages()
     _training.check(c)
+    ended = finished(c, out)
+    if c.export and not ended:
+        checkpoints.must_be_new(c.export)
     start = _training.start_of(c)
     program = _training.program_of(c, start.spec)
     place = {"mesh": program.mesh, "strategy": program.strategy}
@@ -46,11 +49,13 @@ def run(c, out):
         last=c.checkpoint.last,
         facts={"config": c.to_json(), "source": environment.commit()},
     )
-    say = Speaker()
-    with store, Stopping().listening() as stopping:
+    say, stopping = Speaker(), Stopping()
+    # Several processes must stop after the same step, which JAX settles: signals are left to it.
+    alone = jax.process_count() == 1
+    with store, stopping.listening() if alone else contextlib.nullcontext():
         state = begin(program, start, store, say, seed=c.seed)
         done = int(state.step)
-        if done >= c.steps and finished(c, out.rows()):
+        if ended and done >= c.steps:
             return
         if leads():
             out.keep_until(done)
@@ -74,18 +79,20 @@ def run(c, out):
                     stop=partial(asked_to_stop, stopping),
                 )
                 done = int(state.step)
-                if stopping.signal is not None or done < until:
+                if done < until:
                     save(store, watch, done, state)
+                else:  # whoever asks to stop now still gets the loss that is due
+                    with watch.split.part("eval"):
+                        found = meter(state)
+                    watch.show(done, {f"held_out_{name}": x for name, x in found.means.items()})
+                    yield {"part": "loss", "step": done, "tokens": done * watch.tokens_per_step,
+                           "train_loss": watch.smoothed, **found.means,
+                           **watch.split.seconds()}  # fmt: skip
+                    save(store, watch, done, state, loss=found.means["loss"])
+                if done < until or asked_to_stop(stopping, done):
                     store.wait()
                     say(f"saved step {done}; the same command goes on from there")
-                    raise KeyboardInterrupt
-                with watch.split.part("eval"):
-                    found = meter(state)
-                watch.show(done, {f"held_out_{name}": x for name, x in found.means.items()})
-                yield {"part": "loss", "step": done, "tokens": done * watch.tokens_per_step,
-                       "train_loss": watch.smoothed, **found.means,
-                       **watch.split.seconds()}  # fmt: skip
-                save(store, watch, done, state, loss=found.means["loss"])
+                    raise stopping.ending()
         with watch.split.part("eval"):
             found = meter(state)
         for first, last, nll in found.by_position:
@@ -101,13 +108,24 @@ def run(c, out):
 
 
 AT_THE_END = ("position", "sample")  # parts that are measured once all steps are done
+EIGHTHS = 8  # of the window, whose losses are told apart
 
 
-def finished(c, rows) -> bool:
-    """Whether an earlier call of the command did all that this one would."""
-    parts = {row["part"] for row in rows}
-    wanted = AT_THE_END if c.evaluate.sample else AT_THE_END[:1]
-    return parts.issuperset(wanted) and (not c.export or Path(c.export).exists())
+def finished(c, out) -> bool:
+    """Whether an earlier call of the command did all that this one would; the process that has the
+    rows tells the others.
+    """
+    at_end = [row["part"] for row in out.rows() if row["step"] == c.steps] if leads() else []
+    found = (
+        at_end.count("position") == min(EIGHTHS, c.data.length)
+        and (not c.evaluate.sample or "sample" in at_end)
+        and (not c.export or Path(c.export).exists())
+    )
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        found = bool(multihost_utils.broadcast_one_to_all(np.asarray(found)))
+    return found
 
 
 def begin(program, start, store, say, *, seed):
@@ -246,7 +264,7 @@ class Found:
     def by_position(self):
         """(first, one past the last, nats per token) over eighths of the window."""
         length = self.nll.shape[1]
-        edges = [length * i // 8 for i in range(9)]
+        edges = [length * i // EIGHTHS for i in range(EIGHTHS + 1)]
         for first, last in itertools.pairwise(edges):
             if last > first:
                 yield first, last, float(self.nll[:, first:last].mean(dtype=np.float64))

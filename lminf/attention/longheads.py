@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from lminf.attention import cache as caches
-from lminf.attention import policies, rope, select
+from lminf.attention import dense, policies, rope, select
 from lminf.attention.policies import at_least
 from lminf.errors import InputError
 
@@ -159,7 +159,7 @@ class LongHeads(select.Choosing):
             return new_top, total * shrink + weights.sum(-1), out
 
         start = (
-            jnp.full(shape, select.MASKED / 2, jnp.float32),
+            jnp.full(shape, dense.MASKED / 2, jnp.float32),
             jnp.zeros(shape, jnp.float32),
             jnp.zeros((*shape, q.shape[3]), jnp.float32),
         )

@@ -17,7 +17,6 @@ from lminf.attention import cache as caches
 from lminf.attention import dense, rope
 from lminf.attention.policies import ByContent
 
-MASKED = -1e30  # finite: a row with nothing to see must not become NaN
 TILE = 128  # queries whose weights exist at a time
 
 
@@ -220,16 +219,16 @@ def scores_of(
     k: Float[Array, "B C K H"],
     seen: Bool[Array, " B #K #G R C"],
 ) -> Float[Array, "B K G R C"]:
-    """Scaled and capped scores of placed queries and keys, MASKED where not seen."""
+    """Scaled and capped scores of placed queries and keys, dense.MASKED where not seen."""
     scores = dense.dot(q * jnp.asarray(scoring.scale, q.dtype), k)
     if scoring.soft_cap is not None:
         scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
-    return jnp.where(seen, scores, MASKED)
+    return jnp.where(seen, scores, dense.MASKED)
 
 
 def softmax(scores: Float[Array, "B K G R C"]) -> Float[Array, "B K G R C"]:
     """Weights, float32; all zero for a query that sees nothing."""
-    top = jnp.maximum(scores.max(-1, keepdims=True), MASKED / 2)
+    top = jnp.maximum(scores.max(-1, keepdims=True), dense.MASKED / 2)
     weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
     return weights / jnp.where(total == 0, 1.0, total)

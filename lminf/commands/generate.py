@@ -26,13 +26,13 @@ def run(args: argparse.Namespace) -> None:
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     if args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens={args.max_new_tokens}: give at least 1")
-    lm = _model.load(args)
     if args.chat:
-        converse(lm, args, sampling)
+        converse(_model.load(args), args, sampling)
         return
     prompt = sys.stdin.read() if args.prompt is None else args.prompt
     if not prompt:
         raise InputError("the prompt is empty; write it behind the model's name, or pipe it in")
+    lm = _model.load(args)
     for _, piece in lm.stream(
         [prompt], max_new_tokens=args.max_new_tokens, sampling=sampling, stop=args.stop,
         seed=args.seed,

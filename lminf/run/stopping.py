@@ -4,6 +4,8 @@ import contextlib
 import signal
 from collections.abc import Iterator
 
+from lminf.run.exits import Terminated
+
 
 class Stopping:
     """Whether a signal has come."""
@@ -11,19 +13,23 @@ class Stopping:
     def __init__(self):
         self.signal: signal.Signals | None = None
 
-    def _notice(self, number, frame) -> None:
-        del frame
-        self.signal = signal.Signals(number)
-        signal.signal(number, signal.default_int_handler)  # who asks twice does not want to wait
-
     @contextlib.contextmanager
-    def listening(self) -> Iterator["Stopping"]:
-        before = {
-            number: signal.signal(number, self._notice)
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
+    def listening(self) -> Iterator[None]:
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def notice(number, frame):
+            del frame
+            self.signal = signal.Signals(number)
+            signal.signal(number, before[number])  # who asks twice does not want to wait
+
+        for number in before:
+            signal.signal(number, notice)
         try:
-            yield self
+            yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def ending(self) -> KeyboardInterrupt:
+        """What to raise once all is saved; without a signal here, another process had SIGTERM."""
+        return KeyboardInterrupt() if self.signal == signal.SIGINT else Terminated()

@@ -74,7 +74,7 @@ class _Fitting:
                 # Folded, not cut: two names that begin alike must stay two names. Values are not
                 # folded for the sake of long heads.
                 side = "right" if _numeric(self.rows, name) else "left"
-                least = min(self.width_of(name), options.max_width // 2) - 3
+                least = min(self.width_of(name), (options.max_width - 1) // 2) - 3
                 table.add_column(name, justify=side, overflow="fold", min_width=least)
             for row in self.rows:
                 table.add_row(*(cell(row.get(name), self.digits) for name in names))
@@ -83,7 +83,7 @@ class _Fitting:
     def groups(self, width: int) -> list[list[str]]:
         """Names of the columns that stand side by side in so many characters."""
         first, *others = column_names(self.rows) or [""]
-        start = min(self.width_of(first), width // 2) + 1  # the line at the end
+        start = min(self.width_of(first), (width - 1) // 2) + 1  # the line at the end
         groups, used = [[first]], start
         for name in others:
             # One that no width is enough for shares its line with the first alone, and is folded.

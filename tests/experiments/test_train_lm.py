@@ -114,10 +114,27 @@ def test_sigterm_saves_and_a_second_run_is_kept_out(tmp_path):
     assert f"is in use by process {process.pid} on {socket.gethostname()}" in other.stderr
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
-    assert process.returncode == 130, said
+    assert process.returncode == 143, said
     assert "the same command goes on from there" in said
     saved = [entry.name for entry in folders(out / "checkpoints")]
     assert int(saved[0]) == max(losses(out))
+
+
+def two_processes(out, *changes):
+    """Both started, of four devices each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [
+        subprocess.Popen(
+            command(
+                out, *changes, "--config.processes.count=2", f"--config.processes.index={index}",
+                f"--config.processes.coordinator=localhost:{port}",
+            ),
+            env=environment(4), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -128,26 +145,27 @@ def test_two_processes_of_four_devices_are_one_of_eight(tmp_path):
         "--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.evaluate.sample=4",
     )  # fmt: skip
     finish(tmp_path / "one", *changes, devices=8)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    both = [
-        subprocess.Popen(
-            command(
-                tmp_path / "two", *changes, "--config.processes.count=2",
-                f"--config.processes.index={index}",
-                f"--config.processes.coordinator=localhost:{port}",
-            ),
-            env=environment(4), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for index in range(2)
-    ]  # fmt: skip
-    for process in both:
+    for process in two_processes(tmp_path / "two", *changes):
         _, said = process.communicate(timeout=600)
         assert process.returncode == 0, said
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert sorted(one) == sorted(two) == list(range(1, 7))
     assert max(abs(one[step] - two[step]) for step in one) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path):
+    both = two_processes(tmp_path / "run", "--config.steps=100000", "--config.strategy=zero3",
+                         "--config.mesh.data=1", "--config.mesh.fsdp=8",
+                         "--config.evaluate.every=100000",
+                         "--config.checkpoint.every=100000")  # fmt: skip
+    wait_for(both[0], lambda: (tmp_path / "run" / "metrics.jsonl").exists())
+    both[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [143, 143], said
+    assert "the same command goes on from there" in said[0]
+    saved = [entry.name for entry in folders(tmp_path / "run" / "checkpoints")]
+    assert int(saved[0]) == max(losses(tmp_path / "run"))
 
 
 @pytest.mark.slow
@@ -188,6 +206,9 @@ def test_a_model_is_trained_further_and_written_back(lora, small_model, tmp_path
     config = request.parse("train_lm", [*SMALL, *changes]).config
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         rows = list(train_lm.run(config, out))
+        for row in rows:
+            out.append_row(row)
+        assert list(train_lm.run(config, out)) == []  # all is done, and the export is there
     found = [row["loss"] for row in rows if row["part"] == "loss"]
     written, before = checkpoints.load(tmp_path / "new"), checkpoints.load(small_model)
     assert written.spec == before.spec
@@ -309,4 +330,4 @@ def test_settings_that_would_fail_later_are_refused_at_once(change, message, tmp
     mixture = ["--config.experts.count=2"] if "experts" in message else []
     asked = request.parse("train_lm", ["--config=train_lm:tiny", *mixture, f"--config.{change}"])
     with pytest.raises(InputError, match=message):
-        next(train_lm.run(asked.config, tmp_path))
+        next(train_lm.run(asked.config, folder.RunFolder(tmp_path)))

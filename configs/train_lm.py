@@ -3,7 +3,8 @@
 Question   What loss does a model of this shape reach on this text, and how fast?
 Command    python -m experiments.train_lm
 Time       about 15 minutes on two CPU cores
-Expected   the default byte model: under 1.6 bits per byte on held-out Python documentation
+Expected   the default byte model: 1.4 bits per byte on held-out Python documentation, and from
+           step 750 on it learns the rest by heart
 Tiny       --config=:tiny trains 4 layers on 64 bytes of context: under a minute; 2.0 bits per
            byte
 Sizes      --config=:125m, :1b, :7b on tokens of a fetched model's tokenizer

@@ -16,7 +16,7 @@ All        --config=:all asks ten ways to read at 4,096 tokens with 1,034 attend
            half a window away, 4 of 24, TOVA 7, H2O and InfiniteHiP none; half an hour
 Loss       --config=:loss reads 32,768 tokens under policies that go past the trained length, with
            about 4,106 attended to where a policy chooses: past 8,192 tokens all are on average at
-           most 0.02 nats above re-reading, and LongHeads alone is 0.1 above it in some block; 40
+           most 0.02 nats above re-reading, and LongHeads alone is 0.1 above it in some block; 50
            minutes
 Tiny       --config=:tiny trains a byte model at 64 tokens, which answers nothing: under 2 minutes
 """

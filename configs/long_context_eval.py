@@ -9,8 +9,8 @@ Time       about an hour on two CPU cores: nearly all of it reads the long promp
 Expected   InfLLM and reading in segments find every key in 16,384 tokens; LM-Infinite and
            StreamingLLM none that has left their window; its top-k, placed 8 tokens away, 11 of 18.
            Nobody finds values by their keys in 4,096 tokens, which is beyond this model
-Long       --config=:long asks at 32,768 tokens: InfLLM finds 20 of 20, top-k 7 of 18 and
-           LM-Infinite none outside its window; an hour
+Long       --config=:long asks at 32,768 tokens: InfLLM finds 20 of 20, top-k 7 of 18, LM-Infinite
+           and StreamingLLM none outside their windows; an hour
 All        --config=:all asks ten ways to read at 4,096 tokens with 1,034 attended to. SirLLM,
            top-k, InfLLM and segments find all outside their windows; top-k placed as in the paper,
            half a window away, 4 of 24, TOVA 7, H2O and InfiniteHiP none; half an hour

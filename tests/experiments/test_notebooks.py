@@ -1,14 +1,20 @@
 """The notebooks: short, stripped, one first cell for all; each runs from its top in tiny form."""
 
+import base64
+import io
 import os
 import subprocess
 import sys
 
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 
 from lminf import checkpoints
+from lminf.run import plots
 from lminf.run.header import ROOT
+from notebooks import execute
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMALL = 200_000  # bytes, outputs and figures included
@@ -64,6 +70,22 @@ def test_a_notebook_keeps_results_and_no_traces_of_the_machine(path):
 def test_all_install_in_the_same_way():
     firsts = [code_of(path)[0].split("TINY =")[0].strip() for path in NOTEBOOKS]
     assert len(set(firsts)) == 1
+
+
+def test_the_lines_of_a_kept_figure_can_be_told_apart():
+    """Thin lines beside a map of many colours, which would crowd them out of a small palette."""
+    i, j = np.indices((256, 256))
+    drawn = np.stack([i, j, (i + j) // 2], -1).astype(np.uint8)
+    named = [tuple(bytes.fromhex(colour[1:])) for colour in plots.PALETTE]
+    for index, colour in enumerate(named):
+        drawn[10 * index, :60] = colour
+    packed = io.BytesIO()
+    Image.fromarray(drawn).save(packed, format="png")
+    kept = execute.smaller(base64.b64encode(packed.getvalue()).decode())
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(kept))).convert("RGB"), int)
+    for index in range(len(named)):
+        away = np.abs(np.array(named) - shown[10 * index, 5]).sum(1)
+        assert away.argmin() == index
 
 
 @pytest.fixture(scope="session")

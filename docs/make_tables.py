@@ -133,6 +133,11 @@ class Rows:
         return f"[{show(row)}][{SHORT[self.name]}{line}]"
 
 
+def joined(lines: list[list[str]]) -> str:
+    """Cells as the lines of a Markdown table."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 FORGETTING_AND_LOOKING_UP = {
     "lm_infinite:window=2048,sinks=10": "LM-Infinite",
     "streaming:window=2048,sinks=10": "StreamingLLM",
@@ -164,7 +169,7 @@ def loss_by_position() -> str:
         ]
         took = rows.link(lambda row: f"{row['seconds']:.0f}", policy=policy, start=0)
         lines.append([name, *cells, took])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return joined(lines)
 
 
 def keys_by_depth() -> str:
@@ -187,7 +192,7 @@ def keys_by_depth() -> str:
                 for depth in depths
             ]  # fmt: skip
             lines.append([f"{length:,} tokens, {name}", *cells])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return joined(lines)
 
 
 def costs() -> str:
@@ -222,7 +227,7 @@ def costs() -> str:
         ["in 8,000", keys("full", 8000), keys(WIDE, 8000)],
         ["in 10,000", keys("full", 10_000), keys(WIDE, 10_000)],
     ]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return joined(lines)
 
 
 APPROACHES = {
@@ -250,7 +255,7 @@ def vocabularies() -> str:
             for n_nv in sizes.values()
         ]  # fmt: skip
         lines.append([name, *cells])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return joined(lines)
 
 
 LAWS = {"step": "step law", "microsoft": "Microsoft", "porian": "Porian et al.",
@@ -266,7 +271,7 @@ def gaps() -> str:
         ["---", *["---:"] * len(LAWS)],
         ["loss above the best of 14 grids (per mille)", *cells],
     ]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return joined(lines)
 
 
 def training() -> str:

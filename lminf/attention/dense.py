@@ -93,7 +93,7 @@ def logits(
     """What the reference's softmax is taken of, -inf for what is not seen: for looking at."""
     length = length_read(scoring, q_pos, None)
     slopes = scoring.slopes(q.shape[2])
-    scores = _capped(scoring, _policy_scores(policy, scoring, slopes, q, k, q_pos, k_pos, length))
+    scores = capped(scoring, _policy_scores(policy, scoring, slopes, q, k, q_pos, k_pos, length))
     to, at = q_pos[:, :, None], k_pos[:, None, :]
     seen = policy.visible(to, at) & (at >= 0) & (to >= 0)
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
@@ -215,14 +215,15 @@ def softmax(
     scoring: Scoring, scores: Float[Array, "B K G T S"], seen: Bool[Array, " B #K #G T S"]
 ) -> Float[Array, "B K G T S"]:
     """Weights of the values, float32; all zero for a query that sees nothing."""
-    scores = jnp.where(seen, _capped(scoring, scores), MASKED)
+    scores = jnp.where(seen, capped(scoring, scores), MASKED)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     weights = jnp.where(seen, weights, 0.0)
     total = weights.sum(-1, keepdims=True)
     return weights / jnp.where(total == 0, 1.0, total)
 
 
-def _capped(scoring, scores: Float[Array, "..."]) -> Float[Array, "..."]:
+def capped(scoring: Scoring, scores: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Scores under the model's soft cap, where it has one."""
     if scoring.soft_cap is None:
         return scores
     return scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)

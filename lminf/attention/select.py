@@ -221,9 +221,7 @@ def scores_of(
 ) -> Float[Array, "B K G R C"]:
     """Scaled and capped scores of placed queries and keys, dense.MASKED where not seen."""
     scores = dense.dot(q * jnp.asarray(scoring.scale, q.dtype), k)
-    if scoring.soft_cap is not None:
-        scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
-    return jnp.where(seen, scores, dense.MASKED)
+    return jnp.where(seen, dense.capped(scoring, scores), dense.MASKED)
 
 
 def softmax(scores: Float[Array, "B K G R C"]) -> Float[Array, "B K G R C"]:

@@ -67,7 +67,7 @@ class Copies:
                     lambda *leaves: np.stack(leaves), *[_stacked(of_seeds) for of_seeds in batches]
                 )
                 if losses:
-                    losses[-1].block_until_ready()  # one call ahead, and not all of them
+                    losses[-1].block_until_ready()  # meanwhile the next batches were made
                     progress(done)
                 state, loss = self._some(state, stacked)
                 losses.append(loss)

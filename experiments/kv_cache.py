@@ -119,7 +119,7 @@ def quality(c, lm, ids, samples):
         "passkey_length": c.passkey_length,
         "passkeys": len(samples),
         "correct": found,
-        "accuracy": rate.rate,
+        "accuracy": rate.mean,
         "low": rate.low,
         "high": rate.high,
         **held_bytes(lm, c.prompt),

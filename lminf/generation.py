@@ -137,19 +137,34 @@ def next_logits(
     lm: Any, prompts: Sequence[Int[np.ndarray, " _"]], *, last: int = 1
 ) -> Float32[np.ndarray, "B last V"]:
     """Logits of what follows each of the `last` tokens of every prompt. `lm` is an lminf.LM."""
-    chunks = list(pieces(lm, prompts))
-    caches = empty_caches(lm, rows=len(prompts), longest=max(map(len, prompts)), room=0)
-    if not 1 <= last <= min(len(prompt) for prompt in prompts):
+    if not 1 <= last <= min((len(prompt) for prompt in prompts), default=1):
         raise InputError(
             f"last={last}: give at least 1, and no more than the shortest prompt has tokens"
         )
     states = np.zeros((len(prompts), last, lm.spec.width), np.float32)
+    for hidden, positions in _hidden_states(lm, prompts):
+        for row, position in enumerate(positions):
+            states[row] = np.concatenate([states[row], hidden[row][position >= 0]])[-last:]
+    return np.asarray(_logits(lm.spec, lm.params, jnp.asarray(states, lm.dtype)))
+
+
+def mean_hidden(lm: Any, prompts: Sequence[Int[np.ndarray, " _"]]) -> Float32[np.ndarray, "B D"]:
+    """The mean over every prompt's tokens of the final hidden states. `lm` is an lminf.LM."""
+    total = np.zeros((len(prompts), lm.spec.width), np.float64)
+    for hidden, positions in _hidden_states(lm, prompts):
+        total += np.where((positions >= 0)[..., None], hidden, 0).sum(1, dtype=np.float64)
+    return (total / [[len(prompt)] for prompt in prompts]).astype(np.float32)
+
+
+def _hidden_states(
+    lm: Any, prompts: Sequence[Int[np.ndarray, " _"]]
+) -> Iterator[tuple[Float32[np.ndarray, "B C D"], Int[np.ndarray, "B C"]]]:
+    """Final hidden states of one chunk after another, and the positions (below 0: padding)."""
+    chunks = list(pieces(lm, prompts))
+    caches = empty_caches(lm, rows=len(prompts), longest=max(map(len, prompts)), room=0)
     for tokens, positions in chunks:
         hidden, caches = _read(lm.decoder, lm.params, tokens, positions, caches)
-        read = np.asarray(hidden, np.float32)
-        for row, at in enumerate(positions):
-            states[row] = np.concatenate([states[row], read[row][at >= 0]])[-last:]
-    return np.asarray(_logits(lm.spec, lm.params, jnp.asarray(states, lm.dtype)))
+        yield np.asarray(hidden, np.float32), positions
 
 
 def pieces(lm: Any, prompts) -> Iterator[tuple[Int[np.ndarray, "B C"], Int[np.ndarray, "B C"]]]:

@@ -23,7 +23,16 @@ from jaxtyping import Float32, Int
 from lminf.attention import policies, rope
 from lminf.attention.policies import FULL, AnyPolicy
 from lminf.errors import InputError
-from lminf.generation import GREEDY, Sampling, TextStream, generate_tokens, next_logits, settle
+from lminf.generation import (
+    GREEDY,
+    Sampling,
+    TextStream,
+    generate_tokens,
+    mean_hidden,
+    next_logits,
+    settle,
+)
+from lminf.language_model import Score
 from lminf.losses import xent
 from lminf.models import cost, decoder
 from lminf.models.spec import ModelSpec
@@ -278,6 +287,43 @@ class LM:
     ) -> Float32[np.ndarray, "B last V"]:
         """Logits of what follows each of the `last` tokens of every prompt (text or token ids)."""
         return next_logits(self, self.encode_prompts(prompts), last=last)
+
+    def count_tokens(self, text: str) -> int:
+        """The tokens that the text is read as, BOS included."""
+        return len(self.encode(text)[0])
+
+    def next(self, prompts: Sequence[str | np.ndarray]) -> Float32[np.ndarray, "B V"]:
+        """Log-probabilities of the next token after each prompt, nats."""
+        return np.asarray(jax.nn.log_softmax(self.logits(prompts)[:, 0], axis=-1))
+
+    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[Score]:
+        """The probability of each continuation after its prompt.
+
+        Prompt and continuation are tokenised together and divided where the prompt's own tokens
+        end; spaces at the end of a prompt belong to the continuation.
+        """
+        scores = []
+        for prompt, continuation in zip(prompts, continuations, strict=True):
+            if not continuation:
+                raise InputError("a continuation is empty; give at least one character")
+            context = prompt.rstrip()
+            tokens = self.encode(prompt + continuation)[0]
+            start = len(self.encode(context)[0]) if context else int(self.tokenizer.add_bos)
+            if not 0 < start < len(tokens):
+                raise InputError(
+                    f"the prompt {prompt!r} leaves no token of {len(tokens)} before the "
+                    f"continuation or none of it; give a prompt of at least one token"
+                )
+            last = len(tokens) - start
+            log_probs = jax.nn.log_softmax(self.logits([tokens[:-1]], last=last)[0], axis=-1)
+            own = np.asarray(log_probs[np.arange(last), tokens[start:]], np.float64)
+            greedy = bool((np.asarray(log_probs.argmax(-1)) == tokens[start:]).all())
+            scores.append(Score(float(own.sum()), last, greedy))
+        return scores
+
+    def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "B D"]:
+        """One vector a text: the mean of the final hidden states of its tokens."""
+        return mean_hidden(self, self.encode_prompts(texts))
 
     def generate(
         self,

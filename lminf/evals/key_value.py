@@ -5,13 +5,15 @@ surroundings: only the key says which line is meant. Source of the task: Liu et 
 arXiv:2307.03172, whose pairs are random identifiers in JSON; ours are five digits in a sentence.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lminf.errors import InputError
-from lminf.evals import score
 from lminf.evals.passkey import Encode
+from lminf.evals.score import Interval, first_integer, success_rate
+from lminf.evals.task import Budget
 
 TASK = "Below is a list of keys and their values. Remember them."
 LINE = "The value of key {key} is {value}."
@@ -29,15 +31,43 @@ class Sample:
 
     def correct(self, completion: str) -> bool:
         """Whether the first integer in the completion is the value."""
-        return score.first_integer(completion) == self.value
+        return first_integer(completion) == self.value
 
 
-def draw(encode: Encode, *, length: int, count: int, seed: int, depth: float) -> list[Sample]:
+def draw(
+    encode: Encode, *, length: int, count: int, seed: int | Sequence[int], depth: float
+) -> list[Sample]:
     """`count` prompts of at most `length` tokens, the same for the same seed."""
     if not 0 <= depth <= 1:
         raise InputError(f"depth={depth} of the line asked for; give 0 (the first) to 1 (the last)")
     random = np.random.default_rng(seed)
     return [_sample(encode, random, length, depth) for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class KeyValue:
+    """Key-value retrieval as a task of lminf.evals.runner."""
+
+    depth: float  # share of the lines before the one asked for
+
+    name = "key_value"
+    max_new_tokens = ANSWER_TOKENS
+    stop = ()
+
+    def instances(self, budget: Budget, *, count: int, key: Sequence[int]) -> list[Sample]:
+        return draw(budget.encode, length=budget.size, count=count, seed=key, depth=self.depth)
+
+    def prompt(self, instance: Sample) -> str:
+        return instance.prompt
+
+    def parse(self, completion: str) -> int | None:
+        return first_integer(completion)
+
+    def score(self, answer: int | None, instance: Sample) -> float:
+        return float(answer == instance.value)
+
+    def aggregate(self, scores: Sequence[float]) -> Interval:
+        return success_rate(round(sum(scores)), len(scores))
 
 
 def _sample(encode: Encode, random: np.random.Generator, length: int, depth: float) -> Sample:

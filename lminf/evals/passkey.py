@@ -21,7 +21,8 @@ from typing import Literal
 import numpy as np
 
 from lminf.errors import InputError
-from lminf.evals import score
+from lminf.evals.score import Interval, first_integer, success_rate
+from lminf.evals.task import Budget
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them."
@@ -46,7 +47,7 @@ class Sample:
 
     def correct(self, completion: str) -> bool:
         """Whether the first integer in the completion is the key."""
-        return score.first_integer(completion) == self.key
+        return first_integer(completion) == self.key
 
 
 def draw(
@@ -121,6 +122,36 @@ def landmark(encode: Encode, *, length: int, key: int, depth: float) -> Sample:
         tokens=tokens,
         key_at=len(encode("\n".join(before))),
     )
+
+
+@dataclass(frozen=True)
+class Passkey:
+    """Passkey retrieval as a task of lminf.evals.runner."""
+
+    generator: Generator = "landmark"
+    depth: float | None = None  # share of the filler before the key; None: drawn for each instance
+
+    name = "passkey"
+    max_new_tokens = ANSWER_TOKENS
+    stop = ()
+
+    def instances(self, budget: Budget, *, count: int, key: Sequence[int]) -> list[Sample]:
+        return draw(
+            self.generator, budget.encode, length=budget.size, count=count, seed=key,
+            depth=self.depth,
+        )  # fmt: skip
+
+    def prompt(self, instance: Sample) -> str:
+        return instance.prompt
+
+    def parse(self, completion: str) -> int | None:
+        return first_integer(completion)
+
+    def score(self, answer: int | None, instance: Sample) -> float:
+        return float(answer == instance.key)
+
+    def aggregate(self, scores: Sequence[float]) -> Interval:
+        return success_rate(round(sum(scores)), len(scores))
 
 
 class _FillerByTokens:

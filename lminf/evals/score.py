@@ -2,7 +2,10 @@
 
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 
 def first_integer(completion: str) -> int | None:
@@ -11,15 +14,15 @@ def first_integer(completion: str) -> int | None:
     return int(found.group()) if found else None
 
 
-class Rate(NamedTuple):
-    """A share of successes with its Wilson interval, all in [0, 1]."""
+class Interval(NamedTuple):
+    """The mean of some scores and its 95 % interval, all in [0, 1]."""
 
-    rate: float
+    mean: float
     low: float
     high: float
 
 
-def success_rate(successes: int, trials: int, *, z: float = 1.959964) -> Rate:
+def success_rate(successes: int, trials: int, *, z: float = 1.959964) -> Interval:
     """Share of successes and the Wilson score interval; z = 1.96 makes it a 95 % one.
 
     Unlike rate +- z * standard error, the interval stays within [0, 1] and does not shrink to a
@@ -31,4 +34,19 @@ def success_rate(successes: int, trials: int, *, z: float = 1.959964) -> Rate:
     centre = (rate + z * z / (2 * trials)) / (1 + z * z / trials)
     spread = z * math.sqrt(rate * (1 - rate) / trials + (z / (2 * trials)) ** 2)
     spread /= 1 + z * z / trials
-    return Rate(rate, max(0.0, centre - spread), min(1.0, centre + spread))
+    return Interval(rate, max(0.0, centre - spread), min(1.0, centre + spread))
+
+
+def mean_score(scores: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Interval:
+    """Mean of scores in [0, 1] with its 95 % bootstrap interval (percentiles of resampled means).
+
+    One score has no spread to resample: its interval is all of [0, 1].
+    """
+    values = np.asarray(scores, np.float64)
+    if not len(values):
+        raise ValueError("no scores to average")
+    if len(values) == 1:
+        return Interval(float(values[0]), 0.0, 1.0)
+    drawn = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
+    low, high = np.percentile(values[drawn].mean(1), [2.5, 97.5])
+    return Interval(float(values.mean()), float(low), float(high))

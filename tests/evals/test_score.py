@@ -11,10 +11,10 @@ def test_the_interval_equals_scipys(trials, data):
     successes = data.draw(st.integers(0, trials))
     ours = score.success_rate(successes, trials)
     theirs = stats.binomtest(successes, trials).proportion_ci(0.95, method="wilson")
-    assert ours.rate == successes / trials
+    assert ours.mean == successes / trials
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-6)
-    assert 0 <= ours.low <= ours.rate + 1e-12
-    assert ours.rate <= ours.high + 1e-12 <= 1 + 1e-11
+    assert 0 <= ours.low <= ours.mean + 1e-12
+    assert ours.mean <= ours.high + 1e-12 <= 1 + 1e-11
 
 
 def test_no_trials_are_no_rate():

@@ -1,0 +1,70 @@
+"""What a benchmark task answers, and the budget its prompts must fit.
+
+A task is a frozen dataclass whose fields are its coordinates: `Passkey(depth=0.1)` and
+`Passkey(depth=0.9)` are two cells of one table. lminf.evals.runner asks a LanguageModel and writes
+the rows; a task never sees the model.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from lminf.errors import InputError
+from lminf.evals.score import Interval
+
+InstanceT = TypeVar("InstanceT")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most that a prompt may hold, in tokens of a named tokenizer or in characters."""
+
+    size: int
+    encode: Callable[[str], Sequence[Any]]  # text -> its units, as the model reads them
+    unit: str  # "tokens of smollm2-135m-instruct", "characters"
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise InputError(
+                f"a budget of {self.size} {self.unit} holds no prompt; give at least 1"
+            )
+
+    @classmethod
+    def characters(cls, size: int) -> "Budget":
+        """A budget that needs no tokenizer."""
+        return cls(size, str, "characters")
+
+    def count(self, text: str) -> int:
+        """The units that the text takes."""
+        return len(self.encode(text))
+
+
+class Task(Protocol[InstanceT]):
+    """One kind of question. Deterministic: the same budget and key give the same instances."""
+
+    name: str  # as rows call it
+    max_new_tokens: int  # of an answer
+    stop: Sequence[str]  # texts that end an answer
+
+    def instances(self, budget: Budget, *, count: int, key: Sequence[int]) -> Sequence[InstanceT]:
+        """`count` instances whose prompts fit the budget. More of them begin with the same ones.
+
+        `key` seeds a numpy generator; the runner gives every cell a key of its own.
+        """
+        ...
+
+    def prompt(self, instance: InstanceT) -> str:
+        """What the model reads. It is never cut: a task whose prompts do not fit refuses."""
+        ...
+
+    def parse(self, completion: str) -> Any:
+        """The answer in what the model wrote; None if there is none."""
+        ...
+
+    def score(self, answer: Any, instance: InstanceT) -> float:
+        """How good an answer is, in [0, 1]."""
+        ...
+
+    def aggregate(self, scores: Sequence[float]) -> Interval:
+        """The mean of the scores of a cell with its 95 % interval."""
+        ...

@@ -1,0 +1,44 @@
+"""What evaluations, programs and ensembles ask of a language model, whatever it is made of."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Float32
+
+
+class Score(NamedTuple):
+    """How well a continuation follows its prompt."""
+
+    log_prob: float  # nats, of all its tokens together
+    tokens: int
+    greedy: bool  # whether every token is the most likely one
+
+
+class LanguageModel(Protocol):
+    """Four verbs on lists of texts; each list is one batch, answered in its order.
+
+    Raises InputError for what the model cannot take: an empty prompt, one that is too long.
+    """
+
+    def count_tokens(self, text: str) -> int:
+        """The tokens that the model reads the text as, special ones included."""
+        ...
+
+    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[Score]:
+        """The probability of each continuation after its prompt."""
+        ...
+
+    def next(self, prompts: Sequence[str]) -> Float32[np.ndarray, "B V"]:
+        """Log-probabilities of the next token, nats."""
+        ...
+
+    def generate(
+        self, prompts: Sequence[str], *, max_new_tokens: int, stop: Sequence[str] = ()
+    ) -> list[str]:
+        """The most likely text after each prompt, token by token, without the prompt."""
+        ...
+
+    def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "B D"]:
+        """One vector a text: the mean of the final hidden states of its tokens."""
+        ...

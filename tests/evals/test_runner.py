@@ -1,0 +1,134 @@
+"""The runner on scripted models: independent cells, no answer lost or asked twice, intervals."""
+
+import dataclasses
+import re
+
+import pytest
+
+from lminf.errors import InputError
+from lminf.evals import runner, score
+from lminf.evals.key_value import KeyValue
+from lminf.evals.passkey import Passkey
+from lminf.evals.runner import Cell
+from lminf.evals.task import Budget
+from lminf.scripted import Scripted
+
+CELLS = [
+    Cell(Passkey(depth=0.1), 800, 4),
+    Cell(Passkey(depth=0.9), 800, 4),
+    Cell(KeyValue(depth=0.5), 800, 4),
+]
+
+
+def oracle(prompt: str) -> str:
+    """The right answer to either task, found by reading the prompt."""
+    if asked := re.search(r"What is the value of key (\d+)", prompt):
+        found = re.search(rf"The value of key {asked[1]} is (\d+)\.", prompt)
+    else:
+        found = re.search(r"The pass key is (\d+)\.", prompt)
+    assert found
+    return f" {found[1]}."
+
+
+@dataclasses.dataclass
+class Counting:
+    """A scripted model that keeps the prompts it was asked; it stops after `limit` of them."""
+
+    answer: object = oracle
+    limit: int | None = None
+    asked: list[str] = dataclasses.field(default_factory=list)
+
+    def generate(self, prompts, *, max_new_tokens, stop=()):
+        if self.limit is not None and len(self.asked) + len(prompts) > self.limit:
+            raise KeyboardInterrupt
+        self.asked += prompts
+        return Scripted(self.answer).generate(prompts, max_new_tokens=max_new_tokens, stop=stop)
+
+
+def measure(models, **options):
+    asked = {"cells": CELLS, "budget": Budget.characters, "seed": 0} | options
+    return list(runner.measure(models, **asked))
+
+
+def test_an_oracle_scores_one_and_a_wrong_model_zero():
+    rows = measure({"oracle": Scripted(oracle), "wrong": Scripted(lambda prompt: " 1.")})
+    assert len(rows) == 2 * len(CELLS)
+    for row in rows:
+        assert row["score"] == (row["model"] == "oracle")
+        assert row["instances"] == 4
+        assert row["unit"] == "characters"
+        assert (row["score"], row["low"], row["high"]) == score.success_rate(
+            4 * (row["model"] == "oracle"), 4
+        )
+    assert rows[0]["task"] == "passkey"
+    assert rows[0]["depth"] == 0.1
+
+
+def test_cells_are_independent_samples():
+    model = Counting()
+    measure({"m": model})
+    keys = [re.findall(r"\d{5}", oracle(prompt))[0] for prompt in model.asked]
+    assert len(set(keys)) == len(keys) == 12  # none is asked in two cells
+
+
+def test_models_are_asked_the_same_questions():
+    one, two = Counting(), Counting()
+    measure({"one": one, "two": two})
+    assert one.asked == two.asked
+
+
+def test_a_longer_cell_begins_with_the_same_instances():
+    few, more = Counting(), Counting()
+    measure({"m": few}, cells=[Cell(Passkey(depth=0.5), 800, 3)])
+    measure({"m": more}, cells=[Cell(Passkey(depth=0.5), 800, 6)])
+    assert more.asked[:3] == few.asked
+
+
+@pytest.mark.parametrize("limit", [0, 1, 4, 5, 11])
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_stopped_run_asks_only_what_is_missing(limit, size):
+    uninterrupted = Counting()
+    expected = measure({"m": uninterrupted})
+    rows, answers, stopped, resumed = [], [], Counting(limit=limit), Counting()
+    options = {"cells": CELLS, "budget": Budget.characters, "seed": 0,
+               "batch_size": lambda cell: size, "record": answers.append}  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        rows.extend(runner.measure({"m": stopped}, **options))  # what came before it stays
+    rest = list(runner.measure({"m": resumed}, rows=rows, answers=list(answers), **options))
+    assert stopped.asked + resumed.asked == uninterrupted.asked
+    assert len({answer["prompt_digest"] for answer in answers}) == len(answers) == 12
+    assert [without_time(row) for row in rows + rest] == [without_time(row) for row in expected]
+
+
+def without_time(row):
+    return {name: value for name, value in row.items() if name != "seconds"}
+
+
+def test_answers_of_other_prompts_are_not_taken_for_these():
+    answers = []
+    measure({"m": Scripted(oracle)}, record=answers.append)
+    model = Counting()
+    measure({"m": model}, seed=1, answers=answers)
+    assert len(model.asked) == 12
+
+
+def test_progress_counts_the_units_of_every_prompt():
+    told, model = [], Counting()
+    measure({"m": model}, progress=told.append)
+    assert sum(told) == sum(map(len, model.asked))
+
+
+def test_a_budget_without_room_is_refused():
+    with pytest.raises(InputError, match="a budget of 0 characters holds no prompt"):
+        Budget.characters(0)
+    with pytest.raises(InputError, match=r"length=40 .* has no room"):
+        measure({"m": Scripted(oracle)}, cells=[Cell(Passkey(depth=0.5), 40, 1)])
+
+
+def test_a_mean_has_a_bootstrap_interval():
+    found = score.mean_score([0.0, 0.5, 1.0, 0.5] * 10)
+    assert found.mean == 0.5
+    assert 0.3 < found.low < 0.5 < found.high < 0.7
+    assert score.mean_score([0.25]) == (0.25, 0.0, 1.0)
+    with pytest.raises(ValueError, match="no scores"):
+        score.mean_score([])

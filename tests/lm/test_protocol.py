@@ -1,0 +1,63 @@
+"""The verbs of a LanguageModel: LM and the scripted model agree with their own probabilities."""
+
+import numpy as np
+import pytest
+
+from lminf.errors import InputError
+from lminf.language_model import LanguageModel
+from lminf.scripted import Scripted
+
+PROMPTS = ["The grass is", "Here we go. There and"]
+CONTINUATIONS = [" green.", " back again. The sun"]
+
+
+@pytest.fixture(params=["lm", "scripted"])
+def model(request, lm) -> LanguageModel:
+    return lm if request.param == "lm" else Scripted(lambda prompt: " green. The sky")
+
+
+def test_a_score_is_the_sum_of_next_log_probabilities(lm):
+    for prompt, continuation in zip(PROMPTS, CONTINUATIONS, strict=True):
+        (found,) = lm.score([prompt], [continuation])
+        tokens, start = lm.encode(prompt + continuation)[0], len(lm.encode(prompt)[0])
+        expected = sum(
+            float(lm.next([tokens[:index]])[0, tokens[index]])
+            for index in range(start, len(tokens))
+        )
+        assert found.log_prob == pytest.approx(expected, abs=1e-4)
+        assert found.tokens == len(tokens) - start
+
+
+def test_what_a_model_writes_is_its_greedy_continuation(model):
+    (text,) = model.generate(PROMPTS[:1], max_new_tokens=6)
+    if text and model.count_tokens(PROMPTS[0] + text) == model.count_tokens(PROMPTS[0]) + 6:
+        assert model.score(PROMPTS[:1], [text])[0].greedy
+    (other,) = model.score(PROMPTS[:1], [" zzzz"])
+    assert not other.greedy
+    assert other.log_prob < 0
+
+
+def test_next_is_a_distribution(model):
+    log_probs = model.next(PROMPTS)
+    assert np.exp(log_probs).sum(-1) == pytest.approx(1.0, abs=1e-4)
+    assert len(log_probs) == len(PROMPTS)
+
+
+def test_a_batch_is_answered_as_each_prompt_alone(model):
+    together = model.generate(PROMPTS, max_new_tokens=5)
+    assert together == [model.generate([p], max_new_tokens=5)[0] for p in PROMPTS]
+    vectors = model.embed(PROMPTS)
+    alone = np.concatenate([model.embed([prompt]) for prompt in PROMPTS])
+    np.testing.assert_allclose(vectors, alone, rtol=2e-4, atol=2e-5)
+
+
+def test_spaces_at_the_end_of_a_prompt_belong_to_the_continuation(lm):
+    with_space, without = lm.score(["The grass is ", "The grass is"], ["green", " green"])
+    assert with_space == without
+
+
+def test_an_empty_text_is_refused(model):
+    with pytest.raises(InputError, match="empty"):
+        model.score(["The"], [""])
+    with pytest.raises(InputError, match="empty"):
+        model.embed([""])

@@ -316,9 +316,9 @@ def test_a_plan_of_a_run_agrees_with_zeros_formula(capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("steps=0", "--config.steps=0: give at least 1"),
-        ("checkpoint.every=0", "--config.checkpoint.every=0: give at least 1"),
-        ("data.batch=0", "--config.data.batch=0: give at least 1"),
+        ("steps=0", "--config.steps=0: give a .* at least 1"),
+        ("checkpoint.every=0", "--config.checkpoint.every=0: give a .* at least 1"),
+        ("data.batch=0", "--config.data.batch=0: give a .* at least 1"),
         ("not_finite=warn", "there is no not_finite 'warn'; use stop, skip"),
         ("experts.per_token=9", "per_token=9 of 2 experts"),
         ("init=smollm2-135m-instruct", "models with experts are neither read nor written"),
@@ -328,6 +328,8 @@ def test_a_plan_of_a_run_agrees_with_zeros_formula(capsys):
 )
 def test_settings_that_would_fail_later_are_refused_at_once(change, message, tmp_path):
     mixture = ["--config.experts.count=2"] if "experts" in message else []
-    asked = request.parse("train_lm", ["--config=train_lm:tiny", *mixture, f"--config.{change}"])
     with pytest.raises(InputError, match=message):
+        asked = request.parse(
+            "train_lm", ["--config=train_lm:tiny", *mixture, f"--config.{change}"]
+        )
         next(train_lm.run(asked.config, folder.RunFolder(tmp_path)))

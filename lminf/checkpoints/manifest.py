@@ -72,7 +72,7 @@ def write(path: epath.Path, *, step: int, loss: float | None, facts: Facts) -> N
     content[CHECKSUM] = _checksum_of(content)
     unfinished = path / f"{NAME}.writing"
     unfinished.write_text(json.dumps(content, indent=1))
-    unfinished.rename(path / NAME)
+    unfinished.replace(path / NAME)
 
 
 def read(path: epath.Path) -> Saved | None:
@@ -140,7 +140,7 @@ def _checksum_of(content: Mapping[str, Any]) -> int:
 
 
 def is_file(path: epath.Path) -> bool:
-    """Whether it is a regular file: a named pipe, which etils calls one too, would be waited for."""
+    """Whether it is a regular file. Etils calls a named pipe one too, which a reader waits for."""
     name = os.fspath(path)
     return path.is_file() if "://" in name else os.path.isfile(name)
 

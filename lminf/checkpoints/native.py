@@ -103,7 +103,7 @@ class Store:
             self.folder.mkdir(parents=True, exist_ok=True)
             unfinished = self.folder / f"{SETTINGS}.writing"
             unfinished.write_text(json.dumps({"program": "lminf", "config": settings}, indent=1))
-            unfinished.rename(path)
+            unfinished.replace(path)
         except OSError as error:
             raise self._explained(path, error) from error
 

@@ -99,7 +99,10 @@ class LM:
         dtype: Any = jnp.float32,
         progress: Progress | None = None,
     ) -> "LM":
-        """A model of the table (`lminf list`), a local folder, a .gguf file or a hub repository."""
+        """A model of the table (`lminf list`), a local folder, a .gguf file or a hub repository.
+
+        Without a policy it attends as it was trained: as its lminf.json says, or else in full.
+        """
         from lminf import checkpoints
 
         loaded = checkpoints.load(name, dtype=dtype, progress=progress)
@@ -108,7 +111,9 @@ class LM:
                 f"{loaded.source} has no tokenizer; add its tokenizer.json, or read token ids "
                 f"with lminf.checkpoints.load"
             )
-        return cls(loaded.spec, loaded.params, loaded.tokenizer, policy or FULL, dtype)
+        return cls(
+            loaded.spec, loaded.params, loaded.tokenizer, policy or loaded.policy or FULL, dtype
+        )
 
     @property
     def reach(self) -> int:

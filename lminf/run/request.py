@@ -18,7 +18,7 @@ from ml_collections.config_flags import config_flags
 
 from lminf.config import CLASS, closest
 from lminf.errors import InputError
-from lminf.run import header
+from lminf.run import header, settings
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ def parse(experiment: str, arguments: Sequence[str]) -> Request | None:
     config_flag: Any = values["config"]  # absl knows it only as some flag
     overrides = dict(config_flag.override_values) | dict.fromkeys(emptied)
     check_items(overrides, before)
+    settings.check(overridden.value)
     return Request(
         experiment=experiment,
         config=overridden.value,

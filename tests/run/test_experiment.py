@@ -195,6 +195,47 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def resume(*arguments, error):
+    """An experiment that resumes, as train_lm does."""
+    argv = ["--config=demo.py", "--out=out", *arguments]
+    with pytest.raises(SystemExit):
+        _main.main(experiment(error), draw, table=table, resumes=True, argv=argv)
+
+
+def test_bad_input_takes_nothing_from_a_folder_that_was_there(tmp_path):
+    (tmp_path / "out").mkdir()
+    resume("--config.stop_after=0", error="InputError('no')")
+    assert list((tmp_path / "out").iterdir()) == []
+    with pytest.raises(SystemExit):
+        start("--config.stop_after=0")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_resume_that_fails_keeps_the_run_and_what_is_beside_it(tmp_path):
+    """No row and no line of metrics yet, but checkpoints and notes."""
+    resume("--config.stop_after=0", error="KeyboardInterrupt")
+    out = tmp_path / "out"
+    (out / "checkpoints" / "00000002").mkdir(parents=True)
+    (out / "notes.txt").write_text("mine")
+    before = {path for path in out.rglob("*") if path.name != "report.md"}
+    resume("--config.stop_after=0", error="InputError('no')")
+    assert {path for path in out.rglob("*") if path.name != "report.md"} == before
+
+
+def test_a_new_folder_in_which_something_appeared_is_kept(tmp_path):
+    write = "[os.makedirs('out/checkpoints'), InputError('no')][1]"
+    resume("--config.stop_after=0", error=write)
+    assert (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_lock_of_somebody_else_is_left_as_it_is(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "lock").write_text("mine")
+    resume("--config.stop_after=0", error="InputError('no')")
+    assert "is no lock of this program" in capsys.readouterr().err
+    assert (tmp_path / "out" / "lock").read_text() == "mine"
+
+
 def test_debug_shows_the_traceback():
     with pytest.raises(InputError):
         start("--config.stop_after=0", "--debug")

@@ -18,3 +18,12 @@ def test_what_a_dead_process_left_holds_nobody_up(tmp_path):
     (tmp_path / "lock").write_text('{"process": 1, "host": "elsewhere"}')
     with lock.held(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("text", ["my own notes", '{"process": 1}', "[]", "[" * 2000])
+def test_a_file_of_that_name_which_is_no_lock_is_left_as_it_is(tmp_path, text):
+    (tmp_path / "lock").write_text(text)
+    for hold in (lock.held, lock.waited):
+        with pytest.raises(InputError, match="is no lock of this program"), hold(tmp_path):
+            pass
+    assert (tmp_path / "lock").read_text() == text

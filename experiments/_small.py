@@ -16,6 +16,7 @@ from lminf.data import windows
 from lminf.errors import InputError
 from lminf.models import spec
 from lminf.models.spec import ModelSpec
+from lminf.objectives import terms
 from lminf.parallel import mesh, partition
 from lminf.run.progress import Progress
 from lminf.scaling import accounting
@@ -76,6 +77,7 @@ def train(
         parse_choice(c.optimizer, OPTIMIZERS, what="optimizer").build(),
         rate=lambda step: step,  # every copy has its own
         clip=c.clip or None,
+        objective=terms.language_modeling(shape),
     )
     seeds = tuple(range(c.seed, c.seed + c.replicates))
     copies = Copies(program, schedule, seeds, tuple(c.rates), stops[-1])

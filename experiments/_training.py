@@ -17,6 +17,7 @@ from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
 from lminf.models import spec
 from lminf.models.spec import ModelSpec, MoESpec
+from lminf.objectives import terms
 from lminf.parallel import mesh, partition
 from lminf.run import watchers
 from lminf.surgery.lora import LoRA
@@ -132,7 +133,7 @@ def program_of(
         remat=known(c.remat, REMAT, "remat policy"),
         accumulate=c.accumulate,
         clip=c.clip or None,
-        z_loss=c.z_loss,
+        objective=terms.language_modeling(shape, z_loss=c.z_loss),
         lora=parse_choice(c.lora, {"lora": LoRA}, what="adapter") if c.lora else None,
     )
 

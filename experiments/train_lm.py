@@ -49,7 +49,7 @@ def run(c, out):
     data = _training.data_of(c, start.tokenizer, share)
     for shape in data.shapes:
         example = dict.fromkeys(("tokens", "targets"), np.zeros(shape, np.int32))
-        batches.check(example, accumulate=c.accumulate, **place)
+        batches.check(example, accumulate=c.accumulate, arrays=program.arrays, **place)
     lm = LM(start.spec, {}, start.tokenizer, start.policy)
     if not ended:
         check_ending(c, program, lm)
@@ -281,7 +281,7 @@ class Watch:
             "tokens_per_second": speed * self.tokens_per_step,
             "mfu": speed * self.step_share,
             "memory_bytes": memory.peak_bytes(),
-            **{f"router_{name}": float(value) for name, value in (metrics.routing or {}).items()},
+            **{name: float(value) for name, value in metrics.reported.items()},
             **seconds,
         }
         self.out.append_metrics(done, values)

@@ -33,9 +33,9 @@ from lminf.generation import (
     settle,
 )
 from lminf.language_model import Score
-from lminf.losses import xent
 from lminf.models import cost, decoder
 from lminf.models.spec import ModelSpec
+from lminf.objectives import cross_entropy
 from lminf.parallel import hardware
 from lminf.types import Params
 
@@ -452,7 +452,7 @@ def _score(module: decoder.Decoder, mesh, params, tokens: Int[jax.Array, "B C+1"
         hidden, caches = module.apply(
             {"params": params}, tokens, positions=positions, caches=caches
         )
-        return xent.token_nll(module.spec, params, hidden, targets), caches
+        return cross_entropy.token_nll(module.spec, params, hidden, targets), caches
 
     if shared:
         shares = P(None, CONTEXT)

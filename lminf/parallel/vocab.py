@@ -1,8 +1,6 @@
 """The loss of hidden states that lie on a mesh: each device scores its own rows, against its own
 slice of the vocabulary where the strategy slices it."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
@@ -11,16 +9,10 @@ from jaxtyping import Array, Float, Int
 import kernels
 from lminf.models import decoder
 from lminf.models.spec import ModelSpec
+from lminf.objectives.terms import TokenLoss
 from lminf.parallel import partition
 from lminf.parallel.partition import Strategy
 from lminf.types import Params
-
-
-class TokenLoss(NamedTuple):
-    """Of every token, float32."""
-
-    nll: Float[Array, "B T"]  # nats
-    lse: Float[Array, "B T"]  # log of the sum of exponentials, which z-loss keeps small
 
 
 def token_loss(

@@ -13,12 +13,14 @@ from lminf.errors import InputError
 from lminf.parallel import partition
 from lminf.parallel.partition import Strategy
 
-# All [B, T]. `tokens` and `targets` are int32; the others may be left out:
+# Arrays [B, ...] by name. Those of pretraining are [B, T]; `tokens` and `targets` are int32, the
+# others may be left out:
 #   weights    float32, how much each target counts           all 1
 #   positions  int32, of the token in its document            0, 1, 2, …
 #   segments   int32, which document of the row               one document a row
+# Other objectives declare arrays of their own, such as chosen_tokens and rejected_tokens.
 Batch: TypeAlias = Mapping[str, Array | np.ndarray]
-NAMES = ("tokens", "targets", "weights", "positions", "segments")
+OPTIONAL = ("weights", "positions", "segments")
 
 
 class Batches(Protocol):
@@ -73,25 +75,37 @@ def _axes(strategy: Strategy) -> list[str]:
     return sorted({axis for logical, axis in strategy.activations if logical == "batch"})
 
 
-def check(batch: Batch, *, mesh: Mesh, strategy: Strategy, accumulate: int) -> None:
-    """Refuses a batch that the mesh cannot divide evenly."""
-    unknown = set(batch) - set(NAMES)
-    if unknown or not {"tokens", "targets"} <= set(batch):
-        raise InputError(f"a batch holds {sorted(batch)}; it must hold tokens and targets, and may "
-                         f"hold weights, positions and segments")  # fmt: skip
-    rows, length = batch["tokens"].shape
+def check(
+    batch: Batch,
+    *,
+    mesh: Mesh,
+    strategy: Strategy,
+    accumulate: int,
+    arrays: Sequence[str] = ("tokens", "targets"),
+) -> None:
+    """Refuses a batch that lacks one of `arrays`, or that the mesh cannot divide evenly."""
+    prefixes = {name.removesuffix("tokens") for name in arrays if name.endswith("tokens")}
+    allowed = {*arrays, *(prefix + name for prefix in prefixes for name in OPTIONAL)}
+    if not set(arrays) <= set(batch) <= allowed:
+        may = ", ".join(sorted(allowed - set(arrays)))
+        raise InputError(
+            f"a batch holds {sorted(batch)}; it must hold {', '.join(arrays)}"
+            f"{f', and may hold {may}' if may else ''}"
+        )
     copies = _copies(mesh, strategy)
-    if rows % (copies * accumulate):
-        raise InputError(
-            f"a batch of {rows} rows does not divide into {accumulate} x {copies} (accumulate x "
-            f"{' and '.join(_axes(strategy))} devices); make the batch a multiple of "
-            f"{copies * accumulate}"
-        )
-    if length % mesh.shape["context"]:
-        raise InputError(
-            f"rows of {length} tokens do not divide over mesh.context={mesh.shape['context']}; "
-            f"make the length a multiple of it"
-        )
+    for name, array in batch.items():
+        rows, *rest = array.shape
+        if rows % (copies * accumulate):
+            raise InputError(
+                f"a batch of {rows} rows does not divide into {accumulate} x {copies} (accumulate "
+                f"x {' and '.join(_axes(strategy))} devices); make the batch a multiple of "
+                f"{copies * accumulate}"
+            )
+        if name.endswith(("tokens", "targets")) and rest[0] % mesh.shape["context"]:
+            raise InputError(
+                f"rows of {rest[0]} tokens do not divide over "
+                f"mesh.context={mesh.shape['context']}; make the length a multiple of it"
+            )
 
 
 def put(batch: Batch, *, mesh: Mesh, strategy: Strategy, share: Share = WHOLE) -> dict[str, Array]:
@@ -99,13 +113,14 @@ def put(batch: Batch, *, mesh: Mesh, strategy: Strategy, share: Share = WHOLE) -
 
     def one(x):
         x = np.asarray(x)
-        shape = (x.shape[0] * share.processes, x.shape[1])
-        where = partition.spec(("batch", "length"), shape, strategy.activations, mesh)
+        shape = (x.shape[0] * share.processes, *x.shape[1:])
+        axes = ("batch", "length", *[None] * x.ndim)[: x.ndim]
+        where = partition.spec(axes, shape, strategy.activations, mesh)
         before = x.shape[0] * share.process
 
         def part(index):
             first, last, _ = index[0].indices(shape[0])
-            return x[first - before : last - before, index[1]]
+            return x[(slice(first - before, last - before), *index[1:])]
 
         return jax.make_array_from_callback(shape, NamedSharding(mesh, where), part)
 

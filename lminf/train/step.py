@@ -13,8 +13,10 @@ from jaxtyping import Array, Float
 
 from lminf import ranges
 from lminf.attention.policies import LayerPolicy
-from lminf.models import decoder, moe
+from lminf.models import decoder
 from lminf.models.spec import ModelSpec
+from lminf.objectives import terms
+from lminf.objectives.terms import CrossEntropy, Term
 from lminf.parallel import context, partition, vocab
 from lminf.parallel.partition import Strategy
 from lminf.ranges import Range
@@ -39,6 +41,7 @@ class State(NamedTuple):
     step: Any  # int32, batches seen
     skipped: Any  # int32, those that changed nothing because they gave no finite gradient
     frozen: Params | None = None  # the model, where `params` are adapters of it
+    references: Mapping[str, Params] | None = None  # frozen models that the objective asks
 
     @property
     def exact(self) -> Params:
@@ -49,11 +52,11 @@ class State(NamedTuple):
 class Metrics(NamedTuple):
     """Of one step; scalars on the device."""
 
-    loss: Float[Array, ""]  # nats per token
+    loss: Float[Array, ""]  # the term of that name: nats per token, or per pair
     grad_norm: Float[Array, ""]
     rate: Float[Array, ""]
     finite: Array  # bool; otherwise the step changed nothing
-    routing: Mapping[str, Float[Array, ""]] | None = None  # of a mixture: balance, z, dropped
+    reported: Mapping[str, Float[Array, ""]]  # what else the terms of the objective report
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,7 @@ class Program:
     remat: str = "none"
     accumulate: Annotated[int, Range(min=1)] = 1  # pieces of a batch, one after another
     clip: Annotated[float, Range(above=0)] | None = 1.0  # of the gradient's norm
-    z_loss: Annotated[float, Range(min=0)] = 0.0  # weight of lse ** 2
-    balance: Annotated[float, Range(min=0)] = (
-        0.01  # of a mixture of experts: weight of the loss that spreads tokens evenly
-    )
-    router_z: Annotated[float, Range(min=0)] = (
-        0.001  # of a mixture of experts: weight of its routers' lse ** 2
-    )
+    objective: tuple[Term, ...] = (CrossEntropy(),)  # what is minimised: the sum of these
     lora: LoRA | None = None  # adapters to train, instead of the model
 
     def __post_init__(self):
@@ -95,19 +92,34 @@ class Program:
 
     # --- State ------------------------------------------------------------------------------------
 
-    def state_of(self, params: Params) -> State:
-        """The state before the first step, from float32 parameters; traceable."""
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Names of the frozen models that the objective compares with, of the model's own shape."""
+        return tuple(dict.fromkeys(name for term in self.objective for name in term.references))
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of the arrays that every batch must hold."""
+        return tuple(dict.fromkeys(name for term in self.objective for name in term.arrays))
+
+    def state_of(self, params: Params, references: Mapping[str, Params] | None = None) -> State:
+        """The state before the first step, from float32 parameters; traceable.
+
+        A reference that is not given is the model before its first step.
+        """
+        asked = {name: (references or {}).get(name, params) for name in self.references}
+        frozen_models = jax.tree.map(self._short, asked) or None
+        zero = jnp.zeros((), jnp.int32)
         if self.lora is not None:
             adapters = self.lora.init(params, key=jax.random.key(0))
             frozen = jax.tree.map(self._short, params)
-            zero = jnp.zeros((), jnp.int32)
-            return State(adapters, None, self.optimizer.init(adapters), zero, zero, frozen)
-        short = None if self.dtype == jnp.float32 else jax.tree.map(self._short, params)
+            optimizer = self.optimizer.init(adapters)
+            return State(adapters, None, optimizer, zero, zero, frozen, frozen_models)
         optimizer = self.optimizer.init(params)
-        zero = jnp.zeros((), jnp.int32)
-        if short is None:
-            return State(params, None, optimizer, zero, zero)
-        return State(short, params, optimizer, zero, zero)
+        if self.dtype == jnp.float32:
+            return State(params, None, optimizer, zero, zero, None, frozen_models)
+        short = jax.tree.map(self._short, params)
+        return State(short, params, optimizer, zero, zero, None, frozen_models)
 
     def _short(self, leaf):
         return leaf.astype(self.dtype)
@@ -119,21 +131,28 @@ class Program:
     @cached_property
     def shardings(self) -> State:
         """Where every array of the state lies."""
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        references = None
+        if self.shapes.references is not None:
+            references = {
+                name: self._laid_out(model, self.strategy.params)
+                for name, model in self.shapes.references.items()
+            }
         if self.shapes.frozen is not None:  # adapters are small, and whole on every device
-            whole = NamedSharding(self.mesh, PartitionSpec())
             everywhere = jax.tree.map(lambda _: whole, self.shapes)
             frozen = self._laid_out(self.shapes.frozen, self.strategy.params)
-            return everywhere._replace(frozen=frozen)
+            return everywhere._replace(frozen=frozen, references=references)
         laid_out = partial(self._laid_out, self.shapes.params)
         opt = laid_out(self.strategy.opt)
         exact = laid_out(self.strategy.params) if self.shapes.masters is None else opt
-        whole = NamedSharding(self.mesh, PartitionSpec())
         return State(
             exact if self.shapes.masters is None else laid_out(self.strategy.params),
             None if self.shapes.masters is None else opt,
             partition.following(self.shapes.optimizer, self.shapes.params, opt, self.mesh),
             whole,
             whole,
+            None,
+            references,
         )
 
     @cached_property
@@ -152,10 +171,16 @@ class Program:
         """Fresh parameters, equal on any mesh, each device making its own part."""
         return jax.jit(self._fresh, out_shardings=self.shardings)(key)
 
-    def start(self, params: Params) -> State:
-        """The state before the first step of continuing with these parameters."""
-        exact = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
-        return jax.jit(self.state_of, out_shardings=self.shardings)(exact)
+    def start(self, params: Params, references: Mapping[str, Params] | None = None) -> State:
+        """The state before the first step of continuing with these parameters.
+
+        A reference that is not given is this model.
+        """
+        exact, frozen = (
+            jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
+            for tree in (params, dict(references or {}))
+        )
+        return jax.jit(self.state_of, out_shardings=self.shardings)(exact, frozen)
 
     # --- Loss -------------------------------------------------------------------------------------
 
@@ -176,97 +201,77 @@ class Program:
 
     def token_loss(
         self, params: Params, batch: Batch, frozen: Params | None = None
-    ) -> vocab.TokenLoss:
+    ) -> terms.TokenLoss:
         """The loss of every token."""
-        return self._scored(params, batch, frozen)[0]
+        return self._model(self.weights(params, frozen), batch).token_loss()
 
-    def _scored(
-        self, params: Params, batch: Batch, frozen: Params | None
-    ) -> tuple[vocab.TokenLoss, dict[str, Float[Array, ""]]]:
-        """The loss of every token, and the mean over layers of what routers did, if there are."""
-        params = self.weights(params, frozen)
-        tokens = batch["tokens"]
-        positions = batch.get("positions")
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        applied: Any = self.module.apply(
-            {"params": params}, tokens, positions=positions, segments=batch.get("segments"),
-            mutable=[moe.ROUTING],
-        )  # fmt: skip
-        (hidden, _), seen = applied
-        routing = {}
-        if self.spec.moe is not None:
-            measured = seen[moe.ROUTING]["layers"]["moe"]
-            routing = {name: found.mean() for name, (found,) in measured.items()}
-        loss = vocab.token_loss(
-            self.spec, params, hidden, batch["targets"], mesh=self.mesh, strategy=self.strategy
-        )
-        return loss, routing
+    def _model(self, params: Params, batch: Batch) -> terms.Model:
+        score = partial(vocab.token_loss, self.spec, mesh=self.mesh, strategy=self.strategy)
+        return terms.Model(self.module, params, batch, score=score)
 
-    def _share(self, params: Params, frozen, batch: Batch, total: Float[Array, ""]):
-        """This batch's part of the mean over `total` weight: what is minimised, and the metrics."""
-        found, routing = self._scored(params, batch, frozen)
-        weights = batch.get("weights", jnp.ones_like(found.nll))
-        nll = (weights * found.nll).sum() / total
-        minimised = nll + self.z_loss * (weights * jnp.square(found.lse)).sum() / total
-        routing = {name: value / self.accumulate for name, value in routing.items()}
-        if routing:
-            minimised += self.balance * routing["balance"] + self.router_z * routing["z"]
-        return minimised, (nll, routing)
+    def loss_fn(
+        self, state: State, batch: Batch, weights: tuple[Float[Array, ""], ...]
+    ) -> Callable[[Params], tuple[Float[Array, ""], dict[str, Float[Array, ""]]]]:
+        """The function of what is trained: this batch's part of what is minimised and reported."""
+
+        def loss(params):
+            model = self._model(self.weights(params, state.frozen), batch)
+            references = {
+                name: self._model(frozen, batch)
+                for name, frozen in (state.references or {}).items()
+            }
+            return terms.evaluate(self.objective, model, references, weights)
+
+        return loss
 
     def gradients(
-        self, params: Params, batch: Batch, frozen: Params | None = None
-    ) -> tuple[Float[Array, ""], Params]:
-        """Mean loss (nats per token, without the losses beside it) and gradient, laid out by the
-        strategy.
+        self, params: Params, batch: Batch, state: State | None = None
+    ) -> tuple[dict[str, Float[Array, ""]], Params]:
+        """What the terms report (`loss` in nats per token), and the gradient of their sum, laid out
+        by the strategy. `state` holds the frozen models, where there are any.
         """
-        (loss, _), gradient = self._gradients(params, batch, frozen)
-        return loss, gradient
-
-    def _gradients(self, params: Params, batch: Batch, frozen: Params | None):
-        """(the loss, what routers did), and the gradient."""
-        weights = batch.get("weights")
-        total = jnp.float32(batch["tokens"].size) if weights is None else weights.sum()
-        total = jnp.maximum(total, 1.0)
+        state = State(params, None, None, None, None) if state is None else state
+        weights = tuple(term.weight(batch) for term in self.objective)
         laid_out = self.gradient_shardings
 
         def one(piece):
-            gradient, found = jax.grad(self._share, has_aux=True)(params, frozen, piece, total)
-            return found, jax.lax.with_sharding_constraint(gradient, laid_out)
+            loss = self.loss_fn(state, piece, weights)
+            gradient, reported = jax.grad(loss, has_aux=True)(params)
+            return reported, jax.lax.with_sharding_constraint(gradient, laid_out)
 
         if self.accumulate == 1:
             return one(batch)
 
         def add(carry, piece):
             so_far, summed = carry
-            found, gradient = one(piece)
+            reported, gradient = one(piece)
             summed = jax.tree.map(lambda s, g: s + g.astype(jnp.float32), summed, gradient)
-            so_far = jax.tree.map(jnp.add, so_far, found)
+            so_far = jax.tree.map(jnp.add, so_far, reported)
             return (so_far, jax.lax.with_sharding_constraint(summed, laid_out)), None
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         zeros = jax.lax.with_sharding_constraint(zeros, laid_out)
         pieces = jax.tree.map(self._pieces, dict(batch))
-        names = () if self.spec.moe is None else moe.MEASURES
-        nothing = jnp.float32(0), dict.fromkeys(names, jnp.float32(0))
-        (found, summed), _ = jax.lax.scan(add, (nothing, zeros), pieces)
-        return found, summed
+        first = jax.tree.map(lambda x: x[0], pieces)
+        nothing = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda b: one(b)[0], first)
+        )
+        (reported, summed), _ = jax.lax.scan(add, (nothing, zeros), pieces)
+        return reported, summed
 
     def _pieces(self, x):
-        """[B, T] -> [accumulate, B / accumulate, T]; every device cuts its own rows."""
-        rows = x.reshape(x.shape[0] // self.accumulate, self.accumulate, x.shape[1])
-        where = partition.spec(
-            (None, "batch", "length"), rows.swapaxes(0, 1).shape, self.strategy.activations,
-            self.mesh,
-        )  # fmt: skip
-        return jax.lax.with_sharding_constraint(
-            rows.swapaxes(0, 1), NamedSharding(self.mesh, where)
-        )
+        """[B, ...] -> [accumulate, B / accumulate, ...]; every device cuts its own rows."""
+        rows = x.reshape(x.shape[0] // self.accumulate, self.accumulate, *x.shape[1:])
+        rows = rows.swapaxes(0, 1)
+        axes = (None, "batch", "length", *[None] * x.ndim)[: rows.ndim]
+        where = partition.spec(axes, rows.shape, self.strategy.activations, self.mesh)
+        return jax.lax.with_sharding_constraint(rows, NamedSharding(self.mesh, where))
 
     # --- Step -------------------------------------------------------------------------------------
 
     def update(self, state: State, batch: Batch) -> tuple[State, Metrics]:
-        (loss, routing), gradient = self._gradients(state.params, batch, state.frozen)
+        reported, gradient = self.gradients(state.params, batch, state)
+        loss = reported.pop("loss")
         gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
         norm = optax.tree.norm(gradient)
         if self.clip is not None:
@@ -289,8 +294,9 @@ class Program:
             state.step + 1,
             state.skipped + (~finite).astype(jnp.int32),
             state.frozen,
+            state.references,
         )
-        return state, Metrics(loss, norm, rate, finite, routing)
+        return state, Metrics(loss, norm, rate, finite, reported)
 
     @cached_property
     def step(self) -> Callable[[State, Batch], tuple[State, Metrics]]:

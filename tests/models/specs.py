@@ -97,9 +97,9 @@ def shapes(spec: ModelSpec):
     return {"/".join(str(p.key) for p in path): leaf.shape for path, leaf in leaves}
 
 
-def parameters(spec: ModelSpec):
+def parameters(spec: ModelSpec, *, seed: int = 0):
     """Random parameters, biases and scales included, so that every one of them counts."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
         name = path[-1].key

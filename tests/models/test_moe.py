@@ -11,7 +11,9 @@ import pytest
 from lminf.attention import policies
 from lminf.models import cost, decoder, moe
 from lminf.models.spec import MoESpec
+from lminf.objectives import terms
 from lminf.scaling import accounting
+from lminf.train.step import State
 from tests.attention import cases
 from tests.train import making
 
@@ -192,11 +194,14 @@ def test_decoding_through_the_cache_equals_prefill():
 
 @pytest.mark.slow
 def test_the_routers_losses_are_minimised_and_reported():
-    made = making.program(shape=mixed(), balance=0.5, router_z=0.25)
+    objective = (terms.CrossEntropy(), terms.RouterBalance(0.5), terms.RouterZ(0.25))
+    made = making.program(shape=mixed(), objective=objective)
     batch = making.put(made, making.tokens())
-    share = cases.compiled(lambda params: made._share(params, None, batch, jnp.float32(8 * 16)))
-    total, (nll, routing) = share(fresh(mixed()))
-    assert set(routing) == set(moe.MEASURES)
-    wanted = nll + 0.5 * routing["balance"] + 0.25 * routing["z"]
+    weights = tuple(term.weight(batch) for term in objective)
+    state = State(fresh(mixed()), None, None, None, None)
+    total, reported = cases.compiled(made.loss_fn(state, batch, weights))(state.params)
+    assert set(reported) == {"loss", *(f"router_{name}" for name in moe.MEASURES)}
+    balance, z = (reported[f"router_{name}"] for name in ("balance", "z"))
+    wanted = reported["loss"] + 0.5 * balance + 0.25 * z
     assert float(total) == pytest.approx(float(wanted), rel=1e-6)
-    assert 1 <= float(routing["balance"]) < 4
+    assert 1 <= float(balance) < 4

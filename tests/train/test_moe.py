@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from lminf.models import decoder
+from lminf.objectives import terms
 from tests.models.test_moe import MIX
 from tests.train import making
 
@@ -21,11 +22,12 @@ from tests.train import making
 )
 def test_on_a_mesh_of_experts_it_trains_as_on_one_device(sizes, strategy, changes):
     shape = dataclasses.replace(making.SPEC, moe=dataclasses.replace(MIX, **changes))
+    asked = {"shape": shape, "objective": terms.language_modeling(shape)}
     losses, states = [], []
     for made in (
-        making.program(shape=shape),
-        making.program(shape=shape, strategy=strategy, **sizes),
-        making.program(shape=shape, accumulate=2),
+        making.program(**asked),
+        making.program(**asked, strategy=strategy, **sizes),
+        making.program(**asked, accumulate=2),
     ):
         state = made.start(making.host(decoder.init(shape, key=jax.random.key(0))))
         for step in range(2):

@@ -1,4 +1,4 @@
-"""Records -> their texts: rows of parquet; JSON lines, arrays of objects, objects over many lines."""
+"""Records -> their texts: rows of parquet; JSON as lines, in an array, or one after another."""
 
 import json
 import re

@@ -91,7 +91,7 @@ class LM:
         dtype: Any = jnp.float32,
         progress: Progress | None = None,
     ) -> "LM":
-        """A model of the table (`lminf list`), a local folder, a .gguf file or a hub repository."""
+        """A model that `lminf fetch` lists, a local folder, a .gguf file or a hub repository."""
         from lminf import checkpoints
 
         loaded = checkpoints.load(name, dtype=dtype, progress=progress)

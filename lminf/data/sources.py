@@ -3,7 +3,7 @@
 import ast
 import hashlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lminf.data import documents
@@ -99,6 +99,17 @@ def read_text(path: str | Path, *, field: str = "text") -> str:
 def text_of(path: str | None, *, field: str = "text") -> str:
     """The file's text, or the interpreter's documentation where no file is named."""
     return read_text(path, field=field) if path else python_topics()
+
+
+def piped(read: Callable[[], str]) -> str:
+    """What `read` takes from standard input, without a byte order mark."""
+    try:
+        return read().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"standard input is not UTF-8 text: byte {error.object[error.start]:#04x} at offset "
+            f"{error.start}; convert it to UTF-8"
+        ) from None
 
 
 def digest(text: str) -> str:

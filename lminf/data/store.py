@@ -46,6 +46,7 @@ class Facts:
     split: str
     sources: tuple[Mapping[str, Any], ...]  # name and bytes of each file
     text_digest: str  # of all texts in their order, whatever files they lie in
+    special: str = "parse"  # as for Tokenizer.encode; stores without it are of that time
     format: str = FORMAT
 
 

@@ -62,13 +62,13 @@ def run(args: argparse.Namespace) -> None:
 def holding(out: Path) -> Iterator[None]:
     """Holds the store's folder; a new one is removed again if nothing was written there."""
     new = not out.exists()
-    with folder.writing(out):
-        out.mkdir(parents=True, exist_ok=True)
     try:
+        with folder.writing(out):
+            out.mkdir(parents=True, exist_ok=True)
         with lock.held(out):
             yield
     except InputError:
-        if new and {path.name for path in out.iterdir()} == {folder.LOCK}:
+        if new and out.is_dir() and {path.name for path in out.iterdir()} == {folder.LOCK}:
             (out / folder.LOCK).unlink()
             out.rmdir()
         raise

@@ -72,7 +72,7 @@ def tokenize(
     listing = [(str(s.path), s.bytes, s.modified) for s in sources]
     request = {
         "tokenizer": tokenizer.digest, "end of documents": end_id, "field": field, "split": split,
-        "special": special,
+        "special tokens": special,
         "list of sources": hashlib.sha256(repr(listing).encode()).hexdigest(),
     }  # fmt: skip
     finished = store.read_facts(place)
@@ -83,6 +83,7 @@ def tokenize(
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
     writer = store.Writer(place, request=request, dtype=dtype)
     state = dict(writer.state or START)
+    store.check_shape(place, store.PROGRESS, dict.fromkeys(START, int) | {"digest": bytes}, state)
 
     total = sum(source.bytes for source in sources)
     if workers is None:
@@ -145,7 +146,7 @@ def _check_finished(
 ) -> None:
     held = {
         "tokenizer": facts.tokenizer_digest, "end of documents": facts.end_id,
-        "field": facts.field, "split": facts.split, "special": facts.special,
+        "field": facts.field, "split": facts.split, "special tokens": facts.special,
     }  # fmt: skip
     differing = [name for name, value in held.items() if request[name] != value]
     if [(s["name"], s["bytes"]) for s in facts.sources] != [

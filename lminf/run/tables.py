@@ -6,7 +6,9 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderResult
 from rich.table import Table
+from rich.text import Text
 
+from lminf.errors import printable
 from lminf.run.folder import Row
 
 
@@ -42,13 +44,13 @@ def markdown(rows: Sequence[Row], *, digits: int = 3) -> str:
         return "(no rows)"
     names = column_names(rows)
     rule = ["---:" if _numeric(rows, name) else "---" for name in names]
-    heads = [_escaped(name) for name in names]
+    heads = [_escaped(printable(name)) for name in names]
     cells = [[_escaped(cell(row.get(name), digits)) for name in names] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in [heads, rule, *cells])
 
 
 def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return text.replace("|", "\\|")
 
 
 def rich_table(
@@ -68,16 +70,19 @@ class _Fitting:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         del console
+        title = None if self.title is None else Text(printable(self.title))
         for index, names in enumerate(self.groups(options.max_width)):
-            table = Table(title=None if index else self.title, title_justify="left")
+            table = Table(title=None if index else title, title_justify="left")
             for name in names:
                 # Folded, not cut: two names that begin alike must stay two names. Values are not
                 # folded for the sake of long heads.
                 side = "right" if _numeric(self.rows, name) else "left"
                 least = min(self.width_of(name), (options.max_width - 1) // 2) - 3
-                table.add_column(name, justify=side, overflow="fold", min_width=least)
+                table.add_column(
+                    Text(printable(name)), justify=side, overflow="fold", min_width=least
+                )
             for row in self.rows:
-                table.add_row(*(cell(row.get(name), self.digits) for name in names))
+                table.add_row(*(Text(cell(row.get(name), self.digits)) for name in names))
             yield table
 
     def groups(self, width: int) -> list[list[str]]:
@@ -111,7 +116,7 @@ def cell(value: Any, digits: int = 3) -> str:
     if isinstance(value, float):
         tiny = value != 0 and abs(value) < 10**-digits
         return f"{value:.{digits}g}" if tiny or abs(value) >= 1e6 else f"{value:,.{digits}f}"
-    return str(value)
+    return printable(str(value))  # from files that anybody may have written
 
 
 def _numeric(rows: Sequence[Row], name: str) -> bool:

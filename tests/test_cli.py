@@ -1,13 +1,16 @@
 """The lminf command: every one starts, errors are one line, pipes may close."""
 
+import io
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 import lminf
 from lminf import cli
 from lminf.checkpoints import fetch
+from lminf.commands import _model
 from lminf.errors import InputError
 from lminf.run import folder, header
 
@@ -165,3 +168,35 @@ def test_the_version_is_printed(capsys):
         cli.main(["--version"])
     assert ending.value.code == 0
     assert capsys.readouterr().out == f"lminf {lminf.__version__}\n"
+
+
+def test_a_chat_is_given_every_option_of_the_command(monkeypatch, capsys):
+    given = {}
+
+    def chat(messages, **options):
+        given.update(options, messages=list(messages))
+        yield "said"
+
+    monkeypatch.setattr(_model, "load", lambda args: SimpleNamespace(chat=chat))
+    words = ["--chat", "--stop=a", "hello", "--stop=b", "--seed=3", "--max-new-tokens=7"]
+    cli.main(["generate", "m", *words])
+    assert capsys.readouterr().out == "said\n"
+    assert (given["stop"], given["seed"], given["max_new_tokens"]) == (["a", "b"], 3, 7)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffone\ntwo\n"))
+    cli.main(["generate", "m", "--chat"])
+    said = [message["content"] for message in given["messages"]]
+    assert said == ["one", "said", "two"]
+
+
+@pytest.mark.parametrize("command", [["nll", "m"], ["generate", "m", "text"]])
+def test_the_type_of_numbers_is_chosen_on_the_command_line(command, monkeypatch):
+    given = {}
+
+    def from_pretrained(name, **options):
+        given.update(options)
+        raise InputError("no further")
+
+    monkeypatch.setattr("lminf.lm.LM.from_pretrained", from_pretrained)
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--dtype=bfloat16"])
+    assert given["dtype"] == "bfloat16"

@@ -67,11 +67,18 @@ def split(
 
     `controls` are the texts of the special tokens, `variables` what else the template may name.
     """
+    if not isinstance(template, str):
+        raise InputError(f"the chat template is a {type(template).__name__}, not a text; use a "
+                         f"model whose files have one")  # fmt: skip
+    taken = set(template)  # characters
+    try:
+        plain = _changed(messages, _noting(taken), _noting(taken))
+    except RecursionError:
+        raise _refusal("they are nested too deeply") from None
     if not controls:
-        return render(template, [{**variables, "messages": _changed(messages, str, str)}])
+        return render(template, [{**variables, "messages": plain}])
     spelled = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))))
     edges = sorted({edge for control in controls for edge in (control[0], control[-1])})
-    taken = set(template) | set(json.dumps(_changed(messages, str, str), ensure_ascii=False))
     spare = (chr(code) for code in SPARE if chr(code) not in taken)
     disguise = str.maketrans(dict(zip(edges, spare, strict=False)))
     plainly = {hidden: chr(edge) for edge, hidden in disguise.items()}
@@ -106,6 +113,16 @@ def split(
     if light[1::2] == whole[1::2]:
         return light
     raise _refusal("parts of a message form a special token together")
+
+
+def _noting(taken: set[str]) -> Callable[[str], str]:
+    """Leaves texts as they are, and adds their characters to `taken`."""
+
+    def note(text: str) -> str:
+        taken.update(text)
+        return text
+
+    return note
 
 
 def _changed(value: Any, text: Callable[[str], str], role: Callable[[str], str]) -> Any:

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from lminf.data import render_template
 from lminf.errors import InputError
@@ -19,7 +19,7 @@ from lminf.errors import InputError
 SECONDS = 15.0  # by the clock, where the limit of processor time does not hold
 SPARE = range(0xF0000, 0xFFFFE)  # characters of a private use area
 
-Messages = Sequence[Mapping[str, Any]]
+Messages: TypeAlias = Sequence[Mapping[str, Any]]
 
 
 def render(template: str, variables: Sequence[Mapping[str, Any]]) -> list[str]:

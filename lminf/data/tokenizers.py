@@ -197,8 +197,9 @@ class Tokenizer:
         if special == "parse":
             return self.backend
         # Few texts spell a special token; then the copy, which takes as much memory, is not made.
-        begins = {content[:2] for content in self._controls}
-        named = any(start in text for start in begins) and any(c in text for c in self._controls)
+        spelled = {each for c in self._controls for each in (c, c.replace(SPACE, " "))}
+        named = any(start in text for start in {each[:2] for each in spelled})
+        named = named and any(each in text for each in spelled)
         return self._hidden.backend if named else self.backend
 
     @functools.cached_property
@@ -221,10 +222,8 @@ class Tokenizer:
                 for content, token in controls.items()
             ]
         )  # fmt: skip
-        ids = {
-            backend.token_to_id(name): self.backend.token_to_id(content)
-            for content, name in names.items()
-        }
+        added = {t.content: i for i, t in backend.get_added_tokens_decoder().items()}
+        ids = {added[name]: added[content] for content, name in names.items()}
         return _Hidden(backend, names, ids)
 
     def __getstate__(self) -> dict[str, Any]:

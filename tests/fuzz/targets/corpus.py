@@ -22,7 +22,9 @@ def seeds(folder: Path) -> None:
     """One file of each format and compression."""
     lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
     array = json.dumps(ROWS, indent=1).encode()
-    talk = json.dumps([{"messages": [{"role": "user", "content": "x"}], "text": None}, ROWS[0]]).encode()
+    talk = json.dumps(
+        [{"messages": [{"role": "user", "content": "x"}], "text": None}, ROWS[0]]
+    ).encode()
     for name, data in {
         "a.jsonl": lines, "b.json": array, "c.txt": b"\xef\xbb\xbfplain text\n\nof two\n",
         "d": lines, "e.jsonl.gz": gzip.compress(lines), "f.json.bz2": bz2.compress(array),

@@ -24,6 +24,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from lminf.config import closest
 from lminf.data import chat_template
+from lminf.data.chat_template import Messages
 from lminf.errors import InputError
 
 SPACE = "▁"  # how SentencePiece vocabularies write a space
@@ -100,7 +101,7 @@ class Tokenizer:
         """Decodes a text that continues another one, token by token."""
         return Incremental(self)
 
-    def chat(self, messages: chat_template.Messages, *, reply: bool = True) -> str:
+    def chat(self, messages: Messages, *, reply: bool = True) -> str:
         """The conversation as the model was trained to read it, up to where it is to reply.
 
         Holds every special token, BOS too, and what messages spell like one; `encode_chat` tells
@@ -108,9 +109,7 @@ class Tokenizer:
         """
         return "".join(self._split_chat(messages, reply=reply))
 
-    def encode_chat(
-        self, messages: chat_template.Messages, *, reply: bool = True
-    ) -> Int[np.ndarray, " T"]:
+    def encode_chat(self, messages: Messages, *, reply: bool = True) -> Int[np.ndarray, " T"]:
         """Token ids of the conversation: only the template writes special tokens."""
         pieces = self._split_chat(messages, reply=reply)
         text = "".join(pieces)
@@ -122,7 +121,7 @@ class Tokenizer:
         ids = hidden.backend.encode(aliased, add_special_tokens=False).ids
         return np.array([hidden.ids.get(i, i) for i in ids], np.int32)
 
-    def _split_chat(self, messages: chat_template.Messages, *, reply: bool) -> list[str]:
+    def _split_chat(self, messages: Messages, *, reply: bool) -> list[str]:
         if self.chat_template is None:
             raise InputError(
                 "this model has no chat template; generate from a plain prompt, or use an "

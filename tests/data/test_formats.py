@@ -73,7 +73,9 @@ def test_compressed_files_are_known_by_their_first_bytes(tmp_path, ending, pack)
         texts(tmp_path / f"cut.jsonl{ending}")
 
 
-@pytest.mark.parametrize("kind", ["gz", "bz2", "xz", "zst"])
+@pytest.mark.parametrize(
+    "kind", ["zst", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gz", "bz2", "xz"))]
+)
 def test_a_file_that_expands_a_thousandfold_is_read_in_bounded_memory(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(records, "RECORD_BYTES", 1 << 22)
     kinds = {"gz": gzip, "bz2": bz2, "xz": lzma}

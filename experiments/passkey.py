@@ -95,7 +95,7 @@ def in_window(policy, sample) -> bool:
 
 
 def plot(rows):
-    """Share found by length with its Wilson interval: keys a policy's window reaches, and others."""
+    """Share found by length, with Wilson intervals: keys a policy's window reaches, and others."""
     lines = over_depths(rows)
     # Most values are 0 or 1: a little sideways, no interval hides another.
     places = list(dict.fromkeys(row["policy"] for row in lines))
@@ -105,7 +105,7 @@ def plot(rows):
             **row,
             "panel": f"Keys {row['place']}",
             "length": row["length"] + step * (places.index(row["policy"]) - len(places) // 2),
-        }  # fmt: skip
+        }
         for row in lines
     ]
     return plots.curves(

@@ -136,7 +136,8 @@ def contours(axes, key, cells, points):
         mark = look(row["law"])
         axes.plot(
             np.log2(row["lr"]), np.log2(row["batch"]), mark.marker, color=mark.colour,
-            markersize=11 if mark.marker == "*" else 6,            markeredgecolor="black" if mark.colour == "#FFFFFF" else "white", markeredgewidth=0.7,
+            markersize=11 if mark.marker == "*" else 6, markeredgewidth=0.7,
+            markeredgecolor="black" if mark.colour == "#FFFFFF" else "white",
             label=mark.label,
         )  # fmt: skip
     axes.xaxis.set_major_locator(FixedLocator(np.log2([1e-4, 1e-3, 1e-2, 1e-1])))

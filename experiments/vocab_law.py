@@ -135,8 +135,10 @@ def plot(rows):
 
 def isoflops(rows):
     named = [{**row, "family": f"N_nv = {style.short(row['n_nv'])}"} for row in rows]
-    units = {"isoflop": ("L_u", "L_u above the lowest (nats/token)"),
-             "isoflop_bits": ("bits_per_character", "loss above the lowest (bits/character)")}  # fmt: skip
+    units = {
+        "isoflop": ("L_u", "L_u above the lowest (nats/token)"),
+        "isoflop_bits": ("bits_per_character", "loss above the lowest (bits/character)"),
+    }
     return {
         stem: plots.curves(
             [row for row in named if row["metric"] == metric], x="vocab", y="excess", by="family",
@@ -154,7 +156,8 @@ def approaches(rows):
         "approaches": plots.curves(
             named, x="n_nv", y="vocab", by="fit", panel="approach", log_x=True, log_y=True,
             interval=("low", "high"), band=True, y_limits=(2e3, 5e6),
-            x_label="non-vocabulary parameters (count)", y_label="best vocabulary (entries; bands: 95 %)",
+            x_label="non-vocabulary parameters (count)",
+            y_label="best vocabulary (entries; bands: 95 %)",
         )
     }  # fmt: skip
 

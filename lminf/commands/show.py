@@ -143,9 +143,9 @@ def read(name: str) -> Reading:
 def _experiment_of(name: str) -> str | None:
     """The installed experiment of that name, or of its beginning: `passkey` of `passkey_long`."""
     while name:
-        if name.isidentifier() and not name.startswith("_"):
-            if importlib.util.find_spec(f"experiments.{name}") is not None:
-                return name
+        public = name.isidentifier() and not name.startswith("_")
+        if public and importlib.util.find_spec(f"experiments.{name}") is not None:
+            return name
         name = name.rpartition("_")[0]
     return None
 

@@ -210,9 +210,8 @@ class RunFolder:
         """What a .json file of settings holds, which is an object."""
         value = self.read_json(name)
         if not isinstance(value, dict):
-            raise InputError(
-                f"{self.path / name} holds {type(value).__name__} instead of an object; is it a run?"
-            )
+            kind = type(value).__name__
+            raise InputError(f"{self.path / name} holds {kind}, not an object; is it a run?")
         return value
 
     def remove(self) -> None:

@@ -1,4 +1,4 @@
-"""Rows -> figures: labels on lines, log2 lengths, units on axes, small multiples where lines tangle.
+"""Rows -> figures: labels on lines, log2 lengths, units on axes, panels where lines tangle.
 
 Figures are made without pyplot, so nothing global changes and no display is needed. A figure is
 drawn from rows alone. Several rows of one line at one x are draws: the line runs through their
@@ -6,7 +6,6 @@ mean, and each is a dot.
 """
 
 import io
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,19 +14,17 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator, NullLocator
+from matplotlib.ticker import FuncFormatter
 from PIL import Image
 
 from lminf.errors import InputError
-from lminf.run import style, tables
+from lminf.run import labels, style, tables, ticks
 from lminf.run.folder import Row, RunFolder
 from lminf.run.style import DASHES, STYLE, Look
 
 WIDTH = 8.6  # inches; text of 10 points is then as large as a page's on GitHub
-LABEL_GAP = 1.25  # line heights between neighbouring labels
 MAX_LINES = 6  # of one panel
 MAX_PANELS = 24
 KINDS = ("png", "svg")  # of files: for pages, and for papers
@@ -89,10 +86,10 @@ def curves(
         for axes in grid:
             if log_y:
                 axes.set_yscale("log")
-            _ticks(axes, values, log_x, most=8 if len(grid) == 1 else 4)
+            ticks.along_x(axes, values, log_x, most=8 if len(grid) == 1 else 4)
             if log_y:
                 heights = [v for r in rows if _measured(r, x, y) for v in (r[y],) if v > 0]
-                _decades(axes.yaxis, y_limits if y_limits and all(y_limits) else heights)
+                ticks.decades(axes.yaxis, y_limits if y_limits and all(y_limits) else heights)
         ends = []
         for axes, (key, members) in zip(grid, panels.items(), strict=True):
             own = [row for row in rows if not panel or str(row.get(panel)) == key]
@@ -104,7 +101,7 @@ def curves(
                 axes.set_ylim(*y_limits)
             if mark is not None:
                 _rule(axes, mark, mark_label)
-        _label_ends(figure, grid, ends)
+        labels.at_ends(figure, grid, ends)
         return figure
 
 
@@ -158,8 +155,8 @@ def bars(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: style.number(value)))
         axes.margins(x=0.09)  # room for the numbers
         if len(names) > 1:  # beside the bars, where it hides none
-            handles, labels = axes.get_legend_handles_labels()
-            different = dict(zip(labels, handles, strict=True))
+            handles, named = axes.get_legend_handles_labels()
+            different = dict(zip(named, handles, strict=True))
             bare = all(label.replace(".", "").isdigit() for label in different)
             figure.legend(different.values(), different.keys(), loc="outside upper left", ncols=4,
                           frameon=False, title=axis_label(by or "") if bare else None)  # fmt: skip
@@ -383,9 +380,9 @@ def _draw(
     """Draws the line; returns its label, its last point and its colour."""
     colour, many = look.colour, len(line.x) > MANY_POINTS
     axes.plot(
-        line.x, line.y, linestyle=dash if joined else "none", color=colour, markersize=4 if joined else 3,
-        marker="" if many and joined else look.marker, linewidth=0.9 if many else None,
-        alpha=1 if joined else 0.6, markeredgewidth=0,
+        line.x, line.y, linestyle=dash if joined else "none", color=colour,
+        marker="" if many and joined else look.marker, markersize=4 if joined else 3,
+        linewidth=0.9 if many else None, alpha=1 if joined else 0.6, markeredgewidth=0,
     )  # fmt: skip
     if line.draws:
         axes.plot(*zip(*line.draws, strict=True), "o", color=colour, markersize=2.5, alpha=0.5,
@@ -403,54 +400,6 @@ def _draw(
 
 
 # --- axes -----------------------------------------------------------------------------------------
-
-
-def _ticks(axes: Axes, values: Sequence[float], log_x: bool, most: int) -> None:
-    format_length = FuncFormatter(lambda value, _: style.length(value))
-    if log_x and values and min(values) > 0:
-        axes.set_xscale("log", base=2)
-        log_ticks(axes.xaxis, values, most)
-    elif values and max(values) > 0 and all(value % 64 == 0 for value in values):  # lengths
-        step = 2.0 ** np.ceil(np.log2(max(values) / most))  # at powers of two
-        axes.xaxis.set_major_locator(MultipleLocator(max(step, 64)))
-        axes.xaxis.set_major_formatter(format_length)
-    elif values and max(values) >= 1000:
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: style.number(value)))
-
-
-def log_ticks(axis: Axis, values: Iterable[float], most: int = 8) -> None:
-    """Ticks of a logarithmic axis: powers of two for lengths, the values themselves where they are
-    few, decades otherwise.
-    """
-    different = sorted(set(values))
-    low, high = different[0], different[-1]
-    axis.set_minor_locator(NullLocator())
-    if low >= 1 and high <= 2.0**24:
-        first, last = np.floor(np.log2(low)), np.ceil(np.log2(high))
-        step = max(1, int(np.ceil((last - first) / most)))
-        axis.set_major_locator(FixedLocator([2.0**e for e in np.arange(first, last + 1, step)]))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: style.length(value)))
-    elif len(different) <= 14 and high / low < 1e4:
-        axis.set_major_locator(FixedLocator(different[:: -(-len(different) // most)]))
-        shown = style.power if high >= 1e11 else style.number  # FLOPs, or counts
-        axis.set_major_formatter(FuncFormatter(lambda value, _: shown(value)))
-    else:
-        _decades(axis, different)
-
-
-def _decades(axis: Axis, values: Iterable[float]) -> None:
-    """Four to eight ticks: powers of ten over many decades, steps within them over few."""
-    low, high = math.log10(min(values, default=1)), math.log10(max(values, default=10))
-    first, last = math.floor(low - 0.1), math.ceil(high + 0.1)
-    step = max(1, -(-(last - first) // 8))
-    for within in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), np.arange(1, 10, 0.2)):
-        ticks = [f * 10.0**e for e in range(first, last + 1, step) for f in within]
-        ticks = [tick for tick in ticks if low - 0.1 <= math.log10(tick) <= high + 0.1]
-        if len(ticks) >= 4 or step > 1:
-            break
-    axis.set_major_locator(FixedLocator(ticks[:: -(-len(ticks) // 9)]))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: style.number(float(f"{value:.6g}"))))
 
 
 def _named(value: Any) -> str:
@@ -471,58 +420,3 @@ def _rule(axes: Axes, x: float, label: str) -> None:
     )  # fmt: skip
     if axes.get_title(loc="left"):
         axes.set_title(axes.get_title(loc="left"), pad=15, fontsize=axes.title.get_fontsize())
-
-
-def _label_ends(
-    figure: Figure, grid: Sequence[Axes], ends: Sequence[Sequence[tuple[str, tuple, str]]]
-) -> None:
-    """Each line's name beside its last point, moved up or down until no two names touch."""
-    figure.draw_without_rendering()  # settles the layout, and with it where a value lands
-    size = matplotlib.rcParams["font.size"] - (1 if len(grid) > 1 else 0)
-    for axes, own in zip(grid, ends, strict=True):
-        _label_panel(axes, own, size, 72 / figure.dpi)
-
-
-def _label_panel(
-    axes: Axes, ends: Sequence[tuple[str, tuple, str]], size: float, to_points: float
-) -> None:
-    low, high = axes.get_ylim()
-    box = axes.get_window_extent()
-    right = max((x for _, (x, _), _ in ends), default=0)
-    ends = sorted(ends, key=lambda end: end[1][1])
-    wanted = []
-    for _, (x, y), _ in ends:
-        pixels = axes.transData.transform((x, min(max(y, low), high)))[1]
-        wanted.append((pixels - box.y0) * to_points)
-    heights = [LABEL_GAP * size * (1 + name.count("\n")) for name, _, _ in ends]
-    placed = spread(wanted, heights)
-    for (name, (x, y), colour), wish, offset in zip(ends, wanted, placed, strict=True):
-        led = x < right or abs(offset - wish) > 2
-        axes.annotate(
-            name, (x, min(max(y, low), high)),
-            xytext=(1.03, offset / (box.height * to_points)), textcoords="axes fraction",
-            color=colour, va="center", ha="left", annotation_clip=False, fontsize=size,
-            arrowprops={
-                "arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3,
-                "alpha": 0.6,
-            } if led else None,
-        )  # fmt: skip
-
-
-def spread(wanted: Sequence[float], heights: Sequence[float]) -> list[float]:
-    """Centres of labels of these heights that do not overlap, in the order of `wanted` (ascending).
-
-    Least squares: neighbours that would touch form a block centred on the mean of their wishes.
-    """
-    offsets = [0.0]  # of each label above the first, were they all stacked
-    for below, above in itertools.pairwise(heights):
-        offsets.append(offsets[-1] + (below + above) / 2)
-    blocks: list[tuple[float, int]] = []  # sum of (wish - offset), and count
-    for wish, offset in zip(wanted, offsets, strict=False):
-        total, count = wish - offset, 1
-        while blocks and blocks[-1][0] / blocks[-1][1] > total / count:
-            before = blocks.pop()
-            total, count = total + before[0], count + before[1]
-        blocks.append((total, count))
-    starts = [total / count for total, count in blocks for _ in range(count)]
-    return [start + offset for start, offset in zip(starts, offsets, strict=False)]

@@ -11,7 +11,7 @@ from PIL import Image
 from lminf import lm  # noqa: F401 -- with all policies
 from lminf.attention import policies
 from lminf.errors import InputError
-from lminf.run import plots, style
+from lminf.run import labels, plots, style
 
 ROWS = [
     {"policy": policy, "length": length, "nll": 2.4 + 0.001 * rank}
@@ -21,9 +21,9 @@ ROWS = [
 
 
 @given(st.lists(st.tuples(st.floats(-500, 500), st.floats(1, 50)), max_size=9))
-def test_spread_labels_keep_their_order_and_do_not_touch(labels):
-    wanted, heights = sorted(wish for wish, _ in labels), [height for _, height in labels]
-    placed = plots.spread(wanted, heights)
+def test_spread_labels_keep_their_order_and_do_not_touch(wishes):
+    wanted, heights = sorted(wish for wish, _ in wishes), [height for _, height in wishes]
+    placed = labels.spread(wanted, heights)
     assert len(placed) == len(wanted)
     ends = list(zip(placed, heights, strict=True))
     for (low, below), (high, above) in itertools.pairwise(ends):
@@ -31,7 +31,7 @@ def test_spread_labels_keep_their_order_and_do_not_touch(labels):
 
 
 def test_labels_that_do_not_touch_stay_where_they_are():
-    assert plots.spread([0.0, 20.0, 45.0], [15.0] * 3) == pytest.approx([0.0, 20.0, 45.0])
+    assert labels.spread([0.0, 20.0, 45.0], [15.0] * 3) == pytest.approx([0.0, 20.0, 45.0])
 
 
 def test_the_names_beside_five_equal_lines_do_not_overlap():
@@ -122,7 +122,8 @@ def test_numbers_on_axes_are_as_a_person_writes_them(value, text):
 
 @pytest.mark.parametrize(
     ("values", "texts"),
-    [([10 ** (17 + i / 10) for i in range(31)], ["10¹⁷", "10¹⁸", "10¹⁹", "10²⁰"]), ([3e9, 7e9, 7e10], ["3B", "7B", "70B"]),
+    [([10 ** (17 + i / 10) for i in range(31)], ["10¹⁷", "10¹⁸", "10¹⁹", "10²⁰"]),
+     ([3e9, 7e9, 7e10], ["3B", "7B", "70B"]),
      ([1e-3, 2e-3, 8e-3], ["0.001", "0.002", "0.008"])],
 )  # fmt: skip
 def test_logarithmic_ticks_can_be_read(values, texts):

@@ -88,8 +88,8 @@ def curves(
                 axes.set_yscale("log")
             ticks.along_x(axes, values, log_x, most=8 if len(grid) == 1 else 4)
             if log_y:
-                heights = [v for r in rows if _measured(r, x, y) for v in (r[y],) if v > 0]
-                ticks.decades(axes.yaxis, y_limits if y_limits and all(y_limits) else heights)
+                heights = [row[y] for row in rows if _measured(row, x, y) and row[y] > 0]
+                ticks.decades(axes.yaxis, [end for end in y_limits or () if end] or heights)
         ends = []
         for axes, (key, members) in zip(grid, panels.items(), strict=True):
             own = [row for row in rows if not panel or str(row.get(panel)) == key]
@@ -206,7 +206,9 @@ def heatmap(
         figure.colorbar(image, ax=axes, label=value_label or axis_label(value), aspect=14)
         if grid.size <= 150:
             for (line, column), shown in written.items():
-                colour = "white" if image.norm(grid[line, column]) < 0.5 else "black"
+                colour = (
+                    "white" if float(np.asarray(image.norm(grid[line, column]))) < 0.5 else "black"
+                )
                 axes.text(column, line, shown, ha="center", va="center", color=colour, fontsize=8.5)
         return figure
 

@@ -124,7 +124,8 @@ class _Condensing(policies.ByContent):
         else:
             weights = dense.softmax(scoring, _scores(scoring, q, k, recent, pos[..., None]),
                                      _seen(recent, pos[..., None]))  # fmt: skip
-            value = _pooled(weights.sum((2, 3)).swapaxes(1, 2), self.pool)
+            votes = jnp.where(old[..., None], weights.sum((2, 3)).swapaxes(1, 2), 0.0)
+            value = _pooled(votes, self.pool)
         value = jnp.where(old[..., None], value, -1.0)  # attention is never below 0
         best, slots = jax.lax.top_k(value.swapaxes(1, 2), count)  # the earlier of equals
         far = jnp.where(best >= 0, slots.astype(jnp.int32), jnp.iinfo(jnp.int32).max)
@@ -242,7 +243,7 @@ class SnapKV(_Condensing):
     """Of the prompt, what its last tokens attended to. Source: Li et al. 2024, arXiv:2404.14469.
 
     Attention is summed over the last `window` queries, and over the query heads of a key head, and
-    averaged over `pooling` neighbours.
+    averaged over `pooling` neighbours before the window.
     """
 
     capacity: int  # tokens of the prompt that stay, the last `window` included

@@ -5,7 +5,8 @@
 Text is read in turns of `turn` tokens, [n turn, (n + 1) turn), and nothing is forgotten within one.
 Before a turn, capacity - turn tokens are chosen from those held: the first `sinks`, the
 capacity - sinks - recent - turn best of all by score (of equals the oldest), and then the most
-recent of the others. With turn = 1 a token is evicted for each that is read, as papers define it.
+recent of the others; under H2O the best are of those between the sinks and the last `recent`. With
+turn = 1 a token is evicted for each that is read, as papers define it.
 
 Positions are places in the cache, as StreamingLLM's are: tokens held are numbered 0, 1, … in the
 order of the text. A turn being read ends at capacity - 1, so no text is too long.
@@ -37,26 +38,32 @@ class Scored(policies.ByContent):
 
     capacity: int  # tokens held, those of the turn that is being read included
     sinks: int = 4  # tokens at the start that are never evicted
-    recent: int = 0  # tokens that are kept because they are the last, at least
+    recent: int | None = (
+        0  # tokens kept because they are the last, at least; None: half of the rest
+    )
     turn: int = 128  # tokens between evictions, and the most that are read at once
 
     span = "capacity"
     by_head = False  # whether each key/value head keeps tokens of its own
+    best_between = False  # whether sinks and recent tokens are kept apart from the best
 
     def __post_init__(self):
+        if self.recent is None:
+            rest = max(self.capacity - self.sinks - self.turn, 0)
+            object.__setattr__(self, "recent", rest // 2)
         for field, least in {"sinks": 0, "recent": 0, "turn": 1}.items():
             at_least(self, field, least)
         if self.best < 0:
             raise InputError(
                 f"capacity={self.capacity} is less than sinks={self.sinks}, recent={self.recent} "
                 f"and turn={self.turn} together; give capacity>="
-                f"{self.sinks + self.recent + self.turn}"
+                f"{self.capacity - self.best}"
             )
 
     @property
     def best(self) -> int:
         """Tokens that a turn finds there because of their score."""
-        return self.capacity - self.sinks - self.recent - self.turn
+        return self.capacity - self.sinks - (self.recent or 0) - self.turn
 
     @property
     def kept(self) -> int:
@@ -147,10 +154,13 @@ class Scored(policies.ByContent):
 
     def _evicted(self, place, score):
         """(place, score) with `kept` tokens at most, numbered anew."""
-        held = place >= 0
-        value = jnp.where(held, score, -jnp.inf)
+        held = scored = place >= 0
+        if self.best_between:
+            since = place.max(1, keepdims=True) - (self.recent or 0)
+            scored = held & (place >= self.sinks) & (place <= since)
+        value = jnp.where(scored, score, -jnp.inf)
         by_score = _rank(jnp.lexsort((place, -value), axis=1))
-        chosen = held & ((by_score < self.best) | (place < self.sinks))
+        chosen = held & ((scored & (by_score < self.best)) | (place < self.sinks))
         # Then by age: every chosen token is before every other one.
         by_age = _rank(jnp.lexsort((-place, 1 - chosen.astype(jnp.int32)), axis=1))
         stays = held & (by_age < self.kept)
@@ -214,12 +224,18 @@ def _rank(order: Int[Array, "B S P"]) -> Int[Array, "B S P"]:
 @policies.register("h2o")
 @dataclass(frozen=True)
 class H2O(Scored):
-    """Keeps, in each key/value head, what attracted most attention so far, summed over its queries.
+    """Keeps, in each key/value head, what attracted most attention so far, summed over its queries,
+    and the last tokens.
 
-    Source: Zhang et al. 2023, arXiv:2306.14048. Query heads that share a key head are summed.
+    Source: Zhang et al. 2023, arXiv:2306.14048. As in the release there are no sinks, and half of
+    what is kept is recent. Query heads that share a key head are summed.
     """
 
+    sinks: int = 0
+    recent: int | None = None
+
     by_head = True
+    best_between = True
 
     def scored(self, score, weights, at):
         del at

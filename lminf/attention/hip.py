@@ -6,7 +6,7 @@ between them `topk`, in blocks of `block`; all where they are. Neighbouring keys
 blocks between are cut into as many equal ranges as may be kept, and until each range is one block:
 
     halve each range; score a half by its first block, the largest product of its keys with any of
-    the queries (every `query_stride`-th); keep the best half of the halves
+    the queries (the last of every `query_stride`); keep the best half of the halves
 
 which asks for O(log) of the blocks. The query heads of a key head share one search. Decoding keeps
 what it found for `refresh` tokens. The first `dense_layers` layers see everything. Positions are
@@ -229,7 +229,7 @@ class HiP(Searching):
     sinks: int = 16  # tokens at the start that stay visible
     block: int = 2  # tokens
     query_block: int = 64  # tokens that see the same, where they are read together
-    query_stride: int = 2  # of these, every so-manieth asks
+    query_stride: int = 2  # of so many of these the last asks
     refresh: int = 8  # tokens that are written before the next search
     dense_layers: int = 3  # layers at the start, of those with this policy, that see everything
 
@@ -280,8 +280,11 @@ class HiP(Searching):
         if not kept:
             return jnp.zeros((len(q), kv_heads, 0), jnp.int32)
         blocks = (start - self.sinks) // self.block
-        row = jnp.arange(0, q.shape[1], self.query_stride, dtype=jnp.int32)[None]
-        row = row + (group.first - group.base)[:, None]
+        # The last of every `query_stride` asks, so that the last of a block does; where fewer are
+        # read, the last of them.
+        ask = -(group.first % self.query_block + 1) % self.query_stride
+        ask = jnp.minimum(group.first + ask, group.end - 1) - group.base
+        row = jnp.arange(0, q.shape[1], self.query_stride, dtype=jnp.int32)[None] + ask[:, None]
         asks = (row < q.shape[1]) & (
             jnp.take_along_axis(group.pos, jnp.minimum(row, q.shape[1] - 1), 1) >= 0
         )

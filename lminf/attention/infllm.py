@@ -3,8 +3,8 @@
 Source: Xiao et al. 2024, arXiv:2402.04617. With L = window, the query at i sees
     i - j < L                                          at the true distance i - j
     j < sinks, chosen blocks, and what fills no block  at the distance L - 1
-A block is `block` tokens in order, from `sinks` on; it exists once the first query of a group has
-all of it beyond its window. Of every block, the `representatives` tokens that attracted most
+A block is `block` tokens in order, from `sinks` on; it is formed after the group that pushed the
+last of it out of the window; where topk = 0 nothing waits for a block. Of every block, the `representatives` tokens that attracted most
 attention while they were in the window stand for it: a summary is the mean of their keys, by query
 head. A group's mean query, placed at L - 1, times the summaries, summed over heads, ranks blocks.
 
@@ -103,7 +103,9 @@ class InfLLM(select.Choosing):
 
     def _existing(self, first):
         """Blocks that exist for a group whose first query is there."""
-        return jnp.maximum(first - self.window - self.sinks + 1, 0) // self.block
+        # With nothing to look up the past is gone as soon as it leaves the window: LMInfinite.
+        left = first - self.window - self.sinks + int(self.topk == 0)
+        return jnp.maximum(left, 0) // self.block
 
     def extra(self, sizes: caches.Sizes):
         blocks = self._blocks(sizes.slots)
@@ -191,7 +193,7 @@ class InfLLM(select.Choosing):
             chosen = self._chosen(places, group, q, extra["summary"][layer], existing)
         count = jnp.minimum(existing, chosen.shape[1])
         skipped = (existing - count) * self.block
-        size = self.sinks + (chosen.shape[1] + 1) * self.block + q.shape[1] - 2
+        size = self.sinks + (chosen.shape[1] + 1) * self.block + q.shape[1] - 1
         row = jnp.arange(max(size, 1), dtype=jnp.int32)[None]
         pos = jnp.where(row < self.sinks, row, row + skipped[:, None])
         looked_up = jnp.zeros(pos.shape, bool)

@@ -23,7 +23,7 @@ memory: first `far_count` and last `near_width` tokens are all it can ever see.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
@@ -176,27 +176,21 @@ class Streaming(Lambda):
         return Far(lambda q: jnp.minimum(q, jnp.asarray(last_slot, q.dtype)), _same)
 
 
+@dataclass(frozen=True)
 class _SeesAll(Window):
     """Near tokens at their true distance, and every earlier one somewhere nearer than it is."""
 
-    @property
-    def far_count(self) -> None:
-        return None
-
-
-@dataclass(frozen=True)
-class ReRoPE(_SeesAll):
-    """All earlier tokens, none farther than `window`. Source: the ReRoPE release (Su 2023)."""
-
-    log_from: int | None = None  # trained length: scores times max(1, ln(q+1)/ln(log_from))
+    # Trained length: scores times max(1, ln(q+1)/ln(log_from)).
+    log_from: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
         super().__post_init__()
         if self.log_from is not None:
             at_least(self, "log_from", 2)
 
-    def far(self) -> Far:
-        return Far(_constant(self.window), _constant(0))
+    @property
+    def far_count(self) -> None:
+        return None
 
     def query_gain(self, q):
         if self.log_from is None:
@@ -204,6 +198,14 @@ class ReRoPE(_SeesAll):
         # Padding stands below 0, where the logarithm would be NaN and spoil gradients.
         grown = jnp.log(jnp.maximum(q, 0).astype(jnp.float32) + 1) / math.log(self.log_from)
         return jnp.maximum(grown, 1.0)
+
+
+@dataclass(frozen=True)
+class ReRoPE(_SeesAll):
+    """All earlier tokens, none farther than `window`. Source: the ReRoPE release (Su 2023)."""
+
+    def far(self) -> Far:
+        return Far(_constant(self.window), _constant(0))
 
 
 @dataclass(frozen=True)
@@ -236,8 +238,12 @@ class SelfExtend(_SeesAll):
         at_least(self, "group", 1)
 
     def far(self) -> Far:
-        offset = self.window - self.window // self.group
-        return Far(lambda q: q // self.group + offset, lambda k: k // self.group)
+        # floor(q/g) + w - w/g - floor(k/g), which need not be whole, in steps of 1/g.
+        def floored(positions):
+            return positions - positions % self.group
+
+        offset = self.window * (self.group - 1)
+        return Far(lambda q: floored(q) + offset, floored, 1.0 / self.group)
 
 
 @dataclass(frozen=True)
@@ -416,7 +422,7 @@ def longest(policy: AnyPolicy, trained_length: int) -> int | None:
     ends = []
     for part in _parts(policy):
         if isinstance(part, SelfExtend):
-            ends.append((trained_length - part.window) * part.group + part.window)
+            ends.append((trained_length - part.window + part.window // part.group) * part.group)
         elif isinstance(part, LeakyReRoPE):
             ends.append((trained_length - part.window) * part.stretch + part.window)
     return min(ends, default=None)

@@ -117,11 +117,14 @@ def check(name, policy, encoding, group, every):
 
 @lanes("infllm", "infinite_hip")
 def test_reading_and_decoding_are_the_formulas(name):
-    check(name, POLICIES[name], "rotary", 3, CALLS[2:])
+    """The temperature of YaRN is in the channels that are rotated, and in no others."""
+    check(name, POLICIES[name], "partial_yarn", 3, CALLS[2:])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("encoding", "group"), [("rotary", 1), ("partial", 3), ("yarn", 1)])
+@pytest.mark.parametrize(
+    ("encoding", "group"), [("rotary", 1), ("partial", 3), ("yarn", 1), ("partial_yarn", 3)]
+)
 @pytest.mark.parametrize(
     ("name", "policy"),
     [(name, policy) for name in POLICIES for policy in (POLICIES[name], *OTHERS[name])],
@@ -157,7 +160,8 @@ SAME = [
     ids=lambda policy: policy.name,
 )
 def test_it_becomes_another_policy(one, other):
-    at, scoring = jnp.asarray(cases.padded(PADS, TOKENS)), cases.scoring("rotary")
+    at = jnp.asarray(cases.padded(PADS, TOKENS))
+    scoring = cases.scoring("partial_yarn")  # under which only rotated channels are tempered
 
     @cases.compiled
     def run(*arrays):

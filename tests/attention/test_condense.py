@@ -104,9 +104,9 @@ def expected(policy, scoring, q, k, v, pad):
                 np.arange(end) <= np.arange(end - asking, end)[:, None], scores, -np.inf
             )
             mass = weights_of(scores * scoring.scale).sum((0, 1))
-            near = np.pad(mass, policy.pool // 2)
-            pooled = np.convolve(near, np.ones(policy.pool), "valid")
-            old = np.sort(np.argsort(-pooled[: end - asking])[: policy.tokens_kept - asking])
+            before = np.pad(mass[: end - asking], policy.pool // 2)  # votes for the window are none
+            pooled = np.convolve(before, np.ones(policy.pool), "valid")
+            old = np.sort(np.argsort(-pooled)[: policy.tokens_kept - asking])
         kept = np.concatenate([old, np.arange(end - asking, len(k))])
         in_prompt = kept[kept < end]
         channel = np.square(queries[end - asking : end]).mean((0, 1))

@@ -18,7 +18,7 @@ if it has none.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lminf.attention import cache as caches
 from lminf.attention import dense, policies, rope
-from lminf.attention.policies import at_least
+from lminf.attention.policies import Held, HeldOrNone
 from lminf.errors import InputError
+from lminf.ranges import Range
 
 LAST = jnp.iinfo(jnp.int32).max
 
@@ -36,23 +37,21 @@ LAST = jnp.iinfo(jnp.int32).max
 class Scored(policies.ByContent):
     """What the policies that evict by a score share. Subclasses say what the score is."""
 
-    capacity: int  # tokens held, those of the turn that is being read included
-    sinks: int = 4  # tokens at the start that are never evicted
-    recent: int | None = (
-        0  # tokens kept because they are the last, at least; None: half of the rest
-    )
-    turn: int = 128  # tokens between evictions, and the most that are read at once
+    capacity: Held  # tokens held, those of the turn that is being read included
+    sinks: HeldOrNone = 4  # tokens at the start that are never evicted
+    # Tokens kept because they are the last, at least; None: half of the rest.
+    recent: HeldOrNone | None = 0
+    turn: Held = 128  # tokens between evictions, and the most that are read at once
 
     span = "capacity"
     by_head = False  # whether each key/value head keeps tokens of its own
     best_between = False  # whether sinks and recent tokens are kept apart from the best
 
     def __post_init__(self):
+        super().__post_init__()
         if self.recent is None:
             rest = max(self.capacity - self.sinks - self.turn, 0)
             object.__setattr__(self, "recent", rest // 2)
-        for field, least in {"sinks": 0, "recent": 0, "turn": 1}.items():
-            at_least(self, field, least)
         if self.best < 0:
             raise InputError(
                 f"capacity={self.capacity} is less than sinks={self.sinks}, recent={self.recent} "
@@ -231,8 +230,8 @@ class H2O(Scored):
     what is kept is recent. Query heads that share a key head are summed.
     """
 
-    sinks: int = 0
-    recent: int | None = None
+    sinks: HeldOrNone = 0
+    recent: HeldOrNone | None = None
 
     by_head = True
     best_between = True
@@ -250,7 +249,7 @@ class TOVA(Scored):
     Source: Oren et al. 2024, arXiv:2401.06104, which has neither sinks nor recent tokens.
     """
 
-    sinks: int = 0
+    sinks: HeldOrNone = 0
 
     def scored(self, score, weights, at):
         last = at.argmax(1)[:, None, None, None, None]
@@ -270,15 +269,13 @@ class SirLLM(Scored):
     t + 1 gets -log P(x_t | x_<=t), the surprise of seeing the token before it once more.
     """
 
-    decay: float = 1.0
+    decay: Annotated[float, Range(above=0, max=1)] = 1.0
     score: Literal["surprise", "reference"] = "surprise"
 
     listens = True
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.decay <= 1:
-            raise InputError(f"decay={self.decay}: give a factor in (0, 1]")
         if self.score not in ("surprise", "reference"):
             raise InputError(f"score={self.score!r}; give 'surprise' or 'reference'")
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 import kernels
 from lminf.attention import cache as caches
 from lminf.attention import dense, policies, rope, select
-from lminf.attention.policies import at_least
+from lminf.attention.policies import Held, HeldOrNone, Layers, Tokens
 from lminf.errors import InputError
 
 
@@ -224,22 +224,19 @@ def _dense(places, q, positions, held, layer, every):
 class HiP(Searching):
     """Keys found by a tree search. Source: Lee et al. 2024, arXiv:2406.09827."""
 
-    topk: int = 512  # tokens found, a multiple of `block`
-    window: int = 256  # tokens, the query's own included
-    sinks: int = 16  # tokens at the start that stay visible
-    block: int = 2  # tokens
-    query_block: int = 64  # tokens that see the same, where they are read together
-    query_stride: int = 2  # of so many of these the last asks
-    refresh: int = 8  # tokens that are written before the next search
-    dense_layers: int = 3  # layers at the start, of those with this policy, that see everything
+    topk: Tokens = 512  # tokens found, a multiple of `block`
+    window: Tokens = 256  # tokens, the query's own included
+    sinks: HeldOrNone = 16  # tokens at the start that stay visible
+    block: Held = 2  # tokens
+    query_block: Tokens = 64  # tokens that see the same, where they are read together
+    query_stride: Tokens = 2  # of so many of these the last asks
+    refresh: Held = 8  # tokens that are written before the next search
+    dense_layers: Layers = 3  # layers at the start, of those with this policy, that see everything
 
     needs_rotary = False
 
     def __post_init__(self):
-        for field in ("window", "block", "query_block", "query_stride", "refresh"):
-            at_least(self, field, 1)
-        for field in ("sinks", "dense_layers"):
-            at_least(self, field, 0)
+        super().__post_init__()
         if self.topk % self.block or self.topk < self.block:
             raise InputError(
                 f"topk={self.topk} tokens is no whole number of blocks of block={self.block}; "

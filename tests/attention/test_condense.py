@@ -188,8 +188,8 @@ def test_memory_of_what_is_older_falls_by_half_the_ratio():
     [
         (lambda: SnapKV(32), "capacity=32 with window=32: give capacity>=33"),
         (lambda: SnapKV(64, pooling=4), "pooling=4: give an odd number"),
-        (lambda: ThinK(1.0), r"ratio=1.0: give a share in \[0, 1\)"),
-        (lambda: ThinK(recent=0), "recent=0: give at least 1"),
+        (lambda: ThinK(1.0), r"ThinK.ratio is 1.0; give a finite number of at least 0 and below 1"),
+        (lambda: ThinK(recent=0), "ThinK.recent is 0; give a whole number of at least 1"),
         (lambda: ThinK(recent=8, capacity=8), "capacity=8 with recent=8: give capacity>=9"),
     ],
 )

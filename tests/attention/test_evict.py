@@ -184,8 +184,8 @@ def test_chunks_end_where_turns_do():
     ("make", "message"),
     [
         (lambda: H2O(10, sinks=4, recent=4, turn=4), "capacity=10 is less than .* capacity>=12"),
-        (lambda: TOVA(10, turn=0), "turn=0: give at least 1"),
-        (lambda: SirLLM(300, decay=1.5), r"decay=1.5: give a factor in \(0, 1\]"),
+        (lambda: TOVA(10, turn=0), "TOVA.turn is 0; give a whole number of at least 1"),
+        (lambda: SirLLM(300, decay=1.5), r"SirLLM.decay is 1.5; give a finite number above 0"),
         (lambda: SirLLM(300, score="paper"), "score='paper'; give 'surprise' or 'reference'"),  # pyright: ignore[reportArgumentType] (that is the error)
     ],
 )

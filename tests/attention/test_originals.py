@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lminf.attention import attend, cache, dense, rope
+from lminf.attention import cache, dense, rope
 from lminf.attention.condense import SnapKV
 from lminf.attention.evict import H2O
 from lminf.attention.hip import HiP
 from lminf.attention.infllm import InfLLM
 from lminf.attention.longheads import LongHeads
-from lminf.attention.policies import Full, LMInfinite, SelfExtend
+from lminf.attention.policies import LMInfinite, SelfExtend
 from lminf.attention.top_k import TopK
 from tests import cases as shared
 from tests.attention import cases, choosing_oracle, test_evict

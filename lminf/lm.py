@@ -95,14 +95,15 @@ class LM:
         """A model of the table (`lminf list`), a local folder, a .gguf file or a hub repository."""
         from lminf import checkpoints
 
-        policy = FULL if policy is None else parse_policy(policy)  # before anything is fetched
+        if policy is not None:
+            policy = parse_policy(policy)  # before anything is fetched
         loaded = checkpoints.load(name, dtype=dtype, progress=progress)
         if loaded.tokenizer is None:
             raise InputError(
                 f"{loaded.source} has no tokenizer; add its tokenizer.json, or read token ids "
                 f"with lminf.checkpoints.load"
             )
-        return cls(loaded.spec, loaded.params, loaded.tokenizer, policy, dtype)
+        return cls(loaded.spec, loaded.params, loaded.tokenizer, policy or FULL, dtype)
 
     def __repr__(self) -> str:
         """Three lines: the model, what it was trained on, how it attends."""

@@ -19,6 +19,11 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, from a scheduler or `kill`: ends a command as Ctrl-C does, with its own status."""
 
 
+def printable(text: str) -> str:
+    """The text with control characters escaped: what a file contains could command a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
     """SIGTERM raises Terminated, in the main thread: no other may set handlers."""
@@ -46,7 +51,7 @@ def orderly(*, debug: bool) -> Iterator[None]:
     except InputError as error:
         if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt as stop:
         print("interrupted", file=sys.stderr)

@@ -4,6 +4,7 @@
 """
 
 import ast
+import contextlib
 import importlib.util
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from ml_collections.config_flags import config_flags
 
 from lminf.config import CLASS, closest
 from lminf.errors import InputError
+from lminf.ranges import shown
 from lminf.run import header, settings
 
 
@@ -57,7 +59,7 @@ def parse(experiment: str, arguments: Sequence[str]) -> Request | None:
     before = dict(leaves(config))
     try:
         rest = values([experiment, *arguments])[1:]
-    except (flags.Error, TypeError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # of absl, and of what reads a value's Python text
         raise InputError(" ".join(str(error).split()) + "; --help lists what there is") from error
     if rest:
         raise InputError(
@@ -108,15 +110,29 @@ def find_config(experiment: str, given: str | None) -> tuple[Path, str]:
     else:
         places = [header.CONFIGS / f"{file}.py"]
     for path in places:
-        if path.is_file():
-            return path, variant
+        with contextlib.suppress(OSError, ValueError):  # no name that a file can have
+            if path.is_file():
+                return path, variant
     stems = [path.stem for path in sorted(header.CONFIGS.glob("[!_]*.py"))]
-    raise InputError(f"there is no config file {file!r}; {closest(Path(file).stem, stems)}")
+    raise InputError(f"there is no config file {shown(file)}; {closest(Path(file).stem, stems)}")
 
 
 def load_config(path: Path, variant: str) -> ConfigDict:
     """What the file's get_config returns for the variant."""
-    config = load_module(path).get_config(variant)
+    module = load_module(path)
+    try:
+        config = module.get_config(variant)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"get_config({variant!r}) of {path} fails with {type(error).__name__}: {error}; "
+            f"--debug shows where"
+        ) from error
+    if not isinstance(config, ConfigDict):
+        raise InputError(
+            f"get_config of {path} returns {type(config).__name__}; it should return a ConfigDict"
+        )
     accept_values_for_none(config)
     return config
 
@@ -129,8 +145,9 @@ def load_module(path: Path) -> types.ModuleType:
     module: types.ModuleType = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except (SyntaxError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the config file {path}: {error}") from error
+    except Exception as error:
+        what = "" if isinstance(error, SyntaxError) else f"{type(error).__name__}: "
+        raise InputError(f"cannot read the config file {path}: {what}{error}") from error
     if not hasattr(module, "get_config"):
         raise InputError(f"{path} has no get_config(arg); every config file defines one")
     return module
@@ -194,7 +211,7 @@ def quote_words(argument: str, config: ConfigDict) -> str:
         return argument
     try:
         ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return f"{flag}={text!r}"
     return argument
 

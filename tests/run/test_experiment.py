@@ -148,6 +148,33 @@ def test_a_config_file_that_is_no_config_is_bad_input(tmp_path):
         request.parse("demo", ["--config=empty.py"])
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import nothing_of_that_name", "ModuleNotFoundError: No module named"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("def get_config(arg=''):\n    return {}", "returns dict; it should return a ConfigDict"),
+        ("def get_config():\n    pass", r"get_config\(''\) of broken.py fails with TypeError"),
+    ],
+)
+def test_a_config_file_that_fails_is_bad_input(text, message, tmp_path):
+    (tmp_path / "broken.py").write_text(text)
+    with pytest.raises(InputError, match=message):
+        request.parse("demo", ["--config=broken.py"])
+
+
+@pytest.mark.parametrize("name", ["(" * 3000, "\0", "../" * 2000])
+def test_a_name_that_no_config_file_can_have_is_bad_input(name):
+    with pytest.raises(InputError, match="there is no config file"):
+        request.parse("demo", [f"--config={name}"])
+
+
+def test_control_characters_of_an_error_are_shown_escaped(capsys):
+    with pytest.raises(SystemExit):
+        start("--config.stop_after=0", error=r"InputError('a\x1b[2Jb \ud800')")
+    assert capsys.readouterr().err == "error: a\\x1b[2Jb \\ud800\n"
+
+
 def test_help_lists_the_question_and_every_field(capsys):
     assert parse("--help") is None
     text = capsys.readouterr().out

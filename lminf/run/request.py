@@ -53,11 +53,11 @@ def parse(experiment: str, arguments: Sequence[str]) -> Request | None:
     values = flags.FlagValues()
     flags.DEFINE_string("out", None, "the run's folder", flag_values=values)
     flags.DEFINE_boolean("debug", False, "show a traceback with an error", flag_values=values)
-    overridden = config_flags.DEFINE_config_dict(
-        "config", config, flag_values=values, sys_argv=[experiment, *arguments]
-    )
     before = dict(leaves(config))
     try:
+        overridden = config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, sys_argv=[experiment, *arguments]
+        )
         rest = values([experiment, *arguments])[1:]
     except Exception as error:  # of absl, and of what reads a value's Python text
         raise InputError(" ".join(str(error).split()) + "; --help lists what there is") from error
@@ -166,7 +166,7 @@ def accept_values_for_none(config: ConfigDict) -> None:
 
 def check_overrides(arguments: Sequence[str], config: ConfigDict) -> None:
     """Refuses `--config.path` that names no field, with the closest field that exists."""
-    fields = dict(leaves(config))
+    fields = {name: value for name, value in leaves(config) if not _is_class(name)}
     sections = {name.rpartition(".")[0] for name in fields}
     for argument in arguments:
         flag = argument.partition("=")[0].lstrip("-")
@@ -174,10 +174,16 @@ def check_overrides(arguments: Sequence[str], config: ConfigDict) -> None:
             name = flag.removeprefix(prefix)
             if name == flag or name in fields:
                 continue
+            if _is_class(name):
+                raise InputError(f"config.{name} is what the section is; change it in the file")
             if name in sections:
                 inner = [field for field in fields if field.startswith(f"{name}.")]
                 raise InputError(f"config.{name} is a section; override {', '.join(inner)}")
             raise InputError(f"the config has no field {name!r}; {closest(name, fields)}")
+
+
+def _is_class(name: str) -> bool:
+    return name.rpartition(".")[2] == CLASS
 
 
 def take_none(arguments: list[str], config: ConfigDict) -> list[str]:

@@ -123,7 +123,8 @@ def test_a_config_is_found_from_any_folder_by_path_and_by_name():
     [
         (["--config.lenths=3"], "no field 'lenths'; did you mean 'lengths'"),
         (["--config.attention.windw=3"], "did you mean 'attention.window'"),
-        (["--config.attention=3"], "config.attention is a section; override attention.class"),
+        (["--config.attention=3"], "config.attention is a section; override attention.distance"),
+        (["--config.attention.class=Full"], "attention.class is what the section is"),
         (["--config.attention.window=three"], "--config.attention.window=three: invalid literal"),
         (["--config.lengths=three"], "config.lengths holds int, not 'three'"),
         (["--config.rate"], "Missing value"),

@@ -4,6 +4,7 @@ import contextlib
 import io
 import random
 from pathlib import Path
+from typing import Any
 
 from experiments import _training
 from lminf.attention.policies import POLICIES
@@ -56,7 +57,7 @@ def read(path: Path) -> None:
         asked = request.parse(path.name, words)
     if asked is None:
         return
-    c = asked.config
+    c: Any = asked.config
     for text in c.get("policies", ()) if path.name in ("passkey", "decode_cost") else ():
         parse_choice(text, POLICIES, what="policy")
     if path.name == "train_lm" and c.data.tokenizer == "bytes" and not c.init:

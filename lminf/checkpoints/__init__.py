@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lminf.attention.policies import FULL, AnyPolicy
 from lminf.checkpoints import fetch, gguf, gguf_tokenizer, hf, hf_tokenizer
 from lminf.checkpoints.trees import Progress
 from lminf.data.tokenizers import Tokenizer
@@ -23,6 +24,7 @@ class Checkpoint:
     params: Params
     tokenizer: Tokenizer | None  # None: the folder has none, the model reads token ids only
     source: str  # the file or folder it was read from
+    policy: AnyPolicy | None = None  # that it was trained with, where config.json cannot say it
 
 
 def load(
@@ -35,6 +37,7 @@ def load(
     """
     path = _locate(str(name), progress)
     read = gguf.load if path.is_file() else hf.load
+    policy = None if path.is_file() else hf.read_policy(path)
     spec, params, tokenizer = read(path, dtype=jnp.dtype(dtype), progress=progress)
     if tokenizer is not None and tokenizer.vocab_size > spec.vocab_size:
         raise InputError(
@@ -43,13 +46,19 @@ def load(
         )
     # On a CPU the arrays that were read are used as they are: no second copy of the model.
     params = jax.tree.map(lambda array: jax.device_put(array, may_alias=True), params)
-    return Checkpoint(spec, params, tokenizer, str(path))
+    return Checkpoint(spec, params, tokenizer, str(path), policy)
 
 
 def read_spec(name: str | os.PathLike[str]) -> ModelSpec:
     """The shapes and rules of a model, without reading its parameters."""
     path = _locate(str(name), None)
     return gguf.read_spec(gguf.open_gguf(path)) if path.is_file() else hf.read_spec(path)
+
+
+def read_policy(name: str | os.PathLike[str]) -> AnyPolicy | None:
+    """The policy that a model was trained with; None where nothing beside its weights says one."""
+    path = _locate(str(name), None)
+    return None if path.is_file() else hf.read_policy(path)
 
 
 def read_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
@@ -63,17 +72,28 @@ def read_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
     return tokenizer
 
 
-def must_be_new(folder: str | os.PathLike[str]) -> None:
-    """Refuses a place that `save` would refuse, before the work is done."""
-    hf.must_be_new(Path(folder))
+def check_save(
+    folder: str | os.PathLike[str], checkpoint: Checkpoint | None = None, *, needed: int = 0
+) -> None:
+    """Refuses what `save` would refuse, before the work is done: a place that is taken, cannot be
+    written or lacks `needed` bytes, and a model (whose parameters are not read) without a format.
+    """
+    if checkpoint is None:
+        hf.must_be_new(Path(folder))
+        hf.check_room(Path(folder), needed)
+        return
+    policy = checkpoint.policy or FULL
+    hf.check_save(Path(folder), checkpoint.spec, checkpoint.tokenizer, policy, needed)
 
 
 def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
     """Writes safetensors, config.json and tokenizer files, as transformers and `load` read them.
 
-    The folder must be new or empty; it appears whole or not at all.
+    The folder must be new or empty; it appears whole or not at all. A policy that config.json
+    cannot express is written to lminf.json, where `load` finds it.
     """
-    hf.save(Path(folder), checkpoint.spec, checkpoint.params, checkpoint.tokenizer)
+    policy = checkpoint.policy or FULL
+    hf.save(Path(folder), checkpoint.spec, checkpoint.params, checkpoint.tokenizer, policy)
 
 
 def _locate(name: str, progress: Progress | None) -> Path:

@@ -4,8 +4,10 @@ Safetensors are data; nothing in a checkpoint is executed, so PyTorch's pickles 
 """
 
 import contextlib
+import dataclasses
 import json
 import struct
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,15 +15,18 @@ from typing import Any, BinaryIO
 import numpy as np
 import safetensors
 
+from lminf.attention.policies import FULL, POLICIES, AnyPolicy, Window
 from lminf.checkpoints import hf_config, hf_tokenizer, maps, trees
 from lminf.checkpoints.hf_tokenizer import read_json, write_json
-from lminf.checkpoints.whole import whole
+from lminf.checkpoints.whole import check_room, whole
+from lminf.config import parse_choice
 from lminf.data.tokenizers import Tokenizer
 from lminf.errors import InputError
 from lminf.models.spec import ModelSpec
 from lminf.types import Params
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+POLICY_FILE = "lminf.json"  # how a model attends, where config.json cannot say it
 FLOATS = {"F64", "F32", "F16", "BF16"}
 DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
@@ -116,16 +121,71 @@ def _files(folder: Path) -> list[Path]:
     return found
 
 
+def read_policy(folder: Path) -> AnyPolicy | None:
+    """How the model attends as it was trained, where lminf.json says so beside its weights."""
+    path = folder / POLICY_FILE
+    if not path.exists():
+        return None
+    content = read_json(path)
+    if content.keys() != {"policy"} or not isinstance(content["policy"], str):
+        raise InputError(
+            f"{path} does not say the policy that the model was trained with; it should hold "
+            f'{{"policy": "NAME:FIELD=VALUE"}}: export the model again, or remove the file'
+        )
+    try:
+        return parse_choice(content["policy"], POLICIES, what="policy")
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
 def must_be_new(folder: Path) -> None:
     """Refuses a folder that holds anything: nothing is ever overwritten."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not an empty folder; choose a new one")
 
 
-def save(folder: Path, spec: ModelSpec, params: Params, tokenizer: Tokenizer | None) -> None:
-    """Writes a folder that transformers loads, all of it or nothing."""
+def check_save(
+    folder: Path, spec: ModelSpec, tokenizer: Tokenizer | None, policy: AnyPolicy, needed: int
+) -> None:
+    """Refuses whatever `save` would refuse, before the parameters (`needed` bytes) are there."""
     must_be_new(folder)
-    config = hf_config.from_spec(spec)
+    check_room(folder, needed)
+    _described(spec, policy)
+    if tokenizer is not None:
+        with tempfile.TemporaryDirectory() as tried:
+            hf_tokenizer.write(Path(tried), tokenizer)
+
+
+def _described(spec: ModelSpec, policy: AnyPolicy) -> tuple[dict[str, Any], dict[str, str] | None]:
+    """config.json and lminf.json of a model that attends by this policy; no second where the first
+    says it all, which it does for windows in families that have them."""
+    if policy == FULL:
+        return hf_config.from_spec(spec), None
+    if isinstance(policy, Window) and type(policy) is Window and set(spec.windows) == {None}:
+        windows = (policy.window,) * spec.num_layers
+        for family in (spec.family, "mistral") if spec.family == "llama" else (spec.family,):
+            with contextlib.suppress(InputError):
+                windowed = dataclasses.replace(spec, family=family, windows=windows)
+                return hf_config.from_spec(windowed), None
+    if parse_choice(policy.name, POLICIES, what="policy") != policy:
+        raise InputError(f"{policy.name} cannot be written down beside a model")
+    return hf_config.from_spec(spec), {"policy": policy.name}
+
+
+def save(
+    folder: Path,
+    spec: ModelSpec,
+    params: Params,
+    tokenizer: Tokenizer | None,
+    policy: AnyPolicy = FULL,
+) -> None:
+    """Writes a folder that transformers loads, all of it or nothing.
+
+    `policy` is how the model attends as it was trained: where config.json cannot say it,
+    lminf.json does, which other programs do not read.
+    """
+    must_be_new(folder)
+    config, attends = _described(spec, policy)
     tensors = list(trees.write(spec, maps.HF[spec.family], params))
     dtype = str(np.dtype(next(iter(trees.flattened(params).values())).dtype))
     if dtype not in DTYPE_NAMES:
@@ -144,6 +204,8 @@ def save(folder: Path, spec: ModelSpec, params: Params, tokenizer: Tokenizer | N
             hf_tokenizer.write(temporary, tokenizer)
         write_json(temporary / "config.json", config)
         write_json(temporary / "generation_config.json", generation)
+        if attends is not None:
+            write_json(temporary / POLICY_FILE, attends)
         with (temporary / "model.safetensors").open("wb") as file:
             _write_safetensors(file, tensors, dtype)
 

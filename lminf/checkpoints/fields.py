@@ -37,7 +37,10 @@ ACTIVATION_NAMES = {
 
 TokenId: TypeAlias = Annotated[int, Range(min=-(2**31), max=2**32 - 1)]  # -1 in both: no token
 
-_WORDS = {bool: "true or false", str: "a text", dict: "an object"}
+_WORDS = {
+    bool: "true or false", str: "a text", dict: "an object", int: "a whole number",
+    float: "a number",
+}  # fmt: skip
 _PLURALS = {str: "texts", dict: "objects", int: "whole numbers", float: "numbers"}
 _ARRAY_KINDS = {int: "iu", float: "iuf"}  # of numpy
 
@@ -61,7 +64,7 @@ def problem(value: Any, hint: Any) -> str | None:
         problems = [problem(value, argument) for argument in arguments]
         return None if None in problems else " or ".join(map(str, problems))
     if origin is not list:
-        return None if isinstance(value, hint) else _WORDS[hint]
+        return None if isinstance(value, int | float if hint is float else hint) else _WORDS[hint]
     item = arguments[0]
     if isinstance(value, np.ndarray):
         fits = value.dtype.kind in _ARRAY_KINDS.get(item, "")

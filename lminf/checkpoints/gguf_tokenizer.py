@@ -113,7 +113,7 @@ def from_metadata(metadata: Mapping[str, Any], source: str) -> Tokenizer:
         MEANINGLESS,
         _PREFIX,
     )
-    tokens, kinds = facts["ggml.tokens"], facts["ggml.token_type"].tolist()
+    tokens, kinds = facts["ggml.tokens"], list(facts["ggml.token_type"])
     if len(set(tokens)) != len(tokens) or len(kinds) != len(tokens):
         raise InputError(
             f"{source} has {len(tokens)} tokens, {len(set(tokens))} of them distinct, and "
@@ -197,7 +197,7 @@ def _sentence_piece(facts: Fields, kinds: list[int], *, gemma: bool) -> tokenize
     token first.
     """
     tokens = facts["ggml.tokens"]
-    scores = facts["ggml.scores"].tolist()
+    scores = list(facts["ggml.scores"])
     if len(scores) != len(tokens):
         raise InputError(
             f"{facts.source} has {len(tokens)} tokens but {len(scores)} scores; the vocabulary is "

@@ -80,7 +80,7 @@ def _scaling(given: Fields, fields: Fields) -> rope.Scaling:
     if kind == "linear":
         return rope.Linear(float(given["factor"]))
     if kind == "dynamic":
-        given.only("original_max_position_embeddings", longest)
+        given.ignored("original_max_position_embeddings")  # as transformers does
         return rope.DynamicNTK(float(given["factor"]), longest)
     trained = given.get("original_max_position_embeddings", longest)
     if kind == "llama3":

@@ -1,7 +1,10 @@
 """Tokenizers of Hugging Face folders: tokenizer.json, tokenizer_config.json, chat template."""
 
+import contextlib
 import dataclasses
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,7 @@ def read(folder: Path) -> Tokenizer | None:
             f"{folder} has a tokenizer in {others[0]} but no tokenizer.json; save it once with "
             f"transformers' fast tokenizer, which writes that file"
         )
-    with refusing(str(path), kind="tokenizer"):
+    with refusing(str(path), kind="tokenizer"), _panics_unprinted():
         backend = tokenizers.Tokenizer.from_str(read_text(path))
         backend.no_truncation()
         backend.no_padding()
@@ -66,6 +69,24 @@ def read(folder: Path) -> Tokenizer | None:
         )
         _check(tokenizer, path)
     return tokenizer
+
+
+@contextlib.contextmanager
+def _panics_unprinted() -> Iterator[None]:
+    """Keeps the standard error of the process closed to what Rust prints of a panic, with a
+    backtrace, before it becomes the exception that says the same."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def _check(tokenizer: Tokenizer, path: Path) -> None:

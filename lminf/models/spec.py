@@ -35,7 +35,7 @@ from lminf.ranges import Range
 
 # 2^31 - 1: the largest id and the largest axis of an array that 32-bit indices reach.
 Size: TypeAlias = Annotated[int, Range(min=1, max=2**31 - 1)]
-Layers: TypeAlias = Annotated[int, Range(min=1, max=2**16)]
+Layers: TypeAlias = Annotated[int, Range(min=1, max=2**12)]
 Epsilon: TypeAlias = Annotated[float, Range(above=0, max=1)]
 Multiplier: TypeAlias = Annotated[float, Range(min=1e-6, max=1e6)]
 # Scores are divided by a cap and activations are clipped to one: both must stay in float32.
@@ -75,7 +75,7 @@ class MoESpec:
     # Hidden size of an MLP that reads every token beside them; 0: none.
     shared_dim: Annotated[int, Range(min=0, max=2**31 - 1)]
     # Layers at the start that have an MLP instead.
-    dense_layers: Annotated[int, Range(min=0, max=2**16)]
+    dense_layers: Annotated[int, Range(min=0, max=2**12)]
     normalised: bool  # the weights of a token's experts sum to 1
     # Tokens that an expert reads, as a multiple of its fair share; None: all that come.
     capacity: Annotated[float, Range(above=0)] | None

@@ -94,6 +94,6 @@ def _value(value: Any) -> tuple[int, bytes]:
         small = not isinstance(value, bool) and value < 2**32  # as converters write most counts
         kind, code = (4, "I") if small else _CODES[type(value)]
         return kind, struct.pack(f"<{code}", value)
-    if isinstance(value, float) and abs(value) < 3e38 or value != value:
+    if (isinstance(value, float) and abs(value) < 3e38) or value != value:
         return 6, struct.pack("<f", value)
     return 8, _text(str(value))

@@ -37,6 +37,10 @@ def refusing(source: str, *, kind: str) -> Iterator[None]:
             f"{source} asks for more memory than this machine has; if the {kind} is not that "
             f"large, the file is damaged: fetch it again"
         ) from error
+    except OSError as error:
+        raise InputError(
+            f"{source} could not be read ({error}); check that it is there and may be read"
+        ) from error
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise

@@ -9,22 +9,22 @@ from typing import Any
 from lminf.errors import InputError
 from lminf.ranges import shown
 
-# Gemma's tokenizer.json, the largest of its kind, has 34 MB; what Python makes of JSON is ten times
-# as large.
-MOST_BYTES = 64 << 20
+# Gemma's tokenizer.json, the largest of its kind, has 34 MB; the index of DeepSeek V3 has 9 MB, and
+# what Python makes of JSON is up to twenty times as large.
+MOST_TEXT_BYTES, MOST_JSON_BYTES = 64 << 20, 16 << 20
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, *, most_bytes: int = MOST_TEXT_BYTES) -> str:
     """The text of a file of a checkpoint, without a byte order mark.
 
     Refuses what is no plain file (reading from a pipe never ends) and what is too large.
     """
     if not path.is_file():
         raise InputError(f"{path} is no plain file; fetch the checkpoint again, whole")
-    if (size := path.stat().st_size) > MOST_BYTES:
+    if (size := path.stat().st_size) > most_bytes:
         raise InputError(
             f"{path} has {size / 2**20:.0f} MiB; no such file of a model has more than "
-            f"{MOST_BYTES >> 20} MiB: fetch it again"
+            f"{most_bytes >> 20} MiB: fetch it again"
         )
     try:
         return path.read_bytes().decode("utf-8-sig")
@@ -36,7 +36,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file."""
     try:
         values = json.loads(
-            read_text(path), object_pairs_hook=functools.partial(_unambiguous, path)
+            read_text(path, most_bytes=MOST_JSON_BYTES),
+            object_pairs_hook=functools.partial(_unambiguous, path),
         )
     except InputError:
         raise

@@ -7,52 +7,14 @@ field that is null is as good as absent.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Any
 
 from lminf.attention import rope
-from lminf.attention.rope import Length
 from lminf.checkpoints import hf_rotary
 from lminf.checkpoints.fields import ACTIVATION_NAMES, Fields
-from lminf.checkpoints.hf_meaningless import MEANINGLESS
+from lminf.checkpoints.hf_fields import ATTENTION_SHAPE, MEANINGLESS, SHAPE
 from lminf.errors import InputError
-from lminf.models.spec import Cap, Epsilon, Layers, MLPSpec, ModelSpec, Multiplier, NormSpec, Size
-from lminf.ranges import Range
-
-# What each field may be; those of nested sections beside the functions that read them.
-SHAPE: dict[str, Any] = {
-    **dict.fromkeys(
-        (
-            "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size",
-            "num_key_value_heads", "head_dim", "n_embd", "n_head", "n_inner", "rotary_dim",
-            "d_model", "n_heads", "expansion_ratio",
-        ),
-        Size,
-    ),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), Layers),
-    **dict.fromkeys(
-        ("max_position_embeddings", "n_positions", "max_seq_len", "sliding_window"), Length
-    ),
-    "max_window_layers": Annotated[int, Range(min=0, max=2**16)],
-    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), Epsilon),
-    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), Cap),
-    "query_pre_attn_scalar": Multiplier,
-    **dict.fromkeys(
-        (
-            "mlp_bias", "attention_bias", "tie_word_embeddings", "use_sliding_window",
-            "use_parallel_residual",
-        ),
-        bool,
-    ),
-    **dict.fromkeys(("model_type", "hidden_act", "hidden_activation", "activation_function"), str),
-    "layer_types": list[str],
-    "attn_config": dict,
-    **hf_rotary.SHAPE,
-}  # fmt: skip
-_ATTENTION_SHAPE: dict[str, Any] = {  # of MPT's attn_config
-    "clip_qkv": Cap,
-    "softmax_scale": Multiplier,
-    "alibi_bias_max": Annotated[float, Range(above=0, max=1e3)],
-}
+from lminf.models.spec import MLPSpec, ModelSpec, NormSpec
 
 CLASSES = {  # what transformers calls the model
     "llama": "LlamaForCausalLM",
@@ -392,7 +354,7 @@ def _gptj_fields(spec: ModelSpec) -> dict[str, Any]:
 
 def _mpt(fields: Fields, family: str) -> ModelSpec:
     width, heads = fields["d_model"], fields["n_heads"]
-    attention = fields.part("attn_config", _ATTENTION_SHAPE, MEANINGLESS)
+    attention = fields.part("attn_config", ATTENTION_SHAPE, MEANINGLESS)
     attention.only("attn_type", "multihead_attention")
     for name in ("prefix_lm", "qk_ln", "attn_uses_sequence_id", "qk_gn", "rope"):
         attention.only(name, False)

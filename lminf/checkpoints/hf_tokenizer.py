@@ -28,7 +28,8 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": TokenId | list[TokenId],
 }
 # Letters, white space, what few vocabularies hold, and what none does: every way through a model.
-_SAMPLE = "a b, 12\n\té漢🙂\x00"
+# The long word takes patterns whose time grows with 2 to the length to the library's limit.
+_SAMPLE = f"a b, 12\n\té漢🙂\x00{'a' * 64}b"
 MOST_TOKENS = 1 << 22  # ids; the largest vocabularies have 2^18 tokens
 
 

@@ -102,6 +102,23 @@ def test_a_panic_of_rust_prints_no_backtrace(folder, tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_a_file_that_may_not_be_read_is_not_called_damaged():
+    with pytest.raises(InputError, match="may be read"), refusing("f.bin", kind="thing"):
+        raise PermissionError("no")
+
+
+def test_a_pattern_that_takes_exponential_time_is_refused_when_it_is_read(folder, tmp_path):
+    model = copied(folder, tmp_path)
+    parts = json.loads((model / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+    split["invert"] = False
+    steps = [split, parts["pre_tokenizer"]]
+    parts["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    (model / "tokenizer.json").write_text(json.dumps(parts))
+    with pytest.raises(InputError, match="retry-limit"):
+        checkpoints.read_tokenizer(model)
+
+
 # --- JSON -----------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Every number of a specification and of a rotary schedule has a range, outside of which none is."""
+"""Every number of a specification and of a rotary schedule has a range; none lies outside."""
 
 import dataclasses
 import json

@@ -1,6 +1,51 @@
-"""Fields of a config.json that change nothing in what the model computes, and at which values."""
+"""Fields of a config.json: what each may be, and which change nothing in what the model computes.
 
+What is in neither table is refused by name.
+"""
+
+from typing import Annotated, Any
+
+from lminf.attention.rope import Length
+from lminf.checkpoints import hf_rotary
 from lminf.checkpoints.fields import Meaningless
+from lminf.models.spec import Cap, Epsilon, Layers, Multiplier, Size
+from lminf.ranges import Range
+
+# What each field may be; those of nested sections beside the functions that read them.
+SHAPE: dict[str, Any] = {
+    **dict.fromkeys(
+        (
+            "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size",
+            "num_key_value_heads", "head_dim", "n_embd", "n_head", "n_inner", "rotary_dim",
+            "d_model", "n_heads", "expansion_ratio",
+        ),
+        Size,
+    ),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), Layers),
+    **dict.fromkeys(
+        ("max_position_embeddings", "n_positions", "max_seq_len", "sliding_window"), Length
+    ),
+    "max_window_layers": Annotated[int, Range(min=0, max=2**16)],
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), Epsilon),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), Cap),
+    "query_pre_attn_scalar": Multiplier,
+    **dict.fromkeys(
+        (
+            "mlp_bias", "attention_bias", "tie_word_embeddings", "use_sliding_window",
+            "use_parallel_residual",
+        ),
+        bool,
+    ),
+    **dict.fromkeys(("model_type", "hidden_act", "hidden_activation", "activation_function"), str),
+    "layer_types": list[str],
+    "attn_config": dict,
+    **hf_rotary.SHAPE,
+}  # fmt: skip
+ATTENTION_SHAPE: dict[str, Any] = {  # of MPT's attn_config
+    "clip_qkv": Cap,
+    "softmax_scale": Multiplier,
+    "alibi_bias_max": Annotated[float, Range(above=0, max=1e3)],
+}
 
 # Bookkeeping, training, generation, token numbers (they belong to the tokenizer): what
 # PretrainedConfig and GenerationConfig of transformers 4 and 5 write, and other libraries beside

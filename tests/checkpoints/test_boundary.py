@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from lminf import checkpoints
 from lminf.checkpoints import hf
-from lminf.errors import InputError, printable, refusing
+from lminf.errors import InputError, refusing
 from tests import cases
 from tests.checkpoints import making
 
@@ -88,8 +88,8 @@ def test_what_is_not_about_the_file_goes_through(error):
 
 
 def test_control_characters_of_a_file_are_shown_escaped():
-    assert printable("a\x1b[31m\u202eb\ud800é\n  c") == "a\\x1b[31m\\u202eb\\ud800é c"
-    assert str(InputError("x\x00y")) == "x\\x00y"
+    error = InputError("a\x1b[31m\u202eb\ud800é\n  c\x00")
+    assert str(error) == "a\\x1b[31m\\u202eb\\ud800é c\\x00"
 
 
 def test_a_panic_of_rust_prints_no_backtrace(folder, tmp_path, capfd):

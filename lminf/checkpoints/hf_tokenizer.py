@@ -106,9 +106,11 @@ def _check(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def without(tokenizer: Tokenizer, added: str) -> Tokenizer:
-    """The tokenizer without one of the tokens that were added to its vocabulary."""
+    """The tokenizer without one of its tokens that no other is made of."""
     parts = json.loads(tokenizer.backend.to_str())
     parts["added_tokens"] = [t for t in parts["added_tokens"] if t["content"] != added]
+    if isinstance(parts["model"]["vocab"], dict):
+        parts["model"]["vocab"].pop(added, None)
     backend = tokenizers.Tokenizer.from_str(json.dumps(parts))
     return dataclasses.replace(tokenizer, backend=backend)
 

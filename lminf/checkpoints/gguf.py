@@ -175,7 +175,8 @@ def read_spec(file: GGUFFile) -> ModelSpec:
     kv_heads = facts.get("attention.head_count_kv", heads)
     head_dim = facts.get("attention.key_length", width // heads)
     values = facts.get("attention.value_length", head_dim)
-    if values != head_dim or not head_dim or heads % kv_heads or layers > len(file.tensors):
+    grouped = heads % kv_heads == 0 and not (neox and kv_heads != heads)
+    if not grouped or not values == head_dim > 0 or layers > len(file.tensors):
         raise InputError(
             f"{file.path} has {heads} query and {kv_heads} key heads, keys of {head_dim} and "
             f"values of {values} channels, and {len(file.tensors)} tensors for {layers} layers; no "

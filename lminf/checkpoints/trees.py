@@ -73,7 +73,8 @@ def read(
     for done, item in enumerate(wanted, 1):
         moved = maps.rearrange(tensor(item.name), item.row.axes, length)
         if item.row.offset:
-            moved = moved.astype(np.float32) - np.float32(item.row.offset)
+            with np.errstate(all="ignore"):  # of weights that are no numbers, in damaged files
+                moved = moved.astype(np.float32) - np.float32(item.row.offset)
         parts = moved if len(item.row.places) > 1 else moved[None]
         for place, part in zip(item.row.places, parts, strict=True):
             target = flat[place] if item.layer is None else flat[place][item.layer]

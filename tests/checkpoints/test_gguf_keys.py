@@ -113,3 +113,10 @@ def test_ids_that_no_token_has_are_ignored_as_llama_cpp_does(tmp_path):
     assert plain.bos_id is None
     with pytest.raises(InputError, match="puts the token 4294967295 before texts"):
         tokenizer_with(tmp_path, ggml__bos_token_id=none)
+
+
+def test_joined_projections_have_a_key_head_for_every_query_head(tmp_path):
+    metadata = {"gptneox.attention.head_count_kv": 2}
+    path = making.write_gguf(tmp_path / "m.gguf", "gptneox", metadata=metadata)
+    with pytest.raises(InputError, match="4 query and 2 key heads"):
+        reader.load(path)

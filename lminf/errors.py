@@ -7,6 +7,11 @@ from collections.abc import Iterator
 REASON_CHARS = 200  # of what a library says about a file
 
 
+def printable(text: str) -> str:
+    """The text with characters that a terminal would act on, such as escape, written as \\x1b."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class InputError(ValueError):
     """One sentence: what was wrong, what was found, what to do. Commands exit with 2 on it."""
 

@@ -18,11 +18,13 @@ class InputError(ValueError):
     def __init__(self, message: str):
         line = re.sub(r"\s*[\r\n]\s*", " ", message)
         # What files contain stands in messages: nothing in it may act on a terminal.
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
+        super().__init__(printable(line))
 
 
 @contextlib.contextmanager
-def refusing(source: str, *, kind: str) -> Iterator[None]:
+def refusing(
+    source: str, *, kind: str, advice: str = "it is damaged, fetch it again"
+) -> Iterator[None]:
     """Turns whatever the code inside raises about a file into one sentence.
 
     For the outermost call of a reader: the libraries that parse what somebody else wrote raise
@@ -46,6 +48,4 @@ def refusing(source: str, *, kind: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = f"{type(error).__name__}: {error}".strip(": ")[:REASON_CHARS]
-        raise InputError(
-            f"{source} could not be read as a {kind} ({reason}); it is damaged, fetch it again"
-        ) from error
+        raise InputError(f"{source} could not be read as a {kind} ({reason}); {advice}") from error

@@ -119,6 +119,18 @@ def test_a_pattern_that_takes_exponential_time_is_refused_when_it_is_read(folder
         checkpoints.read_tokenizer(model)
 
 
+def test_a_pattern_that_fails_on_one_text_is_one_sentence(folder, tmp_path):
+    model = copied(folder, tmp_path)
+    parts = json.loads((model / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(z+)+$"}, "behavior": "Isolated"}
+    steps = [split | {"invert": False}, parts["pre_tokenizer"]]
+    parts["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    (model / "tokenizer.json").write_text(json.dumps(parts))
+    tokenizer = checkpoints.read_tokenizer(model)
+    with pytest.raises(InputError, match=r"the text could not be read .*retry-limit"):
+        tokenizer.encode("z" * 64 + "b")
+
+
 # --- JSON -----------------------------------------------------------------------------------------
 
 

@@ -24,8 +24,8 @@ LIBRARY = EVALS | {"lminf.scaling", "lminf.run", "lminf"}
 LAYERS = {
     "lminf.errors": set(),
     "lminf.types": set(),
-    "lminf.config": {"lminf.errors", "lminf.ranges"},
     "lminf.ranges": {"lminf.errors"},
+    "lminf.config": {"lminf.errors", "lminf.ranges"},
     "kernels": set(),
     "lminf.attention": BASE | {"kernels"},
     "lminf.models": ATTENTION,

@@ -17,7 +17,7 @@ from types import ModuleType
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from lminf.errors import InputError
+from lminf.errors import InputError, printable
 from lminf.run import folder, plots, report, tables
 from lminf.run.folder import Row, RunFolder
 
@@ -38,14 +38,14 @@ def run(args: argparse.Namespace) -> None:
         together.setdefault(found.experiment, []).append(found)
     damage: list[str] = []
     for experiment, runs in together.items():
-        console.print(tables.printable(experiment) or "unnamed experiment", style="bold")
+        console.print(printable(experiment) or "unnamed experiment", style="bold")
         console.print(tables.rich_table(combined(runs, summarise=not args.rows)))
         for one in runs:
             if args.redraw:
                 redraw(one)
             for path in sorted(one.run.plots.glob("*.png")):
-                print(f"figure  {tables.printable(str(path))}")
-            print(f"rows    {tables.printable(str(one.run / 'rows.jsonl'))}")
+                print(f"figure  {printable(str(path))}")
+            print(f"rows    {printable(str(one.run / 'rows.jsonl'))}")
             damage += one.damage
     if damage:
         more = f"; and {len(damage) - 3} more" if len(damage) > 3 else ""
@@ -183,5 +183,5 @@ def redraw(one: Reading) -> None:
 def _said(error: Exception) -> str:
     """`no column 'policy'`, or the kind of an error and what it says."""
     if isinstance(error, KeyError) and error.args:
-        return f"there is no {tables.printable(str(error.args[0]))[:40]!r} in a row"
-    return tables.printable(folder.brief(error))
+        return f"there is no {printable(str(error.args[0]))[:40]!r} in a row"
+    return printable(folder.brief(error))

@@ -27,7 +27,7 @@ def seeds(folder: Path) -> None:
     ).encode()
     for name, data in {
         "a.jsonl": lines, "b.json": array, "c.txt": b"\xef\xbb\xbfplain text\n\nof two\n",
-        "d": lines, "e.jsonl.gz": gzip.compress(lines), "f.json.bz2": bz2.compress(array),
+        "d": lines, "e.jsonl.gz": gzip.compress(lines, mtime=0), "f.json.bz2": bz2.compress(array),
         "g.txt.xz": lzma.compress(b"plain text " * 99), "h.jsonl.zst": zstandard.compress(lines),
         "i.json": talk,
     }.items():  # fmt: skip

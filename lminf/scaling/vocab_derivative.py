@@ -68,7 +68,7 @@ def best_anchor(table: VocabTable, flops: float) -> tuple[float, float]:
     for size in np.unique(family.vocab_size):
         run = family.select(family.vocab_size == size)
         order = np.argsort(run.flops)
-        if len(order) < 3:
+        if np.unique(run.flops).size < 3:
             continue
         at = np.array([flops])
         loss = float(surfaces.quadratic_spline(run.flops[order], run.loss[order], at)[0])
@@ -137,6 +137,7 @@ class VocabLaw2:
         Draws: anchor budgets within +-12 % times leaving one size out of the list. They show how
         fragile the anchor is; they are no sampling distribution.
         """
+        laws.require_spread(table.loss, "loss", minimum=1)
         smallest = table.select(table.n_nv == table.n_nv.min())
         low, high = smallest.flops.min(), smallest.flops.max()
         if not low <= self.anchor_flops <= high:
@@ -194,5 +195,6 @@ def budget_constant(table: VocabTable, fertility: Fertility) -> float:
     k, _, converged, _ = vocab_isoflop.fit_lines(
         x[:1], y[:1], weights[:1], np.array([0.5]), "huber"
     )
-    laws.require_converged(bool(converged[0]), "the compute-optimal budget", np.nan)
+    if not converged[0]:
+        raise InputError("the compute-optimal budget: the fit of the envelope did not converge")
     return float(k[0])

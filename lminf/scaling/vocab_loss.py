@@ -178,6 +178,7 @@ class VocabLaw3:
         laws.require_spread(kept.n_nv, "Non_vocab_parameters")
         laws.require_spread(kept.vocab_size, "vocab_size")
         laws.require_spread(kept.tokens, "training tokens")
+        laws.require_spread(kept.loss, "loss", minimum=1)
         return kept
 
     def fit(
@@ -196,7 +197,7 @@ class VocabLaw3:
             residual, columns, starts=STARTS, lower=lower, upper=upper,
             weights=np.ones((1, len(kept))),
         )  # fmt: skip
-        laws.require_converged(bool(found.converged[0]), "approach 3", float(found.gradient[0]))
+        laws.require_determined("approach 3", PARAMETERS, residual, columns, found)
         constants = dict(zip(PARAMETERS, map(float, found.parameters[0]), strict=True))
         budget = {"ln_k_nnv": vocab_derivative.budget_constant(table, fertility), "alpha_nnv": 0.5}
         drawn, how, spans, notes = {}, "", {}, ()
@@ -282,7 +283,10 @@ def profile(
         weights=np.ones((grid.size, len(kept))),
     )  # fmt: skip
     runs = np.unique(kept.run).size
-    value = np.where(found.converged, found.objective, np.nan)
+    if not found.converged.any():
+        raise InputError("no fit of the profile of alpha2 converged; the table does not determine it")
+    floor = 0.5 * len(kept) * engine.RESIDUAL_FLOOR**2  # at a perfect fit nothing is left
+    value = np.where(found.converged, np.maximum(found.objective, floor), np.nan)
     ratio = 2 * runs * np.log(value / np.nanmin(value))
     return [
         {"alpha2": float(a), "objective": float(v), "likelihood_ratio": float(r)}

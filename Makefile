@@ -14,20 +14,21 @@ WORKERS ?= 2
 PIP = $(PYTHON) -m pip --disable-pip-version-check --python
 IN = $(VENV)/bin/
 
-.PHONY: help run test slow parity aot lint lint-code lint-format lint-types format docs notebooks clean
+.PHONY: help run test slow parity aot fuzz lint lint-code lint-format lint-types format docs notebooks clean
 
 help:
 	@echo "make run      install, fetch $(MODEL), measure it past its training length"
 	@echo "make test     the fast tests          make slow    the real model, minutes"
 	@echo "make lint     ruff and pyright        make parity  against transformers and torch"
 	@echo "make aot      kernels compiled for TPU v5e, v6e and H100, on any machine"
+	@echo "make fuzz     damaged files and words, 10,000 of them"
 	@echo "make docs     the site in build/site  make notebooks  runs them and keeps their outputs"
 
 run: $(VENV)/.installed
 	$(IN)lminf fetch $(MODEL)
 	$(IN)python -m experiments.length_generalization $(ARGS)
 
-test slow parity aot: export JAX_PLATFORMS = cpu
+test slow parity aot fuzz: export JAX_PLATFORMS = cpu
 # libtpu otherwise asks a cloud machine's metadata server about its chips.
 aot: export TPU_SKIP_MDS_QUERY = 1
 
@@ -36,6 +37,10 @@ test: $(VENV)/.installed-dev
 
 slow: $(VENV)/.installed-dev
 	$(IN)python -m pytest -m "slow and not parity and not aot" -n $(WORKERS) --dist worksteal $(ARGS)
+
+# 10,000 damaged inputs for every reader of files and words: minutes.
+fuzz: $(VENV)/.installed-dev
+	$(IN)python -m tests.fuzz $(ARGS)
 
 parity: $(PARITY_VENV)/.installed-parity
 	$(PARITY_VENV)/bin/python -m pytest -m parity -n $(WORKERS) --dist worksteal $(ARGS)

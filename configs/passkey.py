@@ -19,7 +19,7 @@ def get_config(arg: str = ""):
     c.model = "smollm2-135m-instruct"  # prompted raw, not through its chat template
     c.generator = "landmark"  # or lm_infinite: lminf.evals.passkey says how they differ
     c.lengths = (600, 1700, 3300, 8000, 10000)  # tokens of the whole prompt
-    c.prompts = (4, 4, 4, 2, 2)  # of each length, at each depth
+    c.prompts = (10, 10, 10, 6, 6)  # of each length, at each depth
     c.depths = (0.1, 0.9)  # share of the filler that stands before the key
     c.policies = (
         "full",

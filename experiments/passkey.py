@@ -31,13 +31,13 @@ def run(c, out):
     models = [lm.with_policy(policy) for policy in policies]  # refuses bad windows at once
 
     def draw(length, count):
-        """Prompts at every depth; keys and depths do not depend on the policy."""
+        """Prompts at every depth, new keys in each cell, the same for every policy."""
         return {
             depth: passkey.draw(
                 c.generator, lambda text: lm.encode(text)[0], length=length, count=count,
-                seed=c.seed, depth=depth,
+                seed=(c.seed, length, index), depth=depth,
             )
-            for depth in c.depths
+            for index, depth in enumerate(c.depths)
         }  # fmt: skip
 
     cells = [

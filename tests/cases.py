@@ -1,4 +1,4 @@
-"""Small inputs that once went wrong, with their right values: ../shared/cases, where it is present."""
+"""Small inputs that once went wrong, with their right values: ../shared/cases, where present."""
 
 from pathlib import Path
 

@@ -55,12 +55,12 @@ def draw(
     *,
     length: int,
     count: int,
-    seed: int,
+    seed: int | Sequence[int],
     depth: float | None = None,
 ) -> list[Sample]:
     """`count` prompts of at most `length` tokens, the same for the same seed.
 
-    Keys do not depend on length or depth, so that columns of a table ask for the same keys.
+    Keys depend on the seed alone: cells of a table are independent if each has a seed of its own.
     Without `depth` it is uniform in [0, 1).
     """
     if depth is not None and not 0 <= depth <= 1:

@@ -1,0 +1,16 @@
+"""Damaged inputs for every reader: each is read, or refused with an InputError.
+
+    make fuzz                                            10,000 inputs over all targets
+    python -m tests.fuzz --target gguf --inputs 2000     one target
+    python -m tests.fuzz --target gguf --only 123        one input again, with its traceback
+
+A target is a module of `tests.fuzz.targets` with two functions, and a third where bytes and JSON
+values changed at random would rarely get past the first check:
+
+    seeds(folder)          writes valid inputs: each entry of the folder, a file or a folder, is one
+    read(path)             reads one input as the command would
+    mutate(random, path)   damages one in place (default: tests.fuzz.mutate.mutate)
+
+Anything but a return or an InputError is a failure; so are more than 20 s, more than 1 GiB of
+memory, and the death of the process. Inputs are a function of the seed, the target and a number.
+"""

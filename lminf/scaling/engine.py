@@ -23,6 +23,7 @@ published constants.
 
 import functools
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import jax
@@ -32,6 +33,9 @@ from jaxtyping import Array, Float
 
 Columns = Mapping[str, Float[np.ndarray, " rows"]]
 Residual = Callable[[Array, Mapping[str, Array]], Array]  # (parameters, columns) -> [rows]
+
+# Told how many fits of a stage are done, and of how many; commands show it.
+OBSERVER: ContextVar[Callable[[str, int, int], None] | None] = ContextVar("observer", default=None)
 
 LEVELS = 6  # thresholds in one call of the explorer
 FIRST_THRESHOLDS = (0.1,) * LEVELS  # every start
@@ -177,7 +181,12 @@ class _Lanes:
         draws, count = theta.shape[:2]
         flat = theta.reshape(draws * count, -1)
         draw = np.repeat(np.arange(draws), count)
-        size = EXPLORE_LANES if program is _explore_lanes else POLISH_LANES
+        size, stage = (
+            (EXPLORE_LANES, "exploring")
+            if program is _explore_lanes
+            else (POLISH_LANES, "polishing")
+        )
+        observer = OBSERVER.get()
         pieces = []
         for begin in range(0, len(flat), size):
             index = np.minimum(np.arange(begin, begin + size), len(flat) - 1)
@@ -188,6 +197,8 @@ class _Lanes:
                 self.residual, flat[index], self.shared, own, self.weights[of], *box, *extra
             )
             used = min(size, len(flat) - begin)
+            if observer is not None:
+                observer(stage, begin + used, len(flat))
             pieces.append([np.asarray(part)[:used] for part in piece])
         return [
             np.concatenate(part).reshape(draws, count, *part[0].shape[1:])

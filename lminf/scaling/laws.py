@@ -149,17 +149,18 @@ def require_determined(
         )
 
 
-def require_spread(values, name: str, *, minimum: float = 1.02) -> None:
+def require_spread(values, name: str, *, minimum: float = 1.02, instead: str = "") -> None:
     """Error when a column hardly varies, so that nothing can be fitted to it."""
     values = np.asarray(values, np.float64)
     low, high = float(values.min()), float(values.max())
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         raise InputError(
             f"the table has a single {name} ({low:g}), which determines no law; add rows with "
-            "other values of it"
+            f"other values of it{instead}"
         )
     if low > 0 and high / low < minimum:
         raise InputError(
             f"{name} varies by only {100 * (high / low - 1):.2g} % ({low:g}..{high:g}), so its "
             f"exponent is not determined; add rows with other values of {name}"
+            f"{instead}"
         )

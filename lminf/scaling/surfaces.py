@@ -50,7 +50,8 @@ class Surface:
 
         SciPy finds the gradients by sweeps with an absolute tolerance of 1e-6. Slopes of a loss per
         character are 1e-9, so there it ends after one sweep from zero, and the published
-        densification is this, not the minimum. `converged` sweeps over slopes of order one, to the end.
+        densification is this, not the minimum. `converged` sweeps over slopes of order one, to the
+        end.
         """
         moved = self._moved(at)
         if not converged:

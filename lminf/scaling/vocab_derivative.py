@@ -7,11 +7,14 @@ Source: arXiv:2407.13623, section 4.2.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float
 
+from lminf import ranges
 from lminf.errors import InputError
+from lminf.ranges import Range
 from lminf.scaling import accounting, laws, surfaces, vocab, vocab_isoflop
 from lminf.scaling.fertility import Fertility
 from lminf.scaling.tables import VocabTable
@@ -104,8 +107,11 @@ class DerivativeLaw(vocab.VocabLaw):
 class VocabLaw2:
     """Procedure of approach 2: roots at `sizes` with the ladder's width, anchored on the table."""
 
-    sizes: tuple[float, ...] = PUBLISHED_SIZES
-    anchor_flops: float = ANCHOR_FLOPS
+    sizes: tuple[Annotated[float, Range(above=0)], ...] = PUBLISHED_SIZES
+    anchor_flops: Annotated[float, Range(above=0)] = ANCHOR_FLOPS
+
+    def __post_init__(self):
+        ranges.check(self)
 
     def roots(self, fertility: Fertility) -> Float[np.ndarray, "sizes"]:
         return flops_root(

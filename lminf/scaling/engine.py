@@ -106,7 +106,8 @@ def undetermined(residual: Residual, columns: Columns, found: Solutions) -> list
     still = [int(i) for i in free if length[i] < RANK_TOLERANCE * length.max()]
     if still or not free.size:
         return still
-    _, size, direction = np.linalg.svd(jacobian[:, free] / length[free], full_matrices=True)
+    triangle = np.linalg.qr(jacobian[:, free] / length[free], mode="r")
+    _, size, direction = np.linalg.svd(triangle, full_matrices=True)
     if len(size) == free.size and size[-1] > RANK_TOLERANCE * size[0]:
         return []
     return [int(i) for i, part in zip(free, direction[-1], strict=True) if abs(part) > 0.1]
@@ -145,8 +146,6 @@ def minimise(
         for level in levels:
             theta = few.polish(theta, level, ROUGH_STEPS)
         theta = lanes.best(theta, 1)
-        for level in levels if few is not lanes else ():
-            theta = lanes.polish(theta, level, ROUGH_STEPS)
         theta = lanes.polish(theta, threshold, FINE_STEPS)
         found, slope, decrease = (part[:, 0] for part in lanes.judge(theta))
     theta = theta[every, 0]

@@ -19,6 +19,7 @@ from lminf.scaling.steps import StepPowerLaw
 from lminf.scaling.vocab import VocabLaw
 
 Row = dict[str, Any]
+LONG_TABLE = 4096  # rows
 SUFFIXES = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
@@ -72,7 +73,9 @@ def options(args, **names: str) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def resampling(args, default: int) -> dict[str, Any]:
+def resampling(args, default: int, rows: int = 0) -> dict[str, Any]:
+    """Keyword arguments of a fit; of a long table a third of the draws, unless they are asked for."""
+    default = default // 3 if rows > LONG_TABLE else default
     if args.draws is not None and args.bootstrap is not None:
         raise InputError("--draws and --bootstrap are the same; give one")
     draws = args.draws if args.draws is not None else args.bootstrap

@@ -42,7 +42,7 @@ def vocab(args):
     if args.metric:
         table = evidence.with_metric(table, args.metric)
     procedure = _vocab_procedure(args)
-    sampling = resampling(args, 300)
+    sampling = resampling(args, 300, len(table))
     with shown(f"fit vocab, {len(table):,} rows"):
         law = scaling.fit(procedure, table, fertility=fertility, **sampling)
         without = validation.leave_one_family_out(procedure, table, fertility=fertility)
@@ -96,7 +96,7 @@ def step(args):
 
 def chinchilla_law(args):
     table = scaling.read_curves(args.data)
-    sampling = resampling(args, 300)
+    sampling = resampling(args, 300, len(table))
     with shown(f"fit chinchilla, {len(table):,} rows"):
         law = scaling.fit(scaling.ChinchillaLaw(), table, **sampling)
     return _fitted(args, law, "", [])
@@ -104,7 +104,7 @@ def chinchilla_law(args):
 
 def density(args):
     table = scaling.read_curves(args.data, needs_score=True)
-    sampling = resampling(args, 300)
+    sampling = resampling(args, 300, len(table))
     with shown(f"fit density, {len(table):,} rows"):
         law = scaling.fit(scaling.DensityLaw(), table, **sampling)
     return _fitted(args, law, "", [])

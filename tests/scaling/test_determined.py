@@ -12,6 +12,7 @@ from tests import cases
 from tests.scaling import data
 
 
+@pytest.mark.slow
 def test_an_exact_chinchilla_table_gives_its_five_numbers():
     """The shared cases chin_n0.csv and chin_n1e-5.csv."""
     for name, close in (("chin_n0.csv", 1e-6), ("chin_n1e-5.csv", 2e-3)):
@@ -72,6 +73,7 @@ def test_two_values_of_a_regressor_are_said_to_be_too_few(name):
         scaling.fit(scaling.ChinchillaLaw(), dataclasses.replace(table, **columns), draws=0)
 
 
+@pytest.mark.slow
 def test_repeated_rows_are_fitted():
     table = data.synthetic_vocab(0.01, 0)
     twice = table.select(np.repeat(np.arange(len(table)), 2))

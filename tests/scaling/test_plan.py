@@ -22,7 +22,8 @@ def test_a_plan_spends_its_budget(budget):
         assert list(found.rates) == sorted(found.rates)
         # N = 0.0834 FLOPs^0.5, to the next step of the ladder.
         wanted = 0.0834 * math.sqrt(found.groups[0].flops)
-        assert 0.4 < found.groups[0].shape.parameters / wanted < 2.5
+        lowest = found.groups[-1].shape is plan.LADDER[0]  # there are no smaller ones
+        assert lowest or 0.4 < found.groups[0].shape.parameters / wanted < 2.5
 
 
 def test_more_budget_is_a_larger_model():

@@ -74,7 +74,7 @@ def options(args, **names: str) -> dict[str, Any]:
 
 
 def resampling(args, default: int, rows: int = 0) -> dict[str, Any]:
-    """Keyword arguments of a fit; of a long table a third of the draws, unless they are asked for."""
+    """Keyword arguments of a fit; a long table has a third of the draws by default."""
     default = default // 3 if rows > LONG_TABLE else default
     if args.draws is not None and args.bootstrap is not None:
         raise InputError("--draws and --bootstrap are the same; give one")

@@ -161,12 +161,6 @@ class StepLaw:
         self, table: StepTable, *, draws: int = 1000, cluster: str = "group", seed: int = 0
     ) -> StepPowerLaw:
         rows = self.kept(table)
-        runs = np.bincount(table.group)
-        if runs.max() > 1 and table.excess.max() <= 1e-9:
-            raise InputError(
-                "all runs of each group have one loss, so none is better than another; give the "
-                "measured losses"
-            )
         laws.require_spread(table.d, "D")
         if self.fix_n is None:
             laws.require_spread(table.n, "N", instead=", or hold its exponent with --fix-n")
@@ -176,6 +170,12 @@ class StepLaw:
             raise InputError(
                 f"N and D move together in the {count} kept rows, so their exponents cannot be "
                 "told apart; add groups or impose --fix-n"
+            )
+        runs = np.bincount(table.group)
+        if runs.max() > 1 and table.excess.max() <= 1e-9:
+            raise InputError(
+                "all runs of each group have one loss, so none is better than another; give the "
+                "measured losses"
             )
         if cluster not in ("group", "row"):
             raise InputError(f"cluster={cluster!r} is unknown for a step law; use group or row")

@@ -1,11 +1,15 @@
 """What a table determines: exact tables give their law, and tables that cannot are refused."""
 
+import argparse
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lminf import scaling
+from experiments import _tables
+from lminf import cli, scaling
+from lminf.commands.scaling import _arguments
 from lminf.errors import InputError
 from lminf.scaling import synthetic
 from tests import cases
@@ -80,3 +84,42 @@ def test_repeated_rows_are_fitted():
     for procedure in (scaling.VocabLaw1(), scaling.VocabLaw2()):
         one, two = (scaling.fit(procedure, each, draws=0).constants for each in (table, twice))
         assert dict(two) == pytest.approx(dict(one), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("3B", 3e9), ("300B", 3e11), ("1e9", 1e9), ("2^20", 2**20), ("1.5t", 1.5e12)],
+)
+def test_numbers_are_read_with_suffixes_and_powers(text, value):
+    assert _arguments.number(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "B", "nan", "inf", "1e400", "3X", "-8^0.5", "10^400"])
+def test_what_is_no_number_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is no number"):
+        _arguments.number(text)
+
+
+def test_the_help_of_a_verb_lists_its_flags_with_units(capsys):
+    cli.main(["scaling", "predict", "vocab", "--help"])
+    shown = capsys.readouterr().out
+    assert "channels of the embedding" in shown
+    assert "--threshold" not in shown
+    cli.main(["scaling", "fit", "--help"])
+    assert capsys.readouterr().out.count("usage: lminf scaling fit") == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [("vocab", "single Non_vocab_parameters"), ("step", "N varies by only")]
+)
+def test_the_committed_studies_say_why_they_determine_no_law(kind, message, capsys):
+    data_file = Path(__file__).parents[2] / f"docs/studies/{kind}_sweep/table.csv"
+    with pytest.raises(SystemExit):
+        cli.main(["scaling", "fit", kind, "--data", str(data_file)])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["vocab_law", "step_law"])
+def test_an_absent_table_is_named_with_where_to_get_it(name):
+    with pytest.raises(InputError, match=rf"github\.com.*{name}:tiny"):
+        _tables.found("absent.csv", name)

@@ -141,7 +141,7 @@ def _shared(
     """(shapes, FLOPs of the longest run of the first): neighbours on the ladder, the largest next
     to the law's N, which share the budget by their N and the `lengths` of their runs."""
     flops = budget / runs
-    shapes: tuple[Shape, ...] = ()
+    shapes = LADDER[:count]
     for _ in range(3):  # the shares depend on the shapes, and the largest shape on its share
         top = max(count - 1, LADDER.index(shape_for(flops)))
         shapes = LADDER[top - count + 1 : top + 1][::-1]

@@ -10,7 +10,8 @@ import numpy as np
 
 from lminf import checkpoints
 from lminf.attention import policies
-from lminf.attention.policies import FULL, POLICIES, AnyPolicy
+from lminf.attention.parsing import parse_policy
+from lminf.attention.policies import FULL, AnyPolicy
 from lminf.config import closest, from_config, parse_choice
 from lminf.data import corpus, loader, windows
 from lminf.data.tokenizers import ByteTokenizer
@@ -77,7 +78,7 @@ def start_of(c) -> Start:
 
 def policy_of(c, own: AnyPolicy | None) -> AnyPolicy:
     """The policy of the config; where it names none, the model's own."""
-    return parse_choice(c.attention, POLICIES, what="policy") if c.attention else own or FULL
+    return parse_policy(c.attention) if c.attention else own or FULL
 
 
 def tokenizer_of(name: str):

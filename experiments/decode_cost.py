@@ -11,8 +11,7 @@ import numpy as np
 from experiments import _models
 from experiments._main import main
 from experiments._streams import Stream
-from lminf.attention.policies import POLICIES
-from lminf.config import parse_choice
+from lminf.attention.parsing import parse_policy
 from lminf.models import cost
 from lminf.run import plots, tables
 from lminf.run.progress import Progress
@@ -37,7 +36,7 @@ VISITED = {
 
 def run(c, out):
     lm = _models.load(c.model, seed=c.seed)
-    policies = [parse_choice(text, POLICIES, what="policy") for text in c.policies]
+    policies = [parse_policy(text) for text in c.policies]
     cells = [
         Stream(lm.with_policy(policy), position, room=max(c.steps + 1, c.chunk))
         for policy in policies
@@ -83,21 +82,18 @@ def read_times(cells, chunk):
 
 
 def plot(rows):
-    label = plots.short_names(row["policy"] for row in rows)
-    shown = [
-        {**row, "policy": label[row["policy"]], "cache_mib": row["cache_bytes"] / 2**20}
-        for row in rows
-    ]
+    shown = [{**row, "cache_mib": row["cache_bytes"] / 2**20} for row in rows]
     common = {"x": "position", "by": "policy", "log_x": True, "log_y": True,
-              "x_label": "tokens read before"}  # fmt: skip
+              "x_label": "text before the token (tokens)"}  # fmt: skip
     return {
         "decode_cost": plots.curves(
-            shown, y="ms_per_token", y_label="time per token (ms)", **common
+            shown, y="ms_per_token", y_label="time per token (ms)", interval=("low", "high"),
+            **common,
         ),
         "cache_bytes": plots.curves(
             shown, y="cache_mib", y_label="keys and values (MiB)", **common
         ),
-    }
+    }  # fmt: skip
 
 
 def table(rows):

@@ -10,8 +10,7 @@ import numpy as np
 from experiments import _models
 from experiments._main import main
 from lminf.attention import dense
-from lminf.attention.policies import POLICIES
-from lminf.config import parse_choice
+from lminf.attention.parsing import parse_policy
 from lminf.data import sources
 from lminf.errors import InputError
 from lminf.models.decoder import scoring_of
@@ -24,7 +23,7 @@ SHOWN = 256  # later tokens in the picture of features
 
 
 def run(c, out):
-    policies = [parse_choice(text, POLICIES, what="policy") for text in c.policies]
+    policies = [parse_policy(text) for text in c.policies]
     _models.check_length(c.length)
     text = sources.text_of(c.text)
     lm = _models.load(c.model, seed=c.seed)
@@ -150,7 +149,7 @@ def plot(rows):
         if row["factor"] == ENTROPY:
             entropy.setdefault((row["policy"], row["position"]), []).append(row["value"])
     mean_entropy = [
-        {"policy": policy.replace(":", "\n"), "position": position, "value": float(np.mean(values))}
+        {"policy": policy, "position": position, "value": float(np.mean(values))}
         for (policy, position), values in entropy.items()
     ]
     norms = [
@@ -161,7 +160,7 @@ def plot(rows):
     return {
         "logits_by_distance": plots.curves(
             logits, x="distance", y="value", by="line", mark=mark, log_x=True,
-            x_label="distance (tokens)", y_label="attention logit, smallest and largest",
+            x_label="distance (tokens)", y_label="smallest and largest attention logit (nats)",
         ),
         "entropy_by_length": plots.curves(
             mean_entropy, x="position", y="value", by="policy", mark=mark, log_x=True,
@@ -169,7 +168,8 @@ def plot(rows):
         ),
         "first_tokens": plots.curves(
             norms, x="place", y="norm", by="line", mark=mark, log_x=True, log_y=True,
-            x_label="place of the token, from 1", y_label="norm of the residual stream",
+            x_label="place of the token, from 1 (tokens)",
+            y_label="residual stream (Euclidean norm)",
         ),
     }  # fmt: skip
 

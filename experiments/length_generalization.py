@@ -6,8 +6,8 @@ import numpy as np
 
 from experiments import _models
 from experiments._main import main
-from lminf.attention.policies import FULL, POLICIES
-from lminf.config import parse_choice
+from lminf.attention.parsing import parse_policy
+from lminf.attention.policies import FULL
 from lminf.data import sources
 from lminf.evals import perplexity, reread
 from lminf.run import plots, tables
@@ -17,7 +17,7 @@ REREAD = "re-read"
 
 
 def run(c, out):
-    policies = [parse_choice(text, POLICIES, what="policy") for text in c.policies]
+    policies = [parse_policy(text) for text in c.policies]
     _models.check_length(c.length)
     text = sources.text_of(c.text)
     lm = _models.load(c.model, seed=c.seed)
@@ -71,14 +71,13 @@ def run(c, out):
 
 def plot(rows):
     mark = rows[0]["trained_length"]
-    shown = [{**row, "policy": row["policy"].replace(":", "\n")} for row in rows]
     return {
         "length_generalization": plots.curves(
-            shown, x="stop", y="nll", by="policy", mark=mark,
+            rows, x="stop", y="nll", by="policy", mark=mark,
             x_label="position (tokens)", y_label="loss (nats/token)",
         ),
         "excess_over_reread": plots.curves(
-            [row for row in shown if row["policy"] != REREAD],
+            [row for row in rows if row["policy"] != REREAD],
             x="stop", y="excess_over_reread", by="policy", mark=mark,
             x_label="position (tokens)", y_label="loss above re-reading (nats/token)",
         ),

@@ -8,7 +8,23 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lminf.attention.condense import SnapKV, ThinK
     from lminf.attention.evict import H2O, TOVA, SirLLM
-    from lminf.attention.policies import Full, LMInfinite, ReRoPE, SelfExtend, Streaming, Window
+    from lminf.attention.hip import HiP
+    from lminf.attention.infinite_hip import InfiniteHiP
+    from lminf.attention.infllm import InfLLM
+    from lminf.attention.longheads import LongHeads
+    from lminf.attention.policies import (
+        Full,
+        Lambda,
+        LeakyReRoPE,
+        LMInfinite,
+        PerHead,
+        PerLayer,
+        ReRoPE,
+        SelfExtend,
+        Streaming,
+        Window,
+    )
+    from lminf.attention.top_k import TopK
     from lminf.generation import Sampling
     from lminf.lm import LM
 
@@ -17,7 +33,15 @@ __all__ = [
     "LM",
     "TOVA",
     "Full",
+    "HiP",
+    "InfLLM",
+    "InfiniteHiP",
     "LMInfinite",
+    "Lambda",
+    "LeakyReRoPE",
+    "LongHeads",
+    "PerHead",
+    "PerLayer",
     "ReRoPE",
     "Sampling",
     "SelfExtend",
@@ -25,6 +49,7 @@ __all__ = [
     "SnapKV",
     "Streaming",
     "ThinK",
+    "TopK",
     "Window",
     "__version__",
 ]
@@ -33,6 +58,11 @@ _HOMES = {
     "Sampling": "lminf.generation",
     **dict.fromkeys(("SnapKV", "ThinK"), "lminf.attention.condense"),
     **dict.fromkeys(("H2O", "TOVA", "SirLLM"), "lminf.attention.evict"),
+    "HiP": "lminf.attention.hip",
+    "InfiniteHiP": "lminf.attention.infinite_hip",
+    "InfLLM": "lminf.attention.infllm",
+    "LongHeads": "lminf.attention.longheads",
+    "TopK": "lminf.attention.top_k",
 }
 
 
@@ -41,3 +71,7 @@ def __getattr__(name: str):
     if name not in __all__:
         raise AttributeError(f"module 'lminf' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES.get(name, "lminf.attention.policies")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

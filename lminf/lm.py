@@ -1,6 +1,7 @@
 """LM: a spec, parameters, a tokenizer and a policy, with the verbs that people use.
 
 lm = lminf.LM.from_pretrained("smollm2-135m-instruct", policy=LMInfinite(window=4096, sinks=10))
+lm = lminf.LM.from_pretrained("smollm2-135m-instruct", policy="lm_infinite:window=4096,sinks=10")
 lm.nll(text).mean                  nats per token
 lm.generate("Once upon a time")    text
 lm.with_policy(Full())             the same weights, attended otherwise
@@ -21,7 +22,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float32, Int
 
 from lminf.attention import policies, rope
+from lminf.attention.parsing import parse_policy
 from lminf.attention.policies import FULL, AnyPolicy
+from lminf.data.tokenizers import Special
 from lminf.errors import InputError
 from lminf.generation import (
     GREEDY,
@@ -69,7 +72,7 @@ class NLL:
         return [float(part.mean(dtype=np.float64)) for part in parts if len(part)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LM:
     """A language model and how it attends. Values never change; `with_…` makes another."""
 
@@ -95,16 +98,18 @@ class LM:
         cls,
         name: str,
         *,
-        policy: AnyPolicy | None = None,
+        policy: AnyPolicy | str | None = None,
         dtype: Any = jnp.float32,
         progress: Progress | None = None,
     ) -> "LM":
-        """A model of the table (`lminf list`), a local folder, a .gguf file or a hub repository.
+        """A model that `lminf fetch` lists, a local folder, a .gguf file or a hub repository.
 
         Without a policy it attends as it was trained: as its lminf.json says, or else in full.
         """
         from lminf import checkpoints
 
+        if policy is not None:
+            policy = parse_policy(policy)  # before anything is fetched
         loaded = checkpoints.load(name, dtype=dtype, progress=progress)
         if loaded.tokenizer is None:
             raise InputError(
@@ -113,6 +118,17 @@ class LM:
             )
         return cls(
             loaded.spec, loaded.params, loaded.tokenizer, policy or loaded.policy or FULL, dtype
+        )
+
+    def __repr__(self) -> str:
+        """Three lines: the model, what it was trained on, how it attends."""
+        spec, count = self.spec, sum(x.size for x in jax.tree.leaves(self.params))
+        devices = 1 if self.mesh is None else self.mesh.size
+        return (
+            f"LM of {count:,} parameters in {jnp.dtype(self.dtype).name}: {spec.num_layers} layers "
+            f"of width {spec.width}, {spec.vocab_size:,} tokens\n"
+            f"  trained at {spec.trained_length:,} tokens, positions {spec.encoding}\n"
+            f"  policy {self.policy.name}, on {devices} device{'s' if devices > 1 else ''}"
         )
 
     @property
@@ -129,8 +145,9 @@ class LM:
             self.policy, windows=self.spec.windows, num_kv_heads=self.spec.num_kv_heads
         )
 
-    def with_policy(self, policy: AnyPolicy) -> "LM":
-        return dataclasses.replace(self, policy=policy)
+    def with_policy(self, policy: AnyPolicy | str) -> "LM":
+        """The same weights, attended otherwise: a policy, or its text as on the command line."""
+        return dataclasses.replace(self, policy=parse_policy(policy))
 
     def with_devices(self, devices: Sequence[Any]) -> "LM":
         """The same model, reading on all of these: each holds every weight, and computes its share
@@ -280,10 +297,14 @@ class LM:
         *,
         length: int | None = None,
         prompt: int | None = None,
+        special: Special = "plain",
         progress: Progress | None = None,
     ) -> NLL:
-        """How well the first `length` tokens of a text (None: all) are predicted."""
-        ids, ends = self.encode(text, length=length)
+        """How well the first `length` tokens of a text (None: all) are predicted.
+
+        Special tokens written out in the text are ordinary characters, unless special="parse".
+        """
+        ids, ends = self.encode(text, length=length, special=special)
         token_nll = self.token_nll(ids, prompt=prompt, progress=progress)
         return NLL(token_nll, np.diff(ends)[-len(token_nll) :])
 
@@ -338,17 +359,20 @@ class LM:
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
         seed: int = 0,
+        special: Special = "plain",
     ) -> str | list[str]:
         """What the model writes after a prompt, or after each of several, without the prompt.
 
-        A prompt is a text, or an array of the tokens to read as they are, BOS included.
+        A prompt is a text, or an array of the tokens to read as they are, BOS included. Special
+        tokens written out in a text are ordinary characters, unless special="parse".
         """
         alone = isinstance(prompt, str | np.ndarray)
         prompts = [prompt] if isinstance(prompt, str | np.ndarray) else list(prompt)
         texts = [""] * len(prompts)
         for row, piece in self.stream(
-            prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, seed=seed
-        ):
+            prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, seed=seed,
+            special=special,
+        ):  # fmt: skip
             texts[row] += piece
         return texts[0] if alone else texts
 
@@ -360,9 +384,11 @@ class LM:
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
         seed: int = 0,
+        special: Special = "plain",
     ) -> Iterator[tuple[int, str]]:
         """(row, text) as it is written. A row ends at an end token, a stop string or the limit."""
-        yield from self._write(self.encode_prompts(prompts), max_new_tokens, sampling, stop, seed)
+        encoded = self.encode_prompts(prompts, special=special)
+        yield from self._write(encoded, max_new_tokens, sampling, stop, seed)
 
     def chat(
         self,
@@ -370,12 +396,15 @@ class LM:
         *,
         max_new_tokens: int = 512,
         sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
         seed: int = 0,
     ) -> Iterator[str]:
-        """The assistant's answer, piece by piece. Messages have a `role` and a `content`."""
+        """The assistant's answer, piece by piece. Messages have a `role` and a `content`, in which
+        special tokens are ordinary characters.
+        """
         # The template writes every special token, a BOS included.
-        ids = self.tokenizer.encode(self.tokenizer.chat(messages))
-        for _, piece in self._write([ids], max_new_tokens, sampling, (), seed):
+        ids = self.tokenizer.encode_chat(messages)
+        for _, piece in self._write([ids], max_new_tokens, sampling, stop, seed):
             yield piece
 
     def _write(self, prompts, max_new_tokens, sampling, stop, seed) -> Iterator[tuple[int, str]]:
@@ -411,20 +440,24 @@ class LM:
                 f"shorten the prompt or raise its group or stretch"
             )
 
-    def encode_prompts(self, prompts: Sequence[str | np.ndarray]) -> list[Int[np.ndarray, " _"]]:
+    def encode_prompts(
+        self, prompts: Sequence[str | np.ndarray], *, special: Special = "plain"
+    ) -> list[Int[np.ndarray, " _"]]:
         """Token ids of each, as the model reads it; arrays are taken as they are."""
         return [
-            self.encode(each)[0] if isinstance(each, str) else np.asarray(each, np.int32)
+            self.encode(each, special=special)[0]
+            if isinstance(each, str)
+            else np.asarray(each, np.int32)
             for each in prompts
         ]
 
     def encode(
-        self, text: str, *, length: int | None = None
+        self, text: str, *, length: int | None = None, special: Special = "plain"
     ) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"]]:
         """Token ids, with BOS where the model wants one, and the byte where each token ends."""
         if not text:
             raise InputError("the text is empty; give a text with at least two tokens")
-        ids, ends = self.tokenizer.encode_with_bytes(text)
+        ids, ends = self.tokenizer.encode_with_bytes(text, special=special)
         if self.tokenizer.add_bos:
             ids = np.concatenate([[self.tokenizer.bos_id], ids]).astype(np.int32)
             ends = np.concatenate([[0], ends])

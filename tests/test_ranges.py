@@ -74,7 +74,8 @@ def test_numbers_without_a_range_are_found():
 # --- Training and experiments ---------------------------------------------------------------------
 
 TRAINING = (
-    *PLANS.values(), *OPTIMIZERS.values(), *SCHEDULES.values(), LoRA, MeshShape, Processes, Program, Copies,
+    *PLANS.values(), *OPTIMIZERS.values(), *SCHEDULES.values(), LoRA, MeshShape, Processes,
+    Program, Copies,
 )  # fmt: skip
 VALID = {
     "Cosine": {"floor": 1e-5, "warmup": 1},

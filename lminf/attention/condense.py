@@ -12,7 +12,7 @@ for all, so that channels may go one by one. Writing attends over both with one 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,11 @@ from jaxtyping import Array, Float, Int
 
 from lminf.attention import attend, dense, policies, rope
 from lminf.attention import cache as caches
-from lminf.attention.policies import at_least
+from lminf.attention.policies import Held
 from lminf.errors import InputError
+from lminf.ranges import Range
+
+Neighbours: TypeAlias = Annotated[int, Range(min=1, max=1023)]
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,17 @@ class _Condensing(policies.ByContent):
     """What both share."""
 
     needs_prompt = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.pool % 2 == 0:
+            raise InputError(f"pooling={self.pool}: give an odd number of tokens")
+        capacity, asking = self.tokens_kept, self.asking
+        if capacity is not None and capacity <= asking:
+            field = "window" if isinstance(self, SnapKV) else "recent"
+            raise InputError(
+                f"capacity={capacity} with {field}={asking}: give capacity>={asking + 1}"
+            )
 
     @property
     def asking(self) -> int:
@@ -124,7 +138,8 @@ class _Condensing(policies.ByContent):
         else:
             weights = dense.softmax(scoring, _scores(scoring, q, k, recent, pos[..., None]),
                                      _seen(recent, pos[..., None]))  # fmt: skip
-            value = _pooled(weights.sum((2, 3)).swapaxes(1, 2), self.pool)
+            votes = jnp.where(old[..., None], weights.sum((2, 3)).swapaxes(1, 2), 0.0)
+            value = _pooled(votes, self.pool)
         value = jnp.where(old[..., None], value, -1.0)  # attention is never below 0
         best, slots = jax.lax.top_k(value.swapaxes(1, 2), count)  # the earlier of equals
         far = jnp.where(best >= 0, slots.astype(jnp.int32), jnp.iinfo(jnp.int32).max)
@@ -242,15 +257,12 @@ class SnapKV(_Condensing):
     """Of the prompt, what its last tokens attended to. Source: Li et al. 2024, arXiv:2404.14469.
 
     Attention is summed over the last `window` queries, and over the query heads of a key head, and
-    averaged over `pooling` neighbours.
+    averaged over `pooling` neighbours before the window.
     """
 
-    capacity: int  # tokens of the prompt that stay, the last `window` included
-    window: int = 32  # tokens
-    pooling: int = 5  # tokens, odd
-
-    def __post_init__(self):
-        _check(self, self.window, self.capacity, self.pooling)
+    capacity: Held  # tokens of the prompt that stay, the last `window` included
+    window: Held = 32  # tokens
+    pooling: Neighbours = 5  # tokens, odd
 
     @property
     def asking(self) -> int:
@@ -274,15 +286,11 @@ class ThinK(_Condensing):
     less memory.
     """
 
-    ratio: float = 0.4  # of the channels of older keys, which go
-    recent: int = 32  # tokens that stay whole, and whose queries are asked
-    capacity: int | None = None  # tokens of the prompt that stay; None: all
-    pooling: int = 5
-
-    def __post_init__(self):
-        _check(self, self.recent, self.capacity, self.pooling)
-        if not 0 <= self.ratio < 1:
-            raise InputError(f"ratio={self.ratio}: give a share in [0, 1)")
+    # Of the channels of older keys, which go.
+    ratio: Annotated[float, Range(min=0, below=1)] = 0.4
+    recent: Held = 32  # tokens that stay whole, and whose queries are asked
+    capacity: Held | None = None  # tokens of the prompt that stay; None: all
+    pooling: Neighbours = 5
 
     @property
     def asking(self) -> int:
@@ -298,12 +306,3 @@ class ThinK(_Condensing):
 
     def channels_kept(self, head_dim: int) -> int:
         return head_dim - int(self.ratio * head_dim)
-
-
-def _check(policy: policies.Policy, asking: int, capacity: int | None, pooling: int) -> None:
-    field = "window" if isinstance(policy, SnapKV) else "recent"
-    at_least(policy, field, 1)
-    if pooling < 1 or pooling % 2 == 0:
-        raise InputError(f"pooling={pooling}: give an odd number of tokens")
-    if capacity is not None and capacity <= asking:
-        raise InputError(f"capacity={capacity} with {field}={asking}: give capacity>={asking + 1}")

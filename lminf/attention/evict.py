@@ -5,7 +5,8 @@
 Text is read in turns of `turn` tokens, [n turn, (n + 1) turn), and nothing is forgotten within one.
 Before a turn, capacity - turn tokens are chosen from those held: the first `sinks`, the
 capacity - sinks - recent - turn best of all by score (of equals the oldest), and then the most
-recent of the others. With turn = 1 a token is evicted for each that is read, as papers define it.
+recent of the others; under H2O the best are of those between the sinks and the last `recent`. With
+turn = 1 a token is evicted for each that is read, as papers define it.
 
 Positions are places in the cache, as StreamingLLM's are: tokens held are numbered 0, 1, … in the
 order of the text. A turn being read ends at capacity - 1, so no text is too long.
@@ -17,7 +18,7 @@ if it has none.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lminf.attention import cache as caches
 from lminf.attention import dense, policies, rope
-from lminf.attention.policies import at_least
+from lminf.attention.policies import Held, HeldOrNone
 from lminf.errors import InputError
+from lminf.ranges import Range
 
 LAST = jnp.iinfo(jnp.int32).max
 
@@ -35,28 +37,32 @@ LAST = jnp.iinfo(jnp.int32).max
 class Scored(policies.ByContent):
     """What the policies that evict by a score share. Subclasses say what the score is."""
 
-    capacity: int  # tokens held, those of the turn that is being read included
-    sinks: int = 4  # tokens at the start that are never evicted
-    recent: int = 0  # tokens that are kept because they are the last, at least
-    turn: int = 128  # tokens between evictions, and the most that are read at once
+    capacity: Held  # tokens held, those of the turn that is being read included
+    sinks: HeldOrNone = 4  # tokens at the start that are never evicted
+    # Tokens kept because they are the last, at least; None: half of the rest.
+    recent: HeldOrNone | None = 0
+    turn: Held = 128  # tokens between evictions, and the most that are read at once
 
     span = "capacity"
     by_head = False  # whether each key/value head keeps tokens of its own
+    best_between = False  # whether sinks and recent tokens are kept apart from the best
 
     def __post_init__(self):
-        for field, least in {"sinks": 0, "recent": 0, "turn": 1}.items():
-            at_least(self, field, least)
+        super().__post_init__()
+        if self.recent is None:
+            rest = max(self.capacity - self.sinks - self.turn, 0)
+            object.__setattr__(self, "recent", rest // 2)
         if self.best < 0:
             raise InputError(
                 f"capacity={self.capacity} is less than sinks={self.sinks}, recent={self.recent} "
                 f"and turn={self.turn} together; give capacity>="
-                f"{self.sinks + self.recent + self.turn}"
+                f"{self.capacity - self.best}"
             )
 
     @property
     def best(self) -> int:
         """Tokens that a turn finds there because of their score."""
-        return self.capacity - self.sinks - self.recent - self.turn
+        return self.capacity - self.sinks - (self.recent or 0) - self.turn
 
     @property
     def kept(self) -> int:
@@ -147,10 +153,13 @@ class Scored(policies.ByContent):
 
     def _evicted(self, place, score):
         """(place, score) with `kept` tokens at most, numbered anew."""
-        held = place >= 0
-        value = jnp.where(held, score, -jnp.inf)
+        held = scored = place >= 0
+        if self.best_between:
+            since = place.max(1, keepdims=True) - (self.recent or 0)
+            scored = held & (place >= self.sinks) & (place <= since)
+        value = jnp.where(scored, score, -jnp.inf)
         by_score = _rank(jnp.lexsort((place, -value), axis=1))
-        chosen = held & ((by_score < self.best) | (place < self.sinks))
+        chosen = held & ((scored & (by_score < self.best)) | (place < self.sinks))
         # Then by age: every chosen token is before every other one.
         by_age = _rank(jnp.lexsort((-place, 1 - chosen.astype(jnp.int32)), axis=1))
         stays = held & (by_age < self.kept)
@@ -214,12 +223,18 @@ def _rank(order: Int[Array, "B S P"]) -> Int[Array, "B S P"]:
 @policies.register("h2o")
 @dataclass(frozen=True)
 class H2O(Scored):
-    """Keeps, in each key/value head, what attracted most attention so far, summed over its queries.
+    """Keeps, in each key/value head, what attracted most attention so far, summed over its queries,
+    and the last tokens.
 
-    Source: Zhang et al. 2023, arXiv:2306.14048. Query heads that share a key head are summed.
+    Source: Zhang et al. 2023, arXiv:2306.14048. As in the release there are no sinks, and half of
+    what is kept is recent. Query heads that share a key head are summed.
     """
 
+    sinks: HeldOrNone = 0
+    recent: HeldOrNone | None = None
+
     by_head = True
+    best_between = True
 
     def scored(self, score, weights, at):
         del at
@@ -234,7 +249,7 @@ class TOVA(Scored):
     Source: Oren et al. 2024, arXiv:2401.06104, which has neither sinks nor recent tokens.
     """
 
-    sinks: int = 0
+    sinks: HeldOrNone = 0
 
     def scored(self, score, weights, at):
         last = at.argmax(1)[:, None, None, None, None]
@@ -254,15 +269,13 @@ class SirLLM(Scored):
     t + 1 gets -log P(x_t | x_<=t), the surprise of seeing the token before it once more.
     """
 
-    decay: float = 1.0
+    decay: Annotated[float, Range(above=0, max=1)] = 1.0
     score: Literal["surprise", "reference"] = "surprise"
 
     listens = True
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.decay <= 1:
-            raise InputError(f"decay={self.decay}: give a factor in (0, 1]")
         if self.score not in ("surprise", "reference"):
             raise InputError(f"score={self.score!r}; give 'surprise' or 'reference'")
 

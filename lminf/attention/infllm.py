@@ -3,10 +3,11 @@
 Source: Xiao et al. 2024, arXiv:2402.04617. With L = window, the query at i sees
     i - j < L                                          at the true distance i - j
     j < sinks, chosen blocks, and what fills no block  at the distance L - 1
-A block is `block` tokens in order, from `sinks` on; it exists once the first query of a group has
-all of it beyond its window. Of every block, the `representatives` tokens that attracted most
-attention while they were in the window stand for it: a summary is the mean of their keys, by query
-head. A group's mean query, placed at L - 1, times the summaries, summed over heads, ranks blocks.
+A block is `block` tokens in order, from `sinks` on; it is formed after the group that pushed the
+last of it out of the window; where topk = 0 nothing waits for a block. Of every block, the
+`repr_topk` tokens that attracted most attention while they were in the window stand for it: a
+summary is the mean of their keys, by query head. A group's mean query, placed at L - 1, times the
+summaries, summed over heads, ranks blocks.
 
 The branches are disjoint. (The reference implementation counts keys that leave the window within a
 group twice.) All blocks stay in one store on the device. With `resident` blocks are read from as
@@ -24,7 +25,7 @@ from jaxtyping import Array, Bool, Int
 import kernels
 from lminf.attention import cache as caches
 from lminf.attention import mass, policies, residency, select
-from lminf.attention.policies import at_least
+from lminf.attention.policies import Held, HeldOrNone, Tokens
 from lminf.attention.select import Branch
 from lminf.errors import InputError
 
@@ -44,29 +45,22 @@ class Far(NamedTuple):
 class InfLLM(select.Choosing):
     """Window, sinks and looked-up blocks. Source: Xiao et al. 2024, arXiv:2402.04617."""
 
-    window: int  # tokens, the query's own included
-    sinks: int = 128  # tokens at the start that stay visible
-    topk: int = 16  # blocks that a group of tokens looks up
-    block: int = 128  # tokens
-    repr_topk: int = 4  # tokens that stand for a block
-    exec_block: int = 512  # tokens that look up the same blocks, where they are read together
-    resident: int | None = None  # blocks at hand, least recently used first to go; None: all
+    window: Tokens  # tokens, the query's own included
+    sinks: HeldOrNone = 128  # tokens at the start that stay visible
+    topk: HeldOrNone = 16  # blocks that a group of tokens looks up
+    block: Held = 128  # tokens
+    repr_topk: Held = 4  # tokens that stand for a block
+    exec_block: Tokens = 512  # tokens that look up the same blocks, where they are read together
+    resident: Held | None = None  # blocks at hand, least recently used first to go; None: all
 
     def __post_init__(self):
-        for field, least in {
-            "window": 1,
-            "sinks": 0,
-            "topk": 0,
-            "block": 1,
-            "exec_block": 1,
-        }.items():
-            at_least(self, field, least)
+        super().__post_init__()
         if self.window % self.block:
             raise InputError(
                 f"block={self.block} does not divide window={self.window}; "
                 f"give a divisor of the window"
             )
-        if not 1 <= self.repr_topk <= self.block:
+        if self.repr_topk > self.block:
             raise InputError(
                 f"repr_topk={self.repr_topk} of block={self.block} tokens; give 1 to {self.block}"
             )
@@ -103,7 +97,9 @@ class InfLLM(select.Choosing):
 
     def _existing(self, first):
         """Blocks that exist for a group whose first query is there."""
-        return jnp.maximum(first - self.window - self.sinks + 1, 0) // self.block
+        # With nothing to look up the past is gone as soon as it leaves the window: LMInfinite.
+        left = first - self.window - self.sinks + int(self.topk == 0)
+        return jnp.maximum(left, 0) // self.block
 
     def extra(self, sizes: caches.Sizes):
         blocks = self._blocks(sizes.slots)
@@ -117,8 +113,8 @@ class InfLLM(select.Choosing):
         }
         if self.resident is not None and self.topk:
             held["resident"] = residency.empty(
-                batch=sizes.batch, slots=self.resident, block=self.block, kv_heads=sizes.kv_heads,
-                head_dim=sizes.head_dim, dtype=sizes.dtype,
+                batch=sizes.batch, slots=min(self.resident, blocks), block=self.block,
+                kv_heads=sizes.kv_heads, head_dim=sizes.head_dim, dtype=sizes.dtype,
             )  # fmt: skip
         return held
 
@@ -191,7 +187,7 @@ class InfLLM(select.Choosing):
             chosen = self._chosen(places, group, q, extra["summary"][layer], existing)
         count = jnp.minimum(existing, chosen.shape[1])
         skipped = (existing - count) * self.block
-        size = self.sinks + (chosen.shape[1] + 1) * self.block + q.shape[1] - 2
+        size = self.sinks + (chosen.shape[1] + 1) * self.block + q.shape[1] - 1
         row = jnp.arange(max(size, 1), dtype=jnp.int32)[None]
         pos = jnp.where(row < self.sinks, row, row + skipped[:, None])
         looked_up = jnp.zeros(pos.shape, bool)

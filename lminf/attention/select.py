@@ -160,9 +160,13 @@ class Places:
         """q such that keys as they are stored seem to be so far away."""
         if not isinstance(self.encoding, rope.Rotary):
             return q
-        turned = self.at(q, jnp.full(q.shape[:2], distance, jnp.int32))
-        # The keys' own rotation by nothing still carries the schedule's temperature.
-        return turned * jnp.asarray(self.encoding.scaling.temperature, q.dtype)
+        by = rope.rotation(
+            self.encoding, jnp.full(q.shape[:2], distance, jnp.int32), length=self.length
+        )
+        # The keys' own rotation by nothing still carries the schedule's temperature: in the
+        # channels that are rotated, and in no others.
+        by = rope.Rotation(*(x * jnp.float32(self.encoding.scaling.temperature) for x in by))
+        return rope.rotate(q, by, self.encoding.layout)
 
 
 # --- Softmax over several sets of keys ------------------------------------------------------------

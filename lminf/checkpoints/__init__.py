@@ -13,7 +13,7 @@ from lminf.attention.policies import FULL, AnyPolicy
 from lminf.checkpoints import fetch, gguf, gguf_tokenizer, hf, hf_tokenizer
 from lminf.checkpoints.trees import Progress
 from lminf.data.tokenizers import Tokenizer
-from lminf.errors import InputError
+from lminf.errors import InputError, refusing
 from lminf.models.spec import ModelSpec
 from lminf.types import Params
 
@@ -37,39 +37,58 @@ def load(
     """
     path = _locate(str(name), progress)
     read = gguf.load if path.is_file() else hf.load
-    policy = None if path.is_file() else hf.read_policy(path)
-    spec, params, tokenizer = read(path, dtype=jnp.dtype(dtype), progress=progress)
-    if tokenizer is not None and tokenizer.vocab_size > spec.vocab_size:
-        raise InputError(
-            f"the tokenizer of {path} has {tokenizer.vocab_size} tokens but the embedding only "
-            f"{spec.vocab_size} rows; the two belong to different models"
-        )
+    with refusing(str(path), kind="checkpoint"):
+        policy = None if path.is_file() else hf.read_policy(path)
+        spec, params, tokenizer = read(path, dtype=jnp.dtype(dtype), progress=progress)
+        if tokenizer is not None:
+            tokenizer = _fitted(tokenizer, spec, path)
     # On a CPU the arrays that were read are used as they are: no second copy of the model.
     params = jax.tree.map(lambda array: jax.device_put(array, may_alias=True), params)
     return Checkpoint(spec, params, tokenizer, str(path), policy)
 
 
+def _fitted(tokenizer: Tokenizer, spec: ModelSpec, path: Path) -> Tokenizer:
+    """The tokenizer, without a padding token that the embedding has no row for.
+
+    Such a token was added to fill batches while the model was trained; it is never predicted.
+    """
+    ids = tokenizer.backend.get_vocab(with_added_tokens=True).values()
+    beyond = {i for i in ids if i >= spec.vocab_size}
+    padding = tokenizer.special.get("pad_token")
+    if padding is not None and beyond == {tokenizer.backend.token_to_id(padding)}:
+        return hf_tokenizer.without(tokenizer, padding)
+    if beyond:
+        raise InputError(
+            f"the tokenizer of {path} has {tokenizer.vocab_size} tokens but the embedding only "
+            f"{spec.vocab_size} rows; the two belong to different models"
+        )
+    return tokenizer
+
+
 def read_spec(name: str | os.PathLike[str]) -> ModelSpec:
     """The shapes and rules of a model, without reading its parameters."""
     path = _locate(str(name), None)
-    return gguf.read_spec(gguf.open_gguf(path)) if path.is_file() else hf.read_spec(path)
+    with refusing(str(path), kind="checkpoint"):
+        return gguf.read_spec(gguf.open_gguf(path)) if path.is_file() else hf.read_spec(path)
 
 
 def read_policy(name: str | os.PathLike[str]) -> AnyPolicy | None:
     """The policy that a model was trained with; None where nothing beside its weights says one."""
     path = _locate(str(name), None)
-    return None if path.is_file() else hf.read_policy(path)
+    with refusing(str(path), kind="checkpoint"):
+        return None if path.is_file() else hf.read_policy(path)
 
 
 def read_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a model, or of a folder that holds nothing else."""
     path = _locate(str(name), None)
-    if path.is_file():
-        return gguf_tokenizer.from_metadata(gguf.open_gguf(path).metadata, str(path))
-    tokenizer = hf_tokenizer.read(path)
-    if tokenizer is None:
-        raise InputError(f"{path} has no tokenizer; add its tokenizer.json")
-    return tokenizer
+    with refusing(str(path), kind="tokenizer"):
+        if path.is_file():
+            return gguf_tokenizer.from_metadata(gguf.open_gguf(path).metadata, str(path))
+        tokenizer = hf_tokenizer.read(path)
+        if tokenizer is None:
+            raise InputError(f"{path} has no tokenizer; add its tokenizer.json")
+        return tokenizer
 
 
 def check_save(

@@ -2,14 +2,20 @@
 
 import argparse
 import sys
+import typing
 
 import jax
+import jax.numpy as jnp
 
-from lminf.attention.policies import FULL, POLICIES
+from lminf.attention.parsing import parse_policy
+from lminf.attention.policies import FULL
 from lminf.attention.rope import SCALINGS
 from lminf.config import parse_choice
+from lminf.data.tokenizers import Special
 from lminf.lm import LM
 from lminf.run import devices
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,14 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "model was trained with, if its lminf.json says, or else full")  # fmt: skip
     parser.add_argument("--scaling", help="rotary schedule in place of the model's own, as in "
                         "yarn:factor=4,trained_length=8192")  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, default="float32",
+                        help="of weights and activations (float32)")  # fmt: skip
+    parser.add_argument("--special", choices=typing.get_args(Special), default="plain",
+                        help="special tokens written out in texts: plain characters, or parsed as "
+                        "tokens (plain)")  # fmt: skip
 
 
 def load(args: argparse.Namespace) -> LM:
     """The model under the policy asked for; nothing is loaded before both words are understood."""
-    policy = parse_choice(args.policy, POLICIES, what="policy") if args.policy else None
+    policy = parse_policy(args.policy) if args.policy else None
     scaling = parse_choice(args.scaling, SCALINGS, what="scaling") if args.scaling else None
     devices.share_cores()
-    lm = LM.from_pretrained(args.model, policy=policy)
+    lm = LM.from_pretrained(args.model, policy=policy, dtype=jnp.dtype(args.dtype))
     if policy is None and lm.policy != FULL:
         print(f"attending as trained, by {lm.policy.name} (lminf.json)", file=sys.stderr)
     if scaling is not None:

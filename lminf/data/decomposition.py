@@ -48,7 +48,7 @@ class Decomposition:
     # length gives as many tokens.
     beyond: Literal["take", "draw"] = "take"
     # Tokens of each length in an epoch: all there are, or as many as the scarcest has.
-    tokens: Literal["all", "equal"] | tuple[Annotated[int, Range(min=1)], ...] = "all"
+    tokens: Literal["all", "equal"] | tuple[Annotated[int, Range(min=0)], ...] = "all"
     # Or odds, from the shortest on.
     curriculum: Curriculum | tuple[Annotated[float, Range(above=0)], ...] = "grow_p2"
     # The paper draws a length by its odds; its released trainer, by odds x batches of that length.

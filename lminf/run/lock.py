@@ -7,12 +7,11 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 from lminf.errors import InputError
 from lminf.run.folder import LOCK, writing
 
-LONGEST = 1000  # characters of a lock
+LONGEST = 1000  # bytes of a lock
 
 
 @contextlib.contextmanager
@@ -22,37 +21,41 @@ def held(folder: Path, *, option: str = "--out") -> Iterator[None]:
     `option` is the one that names another folder. A file of that name which is no lock is refused.
     """
     path = folder / LOCK
-    with _opened(path) as file:
+    with _opened(path) as (handle, text):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
-                f"{folder} is in use by {_holder(file.read())}; wait for it, or name another "
-                f"folder with {option}"
+                f"{folder} is in use by {_holder(text)}; wait for it, or name another folder with "
+                f"{option}"
             ) from None
         with writing(path):
-            file.truncate(0)
-            json.dump({"process": os.getpid(), "host": socket.gethostname()}, file)
-            file.flush()
+            os.ftruncate(handle, 0)
+            holder = {"process": os.getpid(), "host": socket.gethostname()}
+            os.pwrite(handle, json.dumps(holder).encode(), 0)
         try:
             yield
         finally:
-            file.truncate(0)
+            os.ftruncate(handle, 0)
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[TextIO]:
-    """The lock's file, made where there is none; refuses what is somebody's own file."""
+def _opened(path: Path) -> Iterator[tuple[int, str]]:
+    """The lock's file, made where there is none, and its text; refuses somebody's own file.
+
+    Unbuffered: a full disk would refuse the same bytes again when the file is closed.
+    """
     if path.exists() and not path.is_file():
         raise InputError(f"{path} is no lock of this program; move it away")
     with writing(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    with os.fdopen(handle, "r+", encoding="utf-8", errors="replace") as file:
-        text = file.read(LONGEST)
+    try:
+        text = os.read(handle, LONGEST).decode(errors="replace")
         if text and not _is_lock(text):
             raise InputError(f"{path} is no lock of this program; move it away")
-        file.seek(0)
-        yield file
+        yield handle, text
+    finally:
+        os.close(handle)
 
 
 def _is_lock(text: str) -> bool:
@@ -72,6 +75,6 @@ def _holder(text: str) -> str:
 @contextlib.contextmanager
 def waited(folder: Path) -> Iterator[None]:
     """Holds the folder for the moment that a block takes, after whoever has it now."""
-    with _opened(folder / LOCK) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with _opened(folder / LOCK) as (handle, _):
+        fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -82,7 +82,7 @@ def start(*arguments, error=None, plot=draw, rendered=False):
     run = experiment(error) if error else experiment()
     with pytest.MonkeyPatch.context() as patch:
         if not rendered:
-            patch.setattr(plots, "save", lambda figure: b"a picture")
+            patch.setattr(plots, "save", lambda figure, kind: b"a picture")
         _main.main(run, plot, table=table, argv=["--config=demo.py", "--out=out", *arguments])
 
 
@@ -123,7 +123,8 @@ def test_a_config_is_found_from_any_folder_by_path_and_by_name():
     [
         (["--config.lenths=3"], "no field 'lenths'; did you mean 'lengths'"),
         (["--config.attention.windw=3"], "did you mean 'attention.window'"),
-        (["--config.attention=3"], "config.attention is a section; override attention.class"),
+        (["--config.attention=3"], "config.attention is a section; override attention.distance"),
+        (["--config.attention.class=Full"], "attention.class is what the section is"),
         (["--config.attention.window=three"], "--config.attention.window=three: invalid literal"),
         (["--config.lengths=three"], "config.lengths holds int, not 'three'"),
         (["--config.rate"], "Missing value"),
@@ -146,6 +147,33 @@ def test_a_config_file_that_is_no_config_is_bad_input(tmp_path):
         request.parse("demo", ["--config=broken.py"])
     with pytest.raises(InputError, match="has no get_config"):
         request.parse("demo", ["--config=empty.py"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import nothing_of_that_name", "ModuleNotFoundError: No module named"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("def get_config(arg=''):\n    return {}", "returns dict; it should return a ConfigDict"),
+        ("def get_config():\n    pass", r"get_config\(''\) of broken.py fails with TypeError"),
+    ],
+)
+def test_a_config_file_that_fails_is_bad_input(text, message, tmp_path):
+    (tmp_path / "broken.py").write_text(text)
+    with pytest.raises(InputError, match=message):
+        request.parse("demo", ["--config=broken.py"])
+
+
+@pytest.mark.parametrize("name", ["(" * 3000, "\0", "../" * 2000])
+def test_a_name_that_no_config_file_can_have_is_bad_input(name):
+    with pytest.raises(InputError, match="there is no config file"):
+        request.parse("demo", [f"--config={name}"])
+
+
+def test_control_characters_of_an_error_are_shown_escaped(capsys):
+    with pytest.raises(SystemExit):
+        start("--config.stop_after=0", error=r"InputError('a\x1b[2Jb \ud800')")
+    assert capsys.readouterr().err == "error: a\\x1b[2Jb \\ud800\n"
 
 
 def test_help_lists_the_question_and_every_field(capsys):
@@ -183,7 +211,9 @@ def test_several_figures_are_drawn_by_name(tmp_path):
     start(plot=lambda rows: {"one": draw(rows), "two": draw(rows)})
     assert sorted(path.name for path in (tmp_path / "out/plots").iterdir()) == [
         "one.png",
+        "one.svg",
         "two.png",
+        "two.svg",
     ]
 
 

@@ -1,3 +1,4 @@
+import errno
 import os
 
 import pytest
@@ -27,3 +28,12 @@ def test_a_file_of_that_name_which_is_no_lock_is_left_as_it_is(tmp_path, text):
         with pytest.raises(InputError, match="is no lock of this program"), hold(tmp_path):
             pass
     assert (tmp_path / "lock").read_text() == text
+
+
+def test_a_disk_that_is_full_is_one_sentence(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(InputError, match="No space left on device; free"), lock.held(tmp_path):
+        pass

@@ -16,9 +16,9 @@ BASE = {"lminf.errors", "lminf.types", "lminf.config", "lminf.ranges"}
 ATTENTION = BASE | {"kernels", "lminf.attention"}
 MODELS = ATTENTION | {"lminf.models"}
 DATA = BASE | {"lminf.data"}
-TRAIN = MODELS | {"lminf.losses", "lminf.surgery", "lminf.parallel", "lminf.train"}
+TRAIN = MODELS | {"lminf.objectives", "lminf.surgery", "lminf.parallel", "lminf.train"}
 CHECKPOINTS = TRAIN | DATA | {"lminf.checkpoints"}
-LM = CHECKPOINTS | {"lminf.generation", "lminf.lm"}
+LM = CHECKPOINTS | {"lminf.language_model", "lminf.generation", "lminf.lm"}
 EVALS = LM | {"lminf.evals", "lminf.segment_reading", "lminf.shared_prefix"}
 LIBRARY = EVALS | {"lminf.scaling", "lminf.run", "lminf"}
 LAYERS = {
@@ -29,21 +29,23 @@ LAYERS = {
     "kernels": set(),
     "lminf.attention": BASE | {"kernels"},
     "lminf.models": ATTENTION,
-    "lminf.losses": MODELS,
+    "lminf.objectives": MODELS,
     "lminf.surgery": MODELS,
-    "lminf.parallel": MODELS,
+    "lminf.parallel": MODELS | {"lminf.objectives"},
     "lminf.scaling": BASE | {"lminf.models.spec"},
     "lminf.train": TRAIN,
     "lminf.data": BASE,
     "lminf.checkpoints": TRAIN | DATA,
+    "lminf.language_model": {"lminf.errors"},
+    "lminf.scripted": {"lminf.errors", "lminf.language_model"},
     "lminf.generation": CHECKPOINTS,
-    "lminf.lm": CHECKPOINTS | {"lminf.generation"},
+    "lminf.lm": CHECKPOINTS | {"lminf.generation", "lminf.language_model"},
     "lminf.segment_reading": LM,
     "lminf.shared_prefix": LM,
     "lminf.evals": LM,
     "lminf.run": {"lminf.errors", "lminf.config", "lminf.ranges"},
     "lminf": LM,  # on first use of a name, so that importing the package stays instant
-    "configs": MODELS | DATA | {"lminf.losses", "lminf.train", "lminf.parallel", "lminf.run.sweep"},
+    "configs": DATA | TRAIN | {"lminf.run.sweep"},
     "experiments": LIBRARY | {"configs"},
     "lminf.commands": LIBRARY | {"configs", "experiments"},
     "lminf.cli": {"lminf", "lminf.errors", "lminf.config", "lminf.run", "lminf.commands"},

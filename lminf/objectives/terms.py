@@ -9,7 +9,7 @@ batch may be cut into pieces. A new objective is a term; the step does not chang
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +90,7 @@ class Model:
         return self._forward[prefix]
 
 
+@runtime_checkable
 class Term(Protocol):
     """One addend of what is minimised. A frozen dataclass: a compiled step depends on it."""
 

@@ -18,7 +18,7 @@ def counting(events, bad=()):
         assert batch == state.step
         events.append(f"run {state.step}")
         number = float(state.step)
-        return Counter(state.step + 1), Metrics(number, number, 0.1, state.step not in bad)
+        return Counter(state.step + 1), Metrics(number, number, 0.1, state.step not in bad, {})
 
     return step
 

@@ -107,7 +107,7 @@ def vocab(budget: float, *, text_tokens: float, sizes: int = 4, replicates: int 
 
 def step(
     budget: float, *, text_tokens: float, vocab_size: int = 512, length: int = 64,
-    rates: int = 5, batches: int = 4, replicates: int = 1,
+    rates: int = 5, batches: int = 3, replicates: int = 1,
 ) -> Plan:  # fmt: skip
     """Rates and batches in factors of two around the step law's point, for two shapes and three
     lengths of each."""

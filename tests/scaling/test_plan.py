@@ -38,6 +38,13 @@ def test_no_token_is_read_twice():
     assert found.flops < 1e15
 
 
+def test_a_small_vocabulary_study_has_small_batches_for_its_steps():
+    for budget, batch in ((1e12, 2), (1e13, 8)):
+        found = plan.vocab(budget, text_tokens=1e12)
+        assert found.batches == (batch,)
+        assert found.groups[0].tokens / (128 * batch) >= plan.STEPS
+
+
 def test_too_little_is_refused():
     with pytest.raises(InputError, match=r"too few to train anything; give at least"):
         plan.vocab(1e9, text_tokens=1e7)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lminf import checkpoints
-from lminf.attention import policies
-from lminf.attention.policies import POLICIES
+from lminf.attention import policy as policies
+from lminf.attention.policy import POLICIES
 from lminf.config import closest, from_config, parse_choice
 from lminf.data import corpus, loader, windows
 from lminf.data.tokenizers import ByteTokenizer

@@ -11,7 +11,7 @@ import numpy as np
 from experiments import _models
 from experiments._main import main
 from experiments._streams import Stream
-from lminf.attention.policies import POLICIES
+from lminf.attention.policy import POLICIES
 from lminf.config import parse_choice
 from lminf.models import cost
 from lminf.run import plots, tables

@@ -6,7 +6,7 @@ import numpy as np
 
 from experiments import _models
 from experiments._main import main
-from lminf.attention.policies import FULL, POLICIES
+from lminf.attention.policy import FULL, POLICIES
 from lminf.config import parse_choice
 from lminf.data import sources
 from lminf.evals import perplexity, reread

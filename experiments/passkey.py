@@ -5,7 +5,7 @@ from typing import get_args
 
 from experiments import _models
 from experiments._main import main
-from lminf.attention.policies import POLICIES
+from lminf.attention.policy import POLICIES
 from lminf.config import closest, parse_choice
 from lminf.data import sources
 from lminf.errors import InputError
@@ -90,7 +90,7 @@ def batches(items, size):
 
 def in_window(policy, sample) -> bool:
     """Whether the line with the key is seen at its true distance until the answer is given."""
-    width = policy.near_width
+    width = policy.window
     return width is None or sample.tokens + passkey.ANSWER_TOKENS - sample.key_at <= width
 
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lminf.attention.condense import SnapKV, ThinK
-    from lminf.attention.evict import H2O, TOVA, SirLLM
-    from lminf.attention.policies import Full, LMInfinite, ReRoPE, SelfExtend, Streaming, Window
+    from lminf.attention.policies.eviction import H2O, TOVA, SirLLM
+    from lminf.attention.policies.prompt_compression import SnapKV, ThinK
+    from lminf.attention.policy import Full, LMInfinite, ReRoPE, SelfExtend, Streaming, Window
     from lminf.generation import Sampling
     from lminf.lm import LM
 
@@ -31,8 +31,8 @@ __all__ = [
 _HOMES = {
     "LM": "lminf.lm",
     "Sampling": "lminf.generation",
-    **dict.fromkeys(("SnapKV", "ThinK"), "lminf.attention.condense"),
-    **dict.fromkeys(("H2O", "TOVA", "SirLLM"), "lminf.attention.evict"),
+    **dict.fromkeys(("SnapKV", "ThinK"), "lminf.attention.policies.prompt_compression"),
+    **dict.fromkeys(("H2O", "TOVA", "SirLLM"), "lminf.attention.policies.eviction"),
 }
 
 
@@ -40,4 +40,4 @@ def __getattr__(name: str):
     # On first use: the command line must start without waiting for jax.
     if name not in __all__:
         raise AttributeError(f"module 'lminf' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES.get(name, "lminf.attention.policies")), name)
+    return getattr(importlib.import_module(_HOMES.get(name, "lminf.attention.policy")), name)

@@ -21,7 +21,7 @@ import pytest
 from docs import make_tables
 from kernels import suite
 from lminf import cli
-from lminf.attention import policies
+from lminf.attention import policy as policies
 from lminf.commands import sweep
 from lminf.run import request
 from lminf.run.header import ROOT

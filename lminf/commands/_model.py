@@ -4,7 +4,7 @@ import argparse
 
 import jax
 
-from lminf.attention.policies import POLICIES
+from lminf.attention.policy import POLICIES
 from lminf.attention.rope import SCALINGS
 from lminf.config import parse_choice
 from lminf.lm import LM

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from lminf import checkpoints
-from lminf.attention import policies
-from lminf.attention.policies import POLICIES
+from lminf.attention import policy as policies
+from lminf.attention.policy import POLICIES
 from lminf.config import parse_choice
 from lminf.errors import InputError
 from lminf.models import cost

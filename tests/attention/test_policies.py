@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from lminf.attention import policies
-from lminf.attention.policies import (
+from lminf.attention import policy as policies
+from lminf.attention.policy import (
     NAMES,
     POLICIES,
     Full,
@@ -107,12 +107,12 @@ def test_policies_that_compress_reach_just_the_trained_length(policy):
     def farthest(tokens):
         return oracle.visible_and_distance(policy, np.array([tokens - 1]), np.array([0]))[1][0]
 
-    end = policies.longest(policy, trained)
+    end = policies.max_length(policy, trained)
     assert end == (trained - policy.window) * 4 + policy.window
     assert farthest(end) <= trained < farthest(end + 8)
-    assert policies.longest(PerHead((Full(), policy)), trained) == end
+    assert policies.max_length(PerHead((Full(), policy)), trained) == end
 
 
 def test_other_policies_set_no_end():
     for policy in (Full(), Window(4), LMInfinite(4, 2), Streaming(4, 2), ReRoPE(4)):
-        assert policies.longest(policy, 16) is None
+        assert policies.max_length(policy, 16) is None

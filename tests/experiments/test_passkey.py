@@ -4,7 +4,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments import passkey
-from lminf.attention.policies import Full, LMInfinite
+from lminf.attention.policy import Full, LMInfinite
 from lminf.errors import InputError
 from lminf.evals.passkey import ANSWER_TOKENS, Sample
 from lminf.lm import LM
@@ -34,7 +34,7 @@ def trained_longer(random_lm, monkeypatch):
 def read_by_eye(self, prompts, *, max_new_tokens):
     """The key as the policy shows it: in the whole prompt, or in its last `window` bytes."""
     assert max_new_tokens == ANSWER_TOKENS
-    seen = [prompt[-(self.policy.near_width or len(prompt)) :] for prompt in prompts]
+    seen = [prompt[-(self.policy.window or len(prompt)) :] for prompt in prompts]
     found = [re.search(r"pass key is (\d+)", text) for text in seen]
     return [f" {match[1]}. 1" if match else " green. 12345" for match in found]
 

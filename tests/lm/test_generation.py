@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lminf import generation
-from lminf.attention.policies import LMInfinite, SelfExtend
+from lminf.attention.policy import LMInfinite, SelfExtend
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
 from lminf.generation import GREEDY, Sampling, TextStream, generate_tokens

@@ -226,9 +226,9 @@ def _parse_as(text: str, hint: Any, choices: Mapping[str, type], where: str) -> 
     if hint in (int, float):
         try:
             number = hint(text)
-        except ValueError:
+            return math.isfinite(number), number
+        except (ValueError, OverflowError):  # no number, or a whole one that no float holds
             return False, None
-        return math.isfinite(number), number
     if hint is str:
         return True, text
     if _origin(hint) is Literal:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("lminf", "kernels", "configs", "experiments")
 
 # Layer -> the layers it may import, itself aside. A module belongs to the longest name that fits.
-BASE = {"lminf.errors", "lminf.types", "lminf.config"}
+BASE = {"lminf.errors", "lminf.types", "lminf.config", "lminf.ranges"}
 ATTENTION = BASE | {"kernels", "lminf.attention"}
 MODELS = ATTENTION | {"lminf.models"}
 DATA = BASE | {"lminf.data"}
@@ -24,7 +24,8 @@ LIBRARY = EVALS | {"lminf.scaling", "lminf.run", "lminf"}
 LAYERS = {
     "lminf.errors": set(),
     "lminf.types": set(),
-    "lminf.config": {"lminf.errors"},
+    "lminf.config": {"lminf.errors", "lminf.ranges"},
+    "lminf.ranges": {"lminf.errors"},
     "kernels": set(),
     "lminf.attention": BASE | {"kernels"},
     "lminf.models": ATTENTION,
@@ -40,7 +41,7 @@ LAYERS = {
     "lminf.segment_reading": LM,
     "lminf.shared_prefix": LM,
     "lminf.evals": LM,
-    "lminf.run": {"lminf.errors", "lminf.config"},
+    "lminf.run": {"lminf.errors", "lminf.config", "lminf.ranges"},
     "lminf": LM,  # on first use of a name, so that importing the package stays instant
     "configs": MODELS | DATA | {"lminf.losses", "lminf.train", "lminf.parallel", "lminf.run.sweep"},
     "experiments": LIBRARY | {"configs"},

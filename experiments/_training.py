@@ -9,7 +9,7 @@ import numpy as np
 
 from lminf import checkpoints
 from lminf.attention import policy as policies
-from lminf.attention.policy import POLICIES
+from lminf.attention.parsing import parse_policy
 from lminf.config import closest, from_config, parse_choice
 from lminf.data import corpus, loader, windows
 from lminf.data.tokenizers import ByteTokenizer
@@ -109,7 +109,7 @@ def program_of(c, shape: ModelSpec, *, absent: int | None = None) -> Program:
     laid_out = mesh.make(sizes) if absent is None else mesh.absent(sizes, absent)
     partition.check(strategy, laid_out)
     schedule = parse_choice(c.schedule, SCHEDULES, what="schedule")
-    policy = parse_choice(c.attention, POLICIES, what="policy")
+    policy = parse_policy(c.attention)
     steps = c.steps
     return Program(
         shape,

@@ -11,8 +11,7 @@ import numpy as np
 from experiments import _models
 from experiments._main import main
 from experiments._streams import Stream
-from lminf.attention.policy import POLICIES
-from lminf.config import parse_choice
+from lminf.attention.parsing import parse_policy
 from lminf.models import cost
 from lminf.run import plots, tables
 from lminf.run.progress import Progress
@@ -37,7 +36,7 @@ VISITED = {
 
 def run(c, out):
     lm = _models.load(c.model, seed=c.seed)
-    policies = [parse_choice(text, POLICIES, what="policy") for text in c.policies]
+    policies = [parse_policy(text) for text in c.policies]
     cells = [
         Stream(lm.with_policy(policy), position, room=max(c.steps + 1, c.chunk))
         for policy in policies

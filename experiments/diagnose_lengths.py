@@ -10,8 +10,7 @@ import numpy as np
 from experiments import _models
 from experiments._main import main
 from lminf.attention import reference
-from lminf.attention.policy import POLICIES
-from lminf.config import parse_choice
+from lminf.attention.parsing import parse_policy
 from lminf.data import sources
 from lminf.errors import InputError
 from lminf.models.decoder import score_config
@@ -24,7 +23,7 @@ SHOWN = 256  # later tokens in the picture of features
 
 
 def run(c, out):
-    policies = [parse_choice(text, POLICIES, what="policy") for text in c.policies]
+    policies = [parse_policy(text) for text in c.policies]
     _models.check_length(c.length)
     text = sources.text_of(c.text)
     lm = _models.load(c.model, seed=c.seed)

@@ -14,9 +14,8 @@ import numpy as np
 from experiments import _models
 from experiments._main import main
 from experiments._streams import Stream
+from lminf.attention.parsing import parse_policy
 from lminf.attention.policies.prompt_compression import SnapKV, ThinK
-from lminf.attention.policy import POLICIES
-from lminf.config import parse_choice
 from lminf.data import sources
 from lminf.evals import passkey, score
 from lminf.models import decoder
@@ -88,7 +87,7 @@ def choices(c):
     for text in c.policies:
         for capacity in c.capacities if "{" in text else c.capacities[:1]:
             filled = text.format(c=capacity, w=capacity - 4, h=capacity // 4)
-            policy = parse_choice(filled, POLICIES, what="policy")
+            policy = parse_policy(filled)
             family = text.partition(":")[0]
             if isinstance(policy, ThinK):  # each ratio and combination is a curve
                 family += f" {policy.ratio}" + (" on snapkv" if policy.capacity else "")

@@ -6,8 +6,8 @@ import numpy as np
 
 from experiments import _models
 from experiments._main import main
-from lminf.attention.policy import FULL, POLICIES
-from lminf.config import parse_choice
+from lminf.attention.parsing import parse_policy
+from lminf.attention.policy import FULL
 from lminf.data import sources
 from lminf.evals import perplexity, reread
 from lminf.run import plots, tables
@@ -17,7 +17,7 @@ REREAD = "re-read"
 
 
 def run(c, out):
-    policies = [parse_choice(text, POLICIES, what="policy") for text in c.policies]
+    policies = [parse_policy(text) for text in c.policies]
     _models.check_length(c.length)
     text = sources.text_of(c.text)
     lm = _models.load(c.model, seed=c.seed)

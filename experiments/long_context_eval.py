@@ -15,7 +15,8 @@ from experiments._main import main
 from experiments._streams import Stream
 from experiments.passkey import in_window
 from lminf import segment_reading, shared_prefix
-from lminf.attention.policy import POLICIES, chunk_within, common_eviction
+from lminf.attention.parsing import parse_policy
+from lminf.attention.policy import chunk_within, common_eviction
 from lminf.config import parse_choice
 from lminf.data import sources
 from lminf.errors import InputError
@@ -27,7 +28,7 @@ from lminf.run.progress import Progress
 from lminf.segment_reading import SegmentReading
 
 REREAD = "re-read"
-READERS = {**POLICIES, "segments": SegmentReading}
+SEGMENTS = {"segments": SegmentReading}
 TASKS = ("passkey", "key_value")
 CELL = ("task", "policy", "length", "depth")  # what tells one measured cell from another
 CHUNK, STEPS = 512, 9  # tokens read and tokens written, to time them
@@ -98,7 +99,8 @@ class Reader:
 
 
 def reader(lm: LM, text: str) -> Reader:
-    how = parse_choice(text, READERS, what="policy")
+    by_segments = text.partition(":")[0] in SEGMENTS
+    how = parse_choice(text, SEGMENTS) if by_segments else parse_policy(text)
     new = passkey.ANSWER_TOKENS
     if isinstance(how, SegmentReading):
 

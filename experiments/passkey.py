@@ -5,8 +5,8 @@ from typing import get_args
 
 from experiments import _models
 from experiments._main import main
-from lminf.attention.policy import POLICIES
-from lminf.config import closest, parse_choice
+from lminf.attention.parsing import parse_policy
+from lminf.config import closest
 from lminf.data import sources
 from lminf.errors import InputError
 from lminf.evals import passkey, score
@@ -17,7 +17,7 @@ TOGETHER = 8192  # prompt tokens read side by side: more of them is no faster on
 
 
 def run(c, out):
-    policies = [parse_choice(text, POLICIES, what="policy") for text in c.policies]
+    policies = [parse_policy(text) for text in c.policies]
     if len(c.prompts) != len(c.lengths):
         raise InputError(
             f"prompts={c.prompts} for lengths={c.lengths}; give one number of prompts per length"

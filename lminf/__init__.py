@@ -7,8 +7,24 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lminf.attention.policies.eviction import H2O, TOVA, SirLLM
+    from lminf.attention.policies.hip import HiP
+    from lminf.attention.policies.infinite_hip import InfiniteHiP
+    from lminf.attention.policies.infllm import InfLLM
+    from lminf.attention.policies.longheads import LongHeads
     from lminf.attention.policies.prompt_compression import SnapKV, ThinK
-    from lminf.attention.policy import Full, LMInfinite, ReRoPE, SelfExtend, Streaming, Window
+    from lminf.attention.policies.topk import TopK
+    from lminf.attention.policy import (
+        Full,
+        Lambda,
+        LeakyReRoPE,
+        LMInfinite,
+        PerHead,
+        PerLayer,
+        ReRoPE,
+        SelfExtend,
+        Streaming,
+        Window,
+    )
     from lminf.generation import Sampling
     from lminf.lm import LM
 
@@ -17,7 +33,15 @@ __all__ = [
     "LM",
     "TOVA",
     "Full",
+    "HiP",
+    "InfLLM",
+    "InfiniteHiP",
     "LMInfinite",
+    "Lambda",
+    "LeakyReRoPE",
+    "LongHeads",
+    "PerHead",
+    "PerLayer",
     "ReRoPE",
     "Sampling",
     "SelfExtend",
@@ -25,6 +49,7 @@ __all__ = [
     "SnapKV",
     "Streaming",
     "ThinK",
+    "TopK",
     "Window",
     "__version__",
 ]
@@ -33,6 +58,11 @@ _HOMES = {
     "Sampling": "lminf.generation",
     **dict.fromkeys(("SnapKV", "ThinK"), "lminf.attention.policies.prompt_compression"),
     **dict.fromkeys(("H2O", "TOVA", "SirLLM"), "lminf.attention.policies.eviction"),
+    "HiP": "lminf.attention.policies.hip",
+    "InfiniteHiP": "lminf.attention.policies.infinite_hip",
+    "InfLLM": "lminf.attention.policies.infllm",
+    "LongHeads": "lminf.attention.policies.longheads",
+    "TopK": "lminf.attention.policies.topk",
 }
 
 
@@ -41,3 +71,7 @@ def __getattr__(name: str):
     if name not in __all__:
         raise AttributeError(f"module 'lminf' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES.get(name, "lminf.attention.policy")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

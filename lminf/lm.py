@@ -1,6 +1,7 @@
 """LM: a spec, parameters, a tokenizer and a policy, with the verbs that people use.
 
 lm = lminf.LM.from_pretrained("smollm2-135m-instruct", policy=LMInfinite(window=4096, sinks=10))
+lm = lminf.LM.from_pretrained("smollm2-135m-instruct", policy="lm_infinite:window=4096,sinks=10")
 lm.nll(text).mean                  nats per token
 lm.generate("Once upon a time")    text
 lm.with_policy(Full())             the same weights, attended otherwise
@@ -22,6 +23,7 @@ from jaxtyping import Float32, Int
 
 from lminf.attention import policy as policies
 from lminf.attention import rope
+from lminf.attention.parsing import parse_policy
 from lminf.attention.policy import FULL, AnyPolicy
 from lminf.errors import InputError
 from lminf.generation import (
@@ -68,7 +70,7 @@ class NLL:
         return [float(part.mean(dtype=np.float64)) for part in parts if len(part)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LM:
     """A language model and how it attends. Values never change; `with_…` makes another."""
 
@@ -94,13 +96,15 @@ class LM:
         cls,
         name: str,
         *,
-        policy: AnyPolicy | None = None,
+        policy: AnyPolicy | str | None = None,
         dtype: Any = jnp.float32,
         progress: Progress | None = None,
     ) -> "LM":
         """A model of the table (`lminf list`), a local folder, a .gguf file or a hub repository."""
         from lminf import checkpoints
 
+        if policy is not None:
+            policy = parse_policy(policy)  # before anything is fetched
         loaded = checkpoints.load(name, dtype=dtype, progress=progress)
         if loaded.tokenizer is None:
             raise InputError(
@@ -108,6 +112,17 @@ class LM:
                 f"with lminf.checkpoints.load"
             )
         return cls(loaded.spec, loaded.params, loaded.tokenizer, policy or FULL, dtype)
+
+    def __repr__(self) -> str:
+        """Three lines: the model, what it was trained on, how it attends."""
+        spec, count = self.spec, sum(x.size for x in jax.tree.leaves(self.params))
+        devices = 1 if self.mesh is None else self.mesh.size
+        return (
+            f"LM of {count:,} parameters in {jnp.dtype(self.dtype).name}: {spec.num_layers} layers "
+            f"of width {spec.width}, {spec.vocab_size:,} tokens\n"
+            f"  trained at {spec.trained_length:,} tokens, positions {spec.encoding}\n"
+            f"  policy {self.policy.name}, on {devices} device{'s' if devices > 1 else ''}"
+        )
 
     @property
     def reach(self) -> int:
@@ -123,8 +138,9 @@ class LM:
             self.policy, windows=self.spec.windows, num_kv_heads=self.spec.num_kv_heads
         )
 
-    def with_policy(self, policy: AnyPolicy) -> "LM":
-        return dataclasses.replace(self, policy=policy)
+    def with_policy(self, policy: AnyPolicy | str) -> "LM":
+        """The same weights, attended otherwise: a policy, or its text as on the command line."""
+        return dataclasses.replace(self, policy=parse_policy(policy))
 
     def with_devices(self, devices: Sequence[Any]) -> "LM":
         """The same model, reading on all of these: each holds every weight, and computes its share

@@ -11,6 +11,7 @@ import inspect
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +23,14 @@ from docs import make_tables
 from kernels import suite
 from lminf import cli
 from lminf.attention import policy as policies
-from lminf.commands import sweep
+from lminf.commands import _model, sweep
+from lminf.data.tokenizers import ByteTokenizer
+from lminf.lm import LM
 from lminf.run import request
 from lminf.run.header import ROOT
 from lminf.scaling import synthetic
 from tests.attention import cases, oracle, test_identities
+from tests.models import specs
 from tests.scaling import data
 from tests.test_layers import FILES, LAYERS, PACKAGES, imports, within
 
@@ -175,8 +179,6 @@ def test_the_commands_that_read_measured_tables_run_on_drawn_ones(tmp_path):
 @pytest.fixture
 def worked_example(monkeypatch):
     """What the blocks of docs/adding_a_policy.md define, where the tests of attention look."""
-    monkeypatch.setattr(policies, "POLICIES", dict(policies.POLICIES))
-    monkeypatch.setattr(policies, "NAMES", dict(policies.NAMES))
     defined: dict = {"__name__": "worked_example"}
     for block in blocks(ROOT / "docs/adding_a_policy.md", "python"):
         exec(compile(block, "adding_a_policy.md", "exec"), defined)
@@ -190,6 +192,51 @@ def worked_example(monkeypatch):
 
     monkeypatch.setattr(oracle, "visible_and_distance", with_the_example)
     return defined
+
+
+ADDING = ROOT / "docs/adding_a_policy.md"
+PULLED = "Pulled:window=5,sinks=3,pull=4"
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """A folder with the first file of docs/adding_a_policy.md, to work in."""
+    (tmp_path / "my_policies.py").write_text(blocks(ADDING, "python")[0])
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("my_policies", None)
+
+
+def test_a_policy_in_a_file_of_ones_own_is_known_to_the_command_line(own_folder, monkeypatch):
+    spec = specs.change(specs.shallow(specs.LLAMA, 2), vocab_size=257)
+    lm = LM(spec, specs.parameters(spec), ByteTokenizer())
+    monkeypatch.setattr(LM, "from_pretrained", lambda name: lm)
+    args = cli.parse(["nll", "m", f"--policy=my_policies:{PULLED}"])
+    assert _model.load(args).policy.name == f"my_policies:{PULLED}"
+    mixed = lm.with_policy(f"per_layer:policies=(full,(my_policies:{PULLED}))")
+    assert lm.with_policy(mixed.policy.name).policy == mixed.policy
+
+
+def test_a_policy_that_stays_is_known_by_its_name(own_folder):
+    """The last step of the page, in a copy of the package."""
+    source, step = blocks(ADDING, "python")[0], blocks(ADDING, "text")[0]
+    register, line = '@policies.register("pulled")', "from lminf.attention import pulled as pulled"
+    assert f"pulled.py      the file above, with {register} above @dataclass" in step
+    assert f"__init__.py    one more line: {line}" in step
+    shutil.copytree(ROOT / "lminf", own_folder / "lminf")
+    shutil.copytree(ROOT / "kernels", own_folder / "kernels")
+    home = own_folder / "lminf/attention"
+    (home / "pulled.py").write_text(source.replace("@dataclass", f"{register}\n@dataclass"))
+    with (home / "__init__.py").open("a") as file:
+        file.write(f"{line}\n")
+    program = (
+        "import lminf, lminf.attention.parsing as p\n"
+        "policy = p.parse_policy('pulled:window=5,sinks=3,pull=4')\n"
+        "print(lminf.__file__, policy.name, p.parse_policy(policy.name) == policy)"
+    )
+    found, name, same = run([sys.executable, "-c", program], own_folder).split()
+    assert Path(found).is_relative_to(own_folder)
+    assert (name, same) == ("pulled:window=5,sinks=3,pull=4", "True")
 
 
 @pytest.mark.parametrize(("encoding", "group"), [("rotary", 3), ("alibi", 1)])

@@ -26,16 +26,24 @@ The policies that go by what tokens hold are in `lminf.attention.policies`. None
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import dataclass, field
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lminf import ranges
 from lminf.attention import rope
 from lminf.errors import InputError
+from lminf.ranges import Range
 
 PositionMap: TypeAlias = Callable[[Int[Array, "..."]], Int[Array, "..."]]
+# Positions are 32 bits wide; what is held or chosen whatever the text has to fit in memory.
+Tokens: TypeAlias = Annotated[int, Range(min=1, max=2**30)]
+Distance: TypeAlias = Annotated[int, Range(min=0, max=2**30)]
+Held: TypeAlias = Annotated[int, Range(min=1, max=2**20)]
+HeldOrNone: TypeAlias = Annotated[int, Range(min=0, max=2**20)]
+Layers: TypeAlias = Annotated[int, Range(min=0, max=2**20)]
 
 
 class FarPositions(NamedTuple):
@@ -64,7 +72,28 @@ def register(name: str):
     return known
 
 
-class LayerPolicy:
+class Named:
+    """What is written on one line, as on the command line."""
+
+    @property
+    def name(self) -> str:
+        """`lm_infinite:window=4096,sinks=10`, or `module:Class:…` of a class that is not ours."""
+        kind = type(self)
+        name = NAMES.get(kind) or f"{kind.__module__}:{kind.__qualname__}"
+        written = {k: _written(v) for k, v in vars(self).items() if v is not None}
+        set_fields = ",".join(f"{k}={v}" for k, v in written.items())
+        return f"{name}:{set_fields}" if set_fields else name
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, Named):
+        return f"({value.name})" if ":" in value.name else value.name
+    if isinstance(value, tuple):
+        return f"({','.join(map(_written, value))})"
+    return str(value)
+
+
+class LayerPolicy(Named):
     """What a layer's cache and the language model ask of its policy."""
 
     bounded: bool  # whether a fixed number of tokens is all that is ever seen
@@ -74,11 +103,6 @@ class LayerPolicy:
     needs_rotary = False  # whether it places keys where they are not, by rotating them
     needs_prompt = False  # whether it acts at the end of a prompt, and a text needs one
     needs_hidden = False  # whether `observe_hidden` wants to know what was read
-
-    @property
-    def name(self) -> str:
-        """As on the command line: `lm_infinite:window=4096,sinks=10`."""
-        raise NotImplementedError
 
     def cache_layout(self, capacity: int) -> Any:
         """The cache layout for a text of at most `capacity` tokens; None: what positions need."""
@@ -104,7 +128,8 @@ class LayerPolicy:
 
 
 class Policy(LayerPolicy):
-    """What the policies of a head answer. Subclasses are frozen dataclasses and hash by value.
+    """What the policies of a head answer. Subclasses are frozen dataclasses and hash by value, and
+    state the range of each of their numbers.
 
     What may be a field has no default here: a dataclass would take it for the field's own.
     """
@@ -138,13 +163,8 @@ class Policy(LayerPolicy):
         first = (k <= q) if self.num_sinks is None else (k <= q) & (k < self.num_sinks)
         return self.in_window(q, k) | first
 
-    @property
-    def name(self) -> str:
-        """As on the command line: `lm_infinite:window=4096,sinks=10`."""
-        kind = NAMES[type(self)]
-        written = {k: str(v).replace(" ", "") for k, v in vars(self).items() if v is not None}
-        set_fields = ",".join(f"{k}={v}" for k, v in written.items())
-        return f"{kind}:{set_fields}" if set_fields else kind
+    def __post_init__(self):
+        ranges.check(self)
 
 
 @dataclass(frozen=True)
@@ -159,23 +179,16 @@ class Full(Policy):
 class Window(Policy):
     """The last `window` tokens. Fluent only while the first tokens are still among them."""
 
-    window: int  # tokens, the query's own included
+    window: Tokens  # tokens, the query's own included
 
     num_sinks = 0
-
-    def __post_init__(self):
-        at_least(self, "window", 1)
 
 
 @dataclass(frozen=True)
 class Lambda(Window):
     """First `sinks` and last `window` tokens, where they are: the mask of LM-Infinite alone."""
 
-    sinks: int  # tokens at the start that stay visible
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least(self, "sinks", 0)
+    sinks: HeldOrNone  # tokens at the start that stay visible
 
     @property
     def num_sinks(self) -> int:
@@ -186,12 +199,8 @@ class Lambda(Window):
 class LMInfinite(Lambda):
     """Λ mask, and every far key at one distance. Source: Han et al. 2024, arXiv:2308.16137."""
 
-    distance: int | None = None  # tokens; None: the window, one past the largest near distance
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.distance is not None:
-            at_least(self, "distance", 0)
+    # Tokens; None: the window, one past the largest near distance.
+    distance: Distance | None = None
 
     def far_positions(self) -> FarPositions:
         limit = self.window if self.distance is None else self.distance
@@ -211,25 +220,18 @@ class Streaming(Lambda):
         return FarPositions(lambda q: jnp.minimum(q, jnp.asarray(last_slot, q.dtype)), _same)
 
 
+@dataclass(frozen=True)
 class _SeesAll(Window):
     """Near tokens at their true distance, and every earlier one somewhere nearer than it is."""
 
-    num_sinks = None
-
-
-@dataclass(frozen=True)
-class ReRoPE(_SeesAll):
-    """All earlier tokens, none farther than `window`. Source: the ReRoPE release (Su 2023)."""
-
-    log_from: int | None = None  # trained length: scores times max(1, ln(q+1)/ln(log_from))
+    # Trained length: scores times max(1, ln(q+1)/ln(log_from)).
+    log_from: Annotated[int, Range(min=2, max=2**30)] | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.log_from is not None:
-            at_least(self, "log_from", 2)
+        self.far_positions()  # refuses positions that are out of bounds
 
-    def far_positions(self) -> FarPositions:
-        return FarPositions(_constant(self.window), _constant(0))
+    num_sinks = None
 
     def query_gain(self, q):
         if self.log_from is None:
@@ -240,18 +242,22 @@ class ReRoPE(_SeesAll):
 
 
 @dataclass(frozen=True)
+class ReRoPE(_SeesAll):
+    """All earlier tokens, none farther than `window`. Source: the ReRoPE release (Su 2023)."""
+
+    def far_positions(self) -> FarPositions:
+        return FarPositions(_constant(self.window), _constant(0))
+
+
+@dataclass(frozen=True)
 class LeakyReRoPE(_SeesAll):
     """All earlier tokens; beyond `window`, distance grows `stretch` times slower."""
 
-    stretch: int
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least(self, "stretch", 1)
+    stretch: Tokens
 
     def far_positions(self) -> FarPositions:
         # w + (d - w)/s = (q + w(s - 1) - k)/s: whole positions, and one factor on the frequencies.
-        offset = self.window * (self.stretch - 1)
+        offset = _offset(self.window, self.stretch)
         return FarPositions(lambda q: q + offset, _same, 1.0 / self.stretch)
 
 
@@ -262,15 +268,25 @@ class SelfExtend(_SeesAll):
     Source: Jin et al. 2024, arXiv:2401.01325.
     """
 
-    group: int  # tokens that share one far position
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least(self, "group", 1)
+    group: Tokens  # tokens that share one far position
 
     def far_positions(self) -> FarPositions:
-        offset = self.window - self.window // self.group
-        return FarPositions(lambda q: q // self.group + offset, lambda k: k // self.group)
+        # floor(q/g) + w - w/g - floor(k/g), which need not be whole, in steps of 1/g.
+        def floored(positions):
+            return positions - positions % self.group
+
+        offset = _offset(self.window, self.group)
+        return FarPositions(lambda q: floored(q) + offset, floored, 1.0 / self.group)
+
+
+def _offset(window: int, steps: int) -> int:
+    """Of far queries, in steps of 1/steps token."""
+    if window * steps > 2**30:
+        raise InputError(
+            f"window={window} times {steps} is past the positions of 32 bits; give at most "
+            f"{2**30 // window} for a window of {window}"
+        )
+    return window * (steps - 1)
 
 
 @dataclass(frozen=True)
@@ -283,27 +299,19 @@ class PerHead(LayerPolicy):
     def bounded(self) -> bool:
         return all(policy.bounded for policy in self.policies)
 
-    @property
-    def name(self) -> str:
-        return "per_head(" + ";".join(policy.name for policy in self.policies) + ")"
-
 
 @dataclass(frozen=True)
-class PerLayer:
+class PerLayer(Named):
     """One policy for each layer; a shorter tuple repeats, so it must divide the layers."""
 
     policies: tuple[LayerPolicy, ...]
-
-    @property
-    def name(self) -> str:
-        return "per_layer(" + ";".join(policy.name for policy in self.policies) + ")"
 
 
 FULL = Full()
 
 AnyPolicy: TypeAlias = LayerPolicy | PerLayer
 
-POLICIES: dict[str, type[Policy]] = {
+POLICIES: dict[str, type[AnyPolicy]] = {
     "full": Full,
     "window": Window,
     "lambda": Lambda,
@@ -312,8 +320,10 @@ POLICIES: dict[str, type[Policy]] = {
     "rerope": ReRoPE,
     "leaky_rerope": LeakyReRoPE,
     "self_extend": SelfExtend,
+    "per_head": PerHead,
+    "per_layer": PerLayer,
 }
-NAMES = {kind: name for name, kind in POLICIES.items()}
+NAMES: dict[type, str] = {kind: name for name, kind in POLICIES.items()}
 
 
 def by_layer(
@@ -395,7 +405,7 @@ def max_length(policy: AnyPolicy, trained_length: int) -> int | None:
     ends = []
     for part in head_policies(policy):
         if isinstance(part, SelfExtend):
-            ends.append((trained_length - part.window) * part.group + part.window)
+            ends.append((trained_length - part.window + part.window // part.group) * part.group)
         elif isinstance(part, LeakyReRoPE):
             ends.append((trained_length - part.window) * part.stretch + part.window)
     return min(ends, default=None)
@@ -408,9 +418,3 @@ def head_policies(policy: AnyPolicy) -> tuple[Policy, ...]:
         return tuple(dict.fromkeys(parts))
     assert isinstance(policy, Policy)
     return (policy,)
-
-
-def at_least(policy: Policy, field: str, least: int) -> None:
-    value = getattr(policy, field)
-    if value < least:
-        raise InputError(f"{field}={value}: give at least {least}")

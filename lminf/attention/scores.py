@@ -204,7 +204,7 @@ def alibi_bias(
 
 
 def softmax(
-    config: ScoreConfig, scores: Float[Array, "B K G T S"], seen: Bool[Array, " B #K #G T S"]
+    config: ScoreConfig, scores: Float[Array, "B K G T S"], seen: Bool[Array, "#B #K #G #T #S"]
 ) -> Float[Array, "B K G T S"]:
     """Weights of the values, float32; all zero for a query that sees nothing."""
     scores = jnp.where(seen, config.capped(scores), MASKED)

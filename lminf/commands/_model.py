@@ -4,7 +4,7 @@ import argparse
 
 import jax
 
-from lminf.attention.policy import POLICIES
+from lminf.attention.parsing import parse_policy
 from lminf.attention.rope import SCALINGS
 from lminf.config import parse_choice
 from lminf.lm import LM
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load(args: argparse.Namespace) -> LM:
     """The model under the policy asked for; nothing is loaded before both words are understood."""
-    policy = parse_choice(args.policy, POLICIES, what="policy")
+    policy = parse_policy(args.policy)
     scaling = parse_choice(args.scaling, SCALINGS, what="scaling") if args.scaling else None
     devices.share_cores()
     lm = LM.from_pretrained(args.model)

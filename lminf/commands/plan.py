@@ -20,8 +20,7 @@ from rich.console import Console
 
 from lminf import checkpoints
 from lminf.attention import policy as policies
-from lminf.attention.policy import POLICIES
-from lminf.config import parse_choice
+from lminf.attention.parsing import parse_policy
 from lminf.errors import InputError
 from lminf.models import cost
 from lminf.parallel import absent, hardware
@@ -69,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     products = cost.matmul_flops_per_token(spec)
     rows = []
     for text in chosen:
-        policy = parse_choice(text, POLICIES, what="policy")
+        policy = parse_policy(text)
         by_layer = policies.by_layer(policy, windows=spec.windows, num_kv_heads=spec.num_kv_heads)
         attention = cost.attention_flops(spec, by_layer, length)
         rows.append(

@@ -33,7 +33,7 @@ POLICIES = {
     "streaming": Streaming(5, 3),
     "rerope": ReRoPE(5),
     "rerope_log": ReRoPE(6, log_from=9),
-    "leaky": LeakyReRoPE(5, 4),
+    "leaky": LeakyReRoPE(5, 4, log_from=9),
     "self_extend": SelfExtend(5, 3),
     "per_head_bounded": PerHead((LMInfinite(7, 2), Streaming(4, 3))),
     "per_head_mixed": PerHead((SelfExtend(5, 2), LMInfinite(6, 3))),
@@ -45,6 +45,7 @@ ENCODINGS = {
     "alibi": rope.Alibi(8.0),
     "none": rope.NoEncoding(),
     "yarn": rope.Rotary(100.0, 8, "half", rope.YaRN(4.0, 12)),
+    "partial_yarn": rope.Rotary(100.0, 4, "half", rope.YaRN(4.0, 12)),
 }
 # Two sets of (policy, encoding, GQA ratio) with every policy once and every encoding several times.
 _ENCODINGS = ("rotary", "partial", "alibi", "none", "yarn")

@@ -27,14 +27,14 @@ def visible_and_distance(policy, i, j):
     far = {
         p.ReRoPE: lambda: w,
         p.LeakyReRoPE: lambda: w + (d - w) / policy.stretch,
-        p.SelfExtend: lambda: i // policy.group + w - w // policy.group - j // policy.group,
+        p.SelfExtend: lambda: i // policy.group + w - w / policy.group - j // policy.group,
     }
     return causal, np.where(near, d, far[kind]())
 
 
 def gain(policy, i):
     """Factor on the products of the query at i."""
-    if isinstance(policy, p.ReRoPE) and policy.log_from is not None:
+    if getattr(policy, "log_from", None) is not None:
         return np.maximum(1, np.log(np.maximum(i, 0) + 1) / np.log(policy.log_from))
     return np.ones_like(i, float)
 

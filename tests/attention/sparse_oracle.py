@@ -50,13 +50,15 @@ def top(scores, count):
 
 
 def infllm(policy, scoring, q, k, v, calls):
+    """As released: a block is formed after the step that pushed its last token out of the window.
+    Where none is ever looked up, none is waited for.
+    """
     tokens, heads, _ = q.shape
     share = heads // k.shape[1]
     L, G, size = policy.window, policy.sinks, policy.block
     out, attracted, summaries = np.zeros_like(q), np.zeros((tokens, heads)), []
     for start, stop in groups(calls, policy.exec_block):
-        # Blocks wholly beyond the window of the first query: the others are not summarised yet.
-        while G + (len(summaries) + 1) * size <= start - L + 1:
+        while G + (len(summaries) + 1) * size <= start - L + (policy.topk == 0):
             at = np.arange(size) + G + len(summaries) * size
             of_heads = [k[at[top(attracted[at, n], policy.repr_topk)], n // share].mean(0)
                         for n in range(heads)]  # fmt: skip
@@ -102,8 +104,10 @@ def top_k(policy, scoring, q, k, v, calls):
     return out
 
 
-def long_heads(policy, scoring, q, k, v, calls):
-    """How `calls` divide the text makes no difference."""
+def long_heads(policy, scoring, q, k, v, calls, ranked=lambda i: False):
+    """How `calls` divide the text makes no difference. `ranked` are the queries that rank the chunk
+    before their own among the others, and need not see it.
+    """
     out, share, w = np.zeros_like(q), q.shape[1] // k.shape[1], policy.chunk
     for n in range(q.shape[1]):
         key, value = k[:, n // share], v[:, n // share]
@@ -118,10 +122,10 @@ def long_heads(policy, scoring, q, k, v, calls):
             summaries.append(p @ placed)
         for i in range(len(q)):
             own = i // w
-            others = list(range(1, own - 1))
+            others = list(range(1, own if ranked(i) else own - 1))
             wanted = np.array([summaries[m] @ q[i, n] for m in others])
             best = [others[m] for m in top(wanted, policy.chunks - 3)] if others else []
-            chosen = sorted({0, max(own - 1, 0), own, *best})
+            chosen = sorted({0, own, *best} | (set() if ranked(i) else {max(own - 1, 0)}))
             at = np.array([j for m in chosen for j in range(m * w, (m + 1) * w) if j <= i])
             slots = np.arange(len(at))  # positions are those in the row of what was chosen
             distance = (len(at) - 1 - slots).astype(float)
@@ -144,8 +148,12 @@ def rotated(encoding, x, at):
     return out
 
 
-def hip(policy, scoring, q, k, v, calls):
-    """Every layer is a sparse one. Calls of one token keep what they found for `refresh` tokens."""
+def hip(policy, scoring, q, k, v, calls, first_row=None):
+    """Every layer is a sparse one. Calls of one token keep what they found for `refresh` tokens.
+
+    Of a block of queries the rows `first_row`, `first_row` + stride, … ask: stride - 1 as released.
+    """
+    first_row = policy.query_stride - 1 if first_row is None else first_row
     out, share, size = np.zeros_like(q), q.shape[1] // k.shape[1], policy.block
     ends, found = set(np.cumsum(calls)), None
     for start, stop in groups(calls, policy.query_block):
@@ -153,7 +161,10 @@ def hip(policy, scoring, q, k, v, calls):
         if not alone or found is None or start % policy.refresh == 0:
             blocks = max(start - policy.window + 1 - policy.sinks, 0) // size
             near = policy.sinks + blocks * size
-            found = [hip_search(policy, scoring, q, k, head, range(start, stop), blocks)
+            rows = [i for i in range(start, stop)
+                    if (i % policy.query_block - first_row) % policy.query_stride == 0]  # fmt: skip
+            rows = rows or [stop - 1]  # of fewer tokens than that, the last
+            found = [hip_search(policy, scoring, q, k, head, rows, blocks)
                      for head in range(k.shape[1])]  # fmt: skip
         for i in range(start, stop):
             for n in range(q.shape[1]):
@@ -177,7 +188,7 @@ def hip_search(policy, scoring, q, k, head, rows, blocks):
         return max(
             _products(scoring.encoding, q[None, None, i, head * share + n], k[None, at, head],
                       (i - at)[None, None].astype(float)).max()
-            for i in rows[:: policy.query_stride] for n in range(share)
+            for i in rows for n in range(share)
         )  # fmt: skip
 
     edges = [g * blocks // kept for g in range(kept + 1)] if kept else []

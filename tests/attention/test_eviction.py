@@ -14,8 +14,10 @@ from tests.attention.cases import ATOL, TOKENS
 PADS = (0, 3)  # padding of whole chunks, as prompts of unequal length are laid out
 
 
-def simulate(policy: EvictionPolicy, scoring, q, k, v, pads):
-    """[B, T, N, H]: every head a list of what it holds, in the order of the text."""
+def simulate(policy: EvictionPolicy, scoring, q, k, v, pads, kept=None):
+    """[B, T, N, H]: every head a list of what it holds, in the order of the text. To `kept` goes
+    what the heads would hold after each token, were it the last of its turn.
+    """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     batch, tokens, heads, _ = q.shape
     kv_heads, group = k.shape[2], heads // k.shape[2]
@@ -39,12 +41,20 @@ def simulate(policy: EvictionPolicy, scoring, q, k, v, pads):
                 scores += weights.sum(1)
             elif isinstance(policy, TOVA):
                 scores[:] = weights.mean((0, 1))
+            if kept is not None:
+                kept.append([evict(policy, held[h], scores[h]) for h in range(kv_heads)])
     return out
 
 
 def evict(policy, held, scores):
-    """SirLLM's rule: sinks and the best (of equals the oldest), then the most recent others."""
-    best = sorted(held, key=lambda t: (-np.round(scores[t], 9), t))[: policy.best]
+    """SirLLM's rule: sinks and the best (of equals the oldest), then the most recent others.
+
+    H2O's: exactly the last `recent`, and the best of those before them.
+    """
+    candidates = held
+    if isinstance(policy, H2O):
+        candidates = held[policy.sinks : max(len(held) - policy.recent, 0)]
+    best = sorted(candidates, key=lambda t: (-np.round(scores[t], 9), t))[: policy.best]
     chosen = set(held[: policy.sinks]) | set(best)
     for t in reversed(held):
         if len(chosen) < policy.capacity - policy.turn:
@@ -113,10 +123,8 @@ def kept(policy, score):
     place = np.arange(len(score), dtype=np.int32)
     stays = []
     for order in (place, np.random.default_rng(0).permutation(place).astype(np.int32)):
-        state = {
-            "pos": jnp.asarray(order)[None, :, None],
-            "score": jnp.asarray(score[order])[None, :, None],
-        }
+        pos, scores = (jnp.asarray(x)[None, :, None] for x in (order, score[order]))
+        state = {"pos": pos, "score": scores}
         new = np.asarray(policy.evict(state, None)["pos"])[0, :, 0]
         held = order[new >= 0]
         stays.append(held[np.argsort(new[new >= 0])].tolist())
@@ -126,7 +134,7 @@ def kept(policy, score):
 
 def test_what_a_turn_keeps():
     """14 tokens are held, and a turn of 4 needs room: 10 stay, the 5 best among them."""
-    policy = H2O(14, sinks=2, recent=3, turn=4)
+    policy = TOVA(14, sinks=2, recent=3, turn=4)
     assert policy.best == 5
     constant = np.zeros(14)
     # Of equals the oldest, sinks among them; then the most recent.
@@ -135,6 +143,14 @@ def test_what_a_turn_keeps():
     assert kept(policy, late) == [0, 1, 6, 7, 8, 9, 10, 11, 12, 13]
     one = constant + (np.arange(14) == 6) - (np.arange(14) < 2)  # the sinks are the worst
     assert kept(policy, one) == [0, 1, 2, 3, 4, 5, 6, 11, 12, 13]
+
+
+def test_h2o_keeps_the_best_of_what_is_not_recent_and_by_default_as_many_recent_ones():
+    policy, late = H2O(14, sinks=2, recent=3, turn=4), np.zeros(14) + (np.arange(14) >= 9)
+    assert kept(policy, np.zeros(14)) == [0, 1, 2, 3, 4, 5, 6, 11, 12, 13]
+    assert kept(policy, late) == [0, 1, 2, 3, 4, 9, 10, 11, 12, 13]
+    assert kept(policy, 1 - late) == [0, 1, 2, 3, 4, 5, 6, 11, 12, 13]
+    assert H2O(512) == H2O(512, sinks=0, recent=192, turn=128)  # the other 192 by score
 
 
 def test_the_first_token_of_a_turn_is_as_surprising_as_any_of_it_and_surprise_decays():
@@ -169,8 +185,8 @@ def test_chunks_end_where_turns_do():
     ("make", "message"),
     [
         (lambda: H2O(10, sinks=4, recent=4, turn=4), "capacity=10 is less than .* capacity>=12"),
-        (lambda: TOVA(10, turn=0), "turn=0: give at least 1"),
-        (lambda: SirLLM(300, decay=1.5), r"decay=1.5: give a factor in \(0, 1\]"),
+        (lambda: TOVA(10, turn=0), "TOVA.turn is 0; give a whole number of at least 1"),
+        (lambda: SirLLM(300, decay=1.5), r"SirLLM.decay is 1.5; give a finite number above 0"),
         (lambda: SirLLM(300, score="paper"), "score='paper'; give 'surprise' or 'reference'"),  # pyright: ignore[reportArgumentType] (that is the error)
     ],
 )

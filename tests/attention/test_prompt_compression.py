@@ -104,9 +104,11 @@ def expected(policy, scoring, q, k, v, pad):
                 np.arange(end) <= np.arange(end - asking, end)[:, None], scores, -np.inf
             )
             mass = weights_of(scores * scoring.scale).sum((0, 1))
-            near = np.pad(mass, policy.pooling // 2)
-            pooled = np.convolve(near, np.ones(policy.pooling), "valid")
-            old = np.sort(np.argsort(-pooled[: end - asking])[: policy.capacity - asking])
+            before = np.pad(
+                mass[: end - asking], policy.pooling // 2
+            )  # votes for the window are none
+            pooled = np.convolve(before, np.ones(policy.pooling), "valid")
+            old = np.sort(np.argsort(-pooled)[: policy.capacity - asking])
         kept = np.concatenate([old, np.arange(end - asking, len(k))])
         in_prompt = kept[kept < end]
         channel = np.square(queries[end - asking : end]).mean((0, 1))
@@ -188,8 +190,8 @@ def test_memory_of_what_is_older_falls_by_half_the_ratio():
     [
         (lambda: SnapKV(32), "capacity=32 with window=32: give capacity>=33"),
         (lambda: SnapKV(64, pooling=4), "pooling=4: give an odd number"),
-        (lambda: ThinK(1.0), r"ratio=1.0: give a share in \[0, 1\)"),
-        (lambda: ThinK(recent=0), "recent=0: give at least 1"),
+        (lambda: ThinK(1.0), r"ThinK.ratio is 1.0; give a finite number of at least 0 and below 1"),
+        (lambda: ThinK(recent=0), "ThinK.recent is 0; give a whole number of at least 1"),
         (lambda: ThinK(recent=8, capacity=8), "capacity=8 with recent=8: give capacity>=9"),
     ],
 )

@@ -117,11 +117,14 @@ def check(name, policy, encoding, group, every):
 
 @lanes("infllm", "infinite_hip")
 def test_reading_and_decoding_are_the_formulas(name):
-    check(name, POLICIES[name], "rotary", 3, CALLS[2:])
+    """The temperature of YaRN is in the channels that are rotated, and in no others."""
+    check(name, POLICIES[name], "partial_yarn", 3, CALLS[2:])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("encoding", "group"), [("rotary", 1), ("partial", 3), ("yarn", 1)])
+@pytest.mark.parametrize(
+    ("encoding", "group"), [("rotary", 1), ("partial", 3), ("yarn", 1), ("partial_yarn", 3)]
+)
 @pytest.mark.parametrize(
     ("name", "policy"),
     [(name, policy) for name in POLICIES for policy in (POLICIES[name], *OTHERS[name])],
@@ -157,7 +160,8 @@ SAME = [
     ids=lambda policy: policy.name,
 )
 def test_it_becomes_another_policy(one, other):
-    at, scoring = jnp.asarray(cases.padded(PADS, TOKENS)), cases.scoring("rotary")
+    at = jnp.asarray(cases.padded(PADS, TOKENS))
+    scoring = cases.scoring("partial_yarn")  # under which only rotated channels are tempered
 
     @cases.compiled
     def run(*arrays):
@@ -360,14 +364,14 @@ def test_one_program_decodes_at_every_length(name):
     [
         ("infllm:window=100,block=64", "block=64 does not divide window=100; give a divisor"),
         ("infllm:window=64,block=4,repr_topk=5", "repr_topk=5 of block=4 tokens; give 1 to 4"),
-        ("infllm:window=0", "window=0: give at least 1"),
-        ("topk:window=64,topk=0", "topk=0: give at least 1"),
-        ("topk:window=64,at=-1", "at=-1: give at least 0"),
+        ("infllm:window=0", "InfLLM.window is 0; give a whole number of at least 1"),
+        ("topk:window=64,topk=0", "TopK.topk is 0; give a whole number of at least 1"),
+        ("topk:window=64,at=-1", "TopK.at is -1; give a whole number of at least 0"),
         ("hip:topk=5", "topk=5 tokens is no whole number of blocks of block=2; give a multiple"),
-        ("hip:topk=8,refresh=0", "refresh=0: give at least 1"),
+        ("hip:topk=8,refresh=0", "HiP.refresh is 0; give a whole number of at least 1"),
         ("longheads:attended=100,chunk=32", "attended=100 is not three or more chunks of chunk=32"),
         ("infinite_hip:chunk=(64,8)", "chunk, topk and refresh have 2, 3 and 3 stages; give each"),
-        ("infinite_hip:refresh=(4,0,4)", r"refresh=\(4, 0, 4\): give at least 1 in each stage"),
+        ("infinite_hip:refresh=(4,0,4)", r"refresh is \(4, 0, 4\); give a whole number"),
         (
             "infinite_hip:topk=(32768,8000,2050)",
             "topk=2050 tokens is no whole number of chunks of chunk=8; give a multiple",

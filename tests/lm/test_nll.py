@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lminf import checkpoints
 from lminf.attention import rope
 from lminf.attention.policy import Full, LMInfinite, PerHead, SelfExtend, Window
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
-from lminf.lm import NLL
+from lminf.lm import LM, NLL
 from lminf.losses import xent
 from lminf.models import decoder
 from tests.attention import cases
@@ -197,3 +198,25 @@ def test_policies_that_the_model_cannot_run_are_refused(lm):
     alibi = dataclasses.replace(lm, spec=specs.change(lm.spec, encoding=rope.Alibi(8.0)))
     with pytest.raises(InputError, match="this model's positions are Alibi, not rotary"):
         alibi.with_scaling(rope.Linear(2.0))
+
+
+# --- A model as a value ---------------------------------------------------------------------------
+
+
+def test_a_policy_may_be_given_as_text(lm, monkeypatch):
+    policy = LMInfinite(window=8, sinks=2)
+    assert lm.with_policy("lm_infinite:window=8,sinks=2") == lm.with_policy(policy)
+    loaded = checkpoints.Checkpoint(lm.spec, lm.params, lm.tokenizer, "here")
+    monkeypatch.setattr(checkpoints, "load", lambda name, **_: loaded)
+    assert LM.from_pretrained("m", policy="lm_infinite:window=8,sinks=2").policy == policy
+    assert LM.from_pretrained("m").policy == Full()
+    with pytest.raises(InputError, match="'lm_infinit'; did you mean 'lm_infinite'"):
+        LM.from_pretrained("m", policy="lm_infinit:window=8")
+
+
+def test_a_model_prints_as_three_lines(lm):
+    model, trained, attends = str(lm.with_policy("window:window=8")).splitlines()
+    assert model.startswith("LM of 13,680 parameters")
+    assert model.endswith(" in float32: 2 layers of width 16, 257 tokens")
+    assert trained.startswith("  trained at 32 tokens, positions Rotary(base=100.0, dim=8")
+    assert attends == "  policy window:window=8, on 1 device"

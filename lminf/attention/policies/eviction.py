@@ -5,7 +5,8 @@
 Text is read in turns of `turn` tokens, [n turn, (n + 1) turn), and nothing is evicted within one.
 Before a turn, capacity - turn tokens are chosen from those held: the first `sinks`, the
 capacity - sinks - recent - turn best of all by score (of equals the oldest), and then the most
-recent of the others. With turn = 1 a token is evicted for each that is read, as papers define it.
+recent of the others; under H2O the best are of those between the sinks and the last `recent`. With
+turn = 1 a token is evicted for each that is read, as papers define it.
 
 Positions are numbers in the cache, as StreamingLLM's are: tokens held are numbered 0, 1, … in the
 order of the text. A turn being read ends at capacity - 1, so no text is too long. What a row holds
@@ -14,15 +15,16 @@ may differ head by head (H2O) or layer by layer: `pos` is the number of a slot's
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lminf.attention import cache as caches
-from lminf.attention.policy import Policy, at_least, register
+from lminf.attention.policy import Held, HeldOrNone, Policy, register
 from lminf.errors import InputError
+from lminf.ranges import Range
 
 LAST = jnp.iinfo(jnp.int32).max
 
@@ -31,24 +33,28 @@ LAST = jnp.iinfo(jnp.int32).max
 class EvictionPolicy(Policy):
     """What the policies that evict by a score share. Subclasses say what the score is."""
 
-    capacity: int  # tokens held, those of the turn that is being read included
-    sinks: int = 4  # tokens at the start that are never evicted
-    recent: int = 0  # tokens that are kept because they are the last, at least
-    turn: int = 128  # tokens between evictions, and the most that are read at once
+    capacity: Held  # tokens held, those of the turn that is being read included
+    sinks: HeldOrNone = 4  # tokens at the start that are never evicted
+    # Tokens kept because they are the last, at least; None: half of the rest.
+    recent: HeldOrNone | None = 0
+    turn: Held = 128  # tokens between evictions, and the most that are read at once
 
     num_sinks = 0
     window_field = "capacity"
     context_parallel = False
     by_head = False  # whether each key/value head keeps tokens of its own
+    best_between = False  # whether sinks and recent tokens are kept apart from the best
 
     def __post_init__(self):
-        for field, least in {"sinks": 0, "recent": 0, "turn": 1}.items():
-            at_least(self, field, least)
+        super().__post_init__()
+        if self.recent is None:
+            rest = max(self.capacity - self.sinks - self.turn, 0)
+            object.__setattr__(self, "recent", rest // 2)
         if self.best < 0:
             raise InputError(
                 f"capacity={self.capacity} is less than sinks={self.sinks}, recent={self.recent} "
                 f"and turn={self.turn} together; give capacity>="
-                f"{self.sinks + self.recent + self.turn}"
+                f"{self.capacity - self.best}"
             )
 
     @property
@@ -62,7 +68,7 @@ class EvictionPolicy(Policy):
     @property
     def best(self) -> int:
         """Tokens that a turn finds there because of their score."""
-        return self.capacity - self.sinks - self.recent - self.turn
+        return self.capacity - self.sinks - (self.recent or 0) - self.turn
 
     @property
     def kept(self) -> int:
@@ -100,9 +106,12 @@ class EvictionPolicy(Policy):
     def evict(self, state: dict[str, Any], since) -> dict[str, Any]:
         """The state with `kept` tokens at most, numbered anew, after a turn that began `since`."""
         pos, score = state["pos"], self.end_of_turn(state["score"], state["pos"], since)
-        held = pos >= 0
-        by_score = _rank(jnp.lexsort((pos, -jnp.where(held, score, -jnp.inf)), axis=1))
-        chosen = held & ((by_score < self.best) | (pos < self.sinks))
+        held = scored = pos >= 0
+        if self.best_between:
+            last = pos.max(1, keepdims=True) - (self.recent or 0)
+            scored = held & (pos >= self.sinks) & (pos <= last)
+        by_score = _rank(jnp.lexsort((pos, -jnp.where(scored, score, -jnp.inf)), axis=1))
+        chosen = held & ((scored & (by_score < self.best)) | (pos < self.sinks))
         # Then by age: every chosen token is before every other one.
         by_age = _rank(jnp.lexsort((-pos, 1 - chosen.astype(jnp.int32)), axis=1))
         stays = held & (by_age < self.kept)
@@ -121,12 +130,18 @@ def _rank(order: Int[Array, "B S P"]) -> Int[Array, "B S P"]:
 @register("h2o")
 @dataclass(frozen=True)
 class H2O(EvictionPolicy):
-    """Keeps, in each key/value head, what attracted most attention so far, summed over its queries.
+    """Keeps, in each key/value head, what received most attention so far, summed over its queries,
+    and the last tokens.
 
-    Source: Zhang et al. 2023, arXiv:2306.14048. Query heads that share a key head are summed.
+    Source: Zhang et al. 2023, arXiv:2306.14048. As in the release there are no sinks, and half of
+    what is kept is recent. Query heads that share a key head are summed.
     """
 
+    sinks: HeldOrNone = 0
+    recent: HeldOrNone | None = None
+
     by_head = True
+    best_between = True
 
     def observe_slots(self, score, weights, at):
         del at
@@ -141,7 +156,7 @@ class TOVA(EvictionPolicy):
     Source: Oren et al. 2024, arXiv:2401.06104, which has neither sinks nor recent tokens.
     """
 
-    sinks: int = 0
+    sinks: HeldOrNone = 0
 
     def observe_slots(self, score, weights, at):
         last = at.argmax(1)[:, None, None, None, None]
@@ -161,15 +176,13 @@ class SirLLM(EvictionPolicy):
     t + 1 gets -log P(x_t | x_<=t), the surprise of seeing the token before it once more.
     """
 
-    decay: float = 1.0
+    decay: Annotated[float, Range(above=0, max=1)] = 1.0
     score: Literal["surprise", "reference"] = "surprise"
 
     needs_hidden = True
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.decay <= 1:
-            raise InputError(f"decay={self.decay}: give a factor in (0, 1]")
         if self.score not in ("surprise", "reference"):
             raise InputError(f"score={self.score!r}; give 'surprise' or 'reference'")
 

@@ -6,7 +6,7 @@ between them `topk`, in blocks of `block`; all where they are. Neighbouring keys
 blocks between are cut into as many equal ranges as may be kept, and until each range is one block:
 
     halve each range; score a half by its first block, the largest product of its keys with any of
-    the queries (every `query_stride`-th); keep the best half of the halves
+    the queries (the last of every `query_stride`); keep the best half of the halves
 
 which asks for O(log) of the blocks. The query heads of a key head share one search. Decoding keeps
 what it found for `refresh` tokens. The first `dense_layers` layers see everything. Positions are
@@ -22,7 +22,7 @@ from jaxtyping import Array, Int
 
 from lminf.attention import cache as caches
 from lminf.attention import scores, sparse
-from lminf.attention.policy import at_least, register
+from lminf.attention.policy import Held, HeldOrNone, Layers, Tokens, register
 from lminf.errors import InputError
 
 
@@ -113,22 +113,19 @@ class HierarchicalSelect(sparse.SparsePolicy):
 class HiP(HierarchicalSelect):
     """Keys found by a tree search. Source: Lee et al. 2024, arXiv:2406.09827."""
 
-    topk: int = 512  # tokens found, a multiple of `block`
-    window: int = 256  # tokens, the query's own included
-    sinks: int = 16  # tokens at the start that stay visible
-    block: int = 2  # tokens
-    query_block: int = 64  # tokens that see the same, where they are read together
-    query_stride: int = 2  # of these, every so-manieth asks
-    refresh: int = 8  # tokens that are written before the next search
-    dense_layers: int = 3  # layers at the start, of those with this policy, that see everything
+    topk: Tokens = 512  # tokens found, a multiple of `block`
+    window: Tokens = 256  # tokens, the query's own included
+    sinks: HeldOrNone = 16  # tokens at the start that stay visible
+    block: Held = 2  # tokens
+    query_block: Tokens = 64  # tokens that see the same, where they are read together
+    query_stride: Tokens = 2  # of so many of these the last asks
+    refresh: Held = 8  # tokens that are written before the next search
+    dense_layers: Layers = 3  # layers at the start, of those with this policy, that see everything
 
     selected_distance = "true"
 
     def __post_init__(self):
-        for field in ("window", "block", "query_block", "query_stride", "refresh"):
-            at_least(self, field, 1)
-        for field in ("sinks", "dense_layers"):
-            at_least(self, field, 0)
+        super().__post_init__()
         if self.topk % self.block or self.topk < self.block:
             raise InputError(
                 f"topk={self.topk} tokens is no whole number of blocks of block={self.block}; "
@@ -169,8 +166,11 @@ class HiP(HierarchicalSelect):
         if not kept:
             return jnp.zeros((len(q), kv_heads, 0), jnp.int32)
         blocks = (start - self.sinks) // self.block
-        row = jnp.arange(0, q.shape[1], self.query_stride, dtype=jnp.int32)[None]
-        row = row + (group.first - group.base)[:, None]
+        # The last of every `query_stride` asks, so that the last of a block does; where fewer are
+        # read, the last of them.
+        ask = -(group.first % self.query_block + 1) % self.query_stride
+        ask = jnp.minimum(group.first + ask, group.end - 1) - group.base
+        row = jnp.arange(0, q.shape[1], self.query_stride, dtype=jnp.int32)[None] + ask[:, None]
         there = jnp.minimum(row, q.shape[1] - 1)
         each = jnp.arange(len(q))[:, None]
         asks = (row < q.shape[1]) & (group.pos[each, there] >= 0)

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 
 from lminf.attention import scores
 from lminf.attention.policies import hip
-from lminf.attention.policy import at_least, register
+from lminf.attention.policy import Held, HeldOrNone, Layers, Tokens, register
 from lminf.errors import InputError
 
 
@@ -40,32 +40,26 @@ from lminf.errors import InputError
 class InfiniteHiP(hip.HierarchicalSelect):
     """Keys found in stages, packed. Source: Lee et al. 2025, arXiv:2502.08910."""
 
-    chunk: tuple[int, ...] = (256, 32, 8)  # tokens of a chunk, by stage
-    topk: tuple[int, ...] = (32_768, 8192, 2048)  # tokens that a stage leaves
-    refresh: tuple[int, ...] = (16, 8, 4)  # tokens that are written before it searches again
-    window: int = 1024  # tokens, the query's own included
-    sinks: int = 256  # tokens at the start that stay visible
-    query_block: int = 64  # tokens that see the same, where they are read together
-    ordered_layers: int = 3  # layers at the start whose search tells chunks apart by place
-    dense_layers: int = 0  # layers at the start that see everything, where it is
+    chunk: tuple[Held, ...] = (256, 32, 8)  # tokens of a chunk, by stage
+    topk: tuple[Tokens, ...] = (32_768, 8192, 2048)  # tokens that a stage leaves
+    refresh: tuple[Held, ...] = (16, 8, 4)  # tokens that are written before it searches again
+    window: Tokens = 1024  # tokens, the query's own included
+    sinks: HeldOrNone = 256  # tokens at the start that stay visible
+    query_block: Tokens = 64  # tokens that see the same, where they are read together
+    ordered_layers: Layers = 3  # layers at the start whose search tells chunks apart by place
+    dense_layers: Layers = 0  # layers at the start that see everything, where it is
 
     selected_distance = "packed"
     needs_rotary = True
 
     def __post_init__(self):
-        for field in ("window", "query_block"):
-            at_least(self, field, 1)
-        for field in ("sinks", "ordered_layers", "dense_layers"):
-            at_least(self, field, 0)
+        super().__post_init__()
         counts = [len(getattr(self, field)) for field in ("chunk", "topk", "refresh")]
         if len(set(counts)) > 1 or not counts[0]:
             raise InputError(
                 f"chunk, topk and refresh have {counts[0]}, {counts[1]} and {counts[2]} stages; "
                 f"give each one number a stage"
             )
-        for field in ("chunk", "topk", "refresh"):
-            if min(getattr(self, field)) < 1:
-                raise InputError(f"{field}={getattr(self, field)}: give at least 1 in each stage")
         for size, kept in zip(self.chunk, self.topk, strict=True):
             if kept % size:
                 raise InputError(

@@ -3,10 +3,11 @@
 Source: Xiao et al. 2024, arXiv:2402.04617. With L = window, the query at i sees
     i - j < L                                          at the true distance i - j
     j < sinks, chosen blocks, and what fills no block  at the distance L - 1
-A block is `block` tokens in order, from `sinks` on; it exists once the first query of a group has
-all of it beyond its window. Of every block, the `representatives` tokens that attracted most
-attention while they were in the window stand for it: a summary is the mean of their keys, by query
-head. A group's mean query, placed at L - 1, times the summaries, summed over heads, ranks blocks.
+A block is `block` tokens in order, from `sinks` on; it is formed after the group that pushed the
+last of it out of the window; where topk = 0 nothing waits for a block. Of every block, the
+`repr_topk` tokens that attracted most attention while they were in the window stand for it: a
+summary is the mean of their keys, by query head. A group's mean query, placed at L - 1, times the
+summaries, summed over heads, ranks blocks.
 
 The branches are disjoint. (The reference implementation counts keys that leave the window within a
 group twice.) All blocks stay in one store on the device. With `resident` blocks are read from as
@@ -23,7 +24,7 @@ from jaxtyping import Array, Int
 
 from lminf.attention import block_cache, sparse
 from lminf.attention import cache as caches
-from lminf.attention.policy import at_least, register
+from lminf.attention.policy import Held, HeldOrNone, Tokens, register
 from lminf.errors import InputError
 
 
@@ -32,31 +33,24 @@ from lminf.errors import InputError
 class InfLLM(sparse.SparsePolicy):
     """Window, sinks and looked-up blocks. Source: Xiao et al. 2024, arXiv:2402.04617."""
 
-    window: int  # tokens, the query's own included
-    sinks: int = 128  # tokens at the start that stay visible
-    topk: int = 16  # blocks that a group of tokens looks up
-    block: int = 128  # tokens
-    repr_topk: int = 4  # tokens that stand for a block
-    exec_block: int = 512  # tokens that look up the same blocks, where they are read together
-    resident: int | None = None  # blocks at hand, least recently used first to go; None: all
+    window: Tokens  # tokens, the query's own included
+    sinks: HeldOrNone = 128  # tokens at the start that stay visible
+    topk: HeldOrNone = 16  # blocks that a group of tokens looks up
+    block: Held = 128  # tokens
+    repr_topk: Held = 4  # tokens that stand for a block
+    exec_block: Tokens = 512  # tokens that look up the same blocks, where they are read together
+    resident: Held | None = None  # blocks at hand, least recently used first to go; None: all
 
     needs_rotary = True
 
     def __post_init__(self):
-        for field, least in {
-            "window": 1,
-            "sinks": 0,
-            "topk": 0,
-            "block": 1,
-            "exec_block": 1,
-        }.items():
-            at_least(self, field, least)
+        super().__post_init__()
         if self.window % self.block:
             raise InputError(
                 f"block={self.block} does not divide window={self.window}; "
                 f"give a divisor of the window"
             )
-        if not 1 <= self.repr_topk <= self.block:
+        if self.repr_topk > self.block:
             raise InputError(
                 f"repr_topk={self.repr_topk} of block={self.block} tokens; give 1 to {self.block}"
             )
@@ -97,7 +91,9 @@ class InfLLM(sparse.SparsePolicy):
 
     def _num_blocks(self, first):
         """Blocks that exist for a group whose first query is there."""
-        return jnp.maximum(first - self.window - self.sinks + 1, 0) // self.block
+        # With nothing to look up the past is gone as soon as it leaves the window: LMInfinite.
+        left = first - self.window - self.sinks + int(self.topk == 0)
+        return jnp.maximum(left, 0) // self.block
 
     def init_state(self, shape: caches.CacheShape):
         blocks = self._max_blocks(shape.slots)
@@ -109,8 +105,8 @@ class InfLLM(sparse.SparsePolicy):
         }
         if self.resident is not None and self.topk:
             state["resident"] = block_cache.empty(
-                batch=shape.batch, slots=self.resident, block=self.block, kv_heads=shape.kv_heads,
-                head_dim=shape.head_dim, dtype=shape.dtype,
+                batch=shape.batch, slots=min(self.resident, blocks), block=self.block,
+                kv_heads=shape.kv_heads, head_dim=shape.head_dim, dtype=shape.dtype,
             )  # fmt: skip
         return state
 
@@ -126,7 +122,7 @@ class InfLLM(sparse.SparsePolicy):
             block_ids = self._look_up(query, state["summary"][query.layer], existing)
         most = block_ids.shape[1]  # where fewer exist they stand first, and the rest moves up
         count = jnp.minimum(existing, most)[:, None]
-        row = jnp.arange(max((most + 1) * self.block + rows - 2, 1), dtype=jnp.int32)[None]
+        row = jnp.arange(max((most + 1) * self.block + rows - 1, 1), dtype=jnp.int32)[None]
         pos = self.sinks + row + (existing[:, None] - count) * self.block
         in_block = row < count * self.block
         if most:

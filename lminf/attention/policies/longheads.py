@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from lminf.attention import cache as caches
 from lminf.attention import scores, sparse
-from lminf.attention.policy import at_least, register
+from lminf.attention.policy import Held, Tokens, register
 from lminf.errors import InputError
 
 
@@ -31,15 +31,15 @@ from lminf.errors import InputError
 class LongHeads(sparse.SparsePolicy):
     """Chunks chosen by each head, packed. Source: Lu et al. 2024, arXiv:2402.10685."""
 
-    attended: int  # tokens that a head attends to at most: a multiple of `chunk`
-    chunk: int = 256  # tokens
+    attended: Tokens  # tokens that a head attends to at most: a multiple of `chunk`
+    chunk: Held = 256  # tokens
 
     num_sinks = 0
     selected_distance = "packed"
     needs_rotary = True
 
     def __post_init__(self):
-        at_least(self, "chunk", 1)
+        super().__post_init__()
         if self.attended % self.chunk or self.attended < 3 * self.chunk:
             raise InputError(
                 f"attended={self.attended} is not three or more chunks of chunk={self.chunk} "

@@ -12,7 +12,7 @@ for all, so that channels may go one by one.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,12 @@ from jaxtyping import Array, Float, Int
 from lminf.attention import cache as caches
 from lminf.attention import scores as scores_
 from lminf.attention import slots
-from lminf.attention.policy import Policy, at_least, register
+from lminf.attention.policy import Held, Policy, register
 from lminf.attention.scores import Placement, ScoreConfig
 from lminf.errors import InputError
+from lminf.ranges import Range
+
+Neighbors: TypeAlias = Annotated[int, Range(min=1, max=1023)]
 
 
 class PromptCompression(Policy):
@@ -36,10 +39,22 @@ class PromptCompression(Policy):
     capacity: int | None  # tokens of the prompt that stay, the last ones included; None: all
     pooling: int  # neighbours over which attention is averaged before tokens are chosen
 
+    asking_field: str  # of tokens at the end of the prompt
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.pooling % 2 == 0:
+            raise InputError(f"pooling={self.pooling}: give an odd number of tokens")
+        if self.capacity is not None and self.capacity <= self.asking:
+            raise InputError(
+                f"capacity={self.capacity} with {self.asking_field}={self.asking}: "
+                f"give capacity>={self.asking + 1}"
+            )
+
     @property
     def asking(self) -> int:
         """Tokens at the end of the prompt that say what is kept, and stay whole."""
-        raise NotImplementedError
+        return getattr(self, self.asking_field)
 
     def channels_kept(self, head_dim: int) -> int:
         """Channels of older keys that stay."""
@@ -101,7 +116,8 @@ class PromptCompression(Policy):
             at = pos[..., None]
             found = slots.scores(config, q, k, recent, at)
             weights = scores_.softmax(config, found, slots.visible(recent, at))
-            votes = _pooled(weights.sum((2, 3)).swapaxes(1, 2), self.pooling)
+            votes = jnp.where(old[..., None], weights.sum((2, 3)).swapaxes(1, 2), 0.0)
+            votes = _pooled(votes, self.pooling)
         votes = jnp.where(old[..., None], votes, -1.0)  # attention is never below 0
         best, chosen = jax.lax.top_k(votes.swapaxes(1, 2), count)  # the earlier of equals
         far = jnp.where(best >= 0, chosen.astype(jnp.int32), jnp.iinfo(jnp.int32).max)
@@ -133,19 +149,14 @@ class SnapKV(PromptCompression):
     """Of the prompt, what its last tokens attended to. Source: Li et al. 2024, arXiv:2404.14469.
 
     Attention is summed over the last `window` queries, and over the query heads of a key head, and
-    averaged over `pooling` neighbours.
+    averaged over `pooling` neighbours before the window.
     """
 
-    capacity: int  # tokens of the prompt that stay, the last `window` included
-    window: int = 32  # tokens
-    pooling: int = 5  # tokens, odd
+    capacity: Held  # tokens of the prompt that stay, the last `window` included
+    window: Held = 32  # tokens
+    pooling: Neighbors = 5  # tokens, odd
 
-    def __post_init__(self):
-        _check(self, "window")
-
-    @property
-    def asking(self) -> int:
-        return self.window
+    asking_field = "window"
 
 
 @register("think")
@@ -157,32 +168,14 @@ class ThinK(PromptCompression):
     less memory.
     """
 
-    ratio: float = 0.4  # of the channels of older keys, which go
-    recent: int = 32  # tokens that stay whole, and whose queries are asked
-    capacity: int | None = None  # tokens of the prompt that stay; None: all
-    pooling: int = 5
+    # Of the channels of older keys, which go.
+    ratio: Annotated[float, Range(min=0, below=1)] = 0.4
+    recent: Held = 32  # tokens that stay whole, and whose queries are asked
+    capacity: Held | None = None  # tokens of the prompt that stay; None: all
+    pooling: Neighbors = 5
 
     window = None
-
-    def __post_init__(self):
-        _check(self, "recent")
-        if not 0 <= self.ratio < 1:
-            raise InputError(f"ratio={self.ratio}: give a share in [0, 1)")
-
-    @property
-    def asking(self) -> int:
-        return self.recent
+    asking_field = "recent"
 
     def channels_kept(self, head_dim: int) -> int:
         return head_dim - int(self.ratio * head_dim)
-
-
-def _check(policy: PromptCompression, asking: str) -> None:
-    at_least(policy, asking, 1)
-    if policy.pooling < 1 or policy.pooling % 2 == 0:
-        raise InputError(f"pooling={policy.pooling}: give an odd number of tokens")
-    if policy.capacity is not None and policy.capacity <= policy.asking:
-        raise InputError(
-            f"capacity={policy.capacity} with {asking}={policy.asking}: "
-            f"give capacity>={policy.asking + 1}"
-        )

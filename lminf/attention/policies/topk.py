@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lminf.attention import cache as caches
 from lminf.attention import scores, sparse
-from lminf.attention.policy import LMInfinite, at_least, register
+from lminf.attention.policy import Distance, HeldOrNone, Layers, LMInfinite, Tokens, register
 from lminf.errors import InputError
 
 
@@ -22,23 +22,16 @@ from lminf.errors import InputError
 class TopK(sparse.SparsePolicy):
     """LM-Infinite with top-k middle tokens. Source: Han et al. 2024, arXiv:2308.16137."""
 
-    window: int  # tokens, the query's own included
-    sinks: int = 10  # tokens at the start that stay visible
-    topk: int = 5  # tokens between them that a head takes
-    at: int | None = None  # how far away those seem, tokens; None: half the window
-    from_layer: int = 4  # the first layer, of those with this policy, that takes any
-    distance: int | None = None  # tokens, of the sinks; None: the window
+    window: Tokens  # tokens, the query's own included
+    sinks: HeldOrNone = 10  # tokens at the start that stay visible
+    topk: Tokens = 5  # tokens between them that a head takes
+    at: Distance | None = None  # how far away those seem, tokens; None: half the window
+    from_layer: Layers = 4  # the first layer, of those with this policy, that takes any
+    distance: Distance | None = None  # tokens, of the sinks; None: the window
 
     group = 1
     last_only = True
     needs_rotary = True
-
-    def __post_init__(self):
-        for field, least in {"window": 1, "sinks": 0, "topk": 1, "from_layer": 0}.items():
-            at_least(self, field, least)
-        for field in ("at", "distance"):
-            if getattr(self, field) is not None:
-                at_least(self, field, 0)
 
     @property
     def num_sinks(self) -> int:

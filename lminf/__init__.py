@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lminf.attention.arrays import attend, attend_stepwise
     from lminf.attention.policies.eviction import H2O, TOVA, SirLLM
     from lminf.attention.policies.hip import HiP
     from lminf.attention.policies.infinite_hip import InfiniteHiP
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         Streaming,
         Window,
     )
+    from lminf.attention.rope import Alibi, NoEncoding, Rotary
     from lminf.generation import Sampling
     from lminf.lm import LM
 
@@ -32,6 +34,7 @@ __all__ = [
     "H2O",
     "LM",
     "TOVA",
+    "Alibi",
     "Full",
     "HiP",
     "InfLLM",
@@ -40,9 +43,11 @@ __all__ = [
     "Lambda",
     "LeakyReRoPE",
     "LongHeads",
+    "NoEncoding",
     "PerHead",
     "PerLayer",
     "ReRoPE",
+    "Rotary",
     "Sampling",
     "SelfExtend",
     "SirLLM",
@@ -52,10 +57,14 @@ __all__ = [
     "TopK",
     "Window",
     "__version__",
+    "attend",
+    "attend_stepwise",
 ]
 _HOMES = {
     "LM": "lminf.lm",
     "Sampling": "lminf.generation",
+    **dict.fromkeys(("attend", "attend_stepwise"), "lminf.attention.arrays"),
+    **dict.fromkeys(("Alibi", "NoEncoding", "Rotary"), "lminf.attention.rope"),
     **dict.fromkeys(("SnapKV", "ThinK"), "lminf.attention.policies.prompt_compression"),
     **dict.fromkeys(("H2O", "TOVA", "SirLLM"), "lminf.attention.policies.eviction"),
     "HiP": "lminf.attention.policies.hip",

@@ -250,6 +250,17 @@ def extend(
     return step, new_pos
 
 
+def after_prompt(
+    policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache, *, length: int, room: int
+) -> caches.Cache:
+    """The cache as one token after another reads it fastest, at the end of a prompt of at most
+    `length` tokens; `room` more may come. Only policies that need a prompt then read chunks.
+    """
+    if policy.needs_prompt:
+        return policy.compress_prompt(config, cache, length=length, room=room)
+    return decode.prerotate(policy, config, cache)
+
+
 def _over_window(policy, config, layout, positions, shards, implementation):
     """A chunk over the last `window` stored tokens, itself, and the first `num_sinks`."""
     chunk = shards.all(positions)

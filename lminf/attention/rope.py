@@ -156,8 +156,8 @@ class Rotary:
     """Rotary encoding of the first `dim` channels of each head; the others carry no position."""
 
     base: float
-    dim: int  # channels, even
-    layout: Literal["half", "interleaved"]  # pairs (c, c + dim/2), or (2c, 2c + 1)
+    dim: int = 0  # channels, even; 0: all of the head's, of arrays without a model
+    layout: Literal["half", "interleaved"] = "half"  # pairs (c, c + dim/2), or (2c, 2c + 1)
     scaling: Scaling = Unscaled()
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lminf.attention import attend, cache, decode
+from lminf.attention import attend, cache
 from lminf.attention.policy import FULL, LayerPolicy
 from lminf.attention.scores import ScoreConfig
 from lminf.models import moe
@@ -461,14 +461,10 @@ def prepare_decoding(
     length: int,
     room: int,
 ) -> tuple[cache.Cache, ...]:
-    """The caches as one token after another reads them fastest, at the end of a prompt of at most
-    `length` tokens; `room` more may come. Only policies that need a prompt then read chunks.
-    """
+    """`attend.after_prompt` of every layer's cache."""
     config = score_config(spec)
     return tuple(
-        policy.compress_prompt(config, stored, length=length, room=room)
-        if policy.needs_prompt
-        else decode.prerotate(policy, config, stored)
+        attend.after_prompt(policy, config, stored, length=length, room=room)
         for policy, stored in zip(by_layer, caches, strict=False)  # caches: of one period
     )
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lminf
 from lminf.attention import attend, cache, rope, scores
 from lminf.attention.policies.eviction import H2O
 from lminf.attention.policies.hip import HiP
@@ -32,11 +33,16 @@ def released(name: str) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def read(policy, case, sizes) -> np.ndarray:
-    """[T, N, H]"""
-    at = np.arange(case["q"].shape[1], dtype=np.int32)[None]
-    run = cases.chunks(policy, SCORING, at, sizes, implementation=None)
-    return np.asarray(cases.compiled(lambda *x: run(*x)[0])(case["q"], case["k"], case["v"]))[0]
+def read(policy, case, sizes, **options) -> np.ndarray:
+    """[T, N, H], by the functions that a model of one's own calls."""
+
+    @cases.compiled
+    def run(*arrays):
+        if len(sizes) == 1:
+            return lminf.attend(*arrays, policy, **options)
+        return lminf.attend_stepwise(*arrays, policy, chunks=sizes, **options)
+
+    return np.asarray(run(case["q"], case["k"], case["v"]))[0]
 
 
 def by_formula(oracle, policy, case, sizes, **rule) -> np.ndarray:
@@ -85,6 +91,8 @@ def test_snapkv_is_its_release():
 
     out, older = run(case["q"], case["k"], case["v"])
     assert departing(np.asarray(out)[0], case["out"][0]) == []
+    sizes = [prompt, *[1] * (tokens - prompt)]
+    assert departing(read(policy, case, sizes, prompt=prompt), case["out"][0]) == []
     recent = np.arange(prompt - policy.window, prompt)
     kept = [np.concatenate([of_head, recent]) for of_head in np.asarray(older)[0].T]
     np.testing.assert_array_equal(kept, case["kept"])

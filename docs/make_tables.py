@@ -25,8 +25,8 @@ OPENING = """\
 
 What each asks, how to run it, how long it takes, what to expect and what was measured here. Written
 by `docs/make_tables.py` from the headers of `configs/` and the committed rows of `docs/results/`
-and `docs/studies/`; each report names its machine, its versions and its configuration. `lminf list`
-prints the headers.
+and `docs/studies/`; each report names its machine, its versions and its configuration. `lminf list
+NAME` prints a header.
 
 Every experiment takes `--config=:tiny`, `--config.FIELD=VALUE` and `--out=DIR`, and leaves a folder
 with its configuration, environment, `rows.jsonl`, figures and `report.md`. One that is stopped, by

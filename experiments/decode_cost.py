@@ -82,21 +82,18 @@ def read_times(cells, chunk):
 
 
 def plot(rows):
-    label = plots.short_names(row["policy"] for row in rows)
-    shown = [
-        {**row, "policy": label[row["policy"]], "cache_mib": row["cache_bytes"] / 2**20}
-        for row in rows
-    ]
+    shown = [{**row, "cache_mib": row["cache_bytes"] / 2**20} for row in rows]
     common = {"x": "position", "by": "policy", "log_x": True, "log_y": True,
-              "x_label": "tokens read before"}  # fmt: skip
+              "x_label": "text before the token (tokens)"}  # fmt: skip
     return {
         "decode_cost": plots.curves(
-            shown, y="ms_per_token", y_label="time per token (ms)", **common
+            shown, y="ms_per_token", y_label="time per token (ms)", interval=("low", "high"),
+            **common,
         ),
         "cache_bytes": plots.curves(
             shown, y="cache_mib", y_label="keys and values (MiB)", **common
         ),
-    }
+    }  # fmt: skip
 
 
 def table(rows):

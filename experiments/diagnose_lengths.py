@@ -149,7 +149,7 @@ def plot(rows):
         if row["factor"] == ENTROPY:
             entropy.setdefault((row["policy"], row["position"]), []).append(row["value"])
     mean_entropy = [
-        {"policy": policy.replace(":", "\n"), "position": position, "value": float(np.mean(values))}
+        {"policy": policy, "position": position, "value": float(np.mean(values))}
         for (policy, position), values in entropy.items()
     ]
     norms = [
@@ -160,7 +160,7 @@ def plot(rows):
     return {
         "logits_by_distance": plots.curves(
             logits, x="distance", y="value", by="line", mark=mark, log_x=True,
-            x_label="distance (tokens)", y_label="attention logit, smallest and largest",
+            x_label="distance (tokens)", y_label="smallest and largest attention logit (nats)",
         ),
         "entropy_by_length": plots.curves(
             mean_entropy, x="position", y="value", by="policy", mark=mark, log_x=True,
@@ -168,7 +168,8 @@ def plot(rows):
         ),
         "first_tokens": plots.curves(
             norms, x="place", y="norm", by="line", mark=mark, log_x=True, log_y=True,
-            x_label="place of the token, from 1", y_label="norm of the residual stream",
+            x_label="place of the token, from 1 (tokens)",
+            y_label="residual stream (Euclidean norm)",
         ),
     }  # fmt: skip
 

@@ -145,24 +145,20 @@ def held_bytes(lm, tokens: int) -> dict[str, int]:
 def plot(rows):
     shown = [{**row, "cache_mib": row["cache_bytes"] / 2**20} for row in rows]
     measured = [row for row in shown if row["measured"] == "quality"]
-    cost = [{**row, "policy": row["policy"].partition(":")[0]} for row in shown
-            if row["measured"] == "cost"]  # fmt: skip
-    names = [row["policy"] for row in shown if row["measured"] == "cost"]
-    for row, name in zip(cost, names, strict=True):
-        row["policy"] = name.replace(":", "\n") if name.startswith("think") else row["policy"]
+    cost = [row for row in shown if row["measured"] == "cost"]
     by_bytes = {"x": "cache_mib", "by": "family", "log_x": True, "x_label": "keys and values (MiB)"}
     by_length = {"x": "position", "by": "policy", "log_x": True, "log_y": True,
-                 "x_label": "tokens read before"}  # fmt: skip
+                 "x_label": "text before the token (tokens)"}  # fmt: skip
     return {
         "kv_cache": plots.curves(
-            measured, y="nll", y_label="continuation (nats per token)", **by_bytes
+            measured, y="nll", y_label="continuation (nats/token)", **by_bytes
         ),
         "passkey": plots.curves(
-            measured, y="accuracy", y_label="share of keys found", y_limits=(-0.04, 1.04),
-            **by_bytes,
+            measured, y="accuracy", y_label="keys found (share)", y_limits=(-0.04, 1.04),
+            interval=("low", "high"), **by_bytes,
         ),
         "decode_cost": plots.curves(cost, y="ms_per_token", y_label="time per token (ms)",
-                                    **by_length),
+                                    interval=("low", "high"), **by_length),
         "cache_bytes": plots.curves(cost, y="cache_mib", y_label="keys and values (MiB)",
                                     **by_length),
     }  # fmt: skip

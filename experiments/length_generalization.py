@@ -71,14 +71,13 @@ def run(c, out):
 
 def plot(rows):
     mark = rows[0]["trained_length"]
-    shown = [{**row, "policy": row["policy"].replace(":", "\n")} for row in rows]
     return {
         "length_generalization": plots.curves(
-            shown, x="stop", y="nll", by="policy", mark=mark,
+            rows, x="stop", y="nll", by="policy", mark=mark,
             x_label="position (tokens)", y_label="loss (nats/token)",
         ),
         "excess_over_reread": plots.curves(
-            [row for row in shown if row["policy"] != REREAD],
+            [row for row in rows if row["policy"] != REREAD],
             x="stop", y="excess_over_reread", by="policy", mark=mark,
             x_label="position (tokens)", y_label="loss above re-reading (nats/token)",
         ),

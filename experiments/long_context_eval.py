@@ -23,7 +23,7 @@ from lminf.errors import InputError
 from lminf.evals import key_value, passkey, perplexity, reread, score
 from lminf.lm import LM
 from lminf.models import cost
-from lminf.run import plots
+from lminf.run import plots, style
 from lminf.run.progress import Progress
 from lminf.segment_reading import SegmentReading
 
@@ -248,25 +248,33 @@ def speed(reader, after):
 
 
 def plot(rows):
-    """Heat maps of what was found by depth, a line for each policy and length; loss by position."""
+    """Heat maps of what was found by depth, a line for each policy and length; loss by position.
+
+    Where every policy found all, or none, the table says so and there is nothing to draw.
+    """
     label = {
         name: short.replace("\n", ", ")
-        for name, short in plots.short_names(row["policy"] for row in rows).items()
+        for name, short in style.short_names(dict.fromkeys(row["policy"] for row in rows)).items()
     }
     figures = {}
     for task, stem in zip(TASKS, ("long_context_eval", "key_value"), strict=True):
         found = [
-            {**row, "asked": f"{label[row['policy']]}, {row['length']:,}"}
+            {
+                **row,
+                "asked": f"{label[row['policy']]}, {row['length']:,} tokens",
+                "counts": f"{row['correct']}/{row['prompts']}",
+                "percent": f"{100 * row['depth']:g}",
+            }
             for row in rows
             if row["task"] == task
         ]
-        if found:
+        if len({row["accuracy"] for row in found}) > 1:
             figures[stem] = plots.heatmap(
-                found, x="depth", y="asked", value="accuracy", limits=(0, 1),
-                x_label="share of the text before what is asked for", y_label="",
-                value_label="share found",
+                found, x="percent", y="asked", value="accuracy", limits=(0, 1), text="counts",
+                x_label="depth of what is asked for (% of the text)", y_label="",
+                value_label="found (share of prompts)",
             )  # fmt: skip
-    nll = [{**row, "policy": label[row["policy"]]} for row in above_reread(rows)]
+    nll = above_reread(rows)
     if nll:
         figures["above_reread"] = plots.curves(
             nll, x="length", y="excess", by="policy", mark=rows[0]["trained_length"],

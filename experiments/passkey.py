@@ -95,45 +95,66 @@ def in_window(policy, sample) -> bool:
 
 
 def plot(rows):
-    """Accuracy by length; where a policy has a window, keys inside and outside it apart."""
+    """Share found by length, with Wilson intervals: keys a policy's window reaches, and others."""
     lines = over_depths(rows)
-    names = list(dict.fromkeys(row["asked"] for row in lines))
-    # Most values are 0 or 1: a little sideways, no line hides another.
+    # Most values are 0 or 1: a little sideways, no interval hides another.
+    places = list(dict.fromkeys(row["policy"] for row in lines))
+    step = max((row["length"] for row in lines), default=0) / 120
     shown = [
         {
             **row,
-            "asked": row["asked"].replace(":", "\n").replace(", ", "\n"),
-            "length": row["length"] * 1.012 ** (names.index(row["asked"]) - len(names) / 2),
+            "panel": f"Keys {row['place']}",
+            "length": row["length"] + step * (places.index(row["policy"]) - len(places) // 2),
         }
         for row in lines
     ]
     return plots.curves(
-        shown, x="length", y="accuracy", by="asked", mark=rows[0]["trained_length"],
-        x_label="prompt (tokens)", y_label="share of keys found", y_limits=(-0.04, 1.04),
+        shown, x="length", y="accuracy", by="policy", panel="panel",
+        mark=rows[0]["trained_length"], interval=("low", "high"),
+        x_label="prompt (tokens)", y_label="keys found (share, 95 % interval)",
+        y_limits=(-0.04, 1.04),
     )  # fmt: skip
 
 
 def table(rows):
-    """Share of keys found; a policy and place of the key a line, a length a column."""
-    return tables.pivot(over_depths(rows), index="asked", columns="length", value="accuracy")
+    """Keys found with the interval of their share; a policy and place of the key a line, a length
+    a column.
+    """
+    shown = [
+        {
+            "policy": row["policy"],
+            "length": row["length"],
+            "key": row["place"],
+            "found": f"{row['correct']}/{row['prompts']} ({row['low']:.2f}–{row['high']:.2f})",
+        }
+        for row in over_depths(rows)
+    ]
+    lines = []
+    for policy, place in dict.fromkeys((row["policy"], row["key"]) for row in shown):
+        own = [row for row in shown if (row["policy"], row["key"]) == (policy, place)]
+        for line in tables.pivot(own, index="policy", columns="length", value="found"):
+            lines.append({"policy": policy, "key": place, **line})
+    return lines
+
+
+INSIDE, OUTSIDE = "inside what the policy sees", "outside its window"
 
 
 def over_depths(rows):
     """Rows of one policy and length as one, but keys inside and outside its window apart."""
-    windowed = {row["policy"] for row in rows if not row["key_in_window"]}
     groups: dict = {}
     for row in rows:
-        place = f", key {'inside' if row['key_in_window'] else 'outside'} its window"
-        asked = row["policy"] + (place if row["policy"] in windowed else "")
-        groups.setdefault((asked, row["length"]), []).append(row)
-    return [
-        {
-            "asked": asked,
-            "length": length,
-            "accuracy": sum(r["correct"] for r in group) / sum(r["prompts"] for r in group),
-        }
-        for (asked, length), group in groups.items()
-    ]
+        place = INSIDE if row["key_in_window"] else OUTSIDE
+        groups.setdefault((row["policy"], place, row["length"]), []).append(row)
+    lines = []
+    for (policy, place, length), group in groups.items():
+        correct, prompts = (sum(row[name] for row in group) for name in ("correct", "prompts"))
+        rate, low, high = score.success_rate(correct, prompts)
+        lines.append({
+            "policy": policy, "place": place, "length": length, "accuracy": rate, "low": low,
+            "high": high, "correct": correct, "prompts": prompts,
+        })  # fmt: skip
+    return lines
 
 
 if __name__ == "__main__":

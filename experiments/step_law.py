@@ -2,12 +2,12 @@
 
 import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator
 from matplotlib.tri import Triangulation
 
 from experiments._main import main
 from lminf import scaling
-from lminf.run import plots
+from lminf.run import plots, style
 from lminf.scaling import gap, published, rivals, synthetic, validation
 from lminf.scaling.steps import StepLaw, fit_bowl
 
@@ -73,45 +73,89 @@ def table(rows):
     ]
 
 
+# The same law looks the same here and in step_sweep.
+LOOKS = {
+    "best cell": style.Look("best cell", "#000000", "*"),
+    "step": style.Look("step law", "#0072B2", "o"),
+    "step-best-batch": style.Look("step law, best batch", "#56B4E9", "o"),
+    "refit": style.Look("refitted here", "#E69F00", "P"),
+    "openai-lr": style.Look("OpenAI (rate)", "#CC79A7", "v"),
+    "microsoft": style.Look("Microsoft", "#009E73", "s"),
+    "deepseek": style.Look("DeepSeek", "#D55E00", "D"),
+    "porian": style.Look("Porian et al.", "#FFFFFF", "^"),
+    "moonlight": style.Look("Moonlight", "#8C8C8C", "X"),
+}
+
+
+def look(law):
+    return LOOKS.get(law, style.Look(law, "#8C8C8C", "<"))
+
+
 def plot(rows):
+    """Bowls and gaps; rows without cells, as they are kept here, give the gaps alone."""
     cells = [row for row in rows if row["part"] == "cell"]
+    points = [row for row in rows if row["part"] == "point"]
     groups = list(dict.fromkeys((row["n"], row["d"]) for row in cells))
-    with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(figsize=(15, 3.6 * -(-len(groups) // 4)), layout="constrained")
-        for index, key in enumerate(groups):
-            axes = figure.add_subplot(-(-len(groups) // 4), 4, index + 1)
-            contours(axes, key, cells, [row for row in rows if row["part"] == "point"])
-        names = dict.fromkeys(row["law"] for row in rows if row["part"] == "point")
-        figure.legend(
-            *axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(names)
-        )
-    bars = [row for row in rows if row["part"] == "gap"]
-    return {
-        "contours": figure,
-        "gaps": plots.bars(
-            bars, x="law", y="linear", by="part", y_label="loss above the best (per mille)"
-        ),
-    }
+    figures = {}
+    if groups:
+        figures["contours"] = bowls(groups, cells, points)
+    if points:
+        gaps = [{**row, "law": look(row["law"]).label} for row in points]
+        figures["gaps"] = plots.bars(
+            gaps, x="law", y="gap", center=np.mean, x_label="",
+            y_label="loss above the best cell of a grid (per mille); dots: grids",
+        )  # fmt: skip
+    return figures
+
+
+def bowls(groups, cells, points):
+    titles = [f"N = {style.short(n)}, D = {style.short(d)}" for n, d in groups]
+    with matplotlib.rc_context({**plots.STYLE, "axes.grid": False}):
+        figure, grid = plots.panels_of(titles, RATE, BATCH, columns=4, height=1.95, size=9)
+        for axes, key in zip(grid, groups, strict=True):
+            filled = contours(axes, key, cells, points)
+        explain(figure, grid, filled)
+    return figure
+
+
+RATE, BATCH = "peak learning rate (per step)", "batch (tokens)"
 
 
 def contours(axes, key, cells, points):
-    """One group's excess as filled contours at the plateau levels, with every law's point."""
+    """One group's excess as filled contours at the plateau levels, with every law's point; what the
+    grid does not reach is grey. Returns what a colour bar needs.
+    """
     own = [row for row in cells if (row["n"], row["d"]) == key]
     x, y = (np.log2([row[name] for row in own]) for name in ("lr", "batch"))
     excess = np.clip([row["excess"] for row in own], 0, 0.05)
-    axes.tricontourf(
+    axes.set_facecolor("#eeeeee")
+    filled = axes.tricontourf(
         Triangulation(x, y), excess, levels=(0, *LEVELS, 0.02), cmap="viridis_r", extend="max"
     )
-    marks = "o^sDvP*Xd<>"
-    named = [row for row in points if (row["n"], row["d"]) == key]
-    for i, row in enumerate(named):
+    for row in (row for row in points if (row["n"], row["d"]) == key):
+        mark = look(row["law"])
         axes.plot(
-            np.log2(row["lr"]), np.log2(row["batch"]), marks[i % len(marks)], markersize=7,
-            color=plots.PALETTE[i % len(plots.PALETTE)], markeredgecolor="white", label=row["law"],
+            np.log2(row["lr"]), np.log2(row["batch"]), mark.marker, color=mark.colour,
+            markersize=11 if mark.marker == "*" else 6, markeredgewidth=0.7,
+            markeredgecolor="black" if mark.colour == "#FFFFFF" else "white",
+            label=mark.label,
         )  # fmt: skip
-    axes.set_title(f"N = {key[0]:.3g}, D = {key[1]:.3g}")
-    axes.set_xlabel("log2 peak learning rate")
-    axes.set_ylabel("log2 batch (tokens)")
+    axes.xaxis.set_major_locator(FixedLocator(np.log2([1e-4, 1e-3, 1e-2, 1e-1])))
+    axes.xaxis.set_minor_locator(FixedLocator(np.log2([3e-4, 3e-3, 3e-2])))
+    axes.yaxis.set_major_locator(MultipleLocator(2))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{2.0**value:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: style.length(2.0**value)))
+    return filled
+
+
+def explain(figure, grid, filled):
+    """The laws' marks above the panels, the levels beside them."""
+    named = {label: handle for axes in grid
+             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}  # fmt: skip
+    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=5,
+                  frameon=True, facecolor="#dddddd", edgecolor="none")  # fmt: skip
+    bar = figure.colorbar(filled, ax=grid, label="loss above the best cell (%)", aspect=40)
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,11 @@ import dataclasses
 
 import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from experiments import _corpus, _noise, _small
 from experiments._main import main
-from experiments.step_law import contours
-from lminf.run import plots
+from experiments.step_law import BATCH, RATE, contours, explain
+from lminf.run import plots, style
 from lminf.scaling import accounting, collect, rivals
 
 LAWS = ("step", "deepseek", "porian")
@@ -238,11 +237,10 @@ def plot(rows):
     titled = {  # a contour needs an area
         title: own for title, own in groups(rows).items() if len(along_batches(own).x) > 2
     } or groups(rows)
-    with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(figsize=(4.6 * min(3, len(titled)), 4 * -(-len(titled) // 3)),
-                        layout="constrained")  # fmt: skip
-        for index, (title, own) in enumerate(titled.items()):
-            axes = figure.add_subplot(-(-len(titled) // 3), min(3, len(titled)), index + 1)
+    with matplotlib.rc_context({**plots.STYLE, "axes.grid": False}):
+        figure, grid = plots.panels_of([short_title(own) for own in titled.values()], RATE, BATCH,
+                                       height=3.6, size=9.5)  # fmt: skip
+        for axes, own in zip(grid, titled.values(), strict=True):
             means = {cell: float(np.mean(losses)) for cell, losses in cells_of(own).items()}
             lowest = min(means.values())
             key = (own[0]["n"], own[0]["d"])
@@ -250,23 +248,50 @@ def plot(rows):
                 {"n": key[0], "d": key[1], "lr": lr, "batch": batch, "excess": loss / lowest - 1}
                 for (lr, batch), loss in means.items()
             ]
-            contours(axes, key, cells, points(own))  # fmt: skip
-            axes.set_title(title.replace(", D", "\nD"), fontsize=9)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    lines = [
-        {**row, "setting": f"{title}; batch {row['batch_tokens']:,}"}
-        for title, own in groups(rows).items()
-        for row in first_seed(own)
-    ]
-    bowls = plots.curves(
-        lines, x="lr", y="loss", by="setting", log_x=True,
-        x_label="peak learning rate", y_label="held-out loss (nats/token)",
+            filled = contours(axes, key, cells, points(own))
+        explain(figure, grid, filled)
+    return {"contours": figure, "bowls": bowls(rows)}
+
+
+OTHERS = "Other text and shapes"
+
+
+def bowls(rows):
+    """The loss by learning rate: a panel for each shape and D with a line for each batch, and one
+    for all those that were measured at a single batch, beside the first of the others.
+    """
+    lines, alone = [], []
+    for own in groups(rows).values():
+        batches = sorted({row["batch_tokens"] for row in own})
+        for batch in batches:
+            named = [{**row, "line": f"batch {style.length(batch)}", "panel": short_title(own)}
+                     for row in own if row["batch_tokens"] == batch]  # fmt: skip
+            (lines if len(batches) > 1 else alone).extend(named)
+    if len({row["panel"] for row in alone}) > 1 or (alone and lines):
+        batch = alone[0]["line"]
+        beside = [row for row in lines if row["line"] == batch and
+                  row["d"] == alone[0]["d"] and row["panel"] == lines[0]["panel"]]  # fmt: skip
+        lines += [
+            {**row, "line": shape_of(row), "panel": f"{OTHERS}, {batch}"}
+            for row in beside + [row for row in alone if row["line"] == batch]
+        ]
+        lines += [row for row in alone if row["line"] != batch]
+    else:
+        lines += alone
+    return plots.curves(
+        lines, x="lr", y="loss", by="line", panel="panel", log_x=True,
+        x_label=RATE, y_label="held-out loss (nats/token)",
     )  # fmt: skip
-    return {"contours": figure, "bowls": bowls}
 
 
-def first_seed(rows):
-    return [row for row in rows if row["seed"] == min(r["seed"] for r in rows)]
+def short_title(own):
+    row = own[0]
+    return f"{shape_of(row)}, D = {style.length(row['d'])}"
+
+
+def shape_of(row):
+    mixed = f", {row['experts']} experts" if row["experts"] else ""
+    return f"{row['corpus']}, {row['layers']} × {row['width']}{mixed}"
 
 
 def points(rows):

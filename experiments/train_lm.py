@@ -298,7 +298,8 @@ def plot(rows):
     ]
     positions = [{**row, "text": "held out"} for row in rows if row["part"] == "position"]
     figures = {"train_lm": plots.curves(curve, x="step", y="loss", by="text",
-                                        x_label="step", y_label="loss (nats/token)")}  # fmt: skip
+                                        x_label="optimiser steps (steps)",
+                                        y_label="loss (nats/token)")}  # fmt: skip
     if positions:
         figures["by_position"] = plots.curves(
             positions, x="stop", y="loss", by="text",

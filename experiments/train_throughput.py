@@ -133,13 +133,14 @@ def table(rows):
         if row["part"] == "speed":
             by_side.setdefault(row["side"], []).append(row["tokens_per_second"])
     medians = {side: float(np.median(found)) for side, found in by_side.items()}
-    shown = [{"measured": f"{side} tokens/s", "value": value} for side, value in medians.items()]
+    shown = [{"measured": f"{side} tokens/s", "value": round(value)}
+             for side, value in medians.items()]  # fmt: skip
     if "torch" in medians:
         shown.append({"measured": "lminf / torch", "value": medians["lminf"] / medians["torch"]})
     for row in rows:
         if row["part"] == "ceiling":
             shown.append({"measured": "tokens/s of the products alone, at XLA's rate",
-                          "value": row["tokens_per_second"]})  # fmt: skip
+                          "value": round(row["tokens_per_second"])})  # fmt: skip
         if row["part"] == "dispatch":
             shown.append({"measured": "dispatch share of a step, 1M parameters",
                           "value": row["dispatch_share"]})  # fmt: skip
@@ -150,9 +151,10 @@ def table(rows):
 
 
 def plot(rows):
-    speeds = [{**row, "round": str(row["round"])} for row in rows if row["part"] == "speed"]
-    return plots.bars(speeds, x="side", y="tokens_per_second", by="round",
-                      x_label="", y_label="tokens/s")  # fmt: skip
+    """The median speed of each side, and its rounds as dots."""
+    speeds = [row for row in rows if row["part"] == "speed"]
+    return plots.bars(speeds, x="side", y="tokens_per_second",
+                      x_label="", y_label="training speed (tokens/s)")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import numpy as np
 from experiments._main import main
 from lminf import scaling
 from lminf.errors import InputError
-from lminf.run import plots, tables
+from lminf.run import plots, style, tables
 from lminf.run.progress import track
 from lminf.scaling import evidence, published, synthetic, validation
 from lminf.scaling import fertility as fertilities
@@ -124,45 +124,72 @@ def table(rows):
 
 
 def plot(rows):
-    by_part = {}
-    for row in rows:
-        by_part.setdefault(row["part"], []).append(row)
-    isoflop = [
-        {**row, "family": f"{row['n_nv'] / 1e6:.0f}M"}
-        for row in by_part["isoflop"]
-        if row["metric"] == "L_u"
-    ]
-    bits = [
-        {**row, "family": f"{row['n_nv'] / 1e6:.0f}M"}
-        for row in by_part["isoflop"]
-        if row["metric"] == "bits_per_character"
-    ]
-    bands = []
-    for row in by_part["prediction"]:
-        for key, name in (("vocab", ""), ("low", " low"), ("high", " high")):
-            if row.get(key) is not None:
-                bands.append({"n_nv": row["n_nv"], "law": row["law"] + name, "vocab": row[key]})
-    labels = {"x_label": "vocabulary (entries)", "log_x": True}
+    """A figure for each part that the rows hold: what repeats published losses is not kept here."""
+    drawn = {"isoflop": isoflops, "prediction": approaches, "envelope": vocabularies}
+    figures = {}
+    for part, draw in drawn.items():
+        own = [row for row in rows if row["part"] == part]
+        figures |= draw(own) if own else {}
+    return figures
+
+
+def isoflops(rows):
+    named = [{**row, "family": f"N_nv = {style.short(row['n_nv'])}"} for row in rows]
+    units = {
+        "isoflop": ("L_u", "L_u above the lowest (nats/token)"),
+        "isoflop_bits": ("bits_per_character", "loss above the lowest (bits/character)"),
+    }
     return {
-        "isoflop": plots.curves(
-            isoflop, x="vocab", y="excess", by="family",
-            y_label="L_u above the lowest (nats/token)",
-            title="At the largest budget that all sizes reach", **labels,
-        ),
-        "isoflop_bits": plots.curves(
-            bits, x="vocab", y="excess", by="family",
-            y_label="bits per character above the lowest", **labels,
-        ),
-        "approaches": plots.curves(
-            bands, x="n_nv", y="vocab", by="law", log_x=True, log_y=True,
-            x_label="non-vocabulary parameters", y_label="optimal vocabulary (entries)",
-            title="Approaches with 95 % bands",
-        ),
-        "envelope": plots.curves(
-            [{**row, "line": "N_v"} for row in by_part["envelope"]], x="flops", y="n_v", by="line",
-            log_x=True, log_y=True, x_label="training FLOPs", y_label="N_v on the envelope",
-        ),
+        stem: plots.curves(
+            [row for row in named if row["metric"] == metric], x="vocab", y="excess", by="family",
+            log_x=True, x_label="vocabulary (entries)", y_label=label,
+            title="At the largest budget that all sizes reach",
+        )
+        for stem, (metric, label) in units.items()
     }  # fmt: skip
+
+
+def approaches(rows):
+    """Each approach refitted and as published, with the intervals of its draws."""
+    named = [{**row, "approach": approach(row["law"]), "fit": fitted(row["law"])} for row in rows]
+    return {
+        "approaches": plots.curves(
+            named, x="n_nv", y="vocab", by="fit", panel="approach", log_x=True, log_y=True,
+            interval=("low", "high"), band=True, y_limits=(2e3, 5e6),
+            x_label="non-vocabulary parameters (count)",
+            y_label="best vocabulary (entries; bands: 95 %)",
+        )
+    }  # fmt: skip
+
+
+def vocabularies(rows):
+    return {
+        "envelope": plots.curves(
+            [{**row, "line": "N_v"} for row in rows], x="flops", y="n_v", by="line",
+            log_x=True, log_y=True, joined=False, x_label="training compute (FLOPs)",
+            y_label="vocabulary parameters of the best run (count)",
+        )
+    }  # fmt: skip
+
+
+APPROACHES = {
+    "isoflop": "Approach 1: equal compute",
+    "derivative": "Approach 2: derivative",
+    "loss": "Approach 3: loss, as released",
+    "loss-consistent": "Approach 3: one covariate",
+    "loss-tokens": "Approach 3: true tokens",
+}
+
+
+def approach(law):
+    """The title of a law's approach, refitted or published."""
+    name = law.removeprefix("tao2024-")
+    fits = [own for own in APPROACHES if name == own or name.startswith(f"{own}-")]
+    return APPROACHES[max(fits, key=len)] if fits else name
+
+
+def fitted(law):
+    return "published" if law.startswith("tao2024-") else "refitted"
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
 """Vocabulary sizes at equal FLOPs: two losses of small models, and the best size by each."""
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from experiments import _corpus, _noise, _small
 from experiments._main import main
 from lminf.config import closest
 from lminf.errors import InputError
-from lminf.run import plots
+from lminf.run import plots, style
 from lminf.scaling import accounting, collect, losses, published
 
 MODES = ("checkpoints", "runs")
@@ -165,60 +163,53 @@ def moved(curves, label) -> str:
 
 
 def plot(rows):
-    figures = {metric: bowls(rows, metric, label) for metric, label in METRICS.items()}
+    figures = {metric: bowls(rows, metric) for metric in METRICS}
     return figures | {"optimum": optima(rows)}
 
 
-def bowls(rows, metric, label):
-    with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(figsize=(7, 4.6), layout="constrained")
-        axes = figure.add_subplot()
-        for index, (n_nv, budget) in enumerate(budgets_of(rows)):
-            found = curve(rows, n_nv, budget, metric)
-            colour = plots.PALETTE[index % len(plots.PALETTE)]
-            axes.plot(found.x, found.means, "-", color=colour, label=f"{budget:.0e} FLOPs")
-            for size, values in zip(found.x, found.values, strict=True):
-                axes.plot([size] * len(values), values, "o", color=colour, markersize=3.5)
-            best, low, high = _noise.optimum(found)
-            if best and low and high:
-                at = found.means.min()
-                axes.plot([low, high], [at, at], "-", color=colour, linewidth=5, alpha=0.35)
-        axes.set_xscale("log", base=2)
-        axes.set_xlabel("vocabulary (entries)")
-        axes.set_ylabel(label)
-        axes.set_title("Every seed at the best rate; bars: 95 % of the optimum")
-        axes.legend()
+LOSSES = {"loss_u": "L_u (nats/token)", "bits_per_character": "loss (bits/character)"}
+
+
+def bowls(rows, metric):
+    """Every seed's loss at its size's best rate, and 95 % of the optimum of each budget."""
+    shown = []
+    for n_nv, budget in budgets_of(rows):
+        found = curve(rows, n_nv, budget, metric)
+        shown += [
+            {"vocab": int(size), "loss": value, "budget": f"{style.power(budget)} FLOPs"}
+            for size, values in zip(found.x, found.values, strict=True)
+            for value in values
+        ]
+    figure = plots.curves(
+        shown, x="vocab", y="loss", by="budget", log_x=True, x_label="vocabulary (entries)",
+        y_label=LOSSES[metric], title="Every seed at the best rate; bars: 95 % of the optimum",
+    )  # fmt: skip
+    for index, key in enumerate(budgets_of(rows)):
+        found = curve(rows, *key, metric)
+        best, low, high = _noise.optimum(found)
+        if best and low and high:
+            least = found.means.min()
+            colour = style.PALETTE[index % len(style.PALETTE)]
+            figure.axes[0].plot([low, high], [least, least], "-", color=colour, linewidth=5,
+                                alpha=0.35, solid_capstyle="butt")  # fmt: skip
     return figure
 
 
 def optima(rows):
     """The optimum by budget, with its interval, beside the published law."""
-    with matplotlib.rc_context(plots.STYLE):
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
-        axes = figure.add_subplot()
-        for index, (metric, label) in enumerate(METRICS.items()):
-            points = [
-                (budget * 1.03**index, *found)
-                for n_nv, budget in budgets_of(rows)
-                for found in [_noise.optimum(curve(rows, n_nv, budget, metric))]
-                if found[0] is not None
-            ]
-            if points:
-                x, y, low, high = np.array(points, float).T
-                error = [y - low, high - y] if np.isfinite([low, high]).all() else None
-                axes.errorbar(
-                    x, y, error, fmt="o-", capsize=3, color=plots.PALETTE[index], label=label
-                )
-        for n_nv in dict.fromkeys(row["n_nv"] for row in rows):
-            flops = sorted({row["budget"] for row in rows if row["n_nv"] == n_nv})
-            law = [published_optimum(rows, n_nv, budget) for budget in flops]
-            axes.plot(flops, law, "--", color="#777777", label="published law, far below its range")
-        axes.set_xscale("log")
-        axes.set_yscale("log", base=2)
-        axes.set_xlabel("training FLOPs")
-        axes.set_ylabel("best vocabulary (entries)")
-        axes.legend()
-    return figure
+    shown = []
+    for n_nv, budget in budgets_of(rows):
+        for metric, label in METRICS.items():
+            best, low, high = _noise.optimum(curve(rows, n_nv, budget, metric))
+            if best is not None:
+                shown.append({"by": f"least {label.partition(' (')[0]}", "flops": budget,
+                              "vocab": best, "low": low, "high": high})  # fmt: skip
+        shown.append({"by": "published law,\nfar below its range", "flops": budget,
+                      "vocab": published_optimum(rows, n_nv, budget)})  # fmt: skip
+    return plots.curves(
+        shown, x="flops", y="vocab", by="by", log_x=True, log_y=True, interval=("low", "high"),
+        x_label="training compute (FLOPs)", y_label="best vocabulary (entries)",
+    )  # fmt: skip
 
 
 def files(rows):

@@ -8,14 +8,15 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from lminf import __version__
 from lminf.config import closest
 from lminf.errors import InputError
 from lminf.run import exits
 
 COMMANDS = {  # the module is lminf.commands.<name>
-    "list": "the experiments: question, time, what to expect",
+    "list": "the experiments; with a name, all about one",
     "run": "one experiment, the same as python -m experiments.NAME",
     "sweep": "every cell of a sweep that is not finished yet",
     "show": "tables and figures of finished runs",
@@ -30,8 +31,34 @@ COMMANDS = {  # the module is lminf.commands.<name>
 }
 
 
+class _Once(argparse.Action):
+    """Stores an option's value; a second value is an error, because one of them would be lost."""
+
+    _stored_in: argparse.Namespace | None = None
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if self.option_strings and self._stored_in is namespace:
+            first = getattr(namespace, self.dest)
+            parser.error(
+                f"{option_string} is given twice, as {first!r} and as {values!r}; give it once"
+            )
+        self._stored_in = namespace
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong with the words in one sentence, without the usage."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        for name in (None, "store"):
+            self.register("action", name, _Once)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; `{self.prog} --help` lists what there is")
@@ -72,6 +99,7 @@ def overview() -> argparse.ArgumentParser:
         description="Length, vocabulary and hyper-parameters of language models.",
     )
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    parser.add_argument("--version", action="version", version=f"lminf {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text)

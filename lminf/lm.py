@@ -25,6 +25,7 @@ from lminf.attention import policy as policies
 from lminf.attention import rope
 from lminf.attention.parsing import parse_policy
 from lminf.attention.policy import FULL, AnyPolicy
+from lminf.data.tokenizers import Special
 from lminf.errors import InputError
 from lminf.generation import (
     GREEDY,
@@ -100,7 +101,7 @@ class LM:
         dtype: Any = jnp.float32,
         progress: Progress | None = None,
     ) -> "LM":
-        """A model of the table (`lminf list`), a local folder, a .gguf file or a hub repository."""
+        """A model that `lminf fetch` lists, a local folder, a .gguf file or a hub repository."""
         from lminf import checkpoints
 
         if policy is not None:
@@ -290,10 +291,14 @@ class LM:
         *,
         length: int | None = None,
         prompt: int | None = None,
+        special: Special = "plain",
         progress: Progress | None = None,
     ) -> NLL:
-        """How well the first `length` tokens of a text (None: all) are predicted."""
-        ids, ends = self.encode(text, length=length)
+        """How well the first `length` tokens of a text (None: all) are predicted.
+
+        Special tokens written out in the text are ordinary characters, unless special="parse".
+        """
+        ids, ends = self.encode(text, length=length, special=special)
         token_nll = self.token_nll(ids, prompt=prompt, progress=progress)
         return NLL(token_nll, np.diff(ends)[-len(token_nll) :])
 
@@ -311,17 +316,20 @@ class LM:
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
         seed: int = 0,
+        special: Special = "plain",
     ) -> str | list[str]:
         """What the model writes after a prompt, or after each of several, without the prompt.
 
-        A prompt is a text, or an array of the tokens to read as they are, BOS included.
+        A prompt is a text, or an array of the tokens to read as they are, BOS included. Special
+        tokens written out in a text are ordinary characters, unless special="parse".
         """
         alone = isinstance(prompt, str | np.ndarray)
         prompts = [prompt] if isinstance(prompt, str | np.ndarray) else list(prompt)
         texts = [""] * len(prompts)
         for row, piece in self.stream(
-            prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, seed=seed
-        ):
+            prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, seed=seed,
+            special=special,
+        ):  # fmt: skip
             texts[row] += piece
         return texts[0] if alone else texts
 
@@ -333,9 +341,11 @@ class LM:
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
         seed: int = 0,
+        special: Special = "plain",
     ) -> Iterator[tuple[int, str]]:
         """(row, text) as it is written. A row ends at an end token, a stop string or the limit."""
-        yield from self._write(self.encode_prompts(prompts), max_new_tokens, sampling, stop, seed)
+        encoded = self.encode_prompts(prompts, special=special)
+        yield from self._write(encoded, max_new_tokens, sampling, stop, seed)
 
     def chat(
         self,
@@ -343,12 +353,15 @@ class LM:
         *,
         max_new_tokens: int = 512,
         sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
         seed: int = 0,
     ) -> Iterator[str]:
-        """The assistant's answer, piece by piece. Messages have a `role` and a `content`."""
+        """The assistant's answer, piece by piece. Messages have a `role` and a `content`, in which
+        special tokens are ordinary characters.
+        """
         # The template writes every special token, a BOS included.
-        ids = self.tokenizer.encode(self.tokenizer.chat(messages))
-        for _, piece in self._write([ids], max_new_tokens, sampling, (), seed):
+        ids = self.tokenizer.encode_chat(messages)
+        for _, piece in self._write([ids], max_new_tokens, sampling, stop, seed):
             yield piece
 
     def _write(self, prompts, max_new_tokens, sampling, stop, seed) -> Iterator[tuple[int, str]]:
@@ -384,20 +397,24 @@ class LM:
                 f"shorten the prompt or raise its group or stretch"
             )
 
-    def encode_prompts(self, prompts: Sequence[str | np.ndarray]) -> list[Int[np.ndarray, " _"]]:
+    def encode_prompts(
+        self, prompts: Sequence[str | np.ndarray], *, special: Special = "plain"
+    ) -> list[Int[np.ndarray, " _"]]:
         """Token ids of each, as the model reads it; arrays are taken as they are."""
         return [
-            self.encode(each)[0] if isinstance(each, str) else np.asarray(each, np.int32)
+            self.encode(each, special=special)[0]
+            if isinstance(each, str)
+            else np.asarray(each, np.int32)
             for each in prompts
         ]
 
     def encode(
-        self, text: str, *, length: int | None = None
+        self, text: str, *, length: int | None = None, special: Special = "plain"
     ) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"]]:
         """Token ids, with BOS where the model wants one, and the byte where each token ends."""
         if not text:
             raise InputError("the text is empty; give a text with at least two tokens")
-        ids, ends = self.tokenizer.encode_with_bytes(text)
+        ids, ends = self.tokenizer.encode_with_bytes(text, special=special)
         if self.tokenizer.add_bos:
             ids = np.concatenate([[self.tokenizer.bos_id], ids]).astype(np.int32)
             ends = np.concatenate([[0], ends])

@@ -1,12 +1,16 @@
 """The lminf command: every one starts, errors are one line, pipes may close."""
 
+import io
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+import lminf
 from lminf import cli
 from lminf.checkpoints import fetch
+from lminf.commands import _model
 from lminf.errors import InputError
 from lminf.run import folder, header
 
@@ -64,12 +68,21 @@ def test_fetch_without_a_name_lists_the_names(capsys):
     assert all(name in printed for name in fetch.MODELS)
 
 
-def test_list_prints_every_experiment_with_its_question(capsys):
+def test_list_prints_every_experiment_on_one_screen(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     cli.main(["list"])
-    printed = " ".join(capsys.readouterr().out.split())
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 24
+    assert max(map(len, lines)) <= 80
     for found in header.experiments():
-        assert found.name in printed
-        assert found.entries["Question"] in printed
+        assert any(line.split()[:1] == [found.name] for line in lines)
+        assert any(found.title[:30] in line for line in lines)
+
+
+def test_list_prints_all_about_an_experiment_that_is_named(capsys):
+    for found in header.experiments():
+        cli.main(["list", found.name])
+        assert found.entries["Question"] in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_header_is_read_without_running_the_file(tmp_path):
@@ -123,3 +136,67 @@ def test_convert_looks_at_its_target_before_it_reads(tmp_path, capsys):
         cli.main(["convert", "no-such-model", str(tmp_path / "held")])
     assert ending.value.code == 2
     assert "exists and is not an empty folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nll", "m", "--policy=full", "--policy", "streaming:window=4"],
+        ["generate", "m", "--seed=1", "text", "--seed=2"],
+        ["tokenize", "a", "--out=b", "--tokenizer=bytes", "--out=c"],
+        ["scaling", "fit", "chinchilla", "--data=a", "--data=b", "--out=c"],
+        ["run", "passkey", "--config=:tiny", "--out=a", "--out=b"],
+        ["run", "passkey", "--config=:tiny", "--config=:all"],
+        ["run", "passkey", "--config.seed=1", "--config.seed", "2"],
+    ],
+)
+def test_an_option_of_one_value_is_not_given_two(arguments, capsys):
+    with pytest.raises(SystemExit) as ending:
+        cli.main(arguments)
+    assert ending.value.code == 2
+    assert "is given twice" in capsys.readouterr().err
+
+
+def test_options_that_may_repeat_still_do():
+    args = cli.parse(["nll", "m", "--text=a", "--text=b"])
+    assert args.text == ["a", "b"]
+    assert cli.parse(["generate", "m", "--stop=a", "x", "--stop=b"]).stop == ["a", "b"]
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as ending:
+        cli.main(["--version"])
+    assert ending.value.code == 0
+    assert capsys.readouterr().out == f"lminf {lminf.__version__}\n"
+
+
+def test_a_chat_is_given_every_option_of_the_command(monkeypatch, capsys):
+    given = {}
+
+    def chat(messages, **options):
+        given.update(options, messages=list(messages))
+        yield "said"
+
+    monkeypatch.setattr(_model, "load", lambda args: SimpleNamespace(chat=chat))
+    words = ["--chat", "--stop=a", "hello", "--stop=b", "--seed=3", "--max-new-tokens=7"]
+    cli.main(["generate", "m", *words])
+    assert capsys.readouterr().out == "said\n"
+    assert (given["stop"], given["seed"], given["max_new_tokens"]) == (["a", "b"], 3, 7)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffone\ntwo\n"))
+    cli.main(["generate", "m", "--chat"])
+    said = [message["content"] for message in given["messages"]]
+    assert said == ["one", "said", "two"]
+
+
+@pytest.mark.parametrize("command", [["nll", "m"], ["generate", "m", "text"]])
+def test_the_type_of_numbers_is_chosen_on_the_command_line(command, monkeypatch):
+    given = {}
+
+    def from_pretrained(name, **options):
+        given.update(options)
+        raise InputError("no further")
+
+    monkeypatch.setattr("lminf.lm.LM.from_pretrained", from_pretrained)
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--dtype=bfloat16"])
+    assert given["dtype"] == "bfloat16"

@@ -217,6 +217,7 @@ def test_a_policy_in_a_file_of_ones_own_is_known_to_the_command_line(own_folder,
     assert lm.with_policy(mixed.policy.name).policy == mixed.policy
 
 
+@pytest.mark.slow
 def test_a_policy_that_stays_is_known_by_its_name(own_folder):
     """The last step of the page, in a copy of the package."""
     source, step = blocks(ADDING, "python")[0], blocks(ADDING, "text")[0]

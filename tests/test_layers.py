@@ -24,8 +24,8 @@ LIBRARY = EVALS | {"lminf.scaling", "lminf.run", "lminf"}
 LAYERS = {
     "lminf.errors": set(),
     "lminf.types": set(),
-    "lminf.config": {"lminf.errors", "lminf.ranges"},
     "lminf.ranges": {"lminf.errors"},
+    "lminf.config": {"lminf.errors", "lminf.ranges"},
     "kernels": set(),
     "lminf.attention": BASE | {"kernels"},
     "lminf.models": ATTENTION,
@@ -46,7 +46,7 @@ LAYERS = {
     "configs": MODELS | DATA | {"lminf.losses", "lminf.train", "lminf.parallel", "lminf.run.sweep"},
     "experiments": LIBRARY | {"configs"},
     "lminf.commands": LIBRARY | {"configs", "experiments"},
-    "lminf.cli": {"lminf.errors", "lminf.config", "lminf.run", "lminf.commands"},
+    "lminf.cli": {"lminf", "lminf.errors", "lminf.config", "lminf.run", "lminf.commands"},
 }
 FLAX = ("lminf.models", "lminf.surgery.lora")
 

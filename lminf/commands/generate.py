@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from lminf.commands import _model
+from lminf.data import sources
 from lminf.errors import InputError
 from lminf.generation import Sampling
 from lminf.lm import LM
@@ -27,15 +28,18 @@ def run(args: argparse.Namespace) -> None:
     if args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens={args.max_new_tokens}: give at least 1")
     if args.chat:
+        if args.special != "plain":
+            raise InputError("--special=parse and --chat: what messages hold is always plain; "
+                             "leave --special out")  # fmt: skip
         converse(_model.load(args), args, sampling)
         return
-    prompt = sys.stdin.read() if args.prompt is None else args.prompt
+    prompt = sources.piped(sys.stdin.read) if args.prompt is None else args.prompt
     if not prompt:
         raise InputError("the prompt is empty; write it behind the model's name, or pipe it in")
     lm = _model.load(args)
     for _, piece in lm.stream(
         [prompt], max_new_tokens=args.max_new_tokens, sampling=sampling, stop=args.stop,
-        seed=args.seed,
+        seed=args.seed, special=args.special,
     ):  # fmt: skip
         print(piece, end="", flush=True)
     print()
@@ -44,13 +48,19 @@ def run(args: argparse.Namespace) -> None:
 def converse(lm: LM, args: argparse.Namespace, sampling: Sampling) -> None:
     """One answer to the prompt; without one, a turn for each line of standard input."""
     messages: list[dict[str, str]] = []
-    for line in [args.prompt] if args.prompt is not None else sys.stdin:
+    lines = [args.prompt] if args.prompt is not None else iter(_line, "")
+    for line in lines:
         messages.append({"role": "user", "content": line.rstrip("\n")})
         said = ""
         for piece in lm.chat(
-            messages, max_new_tokens=args.max_new_tokens, sampling=sampling, seed=args.seed
-        ):
+            messages, max_new_tokens=args.max_new_tokens, sampling=sampling, stop=args.stop,
+            seed=args.seed,
+        ):  # fmt: skip
             print(piece, end="", flush=True)
             said += piece
         print()
         messages.append({"role": "assistant", "content": said})
+
+
+def _line() -> str:
+    return sources.piped(sys.stdin.readline)

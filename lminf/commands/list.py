@@ -1,21 +1,32 @@
-"""lminf list: every experiment with what its config file says about it."""
+"""lminf list: every experiment in a line; lminf list NAME: all that its config file says."""
 
 import argparse
 
 from rich.console import Console
 from rich.padding import Padding
+from rich.table import Table
 
 from lminf.run import header
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", nargs="*", metavar="NAME", help="only these experiments")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="all about these experiments")
 
 
 def run(args: argparse.Namespace) -> None:
     console = Console(highlight=False, markup=False)
-    for found in header.experiments(args.names):
-        console.print(f"{found.name}: {found.title}", style="bold")
-        for key, text in found.entries.items():
+    found = header.experiments(args.names)
+    if not args.names:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True, min_width=max(len(each.name) for each in found))
+        table.add_column(no_wrap=True, overflow="ellipsis")
+        for experiment in found:
+            table.add_row(experiment.name, experiment.title)
+        console.print(table)
+        print("\nlminf list NAME: question, command, time, what to expect")
+        return
+    for experiment in found:
+        console.print(f"{experiment.name}: {experiment.title}", style="bold")
+        for key, text in experiment.entries.items():
             console.print(Padding(f"{key:10} {text}", (0, 0, 0, 2)))
         console.print()

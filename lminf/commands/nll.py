@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _model.add_arguments(parser)
     parser.add_argument("--text", action="append", metavar="FILE",
                         help="may repeat; default: the interpreter's documentation")  # fmt: skip
+    parser.add_argument("--field", default="text", help="of the documents in JSON and parquet; "
+                        "those of a file are read as one text")  # fmt: skip
     parser.add_argument("--length", type=int, help="tokens to read of each text; default: all")
     parser.add_argument("--prompt", type=int, metavar="TOKENS",
                         help="how many tokens of each text are the prompt, for the policies that "
@@ -39,9 +41,9 @@ def run(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise InputError(f"--{name}={value}: give at least {least} tokens")
-    texts = [sources.text_of(path) for path in args.text or [None]]
+    texts = [sources.text_of(path, field=args.field) for path in args.text or [None]]
     lm = _model.load(args)
-    encoded = [lm.encode(text, length=args.length) for text in texts]
+    encoded = [lm.encode(text, length=args.length, special=args.special) for text in texts]
     started = time.perf_counter()
     blocks, bits, tokens = (along_stream if args.protocol == "stream" else by_document)(
         lm, encoded, args
@@ -55,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
         "block": args.block,
         "policy": lm.policy.name,
         "scaling": args.scaling,
+        "dtype": args.dtype,
         "protocol": args.protocol,
         "model": args.model,
         "text_digests": [sources.digest(text) for text in texts],

@@ -1,6 +1,7 @@
 """lminf tokenize SOURCES --tokenizer MODEL --out STORE: texts into a token store.
 
-SOURCES are files, folders and patterns: .jsonl, .parquet and plain text, also as .gz and .zst.
+SOURCES are files, folders and patterns: JSON (lines, an array, objects), parquet and plain text;
+all but parquet also as .gz, .zst, .bz2 and .xz. Other formats, such as .csv, are refused by name.
 STORE is a folder, gs://bucket/path or s3://bucket/path. A run that was killed goes on where it was
 when the same command is given again.
 """
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from lminf import checkpoints
 from lminf.data import documents, tokenizing
-from lminf.data.tokenizers import ByteTokenizer, Tokenizer
+from lminf.data.tokenizers import ByteTokenizer, Special, Tokenizer
 from lminf.errors import InputError
 from lminf.run import folder, lock
 from lminf.run.progress import Progress
@@ -27,10 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sources", nargs="+", metavar="SOURCES")
     parser.add_argument("--tokenizer", required=True, help=f"a model's name or folder, or {BYTES}")
     parser.add_argument("--out", required=True, help="where the token store will lie")
-    parser.add_argument("--field", default="text", help="of JSON lines and parquet rows")
+    parser.add_argument(
+        "--field", default="text", help="of JSON and parquet that holds the text (text)"
+    )
     parser.add_argument("--split", default="file", choices=typing.get_args(documents.Split),
                         help="where documents of plain text end")  # fmt: skip
     parser.add_argument("--end", help="the token after each document, if the model names none")
+    parser.add_argument("--special", default="plain", choices=typing.get_args(Special),
+                        help="special tokens written out in texts: plain characters, or parsed as "
+                        "tokens (plain)")  # fmt: skip
     parser.add_argument("--workers", type=int, help="processes (default: one a core)")
 
 
@@ -42,8 +48,8 @@ def run(args: argparse.Namespace) -> None:
     with alone, Progress(0, label="tokenize", unit="bytes") as progress:
         facts = tokenizing.tokenize(
             args.sources, named_tokenizer(args.tokenizer), args.out, name=args.tokenizer,
-            end=args.end, field=args.field, split=args.split, workers=args.workers,
-            progress=progress.show,
+            end=args.end, field=args.field, split=args.split, special=args.special,
+            workers=args.workers, progress=progress.show,
         )  # fmt: skip
     empty = f"; {facts.empty_documents:,} without text left out" if facts.empty_documents else ""
     print(
@@ -56,13 +62,13 @@ def run(args: argparse.Namespace) -> None:
 def holding(out: Path) -> Iterator[None]:
     """Holds the store's folder; a new one is removed again if nothing was written there."""
     new = not out.exists()
-    with folder.writing(out):
-        out.mkdir(parents=True, exist_ok=True)
     try:
+        with folder.writing(out):
+            out.mkdir(parents=True, exist_ok=True)
         with lock.held(out):
             yield
     except InputError:
-        if new and {path.name for path in out.iterdir()} == {folder.LOCK}:
+        if new and out.is_dir() and {path.name for path in out.iterdir()} == {folder.LOCK}:
             (out / folder.LOCK).unlink()
             out.rmdir()
         raise

@@ -7,19 +7,17 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Int
 
-from lminf.data import sources, store, tokenizing
+from lminf.data import formats, sources, store, tokenizing
 from lminf.data.store import TokenStore
 from lminf.data.tokenizers import Tokenizer
 from lminf.errors import InputError
-
-STRUCTURED = (".jsonl", ".ndjson", ".parquet", ".gz", ".zst")
 
 
 def open_corpora(path: str | None, tokenizer: Tokenizer | None) -> list[TokenStore]:
     """Stores, in the order of their paths, which commas separate.
 
     A folder or an address is a token store. A file is tokenized now and held in memory: the
-    documents of .jsonl and the like, or one plain text. No path: the interpreter's documentation.
+    documents of JSON and parquet, or one plain text. No path: the interpreter's documentation.
     Stores can be opened without their tokenizer.
     """
     if not path:
@@ -34,7 +32,7 @@ def _open(path: str, tokenizer: Tokenizer | None) -> TokenStore:
     if not Path(path).exists():
         raise InputError(f"there is no file or folder {path}; check the path")
     tokenizer = _required(tokenizer, path)
-    if not Path(path).name.endswith(STRUCTURED):
+    if formats.format_of(Path(path)) == formats.Format("text", None):
         return store.from_documents([tokenizer.encode(sources.read_text(path))])
     memory = ts.Context()
     tokenizing.tokenize([path], tokenizer, "memory://text", name="the model's", memory=memory)

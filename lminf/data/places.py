@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,18 @@ class Place:
             raise InputError(f"another process writes {self.url}; wait for it, or name another "
                              f"store with --out")  # fmt: skip
         return stamp.generation
+
+    def check_absent(self, names: Sequence[str]) -> None:
+        """Refuses a place where something lies below one of these names: it is somebody's."""
+        for name in names:
+            below = ts.KvStore.KeyRange(f"{name}/", f"{name}0")  # "0" follows "/"
+            with self.errors("read"):
+                found = self._root.list(below).result()
+            if found:
+                raise InputError(
+                    f"{self.url}/{found[0].decode(errors='replace')} is there already and belongs "
+                    f"to no token store; name another place with --out"
+                )
 
     def remove(self, name: str) -> None:
         with self.errors("write"):

@@ -3,10 +3,13 @@
 import ast
 import hashlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from lminf.data import documents
 from lminf.errors import InputError
+
+TEXT_CHARS = 1 << 28  # some 60 million tokens; more comes from a file that expands without end
 
 
 def python_topics() -> str:
@@ -73,29 +76,40 @@ def _mixed(named: list[tuple[str, str]]) -> list[str]:
     return [text for _, text in sorted(named, key=lambda item: digest(item[0]))]
 
 
-def read_text(path: str | Path) -> str:
-    """A UTF-8 file's text."""
+def read_text(path: str | Path, *, field: str = "text") -> str:
+    """A file's text; the documents of JSON and parquet, joined by blank lines."""
+    texts, size = [], 0
+    for piece in documents.read(documents.source_of(Path(path)), field=field):
+        if not piece.text:
+            continue
+        if piece.first and texts:
+            texts.append("\n\n")
+        texts.append(piece.text)
+        size += len(piece.text)
+        if size > TEXT_CHARS:
+            raise InputError(
+                f"{path} holds more than {TEXT_CHARS >> 20} million characters, and a text is read "
+                f"whole; give a part of it"
+            )
+    if not texts:
+        raise InputError(f"{path} holds no text; give a file with text")
+    return "".join(texts)
+
+
+def text_of(path: str | None, *, field: str = "text") -> str:
+    """The file's text, or the interpreter's documentation where no file is named."""
+    return read_text(path, field=field) if path else python_topics()
+
+
+def piped(read: Callable[[], str]) -> str:
+    """What `read` takes from standard input, without a byte order mark."""
     try:
-        raw = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"cannot read the text file {path}: {error.strerror}; give a readable file"
-        ) from error
-    try:
-        text = raw.decode("utf-8")
+        return read().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path} is not UTF-8 text: byte {raw[error.start]:#04x} at offset {error.start}; "
-            f"convert it to UTF-8"
-        ) from error
-    if not text.strip():
-        raise InputError(f"{path} holds no text ({len(raw)} bytes); give a file with text")
-    return text
-
-
-def text_of(path: str | None) -> str:
-    """The file's text, or the interpreter's documentation where no file is named."""
-    return read_text(path) if path else python_topics()
+            f"standard input is not UTF-8 text: byte {error.object[error.start]:#04x} at offset "
+            f"{error.start}; convert it to UTF-8"
+        ) from None
 
 
 def digest(text: str) -> str:

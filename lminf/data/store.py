@@ -8,9 +8,13 @@ A store is a folder, in a file system or a bucket:
     progress.json  while it is being written: what is complete, and where the reading goes on
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import json
+import re
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,27 +50,41 @@ class Facts:
     split: str
     sources: tuple[Mapping[str, Any], ...]  # name and bytes of each file
     text_digest: str  # of all texts in their order, whatever files they lie in
+    special: str = "parse"  # as for Tokenizer.encode; stores without it are of that time
     format: str = FORMAT
 
 
 class TokenStore:
     """Tokens and document ends, read-only."""
 
-    def __init__(self, facts: Facts | None, tokens: ts.TensorStore, ends: ts.TensorStore):
-        self.facts = facts
+    def __init__(
+        self,
+        facts: Facts | None,
+        tokens: ts.TensorStore,
+        ends: ts.TensorStore,
+        place: Place | None = None,
+    ):
+        self.facts, self._place = facts, place
         self._tokens, self._ends = tokens, ends
         self.tokens = int(tokens.shape[0])
 
     @functools.cached_property
     def ends(self) -> Int[np.ndarray, " documents"]:
         """The token after each document's last one, int64: 8 bytes a document in memory."""
-        return np.asarray(self._ends.read().result())
+        with self._errors():
+            ends = np.asarray(self._ends.read().result())
+        if len(ends) and (ends[0] < 0 or (np.diff(ends) < 0).any() or ends[-1] != self.tokens):
+            raise InputError(
+                f"the ends of documents in {self._place.url if self._place else 'this store'} do "
+                f"not rise to its {self.tokens:,} tokens: it is damaged; write it again"
+            )
+        return ends
 
     def before(self, token: int) -> "TokenStore":
         """The part of the corpus up to, and without, that token."""
         whole = int(np.searchsorted(self.ends, token, side="left"))
         ends = np.append(self.ends[:whole], token) if token else self.ends[:0]
-        return TokenStore(self.facts, self._tokens[:token], ts.array(ends))
+        return TokenStore(self.facts, self._tokens[:token], ts.array(ends), self._place)
 
     def read(self, starts: Sequence[int], sizes: Sequence[int]) -> list[Int[np.ndarray, " _"]]:
         """`sizes[i]` tokens from `starts[i]` on, for all i at once."""
@@ -74,7 +92,11 @@ class TokenStore:
             self._tokens[start : start + size].read()
             for start, size in zip(starts, sizes, strict=True)
         ]
-        return [np.asarray(part.result()) for part in waiting]
+        with self._errors():
+            return [np.asarray(part.result()) for part in waiting]
+
+    def _errors(self) -> contextlib.AbstractContextManager[None]:
+        return self._place.errors("read") if self._place else contextlib.nullcontext()
 
 
 def from_documents(documents: Sequence[Int[np.ndarray, " _"]]) -> TokenStore:
@@ -93,7 +115,7 @@ def open_store(
     place = Place(url, memory=memory)
     facts = read_facts(place)
     if facts is None:
-        progress, _ = place.json(PROGRESS)
+        progress, _ = read_progress(place)
         if progress is None:
             raise InputError(f"{url} holds no token store; make one with: lminf tokenize SOURCES "
                              f"--tokenizer MODEL --out {url}")  # fmt: skip
@@ -108,12 +130,16 @@ def open_store(
             f"{tokenizer_digest[:12]}); tokenize the text again, or use that tokenizer"
         )
     tokens, ends = place.array("tokens"), place.array("ends")
-    if (tokens.shape[0], ends.shape[0]) != (facts.tokens, facts.documents):
+    held, said = [
+        [(tokens.dtype.name, tokens.shape), (ends.dtype.name, ends.shape)],
+        [(facts.dtype, (facts.tokens,)), ("int64", (facts.documents,))],
+    ]
+    if held != said:
         raise InputError(
-            f"the token store {url} is damaged: {tokens.shape[0]:,} tokens in {ends.shape[0]:,} "
-            f"documents, where {FACTS} says {facts.tokens:,} in {facts.documents:,}; write it again"
+            f"the token store {url} is damaged: its arrays of tokens and of documents' ends are "
+            f"{held}, where {FACTS} says {said}; write it again"
         )
-    return TokenStore(facts, tokens, ends)
+    return TokenStore(facts, tokens, ends, place)
 
 
 def read_facts(place: Place) -> Facts | None:
@@ -125,7 +151,48 @@ def read_facts(place: Place) -> Facts | None:
         raise InputError(
             f"{place.url}/{FACTS} is not of the format {FORMAT}; write the store again"
         )
+    defaults = {"special": "parse"}
+    found = {**defaults, **found}
+    check_shape(place, FACTS, typing.get_type_hints(Facts), found)
+    if not 0 < found["documents"] <= found["tokens"]:
+        raise InputError(f"{place.url}/{FACTS} is damaged: {found['tokens']} tokens in "
+                         f"{found['documents']} documents; write the store again")  # fmt: skip
     return Facts(**{**found, "sources": tuple(found["sources"])})
+
+
+def read_progress(place: Place) -> tuple[dict[str, Any] | None, bytes]:
+    """What an unfinished store says of itself, None where there is none; and its generation."""
+    found, generation = place.json(PROGRESS)
+    if found is not None:
+        check_shape(place, PROGRESS, PROGRESS_SHAPE, found)
+    return found, generation
+
+
+PROGRESS_SHAPE = {"request": dict, "tokens": int, "documents": int, "state": dict | None}
+# type of an entry -> whether a value of JSON is one
+_FITS: dict[Any, Callable[[Any], bool]] = {
+    int: lambda v: type(v) is int and 0 <= v < 1 << 62,
+    int | None: lambda v: v is None or _FITS[int](v),
+    str: lambda v: isinstance(v, str),
+    bytes: lambda v: isinstance(v, str) and re.fullmatch("([0-9a-f]{2})*", v) is not None,
+    dict: lambda v: isinstance(v, dict),
+    dict | None: lambda v: v is None or isinstance(v, dict),
+    tuple[Mapping[str, Any], ...]: lambda v: (
+        isinstance(v, list)
+        and all(isinstance(s, dict) and {"name", "bytes"} <= s.keys() for s in v)
+    ),
+}
+
+
+def check_shape(place: Place, name: str, shape: Mapping[str, Any], found: Any) -> None:
+    """Refuses an object of a store that lacks an entry, or has one of another name or type."""
+    if not isinstance(found, dict):
+        raise InputError(f"{place.url}/{name} is damaged: it holds no object; name another place")
+    for entry in {**shape, **found}:
+        if entry not in found or entry not in shape or not _FITS[shape[entry]](found[entry]):
+            said = f"{entry} = {json.dumps(found[entry])[:60]}" if entry in found else f"no {entry}"
+            raise InputError(f"{place.url}/{name} is damaged: it has {said}; write the store again "
+                             f"into another place")  # fmt: skip
 
 
 class Writer:
@@ -134,8 +201,10 @@ class Writer:
     def __init__(self, place: Place, *, request: Mapping[str, Any], dtype: str):
         """Goes on with the unfinished store of the same request, if one lies there."""
         self._place, self._request = place, request
-        found, generation = place.json(PROGRESS)
-        if found is not None:
+        found, generation = read_progress(place)
+        if found is None:
+            place.check_absent(("tokens", "ends"))
+        else:
             _same_request(place.url, found["request"], request)
         self.tokens: int = found["tokens"] if found else 0
         self.documents: int = found["documents"] if found else 0

@@ -6,25 +6,25 @@ which bits per byte need.
 """
 
 import codecs
-import datetime
+import dataclasses
 import functools
 import hashlib
 import json
 import re
+import secrets
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.sandbox
-import jinja2.utils
 import numpy as np
 import tokenizers
 from jaxtyping import Int
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from lminf.config import closest
+from lminf.data import chat_template
+from lminf.data.chat_template import Messages
 from lminf.errors import InputError
 
 SPACE = "▁"  # how SentencePiece vocabularies write a space
@@ -44,6 +44,10 @@ END_MARKERS = (
     "<eos>",
 )
 
+# What becomes of a special token that is written out in a text: "plain" takes it as the characters
+# it is made of, so that nobody's text can hold a control token; "parse" as the token.
+Special = Literal["plain", "parse"]
+
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
@@ -55,29 +59,32 @@ class Tokenizer:
     end_ids: tuple[int, ...]  # that the model's files declare to end a text or an answer
     chat_template: str | None
 
-    def encode(self, text: str) -> Int[np.ndarray, " T"]:
-        """Token ids, int32, without BOS; special tokens written out in the text are recognised."""
+    def encode(self, text: str, *, special: Special = "plain") -> Int[np.ndarray, " T"]:
+        """Token ids, int32, without BOS."""
         _check_encodable(text)
+        backend = self._backend_for(text, special)
         ids = [
             np.asarray(encoding.ids, np.int32)
             for pieces in _batched(self._pieces(text), PIECES_AT_ONCE)
-            for encoding in self.backend.encode_batch_fast(pieces, add_special_tokens=False)
+            for encoding in backend.encode_batch_fast(pieces, add_special_tokens=False)
         ]
         return np.concatenate(ids) if ids else np.empty(0, np.int32)
 
-    def encode_with_bytes(self, text: str) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"]]:
+    def encode_with_bytes(
+        self, text: str, *, special: Special = "plain"
+    ) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"]]:
         """Token ids, and the byte of the UTF-8 text where each token ends, int64, never falling.
 
         Where the tokenizer normalises the text, ends are those of the characters a token came from.
         """
-        ids, data = self.encode(text), text.encode()
+        ids, data = self.encode(text, special=special), text.encode()
         joined = b"".join(map(self.token_bytes.__getitem__, ids.tolist()))
         ends = np.cumsum(self._token_sizes[ids])
         if joined == data:
             return ids, ends
         if joined == b" " + data:  # the space that SentencePiece puts before a text
             return ids, np.maximum(ends - 1, 0)
-        whole = self.backend.encode(text, add_special_tokens=False)
+        whole = self._backend_for(text, special).encode(text, add_special_tokens=False)
         bytes_before = np.cumsum([0, *(len(c.encode()) for c in text)])
         ends = np.maximum.accumulate(
             [bytes_before[end] for _, end in whole.offsets], dtype=np.int64
@@ -94,25 +101,34 @@ class Tokenizer:
         """Decodes a text that continues another one, token by token."""
         return Incremental(self)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], *, reply: bool = True) -> str:
+    def chat(self, messages: Messages, *, reply: bool = True) -> str:
         """The conversation as the model was trained to read it, up to where it is to reply.
 
-        Holds every special token, BOS too: encode the result as it is.
+        Holds every special token, BOS too, and what messages spell like one; `encode_chat` tells
+        them apart.
         """
+        return "".join(self._split_chat(messages, reply=reply))
+
+    def encode_chat(self, messages: Messages, *, reply: bool = True) -> Int[np.ndarray, " T"]:
+        """Token ids of the conversation: only the template writes special tokens."""
+        pieces = self._split_chat(messages, reply=reply)
+        text = "".join(pieces)
+        _check_encodable(text)
+        if not self._controls or self._control.split(text) == pieces:
+            return self.encode(text, special="parse")
+        hidden = self._hidden
+        aliased = "".join(hidden.names.get(p, p) if i % 2 else p for i, p in enumerate(pieces))
+        ids = hidden.backend.encode(aliased, add_special_tokens=False).ids
+        return np.array([hidden.ids.get(i, i) for i in ids], np.int32)
+
+    def _split_chat(self, messages: Messages, *, reply: bool) -> list[str]:
         if self.chat_template is None:
             raise InputError(
                 "this model has no chat template; generate from a plain prompt, or use an "
                 "instruction-tuned model"
             )
-        try:
-            return _compiled(self.chat_template).render(
-                messages=messages, add_generation_prompt=reply, **self.special
-            )
-        except jinja2.TemplateError as error:
-            raise InputError(
-                f"the chat template refused these messages: {error}; give a list of "
-                f'{{"role": …, "content": …}} in the order that this model expects'
-            ) from error
+        variables = {**self.special, "add_generation_prompt": reply}
+        return chat_template.split(self.chat_template, messages, list(self._controls), variables)
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -164,6 +180,56 @@ class Tokenizer:
         return b" " if b"".join(self._bytes_of(i) for i in ids) == b" a" else b""
 
     @functools.cached_property
+    def _controls(self) -> dict[str, AddedToken]:
+        added = self.backend.get_added_tokens_decoder().values()
+        return {token.content: token for token in added if token.special and token.content}
+
+    @functools.cached_property
+    def _control(self) -> re.Pattern[str]:
+        """Any special token's text, as a group."""
+        longest_first = sorted(self._controls, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+    def _backend_for(self, text: str, special: Special) -> tokenizers.Tokenizer:
+        if special not in typing.get_args(Special):
+            raise InputError(f"special={special!r}; {closest(str(special), ('plain', 'parse'))}")
+        if special == "parse":
+            return self.backend
+        # Few texts spell a special token; then the copy, which takes as much memory, is not made.
+        spelled = {each for c in self._controls for each in (c, c.replace(SPACE, " "))}
+        named = any(start in text for start in {each[:2] for each in spelled})
+        named = named and any(each in text for each in spelled)
+        return self._hidden.backend if named else self.backend
+
+    @functools.cached_property
+    def _hidden(self) -> "_Hidden":
+        """The backend with its special tokens under names that no text holds."""
+        parts = json.loads(self.backend.to_str())
+        model, controls = parts["model"], self._controls
+        if "merges" in model:  # no text may become a special token by merging
+            model["merges"] = [m for m in model["merges"] if "".join(m) not in controls]
+        elif model["type"] == "Unigram":
+            model["vocab"] = [[t, -1e9 if t in controls else score] for t, score in model["vocab"]]
+        backend = tokenizers.Tokenizer.from_str(json.dumps(parts))
+        backend.encode_special_tokens = True  # that is: as ordinary text
+        secret = secrets.token_hex(8)
+        names = {content: f"\ue000{secret}.{i}\ue001" for i, content in enumerate(controls)}
+        backend.add_tokens(
+            [
+                AddedToken(names[content], lstrip=token.lstrip, rstrip=token.rstrip,
+                           normalized=False, special=False)
+                for content, token in controls.items()
+            ]
+        )  # fmt: skip
+        added = {t.content: i for i, t in backend.get_added_tokens_decoder().items()}
+        ids = {added[name]: added[content] for content, name in names.items()}
+        return _Hidden(backend, names, ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For other processes: what is derived is made anew, as a backend forgets its settings.
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @functools.cached_property
     def _divisible(self) -> bool:
         """A text may be cut between a letter and a space without any token noticing.
 
@@ -186,6 +252,12 @@ class Tokenizer:
             start = end
 
 
+class _Hidden(NamedTuple):
+    backend: tokenizers.Tokenizer
+    names: dict[str, str]  # of each special token
+    ids: dict[int, int]  # of a name -> of its special token
+
+
 class ByteTokenizer(Tokenizer):
     """256 bytes and a BOS between documents, for models trained from scratch."""
 
@@ -197,11 +269,17 @@ class ByteTokenizer(Tokenizer):
         backend.add_special_tokens([AddedToken("<bos>", special=True, normalized=False)])
         super().__init__(backend, {"bos_token": "<bos>"}, False, (256,), None)
 
-    def encode(self, text: str) -> Int[np.ndarray, " T"]:
+    def encode(self, text: str, *, special: Special = "plain") -> Int[np.ndarray, " T"]:
+        if special != "plain":
+            return super().encode(text, special=special)
         _check_encodable(text)
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
-    def encode_with_bytes(self, text: str) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"]]:
+    def encode_with_bytes(
+        self, text: str, *, special: Special = "plain"
+    ) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"]]:
+        if special != "plain":
+            return super().encode_with_bytes(text, special=special)
         ids = self.encode(text)
         return ids, np.arange(1, len(ids) + 1)
 
@@ -286,64 +364,3 @@ def _speller(decoder: Mapping[str, Any] | None):
             f"SentencePiece-style tokenizers are read"
         )
     return spell
-
-
-# --- Chat templates -------------------------------------------------------------------------------
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what the assistant says for training; it prints its contents."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration is a plain set)
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """`namespace(...)` that holds no underscored names: they are doors out of the sandbox."""
-
-    def __init__(*args, **kwargs):  # no self, so that a template may store that name
-        for name in kwargs:
-            _Namespace._check(name)
-        jinja2.utils.Namespace.__init__(*args, **kwargs)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _Namespace._check(name)
-        super().__setitem__(name, value)
-
-    @staticmethod
-    def _check(name: str) -> None:
-        if name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a namespace may not hold {name}")
-
-
-@functools.lru_cache(maxsize=16)
-def _compiled(template: str) -> jinja2.Template:
-    """The template in the environment that transformers renders it in.
-
-    Sandboxed and immutable, because a template comes with a checkpoint and is a program.
-    """
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def as_json(value, indent=None, ensure_ascii=False, separators=None, sort_keys=False) -> str:
-        return json.dumps(
-            value,
-            indent=indent,
-            ensure_ascii=ensure_ascii,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
-    environment.filters["tojson"] = as_json
-    environment.globals["namespace"] = _Namespace
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(template)

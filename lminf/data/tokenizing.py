@@ -19,7 +19,7 @@ from lminf.data import documents, store
 from lminf.data.documents import Piece, Source, Split
 from lminf.data.places import Place
 from lminf.data.store import Facts
-from lminf.data.tokenizers import Tokenizer
+from lminf.data.tokenizers import Special, Tokenizer
 from lminf.errors import InputError
 
 COMMIT_TOKENS = 1 << 24  # one object of a store: smaller commits would write it several times
@@ -53,6 +53,7 @@ def tokenize(
     end: str | None = None,
     field: str = "text",
     split: Split = "file",
+    special: Special = "plain",
     workers: int | None = None,
     progress: Progress | None = None,
     memory: ts.Context | None = None,
@@ -61,7 +62,8 @@ def tokenize(
     """Facts of the finished store at `out`; the same whatever the number of workers.
 
     `name` is what the tokenizer was asked for by. `end` is the token after each document where the
-    tokenizer declares none. Nothing is done where the finished store lies there already.
+    tokenizer declares none; `special` is as for Tokenizer.encode. Nothing is done
+    where the finished store lies there already.
     """
     sources = documents.find(patterns)
     place = Place(out, memory=memory)
@@ -70,6 +72,7 @@ def tokenize(
     listing = [(str(s.path), s.bytes, s.modified) for s in sources]
     request = {
         "tokenizer": tokenizer.digest, "end of documents": end_id, "field": field, "split": split,
+        "special tokens": special,
         "list of sources": hashlib.sha256(repr(listing).encode()).hexdigest(),
     }  # fmt: skip
     finished = store.read_facts(place)
@@ -80,13 +83,14 @@ def tokenize(
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
     writer = store.Writer(place, request=request, dtype=dtype)
     state = dict(writer.state or START)
+    store.check_shape(place, store.PROGRESS, dict.fromkeys(START, int) | {"digest": bytes}, state)
 
     total = sum(source.bytes for source in sources)
     if workers is None:
         workers = 0 if total < ALONE_BYTES else len(os.sched_getaffinity(0))
     before = np.cumsum([0, *(source.bytes for source in sources)]).tolist()
     items = _items(sources, state, field=field, split=split)
-    encoder = Encoder(tokenizer, bos_id, end_id, dtype)
+    encoder = Encoder(tokenizer, bos_id, end_id, dtype, special)
     for batch, encoded in _encoded(_batches(items), encoder, workers):
         start = 0
         for item, size, digest in zip(batch, encoded.sizes, encoded.digests, strict=True):
@@ -112,6 +116,7 @@ def tokenize(
         tokenizer=name, tokenizer_digest=tokenizer.digest, vocab_size=vocab_size, dtype=dtype,
         bos_id=bos_id, end_id=end_id, tokens=writer.tokens, documents=writer.documents,
         text_bytes=state["bytes"], empty_documents=state["empty"], field=field, split=split,
+        special=special,
         sources=tuple({"name": str(s.path), "bytes": s.bytes} for s in sources),
         text_digest=state["digest"],
     )  # fmt: skip
@@ -141,7 +146,7 @@ def _check_finished(
 ) -> None:
     held = {
         "tokenizer": facts.tokenizer_digest, "end of documents": facts.end_id,
-        "field": facts.field, "split": facts.split,
+        "field": facts.field, "split": facts.split, "special tokens": facts.special,
     }  # fmt: skip
     differing = [name for name, value in held.items() if request[name] != value]
     if [(s["name"], s["bytes"]) for s in facts.sources] != [
@@ -187,6 +192,7 @@ class Encoder(NamedTuple):
     bos_id: int | None
     end_id: int
     dtype: str  # the store's: half of what the tokenizer gives has to be sent and held
+    special: Special
 
     def __call__(self, pieces: Sequence[Piece]) -> Encoded:
         parts, sizes, size_bytes, digests = [np.empty(0, np.int32)], [], 0, []
@@ -199,7 +205,7 @@ class Encoder(NamedTuple):
             if piece.first and piece.last and not data:
                 sizes.append(0)  # a document without text
                 continue
-            ids = [self.tokenizer.encode(piece.text)]
+            ids = [self.tokenizer.encode(piece.text, special=self.special)]
             ids = [before, *ids] if piece.first else ids
             ids = [*ids, after] if piece.last else ids
             sizes.append(sum(map(len, ids)))

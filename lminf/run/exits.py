@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
-from lminf.errors import InputError
+from lminf.errors import InputError, printable
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
@@ -46,7 +46,8 @@ def orderly(*, debug: bool) -> Iterator[None]:
     except InputError as error:
         if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        # Names and values of files stand in messages as they are.
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt as stop:
         print("interrupted", file=sys.stderr)

@@ -83,15 +83,57 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
 
 def read_lines(path: Path) -> list[Row]:
     """The rows of a .jsonl file; none if there is no such file."""
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise InputError(f"line {number} of {path} is not JSON ({error}); delete it") from error
+    rows, damage = scan_lines(path)
+    if damage:
+        raise InputError(f"{damage[0]}; delete that line")
     return rows
+
+
+def scan_lines(path: Path) -> tuple[list[Row], list[str]]:
+    """The rows of a .jsonl file that can be read, and what is wrong with the other lines."""
+    if not path.exists():
+        return [], []
+    rows, damage = [], []
+    # Not splitlines(): that also breaks at the line separators inside texts.
+    for number, line in enumerate(_content(path).split(b"\n"), 1):
+        if line.strip():
+            try:
+                rows.append(_row(json.loads(line.decode(), parse_constant=_no_number)))
+            except (ValueError, RecursionError) as error:
+                damage.append(f"line {number} of {path} is not a row ({brief(error)})")
+    return rows, damage
+
+
+def _row(value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise ValueError(f"{type(value).__name__} instead of an object")
+    for name, cell in value.items():
+        if isinstance(cell, (dict, list)):
+            raise ValueError(f"the column {name[:40]!r} is no single value")
+        if isinstance(cell, float) and not math.isfinite(cell):
+            raise ValueError(f"the column {name[:40]!r} is infinite")
+        if isinstance(cell, int) and abs(cell) >= 2**63:  # more than an array holds
+            raise ValueError(f"the column {name[:40]!r} has more than 63 bits")
+    return value
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no measurement")
+
+
+def _content(path: Path) -> bytes:
+    if not path.is_file():  # a pipe would be waited for
+        raise InputError(f"{path} is no file; a run keeps its rows and settings in files")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def brief(error: BaseException) -> str:
+    """What a library said, on one short line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 120 else text[:117] + "…"
 
 
 def _scalar(column: str, value: Any) -> Any:
@@ -122,16 +164,6 @@ class RunFolder:
     @property
     def plots(self) -> Path:
         return self.path / "plots"
-
-    def experiment(self) -> str:
-        """The name of the experiment that made this folder."""
-        return self.read_json("environment.json").get("experiment", "")
-
-    def title(self) -> str:
-        """`tiny seed=1`: the variant and what was changed for this run; else the folder's name."""
-        variant = self.read_json("environment.json").get("variant")
-        changed = [f"{key}={value}" for key, value in self.read_json("overrides.json").items()]
-        return " ".join([*([variant] if variant else []), *changed]) or self.path.name
 
     def append_row(self, row: Mapping[str, Any]) -> None:
         append_line(self.path / "rows.jsonl", row)
@@ -166,10 +198,21 @@ class RunFolder:
             self.write(of, "".join(json.dumps(line) + "\n" for line in kept))
 
     def read_json(self, name: str) -> Any:
+        path = self.path / name
+        if not path.exists():
+            raise InputError(f"cannot read {path} (there is no such file); is it a run?")
         try:
-            return json.loads((self.path / name).read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise InputError(f"cannot read {self.path / name} ({error}); is it a run?") from error
+            return json.loads(_content(path).decode())
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"cannot read {path} ({brief(error)}); is it a run?") from error
+
+    def read_object(self, name: str) -> dict[str, Any]:
+        """What a .json file of settings holds, which is an object."""
+        value = self.read_json(name)
+        if not isinstance(value, dict):
+            kind = type(value).__name__
+            raise InputError(f"{self.path / name} holds {kind}, not an object; is it a run?")
+        return value
 
     def remove(self) -> None:
         """Deletes the folder and all that is in it."""
@@ -216,9 +259,14 @@ def create(
 
 def find(name: str, *, runs: Path = Path("runs")) -> RunFolder:
     """The run in the folder `name`, or the latest run of the experiment `name` below `runs`."""
-    if (Path(name) / "environment.json").is_file():
-        return RunFolder(Path(name))
-    latest = sorted((runs / name).glob("*/environment.json"))  # their names start with the time
+    try:
+        for kept in ("environment.json", "rows.jsonl"):
+            if (Path(name) / kept).is_file():
+                return RunFolder(Path(name))
+        # The names of runs start with the time.
+        latest = sorted((runs / name).glob("*/environment.json")) if name else []
+    except (ValueError, OSError, NotImplementedError) as error:
+        raise InputError(f"{name!r} is no folder's name ({brief(error)})") from error
     if latest:
         return RunFolder(latest[-1].parent)
     known = [path.name for path in runs.glob("*") if path.is_dir()]

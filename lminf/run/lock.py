@@ -26,9 +26,11 @@ def held(folder: Path) -> Iterator[None]:
                 f"{folder} is in use by {_holder(file.read())}; wait for it, or name another "
                 f"folder with --out"
             ) from None
-        file.truncate(0)
-        json.dump({"process": os.getpid(), "host": socket.gethostname()}, file)
-        file.flush()
+        with writing(path):  # the disk may be full already
+            os.truncate(handle, 0)
+            os.write(handle, json.dumps(
+                {"process": os.getpid(), "host": socket.gethostname()}
+            ).encode())  # fmt: skip
         try:
             yield
         finally:

@@ -1,12 +1,14 @@
-"""Rows -> figures in one style: colour-blind safe, labels on lines, log2 lengths, units on axes.
+"""Rows -> figures: labels on lines, log2 lengths, units on axes, panels where lines tangle.
 
 Figures are made without pyplot, so nothing global changes and no display is needed. A figure is
-drawn from rows alone.
+drawn from rows alone. Several rows of one line at one x are draws: the line runs through their
+mean, and each is a dot.
 """
 
 import io
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -14,41 +16,31 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator, NullLocator
+from matplotlib.ticker import FuncFormatter
+from PIL import Image
 
+from lminf.errors import InputError
+from lminf.run import labels, style, tables, ticks
 from lminf.run.folder import Row, RunFolder
+from lminf.run.style import DASHES, STYLE, Look
 
-# Okabe and Ito's palette without its yellow, which is hard to see as a line on white.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-DASHES = ("-", "--", ":", "-.")  # beyond seven lines the colours repeat with another dash
-STYLE: dict[Any, Any] = {  # matplotlib types the keys as literals
-    "font.family": "DejaVu Sans",  # ships with matplotlib: the same figure on every machine
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "lines.linewidth": 1.8,
-    "figure.dpi": 100,
-    "savefig.dpi": 160,
-}
-LABEL_GAP = 1.3  # line heights between neighbouring labels
+WIDTH = 8.6  # inches; text of 10 points is then as large as a page's on GitHub
+MAX_LINES = 6  # of one panel
+MAX_PANELS = 24
+KINDS = ("png", "svg")  # of files: for pages, and for papers
+MANY_POINTS = 60  # beyond which a line has no markers
 
 
-def short_names(values: Iterable[str]) -> dict[str, str]:
-    """`kind:field=value,…` -> its kind, with the settings that tell it from others of its kind."""
-    parts = {value: value.partition(":") for value in values}
-    short = {}
-    for value, (kind, _, settings) in parts.items():
-        others = [set(s.split(",")) for v, (k, _, s) in parts.items() if k == kind and v != value]
-        own = [s for s in settings.split(",") if not all(s in other for other in others)]
-        short[value] = "\n".join([kind, *own] if others else [kind])
-    return short
+@dataclass
+class Line:
+    """One line of one panel, in ascending x."""
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    draws: list[tuple[float, float]]  # (x, y) where there are several of one x
+    low: np.ndarray
+    high: np.ndarray  # of the interval; NaN: none
 
 
 def curves(
@@ -65,27 +57,51 @@ def curves(
     log_x: bool = False,
     log_y: bool = False,
     y_limits: tuple[float | None, float | None] | None = None,
+    interval: tuple[str, str] | None = None,
+    band: bool = False,
+    panel: str | None = None,
+    joined: bool = True,
 ) -> Figure:
     """One line per value of `by`, labelled at its end; `mark` draws a rule at an x.
 
-    `log_x` spaces powers of two evenly. Rows that lack x or y are left out.
+    `log_x` spaces powers of two evenly. `interval` names the columns of an interval's ends, drawn
+    as a bar at each point or as a `band`. Lines share panels by the column `panel`; without it,
+    more than six are set apart by family. Points that are not `joined` are a cloud. Rows that lack
+    x or y are left out.
     """
+    names = dict.fromkeys(str(row.get(by)) for row in rows if _measured(row, x, y))
+    looks = style.looks(names)
+    panels = (
+        {key: list(dict.fromkeys(str(row.get(by)) for row in own)) for key, own in
+         _groups([row for row in rows if _measured(row, x, y)], panel).items()}
+        if panel else _families(looks)
+    )  # fmt: skip
     with matplotlib.rc_context(STYLE):
-        figure, axes = _new_figure(x_label or axis_label(x), y_label or axis_label(y), title)
+        figure, grid = panels_of(list(panels), x_label or axis_label(x), y_label or axis_label(y))
+        if title and len(grid) == 1:
+            grid[0].set_title(title)
+        elif title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        values = [row[x] for row in rows if _measured(row, x, y)]
+        for axes in grid:
+            if log_y:
+                axes.set_yscale("log")
+            ticks.along_x(axes, values, log_x, most=8 if len(grid) == 1 else 4)
+            if log_y:
+                heights = [row[y] for row in rows if _measured(row, x, y) and row[y] > 0]
+                ticks.decades(axes.yaxis, [end for end in y_limits or () if end] or heights)
         ends = []
-        for index, (name, points) in enumerate(_lines(rows, x, y, by).items()):
-            colour = PALETTE[index % len(PALETTE)]
-            dash = DASHES[index // len(PALETTE) % len(DASHES)]
-            axes.plot(*zip(*points, strict=True), dash, color=colour, marker="o", markersize=3.5)
-            ends.append((name, points[-1], colour))
-        if log_y:
-            axes.set_yscale("log")
-        if y_limits is not None:
-            axes.set_ylim(*y_limits)
-        _length_ticks(axes, [row[x] for row in rows if _measured(row, x, y)], log_x)
-        if mark is not None:
-            _rule(axes, mark, mark_label)
-        _label_ends(figure, axes, ends)
+        for axes, (key, members) in zip(grid, panels.items(), strict=True):
+            own = [row for row in rows if not panel or str(row.get(panel)) == key]
+            lines = _lines(own, x, y, by, members, interval)
+            drawn = [_draw(axes, line, looks[line.name], dash, band=band, joined=joined)
+                     for line, dash in zip(lines, _dashes(lines, looks), strict=True)]  # fmt: skip
+            ends.append(drawn if joined else [])
+            if y_limits is not None:
+                axes.set_ylim(*y_limits)
+            if mark is not None:
+                _rule(axes, mark, mark_label)
+        labels.at_ends(figure, grid, ends)
         return figure
 
 
@@ -94,26 +110,56 @@ def bars(
     *,
     x: str,
     y: str,
-    by: str,
+    by: str | None = None,
     x_label: str | None = None,
     y_label: str | None = None,
     title: str | None = None,
+    center: Callable[[list[float]], Any] = np.median,
 ) -> Figure:
-    """Groups of bars: one group per value of `x`, one colour per value of `by`."""
+    """Bars from left to right: a group per value of `x`, from above, in it one per value of `by`.
+
+    Several rows of one bar are draws: the bar ends at their `center`, and each is a dot.
+    """
     rows = [row for row in rows if _measured(row, x, y)]
     groups = list(dict.fromkeys(row[x] for row in rows))
-    names = list(dict.fromkeys(str(row[by]) for row in rows))
-    width = 0.8 / max(len(names), 1)
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _new_figure(x_label or axis_label(x), y_label or axis_label(y), title)
+    names = list(dict.fromkeys(str(row[by]) for row in rows)) if by else [""]
+    looks = style.looks(names)
+    height = 0.8 / max(len(names), 1)
+    with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
+        figure, (axes,) = panels_of([""], y_label or axis_label(y), "")
+        figure.set_figheight(1.1 + 0.34 * max(2, len(groups) * len(names)))
+        axes.set_ylabel(axis_label(x) if x_label is None else x_label)
+        if title:
+            axes.set_title(title)
+        ends, places = [], []
         for index, name in enumerate(names):
-            own = [row for row in rows if str(row[by]) == name]
-            places = [groups.index(row[x]) + (index + 0.5) * width - 0.4 for row in own]
-            colour = PALETTE[index % len(PALETTE)]
-            axes.bar(places, [row[y] for row in own], width * 0.92, color=colour, label=name)
-        axes.set_xticks(range(len(groups)), [_tick(group) for group in groups])
-        if len(names) > 1:  # above the bars, where it hides none
-            figure.legend(loc="outside upper left", ncols=4, frameon=False)
+            for place, group in enumerate(groups):
+                own = [r[y] for r in rows if r[x] == group and (not by or str(r[by]) == name)]
+                if not own:
+                    continue
+                at, end = place + (index + 0.5) * height - 0.4, float(center(own))
+                label = looks[name].label if name else None
+                axes.barh(at, end, height * 0.9, color=looks[name].colour if name else
+                          style.PALETTE[0], label=label)  # fmt: skip
+                if len(own) > 1:
+                    axes.plot(own, [at] * len(own), "o", color="#333333", markersize=3.5,
+                              markeredgecolor="white", markeredgewidth=0.5)  # fmt: skip
+                ends.append(end)
+                places.append((max(own), at))
+        for shown, place in zip(tables.column(ends), places, strict=True):
+            axes.annotate(shown, place, xytext=(7, 0), textcoords="offset points", va="center",
+                          fontsize=9)  # fmt: skip
+        axes.set_yticks(range(len(groups)), [_named(group) for group in groups])
+        axes.set_ylim(len(groups) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: style.number(value)))
+        axes.margins(x=0.09)  # room for the numbers
+        if len(names) > 1:  # beside the bars, where it hides none
+            handles, named = axes.get_legend_handles_labels()
+            different = dict(zip(named, handles, strict=True))
+            bare = all(label.replace(".", "").isdigit() for label in different)
+            figure.legend(different.values(), different.keys(), loc="outside upper left", ncols=4,
+                          frameon=False, title=axis_label(by or "") if bare else None)  # fmt: skip
         return figure
 
 
@@ -128,8 +174,9 @@ def heatmap(
     value_label: str | None = None,
     title: str | None = None,
     limits: tuple[float | None, float | None] = (None, None),
+    text: str | None = None,
 ) -> Figure:
-    """A grid of coloured cells with the values written in them while they are few.
+    """A grid of coloured cells, in them the column `text` or the values while they are few.
 
     Numbers rise, from the left and from below; names stand as they come, the first on top.
     """
@@ -138,46 +185,109 @@ def heatmap(
     if any(isinstance(line, str) for line in lines):
         lines.reverse()
     grid = np.full((len(lines), len(columns)), np.nan)
+    written: dict[tuple[int, int], str] = {}
     for row in rows:
-        grid[lines.index(row[y]), columns.index(row[x])] = row[value]
+        cell = lines.index(row[y]), columns.index(row[x])
+        grid[cell] = row[value]
+        written[cell] = f"{row[value]:.3g}" if text is None else str(row[text])
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        figure, axes = _new_figure(
-            axis_label(x) if x_label is None else x_label,
-            axis_label(y) if y_label is None else y_label,
-            title,
-        )
-        figure.set_figheight(max(figure.get_figheight(), 1.2 + 0.28 * len(lines)))
+        figure, (axes,) = panels_of([""], axis_label(x) if x_label is None else x_label,
+                                    axis_label(y) if y_label is None else y_label)  # fmt: skip
+        figure.set_figheight(1.4 + 0.34 * max(3, len(lines)))
+        if title:
+            axes.set_title(title)
         image = axes.imshow(
-            grid, cmap="cividis", aspect="auto", origin="lower", vmin=limits[0], vmax=limits[1]
-        )
-        axes.set_xticks(range(len(columns)), [_tick(column) for column in columns])
-        axes.set_yticks(range(len(lines)), [_tick(line) for line in lines])
-        figure.colorbar(image, ax=axes, label=value_label or axis_label(value))
+            grid, cmap="cividis", aspect="auto", origin="lower", vmin=limits[0], vmax=limits[1],
+            interpolation="nearest",
+        )  # fmt: skip
+        axes.set_xticks(range(len(columns)), [_named(column) for column in columns])
+        axes.set_yticks(range(len(lines)), [_named(line) for line in lines])
+        axes.tick_params(length=0)
+        figure.colorbar(image, ax=axes, label=value_label or axis_label(value), aspect=14)
         if grid.size <= 150:
-            _write_cells(axes, grid, image.norm)
+            for (line, column), shown in written.items():
+                colour = (
+                    "white" if float(np.asarray(image.norm(grid[line, column]))) < 0.5 else "black"
+                )
+                axes.text(column, line, shown, ha="center", va="center", color=colour, fontsize=8.5)
         return figure
 
 
-def _in_order(values: Iterable[Any]) -> list[Any]:
-    different = list(dict.fromkeys(values))
-    return different if any(isinstance(v, str) for v in different) else sorted(different)
+def panels_of(
+    titles: Sequence[str],
+    x_label: str,
+    y_label: str,
+    *,
+    columns: int = 2,
+    height: float = 2.9,
+    size: float = 10.5,
+) -> tuple[Figure, list[Axes]]:
+    """A figure of one panel, or of several with the same axes, and its axes; labels stand outside.
+
+    Make it, and draw, under `matplotlib.rc_context(STYLE)`.
+    """
+    if len(titles) > MAX_PANELS:
+        raise InputError(
+            f"a figure of {len(titles)} panels cannot be read, {MAX_PANELS} can; choose fewer rows"
+        )
+    if len(titles) <= 1:
+        figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot(xlabel=x_label, ylabel=y_label)
+        if titles and titles[0]:
+            axes.set_title(titles[0])
+        return figure, [axes]
+    columns = min(columns, len(titles))
+    lines = -(-len(titles) // columns)
+    figure = Figure(figsize=(WIDTH, height * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for index, axes in enumerate(grid):
+        if index >= len(titles):
+            axes.remove()
+            continue
+        axes.set_title(titles[index], fontsize=size)
+        if index + columns >= len(titles):  # the last of its column
+            axes.tick_params(labelbottom=True)
+    figure.supxlabel(x_label, fontsize=10)
+    figure.supylabel(y_label, fontsize=10)
+    return figure, grid[: len(titles)]
 
 
-def save(figure: Figure) -> bytes:
-    """The figure as a PNG."""
+# --- files ----------------------------------------------------------------------------------------
+
+
+def save(figure: Figure, kind: str = "png") -> bytes:
+    """The figure as a file of that kind, png or svg: the same rows give the same bytes."""
     buffer = io.BytesIO()
-    # No software version in the file: the same rows give the same bytes.
-    figure.savefig(buffer, format="png", metadata={"Software": None}, bbox_inches="tight")
-    return buffer.getvalue()
+    with matplotlib.rc_context(STYLE):
+        if kind == "svg":
+            figure.savefig(buffer, format="svg", bbox_inches="tight",
+                           metadata={"Date": None, "Creator": None})  # fmt: skip
+            # Verdana is as wide as DejaVu Sans, and is there where that is not.
+            text = buffer.getvalue().replace(
+                b"'DejaVu Sans'", b"'DejaVu Sans', Verdana, sans-serif"
+            )
+            return b"\n".join(line.rstrip() for line in text.split(b"\n"))
+        figure.savefig(buffer, format="png", bbox_inches="tight")
+    packed = io.BytesIO()
+    with Image.open(buffer) as image:  # 256 colours: a third of the bytes
+        few = image.convert("RGB").quantize(
+            256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
+        )
+    few.save(packed, format="png", optimize=True, dpi=(style.DPI, style.DPI))
+    return packed.getvalue()
 
 
 def write(out: RunFolder, drawn: Figure | Mapping[str, Figure], stem: str) -> list[str]:
-    """Saves one figure as plots/<stem>.png, or several by their own stems; their names in `out`."""
+    """Saves one figure as plots/<stem>.png, or several by their own stems, and each as .svg beside
+    it for papers; returns the names of the former in `out`.
+    """
     figures = {stem: drawn} if isinstance(drawn, Figure) else drawn
-    return [
-        str(out.write(f"plots/{name}.png", save(figure)).relative_to(out.path))
-        for name, figure in figures.items()
-    ]
+    for name, figure in figures.items():
+        for kind in KINDS:
+            out.write(f"plots/{name}.{kind}", save(figure, kind))
+    return [f"plots/{name}.png" for name in figures]
 
 
 def axis_label(column: str) -> str:
@@ -190,109 +300,125 @@ def axis_label(column: str) -> str:
     return units.get(column, column.replace("_", " "))
 
 
-def _new_figure(x_label: str, y_label: str, title: str | None) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    if title:
-        axes.set_title(title)
-    return figure, axes
+# --- lines ----------------------------------------------------------------------------------------
 
 
 def _measured(row: Row, *columns: str) -> bool:
     return all(row.get(column) is not None for column in columns)
 
 
-def _lines(rows: Sequence[Row], x: str, y: str, by: str) -> dict[str, list[tuple[float, float]]]:
-    lines: dict[str, list[tuple[float, float]]] = {}
+def _groups(rows: Sequence[Row], column: str) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
     for row in rows:
-        if _measured(row, x, y):
-            lines.setdefault(str(row.get(by)), []).append((row[x], row[y]))
-    return {name: sorted(points) for name, points in lines.items()}
+        found.setdefault(str(row.get(column)), []).append(row)
+    return found or {"": []}
 
 
-def _length_ticks(axes: Axes, values: Sequence[float], log: bool) -> None:
-    if log and values:
-        axes.set_xscale("log", base=2)
-        low, high = np.floor(np.log2(min(values))), np.ceil(np.log2(max(values)))
-        step = max(1, int(np.ceil((high - low) / 8)))
-        axes.xaxis.set_major_locator(FixedLocator([2.0**e for e in np.arange(low, high + 1, step)]))
-        axes.xaxis.set_minor_locator(NullLocator())
-    elif values and max(values) > 0 and all(value % 64 == 0 for value in values):  # lengths
-        step = 2.0 ** np.ceil(np.log2(max(values) / 8))  # at most eight, at powers of two
-        axes.xaxis.set_major_locator(MultipleLocator(max(step, 64)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+def _families(looks: Mapping[str, Look]) -> dict[str, list[str]]:
+    """Names of lines by panel: all in one while they are few, else by family, at most so many."""
+    if len(looks) <= MAX_LINES:
+        return {"": list(looks)}
+    everywhere = [name for name, look in looks.items()
+                  if not look.family and style.policy_of(name)]  # fmt: skip
+    families: dict[str, list[str]] = {}
+    for name, look in looks.items():
+        if name not in everywhere:
+            families.setdefault(look.family, []).append(name)
+    room = MAX_LINES - len(everywhere)
+    for family, names in list(families.items()):  # one line alone joins the smallest of the others
+        others = [other for other in families if other != family]
+        smallest = min(others, key=lambda other: len(families[other]), default=None)
+        if len(names) == 1 and smallest is not None and len(families[smallest]) < room:
+            del families[family]
+            families[f"{family}, {smallest.lower()}"] = names + families.pop(smallest)
+    panels = {}
+    for family, names in families.items():
+        for count, start in enumerate(range(0, len(names), room), 1):
+            title = f"{family} ({count})".strip() if len(names) > room else family
+            panels[title] = everywhere + names[start : start + room]
+    return panels
 
 
-def _tick(value: Any) -> str:
-    """8192 -> 8k: lengths are powers of two, so k is 1,024; other numbers stay as they are."""
-    if isinstance(value, str):
-        return value
-    if value >= 1024 and value % 1024 == 0:
-        return f"{value / 1024:,.0f}k"
-    return f"{value:,.10g}"
+def _lines(
+    rows: Sequence[Row], x: str, y: str, by: str, names: Iterable[str],
+    interval: tuple[str, str] | None,
+) -> list[Line]:  # fmt: skip
+    points: dict[str, dict[float, list[Row]]] = {name: {} for name in names}
+    for row in rows:
+        if _measured(row, x, y) and str(row.get(by)) in points:
+            points[str(row.get(by))].setdefault(row[x], []).append(row)
+    lines = []
+    for name, found in points.items():
+        if not found:
+            continue
+        at = sorted(found)
+        ends = [[_mean(row.get(end) for row in found[place]) for place in at]
+                for end in interval or ("", "")]  # fmt: skip
+        draws = [(place, row[y]) for place in at for row in found[place] if len(found[place]) > 1]
+        means = [_mean(row[y] for row in found[place]) for place in at]
+        lines.append(Line(name, np.array(at, float), np.array(means), draws, *map(np.array, ends)))
+    return lines
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else math.nan
+
+
+def _dashes(lines: Sequence[Line], looks: Mapping[str, Look]) -> list[str]:
+    """Another dash for each further line of one colour."""
+    seen: dict[str, int] = {}
+    dashes = []
+    for line in lines:
+        colour = looks[line.name].colour
+        dashes.append(DASHES[seen.get(colour, 0) % len(DASHES)])
+        seen[colour] = seen.get(colour, 0) + 1
+    return dashes
+
+
+def _draw(
+    axes: Axes, line: Line, look: Look, dash: str, *, band: bool, joined: bool
+) -> tuple[str, tuple[float, float], str]:
+    """Draws the line; returns its label, its last point and its colour."""
+    colour, many = look.colour, len(line.x) > MANY_POINTS
+    axes.plot(
+        line.x, line.y, linestyle=dash if joined else "none", color=colour,
+        marker="" if many and joined else look.marker, markersize=4 if joined else 3,
+        linewidth=0.9 if many else None, alpha=1 if joined else 0.6, markeredgewidth=0,
+    )  # fmt: skip
+    if line.draws:
+        axes.plot(*zip(*line.draws, strict=True), "o", color=colour, markersize=2.5, alpha=0.5,
+                  markeredgewidth=0)  # fmt: skip
+    known = np.isfinite(line.low) & np.isfinite(line.high)
+    if known.any() and band:
+        axes.fill_between(line.x[known], line.low[known], line.high[known], color=colour,
+                          alpha=0.15, linewidth=0)  # fmt: skip
+    elif known.any():
+        middle = line.y[known]
+        beyond = [np.maximum(middle - line.low[known], 0), np.maximum(line.high[known] - middle, 0)]
+        axes.errorbar(line.x[known], middle, beyond, fmt="none", ecolor=colour, elinewidth=1,
+                      capsize=2.5, alpha=0.75)  # fmt: skip
+    return look.label, (float(line.x[-1]), float(line.y[-1])), colour
+
+
+# --- axes -----------------------------------------------------------------------------------------
+
+
+def _named(value: Any) -> str:
+    return value if isinstance(value, str) else style.length(value)
+
+
+def _in_order(values: Iterable[Any]) -> list[Any]:
+    different = list(dict.fromkeys(values))
+    return different if any(isinstance(v, str) for v in different) else sorted(different)
 
 
 def _rule(axes: Axes, x: float, label: str) -> None:
+    """A dashed line at x, named above the frame, where no curve runs."""
     axes.axvline(x, color="#777777", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    place = axes.get_xaxis_transform()
     axes.annotate(
-        label, (x, 1), xycoords=place, xytext=(-4, -2), textcoords="offset points",
-        rotation=90, ha="right", va="top", fontsize=8, color="#777777",
+        label, (x, 1), xycoords=axes.get_xaxis_transform(), xytext=(0, 2),
+        textcoords="offset points", ha="center", va="bottom", fontsize=8, color="#666666",
     )  # fmt: skip
-
-
-def _label_ends(figure: Figure, axes: Axes, ends: Sequence[tuple[str, tuple, str]]) -> None:
-    """Each line's name beside its last point, moved up or down until no two names touch."""
-    if not ends:
-        return
-    line_height = LABEL_GAP * matplotlib.rcParams["font.size"]  # points
-    low, high = axes.get_ylim()
-    to_points = 72 / figure.dpi
-    figure.draw_without_rendering()  # settles the layout, and with it where a value lands
-    box = axes.get_window_extent()
-    ends = sorted(ends, key=lambda end: end[1][1])
-    wanted = []
-    for _, (x, y), _ in ends:
-        pixels = axes.transData.transform((x, min(max(y, low), high)))[1]
-        wanted.append((pixels - box.y0) * to_points)
-    heights = [line_height * (1 + name.count("\n")) for name, _, _ in ends]
-    placed = spread(wanted, heights)
-    for (name, (x, y), colour), wish, offset in zip(ends, wanted, placed, strict=True):
-        fraction = offset / (box.height * to_points)
-        axes.annotate(
-            name, (x, min(max(y, low), high)), xytext=(1.03, fraction), textcoords="axes fraction",
-            color=colour, va="center", ha="left", annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3,
-                "alpha": 0.7 if abs(offset - wish) > 2 else 0.0,
-            },
-        )  # fmt: skip
-
-
-def spread(wanted: Sequence[float], heights: Sequence[float]) -> list[float]:
-    """Centres of labels of these heights that do not overlap, in the order of `wanted` (ascending).
-
-    Least squares: neighbours that would touch form a block centred on the mean of their wishes.
-    """
-    offsets = [0.0]  # of each label above the first, were they all stacked
-    for below, above in itertools.pairwise(heights):
-        offsets.append(offsets[-1] + (below + above) / 2)
-    blocks: list[tuple[float, int]] = []  # sum of (wish - offset), and count
-    for wish, offset in zip(wanted, offsets, strict=False):
-        total, count = wish - offset, 1
-        while blocks and blocks[-1][0] / blocks[-1][1] > total / count:
-            before = blocks.pop()
-            total, count = total + before[0], count + before[1]
-        blocks.append((total, count))
-    starts = [total / count for total, count in blocks for _ in range(count)]
-    return [start + offset for start, offset in zip(starts, offsets, strict=False)]
-
-
-def _write_cells(axes: Axes, grid: np.ndarray, norm: Any) -> None:
-    for line, column in np.argwhere(np.isfinite(grid)):
-        value = grid[line, column]
-        colour = "white" if norm(value) < 0.5 else "black"
-        axes.text(column, line, f"{value:.3g}", ha="center", va="center", color=colour, fontsize=8)
+    if axes.get_title(loc="left"):
+        axes.set_title(axes.get_title(loc="left"), pad=15, fontsize=axes.title.get_fontsize())

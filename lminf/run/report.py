@@ -1,6 +1,7 @@
 """report.md: question, command, table, figure, hardware, time, in that order."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,3 +47,20 @@ def compose(
         f"<details><summary>Configuration</summary>\n\n```json\n{config.strip()}\n```\n\n</details>",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+TABLE = re.compile(r"^\|.*\n(?:\|.*\n)+", re.MULTILINE)
+FIGURES = re.compile(r"(?:^!\[.*\]\(plots/.*\)\n+)+", re.MULTILINE)
+
+
+def with_results(text: str, *, table: Sequence[Row], figures: Sequence[str]) -> str:
+    """A report with its table written anew and links to these figures, known ones in their order.
+
+    A report without a table or without figures, as of a run that failed, gets none.
+    """
+    text = TABLE.sub(lambda _: tables.markdown(table) + "\n", text, count=1)
+    known = re.findall(r"^!\[.*\]\((plots/.*)\)$", text, re.MULTILINE)
+    shown = [name for name in known if name in figures]
+    shown += sorted(set(figures) - set(shown))
+    links = "".join(f"![{os.path.basename(name)}]({name})\n\n" for name in shown)
+    return FIGURES.sub(lambda _: links, text, count=1)

@@ -5,6 +5,7 @@
 
 import ast
 import importlib.util
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class Request:
 def parse(experiment: str, arguments: Sequence[str]) -> Request | None:
     """What the arguments ask for; None when they ask for help, which is then printed."""
     arguments = list(arguments)
+    refuse_repeats(arguments)
     path, variant = find_config(experiment, take(arguments, "config"))
     config = load_config(path, variant)
     if {"--help", "-h", "-help"} & set(arguments):
@@ -77,8 +79,15 @@ def parse(experiment: str, arguments: Sequence[str]) -> Request | None:
     )
 
 
+def refuse_repeats(arguments: Sequence[str]) -> None:
+    """Refuses a flag that is given twice: the first of its values would be lost."""
+    names = [a.partition("=")[0].lstrip("-") for a in arguments if re.match("--?[A-Za-z]", a)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"--{twice} is given twice; give it once")
+
+
 def take(arguments: list[str], name: str) -> str | None:
-    """Removes `--name=value` or `--name value` from the arguments; the value of the last one."""
+    """Removes `--name=value` or `--name value` from the arguments; its value."""
     value = None
     position = 0
     while position < len(arguments):

@@ -1,12 +1,16 @@
 """Rows -> tables for a terminal and for Markdown. A table is itself a list of rows."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderResult
 from rich.table import Table
+from rich.text import Text
 
+from lminf.errors import printable
 from lminf.run.folder import Row
 
 
@@ -37,18 +41,19 @@ def column_names(rows: Sequence[Row]) -> list[str]:
 
 
 def markdown(rows: Sequence[Row], *, digits: int = 3) -> str:
-    """The rows as a Markdown table; numbers right-aligned, floats to `digits` decimals."""
+    """The rows as a Markdown table; numbers right-aligned, as `column` writes them."""
     if not rows:
         return "(no rows)"
     names = column_names(rows)
     rule = ["---:" if _numeric(rows, name) else "---" for name in names]
-    heads = [_escaped(name) for name in names]
-    cells = [[_escaped(cell(row.get(name), digits)) for name in names] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [heads, rule, *cells])
+    heads = [_escaped(printable(name)) for name in names]
+    columns = [map(_escaped, column([row.get(name) for row in rows], digits)) for name in names]
+    lines = [heads, rule, *zip(*columns, strict=True)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return text.replace("|", "\\|")
 
 
 def rich_table(
@@ -68,17 +73,27 @@ class _Fitting:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         del console
+        title = None if self.title is None else Text(printable(self.title))
         for index, names in enumerate(self.groups(options.max_width)):
-            table = Table(title=None if index else self.title, title_justify="left")
+            table = Table(title=None if index else title, title_justify="left")
             for name in names:
                 # Folded, not cut: two names that begin alike must stay two names. Values are not
                 # folded for the sake of long heads.
                 side = "right" if _numeric(self.rows, name) else "left"
                 least = min(self.width_of(name), (options.max_width - 1) // 2) - 3
-                table.add_column(name, justify=side, overflow="fold", min_width=least)
-            for row in self.rows:
-                table.add_row(*(cell(row.get(name), self.digits) for name in names))
+                table.add_column(
+                    Text(printable(name)), justify=side, overflow="fold", min_width=least
+                )
+            for line in zip(*(self.cells.get(name, ()) for name in names), strict=True):
+                table.add_row(*map(Text, line))
             yield table
+
+    @cached_property
+    def cells(self) -> dict[str, list[str]]:
+        return {
+            name: column([row.get(name) for row in self.rows], self.digits)
+            for name in column_names(self.rows)
+        }
 
     def groups(self, width: int) -> list[list[str]]:
         """Names of the columns that stand side by side in so many characters."""
@@ -96,22 +111,42 @@ class _Fitting:
 
     def width_of(self, name: str) -> int:
         """Of a column with the spaces and the line before it; a head is broken between words."""
-        cells = (cell(row.get(name), self.digits) for row in self.rows)
-        return 3 + max(map(len, [*name.split(), *cells]), default=0)
+        return 3 + max(map(len, [*name.split(), *self.cells.get(name, ())]), default=0)
 
 
-def cell(value: Any, digits: int = 3) -> str:
-    """One value as text: floats to `digits` decimals, or in scientific form if that shows none."""
+def column(values: Sequence[Any], digits: int = 3) -> list[str]:
+    """The values of one column as text, floats with the same number of decimals.
+
+    Decimals follow the largest value: `digits` of them from 0.01 to 100, fewer above, so many below
+    that it keeps `digits` digits. A difference of 3e-08 beside losses of 2.4 is 0.000.
+    """
+    floats = [abs(value) for value in values if isinstance(value, float) and 0 < abs(value) < 1e6]
+    largest, least = max(floats, default=1.0), min(floats, default=1.0)
+    decimals = digits
+    for bound, fewer in ((1000, 3), (100, 2)):
+        if largest >= bound and least >= 10.0 ** (fewer - digits + 1):
+            decimals = max(0, digits - fewer)
+            break
+    if largest < 1e-4:  # all of them
+        return [_cell(value, f".{digits - 1}e") for value in values]
+    if largest < 0.01:
+        decimals = digits - 1 - math.floor(math.log10(largest))
+    return [_cell(value, f",.{decimals}f") for value in values]
+
+
+def _cell(value: Any, form: str) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
-        return f"{value:,}"
+        return f"{value:,}" if abs(value) < 10**18 else f"{value:.3e}"
     if isinstance(value, float):
-        tiny = value != 0 and abs(value) < 10**-digits
-        return f"{value:.{digits}g}" if tiny or abs(value) >= 1e6 else f"{value:,.{digits}f}"
-    return str(value)
+        if not math.isfinite(value) or abs(value) >= 1e9:
+            return f"{value:.3g}"
+        text = f"{value:,.0f}" if abs(value) >= 1e6 else f"{value:{form}}"
+        return text if text.strip("-0.,") else text.removeprefix("-")  # no minus nought
+    return printable(str(value))
 
 
 def _numeric(rows: Sequence[Row], name: str) -> bool:

@@ -98,6 +98,7 @@ def test_snapkv_is_its_release():
     np.testing.assert_array_equal(kept, case["kept"])
 
 
+@pytest.mark.slow
 def test_longheads_departs_from_its_release_in_the_last_token_of_a_chunk():
     """There the release counts the chunk that this token completes as the one before it, so the
     one that was is ranked among the others, and one chunk less is seen.
@@ -139,6 +140,7 @@ def test_the_search_of_hip_is_its_release(first_row):
     assert departing(formula, out) == []
 
 
+@pytest.mark.slow
 def test_top_k_departs_from_its_release_where_fewer_than_k_are_there():
     """3 middle tokens and k = 5: the release takes none of them, and we take all."""
     case = released("14_topk_fewer_than_k")

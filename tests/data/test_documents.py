@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lminf.data import documents
+from lminf.data import byte_streams, documents, records
 from lminf.errors import InputError
 
 TEXTS = ["One text.", "Zwei Sätze über 語.\nMit Zeile.", "third"]
@@ -46,10 +46,14 @@ def test_zstandard_frames_and_a_file_that_was_cut(tmp_path):
     (tmp_path / "a.jsonl.zst").write_bytes(b"".join(packed))
     assert texts(tmp_path / "a.jsonl.zst") == TEXTS
     (tmp_path / "cut.jsonl.zst").write_bytes(b"".join(packed)[:-3])
-    with pytest.raises(InputError, match=r"cut.jsonl.zst ends in the middle"):
+    with pytest.raises(
+        InputError, match=r"cut.jsonl.zst cannot be read to its end .*in the middle"
+    ):
         texts(tmp_path / "cut.jsonl.zst")
     (tmp_path / "not.zst").write_bytes(b"plain text")
-    with pytest.raises(InputError, match=r"not.zst is not a whole .zst file"):
+    with pytest.raises(
+        InputError, match=r"not.zst is not zstandard data, although its name ends in .zst"
+    ):
         texts(tmp_path / "not.zst")
 
 
@@ -62,16 +66,21 @@ def test_rows_of_parquet(tmp_path):
     with pytest.raises(InputError, match=r"a.parquet has no column 'boddy'.*did you mean 'body'"):
         texts(path, field="boddy")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), path)
-    with pytest.raises(InputError, match=r"a.parquet row 2: the field 'text' is null"):
+    assert texts(path) == ["a", ""]
+    pyarrow.parquet.write_table(pyarrow.table({"text": [b"a"]}), path)
+    with pytest.raises(InputError, match=r"a.parquet row 1: the field 'text' is .*not a text"):
         texts(path)
     path.write_bytes(b"PAR1 and nothing else")
     with pytest.raises(InputError, match=r"a.parquet is not a readable parquet file"):
         texts(path)
 
 
-@pytest.mark.parametrize(("name", "package"), [("a.parquet", "pyarrow"), ("a.zst", "zstandard")])
-def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
-    (tmp_path / name).write_bytes(b"x")
+@pytest.mark.parametrize(
+    ("name", "package", "data"),
+    [("a.parquet", "pyarrow", b"PAR1"), ("a.zst", "zstandard", b"\x28\xb5\x2f\xfd")],
+)
+def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package, data):
+    (tmp_path / name).write_bytes(data)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=rf"needs the package {package}; install it with"):
         texts(tmp_path / name)
@@ -82,7 +91,7 @@ def test_plain_text_is_one_document_or_one_between_blank_lines(tmp_path, monkeyp
     path.write_text("\n\none\nstill one\n \n\ntwo 語\n\n\n", encoding="utf-8")
     assert texts(path) == [path.read_text(encoding="utf-8")]
     for block in (1, 2, 3, 7, 1 << 20):  # wherever the blocks of bytes end
-        monkeypatch.setattr(documents, "BLOCK_BYTES", block)
+        monkeypatch.setattr(byte_streams, "BLOCK_BYTES", block)
         assert texts(path, split="blank_line") == ["one\nstill one", "two 語"]
         assert texts(path) == [path.read_text(encoding="utf-8")]
 
@@ -90,7 +99,7 @@ def test_plain_text_is_one_document_or_one_between_blank_lines(tmp_path, monkeyp
 def test_a_long_document_comes_in_pieces_that_end_where_no_token_notices(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "PIECE_CHARS", 100)
     monkeypatch.setattr(documents, "CUT_ANYWAY_CHARS", 1000)
-    monkeypatch.setattr(documents, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(byte_streams, "BLOCK_BYTES", 64)
     text = "some words, and more of them " * 40
     (tmp_path / "a.txt").write_text(text)
     (source,) = documents.find([str(tmp_path / "a.txt")])
@@ -123,13 +132,13 @@ def test_documents_without_text_are_handed_on_to_be_counted(tmp_path):
         ("a.txt", b"x\ny\0z", r"a.txt line 2 holds a zero byte \(offset 3\).*binary"),
         ("a.txt", b" \n\n", r"a.txt holds no text \(3 bytes\)"),
         ("a.txt", b"", r"a.txt is empty"),
-        ("a.gz", b"not packed", r"a.gz cannot be read to its end"),
+        ("a.gz", b"not packed", r"a.gz is not gzip data"),
         ("a.gz", gzip.compress(b"some text", mtime=0)[:-9], r"a.gz cannot be read to its end"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a.jsonl line 2 is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"line 2 is not UTF-8.*0xff"),
         ("a.jsonl", b'{"txt": "a"}\n', r"line 1 has no field 'text'.*did you mean 'txt'"),
         ("a.jsonl", b'{"text": 3}\n', r"line 1: the field 'text' is 3, not a text"),
-        ("a.jsonl", b'["text"]\n', r"line 1 holds a list, not an object"),
+        ("a.jsonl", b'["text"]\n', r"line 1 \(item 1\) holds a str, not an object"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"line 1: character 0 .* surrogate"),
         ("a.jsonl", b"\n\n", r"a.jsonl holds no line of JSON"),
     ],
@@ -143,15 +152,15 @@ def test_bad_files_are_named_by_line(tmp_path, name, data, message):
 def test_the_line_of_bad_bytes_is_counted_over_blocks(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_bytes(b"a\n" * 9 + "é".encode() * 5 + b"\xe9\n")
     for block in (1, 2, 3, 5, 100):
-        monkeypatch.setattr(documents, "BLOCK_BYTES", block)
+        monkeypatch.setattr(byte_streams, "BLOCK_BYTES", block)
         with pytest.raises(InputError, match=r"line 10 .* byte 0xe9 at offset 28"):
             texts(tmp_path / "a.txt")
 
 
 def test_a_line_of_json_too_long_to_parse_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "LINE_BYTES", 64)
+    monkeypatch.setattr(records, "RECORD_BYTES", 64)
     (tmp_path / "a.jsonl").write_bytes(lines([{"text": "a"}, {"text": "b" * 100}]))
-    with pytest.raises(InputError, match=r"a.jsonl line 2 is longer than"):
+    with pytest.raises(InputError, match=r"a.jsonl line 2: the record is longer than"):
         texts(tmp_path / "a.jsonl")
 
 

@@ -12,6 +12,7 @@ import pytest
 import tensorstore as ts
 
 from lminf import cli
+from lminf.commands import tokenize as command
 from lminf.data import documents, places, store, tokenizing
 from lminf.data.places import Place
 from lminf.data.tokenizers import ByteTokenizer
@@ -204,6 +205,86 @@ def test_a_disk_that_refuses_is_one_sentence_and_nothing_is_lost(tmp_path, monke
     assert store.Place(out).json(store.PROGRESS)[0]["tokens"] >= 20_000
     tokenizing.tokenize(sources, BYTES, out, **given)
     assert contents(store.open_store(out)) == expected([noise.tobytes().decode()])
+
+
+def test_a_disk_that_is_full_at_the_start_is_one_sentence_and_leaves_no_folder(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with (
+            pytest.raises(InputError, match=r"cannot write .*s/lock: File too large; free some"),
+            command.holding(tmp_path / "s"),
+        ):
+            raise AssertionError("the lock was written")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "s").exists()
+
+
+def test_what_lies_at_the_place_already_is_not_removed(tmp_path):
+    (tmp_path / "out" / "tokens").mkdir(parents=True)
+    (tmp_path / "out" / "tokens" / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"out/tokens/thesis.txt is there already and belongs to"):
+        tokenizing.tokenize(corpus(tmp_path), BYTES, str(tmp_path / "out"), name="bytes")
+    assert (tmp_path / "out" / "tokens" / "thesis.txt").read_text() == "mine"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["tokens"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda facts: [],
+        lambda facts: facts | {"tokens": None},
+        lambda facts: facts | {"documents": -1},
+        lambda facts: facts | {"tokens": 0, "documents": 0},
+        lambda facts: facts | {"documents": facts["tokens"] + 1},
+        lambda facts: facts | {"sources": {"name": "a"}},
+        lambda facts: facts | {"tokenizer_digest": 3},
+        lambda facts: facts | {"dtype": "float32"},
+        lambda facts: facts | {"more": 1},
+        lambda facts: {name: facts[name] for name in facts if name != "end_id"},
+        lambda facts: facts | {"tokens": facts["tokens"] - 1},
+    ],
+)
+def test_a_damaged_manifest_of_a_store_is_named(tmp_path, change):
+    out = str(tmp_path / "s")
+    tokenizing.tokenize(corpus(tmp_path), BYTES, out, name="bytes")
+    path = tmp_path / "s" / "store.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(InputError, match=r"/s/store.json is|token store .*/s is damaged"):
+        store.open_store(out)
+
+
+@pytest.mark.parametrize("progress", ["[]", "{}", '{"request": {}, "tokens": "x"}'])
+def test_damaged_progress_of_a_store_is_named(tmp_path, progress):
+    out = tmp_path / "s"
+    out.mkdir()
+    (out / "progress.json").write_text(progress)
+    with pytest.raises(InputError, match=r"s/progress.json is damaged|holds no token store"):
+        store.open_store(str(out))
+    with pytest.raises(InputError, match=r"s/progress.json is damaged"):
+        tokenizing.tokenize(corpus(tmp_path), BYTES, str(out), name="bytes")
+
+
+def test_ends_that_do_not_rise_to_the_last_token_are_damage(tmp_path):
+    out = str(tmp_path / "s")
+    facts = tokenizing.tokenize(corpus(tmp_path), BYTES, out, name="bytes")
+    array = Place(out).array("ends", write=True)
+    array[3:4].write(np.array([facts.tokens * 2])).result()
+    with pytest.raises(InputError, match=r"ends of documents in .*/s do not rise"):
+        assert store.open_store(out).ends is None
+
+
+def test_special_tokens_of_texts_are_plain_unless_parsed_and_stores_remember(tmp_path):
+    texts, out = ["one <bos> two"], str(tmp_path / "s")
+    sources = corpus(tmp_path, texts)
+    tokenizing.tokenize(sources, BYTES, out, name="bytes")
+    assert contents(store.open_store(out)) == expected(texts)
+    with pytest.raises(InputError, match=r"finished store of another special"):
+        tokenizing.tokenize(sources, BYTES, out, name="bytes", special="parse")
+    parsed = str(tmp_path / "parsed")
+    tokenizing.tokenize(sources, BYTES, parsed, name="bytes", special="parse")
+    assert contents(store.open_store(parsed))[0] == [*b"one ", END, *b" two", END]
 
 
 def test_sources_that_changed_are_not_continued(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from lminf import checkpoints
-from lminf.run import plots
+from lminf.run import style
 from lminf.run.header import ROOT
 from notebooks import execute
 
@@ -76,7 +76,7 @@ def test_the_lines_of_a_kept_figure_can_be_told_apart():
     """Thin lines beside a map of many colours, which would crowd them out of a small palette."""
     i, j = np.indices((256, 256))
     drawn = np.stack([i, j, (i + j) // 2], -1).astype(np.uint8)
-    named = [tuple(bytes.fromhex(colour[1:])) for colour in plots.PALETTE]
+    named = [tuple(bytes.fromhex(colour[1:])) for colour in style.PALETTE]
     for index, colour in enumerate(named):
         drawn[10 * index, :60] = colour
     packed = io.BytesIO()

@@ -11,6 +11,8 @@ values changed at random would rarely get past the first check:
     read(path)             reads one input as the command would
     mutate(random, path)   damages one in place (default: tests.fuzz.mutate.mutate)
 
+A module whose inputs each take as long as n of others says so: COST = n; it is given an nth.
+
 Anything but a return or an InputError is a failure; so are more than 20 s, more than 1 GiB of
 memory, and the death of the process. Inputs are a function of the seed, the target and a number.
 """

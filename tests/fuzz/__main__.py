@@ -23,7 +23,8 @@ def main() -> int:
         return again(chosen[0], args.only, seed=args.seed)
     failures, started = 0, time.monotonic()
     for target in chosen:
-        inputs, since = args.inputs // len(chosen), time.monotonic()
+        inputs = run.share(target, args.inputs // len(chosen))
+        since = time.monotonic()
         count = 0
         for failure in run.fuzz(target, inputs=inputs, seed=args.seed, workers=args.workers):
             count += 1

@@ -44,6 +44,11 @@ def load(target: str) -> ModuleType:
     return importlib.import_module(f"tests.fuzz.targets.{target}")
 
 
+def share(target: str, inputs: int) -> int:
+    """How many of so many inputs the target is given."""
+    return max(1, inputs // getattr(load(target), "COST", 1))
+
+
 def damaged(module: ModuleType, seeds: Path, number: int, *, seed: int, folder: Path) -> Path:
     """Copies one of the valid inputs into `folder` and damages it; the same for the same number."""
     rng = random.Random(f"{seed}-{module.__name__}-{number}")

@@ -22,7 +22,7 @@ def test_valid_inputs_are_read(target: str, tmp_path: Path):
 def test_damaged_inputs_are_read_or_refused_with_one_sentence(target: str, tmp_path: Path):
     module = run.load(target)
     module.seeds(tmp_path)
-    for number in range(INPUTS):
+    for number in range(run.share(target, INPUTS)):
         failure = run.attempt(module, tmp_path, number, seed=1)
         assert failure is None, f"python -m tests.fuzz --target {target} --seed 1 --only {number}"
 

@@ -182,3 +182,17 @@ def test_characters_are_shown_whole():
     half = TextStream(ByteTokenizer(), ["�"])
     assert half.feed("é".encode()[0]) + half.finish() == ""  # the end completes the stop string
     assert TextStream(ByteTokenizer(), [""]).feed(97) == "a"
+
+
+# --- Chat -----------------------------------------------------------------------------------------
+
+
+def test_a_chat_ends_at_a_stop_string(lm, small_steps):
+    tokenizer = ByteTokenizer()
+    object.__setattr__(tokenizer, "chat_template", "{{ messages[0].content }}")
+    talking = dataclasses.replace(lm, tokenizer=tokenizer)
+    messages = [{"role": "user", "content": PROMPTS[0]}]
+    text = lm.generate(PROMPTS[0], max_new_tokens=NEW)
+    assert "".join(talking.chat(messages, max_new_tokens=NEW)) == text
+    stopped = talking.chat(messages, max_new_tokens=NEW, stop=[text[3:5]])
+    assert "".join(stopped) == text[: text.find(text[3:5])]

@@ -82,7 +82,7 @@ def start(*arguments, error=None, plot=draw, rendered=False):
     run = experiment(error) if error else experiment()
     with pytest.MonkeyPatch.context() as patch:
         if not rendered:
-            patch.setattr(plots, "save", lambda figure: b"a picture")
+            patch.setattr(plots, "save", lambda figure, kind: b"a picture")
         _main.main(run, plot, table=table, argv=["--config=demo.py", "--out=out", *arguments])
 
 
@@ -183,7 +183,9 @@ def test_several_figures_are_drawn_by_name(tmp_path):
     start(plot=lambda rows: {"one": draw(rows), "two": draw(rows)})
     assert sorted(path.name for path in (tmp_path / "out/plots").iterdir()) == [
         "one.png",
+        "one.svg",
         "two.png",
+        "two.svg",
     ]
 
 

@@ -41,7 +41,7 @@ def test_a_new_folder_holds_what_was_asked_and_where():
     assert found["command"] == "python -m experiments.demo"
     assert found["packages"]["jax"]
     assert sum(found["devices"].values()) == 8
-    assert run.experiment() == "demo"
+    assert found["experiment"] == "demo"
     assert environment.hardware(found)
 
 

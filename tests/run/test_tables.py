@@ -32,16 +32,33 @@ def test_markdown_aligns_numbers_and_escapes_bars():
         "| length | full | a\\|b |",
         "| ---: | ---: | ---: |",
         "| 1,024 | 2.500 | 2.250 |",
-        "| 2,048 | 1.23e+07 |  |",
+        "| 2,048 | 12,345,679 |  |",
     ]
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
-    [(None, ""), (True, "yes"), (16384, "16,384"), (0.0, "0.000"), (1e-9, "1e-09"), ("x", "x")],
+    ("values", "texts"),
+    [
+        ([None, True, 16384, "x"], ["", "yes", "16,384", "x"]),
+        ([2.44, 2.96e-08, -1e-9, 0.0], ["2.440", "0.000", "0.000", "0.000"]),  # nats
+        ([0.001, 0.0005, 0.004], ["0.00100", "0.00050", "0.00400"]),  # learning rates
+        ([54.5288, 159.834], ["54.5", "159.8"]),  # milliseconds
+        ([2392.05, 13.0], ["2,392", "13"]),  # tokens a second
+        ([2392.05, 0.851], ["2,392.050", "0.851"]),  # two units in one column
+        ([1e-7, 2.5e-8], ["1.00e-07", "2.50e-08"]),
+        ([1.5e21, 2e3], ["1.5e+21", "2,000"]),
+    ],
 )
-def test_a_cell_is_short(value, text):
-    assert tables.cell(value) == text
+def test_a_column_is_written_as_a_person_reads_it(values, texts):
+    assert tables.column(values) == texts
+
+
+def test_control_characters_are_shown_and_markup_is_text():
+    rows = [{"a\x1b[2J": "x\x1b[31m\ud800", "b": "[/red]"}]
+    shown = printed(rows, 80) + tables.markdown(rows)
+    assert "\x1b" not in shown
+    assert "\\x1b[31m\\ud800" in shown
+    assert "[/red]" in shown
 
 
 def printed(rows, width):

@@ -1,0 +1,32 @@
+"""What files contain cannot act on a terminal: in errors and in tables it is shown escaped."""
+
+import pytest
+from rich.console import Console
+
+from lminf.errors import InputError, printable
+from lminf.run import exits, tables
+
+EVIL = "a\x1b[2J\x07\u202eb\x9b31m\ud800"
+SHOWN = "a\\x1b[2J\\x07\\u202eb\\x9b31m\\ud800"
+
+
+def test_control_characters_are_shown_and_text_of_any_script_stays():
+    assert printable(EVIL) == SHOWN
+    assert printable("naïve 漢字 👍 €") == "naïve 漢字 👍 €"
+
+
+def test_errors_are_one_line_without_control_characters(capsys):
+    with pytest.raises(SystemExit), exits.orderly(debug=False):
+        raise InputError(f"{EVIL}\nnext")
+    assert capsys.readouterr().err == f"error: {SHOWN} next\n"
+
+
+def test_cells_and_heads_of_tables_are_shown_as_they_are(capsys):
+    rows = [{f"head{EVIL}": EVIL, "note": "[/] [red]x[/red] :smile:\nnext", "n": 1}]
+    Console(width=200, highlight=False).print(tables.rich_table(rows, title=f"[/]{EVIL}"))
+    printed = capsys.readouterr().out
+    assert printed.count(SHOWN) == 3
+    assert "[/] [red]x[/red] :smile:\\nnext" in printed
+    assert not set(printed) & {"\x1b", "\x07", "\x9b", "\u202e"}
+    assert SHOWN in tables.markdown(rows)
+    assert len(tables.markdown(rows).splitlines()) == 3

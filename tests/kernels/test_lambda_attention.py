@@ -362,26 +362,28 @@ def test_positions_0_1_2_are_what_none_means(implementation):
 
 def test_a_window_merged_with_lists_of_all_earlier_tokens_is_full_attention():
     """Groups of 15 queries, folded into the batch, each with the tokens before its end."""
-    given = {n: jnp.asarray(x) for n, x in operands(rows=KEYS).items()}
-    query, key, value = (given[n][:, -QUERIES:] for n in ("query", "key", "value"))
-    call = functools.partial(kernels.lambda_attention, return_residuals=True)
-    near = call(query, key, value, num_global=0, window_size=8)
     groups, size = BATCH * 3, QUERIES // 3
-    far = call(
-        query.reshape(groups, size, HEADS, WIDTH),
-        *(x[:, :0].repeat(3, 0) for x in (key, value)),
-        key_global=key.repeat(3, 0), value_global=value.repeat(3, 0),
-        num_global=QUERIES, window_size=8, key_start=jnp.arange(groups) % 3 * size,
-        global_positions=jnp.broadcast_to(jnp.arange(QUERIES), (groups, QUERIES)),
-    )  # fmt: skip
-    out = far.out.reshape(near.out.shape)
-    lse = far.lse.reshape(BATCH, 3, HEADS, size).swapaxes(1, 2).reshape(near.lse.shape)
-    total = jnp.logaddexp(near.lse, lse)
-    shares = (jnp.exp(x - total).swapaxes(1, 2)[..., None] for x in (near.lse, lse))
-    merged = near.out * next(shares) + out * next(shares)
-    right = call(query, key, value, num_global=0, window_size=QUERIES)
-    np.testing.assert_allclose(merged, right.out, atol=2e-6)
-    np.testing.assert_allclose(total, right.lse, atol=2e-6)
+    call = functools.partial(kernels.lambda_attention, return_residuals=True)
+
+    def merged(query, key, value):
+        near = call(query, key, value, num_global=0, window_size=8)
+        far = call(
+            query.reshape(groups, size, HEADS, WIDTH),
+            *(x[:, :0].repeat(3, 0) for x in (key, value)),
+            key_global=key.repeat(3, 0), value_global=value.repeat(3, 0),
+            num_global=QUERIES, window_size=8, key_start=jnp.arange(groups) % 3 * size,
+            global_positions=jnp.broadcast_to(jnp.arange(QUERIES)[None], (groups, QUERIES)),
+        )  # fmt: skip
+        lse = far.lse.reshape(BATCH, 3, HEADS, size).swapaxes(1, 2).reshape(near.lse.shape)
+        total = jnp.logaddexp(near.lse, lse)
+        shares = [jnp.exp(x - total).swapaxes(1, 2)[..., None] for x in (near.lse, lse)]
+        return near.out * shares[0] + far.out.reshape(near.out.shape) * shares[1], total
+
+    given = [jnp.asarray(x[:, -QUERIES:]) for x in operands().values()]
+    found = jax.jit(merged)(*given)
+    right = jax.jit(functools.partial(call, num_global=0, window_size=QUERIES))(*given)
+    for left, right in zip(found, right, strict=True):
+        np.testing.assert_allclose(left, right, atol=2e-6)
 
 
 @pytest.mark.slow

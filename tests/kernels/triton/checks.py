@@ -12,7 +12,7 @@ from kernels.cross_entropy import triton as loss_triton
 from kernels.decode import triton as decode_triton
 from kernels.lambda_attention import triton as lambda_triton
 from tests.kernels import test_block_sparse as blocks
-from tests.kernels.test_lambda_attention import normal
+from tests.kernels.test_lambda_attention import listed, normal
 
 BATCH, QUERIES, KEYS, WIDTH, VALUE_WIDTH = 2, 21, 53, 16, 24
 OFFSET = KEYS - QUERIES
@@ -39,12 +39,12 @@ def errors(found, expected) -> dict[str, float]:
     return result
 
 
-def operands(*, heads=2, key_heads=1, rows=None, sinks=False):
+def operands(*, heads=2, key_heads=1, rows=None, sinks=False, keys=KEYS):
     """Random inputs; with `rows`, separate operands for the global branch."""
     given = {
         "query": normal(0, BATCH, QUERIES, heads, WIDTH),
-        "key": normal(1, BATCH, KEYS, key_heads, WIDTH),
-        "value": normal(2, BATCH, KEYS, key_heads, VALUE_WIDTH),
+        "key": normal(1, BATCH, keys, key_heads, WIDTH),
+        "value": normal(2, BATCH, keys, key_heads, VALUE_WIDTH),
     }
     if rows is not None:
         given["query_global"] = normal(3, BATCH, QUERIES, heads, WIDTH)
@@ -87,6 +87,8 @@ def attention(inputs, options, *, dtype=np.float32, config=SQUARE):
         chosen = {"query_offset": OFFSET} | options
         if chosen.pop("packed", False):
             chosen["segment_ids"] = packed()
+        if lists := chosen.pop("lists", None):
+            chosen["global_positions"] = listed(BATCH, *lists, most=KEYS)
         if chosen.pop("slopes", False):
             # One is 0: nothing may divide by it.
             chosen["alibi_slopes"] = jnp.linspace(0, 0.3, given["query"].shape[2])
@@ -212,6 +214,16 @@ LAMBDA_CASES = {
     ),
     "ALiBi at given distances": (
         {"rows": 20}, {"num_global": 20, "window_size": 15, "slopes": True, "far": True}, UNEQUAL,
+    ),
+    "listed globals, ALiBi": (
+        {"rows": 35, "sinks": True},
+        {"num_global": 35, "window_size": 15, "slopes": True, "lists": (35,)},
+        UNEQUAL,
+    ),
+    "lists of key heads and no keys": (
+        {"heads": 4, "key_heads": 2, "rows": 35, "keys": 0},
+        {"num_global": 35, "window_size": 0, "lists": (2, 35), "logits_soft_cap": 3.0},
+        SQUARE,
     ),
     "heads that differ": (
         {"heads": 4, "key_heads": 2},

@@ -20,7 +20,9 @@ pytestmark = pytest.mark.aot
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of one block
 
 
-def lambda_launches(width, dtype, *, length=131_072, segments=False, alibi=False, **options):
+def lambda_launches(
+    width, dtype, *, length=131_072, segments=False, alibi=False, lists=False, **options
+):  # fmt: skip
     """Forward, gradient of the queries, of keys and values, of the globals' keys and values."""
     query = jax.ShapeDtypeStruct((1, length, 32, width), dtype)
     key = jax.ShapeDtypeStruct((1, length, 8, width), dtype)
@@ -32,6 +34,8 @@ def lambda_launches(width, dtype, *, length=131_072, segments=False, alibi=False
             query, key, value, num_global=100, window_size=4096, implementation="triton",
             segment_ids=SegmentIds(ids, ids) if segments else None, global_distance=far,
             alibi_slopes=jnp.linspace(0.1, 1, 32) if alibi else None, **options,
+            **dict(key_global=key[:, :100], value_global=value[:, :100],
+                   global_positions=ids[:, None, :100].repeat(8, 1)) if lists else {},
         )  # fmt: skip
         return out.astype(jnp.float32).sum()
 
@@ -97,6 +101,12 @@ PROGRAMS = {
     "attention, ALiBi and segments, 64 wide": (
         lambda: lambda_launches(64, BF16, alibi="own", segments=True, clip_distance=4096),
         4, (90, 100), True,
+    ),
+    "attention, a list of globals for each head": (
+        lambda: lambda_launches(128, BF16, lists=True), 4, (80, 90, 100), True,
+    ),
+    "attention, lists and ALiBi": (
+        lambda: lambda_launches(128, BF16, lists=True, alibi="own"), 4, (90,), True,
     ),
     "attention, soft cap": (
         lambda: lambda_launches(128, BF16, logits_soft_cap=50.0), 4, (90,), True,

@@ -117,8 +117,8 @@ def lambda_attention(
 
 def _prepare(
     query, key, value, *, num_global, window_size, query_global, key_global, value_global,
-    global_positions, query_offset, key_start, segment_ids, alibi_slopes, clip_distance, global_distance, sinks,
-    scale, logits_soft_cap, precision,
+    global_positions, query_offset, key_start, segment_ids, alibi_slopes, clip_distance,
+    global_distance, sinks, scale, logits_soft_cap, precision,
 ) -> tuple[Operands, Places, Rules]:  # fmt: skip
     """The arguments with defaults filled in; ValueError names what does not fit."""
     batch, queries, heads, width = arguments.shape("query", query, "B T N H", (None,) * 4)

@@ -4,7 +4,8 @@ range of rows.
 A segment is a run of rows, so its part of a window is a range of keys. The globals of all segments
 are gathered first: in that order those that a query sees are a range too, and few are left, for a
 segment no longer than the window shows nobody its globals. Of a list in order, a query sees the
-rows up to some position. Two numbers a query are thus the whole mask. Which blocks to walk, and which of them everybody sees, is found here in plain XLA.
+rows up to some position. Two numbers a query are thus the whole mask. Which blocks to walk, and
+which of them everybody sees, is found here in plain XLA.
 """
 
 from typing import NamedTuple

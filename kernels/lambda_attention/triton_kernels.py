@@ -313,7 +313,8 @@ def gradient_of_queries(
 
 @triton.jit
 def _away_from_keys(
-    slopes, head, at, column, standing, key_start, far_at, asked, far_from, key_origin, keys, far_unit, clip,
+    slopes, head, at, column, standing, key_start, far_at, asked, far_from, key_origin, keys,
+    far_unit, clip,
     FAR: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     """What ALiBi takes off scores [keys, queries]; `far_at` points to what the queries have."""

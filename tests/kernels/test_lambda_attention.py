@@ -381,8 +381,8 @@ def test_a_window_merged_with_lists_of_all_earlier_tokens_is_full_attention():
 
     given = [jnp.asarray(x[:, -QUERIES:]) for x in operands().values()]
     found = jax.jit(merged)(*given)
-    right = jax.jit(functools.partial(call, num_global=0, window_size=QUERIES))(*given)
-    for left, right in zip(found, right, strict=True):
+    full = jax.jit(functools.partial(call, num_global=0, window_size=QUERIES))(*given)
+    for left, right in zip(found, full, strict=True):
         np.testing.assert_allclose(left, right, atol=2e-6)
 
 

@@ -196,8 +196,15 @@ CASES = {
         batch=2, rows=20, window_size=5, sinks=True, global_positions=shared.listed(2, 20, most=30)
     ),
     "a list for each key head, no keys": small(
-        batch=2, heads=4, key_heads=2, keys=0, rows=20, window_size=0, query_offset=0,
-        key_start=jnp.array([0, 9], jnp.int32), global_positions=shared.listed(2, 2, 20, most=30),
+        batch=2,
+        heads=4,
+        key_heads=2,
+        keys=0,
+        rows=20,
+        window_size=0,
+        query_offset=0,
+        key_start=jnp.array([0, 9], jnp.int32),
+        global_positions=shared.listed(2, 2, 20, most=30),
     ),
 }
 

@@ -30,12 +30,15 @@ def lambda_launches(
 
     def loss(query, key, value, ids):
         far = kernels.GlobalDistance(ids, ids[:, :100], 0.5) if alibi == "given" else None
+        far_rows = {}
+        if lists:
+            far_rows = {"key_global": key[:, :100], "value_global": value[:, :100],
+                        "global_positions": ids[:, None, :100].repeat(8, 1)}  # fmt: skip
         out = kernels.lambda_attention(
             query, key, value, num_global=100, window_size=4096, implementation="triton",
             segment_ids=SegmentIds(ids, ids) if segments else None, global_distance=far,
             alibi_slopes=jnp.linspace(0.1, 1, 32) if alibi else None, **options,
-            **dict(key_global=key[:, :100], value_global=value[:, :100],
-                   global_positions=ids[:, None, :100].repeat(8, 1)) if lists else {},
+            **far_rows,
         )  # fmt: skip
         return out.astype(jnp.float32).sum()
 
@@ -72,18 +75,18 @@ def sparse_launches(width, dtype, *, block=64, segments=False, **options):
     return compiling.launches_of(jax.grad(loss, (0, 1, 2)), query, key, key, indices, ids)
 
 
-def decode_launches(width, dtype, *, batch=1):
+def decode_launches(width, dtype, *, batch=1, layers=(), **options):
     """The parts and their combination."""
 
     def zeros(*shape):
-        return jax.ShapeDtypeStruct(shape, dtype)
+        return jax.ShapeDtypeStruct((*shape,), dtype)
 
     cache = kernels.RollingCache(
-        zeros(batch, 8, 100, width), zeros(batch, 8, 100, width),
-        zeros(batch, 8, 4096, width), zeros(batch, 8, 4096, width),
-        jax.ShapeDtypeStruct((batch,), jnp.int32),
+        zeros(*layers, batch, 8, 100, width), zeros(*layers, batch, 8, 100, width),
+        zeros(*layers, batch, 8, 4096, width), zeros(*layers, batch, 8, 4096, width),
+        jax.ShapeDtypeStruct((*layers, batch), jnp.int32),
     )  # fmt: skip
-    call = functools.partial(kernels.lambda_decode, implementation="triton")
+    call = functools.partial(kernels.lambda_decode, implementation="triton", **options)
     return compiling.launches_of(call, zeros(batch, 32, width), cache)
 
 
@@ -133,6 +136,12 @@ PROGRAMS = {
     ),
     "loss, float32": (lambda: loss_launches(F32), 2, (80, 90), False),
     "decoding, 128 wide": (lambda: decode_launches(128, BF16), 2, (80, 90, 100), False),
+    "decoding a layer of a stack, ALiBi": (
+        lambda: decode_launches(
+            128, BF16, layers=(4,), layer=2, alibi_slopes=jnp.linspace(0.1, 1, 32)
+        ),
+        2, (80, 90, 100), False,
+    ),
     "decoding, 64 wide, float32": (lambda: decode_launches(64, F32), 2, (90,), False),
 }  # fmt: skip
 

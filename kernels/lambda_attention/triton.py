@@ -101,7 +101,8 @@ def default_config(operands: Operands, places: Places) -> Config:
     widest = max(operands.near.query.shape[3], operands.near.value.shape[3])
     wide = operands.near.query.dtype == jnp.float32
     config = _TILES[wide, _padded(max(widest, 64))]
-    if places.segments is not None or places.alibi_slopes is not None:  # these take registers
+    costly = (places.segments, places.alibi_slopes, places.far_positions)
+    if any(x is not None for x in costly):  # these take registers
         config = dataclasses.replace(
             config, forward_block_q=min(64, config.forward_block_q), forward_stages=2
         )
@@ -135,6 +136,8 @@ class _Where(NamedTuple):
     starts: Int[Array, "B S"] | None  # of every key's run of equal ids
     ends: Int[Array, "B S"] | None
     alibi: _Alibi | None
+    listed: Int[Array, "B P R"] | None  # positions of the globals, and how many rows of each list
+    list_ends: Int[Array, "B P"] | None  # there are up to the last one that is not hidden
 
     def or_stand_ins(self) -> tuple[Array, Array, Array, Array]:
         """(ids of queries, ids of keys, starts, ends): a kernel never reads the ones missing."""
@@ -142,9 +145,9 @@ class _Where(NamedTuple):
             return self.places, self.places, self.places, self.places
         return self.segments.q, self.segments.kv, self.starts, self.ends
 
-    def alibi_or_stand_ins(self) -> list[Array]:
+    def others_or_stand_ins(self) -> list[Array]:
         found = (None,) * 4 if self.alibi is None else self.alibi
-        return [self.places if x is None else x for x in found]
+        return [self.places if x is None else x for x in (*found, self.listed, self.list_ends)]
 
 
 def _alibi(rules: Rules, operands: Operands, places: Places) -> _Alibi | None:
@@ -165,7 +168,11 @@ def _alibi(rules: Rules, operands: Operands, places: Places) -> _Alibi | None:
 
 def _where(rules: Rules, operands: Operands, places: Places) -> _Where:
     batch = operands.near.query.shape[0]
-    starts = ends = None
+    starts = ends = list_ends = None
+    listed = places.far_positions
+    if listed is not None:
+        row = jnp.arange(listed.shape[2], dtype=jnp.int32)[None, None]
+        list_ends = jnp.where(listed >= 0, row + 1, 0).max(-1)
     if places.segments is not None:
         starts = masks.run_starts(places.segments.kv)
         # Seen from the back, a run's last row is its first one.
@@ -176,6 +183,8 @@ def _where(rules: Rules, operands: Operands, places: Places) -> _Where:
         starts,
         ends,
         _alibi(rules, operands, places),
+        listed,
+        list_ends,
     )
 
 
@@ -225,6 +234,7 @@ def _constants(rules: Rules, near: Branch, where: _Where, tile: Tile) -> dict:
         "SEGMENTS": where.segments is not None,
         "ALIBI": where.alibi is not None,
         "GIVEN": where.alibi is not None and where.alibi.far_at is not None,
+        "LISTS": 0 if where.listed is None else where.listed.shape[1],
     }
 
 
@@ -261,7 +271,7 @@ def _launch_forward(rules: Rules, tile: Tile, near: Branch, far: Branch | None, 
             (math.ceil(sizes.queries / tile.block_q) * sizes.batch * sizes.heads,),
             [
                 *near, *(far or near), where.places if sinks is None else sinks, where.places,
-                ids_q, ids_kv, starts, *where.alibi_or_stand_ins(),
+                ids_q, ids_kv, starts, *where.others_or_stand_ins(),
                 sizes.queries, sizes.keys, sizes.far_rows, _window(rules), rules.num_global,
                 _clip(rules),
             ],
@@ -333,7 +343,7 @@ def _launch_query_gradients(
             (math.ceil(sizes.queries / tile.block_q) * sizes.batch * sizes.heads,),
             [
                 *near, *(far or near), d_out, lse2, delta, where.places, ids_q, ids_kv, starts,
-                *where.alibi_or_stand_ins(),
+                *where.others_or_stand_ins(),
                 sizes.queries, sizes.keys, sizes.far_rows, _window(rules), rules.num_global,
                 _clip(rules),
             ],
@@ -369,7 +379,7 @@ def _launch_key_gradients(
             (programs * chunks,),
             [
                 *branch, d_out, lse2, delta, where.places, ids_q, ids_kv, starts, ends,
-                *where.alibi_or_stand_ins(),
+                *where.others_or_stand_ins(),
                 sizes.batch, sizes.queries, sizes.keys, _window(rules), rules.num_global,
                 _clip(rules), chunks,
             ],

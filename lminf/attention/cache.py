@@ -76,18 +76,14 @@ PositionLayout: TypeAlias = LinearCache | SinkRingCache  # a token's position sa
 
 @dataclass(frozen=True)
 class PreRotated:
-    """The slots of `layout`, keys after the sinks rotated to slot numbers: for decoding."""
+    """A ring of `window` rotated keys, head by head; the sinks are in the state."""
 
-    layout: PositionLayout
+    window: int  # tokens
+    sinks: int  # tokens
 
     @property
     def slots(self) -> int:
-        return self.layout.slots
-
-    @property
-    def num_sinks(self) -> int:
-        """Slots of the first tokens, whose keys are un-rotated."""
-        return self.layout.sinks if isinstance(self.layout, SinkRingCache) else 0
+        return self.sinks + self.window
 
 
 Layout: TypeAlias = PositionLayout | SlotCache | CompressedPrompt | PreRotated

@@ -1,22 +1,22 @@
-"""One token per row: over the slots of a cache as it was read, or over one with rotated keys.
+"""One token per row: over the slots of a cache as it was read, or by kernels.lambda_decode over one
+whose keys are rotated.
 
-Under most policies the near keys seem where they are, and in a ring of w slots position p lies in
-slot p - w * lap: the slots of two tokens differ by their distance, or by w less. So a key rotated
-to its slot meets the query at its true distance if the query is rotated to its own slot s, for keys
-in slots up to s, or to s + w, for those that the lap before left. Nothing is rotated again while a
-token is kept, which was a fifth of a decoding step on a CPU (SmolLM2-135M, 4,096 tokens), and
-angles stay those of slot numbers however long the stream. The first tokens, which a policy may
-place elsewhere too, stay un-rotated in their slots.
+Under most policies the near keys seem where they are, and the first tokens at one other place. So
+at the end of a prompt the last `window` keys are rotated to their positions, head by head as the
+kernel reads them, and the sinks to where they seem. Nothing is rotated again while a token is kept,
+which was a fifth of a decoding step on a CPU (SmolLM2-135M, 4,096 tokens).
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+import kernels
+from kernels.decode import cache as rolling
 from lminf.attention import cache as caches
 from lminf.attention import rope
 from lminf.attention import scores as scores_
-from lminf.attention.policy import LayerPolicy, Policy, head_policies
+from lminf.attention.policy import LayerPolicy, PerHead, Policy, head_policies
 from lminf.attention.scores import Branches, Placement, ScoreConfig
 
 
@@ -58,90 +58,104 @@ def over_slots(policy: Policy, config, layout, slot_pos: Int[Array, "B S"], posi
 
 
 def prerotate(policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache) -> caches.Cache:
-    """The cache with its ring's keys rotated; itself, where a rotation would not stay right.
+    """The cache with its keys rotated, for `extend`; itself, where a rotation would not stay right.
 
     It would not where keys all along the text are placed twice, where the schedule changes with the
-    length of the text, and where a policy keeps its own.
+    length of the text, where ALiBi's far distances differ by head, and where a policy selects,
+    evicts or compresses.
     """
     layout, encoding = cache.layout, config.encoding
+    parts = head_policies(policy)
     if not policy.context_parallel or not isinstance(layout, caches.PositionLayout):
         return cache
-    if not isinstance(encoding, rope.Rotary) or isinstance(encoding.scaling, rope.DynamicNTK):
+    if isinstance(encoding, rope.Rotary) and isinstance(encoding.scaling, rope.DynamicNTK):
         return cache
-    if any(part.num_sinks is None for part in head_policies(policy)):
+    if any(part.num_sinks is None for part in parts):
         return cache
-    rotated = caches.PreRotated(layout)
-    first = rotated.num_sinks
-    by = rope.rotation(encoding, jnp.arange(first, layout.slots, dtype=jnp.int32)[None])
-    ring = jax.vmap(lambda k: rope.rotate(k, by, encoding.layout))(cache.k[:, :, first:])
-    return caches.Cache(cache.k.at[:, :, first:].set(ring), cache.v, cache.pos, rotated)
+    if isinstance(encoding, rope.Alibi) and len(parts) > 1:
+        return cache
+    sinks = max(part.num_sinks or 0 for part in parts)
+    window = layout.window if isinstance(layout, caches.SinkRingCache) else layout.slots
+    last = cache.pos.max(1, keepdims=True)  # [B, 1]
+    ring_pos = last - (last - jnp.arange(window, dtype=jnp.int32)[None]) % window  # of slot p % w
+    held = jnp.clip(layout.slot(ring_pos), 0, layout.slots - 1)
+    placement, row = Placement(config, last), jnp.arange(len(last))[:, None]
+    by_ring = placement.rotation(ring_pos)
+    sink_pos = jnp.broadcast_to(jnp.arange(sinks, dtype=jnp.int32)[None], (len(last), sinks))
+    by_sinks = _by_part(policy, config, placement, sink_pos, "key")
+
+    def one(kv: caches.KVState) -> caches.KVState:
+        def heads_first(x):
+            return x.swapaxes(1, 2)
+
+        ring = placement.rotate(kv.k[row, held], by_ring), kv.v[row, held]
+        far = by_sinks(kv.k[:, :sinks]), kv.v[:, :sinks]
+        k, v, far_k, far_v = map(heads_first, (*ring, *far))
+        return caches.KVState(k, v, {"k": far_k, "v": far_v})
+
+    kv = jax.lax.map(one, cache.kv)
+    return caches.Cache(kv.k, kv.v, last, caches.PreRotated(window, sinks), kv.state)
 
 
 def extend(
     policy: LayerPolicy,
     config: ScoreConfig,
-    layout: caches.PreRotated,
-    stored_pos: Int[Array, "B S"],
+    stored_pos: Int[Array, "B 1"],
     positions: Int[Array, "B 1"],
 ):
     """`attend.extend` of one token per row over a cache of rotated keys."""
-    ring, num_sinks = layout.layout, layout.num_sinks
-    placement = Placement(config, positions)
-    slots = caches.destinations(ring, positions)
-    new_pos = caches.write_pos(stored_pos, positions, slots)
-    to, at = positions[:, :, None], new_pos[:, None]
-    all_slots = jnp.arange(layout.slots, dtype=jnp.int32)[None]
-    sink_slots = all_slots[:, :num_sinks]
-    by_slot, by_sink = placement.rotation(slots), placement.rotation(sink_slots)
-    by_lap = None
-    if isinstance(ring, caches.SinkRingCache):
-        by_lap = placement.rotation(slots + ring.window)
-    this_lap = (all_slots <= slots)[:, None, None, None, num_sinks:]
-
-    def of_ring(q, k):
-        if by_lap is None:
-            return scores_.scaled(config, placement.rotate(q, by_slot), k)
-        laps = placement.rotate(q, by_slot), placement.rotate(q, by_lap)
-        both = scores_.scaled(config, _side_by_side(*laps, k.shape[2]), k)
-        return jnp.where(this_lap, *jnp.split(both, 2, axis=2))
-
-    def make(part: Policy):
-        seen = (part.visible(to, at) & (at >= 0))[:, None, None]
-        is_near = part.in_window(to, at)[:, None, None, :, :num_sinks]
-        gain, far = part.query_gain(positions), part.far_positions()
-        by_far_q = placement.rotation(far.query(positions), far.scale)
-        by_far_k = placement.rotation(far.key(sink_slots), far.scale)
-
-        def of_sinks(q, k):
-            near = placement.rotate(q, by_slot), placement.rotate(k, by_sink)
-            beyond = placement.rotate(q, by_far_q), placement.rotate(k, by_far_k)
-            return jnp.where(
-                is_near, scores_.scaled(config, *near), scores_.scaled(config, *beyond)
-            )
-
-        def attend(q, k, v, slopes):
-            del slopes  # of ALiBi, which has no rotations
-            q = q if gain is None else q * gain[..., None, None].astype(q.dtype)
-            scores = of_ring(q, k[:, num_sinks:])
-            if num_sinks:
-                scores = jnp.concatenate([of_sinks(q, k[:, :num_sinks]), scores], -1)
-            return scores_.mix(scores_.softmax(config, scores, seen).astype(v.dtype), v)
-
-        return attend
-
-    attend = scores_.by_head(policy, config, make)
+    placement, parts = Placement(config, positions), head_policies(policy)
+    by_position = placement.rotation(positions)
+    near_query = _by_part(policy, config, placement, positions, None)
+    far_query = _by_part(policy, config, placement, positions, "query")
+    far_key = _by_part(policy, config, placement, positions, "key")
+    length = jnp.maximum(positions[:, 0], 0)  # of what was read before
+    new = (positions[:, 0] >= 0).astype(jnp.int32)
 
     def step(q, k, v, kv: caches.KVState, layer):
-        placed = jnp.where((slots < num_sinks)[..., None, None], k, placement.rotate(k, by_slot))
-        all_k = caches.write(kv.k, placed, layer, slots)
-        all_v = caches.write(kv.v, v, layer, slots)
-        return attend(q, all_k[layer], all_v[layer]), kv._replace(k=all_k, v=all_v)
+        batch, sinks, window = len(q), kv.state["k"].shape[3], kv.k.shape[3]
+        options: dict = {"scale": config.scale, "logits_soft_cap": config.soft_cap}
+        if (slopes := config.slopes(q.shape[2])) is not None:
+            (part,) = parts
+            far, rank = part.far_positions(), jnp.arange(sinks, dtype=jnp.int32)[None]
+            options["alibi_slopes"] = slopes
+            options["global_distance"] = kernels.GlobalDistance(
+                far.query(positions), far.key(rank), far.scale
+            )
+        if isinstance(policy, PerHead):
+            options["head_window"] = [part.window or window for part in policy.policies]
+            counts = jnp.array([part.num_sinks for part in policy.policies], jnp.int32)
+            options["global_count"] = jnp.broadcast_to(counts[None], (batch, len(counts)))
+        lengths = jnp.broadcast_to(length[None], (len(kv.k), batch))
+        cache = kernels.RollingCache(kv.state["k"], kv.state["v"], kv.k, kv.v, lengths)
+        cache = rolling.append(
+            cache, placement.rotate(k, by_position), v, key_global=far_key(k), count=new,
+            layer=layer,
+        )  # fmt: skip
+        out = kernels.lambda_decode(
+            near_query(q)[:, 0], cache, layer=layer, query_global=far_query(q)[:, 0], **options
+        )
+        state = {"k": cache.k_global, "v": cache.v_global}
+        return out[:, None], caches.KVState(cache.k_ring, cache.v_ring, state)
 
-    return step, new_pos
+    return step, jnp.maximum(stored_pos, positions)
 
 
-def _side_by_side(one, other, key_heads: int):
-    """The query heads of two [B, 1, N, H] as one [B, 1, 2N, H]: by key head, `one`'s, `other`'s."""
-    grouped = [x.reshape(*x.shape[:2], key_heads, -1, x.shape[3]) for x in (one, other)]
-    both = jnp.concatenate(grouped, 3)
-    return both.reshape(*both.shape[:2], -1, both.shape[4])
+def _by_part(policy, config, placement, positions, of: str | None):
+    """The function that places x [B, X, heads, H] head by head where the parts' far queries or
+    keys seem to be; None: queries where they are.
+    """
+
+    def make(part: Policy):
+        far, gain = part.far_positions(), part.query_gain(positions) if of != "key" else None
+        at, scale = (positions, 1.0) if of is None else (getattr(far, of)(positions), far.scale)
+        by = placement.rotation(at, scale)
+
+        def placed(x, slopes):
+            del slopes
+            x = x if gain is None else x * gain[..., None, None].astype(x.dtype)
+            return placement.rotate(x, by)
+
+        return placed
+
+    return scores_.by_head(policy, config, make)

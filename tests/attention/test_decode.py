@@ -56,8 +56,8 @@ def written(policy, scoring, positions, *, rotated):
 COVER = [
     (policy, encoding, (1, 3)[(i + j) % 2])
     for i, policy in enumerate(POLICIES)
-    for j, encoding in enumerate(("rotary", "partial", "yarn"))
-    if (i + j) % 3
+    for j, encoding in enumerate(("rotary", "partial", "yarn", "alibi", "none"))
+    if (i + j) % 3 and (policy, encoding) != ("per_head", "alibi")
 ]
 
 
@@ -88,8 +88,7 @@ def test_a_cache_stays_as_it_is_where_a_rotation_would_not_stay_right():
     for policy, encoding in (
         (ReRoPE(5), cases.HALF),
         (Full(), dynamic),
-        (LMInfinite(5, 3), cases.ENCODINGS["alibi"]),
-        (LMInfinite(5, 3), cases.ENCODINGS["none"]),
+        (POLICIES["per_head"], cases.ENCODINGS["alibi"]),
     ):
         layout = cache.layout_for(policy, 8)
         empty = cache.empty(layout, layers=1, batch=1, kv_heads=1, head_dim=8, dtype=jnp.float32)

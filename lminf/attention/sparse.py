@@ -266,31 +266,24 @@ def reader(policy: SparsePolicy, config: ScoreConfig, layout, positions, over_po
 def _by_kernel(policy, query, selected):
     """A group with one list for all heads, at one distance: sinks and list are the globals."""
     group, placement, config = query.group, query.placement, query.config
-    window, distance = policy.window, policy.selected_distance
-    batch, rows = group.pos.shape
-    sinks = _sinks(policy, batch)
-    near_pos = selected.window_positions
+    near_pos, sinks = selected.window_positions, _sinks(policy, len(query.q))
     k, v = query.rows(query.kv.k, near_pos), query.rows(query.kv.v, near_pos)
     near_q, near_k = placement.at(query.q, group.rows_pos), placement.at(k, near_pos)
-    listed = selected.positions[:, 0]
-    # The kernel shows its r-th global to queries at r + window and after. The end of the list has
-    # all tokens up to the window, so with keys numbered as if what is left out were cut out of the
-    # text each of those shows when its turn comes; what is before is beyond all windows.
-    far, start = {}, selected.window_start
-    if count := sinks.shape[1] + listed.shape[1]:
+    far, listed = {}, selected.positions[:, 0]
+    at = jnp.concatenate([sinks, listed], 1)
+    if at.shape[1]:
         far_k, far_v = selected.kv or (query.rows(query.kv.k, listed),
                                        query.rows(query.kv.v, listed))  # fmt: skip
         far = {
-            "query_global": placement.away(query.q, distance),
+            "query_global": placement.away(query.q, policy.selected_distance),
             "key_global": jnp.concatenate([query.rows(query.kv.k, sinks), far_k], 1),
             "value_global": jnp.concatenate([query.rows(query.kv.v, sinks), far_v], 1),
+            "global_positions": at,
         }
-        last = jnp.concatenate([sinks, listed], 1)[:, -1]
-        start = start - (last - (count - 1))
     out, lse = kernels.lambda_attention(
-        near_q, near_k, v, **far, num_global=count, window_size=window, key_start=start,
-        query_offset=selected.window_len - rows, scale=config.scale,
-        logits_soft_cap=config.soft_cap, return_residuals=True,
+        near_q, near_k, v, **far, num_global=at.shape[1], window_size=policy.window,
+        key_start=near_pos[:, 0], query_offset=selected.window_len - group.pos.shape[1],
+        scale=config.scale, logits_soft_cap=config.soft_cap, return_residuals=True,
     )  # fmt: skip
 
     def received():

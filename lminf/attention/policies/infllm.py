@@ -136,14 +136,14 @@ class InfLLM(sparse.SparsePolicy):
         return sparse.Selected(pos[:, None], start, length, kv), state
 
     def _look_up(self, query, summary, existing) -> Int[Array, "B k"]:
-        """Numbers of the best blocks; where fewer exist, they stand first."""
+        """Numbers of the best blocks, rising; where fewer exist, they stand first."""
         away = query.placement.away(query.q, self.window - 1)
         counted = (query.group.pos >= 0)[..., None, None]
         mean = jnp.where(counted, away, 0).astype(jnp.float32).sum(1)  # up to a positive factor
         found = jnp.einsum("bnh,bmnh->bm", mean, summary.astype(jnp.float32))
         numbers = jnp.arange(summary.shape[1], dtype=jnp.int32)[None]
         found = jnp.where(numbers < existing[:, None], found, -jnp.inf)
-        return jax.lax.top_k(found, min(self.topk, summary.shape[1]))[1]
+        return jnp.sort(jax.lax.top_k(found, min(self.topk, summary.shape[1]))[1], axis=-1)
 
     def _fetch(self, query, resident, block_ids, count, pos, in_block):
         """Keys and values at `pos`, of blocks from those at hand; and what is at hand then."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
+from lminf.attention import cache
 from lminf.attention.policy import chunk_within, common_eviction
 from lminf.errors import InputError
 from lminf.models import decoder
@@ -192,12 +193,17 @@ def advance(module: decoder.Decoder, params, tokens, positions, caches, sampling
 def prepare_decoding(module: decoder.Decoder, caches, *, length: int, room: int):
     """The caches at the end of prompts: decoder.prepare_decoding, compiled for few lengths."""
     if not any(policy.needs_prompt for policy in module.policies):
-        return _prerotate(module, caches)
+        # Of caches that keep every token, which may fill the memory, no copy is made.
+        linear = [isinstance(each.layout, cache.LinearCache) for each in caches]
+        ours = tuple(x if whole else None for x, whole in zip(caches, linear, strict=True))
+        others = tuple(None if whole else x for x, whole in zip(caches, linear, strict=True))
+        return _prerotate(module, ours, others)
     return _compress(module, caches, *(-(-tokens // ROUND) * ROUND for tokens in (length, room)))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _prerotate(module: decoder.Decoder, caches):
+def _prerotate(module: decoder.Decoder, linear, others):
+    caches = tuple(x if x is not None else y for x, y in zip(linear, others, strict=True))
     return decoder.prepare_decoding(module.spec, module.policies, caches, length=0, room=0)
 
 

@@ -76,7 +76,7 @@ PositionLayout: TypeAlias = LinearCache | SinkRingCache  # a token's position sa
 
 @dataclass(frozen=True)
 class PreRotated:
-    """A ring of `window` rotated keys, head by head; the sinks are in the state."""
+    """A ring of `window` rotated keys, as [B, K, window, H] in memory; sinks are in the state."""
 
     window: int  # tokens
     sinks: int  # tokens

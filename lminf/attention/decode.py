@@ -84,26 +84,36 @@ def prerotate(policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache) -> 
     sink_pos = jnp.broadcast_to(jnp.arange(sinks, dtype=jnp.int32)[None], (len(last), sinks))
     by_sinks = _by_part(policy, config, placement, sink_pos, "key")
 
-    def one(kv: caches.KVState) -> caches.KVState:
+    def of_layer(k, v):
         def heads_first(x):
-            return x.swapaxes(1, 2)
+            return x.swapaxes(1, 2).reshape(x.shape)
 
-        ring = placement.rotate(kv.k[row, held], by_ring), kv.v[row, held]
-        far = by_sinks(kv.k[:, :sinks]), kv.v[:, :sinks]
-        k, v, far_k, far_v = map(heads_first, (*ring, *far))
-        return caches.KVState(k, v, {"k": far_k, "v": far_v})
+        ring_k = placement.rotate(k[row, held], by_ring)
+        return heads_first(ring_k), heads_first(v[row, held])
 
-    kv = jax.lax.map(one, cache.kv)
-    return caches.Cache(kv.k, kv.v, last, caches.PreRotated(window, sinks), kv.state)
+    def of_sinks(kv):
+        return by_sinks(kv.k[:, :sinks]).swapaxes(1, 2), kv.v[:, :sinks].swapaxes(1, 2)
+
+    sink_k, sink_v = jax.lax.map(of_sinks, caches.KVState(cache.k, cache.v))
+    if isinstance(layout, caches.LinearCache):
+        # In place, layer by layer: it may fill the memory.
+        def change(layer, kv):
+            new = of_layer(kv[0][layer], kv[1][layer])
+            return tuple(x.at[layer].set(y) for x, y in zip(kv, new, strict=True))
+
+        k, v = jax.lax.fori_loop(0, len(cache.k), change, (cache.k, cache.v))
+    else:
+        k, v = jax.lax.map(lambda kv: of_layer(*kv), (cache.k, cache.v))
+    rotated = caches.PreRotated(window, sinks)
+    return caches.Cache(k, v, cache.pos, rotated, {"k": sink_k, "v": sink_v})
 
 
 def extend(
     policy: LayerPolicy,
     config: ScoreConfig,
-    stored_pos: Int[Array, "B 1"],
     positions: Int[Array, "B 1"],
 ):
-    """`attend.extend` of one token per row over a cache of rotated keys."""
+    """The step of every layer, for one token per row, over a cache of rotated keys."""
     placement, parts = Placement(config, positions), head_policies(policy)
     by_position = placement.rotation(positions)
     near_query = _by_part(policy, config, placement, positions, None)
@@ -113,7 +123,12 @@ def extend(
     new = (positions[:, 0] >= 0).astype(jnp.int32)
 
     def step(q, k, v, kv: caches.KVState, layer):
-        batch, sinks, window = len(q), kv.state["k"].shape[3], kv.k.shape[3]
+        layers, batch, window, *_ = kv.k.shape
+        sinks = kv.state["k"].shape[3]
+
+        def by_head(x):
+            return x.reshape(*x.shape[:2], x.shape[3], x.shape[2], x.shape[4])
+
         options: dict = {"scale": config.scale, "logits_soft_cap": config.soft_cap}
         if (slopes := config.slopes(q.shape[2])) is not None:
             (part,) = parts
@@ -126,8 +141,10 @@ def extend(
             options["head_window"] = [part.window or window for part in policy.policies]
             counts = jnp.array([part.num_sinks for part in policy.policies], jnp.int32)
             options["global_count"] = jnp.broadcast_to(counts[None], (batch, len(counts)))
-        lengths = jnp.broadcast_to(length[None], (len(kv.k), batch))
-        cache = kernels.RollingCache(kv.state["k"], kv.state["v"], kv.k, kv.v, lengths)
+        cache = kernels.RollingCache(
+            kv.state["k"], kv.state["v"], by_head(kv.k), by_head(kv.v),
+            jnp.broadcast_to(length[None], (layers, batch)),
+        )  # fmt: skip
         cache = rolling.append(
             cache, placement.rotate(k, by_position), v, key_global=far_key(k), count=new,
             layer=layer,
@@ -136,9 +153,10 @@ def extend(
             near_query(q)[:, 0], cache, layer=layer, query_global=far_query(q)[:, 0], **options
         )
         state = {"k": cache.k_global, "v": cache.v_global}
-        return out[:, None], caches.KVState(cache.k_ring, cache.v_ring, state)
+        ring = (x.reshape(kv.k.shape) for x in (cache.k_ring, cache.v_ring))
+        return out[:, None], caches.KVState(*ring, state)
 
-    return step, jnp.maximum(stored_pos, positions)
+    return step
 
 
 def _by_part(policy, config, placement, positions, of: str | None):

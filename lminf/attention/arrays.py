@@ -113,7 +113,7 @@ def attend_stepwise(
             return x.reshape(batch, count, size, *x.shape[2:]).swapaxes(0, 1)
 
         (kv, pos), out = jax.lax.scan(read, (cache.kv, cache.pos), [cut(x) for x in (at, q, k, v)])
-        cache = caches.Cache(kv.k, kv.v, pos, cache.layout, kv.state)
+        cache = cache.updated(kv, pos)
         outs.append(out.swapaxes(0, 1).reshape(batch, count * size, *q.shape[2:]))
         start += count * size
     return jnp.concatenate(outs, 1)

@@ -123,12 +123,8 @@ def extend(
     new = (positions[:, 0] >= 0).astype(jnp.int32)
 
     def step(q, k, v, kv: caches.KVState, layer):
-        layers, batch, window, *_ = kv.k.shape
+        layers, batch, _, window, _ = kv.k.shape
         sinks = kv.state["k"].shape[3]
-
-        def by_head(x):
-            return x.reshape(*x.shape[:2], x.shape[3], x.shape[2], x.shape[4])
-
         options: dict = {"scale": config.scale, "logits_soft_cap": config.soft_cap}
         if (slopes := config.slopes(q.shape[2])) is not None:
             (part,) = parts
@@ -141,10 +137,8 @@ def extend(
             options["head_window"] = [part.window or window for part in policy.policies]
             counts = jnp.array([part.num_sinks for part in policy.policies], jnp.int32)
             options["global_count"] = jnp.broadcast_to(counts[None], (batch, len(counts)))
-        cache = kernels.RollingCache(
-            kv.state["k"], kv.state["v"], by_head(kv.k), by_head(kv.v),
-            jnp.broadcast_to(length[None], (layers, batch)),
-        )  # fmt: skip
+        lengths = jnp.broadcast_to(length[None], (layers, batch))
+        cache = kernels.RollingCache(kv.state["k"], kv.state["v"], kv.k, kv.v, lengths)
         cache = rolling.append(
             cache, placement.rotate(k, by_position), v, key_global=far_key(k), count=new,
             layer=layer,
@@ -153,8 +147,7 @@ def extend(
             near_query(q)[:, 0], cache, layer=layer, query_global=far_query(q)[:, 0], **options
         )
         state = {"k": cache.k_global, "v": cache.v_global}
-        ring = (x.reshape(kv.k.shape) for x in (cache.k_ring, cache.v_ring))
-        return out[:, None], caches.KVState(*ring, state)
+        return out[:, None], caches.KVState(cache.k_ring, cache.v_ring, state)
 
     return step
 

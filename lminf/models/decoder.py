@@ -387,8 +387,7 @@ class Decoder(nn.Module):
         if caches is not None:
             stored = (one or other for one, other in zip(whole, layer_by_layer, strict=True))
             caches = tuple(
-                cache.Cache(held.k, held.v, p, old.layout, held.state)
-                for held, p, old in zip(stored, pos, caches, strict=True)
+                old.updated(kv, p) for kv, p, old in zip(stored, pos, caches, strict=True)
             )
         return x, caches, sown
 

@@ -35,7 +35,7 @@ def get_config(arg: str = ""):
     c.data.held_out = 0.05  # share of each text, its end, kept for evaluation
     c.model = shape(width=256, layers=6, heads=4, kv_heads=2, hidden=768)
     c.experts = base.experts(hidden=384)  # experts.count=8 makes it a mixture of experts
-    c.attention = "full"  # the policy of all layers
+    c.attention = ""  # the policy of all layers; "" is that of `init`, or else full
     c.steps = 1000
     c.optimizer = "adamw:b2=0.95,weight_decay=0.1"
     c.schedule = "cosine:peak=2e-3,floor=2e-4,warmup=50"

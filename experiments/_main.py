@@ -49,6 +49,7 @@ def main(
     *,
     table: TableOf | None = None,
     resumes: bool = False,
+    may_change: Sequence[str] = (),
     before: Callable[[Any], None] | None = None,
     argv: Sequence[str] | None = None,
 ) -> None:
@@ -64,8 +65,9 @@ def main(
         if not resumes:
             measure(asked, run, plot, table)
         elif leads():
+            names = names_in(asked.out)
             with holding(asked):
-                measure(asked, run, plot, table, resumes=True)
+                measure(asked, run, plot, table, names=names, resumes=True, may_change=may_change)
         else:
             assist(asked, run)
 
@@ -85,6 +87,15 @@ def assist(asked: Request, run: Run) -> None:
         pass
 
 
+def names_in(out: Path | None) -> frozenset[str] | None:
+    """What the folder holds before the call; None if there is none."""
+    if out is None or not out.exists():
+        return None
+    if not out.is_dir():
+        raise InputError(f"{out} is not a folder; name another one with --out")
+    return frozenset(entry.name for entry in out.iterdir())
+
+
 @contextlib.contextmanager
 def holding(asked: Request) -> Iterator[None]:
     """Holds the folder that was asked for; a new one of its own name nobody else can want."""
@@ -93,19 +104,33 @@ def holding(asked: Request) -> Iterator[None]:
         return
     with folder.writing(asked.out):
         asked.out.mkdir(parents=True, exist_ok=True)
+    unlocked = not (asked.out / folder.LOCK).exists()
     with lock.held(asked.out):
         try:
             yield
         except InputError:
-            if not (asked.out / "config.json").exists():  # somebody's folder, which is not a run
+            # Somebody's folder, which is not a run: only the lock was put there.
+            if unlocked and asked.out.exists() and not (asked.out / "config.json").exists():
                 (asked.out / folder.LOCK).unlink(missing_ok=True)
             raise
 
 
 def measure(
-    asked: Request, run: Run, plot: Plot, table: TableOf | None, *, resumes: bool = False
+    asked: Request,
+    run: Run,
+    plot: Plot,
+    table: TableOf | None,
+    *,
+    names: frozenset[str] | None = None,
+    resumes: bool = False,
+    may_change: Sequence[str] = (),
 ) -> RunFolder:
-    """Runs to the end, or leaves what was measured until then; returns the folder."""
+    """Runs to the end, or leaves what was measured until then; returns the folder.
+
+    `names` are what the folder held before the call, which stays whatever happens.
+    """
+    if not resumes:
+        names = names_in(asked.out)
     out = folder.create(
         asked.experiment,
         variant=asked.variant,
@@ -115,6 +140,7 @@ def measure(
         command=environment.command_line(),
         at=asked.out,
         resume=resumes,
+        may_change=may_change,
     )
     started, before = time.monotonic(), out.rows()
 
@@ -128,7 +154,7 @@ def measure(
     except BaseException as failure:
         if not nothing_new():
             spent = time.monotonic() - started
-            keep_what_there_is(out, asked, failure, seconds=spent, resumes=resumes)
+            keep_what_there_is(out, asked, failure, names, seconds=spent, resumes=resumes)
         raise
     seconds = time.monotonic() - started
     rows = out.rows()
@@ -158,12 +184,17 @@ def complete(out: RunFolder) -> bool:
 
 
 def keep_what_there_is(
-    out: RunFolder, asked: Request, failure: BaseException, *, seconds: float, resumes: bool
+    out: RunFolder,
+    asked: Request,
+    failure: BaseException,
+    names: frozenset[str] | None,
+    *,
+    seconds: float,
+    resumes: bool,
 ) -> None:
     """A report without figures, for which the rows may not be enough; nothing if nothing ran."""
     rows = out.rows()
-    if isinstance(failure, InputError) and not rows and not out.metrics():
-        out.remove()
+    if isinstance(failure, InputError) and not rows and not out.metrics() and out.undo(names):
         return
     how = "Interrupted" if isinstance(failure, KeyboardInterrupt) else f"Failed ({failure})"
     state = f"**{how} after {len(rows)} rows: {INCOMPLETE}**"

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from lminf.attention.policy import FULL
 from lminf.data.sources import text_of
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.data.windows import RandomWindows
@@ -27,7 +28,7 @@ def load(name: str, *, seed: int) -> LM:
     if name == TINY:
         return train_tiny(seed=seed)
     with Progress(1, label=f"loading {name}", unit="tensors") as progress:
-        lm = LM.from_pretrained(name, progress=_showing(progress))
+        lm = LM.from_pretrained(name, policy=FULL, progress=_showing(progress))
     return lm.with_devices(jax.local_devices())
 
 

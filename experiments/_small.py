@@ -75,7 +75,7 @@ def train(
         partition.parse("data"),
         parse_choice(c.optimizer, OPTIMIZERS, what="optimizer").build(),
         rate=lambda step: step,  # every copy has its own
-        clip=c.clip,
+        clip=c.clip or None,
     )
     seeds = tuple(range(c.seed, c.seed + c.replicates))
     copies = Copies(program, schedule, seeds, tuple(c.rates), stops[-1])

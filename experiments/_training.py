@@ -4,12 +4,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lminf import checkpoints
 from lminf.attention import policy as policies
 from lminf.attention.parsing import parse_policy
+from lminf.attention.policy import FULL, AnyPolicy
 from lminf.config import closest, from_config, parse_choice
 from lminf.data import corpus, loader, windows
 from lminf.data.tokenizers import ByteTokenizer
@@ -28,26 +30,26 @@ from lminf.types import Params
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-LEAST = {  # smaller values would fail in the middle of a run, or silently train nothing
-    "steps": 1, "accumulate": 1, "log_every": 1, "data.length": 2, "data.batch": 1,
-    "evaluate.every": 1, "evaluate.batches": 1, "checkpoint.every": 1, "checkpoint.last": 1,
-}  # fmt: skip
+# Settings that another call of the same run may have otherwise: what they change is how long it is,
+# where it lies and what is said of it, but not what a step computes.
+MAY_CHANGE = (
+    "steps", "mesh", "strategy", "processes", "remat", "evaluate.every", "evaluate.sample",
+    "checkpoint.every", "checkpoint.last", "export", "log_every", "watch", "profile",
+)  # fmt: skip
 
 
 def check(c) -> None:
-    """Refuses settings whose harm would show only later in the run."""
-    for name, least in LEAST.items():
-        value = c
-        for part in name.split("."):
-            value = value[part]
-        if value < least:
-            raise InputError(f"--config.{name}={value}: give at least {least}")
+    """Refuses settings whose harm would show only later in the run; ranges are checked before."""
     watchers.named(c.watch)
     known(c.not_finite, {"stop": None, "skip": None}, "not_finite")
     if c.experts.count and (c.init or c.export):
         raise InputError(
             f"--config.experts.count={c.experts.count}: models with experts are neither read nor "
             f"written in others' formats; leave out init and export"
+        )
+    if len(c.profile) not in (0, 2) or list(c.profile) != sorted(c.profile):
+        raise InputError(
+            f"--config.profile={c.profile}: give the first and the last step to trace, as in (5,9)"
         )
 
 
@@ -58,6 +60,7 @@ class Start:
     spec: ModelSpec
     params: Params | None  # None: fresh ones
     tokenizer: Any
+    policy: AnyPolicy  # that it is trained with
 
 
 def start_of(c) -> Start:
@@ -66,9 +69,15 @@ def start_of(c) -> Start:
         loaded = checkpoints.load(c.init, dtype=jnp.float32)
         if loaded.tokenizer is None:
             raise InputError(f"{c.init} has no tokenizer; add its tokenizer.json")
-        return Start(loaded.spec, loaded.params, loaded.tokenizer)
+        policy = policy_of(c, loaded.policy)
+        return Start(loaded.spec, loaded.params, loaded.tokenizer, policy)
     tokenizer = tokenizer_of(c.data.tokenizer)
-    return Start(shape_of(c, tokenizer.vocab_size), None, tokenizer)
+    return Start(shape_of(c, tokenizer.vocab_size), None, tokenizer, policy_of(c, None))
+
+
+def policy_of(c, own: AnyPolicy | None) -> AnyPolicy:
+    """The policy of the config; where it names none, the model's own."""
+    return parse_policy(c.attention) if c.attention else own or FULL
 
 
 def tokenizer_of(name: str):
@@ -102,14 +111,16 @@ def shape_to_plan(c) -> ModelSpec:
     return shape_of(c, tokenizer_of(c.data.tokenizer).vocab_size)
 
 
-def program_of(c, shape: ModelSpec, *, absent: int | None = None) -> Program:
+def program_of(
+    c, shape: ModelSpec, policy: AnyPolicy | None = None, *, absent: int | None = None
+) -> Program:
     """The step of this config on all devices, or planned for so many that are `absent`."""
     strategy = partition.parse(c.strategy)
     sizes = from_config(c.mesh, mesh.MeshShape)
     laid_out = mesh.make(sizes) if absent is None else mesh.absent(sizes, absent)
     partition.check(strategy, laid_out)
     schedule = parse_choice(c.schedule, SCHEDULES, what="schedule")
-    policy = parse_policy(c.attention)
+    policy = policy_of(c, None) if policy is None else policy
     steps = c.steps
     return Program(
         shape,
@@ -160,6 +171,33 @@ def token_bytes(tokenizer) -> np.ndarray:
     sizes = np.array([len(token) for token in tokenizer.token_bytes], np.int64)
     sizes[list(tokenizer.eos_ids)] = 0
     return sizes
+
+
+def export_bytes(program: Program) -> int:
+    """Of the finished model's parameters, float32."""
+    model = program.shapes.params if program.lora is None else program.shapes.frozen
+    return 4 * sum(leaf.size for leaf in jax.tree.leaves(model))
+
+
+def state_bytes(program: Program) -> int:
+    """Of a checkpoint of the training state."""
+    leaves = jax.tree.leaves(program.shapes)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def rates_moved(c, before: int, done: int) -> str | None:
+    """What is to be said of a run of `before` steps that is given another length after `done`."""
+    schedule = parse_choice(c.schedule, SCHEDULES, what="schedule")
+    steps = np.arange(done)
+    if np.allclose(jax.vmap(lambda s: schedule(s, before))(steps),
+                   jax.vmap(lambda s: schedule(s, c.steps))(steps), rtol=1e-6):  # fmt: skip
+        return None
+    rates = float(schedule(done - 1, before)), float(schedule(done, c.steps))
+    return (
+        f"the learning rates of {c.schedule} depend on the number of steps: the {done} steps that "
+        f"are done had those of {before} steps, the rest have those of {c.steps} (from "
+        f"{rates[0]:.3g} to {rates[1]:.3g} now), so this is not the run of {c.steps} steps"
+    )
 
 
 def boundaries(start: int, steps: int, every: int) -> Iterator[int]:

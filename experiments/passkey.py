@@ -5,6 +5,7 @@ from typing import get_args
 
 from experiments import _models
 from experiments._main import main
+from lminf import shared_prefix
 from lminf.attention.parsing import parse_policy
 from lminf.config import closest
 from lminf.data import sources
@@ -55,15 +56,22 @@ def run(c, out):
     total = sum(sample.tokens for *_, samples in missing for sample in samples)
     with Progress(total, label="passkey", unit="tokens") as progress:
         read = 0
+
+        def show(tokens):
+            nonlocal read
+            read += tokens
+            progress.update(read)
+
         for model, length, depth, samples in missing:
             started = time.perf_counter()
-            answers = []
-            for batch in batches(samples, max(1, TOGETHER // length)):
-                answers += model.generate(
-                    [sample.prompt for sample in batch], max_new_tokens=passkey.ANSWER_TOKENS
-                )
-                read += sum(sample.tokens for sample in batch)
-                progress.update(read)
+            # Prompts of a cell differ from the key on: what stands before it is read once.
+            answers = shared_prefix.generate(
+                model,
+                [sample.prompt for sample in samples],
+                max_new_tokens=passkey.ANSWER_TOKENS,
+                rows=max(1, TOGETHER // length),
+                progress=show,
+            )
             correct = sum(map(passkey.Sample.correct, samples, answers))
             accuracy, low, high = score.success_rate(correct, len(samples))
             yield {
@@ -82,10 +90,6 @@ def run(c, out):
                 "high": high,
                 "seconds": time.perf_counter() - started,
             }
-
-
-def batches(items, size):
-    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def in_window(policy, sample) -> bool:

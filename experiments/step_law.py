@@ -5,6 +5,7 @@ import numpy as np
 from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator
 from matplotlib.tri import Triangulation
 
+from experiments import _tables
 from experiments._main import main
 from lminf import scaling
 from lminf.run import plots, style
@@ -16,7 +17,7 @@ LEVELS = (0.00125, 0.0025, 0.005, 0.01)  # relative excess: the plateau areas
 
 def run(c, out):
     if c.data:
-        table = scaling.read_step(c.data, seq_len=c.seq_len)
+        table = scaling.read_step(_tables.found(c.data, "step_law"), seq_len=c.seq_len)
     else:
         table = synthetic.step_grid(noise=0.001, seed=c.seed)
     procedure = StepLaw(threshold=c.threshold)

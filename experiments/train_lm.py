@@ -1,8 +1,11 @@
 """Trains a language model; goes on where it was when its command is given again with its --out."""
 
 import contextlib
+import dataclasses
 import itertools
+import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -15,14 +18,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from experiments import _training
 from experiments._main import leads, main
 from lminf import checkpoints
+from lminf.attention.policy import FULL
 from lminf.checkpoints import native
+from lminf.checkpoints.whole import check_room
 from lminf.config import from_config
 from lminf.errors import InputError
 from lminf.lm import LM
 from lminf.parallel import hardware
 from lminf.parallel.processes import Processes
-from lminf.run import environment, memory, plots, watchers
+from lminf.run import environment, lock, memory, plots, request, watchers
 from lminf.run.clock import Split
+from lminf.run.folder import difference, writing
 from lminf.run.metrics import Smoothed
 from lminf.run.progress import Progress
 from lminf.run.stopping import Stopping
@@ -35,28 +41,35 @@ def run(c, out):
     _training.check(c)
     ended = finished(c, out)
     if c.export and not ended:
-        checkpoints.must_be_new(c.export)
+        checkpoints.check_save(c.export)  # before the model is read
     start = _training.start_of(c)
-    program = _training.program_of(c, start.spec)
+    program = _training.program_of(c, start.spec, start.policy)
     place = {"mesh": program.mesh, "strategy": program.strategy}
     share = batches.share(**place)
     data = _training.data_of(c, start.tokenizer, share)
     for shape in data.shapes:
         example = dict.fromkeys(("tokens", "targets"), np.zeros(shape, np.int32))
         batches.check(example, accumulate=c.accumulate, **place)
-    store = native.Store(
-        c.checkpoint.folder or str((out / "checkpoints").absolute()),
-        last=c.checkpoint.last,
-        facts={"config": c.to_json(), "source": environment.commit()},
-    )
+    lm = LM(start.spec, {}, start.tokenizer, start.policy)
+    if not ended:
+        check_ending(c, program, lm)
+    facts = {"config": c.to_json(), "source": environment.commit()}
+    folder_of = c.checkpoint.folder or str(out / "checkpoints")
+    store = native.Store(absolute(folder_of), last=c.checkpoint.last, facts=facts)
     say, stopping = Speaker(), Stopping()
+    if start.policy != FULL and not c.attention:
+        say(f"attending as {c.init} was trained, by {start.policy.name} (lminf.json)")
     # Several processes must stop after the same step, which JAX settles: signals are left to it.
     alone = jax.process_count() == 1
-    with store, stopping.listening() if alone else contextlib.nullcontext():
+    listening = stopping.listening() if alone else contextlib.nullcontext()
+    needed = 0 if ended else _training.state_bytes(program)
+    with owned(store, c, needed=needed) as before, store, listening:
         state = begin(program, start, store, say, seed=c.seed)
         done = int(state.step)
         if ended and done >= c.steps:
             return
+        if done and before != c.steps and (moved := _training.rates_moved(c, before, done)):
+            say(moved)
         if leads():
             out.keep_until(done)
             out.keep(lambda row: row["part"] not in AT_THE_END)
@@ -79,9 +92,9 @@ def run(c, out):
                     stop=partial(asked_to_stop, stopping),
                 )
                 done = int(state.step)
-                if done < until:
+                if done < until and done % c.checkpoint.every:  # else the hook has saved it
                     save(store, watch, done, state)
-                else:  # whoever asks to stop now still gets the loss that is due
+                elif done == until:  # whoever asks to stop now still gets the loss that is due
                     with watch.split.part("eval"):
                         found = meter(state)
                     watch.show(done, {f"held_out_{name}": x for name, x in found.means.items()})
@@ -99,14 +112,15 @@ def run(c, out):
             yield {"part": "position", "step": done, "start": first, "stop": last, "loss": nll}
         if not (c.evaluate.sample or c.export):
             return
-        lm = LM(start.spec, whole(program, program.finished(state)), start.tokenizer)
+        lm = dataclasses.replace(lm, params=whole(program, program.finished(state)))
         if c.evaluate.sample and leads():
-            text = lm.generate("The ", max_new_tokens=c.evaluate.sample)
-            yield {"part": "sample", "step": done, "text": f"The {text}"}
+            text = lm.generate(PROMPT, max_new_tokens=c.evaluate.sample)
+            yield {"part": "sample", "step": done, "text": f"{PROMPT}{text}"}
         if c.export and leads():
-            checkpoints.save(c.export, checkpoints.Checkpoint(lm.spec, lm.params, lm.tokenizer, ""))
+            checkpoints.save(c.export, as_checkpoint(lm))
 
 
+PROMPT = "The "  # of the sample
 AT_THE_END = ("position", "sample")  # parts that are measured once all steps are done
 EIGHTHS = 8  # of the window, whose losses are told apart
 
@@ -126,6 +140,58 @@ def finished(c, out) -> bool:
 
         found = bool(multihost_utils.broadcast_one_to_all(np.asarray(found)))
     return found
+
+
+def as_checkpoint(lm):
+    return checkpoints.Checkpoint(lm.spec, lm.params, lm.tokenizer, "", lm.policy)
+
+
+def check_ending(c, program, lm):
+    """Refuses what could not be done with the finished model, before the first step."""
+    if c.evaluate.sample:
+        lm.check_room(len(lm.encode(PROMPT)[0]) + c.evaluate.sample)
+    if c.export:
+        checkpoints.check_save(c.export, as_checkpoint(lm), needed=_training.export_bytes(program))
+
+
+def absolute(folder: str) -> str:
+    """The folder by its whole name, as Orbax wants it; gs://… and the like have one."""
+    return folder if "://" in folder else os.path.abspath(folder)
+
+
+@contextlib.contextmanager
+def owned(store, c, *, needed):
+    """Holds the folder of checkpoints, which must be nobody's or this run's; the steps that the run
+    was given before.
+    """
+    store.check_folder()
+    latest = max((saved.step for saved in store.saved()), default=0)
+    if latest > c.steps:
+        raise InputError(
+            f"--config.steps={c.steps}: {store.folder} holds {latest} steps of this run; give as "
+            f"many or more, or begin again in another folder with --out"
+        )
+    before, now = store.settings(), json.loads(json.dumps(request.to_dict(c)))
+    may_change = (*_training.MAY_CHANGE, "checkpoint")
+    if before is not None and (changed := difference(before, now, may_change=may_change)):
+        raise InputError(
+            f"{store.folder} holds checkpoints of a run with {changed}; give it the same settings "
+            f"to go on with it, or name another folder with --config.checkpoint.folder"
+        )
+    steps = c.steps if before is None else before.get("steps", c.steps)
+    path = Path(store.folder)
+    if not leads() or "://" in str(store.folder):  # a lock is no use in an object store
+        if leads():
+            store.own(now)
+        yield steps
+        return
+    check_room(path / "state", needed)
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    with lock.held(path, option="--config.checkpoint.folder"):
+        store.check_folder()
+        store.own(now)
+        yield steps
 
 
 def begin(program, start, store, say, *, seed):
@@ -313,4 +379,4 @@ def join(c):
 
 
 if __name__ == "__main__":
-    main(run, plot, table=table, resumes=True, before=join)
+    main(run, plot, table=table, resumes=True, may_change=_training.MAY_CHANGE, before=join)

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from experiments import _tables
 from experiments._main import main
 from lminf import scaling
 from lminf.errors import InputError
@@ -39,7 +40,9 @@ def _none_if_not_finite(value):
 def measure(c, out):
     fertility = fertilities.PUBLISHED
     table = (
-        scaling.read_vocab(c.data) if c.data else synthetic.vocab_sweep(noise=0.005, seed=c.seed)
+        scaling.read_vocab(_tables.found(c.data, "vocab_law"))
+        if c.data
+        else synthetic.vocab_sweep(noise=0.005, seed=c.seed)
     )
     procedures = [VocabLaw1(), VocabLaw2(), VocabLaw3("reference"), VocabLaw3("tokens")]
     laws = []

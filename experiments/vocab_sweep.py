@@ -1,5 +1,7 @@
 """Vocabulary sizes at equal FLOPs: two losses of small models, and the best size by each."""
 
+import json
+
 import numpy as np
 
 from experiments import _corpus, _noise, _small
@@ -122,7 +124,8 @@ def findings(rows):
         curves = {key: curve(rows, *key, metric) for key in budgets_of(rows)}
         for (_, budget), found in curves.items():
             lines.append(f"{budget:.0e} FLOPs, {label}: {_noise.said_of_bowl(found, 'V')}")
-        lines.append(moved(curves, label))
+        for n_nv in dict.fromkeys(n_nv for n_nv, _ in curves):
+            lines.append(moved({key: c for key, c in curves.items() if key[0] == n_nv}, label))
     rates = sorted({row["lr"] for row in rows})
     edge = [
         f"V = {size} at {budget:.0e}"
@@ -213,8 +216,10 @@ def optima(rows):
 
 
 def files(rows):
-    """What stands beside the report: the table that `lminf scaling fit vocab` takes."""
-    return {"table.csv": collect.vocab(rows)}
+    """What stands beside the report: the table that `lminf scaling fit vocab` takes, and the
+    tokens per character of its tokenizers."""
+    measured = json.dumps(collect.fertility(rows).to_json(), indent=2) + "\n"
+    return {"table.csv": collect.vocab(rows), "table.fertility.json": measured}
 
 
 if __name__ == "__main__":

@@ -81,7 +81,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if name not in COMMANDS:
         raise InputError(f"there is no command {name!r}; {closest(name, COMMANDS)}")
     module = importlib.import_module(f"lminf.commands.{name}")
-    parser = Parser(prog=f"lminf {name}", description=COMMANDS[name])
+    # The help of `scaling` depends on the verb: it prints it itself.
+    own = name == "scaling"
+    parser = Parser(prog=f"lminf {name}", description=COMMANDS[name], add_help=not own)
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     module.add_arguments(parser)
     parser.set_defaults(command=module.run)

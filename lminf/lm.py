@@ -101,7 +101,10 @@ class LM:
         dtype: Any = jnp.float32,
         progress: Progress | None = None,
     ) -> "LM":
-        """A model that `lminf fetch` lists, a local folder, a .gguf file or a hub repository."""
+        """A model that `lminf fetch` lists, a local folder, a .gguf file or a hub repository.
+
+        Without a policy it attends as it was trained: as its lminf.json says, or else in full.
+        """
         from lminf import checkpoints
 
         if policy is not None:
@@ -112,7 +115,9 @@ class LM:
                 f"{loaded.source} has no tokenizer; add its tokenizer.json, or read token ids "
                 f"with lminf.checkpoints.load"
             )
-        return cls(loaded.spec, loaded.params, loaded.tokenizer, policy or FULL, dtype)
+        return cls(
+            loaded.spec, loaded.params, loaded.tokenizer, policy or loaded.policy or FULL, dtype
+        )
 
     def __repr__(self) -> str:
         """Three lines: the model, what it was trained on, how it attends."""

@@ -130,7 +130,7 @@ def _layer(policy: AnyPolicy | str) -> LayerPolicy:
 
 def _config(encoding: Encoding, q, scale, soft_cap) -> ScoreConfig:
     width = q.shape[3]
-    if isinstance(encoding, Rotary) and not encoding.dim:
+    if isinstance(encoding, Rotary) and encoding.dim is None:
         encoding = dataclasses.replace(encoding, dim=width)
     return ScoreConfig(encoding, width**-0.5 if scale is None else scale, soft_cap)
 

@@ -9,14 +9,25 @@ position, and the difference of two positions is all that a score can see.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, UInt32
 
+from lminf import ranges
+from lminf.errors import InputError
+from lminf.ranges import Range
+
 TURN = 2 * math.pi
+
+# Ranges of what a schedule is made of. The largest and smallest values leave every frequency within
+# what a 64-bit fraction of a turn can hold.
+Length: TypeAlias = Annotated[int, Range(min=1, max=2**31 - 1)]  # tokens
+Factor: TypeAlias = Annotated[float, Range(min=1e-3, max=1e6)]
+Base: TypeAlias = Annotated[float, Range(above=1, max=1e15)]
+Temperature: TypeAlias = Annotated[float, Range(min=1e-3, max=1e3)]
 
 
 # --- Frequency schedules. `frequencies` gives rad/token, [dim / 2], fastest channel first. --------
@@ -40,8 +51,11 @@ class Unscaled:
 class Linear:
     """Positions divided by `factor`: interpolation. Source: Chen et al. 2023, arXiv:2306.15595."""
 
-    factor: float
+    factor: Factor
     temperature = 1.0
+
+    def __post_init__(self):
+        ranges.check(self)
 
     def frequencies(self, base: float, dim: int) -> np.ndarray:
         return _powers(base, dim) / self.factor
@@ -51,8 +65,11 @@ class Linear:
 class NTKAware:
     """Base times alpha^(dim/(dim-2)): the slowest channel slows by alpha, the fastest stays."""
 
-    alpha: float
+    alpha: Factor
     temperature = 1.0
+
+    def __post_init__(self):
+        ranges.check(self)
 
     def frequencies(self, base: float, dim: int) -> np.ndarray:
         return _powers(base * self.alpha ** (dim / (dim - 2)), dim)
@@ -66,9 +83,12 @@ class DynamicNTK:
     current n, so caches must hold keys un-rotated.
     """
 
-    alpha: float
-    trained_length: int  # tokens
+    alpha: Factor
+    trained_length: Length
     temperature = 1.0
+
+    def __post_init__(self):
+        ranges.check(self)
 
     def frequencies_at(
         self, base: float, dim: int, length: Int[Array, "*B"]
@@ -89,12 +109,20 @@ class YaRN:
     Source: Peng et al. 2023, arXiv:2309.00071.
     """
 
-    factor: float
-    trained_length: int  # tokens
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None  # None: 0.1 ln(factor) + 1
+    factor: Factor
+    trained_length: Length
+    beta_fast: Factor = 32.0
+    beta_slow: Factor = 1.0
+    attention_factor: Temperature | None = None  # None: 0.1 ln(factor) + 1
     truncate: bool = True  # round the ramp's ends outwards to whole channels
+
+    def __post_init__(self):
+        ranges.check(self)
+        if self.beta_fast < self.beta_slow:
+            raise InputError(
+                f"YaRN's beta_fast={self.beta_fast} is below beta_slow={self.beta_slow}; give the "
+                f"larger number of turns first"
+            )
 
     @property
     def temperature(self) -> float:
@@ -123,11 +151,19 @@ class Llama3:
     Source: the Llama 3.1 release (Dubey et al. 2024, arXiv:2407.21783).
     """
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    trained_length: int  # tokens
+    factor: Factor
+    low_freq_factor: Factor
+    high_freq_factor: Factor
+    trained_length: Length
     temperature = 1.0
+
+    def __post_init__(self):
+        ranges.check(self)
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise InputError(
+                f"Llama 3's low_freq_factor={self.low_freq_factor} is not below "
+                f"high_freq_factor={self.high_freq_factor}; give the smaller number first"
+            )
 
     def frequencies(self, base: float, dim: int) -> np.ndarray:
         theta = _powers(base, dim)
@@ -155,17 +191,31 @@ SCALINGS: dict[str, type] = {
 class Rotary:
     """Rotary encoding of the first `dim` channels of each head; the others carry no position."""
 
-    base: float
-    dim: int = 0  # channels, even; 0: all of the head's, of arrays without a model
+    base: Base
+    # Channels, even; None: all of the head's, for arrays without a model.
+    dim: Annotated[int, Range(min=2, max=2**16)] | None = None
     layout: Literal["half", "interleaved"] = "half"  # pairs (c, c + dim/2), or (2c, 2c + 1)
     scaling: Scaling = Unscaled()
+
+    def __post_init__(self):
+        ranges.check(self)
+        if self.dim is not None and self.dim % 2:
+            raise InputError(f"Rotary.dim is {self.dim}; channels are rotated in pairs")
+        if self.dim == 2 and isinstance(self.scaling, NTKAware | DynamicNTK):
+            raise InputError(
+                f"Rotary.dim is 2; {type(self.scaling).__name__} needs 4 channels or more, because "
+                f"it slows all but the first pair"
+            )
 
 
 @dataclass(frozen=True)
 class Alibi:
     """Score minus slope * distance, by head. Source: Press et al. 2022, arXiv:2108.12409."""
 
-    max_bias: float
+    max_bias: Annotated[float, Range(above=0, max=1e3)]
+
+    def __post_init__(self):
+        ranges.check(self)
 
     def slopes(self, num_heads: int) -> np.ndarray:
         """[N] float32. Where N is no power of two, the odd slopes of the next power fill up."""
@@ -204,15 +254,16 @@ def rotation(
     """Rotation of every position. `scale` stretches the positions (1/k for Leaky ReRoPE);
     `length` is how many tokens have been read, in each row, which only DynamicNTK asks for.
     """
-    scaling = encoding.scaling
+    scaling, dim = encoding.scaling, encoding.dim
+    assert dim is not None  # a model's encoding says it
     if isinstance(scaling, DynamicNTK):
         if length is None:
             raise ValueError("DynamicNTK needs length=, the number of tokens read so far")
         turns = _split_traced(
-            scaling.frequencies_at(encoding.base, encoding.dim, length) * (scale / TURN)
+            scaling.frequencies_at(encoding.base, dim, length) * (scale / TURN)
         )
     else:
-        turns = _split(scaling.frequencies(encoding.base, encoding.dim) * (scale / TURN))
+        turns = _split(scaling.frequencies(encoding.base, dim) * (scale / TURN))
     # One frequency for all rows, or one for each row: [P] or [*B 1 P] beside positions [*B T 1].
     rank = positions.ndim + 1
     high, low = (jnp.reshape(word, (1,) * (rank - word.ndim) + word.shape) for word in turns)

@@ -1,17 +1,29 @@
 """GGUF checkpoints: metadata -> ModelSpec, tensors -> parameter tree, vocabulary -> tokenizer."""
 
-import math
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 
-from lminf.attention.rope import Linear, Llama3, Rotary, Scaling, Unscaled, YaRN
+from lminf.attention.rope import (
+    Base,
+    Factor,
+    Length,
+    Linear,
+    Llama3,
+    Rotary,
+    Scaling,
+    Temperature,
+    Unscaled,
+    YaRN,
+)  # fmt: skip
 from lminf.checkpoints import gguf_tokenizer, maps, trees
+from lminf.checkpoints.fields import Fields, Meaningless
 from lminf.checkpoints.gguf_file import GGUFFile, open_gguf
 from lminf.data.tokenizers import Tokenizer
 from lminf.errors import InputError
-from lminf.models.spec import MLPSpec, ModelSpec, NormSpec
+from lminf.models.spec import Cap, Epsilon, Layers, MLPSpec, ModelSpec, NormSpec, Size
+from lminf.ranges import Range, shown
 
 Activation: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu"]
 # architecture in the file -> (family, activation)
@@ -22,8 +34,83 @@ ARCHITECTURES: dict[str, tuple[str, Activation]] = {
     "gemma2": ("gemma2", "gelu_tanh"),
     "gptneox": ("gpt_neox", "gelu"),
 }
-# Facts of an architecture that change nothing here: sizes said again, hints for quantisation.
-IRRELEVANT = frozenset({"vocab_size", "tensor_data_layout"})
+COMMON_SHAPE: dict[str, Any] = {
+    "general.architecture": str,
+    "split.count": Annotated[int, Range(min=0, max=2**16)],
+}
+# What each key of an architecture may be, without the architecture's name.
+SHAPE: dict[str, Any] = {
+    "block_count": Layers,
+    "context_length": Length,
+    "embedding_length": Size,
+    "feed_forward_length": Size,
+    "use_parallel_residual": bool,
+    "attn_logit_softcapping": Cap,
+    "final_logit_softcapping": Cap,
+    "attention.head_count": Size,
+    "attention.head_count_kv": Size,
+    "attention.key_length": Size,
+    "attention.value_length": Size,
+    "attention.sliding_window": Length,
+    "attention.layer_norm_epsilon": Epsilon,
+    "attention.layer_norm_rms_epsilon": Epsilon,
+    "rope.dimension_count": Size,
+    "rope.freq_base": Base,
+    "rope.scale_linear": Factor,
+    "rope.scaling.factor": Factor,
+    "rope.scaling.type": str,
+    "rope.scaling.original_context_length": Length,
+    "rope.scaling.attn_factor": Temperature,
+    "rope.scaling.yarn_beta_fast": Factor,
+    "rope.scaling.yarn_beta_slow": Factor,
+}
+# Keys that change nothing in what the model computes, and at which values: sizes said again, parts
+# of other architectures that this file does without. All others are used, or refused by name.
+MEANINGLESS: Meaningless = {
+    "vocab_size": None,
+    "tensor_data_layout": None,
+    "rope.scale_linear": (0.0,),
+    "rope.scaling.factor": (0.0,),
+    "rope.scaling.finetuned": None,  # whether training went on with the scaling
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_ext_factor": (-1.0,),  # llama.cpp's default of the scaling type
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+    "rope.scaling.alpha": (0.0, 1.0),
+    "pooling_type": (0,),
+    "logit_scale": (0.0, 1.0),  # llama.cpp scales by none of these where it is 0
+    "residual_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "router_logit_softcapping": (0.0,),
+    "swin_norm": (False,),
+    "leading_dense_block_count": (0,),
+    "interleave_moe_layer_step": (0,),
+    "moe_every_n_layers": (0,),
+    "nextn_predict_layers": (0,),
+    "n_deepstack_layers": (0,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "expert_shared_count": (0,),
+    "expert_group_count": (0,),
+    "expert_group_used_count": (0,),
+    "expert_feed_forward_length": (0,),
+    "expert_shared_feed_forward_length": (0,),
+    "expert_weights_scale": (0.0, 1.0),
+    "expert_weights_norm": (False,),
+    "expert_gating_func": (0,),
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.scale": (0.0,),
+    "attention.output_scale": (0.0, 1.0),
+    "attention.sliding_window": (0,),
+    "attention.shared_kv_layers": (0,),
+    "attention.temperature_length": (0,),
+    "attention.temperature_scale": (0.0,),
+    "attention.q_lora_rank": (0,),
+    "attention.kv_lora_rank": (0,),
+}
 ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3's schedule divides each frequency by
 # The schedules of the released models; the file holds only the factors that follow from them.
 LLAMA3_SCHEDULES = tuple(Llama3(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0))
@@ -48,80 +135,48 @@ def load(
     return spec, params, tokenizer
 
 
-class _Facts:
-    """`<architecture>.*` by name; notes what was asked for, so that the rest can be refused."""
-
-    def __init__(self, file: GGUFFile, architecture: str):
-        self.file, self.prefix = file, architecture + "."
-        self.asked: set[str] = set()
-
-    def get(self, name: str, absent: Any = None) -> Any:
-        self.asked.add(name)
-        return self.file.metadata.get(self.prefix + name, absent)
-
-    def __getitem__(self, name: str) -> Any:
-        value = self.get(name)
-        if value is None:
-            raise InputError(
-                f"{self.file.path} has no {self.prefix}{name}; convert the model again with a "
-                f"current converter"
-            )
-        return value
-
-    def size(self, name: str, absent: int | None = None) -> int:
-        """A positive whole number."""
-        return self._positive(name, absent, int)
-
-    def number(self, name: str, absent: float | None = None) -> float:
-        """A positive number."""
-        return self._positive(name, absent, (int, float))
-
-    def _positive(self, name: str, absent: Any, kind: Any) -> Any:
-        value = self[name] if absent is None else self.get(name, absent)
-        if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise InputError(
-                f"{self.file.path} has {self.prefix}{name} = {str(value)[:60]}, which no model "
-                f"can have; the file is damaged, fetch it again"
-            )
-        return value
-
-    def refuse_others(self) -> None:
-        for key, value in self.file.metadata.items():
-            name = key.removeprefix(self.prefix)
-            if name != key and name not in self.asked | IRRELEVANT:
-                raise InputError(
-                    f"{self.file.path} has {key} = {str(value)[:60]}, which is not understood; "
-                    f"only files whose every setting is understood are read"
-                )
-
-
 def read_spec(file: GGUFFile) -> ModelSpec:
     """Every fact of the model; what is not understood is refused by name.
 
     Keys outside the architecture's own and the tokenizer's are notes that others left in the file.
     """
-    architecture = file.metadata.get("general.architecture")
+    common = Fields(file.metadata, str(file.path), COMMON_SHAPE, {})
+    architecture = common.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise InputError(
             f"{file.path} holds a model of the architecture {architecture!r}; the architectures "
             f"{', '.join(ARCHITECTURES)} are read"
         )
-    if file.metadata.get("split.count", 1) > 1:
+    common.only("general.type", "model")
+    common.only("general.quantization_version", 2)  # the blocks of before are laid out otherwise
+    if common.get("split.count", 1) > 1:
         raise InputError(
             f"{file.path} is one of {file.metadata['split.count']} parts; join them into one file"
         )
-    if "token_embd.weight" not in file.tensors:
-        raise InputError(f"{file.path} has no token_embd.weight; fetch the file again, whole")
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise InputError(
+            f"{file.path} has no token_embd.weight with a row for each token; fetch the file "
+            f"again, whole"
+        )
     family, activation = ARCHITECTURES[architecture]
-    facts = _Facts(file, architecture)
+    prefix = f"{architecture}."
+    facts = Fields(
+        {k.removeprefix(prefix): v for k, v in file.metadata.items() if k.startswith(prefix)},
+        str(file.path),
+        SHAPE,
+        MEANINGLESS,
+        prefix,
+    )
     gemma, neox = family == "gemma2", family == "gpt_neox"
     width, layers, heads = (
-        facts.size(name) for name in ("embedding_length", "block_count", "attention.head_count")
+        facts[name] for name in ("embedding_length", "block_count", "attention.head_count")
     )
-    kv_heads = facts.size("attention.head_count_kv", heads)
-    head_dim = facts.size("attention.key_length", width // heads)
-    values = facts.size("attention.value_length", head_dim)
-    if values != head_dim or heads % kv_heads or layers > len(file.tensors):
+    kv_heads = facts.get("attention.head_count_kv", heads)
+    head_dim = facts.get("attention.key_length", width // heads)
+    values = facts.get("attention.value_length", head_dim)
+    grouped = heads % kv_heads == 0 and not (neox and kv_heads != heads)
+    if not grouped or not values == head_dim > 0 or layers > len(file.tensors):
         raise InputError(
             f"{file.path} has {heads} query and {kv_heads} key heads, keys of {head_dim} and "
             f"values of {values} channels, and {len(file.tensors)} tensors for {layers} layers; no "
@@ -130,23 +185,23 @@ def read_spec(file: GGUFFile) -> ModelSpec:
     norm = "attention.layer_norm_epsilon" if neox else "attention.layer_norm_rms_epsilon"
     spec = ModelSpec(
         family=family,
-        vocab_size=file.tensors["token_embd.weight"].shape[0],
+        vocab_size=embedding.shape[0],
         width=width,
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         mlp=MLPSpec(
-            facts.size("feed_forward_length"),
+            facts["feed_forward_length"],
             activation,
             gated=not neox,
             bias="blk.0.ffn_up.bias" in file.tensors,
         ),
-        norm=NormSpec("layer" if neox else "rms", facts.number(norm), neox, 1.0 if gemma else 0.0),
-        encoding=_encoding(facts, head_dim, family),
-        trained_length=facts.size("context_length"),
+        norm=NormSpec("layer" if neox else "rms", facts[norm], neox, 1.0 if gemma else 0.0),
+        encoding=_encoding(facts, file, head_dim, family),
+        trained_length=facts["context_length"],
         windows=_windows(facts, layers) if gemma else (None,) * layers,
-        residual=_residual(facts) if neox else "sequential",
+        residual=_residual(facts, family),
         qkv_bias=any(f"blk.0.attn_{x}.bias" in file.tensors for x in ("q", "qkv")),
         out_bias="blk.0.attn_output.bias" in file.tensors,
         qk_norm=family == "qwen3",
@@ -154,8 +209,8 @@ def read_spec(file: GGUFFile) -> ModelSpec:
         # Gemma 2 27B, of 46 layers, scales by its width over its heads; the file does not say so.
         query_scale=(width // heads if gemma and layers == 46 else head_dim) ** -0.5,
         qkv_clip=None,
-        attention_soft_cap=facts.number("attn_logit_softcapping") if gemma else None,
-        final_soft_cap=facts.number("final_logit_softcapping") if gemma else None,
+        attention_soft_cap=facts["attn_logit_softcapping"] if gemma else None,
+        final_soft_cap=facts["final_logit_softcapping"] if gemma else None,
         embed_scale=width**0.5 if gemma else 1.0,
         tied="output.weight" not in file.tensors,
         head_bias=False,
@@ -164,62 +219,69 @@ def read_spec(file: GGUFFile) -> ModelSpec:
     return spec
 
 
-def _residual(facts: _Facts) -> Literal["parallel", "sequential"]:
-    return "parallel" if facts["use_parallel_residual"] else "sequential"
+def _residual(facts: Fields, family: str) -> Literal["parallel", "sequential"]:
+    if family == "gpt_neox":
+        return "parallel" if facts["use_parallel_residual"] else "sequential"
+    facts.only("use_parallel_residual", False)
+    return "sequential"
 
 
-def _windows(facts: _Facts, layers: int) -> tuple[int | None, ...]:
-    window = facts.size("attention.sliding_window")
+def _windows(facts: Fields, layers: int) -> tuple[int | None, ...]:
+    facts.only("attention.sliding_window_pattern", 2)
+    window = facts["attention.sliding_window"]
     return tuple(None if layer % 2 else window for layer in range(layers))
 
 
-def _encoding(facts: _Facts, head_dim: int, family: str) -> Rotary:
+def _encoding(facts: Fields, file: GGUFFile, head_dim: int, family: str) -> Rotary:
     # The format's own default: files without this key are older than the key.
-    base = float(facts.number("rope.freq_base", 10000.0))
-    dim = facts.size("rope.dimension_count", head_dim)
-    if family == "gpt_neox" and "gptneox.rope.dimension_count" not in facts.file.metadata:
-        raise InputError(
-            f"{facts.file.path} does not say how many channels are rotated "
-            f"(gptneox.rope.dimension_count); convert the model again"
-        )
+    base = float(facts.get("rope.freq_base", 10000.0))
+    # Only part of GPT-NeoX's channels are rotated, so that its files must say how many.
+    neox = family == "gpt_neox"
+    dim = facts["rope.dimension_count"] if neox else facts.get("rope.dimension_count", head_dim)
     if dim % 2 or dim > head_dim:
         raise InputError(
-            f"{facts.file.path} rotates {dim} of {head_dim} channels; the file is damaged, fetch "
-            f"it again"
+            f"{file.path} rotates {dim} of {head_dim} channels; the file is damaged, fetch it again"
         )
-    return Rotary(base, dim, "half", _scaling(facts, base, dim))
+    return Rotary(base, dim, "half", _scaling(facts, file, base, dim))
 
 
-def _scaling(facts: _Facts, base: float, dim: int) -> Scaling:
-    kind = facts.get("rope.scaling.type", "none")
-    factor = facts.number("rope.scaling.factor", facts.number("rope.scale_linear", 1.0))
-    trained = facts.size("rope.scaling.original_context_length", facts.size("context_length"))
-    facts.get("rope.scaling.finetuned")  # says only whether training went on with the scaling
-    attention_factor = facts.get("rope.scaling.attn_factor")
-    if ROPE_FACTORS in facts.file.tensors:
-        return _llama3(facts.file, base, dim)
-    if kind == "none" or (kind == "linear" and factor == 1.0):
-        return Unscaled()
-    if kind == "linear":
-        return Linear(factor)
+def _scaling(facts: Fields, file: GGUFFile, base: float, dim: int) -> Scaling:
+    """The schedule, as llama.cpp reads it: linear where a factor stands without a type."""
+    kind = facts.get("rope.scaling.type", "linear")
+    factor = facts.get("rope.scaling.factor", facts.get("rope.scale_linear", 1.0))
+    facts.ignored("rope.scale_linear")  # the older name, which the newer one overrules
+    trained = facts.get("rope.scaling.original_context_length", facts["context_length"])
+    fast = facts.get("rope.scaling.yarn_beta_fast", 32.0)
+    slow = facts.get("rope.scaling.yarn_beta_slow", 1.0)
     if kind == "yarn":
-        fast = facts.number("rope.scaling.yarn_beta_fast", 32.0)
-        slow = facts.number("rope.scaling.yarn_beta_slow", 1.0)
-        if attention_factor not in (None, 1.0):
-            raise InputError(
-                f"{facts.file.path} has rope.scaling.attn_factor = {attention_factor}, which is "
-                f"not understood with YaRN; use the Hugging Face checkpoint of this model"
-            )
-        return YaRN(factor, trained, fast, slow)
-    raise InputError(
-        f"{facts.file.path} scales its rotary angles by {kind!r}; none, linear, yarn and Llama 3's "
-        f"factors are read"
-    )
+        facts.only("rope.scaling.yarn_ext_factor", 1.0)
+        usual = YaRN(factor, 1).temperature
+        multiplier = facts.get("rope.scaling.attn_factor", 1.0)
+        scaling = YaRN(factor, trained, fast, slow, None if multiplier == 1 else usual * multiplier)
+    elif kind in ("none", "linear"):
+        facts.only("rope.scaling.yarn_ext_factor", 0.0)
+        facts.only("rope.scaling.attn_factor", 1.0)
+        scaling = Unscaled() if kind == "none" or factor == 1 else Linear(factor)
+    else:
+        raise InputError(
+            f"{file.path} scales its rotary angles by {shown(kind)}; none, linear, yarn and "
+            f"Llama 3's factors are read"
+        )
+    if ROPE_FACTORS not in file.tensors:
+        return scaling
+    if scaling != Unscaled():
+        raise InputError(
+            f"{file.path} has both {ROPE_FACTORS} and a rotary scaling of the type {kind!r}; use "
+            f"the Hugging Face checkpoint of this model"
+        )
+    return _llama3(file, base, dim)
 
 
-def _llama3(file: GGUFFile, base: float, dim: int) -> Llama3:
+def _llama3(file: GGUFFile, base: float, dim: int) -> Llama3 | Unscaled:
     """The schedule whose factors the file holds."""
     factors = file.read(ROPE_FACTORS)
+    if factors.shape == (dim // 2,) and (factors == 1).all():
+        return Unscaled()
     plain = Unscaled().frequencies(base, dim)
     for schedule in LLAMA3_SCHEDULES:
         expected = plain / schedule.frequencies(base, dim)

@@ -17,10 +17,13 @@ import gguf
 import numpy as np
 
 from lminf.errors import InputError
+from lminf.ranges import shown
 
-# Codes of `struct` by the format's number for a kind of value.
+# Codes of `struct` and numpy by the format's number for a kind of value.
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
+_MAX_DIMENSIONS = 4  # of a tensor in ggml
+_PAIR_BYTES, _TENSOR_BYTES = 13, 24  # the least that a key with its value, or a record, takes
 _VALUES_AT_ONCE = 1 << 18  # dequantised at a time, so that temporaries stay in cache
 
 
@@ -37,10 +40,14 @@ class _Cursor:
     def __init__(self, data: mmap.mmap, path: Path):
         self.data, self.path, self.at = data, path, 0
 
-    def take(self, count: int) -> bytes:
-        if count > len(self.data) - self.at:
+    def need(self, count: int, size: int = 1) -> int:
+        """The bytes of `count` things of at least `size` bytes, which the file must still have."""
+        if count * size > len(self.data) - self.at:
             raise cut_short(self.path, len(self.data))
-        self.at += count
+        return count * size
+
+    def take(self, count: int) -> bytes:
+        self.at += self.need(count)
         return self.data[self.at - count : self.at]
 
     def scalar(self, code: str) -> Any:
@@ -51,12 +58,10 @@ class _Cursor:
         try:
             return self.take(self.scalar("Q")).decode("utf-8")
         except UnicodeDecodeError:
-            raise InputError(
-                f"{self.path} is damaged at byte {start}, where there should be text; fetch it "
-                f"again"
-            ) from None
+            raise damaged(self.path, f"has no text at byte {start}, where text belongs") from None
 
     def value(self, kind: int) -> Any:
+        """A number, a text, an array of numbers (numpy), or a list of texts."""
         if kind in _SCALARS:
             value = self.scalar(_SCALARS[kind])
             # The shortest decimal that means this float32: 1e-5, not 9.999999747378752e-06.
@@ -66,13 +71,20 @@ class _Cursor:
         if kind == _ARRAY:
             inner, count = self.scalar("I"), self.scalar("Q")
             if inner in _SCALARS:
-                code = f"<{count}{_SCALARS[inner]}"
-                return list(struct.unpack(code, self.take(struct.calcsize(code))))
-            return [self.value(inner) for _ in range(count)]
+                dtype = np.dtype(_SCALARS[inner]).newbyteorder("<")
+                return np.frombuffer(self.take(self.need(count, dtype.itemsize)), dtype)
+            if inner == _STRING:
+                self.need(count, struct.calcsize("<Q"))
+                return [self.string() for _ in range(count)]
+            kind = inner
         raise InputError(
             f"{self.path} has a metadata value of the unknown kind {kind}; it is damaged or newer "
             f"than version 3 of GGUF"
         )
+
+
+def damaged(path: Path, finding: str) -> InputError:
+    return InputError(f"{path} {finding}; it is damaged, fetch it again")
 
 
 def cut_short(path: Path, found: int) -> InputError:
@@ -103,7 +115,8 @@ class GGUFFile:
         count = _VALUES_AT_ONCE // block
         for i in range(0, record.size_bytes // block_bytes, count):
             part = raw[i * block_bytes : (i + count) * block_bytes]
-            out[i * block : (i + count) * block] = gguf.quants.dequantize(part, record.type)
+            with np.errstate(all="ignore"):  # of scales that are no numbers, in damaged files
+                out[i * block : (i + count) * block] = gguf.quants.dequantize(part, record.type)
         return out.reshape(record.shape)
 
 
@@ -125,25 +138,51 @@ def open_gguf(path: Path) -> GGUFFile:
             f"and 3, little-endian, are read"
         )
     tensor_count, pair_count = cursor.scalar("Q"), cursor.scalar("Q")
-    metadata = {}
-    for _ in range(pair_count):
-        key = cursor.string()
-        metadata[key] = cursor.value(cursor.scalar("I"))
-    records = []
-    for _ in range(tensor_count):
-        name = cursor.string()
-        shape = tuple(cursor.scalar("Q") for _ in range(cursor.scalar("I")))[::-1]
-        records.append((name, shape, cursor.scalar("I"), cursor.scalar("Q")))
+    metadata = _metadata(cursor, pair_count)
     alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+        raise damaged(path, f"has general.alignment = {alignment!r}, which is no power of two")
+    records = _records(cursor, tensor_count, alignment)
     start = -(-cursor.at // alignment) * alignment
-    tensors = {}
-    for name, shape, kind, offset in records:
-        if name in tensors:
-            raise InputError(f"{path} holds {name} twice; it is damaged, fetch it again")
-        tensors[name] = _record(path, name, shape, kind, start + offset)
-        if tensors[name].start + tensors[name].size_bytes > len(data):
-            raise cut_short(path, len(data))
+    tensors = {
+        name: record._replace(start=start + record.start) for name, record in records.items()
+    }
+    last_end = 0
+    for name, record in sorted(tensors.items(), key=lambda item: item[1].start):
+        if record.start < last_end:
+            raise damaged(path, f"has {name} where another tensor lies")
+        last_end = record.start + record.size_bytes
+    if last_end > len(data):
+        raise cut_short(path, len(data))
     return GGUFFile(path, metadata, tensors, data)
+
+
+def _metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
+    cursor.need(count, _PAIR_BYTES)
+    metadata: dict[str, Any] = {}
+    for _ in range(count):
+        key = cursor.string()
+        if key in metadata:
+            raise damaged(cursor.path, f"has {shown(key)} twice")
+        metadata[key] = cursor.value(cursor.scalar("I"))
+    return metadata
+
+
+def _records(cursor: _Cursor, count: int, alignment: int) -> dict[str, TensorRecord]:
+    """Records by name, their `start` counted from the first byte of the data."""
+    cursor.need(count, _TENSOR_BYTES)
+    records: dict[str, TensorRecord] = {}
+    for _ in range(count):
+        name, dimensions = cursor.string(), cursor.scalar("I")
+        if name in records or dimensions > _MAX_DIMENSIONS:
+            finding = "twice" if name in records else f"with {dimensions} dimensions"
+            raise damaged(cursor.path, f"holds {shown(name)} {finding}")
+        shape = tuple(cursor.scalar("Q") for _ in range(dimensions))[::-1]
+        kind, start = cursor.scalar("I"), cursor.scalar("Q")
+        if start % alignment:
+            raise damaged(cursor.path, f"has {shown(name)} at the odd place {start}")
+        records[name] = _record(cursor.path, name, shape, kind, start)
+    return records
 
 
 def _record(path: Path, name: str, shape: tuple[int, ...], kind: int, start: int) -> TensorRecord:
@@ -152,7 +191,10 @@ def _record(path: Path, name: str, shape: tuple[int, ...], kind: int, start: int
         block, block_bytes = gguf.GGML_QUANT_SIZES[tensor_type]
     except (ValueError, KeyError):
         raise InputError(
-            f"{name} in {path} has the tensor type {kind}, which is not known; use a file "
+            f"{shown(name)} in {path} has the tensor type {kind}, which is not known; use a file "
             f"quantised as F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K or Q6_K"
         ) from None
-    return TensorRecord(shape, tensor_type, start, math.prod(shape) // block * block_bytes)
+    size = math.prod(shape)
+    if size < 1 or (shape[-1:] and shape[-1] % block):
+        raise damaged(path, f"holds {shown(name)} of the shape {shape}, in blocks of {block}")
+    return TensorRecord(shape, tensor_type, start, size // block * block_bytes)

@@ -11,27 +11,42 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from lminf.checkpoints.fields import Fields, Meaningless, TokenId
 from lminf.data.tokenizers import SPACE, Tokenizer
 from lminf.errors import InputError
+from lminf.ranges import shown
+
+_PREFIX = "tokenizer."
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # tokenizer.ggml.token_type
 
-# Every key that is understood, or that cannot change how text is split or what the ids mean.
-KEYS = frozenset(
-    f"tokenizer.{key}"
-    for key in (
-        "ggml.model", "ggml.pre", "ggml.tokens", "ggml.token_type", "ggml.merges", "ggml.scores",
-        "ggml.bos_token_id", "ggml.eos_token_id", "ggml.eot_token_id", "ggml.eom_token_id",
-        "ggml.unknown_token_id", "ggml.padding_token_id", "ggml.separator_token_id",
-        "ggml.seperator_token_id", "ggml.cls_token_id", "ggml.mask_token_id",
-        "ggml.prefix_token_id", "ggml.suffix_token_id", "ggml.middle_token_id",
-        "ggml.fim_pre_token_id", "ggml.fim_suf_token_id", "ggml.fim_mid_token_id",
-        "ggml.fim_pad_token_id", "ggml.fim_rep_token_id", "ggml.fim_sep_token_id",
-        "ggml.add_bos_token", "ggml.add_eos_token", "ggml.add_sep_token",
-        "ggml.add_space_prefix", "ggml.remove_extra_whitespaces", "ggml.token_type_count",
-        "chat_template", "chat_templates", "huggingface.json",
+_IDS = ("bos", "eos", "eot", "eom", "unknown", "padding")  # used
+SHAPE: dict[str, Any] = {  # of what stands after `tokenizer.`
+    "ggml.model": str,
+    "ggml.pre": str,
+    "ggml.tokens": list[str],
+    "ggml.token_type": list[int],
+    "ggml.merges": list[str],
+    "ggml.scores": list[float],
+    "ggml.add_bos_token": bool,
+    "ggml.add_space_prefix": bool,
+    "chat_template": str,
+    **{f"ggml.{name}_token_id": TokenId for name in _IDS},
+}
+# What cannot change how text is split or what the ids mean.
+MEANINGLESS: Meaningless = dict.fromkeys(
+    (
+        "ggml.separator_token_id", "ggml.seperator_token_id", "ggml.cls_token_id",
+        "ggml.mask_token_id", "ggml.prefix_token_id", "ggml.suffix_token_id",
+        "ggml.middle_token_id", "ggml.fim_pre_token_id", "ggml.fim_suf_token_id",
+        "ggml.fim_mid_token_id", "ggml.fim_pad_token_id", "ggml.fim_rep_token_id",
+        "ggml.fim_sep_token_id", "ggml.add_eos_token", "ggml.add_sep_token",
+        "ggml.remove_extra_whitespaces", "ggml.token_type_count", "chat_templates",
+        "huggingface.json",
     )
 )  # fmt: skip
+# Templates for other uses beside the default one, `chat_template.tool_use` for example.
+NAMED_TEMPLATE = "chat_template."
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -90,26 +105,30 @@ BOS_UNLESS_DENIED = frozenset({"llama-bpe", "llama3", "llama-v3", "tekken"})  # 
 
 def from_metadata(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     """The tokenizer of a GGUF file; `source` names the file in errors."""
-    if unknown := sorted(k for k in metadata if k.startswith("tokenizer.") and k not in KEYS):
-        raise InputError(
-            f"{source} has {unknown[0]} = {str(metadata[unknown[0]])[:60]!r}, which is not "
-            f"understood; use a file whose tokenizer has no such setting"
-        )
-    facts = _Facts(metadata, source)
-    tokens, kinds = facts["tokens"], facts["token_type"]
+    settings = {k.removeprefix(_PREFIX): v for k, v in metadata.items() if k.startswith(_PREFIX)}
+    facts = Fields(
+        {k: v for k, v in settings.items() if not k.startswith(NAMED_TEMPLATE)},
+        source,
+        SHAPE,
+        MEANINGLESS,
+        _PREFIX,
+    )
+    tokens, kinds = facts["ggml.tokens"], list(facts["ggml.token_type"])
     if len(set(tokens)) != len(tokens) or len(kinds) != len(tokens):
         raise InputError(
             f"{source} has {len(tokens)} tokens, {len(set(tokens))} of them distinct, and "
             f"{len(kinds)} token types; the vocabulary is damaged, fetch the file again"
         )
-    model = facts["model"]
+    model = facts["ggml.model"]
     if model == "gpt2":
         backend, bos = _byte_level(facts)
     elif model == "llama":
-        backend, bos = _sentence_piece(facts), True
+        gemma = metadata.get("general.architecture") == "gemma2"
+        backend, bos = _sentence_piece(facts, kinds, gemma=gemma), True
     else:
         raise InputError(
-            f"{source} has a tokenizer of the kind {model!r}; the kinds gpt2 and llama are read"
+            f"{source} has a tokenizer of the kind {shown(model)}; the kinds gpt2 and llama are "
+            f"read"
         )
     marked = zip(tokens, kinds, strict=True)
     backend.add_special_tokens(
@@ -123,49 +142,44 @@ def from_metadata(metadata: Mapping[str, Any], source: str) -> Tokenizer:
             if kind == USER_DEFINED and token in vocab  # Gemma's runs of spaces were respelled
         ]
     )
-    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    ids = {name: facts.get(f"{key}_token_id") for name, key in names.items()}
-    ends = (facts.get(f"{key}_token_id") for key in ("eos", "eot", "eom"))
+    # As llama.cpp does, an id that no token has (-1, say) is as good as none.
+    ids = {name: facts.get(f"ggml.{name}_token_id", -1) for name in _IDS}
+    ids = {name: i for name, i in ids.items() if 0 <= i < len(tokens)}
+    add_bos = facts.get("ggml.add_bos_token", bos)
+    if add_bos and "bos" not in ids and (stated := facts.get("ggml.bos_token_id")) is not None:
+        raise InputError(
+            f"{source} puts the token {stated} before texts, which its {len(tokens)} tokens do not "
+            f"have; fetch the file again"
+        )
+    template = facts.get("chat_template")
+    for name in ("ggml.merges", "ggml.scores", "ggml.pre", "ggml.add_space_prefix"):
+        facts.ignored(name)  # of the other of the two models
+    facts.refuse_others()
+    special = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     return Tokenizer(
         backend,
-        special={f"{name}_token": tokens[i] for name, i in ids.items() if i is not None},
-        add_bos=ids["bos"] is not None and facts.get("add_bos_token", bos),
-        end_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
-        chat_template=metadata.get("tokenizer.chat_template"),
+        special={f"{k}_token": tokens[ids[name]] for k, name in special.items() if name in ids},
+        add_bos=add_bos and "bos" in ids,
+        end_ids=tuple(dict.fromkeys(ids[k] for k in ("eos", "eot", "eom") if k in ids)),
+        chat_template=template,
     )
 
 
-class _Facts:
-    """`tokenizer.ggml.*` by their last name; what must be there and is not is an InputError."""
-
-    def __init__(self, metadata: Mapping[str, Any], source: str):
-        self.metadata, self.source = metadata, source
-
-    def get(self, name: str, absent: Any = None) -> Any:
-        return self.metadata.get(f"tokenizer.ggml.{name}", absent)
-
-    def __getitem__(self, name: str) -> Any:
-        key = f"tokenizer.ggml.{name}"
-        if key not in self.metadata:
-            raise InputError(f"{self.source} has no {key}; convert the model again")
-        return self.metadata[key]
-
-
-def _byte_level(facts: _Facts) -> tuple[tokenizers.Tokenizer, bool]:
+def _byte_level(facts: Fields) -> tuple[tokenizers.Tokenizer, bool]:
     """The tokenizer, and whether the format puts BOS before texts where the file does not say."""
-    name = facts["pre"]
+    name = facts["ggml.pre"]
     if name not in WORDS:
         raise InputError(
-            f"{facts.source} cuts text into words in the way called {name!r}, which is not known; "
-            f"known are {', '.join(WORDS)}"
+            f"{facts.source} cuts text into words in the way called {shown(name)}, which is not "
+            f"known; known are {', '.join(WORDS)}"
         )
     make, whole_words = WORDS[name]
-    merges = [tuple(merge.split(" ", 1)) for merge in facts["merges"]]
-    vocab = {token: i for i, token in enumerate(facts["tokens"])}
+    merges = [tuple(merge.split(" ", 1)) for merge in facts["ggml.merges"]]
+    vocab = {token: i for i, token in enumerate(facts["ggml.tokens"])}
     for merge in merges:
         if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys():
             raise InputError(
-                f"{facts.source} merges {' and '.join(map(repr, merge))}, which its vocabulary "
+                f"{facts.source} merges {' and '.join(map(shown, merge))}, which its vocabulary "
                 f"does not have; the file is damaged, fetch it again"
             )
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=whole_words))
@@ -176,30 +190,34 @@ def _byte_level(facts: _Facts) -> tuple[tokenizers.Tokenizer, bool]:
     return backend, name in BOS_UNLESS_DENIED
 
 
-def _sentence_piece(facts: _Facts) -> tokenizers.Tokenizer:
+def _sentence_piece(facts: Fields, kinds: list[int], *, gemma: bool) -> tokenizers.Tokenizer:
     """BPE as SentencePiece does it: spaces are a character, what is not a token is bytes.
 
     The file has scores instead of merges; a merge is any cut of a token into two others, the best
     token first.
     """
-    tokens = facts["tokens"]
-    rank = dict(zip(tokens, facts["scores"], strict=True))
-    if facts.metadata.get("general.architecture") == "gemma2":
+    tokens = facts["ggml.tokens"]
+    scores = list(facts["ggml.scores"])
+    if len(scores) != len(tokens):
+        raise InputError(
+            f"{facts.source} has {len(tokens)} tokens but {len(scores)} scores; the vocabulary is "
+            f"damaged, fetch the file again"
+        )
+    rank = dict(zip(tokens, scores, strict=True))
+    if gemma:
         # Gemma's tokens stand in the order of their merges and its scores do not; its runs of
         # spaces are stored as spaces.
         tokens = [SPACE * len(t) if t.strip(" ") == "" else t for t in tokens]
         rank = {token: -i for i, token in enumerate(tokens)}
     vocab = {token: i for i, token in enumerate(tokens)}
     merges = _merges(vocab, rank)
-    unknown = next(
-        (t for t, k in zip(tokens, facts["token_type"], strict=True) if k == UNKNOWN), None
-    )
+    unknown = next((t for t, k in zip(tokens, kinds, strict=True) if k == UNKNOWN), None)
     backend = tokenizers.Tokenizer(
         models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
     spaces = normalizers.Replace(" ", SPACE)
     unspaced = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if facts.get("add_space_prefix", True):
+    if facts.get("ggml.add_space_prefix", True):
         backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces])
         unspaced.append(decoders.Strip(content=" ", left=1))
     else:
@@ -211,8 +229,11 @@ def _sentence_piece(facts: _Facts) -> tokenizers.Tokenizer:
 def _merges(vocab: Mapping[str, int], rank: Mapping[str, float]) -> list[tuple[str, str]]:
     """Every way to make a token of two others, the best-ranked token first."""
     found = []
+    lengths = {len(token) for token in vocab}
     for token in vocab:
-        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
+        # A token may be as long as the file: only cuts into lengths that there are.
+        places = (i for i in sorted(lengths) if len(token) - i in lengths)
+        cuts = ((token[:i], token[i:]) for i in places)
         cuts = [(a, b) for a, b in cuts if a in vocab and b in vocab]
         found += sorted(cuts, key=lambda cut: (vocab[cut[0]], vocab[cut[1]]))
     found.sort(key=lambda cut: (rank[cut[0] + cut[1]], len(cut[0]), len(cut[1])), reverse=True)

@@ -4,8 +4,11 @@ Safetensors are data; nothing in a checkpoint is executed, so PyTorch's pickles 
 """
 
 import contextlib
+import dataclasses
 import json
+import re
 import struct
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,15 +16,20 @@ from typing import Any, BinaryIO
 import numpy as np
 import safetensors
 
+from lminf.attention.policy import FULL, POLICIES, AnyPolicy, Window
 from lminf.checkpoints import hf_config, hf_tokenizer, maps, trees
-from lminf.checkpoints.hf_tokenizer import read_json, write_json
-from lminf.checkpoints.whole import whole
+from lminf.checkpoints.files import read_json, write_json
+from lminf.checkpoints.whole import check_room, whole
+from lminf.config import parse_choice
 from lminf.data.tokenizers import Tokenizer
 from lminf.errors import InputError
 from lminf.models.spec import ModelSpec
+from lminf.ranges import shown
 from lminf.types import Params
 
+WEIGHTS = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+POLICY_FILE = "lminf.json"  # how a model attends, where config.json cannot say it
 FLOATS = {"F64", "F32", "F16", "BF16"}
 DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
@@ -43,7 +51,7 @@ def load(
         params = trees.read(
             spec,
             maps.HF[spec.family],
-            shapes={n: s for n, s in shapes.items() if not n.endswith(maps.HF_DERIVED)},
+            shapes=shapes,
             tensor=tensor,
             dtype=dtype,
             source=str(folder),
@@ -67,7 +75,7 @@ def read_spec(folder: Path) -> ModelSpec:
 def _tensors(
     folder: Path,
 ) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]]:
-    """Shape of every tensor in the folder by name, and a function that reads one."""
+    """Shape of every tensor of the model by name, and a function that reads one."""
     with contextlib.ExitStack() as stack:
         shapes: dict[str, tuple[int, ...]] = {}
         shards: dict[str, Any] = {}
@@ -79,6 +87,8 @@ def _tensors(
                     f"{path} is not a whole safetensors file ({error}); fetch it again"
                 ) from None
             for name in shard.keys():  # noqa: SIM118 (no mapping: a handle with keys)
+                if name.endswith(maps.HF_DERIVED):
+                    continue
                 if name in shards:
                     raise InputError(f"{folder} holds {name} twice; remove one of the files")
                 view = shard.get_slice(name)
@@ -92,28 +102,75 @@ def _tensors(
 
 
 def _files(folder: Path) -> list[Path]:
-    """The safetensors files of a model, each of them there."""
-    index = folder / "model.safetensors.index.json"
+    """The safetensors files of a model, each of them there, chosen as transformers does."""
+    if (folder / WEIGHTS).exists():
+        return [_plain(folder / WEIGHTS)]
+    index = folder / f"{WEIGHTS}.index.json"
     if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        if lost := [name for name in names if not (folder / name).exists()]:
-            raise InputError(
-                f"{folder} lacks {lost[0]} ({len(lost)} of {len(names)} shards are missing); fetch "
-                f"the checkpoint again, whole"
-            )
-        return [folder / name for name in names]
-    found = sorted(folder.glob("*.safetensors"))
+        return _shards(folder, read_json(index).get("weight_map"), index)
+    found = sorted(path for path in folder.glob("*.safetensors") if not _other(path.name))
     if len(found) > 1:
         raise InputError(
-            f"{folder} holds {len(found)} safetensors files but no model.safetensors.index.json "
-            f"that says how they belong together; fetch the index too"
+            f"{folder} holds {len(found)} safetensors files but no {index.name} that says how they "
+            f"belong together; fetch the index too"
         )
     if not found:
         pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
         if pickles:
             refuse_pickle(pickles[0])
         raise InputError(f"{folder} holds no safetensors file; fetch the checkpoint again, whole")
-    return found
+    return [_plain(path) for path in found]
+
+
+def _other(name: str) -> bool:
+    """Whether a file is not of this model's format: Mistral's own layout, or an adapter."""
+    return name.startswith(("consolidated", "adapter_"))
+
+
+def _shards(folder: Path, weight_map: Any, index: Path) -> list[Path]:
+    """The files that an index names, all of them inside its folder."""
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{index} does not say which file holds which tensor; fetch it again")
+    names = sorted(set(names))
+    for name in names:
+        # Names, not paths: an index must not open anything outside the checkpoint. The file itself
+        # may be a link, as in the cache of the hub.
+        if not name.endswith(".safetensors") or re.search(r"[/\\:\0]", name):
+            raise InputError(
+                f"{index} names the shard {shown(name)}; only safetensors files of the same folder "
+                f"are opened"
+            )
+    if lost := [name for name in names if not (folder / name).exists()]:
+        raise InputError(
+            f"{folder} lacks {lost[0]} ({len(lost)} of {len(names)} shards are missing); fetch "
+            f"the checkpoint again, whole"
+        )
+    return [_plain(folder / name) for name in names]
+
+
+def _plain(path: Path) -> Path:
+    """The path, if it is a file: opening a pipe would wait for ever."""
+    if not path.is_file():
+        raise InputError(f"{path} is no plain file; fetch the checkpoint again, whole")
+    return path
+
+
+def read_policy(folder: Path) -> AnyPolicy | None:
+    """How the model attends as it was trained, where lminf.json says so beside its weights."""
+    path = folder / POLICY_FILE
+    if not path.exists():
+        return None
+    content = read_json(path)
+    if content.keys() != {"policy"} or not isinstance(content["policy"], str):
+        raise InputError(
+            f"{path} does not say the policy that the model was trained with; it should hold "
+            f'{{"policy": "NAME:FIELD=VALUE"}}: export the model again, or remove the file'
+        )
+    try:
+        return parse_choice(content["policy"], POLICIES, what="policy")
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def must_be_new(folder: Path) -> None:
@@ -122,10 +179,48 @@ def must_be_new(folder: Path) -> None:
         raise InputError(f"{folder} exists and is not an empty folder; choose a new one")
 
 
-def save(folder: Path, spec: ModelSpec, params: Params, tokenizer: Tokenizer | None) -> None:
-    """Writes a folder that transformers loads, all of it or nothing."""
+def check_save(
+    folder: Path, spec: ModelSpec, tokenizer: Tokenizer | None, policy: AnyPolicy, needed: int
+) -> None:
+    """Refuses whatever `save` would refuse, before the parameters (`needed` bytes) are there."""
     must_be_new(folder)
-    config = hf_config.from_spec(spec)
+    check_room(folder, needed)
+    _described(spec, policy)
+    if tokenizer is not None:
+        with tempfile.TemporaryDirectory() as tried:
+            hf_tokenizer.write(Path(tried), tokenizer)
+
+
+def _described(spec: ModelSpec, policy: AnyPolicy) -> tuple[dict[str, Any], dict[str, str] | None]:
+    """config.json and lminf.json of a model that attends by this policy; no second where the first
+    says it all, which it does for windows in families that have them."""
+    if policy == FULL:
+        return hf_config.from_spec(spec), None
+    if isinstance(policy, Window) and type(policy) is Window and set(spec.windows) == {None}:
+        windows = (policy.window,) * spec.num_layers
+        for family in (spec.family, "mistral") if spec.family == "llama" else (spec.family,):
+            with contextlib.suppress(InputError):
+                windowed = dataclasses.replace(spec, family=family, windows=windows)
+                return hf_config.from_spec(windowed), None
+    if parse_choice(policy.name, POLICIES, what="policy") != policy:
+        raise InputError(f"{policy.name} cannot be written down beside a model")
+    return hf_config.from_spec(spec), {"policy": policy.name}
+
+
+def save(
+    folder: Path,
+    spec: ModelSpec,
+    params: Params,
+    tokenizer: Tokenizer | None,
+    policy: AnyPolicy = FULL,
+) -> None:
+    """Writes a folder that transformers loads, all of it or nothing.
+
+    `policy` is how the model attends as it was trained: where config.json cannot say it,
+    lminf.json does, which other programs do not read.
+    """
+    must_be_new(folder)
+    config, attends = _described(spec, policy)
     tensors = list(trees.write(spec, maps.HF[spec.family], params))
     dtype = str(np.dtype(next(iter(trees.flattened(params).values())).dtype))
     if dtype not in DTYPE_NAMES:
@@ -144,7 +239,9 @@ def save(folder: Path, spec: ModelSpec, params: Params, tokenizer: Tokenizer | N
             hf_tokenizer.write(temporary, tokenizer)
         write_json(temporary / "config.json", config)
         write_json(temporary / "generation_config.json", generation)
-        with (temporary / "model.safetensors").open("wb") as file:
+        if attends is not None:
+            write_json(temporary / POLICY_FILE, attends)
+        with (temporary / WEIGHTS).open("wb") as file:
             _write_safetensors(file, tensors, dtype)
 
 

@@ -12,29 +12,9 @@ from typing import Any
 from lminf.attention import rope
 from lminf.checkpoints import hf_rotary
 from lminf.checkpoints.fields import ACTIVATION_NAMES, Fields
+from lminf.checkpoints.hf_fields import ATTENTION_SHAPE, MEANINGLESS, SHAPE
 from lminf.errors import InputError
 from lminf.models.spec import MLPSpec, ModelSpec, NormSpec
-
-# Training, bookkeeping, token numbers (they belong to the tokenizer): no effect on the logits.
-IRRELEVANT = frozenset({
-    "_name_or_path", "_attn_implementation_autoset", "architectures", "attention_dropout",
-    "attn_pdrop", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
-    "cache_implementation", "classifier_dropout", "decoder_start_token_id", "dtype", "embd_pdrop",
-    "emb_pdrop", "embedding_fraction", "eos_token_id", "finetuning_task", "gradient_checkpointing",
-    "hidden_dropout", "id2label", "init_config", "init_device", "initializer_range",
-    "is_decoder", "is_llama_config", "keys_to_ignore_at_inference", "label2id",
-    "max_sequence_length", "output_attentions", "output_hidden_states",
-    "pad_token_id", "prefix", "pretraining_tp", "problem_type", "resid_pdrop", "return_dict",
-    "sep_token_id", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
-    "summary_type", "summary_use_proj", "task_specific_params", "tokenizer_class",
-    "tokenizer_name", "torch_dtype", "transformers.js_config", "transformers_version",
-    "unsloth_fixed", "unsloth_version", "use_cache", "verbose",
-})  # fmt: skip
-
-# What transformers 5 also writes into nested sections.
-_OF_ANY_CONFIG = frozenset(
-    {"attn_impl", "chunk_size_feed_forward", "is_encoder_decoder", "model_type"}
-)
 
 CLASSES = {  # what transformers calls the model
     "llama": "LlamaForCausalLM",
@@ -50,26 +30,26 @@ CLASSES = {  # what transformers calls the model
 
 def to_spec(values: Mapping[str, Any], source: str) -> ModelSpec:
     """The spec of a config.json; `source` names the file in errors."""
-    fields = Fields(values, source)
+    if values.get("quantization_config") is not None:
+        raise InputError(
+            f"{source} describes quantised weights (quantization_config), which are not read from "
+            f"safetensors; give the folder of the original weights, or a GGUF file of this model, "
+            f"whose quantised types are read"
+        )
+    fields = Fields(values, source, SHAPE, MEANINGLESS)
     family = fields.get("model_type")
     if family not in FAMILIES:
         raise InputError(
             f"{source} describes a model of the type {family!r}; the types {', '.join(FAMILIES)} "
             f"are read"
         )
-    fields.only("is_encoder_decoder", False)
-    fields.only("add_cross_attention", False)
-    fields.only("chunk_size_feed_forward", 0)
     try:
         spec = FAMILIES[family][0](fields, family)
-    except InputError:
-        raise
-    # Any of the fields may hold the wrong kind of value: text for a number, no heads at all.
-    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{source} has a value that no model can have ({error}); fetch the file again"
-        ) from error
-    fields.refuse_others(IRRELEVANT)
+    except InputError as error:  # of a value that is allowed by itself but not beside the others
+        if str(error).startswith(source):
+            raise
+        raise InputError(f"{source} describes no model that can be: {error}") from error
+    fields.refuse_others()
     return spec
 
 
@@ -101,7 +81,7 @@ def _llama_like(fields: Fields, family: str, **own: Any) -> ModelSpec:
     width, heads, layers = (
         fields[name] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
     )
-    head_dim = own.get("head_dim") or fields.get("head_dim", width // heads)
+    head_dim = fields.get("head_dim") or _head_dim(fields, width, heads)
     activation = own.pop("activation", None) or fields.activation("hidden_act")
     gated = MLPSpec(fields["intermediate_size"], activation, True, fields.get("mlp_bias", False))
     bias = fields.get("attention_bias", False)
@@ -117,7 +97,7 @@ def _llama_like(fields: Fields, family: str, **own: Any) -> ModelSpec:
         "norm": NormSpec("rms", fields["rms_norm_eps"], bias=False, scale_offset=0.0),
         "encoding": hf_rotary.read(fields, head_dim),
         "trained_length": fields["max_position_embeddings"],
-        "windows": (None,) * layers,
+        "windows": None if "windows" in own else _by_type(fields, None) or (None,) * layers,
         "residual": "sequential",
         "qkv_bias": bias,
         "out_bias": bias,
@@ -132,6 +112,16 @@ def _llama_like(fields: Fields, family: str, **own: Any) -> ModelSpec:
         "head_bias": False,
     }
     return ModelSpec(**(facts | own))
+
+
+def _head_dim(fields: Fields, width: int, heads: int) -> int:
+    """Channels of a head where the file does not say them."""
+    if heads > width:
+        raise InputError(
+            f"{fields.source} divides {width} channels among {heads} heads, which no model can do; "
+            f"fetch the file again"
+        )
+    return width // heads
 
 
 def _llama(fields: Fields, family: str) -> ModelSpec:
@@ -159,7 +149,8 @@ def _qwen(fields: Fields, family: str) -> ModelSpec:
         fields.only("attention_bias", True)
         own |= {"qkv_bias": True, "out_bias": False}
     else:
-        own |= {"qk_norm": True, "head_dim": fields["head_dim"]}
+        fields["head_dim"]  # the default of its absence is one model's
+        own |= {"qk_norm": True}
     return _llama_like(fields, family, **own)
 
 
@@ -169,12 +160,13 @@ def _gemma2(fields: Fields, family: str) -> ModelSpec:
     fields.only("mlp_bias", False)
     fields.only("use_bidirectional_attention", False)
     fields.ignored("hidden_act")  # older files have both; the model runs hidden_activation
+    fields.same("sliding_window_size", window)
+    fields["head_dim"]
     return _llama_like(
         fields,
         family,
         activation=fields.activation("hidden_activation"),
         norm=NormSpec("rms", fields["rms_norm_eps"], bias=False, scale_offset=1.0),
-        head_dim=fields["head_dim"],
         windows=_by_type(fields, window) or alternating,
         post_norms=True,
         query_scale=fields["query_pre_attn_scalar"] ** -0.5,
@@ -287,10 +279,10 @@ def _gpt_neox(fields: Fields, family: str) -> ModelSpec:
         width=width,
         num_layers=fields["num_hidden_layers"],
         num_heads=heads,
-        head_dim=width // heads,
+        head_dim=_head_dim(fields, width, heads),
         mlp=mlp,
         norm=NormSpec("layer", fields["layer_norm_eps"], bias=True, scale_offset=0.0),
-        encoding=hf_rotary.read(fields, width // heads),
+        encoding=hf_rotary.read(fields, _head_dim(fields, width, heads)),
         trained_length=fields["max_position_embeddings"],
         residual="parallel" if fields.get("use_parallel_residual", True) else "sequential",
         qkv_bias=bias,
@@ -332,7 +324,7 @@ def _gptj(fields: Fields, family: str) -> ModelSpec:
         width=width,
         num_layers=fields["n_layer"],
         num_heads=heads,
-        head_dim=width // heads,
+        head_dim=_head_dim(fields, width, heads),
         mlp=MLPSpec(fields.get("n_inner", 4 * width), activation, gated=False, bias=True),
         norm=NormSpec("layer", fields["layer_norm_epsilon"], bias=True, scale_offset=0.0),
         encoding=rope.Rotary(10000.0, fields["rotary_dim"], "interleaved"),
@@ -362,7 +354,7 @@ def _gptj_fields(spec: ModelSpec) -> dict[str, Any]:
 
 def _mpt(fields: Fields, family: str) -> ModelSpec:
     width, heads = fields["d_model"], fields["n_heads"]
-    attention = fields.part("attn_config")
+    attention = fields.part("attn_config", ATTENTION_SHAPE, MEANINGLESS)
     attention.only("attn_type", "multihead_attention")
     for name in ("prefix_lm", "qk_ln", "attn_uses_sequence_id", "qk_gn", "rope"):
         attention.only(name, False)
@@ -370,8 +362,9 @@ def _mpt(fields: Fields, family: str) -> ModelSpec:
     fields.ignored("learned_pos_emb")  # not used beside ALiBi
     fields.only("norm_type", "low_precision_layernorm", "layernorm")
     fields.only("no_bias", True)
-    fields.only("logit_scale", None)
     fields.only("fc_type", "torch")
+    mlp = {"ffn_type": "mptmlp"}
+    fields.only("ffn_config", mlp, mlp | {"fc_type": "torch"}, {})
     clip = attention.get("clip_qkv")
     spec = _plain(
         family,
@@ -379,7 +372,7 @@ def _mpt(fields: Fields, family: str) -> ModelSpec:
         width=width,
         num_layers=fields["n_layers"],
         num_heads=heads,
-        head_dim=width // heads,
+        head_dim=_head_dim(fields, width, heads),
         mlp=MLPSpec(fields["expansion_ratio"] * width, "gelu", gated=False, bias=False),
         norm=NormSpec("layer", fields.get("layer_norm_epsilon", 1e-5), False, scale_offset=0.0),
         encoding=rope.Alibi(float(attention.get("alibi_bias_max", 8))),
@@ -391,7 +384,7 @@ def _mpt(fields: Fields, family: str) -> ModelSpec:
         qkv_clip=None if clip is None else float(clip),
         tied=fields.get("tie_word_embeddings", True),
     )
-    attention.refuse_others(IRRELEVANT | _OF_ANY_CONFIG)
+    attention.refuse_others()
     return spec
 
 

@@ -4,39 +4,83 @@ transformers 5 writes the former, everything before it the latter. We read both 
 latter, which every version reads.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 from lminf.attention import rope
-from lminf.checkpoints.fields import Fields
+from lminf.attention.rope import Base, Factor, Length, Temperature
+from lminf.checkpoints.fields import Fields, Meaningless
 from lminf.errors import InputError
+from lminf.ranges import Range
+
+Share = Annotated[float, Range(above=0, max=1)]
+SHAPE: dict[str, Any] = {  # of the fields beside the others
+    "rope_theta": Base,
+    "rotary_emb_base": Base,
+    "partial_rotary_factor": Share,
+    "rotary_pct": Share,
+    "rope_parameters": dict,
+    "rope_scaling": dict,
+}
+_SCALING_SHAPE: dict[str, Any] = {
+    "rope_theta": Base,
+    "partial_rotary_factor": Share,
+    "type": str,
+    "rope_type": str,
+    "factor": Factor,
+    "low_freq_factor": Factor,
+    "high_freq_factor": Factor,
+    "beta_fast": Factor,
+    "beta_slow": Factor,
+    "attention_factor": Temperature,
+    "attn_factor": Temperature,
+    "mscale": Annotated[float, Range(min=0, max=1e3)],
+    "mscale_all_dim": Annotated[float, Range(min=0, max=1e3)],
+    "original_max_position_embeddings": Length,
+    "truncate": bool,
+}
+_MEANINGLESS: Meaningless = {"finetuned": None, "attn_factor": (1.0,)}
+# GPT-NeoX's own names; the versions between 4.45 and 5 write both.
+_NEOX_NAMES = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 
 
 def read(fields: Fields, head_dim: int) -> rope.Rotary:
     """The encoding, from `rope_parameters`, or from `rope_theta` and `rope_scaling`."""
     new, old = fields.get("rope_parameters"), fields.get("rope_scaling")
-    given = Fields(new or old or {}, fields.source, "rope_parameters." if new else "rope_scaling.")
-    neox = fields.values.get("model_type") == "gpt_neox"
-    theta, part = (
-        ("rotary_emb_base", "rotary_pct") if neox else ("rope_theta", "partial_rotary_factor")
-    )
+    section = "rope_parameters" if new else "rope_scaling"
+    if new and old:
+        fields.same("rope_scaling", new)
+    given = fields.part(section, _SCALING_SHAPE, _MEANINGLESS)
+    neox = fields.get("model_type") == "gpt_neox"
     # Files older than these fields mean the values of the original Llama and GPT-NeoX.
-    base = given.get("rope_theta", fields.get(theta, 10000.0))
-    share = given.get("partial_rotary_factor", fields.get(part, 0.25 if neox else 1.0))
-    dim = int(head_dim * share)
+    base = _either(given, fields, "rope_theta", neox, 10000.0)
+    share = _either(given, fields, "partial_rotary_factor", neox, 0.25 if neox else 1.0)
     scaling = _scaling(given, fields)
-    given.refuse_others(frozenset({"finetuned", "rope_type", "type"}))
-    return rope.Rotary(float(base), dim, "half", scaling)
+    given.refuse_others()
+    return rope.Rotary(float(base), int(head_dim * share), "half", scaling)
+
+
+def _either(given: Fields, fields: Fields, name: str, neox: bool, absent: float) -> float:
+    """A value that stands in the section, or beside it under one of two names."""
+    names = (_NEOX_NAMES[name], name) if neox else (name,)
+    value = given.get(name)
+    for other in names:
+        value = fields.get(other) if value is None else value
+    for other in names:
+        if value is not None:
+            fields.same(other, value)
+    return absent if value is None else value
 
 
 def _scaling(given: Fields, fields: Fields) -> rope.Scaling:
     kind = given.get("rope_type", given.get("type", "default"))
+    given.ignored("type")  # the older name, which the newer one overrules
     longest = fields["max_position_embeddings"]
     if kind == "default":
         return rope.Unscaled()
     if kind == "linear":
         return rope.Linear(float(given["factor"]))
     if kind == "dynamic":
-        given.only("original_max_position_embeddings", longest)
+        given.ignored("original_max_position_embeddings")  # as transformers does
         return rope.DynamicNTK(float(given["factor"]), longest)
     trained = given.get("original_max_position_embeddings", longest)
     if kind == "llama3":
@@ -47,12 +91,13 @@ def _scaling(given: Fields, fields: Fields) -> rope.Scaling:
             trained,
         )
     if kind == "yarn":
+        factor = float(given.get("factor", longest / trained))
         return rope.YaRN(
-            float(given.get("factor", longest / trained)),
+            factor,
             trained,
             float(given.get("beta_fast", 32.0)),
             float(given.get("beta_slow", 1.0)),
-            _yarn_temperature(given, longest / trained),
+            _yarn_temperature(given, factor),
             given.get("truncate", True),
         )
     raise InputError(
@@ -61,16 +106,20 @@ def _scaling(given: Fields, fields: Fields) -> rope.Scaling:
     )
 
 
-def _yarn_temperature(given: Fields, stretch: float) -> float | None:
-    """The temperature where the file says one, itself or through DeepSeek's pair of factors."""
-    stated, top, bottom = (
-        given.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim")
+def _yarn_temperature(given: Fields, factor: float) -> float | None:
+    """The temperature where the file says one: itself, through DeepSeek's pair of factors, or as
+    what the usual one is multiplied by (`attn_factor`, as vLLM reads it: 0.878 undoes it)."""
+    stated, multiplier, top, bottom = (
+        given.get(name) for name in ("attention_factor", "attn_factor", "mscale", "mscale_all_dim")
     )
-    if stated is not None or not (top and bottom):
-        return None if stated is None else float(stated)
-    factor = float(given.get("factor", stretch))
-    lengthened = rope.YaRN(factor, 1).temperature - 1.0  # 0.1 ln(factor)
-    return (1 + top * lengthened) / (1 + bottom * lengthened)
+    usual = rope.YaRN(factor, 1).temperature  # 0.1 ln(factor) + 1
+    if stated is not None:
+        given.only("attn_factor", 1.0)  # two answers to one question
+        return float(stated)
+    if top and bottom:
+        given.only("attn_factor", 1.0)
+        return (1 + top * (usual - 1)) / (1 + bottom * (usual - 1))
+    return None if multiplier is None else multiplier * usual
 
 
 def write(encoding: rope.Encoding) -> dict[str, Any]:

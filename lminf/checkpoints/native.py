@@ -1,30 +1,46 @@
 """Training state on disk: written in the background, whole or not there, read onto any mesh.
 
-One folder a checkpoint, named by its step. What Orbax writes is complete once `manifest.json`
-stands beside it: the step, the loss it was judged by, facts about the run, and every file's size
-and checksum. A folder without one was interrupted, and counts as nothing. (Orbax's v1 interface,
-whose place and names may still move, is used in this module only.)
+The folder of one run's checkpoints holds
+
+    run.json              the settings of the run that it belongs to
+    lock                  held by the process that writes here
+    00000100/             the state after 100 steps: what Orbax writes, and then manifest.json
+    00000200.incomplete   step 200 is being written or removed: what lies under its name is no use
+    00000100.damaged      what stood in the way of a new checkpoint; left to the user
+
+and nothing else: what this program did not write, it neither deletes nor writes over. A checkpoint
+is complete once its manifest stands beside it; what an interrupted save left is known by the
+`.incomplete` file, which is there before Orbax begins, and only that is deleted. (Orbax's v1
+interface, whose names may still move, is used in this module only.)
 """
 
+import contextlib
 import json
 import logging
+import os
 import re
 import threading
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 
+from lminf.checkpoints import manifest
+from lminf.checkpoints.manifest import Saved
 from lminf.errors import InputError
 from lminf.parallel import partition
 
-MANIFEST = "manifest.json"
-BLOCK = 1 << 20  # bytes read at a time
+SETTINGS, LOCK = "run.json", "lock"
+STEP = re.compile(r"[0-9]{8}|[1-9][0-9]{8,}")
+INCOMPLETE, DAMAGED = ".incomplete", ".damaged"
+TEMPORARY = ".orbax-checkpoint-tmp"  # what Orbax adds to a name until it has written everything
+# What Orbax puts into the folder of a checkpoint; a folder with anything else is not touched.
+ORBAX = re.compile(r"_\w+|orbax\.checkpoint|commit_success\.txt|descriptor|state|pytree")
+METADATA = "_CHECKPOINT_METADATA"
+NAMED = 5  # unknown names that a message lists
 
 
 def _said_once(record: logging.LogRecord) -> bool:
@@ -35,41 +51,13 @@ def _said_once(record: logging.LogRecord) -> bool:
 logging.getLogger("absl").addFilter(_said_once)
 
 
-@dataclass(frozen=True)
-class Saved:
-    """A complete checkpoint."""
-
-    path: epath.Path
-    manifest: Mapping[str, Any]
-
-    @property
-    def step(self) -> int:
-        return self.manifest["step"]
-
-    @property
-    def loss(self) -> float | None:
-        return self.manifest["loss"]
-
-    def damage(self) -> str | None:
-        """What is wrong with its files; None if nothing is."""
-        for name, (size, checksum) in self.manifest["files"].items():
-            file = self.path / name
-            if not file.exists():
-                return f"{name} is missing"
-            if (found := file.stat().length) != size:
-                return f"{name} has {found} bytes, not {size}"
-            if _checksum(file) != checksum:
-                return f"the bytes of {name} have changed"
-        return None
-
-
 class Store:
     """The checkpoints of one run. Every process calls the same methods in the same order.
 
     Keeps the latest `last`, and the one with the lowest loss if any was saved with a loss.
     """
 
-    def __init__(self, folder: str, *, last: int, facts: Mapping[str, Any] | None = None):
+    def __init__(self, folder: str, *, last: int, facts: manifest.Facts | None = None):
         if last < 1:
             raise InputError(f"keeping the last {last} checkpoints keeps none; give at least 1")
         self.folder, self.last, self.facts = epath.Path(folder), last, dict(facts or {})
@@ -82,16 +70,82 @@ class Store:
     def __exit__(self, *failure) -> None:
         self.wait()
 
-    def saved(self) -> list[Saved]:
-        """Complete checkpoints, the oldest first."""
+    # --- Whose folder it is -----------------------------------------------------------------------
+
+    def check_folder(self) -> None:
+        """Refuses a folder that holds anything but checkpoints, before something is written."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"{self.folder} is not a folder; name another one for checkpoints")
+        unknown = self._unknown()
+        if unknown:
+            more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
+            raise InputError(
+                f"{self.folder} holds {', '.join(unknown[:NAMED])}{more}, which is no checkpoint "
+                f"that this program wrote; move it away, or name another folder for checkpoints"
+            )
+
+    def settings(self) -> Any:
+        """The settings of the run that the folder belongs to; None if it is nobody's yet."""
+        path = self.folder / SETTINGS
+        if path.exists():
+            return _settings(path) if manifest.is_file(path) else None
+        # Written by a version that kept them in manifests only.
+        for saved in reversed(self.saved()):
+            with contextlib.suppress(KeyError, TypeError, ValueError):
+                settings = json.loads(saved.facts["config"] or "")
+                return settings if isinstance(settings, dict) else None
+        return None
+
+    def own(self, settings: Mapping[str, Any]) -> None:
+        """Writes down whose folder it is, which also shows that it can be written."""
+        path = self.folder / SETTINGS
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            unfinished = self.folder / f"{SETTINGS}.writing"
+            unfinished.write_text(json.dumps({"program": "lminf", "config": settings}, indent=1))
+            unfinished.replace(path)
+        except OSError as error:
+            raise self._explained(path, error) from error
+
+    def _unknown(self) -> list[str]:
+        """Names in the folder that this program did not put there."""
         if not self.folder.exists():
             return []
-        found = []
-        for path in self.folder.iterdir():
-            manifest = _read_manifest(path / MANIFEST)
-            if manifest is not None:
-                found.append(Saved(path, manifest))
-        return sorted(found, key=lambda saved: saved.step)
+        ours = self.settings() is not None
+        return sorted(path.name for path in self.folder.iterdir() if not self._known(path, ours))
+
+    def _known(self, path: epath.Path, ours: bool) -> bool:
+        """Whether this program made it; `ours` says that the folder has been used by a run."""
+        name = path.name
+        if os.path.islink(path):
+            return False
+        if name in (LOCK, f"{SETTINGS}.writing"):
+            return manifest.is_file(path)
+        if name == SETTINGS:
+            return manifest.is_file(path) and _settings(path) is not None
+        if (step := name.removesuffix(INCOMPLETE)) != name:
+            return bool(STEP.fullmatch(step)) and manifest.is_file(path)
+        base, damaged, _ = name.partition(DAMAGED)
+        if damaged:
+            return bool(STEP.fullmatch(base)) and path.is_dir() and ours
+        base, temporary, _ = name.partition(TEMPORARY)
+        if not STEP.fullmatch(base) or not path.is_dir():
+            return False
+        if not temporary and (path / manifest.NAME).exists():
+            return True
+        marked = _marker(self.folder / base).exists()
+        return (marked or ours) and _only_orbax(path) and (bool(temporary) or _filled(path))
+
+    # --- Writing and reading ----------------------------------------------------------------------
+
+    def saved(self) -> list[Saved]:
+        """Completed checkpoints, damaged ones too, the oldest first."""
+        if not self.folder.exists():
+            return []
+        steps = [path for path in self.folder.iterdir() if STEP.fullmatch(path.name)]
+        steps = [path for path in steps if path.is_dir() and not os.path.islink(path)]
+        found = [manifest.read(path) for path in steps]
+        return sorted((saved for saved in found if saved), key=lambda saved: saved.step)
 
     def save(self, step: int, state: Any, *, loss: float | None = None) -> None:
         """Copies the state and returns; it is written in the background. The state may change."""
@@ -100,8 +154,9 @@ class Store:
         try:
             if jax.process_index() == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._remove_what_is_not(self.saved(), but=step)
-            writing = ocp.save_async(path, _flat(state), overwrite=True)
+                self._remove_interrupted()
+                self._make_room(path)
+            writing = ocp.save_async(path, _flat(state))
         except (OSError, ValueError) as error:
             if (explained := self._explained(path, error)) is error:
                 raise
@@ -139,8 +194,12 @@ class Store:
 
     def best(self) -> Saved | None:
         """The complete checkpoint with the lowest loss."""
-        judged = [saved for saved in self.saved() if saved.loss is not None]
+        judged = [saved for saved in self._believed() if saved.loss is not None]
         return min(judged, key=lambda saved: saved.loss or 0.0, default=None)
+
+    def _believed(self) -> list[Saved]:
+        """Those whose manifests are as they should be."""
+        return [saved for saved in self.saved() if saved.problem is None]
 
     # --- In the background ------------------------------------------------------------------------
 
@@ -148,32 +207,63 @@ class Store:
         try:
             writing.result()
             if jax.process_index() == 0:
-                files = {
-                    str(file.relative_to(path)): (file.stat().length, _checksum(file))
-                    for file in _files(path)
-                }
-                manifest = {"step": step, "loss": loss, **self.facts, "files": files}
-                unfinished = path / f"{MANIFEST}.writing"
-                unfinished.write_text(json.dumps(manifest, indent=1))
-                unfinished.rename(path / MANIFEST)
+                manifest.write(path, step=step, loss=loss, facts=self.facts)
+                _marker(path).unlink()
                 self._prune()
         except BaseException as error:  # shown to whoever waits: a thread has no other way
             self._failure = self._explained(path, error)
 
     def _prune(self) -> None:
-        kept = {saved.step for saved in self.saved()[-self.last :]}
-        best = self.best()
-        for saved in self.saved():
-            if saved.step not in kept and (best is None or saved.step != best.step):
-                (saved.path / MANIFEST).unlink()  # first, so that half a folder is none
+        """Removes the checkpoints that are not kept, except where somebody has put a file."""
+        believed, best = self._believed(), self.best()
+        kept = {saved.step for saved in believed[-self.last :]} | ({best.step} if best else set())
+        for saved in believed:
+            own = {*saved.files, manifest.NAME}
+            names = {str(file.relative_to(saved.path)) for file in manifest.files_in(saved.path)}
+            if saved.step not in kept and names <= own:
+                _marker(saved.path).touch()
+                (saved.path / manifest.NAME).unlink()
                 saved.path.rmtree()
+                _marker(saved.path).unlink()
 
-    def _remove_what_is_not(self, complete: list[Saved], *, but: int) -> None:
-        """Deletes what interrupted saves left, and what is to be written anew."""
-        keep = {saved.path.name for saved in complete if saved.step != but}
-        for path in self.folder.iterdir():
-            if path.is_dir() and path.name not in keep:
+    def _remove_interrupted(self) -> None:
+        """Deletes what interrupted saves and removals left."""
+        for marker in [path for path in self.folder.iterdir() if path.name.endswith(INCOMPLETE)]:
+            name = marker.name.removesuffix(INCOMPLETE)
+            if not STEP.fullmatch(name):
+                continue
+            left = [self.folder / name, *self.folder.glob(f"{name}{TEMPORARY}*")]
+            left = [path for path in left if path.exists() or os.path.islink(path)]
+            completed = (self.folder / name / manifest.NAME).exists()
+            for path in left[1:] if completed else left:
+                if os.path.islink(path) or not path.is_dir() or not _only_orbax(path):
+                    raise InputError(
+                        f"{path} holds files that this program did not write; move it away"
+                    )
                 path.rmtree()
+            marker.unlink()
+        for path in [path for path in self.folder.iterdir() if TEMPORARY in path.name]:
+            base = path.name.partition(TEMPORARY)[0]
+            if STEP.fullmatch(base) and not os.path.islink(path) and path.is_dir():
+                path.rename(self._aside(base))
+
+    def _aside(self, name: str) -> epath.Path:
+        """A free name for what stands in the way and was not marked as incomplete."""
+        names = (self.folder / f"{name}{DAMAGED}{suffix}" for suffix in _suffixes())
+        return next(path for path in names if not path.exists())
+
+    def _make_room(self, path: epath.Path) -> None:
+        """Clears the name of a new checkpoint. One that is there was found damaged, and is renamed;
+        whatever else is there is somebody's."""
+        if path.exists() or os.path.islink(path):
+            completed = path.is_dir() and ((path / manifest.NAME).exists() or _filled(path))
+            if os.path.islink(path) or not completed:
+                raise InputError(
+                    f"{path} is in the place of a new checkpoint, and this program did not write "
+                    f"it; move it away, or name another folder for checkpoints"
+                )
+            path.rename(self._aside(path.name))
+        _marker(path).touch()
 
     def _explained(self, path: epath.Path, error: BaseException) -> BaseException:
         """One sentence where the disk refused; else the error as it is."""
@@ -197,7 +287,14 @@ def load(path, abstract: Any) -> Any:
     with warnings.catch_warnings():
         # Orbax says that it lays arrays out anew, which is what was asked for.
         warnings.filterwarnings("ignore", module="orbax")
-        found = ocp.load(path, flat)
+        try:
+            found = ocp.load(path, flat)
+        except (ValueError, KeyError, TypeError) as error:
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise InputError(
+                f"the checkpoint {path} does not fit this run ({reason}); give it the settings of "
+                f"the run that wrote it"
+            ) from error
     return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in flat])
 
 
@@ -207,24 +304,33 @@ def _flat(tree: Any) -> dict[str, Any]:
     return {partition.path_of(key_path).replace("/", "."): leaf for key_path, leaf in leaves}
 
 
-def _read_manifest(path: epath.Path) -> dict[str, Any] | None:
+def _marker(path: epath.Path) -> epath.Path:
+    """The file that says that a checkpoint is not complete."""
+    return path.parent / f"{path.name}{INCOMPLETE}"
+
+
+def _suffixes() -> Iterator[str]:
+    yield ""
+    yield from (f"-{count}" for count in range(2, 1_000_000))
+
+
+def _only_orbax(path: epath.Path) -> bool:
+    """Whether a folder holds nothing but what Orbax and this module put into a checkpoint."""
+    own = (manifest.NAME, f"{manifest.NAME}.writing")
+    return all(entry.name in own or ORBAX.fullmatch(entry.name) for entry in path.iterdir())
+
+
+def _filled(path: epath.Path) -> bool:
+    """Whether Orbax has written a checkpoint there, complete or not."""
+    return _only_orbax(path) and (path / METADATA).exists()
+
+
+def _settings(path: epath.Path) -> Any:
+    """The settings in a run.json that this program wrote; None if it did not."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):  # none, or half of one: the checkpoint was not completed
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
         return None
-
-
-def _files(path: epath.Path) -> Iterator[epath.Path]:
-    for entry in sorted(path.iterdir()):
-        if entry.is_dir():
-            yield from _files(entry)
-        else:
-            yield entry
-
-
-def _checksum(path: epath.Path) -> int:
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
+    if not isinstance(content, dict) or content.get("program") != "lminf":
+        return None
+    return content["config"] if isinstance(content.get("config"), dict) else None

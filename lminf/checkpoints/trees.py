@@ -60,14 +60,21 @@ def read(
 
     `shapes` lists what the file holds, `tensor` gives one of them by name.
     """
+    if spec.num_layers > len(shapes):  # before anything is made for each layer
+        raise InputError(
+            f"{source} holds {len(shapes)} tensors for {spec.num_layers} layers; the weights and "
+            f"the configuration belong to different models"
+        )
     wanted = list(stored(spec, rows))
+    shapes = _without_copies(spec, shapes, tensor, source)
     check(spec, wanted, shapes, source)
     flat = {path: _aligned(shape, dtype) for path, shape in maps.tree_shapes(spec).items()}
     length = maps.sizes(spec)
     for done, item in enumerate(wanted, 1):
         moved = maps.rearrange(tensor(item.name), item.row.axes, length)
         if item.row.offset:
-            moved = moved.astype(np.float32) - np.float32(item.row.offset)
+            with np.errstate(all="ignore"):  # of weights that are no numbers, in damaged files
+                moved = moved.astype(np.float32) - np.float32(item.row.offset)
         parts = moved if len(item.row.places) > 1 else moved[None]
         for place, part in zip(item.row.places, parts, strict=True):
             target = flat[place] if item.layer is None else flat[place][item.layer]
@@ -85,16 +92,48 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+def _heads(spec: ModelSpec) -> set[str]:
+    """What the family's formats call the head."""
+    rows = maps.HF.get(spec.family, ())
+    return {row.name for row in rows if row.places == ("head",)} | {"output.weight"}
+
+
+def _without_copies(
+    spec: ModelSpec,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensor: Callable[[str], np.ndarray],
+    source: str,
+) -> dict[str, tuple[int, ...]]:
+    """The shapes without a head that is the embedding it is tied to, stored again."""
+    copies = _heads(spec) & set(shapes) if spec.tied else set()
+    embedding = next(
+        (row.name for row in maps.HF.get(spec.family, ()) if row.places == ("embed",)), ""
+    )
+    for copy in copies:
+        if embedding not in shapes or not _same(tensor(copy), tensor(embedding)):
+            raise InputError(
+                f"{source} holds {copy}, which differs from the embedding although its "
+                f"configuration ties the two; set tie_word_embeddings to false, or remove the "
+                f"tensor"
+            )
+    return {name: shape for name, shape in shapes.items() if name not in copies}
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two tensors are equal bit for bit, compared row by row."""
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and all(
+        x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True)
+    )
+
+
 def check(
     spec: ModelSpec, wanted: list[Stored], shapes: Mapping[str, tuple[int, ...]], source: str
 ) -> None:
     """Refuses a file that lacks a tensor, holds one too many, or one of another shape."""
     names = {item.name for item in wanted}
     model = f"a {spec.family} model of {spec.num_layers} layers"
-    heads = {row.name for row in maps.HF.get(spec.family, ()) if row.places == ("head",)}
-    heads.add("output.weight")
     missing, extra = names - set(shapes), set(shapes) - names
-    if missing and missing <= heads:
+    if missing and missing <= _heads(spec):
         raise InputError(
             f"{source} lacks {_some(missing)} although its configuration says that the head is not "
             f"tied to the embedding; set tie_word_embeddings to true or fetch the missing tensor"
@@ -103,11 +142,6 @@ def check(
         raise InputError(
             f"{source} lacks {_some(missing)}, which {model} needs; fetch the checkpoint again, "
             f"whole"
-        )
-    if spec.tied and extra and extra <= heads:
-        raise InputError(
-            f"{source} holds {_some(extra)} although its configuration ties the head to the "
-            f"embedding; set tie_word_embeddings to false, or remove the tensor"
         )
     if extra:
         raise InputError(

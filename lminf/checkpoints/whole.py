@@ -9,6 +9,7 @@ import errno
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from lminf.errors import InputError
 # Of a place, not of the disk: no rights, or something else stands in the path.
 REFUSALS = (
     errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EEXIST,
-    errno.EISDIR, errno.ENAMETOOLONG,
+    errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTEMPTY,
 )  # fmt: skip
+
+PROBE = 1 << 16  # bytes: a full disk still makes empty files
 
 
 @contextlib.contextmanager
@@ -37,6 +40,23 @@ def whole(path: Path) -> Iterator[Path]:
                 shutil.rmtree(temporary)
             else:
                 temporary.unlink(missing_ok=True)
+
+
+def check_room(path: Path, needed: int) -> None:
+    """Refuses a place for `path` that cannot be written, or has not `needed` bytes free: a run
+    learns of it before its work and not after."""
+    with disk_errors(path):
+        parent = _existing(path.absolute().parent)
+        with tempfile.NamedTemporaryFile(dir=parent, prefix=f".{path.name}.") as probe:
+            probe.write(b" " * PROBE)
+            probe.flush()
+            os.fsync(probe.fileno())
+        free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise InputError(
+            f"{path} needs {needed / 2**20:.0f} MiB and its disk has {free / 2**20:.0f} MiB free; "
+            f"make room, or choose another place"
+        )
 
 
 @contextlib.contextmanager

@@ -1,12 +1,14 @@
 """The words by which commands choose a model and how it attends."""
 
 import argparse
+import sys
 import typing
 
 import jax
 import jax.numpy as jnp
 
 from lminf.attention.parsing import parse_policy
+from lminf.attention.policy import FULL
 from lminf.attention.rope import SCALINGS
 from lminf.config import parse_choice
 from lminf.data.tokenizers import Special
@@ -18,7 +20,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a table name, a folder, a .gguf file, owner/name")
-    parser.add_argument("--policy", default="full", help="as in lm_infinite:window=4096,sinks=10")
+    parser.add_argument("--policy", help="as in lm_infinite:window=4096,sinks=10; the one that the "
+                        "model was trained with, if its lminf.json says, or else full")  # fmt: skip
     parser.add_argument("--scaling", help="rotary schedule in place of the model's own, as in "
                         "yarn:factor=4,trained_length=8192")  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="float32",
@@ -30,10 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load(args: argparse.Namespace) -> LM:
     """The model under the policy asked for; nothing is loaded before both words are understood."""
-    policy = parse_policy(args.policy)
+    policy = parse_policy(args.policy) if args.policy else None
     scaling = parse_choice(args.scaling, SCALINGS, what="scaling") if args.scaling else None
     devices.share_cores()
-    lm = LM.from_pretrained(args.model, dtype=jnp.dtype(args.dtype))
+    lm = LM.from_pretrained(args.model, policy=policy, dtype=jnp.dtype(args.dtype))
+    if policy is None and lm.policy != FULL:
+        print(f"attending as trained, by {lm.policy.name} (lminf.json)", file=sys.stderr)
     if scaling is not None:
         lm = lm.with_scaling(scaling)
-    return lm.with_policy(policy).with_devices(jax.local_devices())
+    return lm.with_devices(jax.local_devices())

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    checkpoints.must_be_new(args.target)
+    checkpoints.check_save(args.target)
     with Progress(0, label="reading", unit="tensors") as progress:
         checkpoint = checkpoints.load(args.source, progress=progress.show)
     checkpoints.save(args.target, checkpoint)

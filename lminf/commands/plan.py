@@ -65,6 +65,9 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--length={length}: give at least 1 token")
     half = spec.trained_length // 2
     chosen = args.policy or [text.format(w=half) for text in DEFAULT]
+    if not args.policy and (own := checkpoints.read_policy(args.model)) is not None:
+        print(f"attending as trained, by {own.name} (lminf.json)", file=sys.stderr)
+        chosen = [own.name, *chosen]
     products = cost.matmul_flops_per_token(spec)
     rows = []
     for text in chosen:

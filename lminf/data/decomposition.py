@@ -8,16 +8,18 @@ Source: Pouransari et al. 2024, "Dataset Decomposition", arXiv:2405.13226.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Int
 
+from lminf import ranges
 from lminf.data import layouts
 from lminf.data.layouts import Documents, Pieces, Sequences
 from lminf.data.permutation import uniform
 from lminf.data.plans import Taken, epochs, joined
 from lminf.errors import InputError
+from lminf.ranges import Range
 
 # Odds of n lengths, from the shortest to the longest.
 CURRICULA = {
@@ -33,26 +35,28 @@ Curriculum = Literal[
     "uniform", "grow_linear", "grow_p2", "grow_p100", "shrink_linear", "shrink_p2", "shrink_p100"
 ]  # fmt: skip
 
+Log2: TypeAlias = Annotated[int, Range(min=1, max=30)]  # of a length in tokens
+
 
 @dataclass(frozen=True)
 class Decomposition:
     """Rows of 2^shortest … 2^longest tokens, one document each; shorter ends are left out."""
 
-    shortest: int = 8
-    longest: int | None = None  # None: the length that the run asks for
+    shortest: Log2 = 8
+    longest: Log2 | None = None  # None: the length that the run asks for
     # Of a document longer than the longest row: take that row, or draw its length so that every
     # length gives as many tokens.
     beyond: Literal["take", "draw"] = "take"
     # Tokens of each length in an epoch: all there are, or as many as the scarcest has.
-    tokens: Literal["all", "equal"] | tuple[int, ...] = "all"
-    curriculum: Curriculum | tuple[float, ...] = "grow_p2"  # or odds, from the shortest on
+    tokens: Literal["all", "equal"] | tuple[Annotated[int, Range(min=0)], ...] = "all"
+    # Or odds, from the shortest on.
+    curriculum: Curriculum | tuple[Annotated[float, Range(above=0)], ...] = "grow_p2"
     # The paper draws a length by its odds; its released trainer, by odds x batches of that length.
     by: Literal["odds", "odds_and_batches"] = "odds"
-    cycles: int = 8  # of the curriculum in an epoch
+    cycles: Annotated[int, Range(min=1, max=2**20)] = 8  # of the curriculum in an epoch
 
     def __post_init__(self):
-        if self.shortest < 1 or self.cycles < 1:
-            raise ValueError(f"shortest={self.shortest} and cycles={self.cycles}: give 1 or more")
+        ranges.check(self)
 
     def schedule(self, corpora, *, length, rows, seed) -> "Curricular":
         longest = self.longest

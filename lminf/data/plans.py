@@ -13,16 +13,18 @@ its own, which is a permutation of indices: nothing is remembered from step to s
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Annotated, Literal, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Int
 
+from lminf import ranges
 from lminf.data import layouts
 from lminf.data.layouts import BestFit as BestFitLayout
 from lminf.data.layouts import Concatenated, Documents, Layout, Pieces
 from lminf.data.permutation import Seed, shuffled
 from lminf.errors import InputError
+from lminf.ranges import Range
 
 MIXED_ROWS = 1 << 14  # in which each corpus has its share exactly
 
@@ -129,8 +131,11 @@ class Mixture:
     own.
     """
 
-    weights: tuple[float, ...]  # one for each corpus, of any sum
+    weights: tuple[Annotated[float, Range(above=0)], ...]  # one for each corpus, of any sum
     plan: Concat | BestFit = Concat()
+
+    def __post_init__(self):
+        ranges.check(self)
 
     def schedule(self, corpora, *, length, rows, seed) -> "RowSchedule":
         if len(corpora) != len(self.weights):

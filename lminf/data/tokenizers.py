@@ -25,7 +25,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from lminf.config import closest
 from lminf.data import chat_template
 from lminf.data.chat_template import Messages
-from lminf.errors import InputError
+from lminf.errors import InputError, refusing
 
 SPACE = "▁"  # how SentencePiece vocabularies write a space
 PIECE_CHARS = 1 << 16  # long texts are encoded in pieces of about this length, in parallel
@@ -62,12 +62,14 @@ class Tokenizer:
     def encode(self, text: str, *, special: Special = "plain") -> Int[np.ndarray, " T"]:
         """Token ids, int32, without BOS."""
         _check_encodable(text)
-        backend = self._backend_for(text, special)
-        ids = [
-            np.asarray(encoding.ids, np.int32)
-            for pieces in _batched(self._pieces(text), PIECES_AT_ONCE)
-            for encoding in backend.encode_batch_fast(pieces, add_special_tokens=False)
-        ]
+        # A tokenizer's patterns and rules come with the model, and may fail on this text only.
+        with refusing("the text", kind="text of this tokenizer", advice="fetch the model again"):
+            backend = self._backend_for(text, special)
+            ids = [
+                np.asarray(encoding.ids, np.int32)
+                for pieces in _batched(self._pieces(text), PIECES_AT_ONCE)
+                for encoding in backend.encode_batch_fast(pieces, add_special_tokens=False)
+            ]
         return np.concatenate(ids) if ids else np.empty(0, np.int32)
 
     def encode_with_bytes(

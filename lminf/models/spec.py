@@ -26,59 +26,82 @@ Parameters of a spec, as a nested dictionary (letters: lminf/types.py; L stacked
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
-from lminf.attention.rope import Encoding, Rotary
+from lminf import ranges
+from lminf.attention.rope import Encoding, Length, Rotary
+from lminf.errors import InputError
+from lminf.ranges import Range
+
+# 2^31 - 1: the largest id and the largest axis of an array that 32-bit indices reach.
+Size: TypeAlias = Annotated[int, Range(min=1, max=2**31 - 1)]
+Layers: TypeAlias = Annotated[int, Range(min=1, max=2**12)]
+Epsilon: TypeAlias = Annotated[float, Range(above=0, max=1)]
+Multiplier: TypeAlias = Annotated[float, Range(min=1e-6, max=1e6)]
+# Scores are divided by a cap and activations are clipped to one: both must stay in float32.
+Cap: TypeAlias = Annotated[float, Range(min=1e-3, max=1e6)]
 
 
 @dataclass(frozen=True)
 class NormSpec:
     kind: Literal["rms", "layer"]
-    epsilon: float
+    epsilon: Epsilon
     bias: bool  # only layer norms have one
-    scale_offset: float  # added to the stored scale: 1.0 for Gemma, else 0.0
+    # Added to the stored scale: 1.0 for Gemma, else 0.0.
+    scale_offset: Annotated[float, Range(min=0, max=1)]
+
+    def __post_init__(self):
+        ranges.check(self)
 
 
 @dataclass(frozen=True)
 class MLPSpec:
-    hidden_dim: int  # F
+    hidden_dim: Size  # F
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"]
     gated: bool  # act(x w_gate) * (x w_up), else act(x w_up)
     bias: bool
+
+    def __post_init__(self):
+        ranges.check(self)
 
 
 @dataclass(frozen=True)
 class MoESpec:
     """Experts in the MLP's place; their activation and gating are the MLP's."""
 
-    experts: int  # E
-    per_token: int  # k, the experts that read a token
-    hidden_dim: int  # of one expert
-    shared_dim: int  # hidden size of an MLP that reads every token beside them; 0: none
-    dense_layers: int  # layers at the start that have an MLP instead
+    experts: Size  # E
+    per_token: Size  # k, the experts that read a token
+    hidden_dim: Size  # of one expert
+    # Hidden size of an MLP that reads every token beside them; 0: none.
+    shared_dim: Annotated[int, Range(min=0, max=2**31 - 1)]
+    # Layers at the start that have an MLP instead.
+    dense_layers: Annotated[int, Range(min=0, max=2**12)]
     normalised: bool  # the weights of a token's experts sum to 1
     # Tokens that an expert reads, as a multiple of its fair share; None: all that come.
-    capacity: float | None
+    capacity: Annotated[float, Range(above=0)] | None
 
     def __post_init__(self):
-        if not 1 <= self.per_token <= self.experts:
-            raise ValueError(f"per_token={self.per_token} of {self.experts} experts")
+        ranges.check(self)
+        if self.per_token > self.experts:
+            raise InputError(
+                f"per_token={self.per_token} of {self.experts} experts; give at most all of them"
+            )
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     family: str  # the architecture's name in checkpoints: llama, mistral, qwen2, …
-    vocab_size: int  # V, rows of the embedding
-    width: int  # D
-    num_layers: int  # L
-    num_heads: int  # N
-    num_kv_heads: int  # K
-    head_dim: int  # H
+    vocab_size: Size  # V, rows of the embedding
+    width: Size  # D
+    num_layers: Layers  # L
+    num_heads: Size  # N
+    num_kv_heads: Size  # K
+    head_dim: Size  # H
     mlp: MLPSpec
     norm: NormSpec
     encoding: Encoding
-    trained_length: int  # tokens the checkpoint says it was trained to read
-    windows: tuple[int | None, ...]  # [L] the layer's own attention window in tokens; None: all
+    trained_length: Length  # tokens the checkpoint says it was trained to read
+    windows: tuple[Length | None, ...]  # [L] the layer's own attention window in tokens; None: all
     residual: Literal[
         "sequential", "parallel", "parallel_shared"
     ]  # parallel_shared: one norm for both
@@ -86,28 +109,32 @@ class ModelSpec:
     out_bias: bool
     qk_norm: bool
     post_norms: bool  # Gemma 2: norms after attention and MLP too
-    query_scale: float  # multiplies the scores; usually head_dim ** -0.5
-    qkv_clip: float | None  # MPT: queries, keys, values clipped to +- this
-    attention_soft_cap: float | None
-    final_soft_cap: float | None
-    embed_scale: float  # multiplies the embeddings: sqrt(D) for Gemma, else 1.0
+    query_scale: Multiplier  # multiplies the scores; usually head_dim ** -0.5
+    qkv_clip: Cap | None  # MPT: queries, keys, values clipped to +- this
+    attention_soft_cap: Cap | None
+    final_soft_cap: Cap | None
+    embed_scale: Multiplier  # multiplies the embeddings: sqrt(D) for Gemma, else 1.0
     tied: bool  # the head is the embedding
     head_bias: bool
     moe: MoESpec | None = None  # no importer knows a mixture, so a checkpoint without one says so
 
     def __post_init__(self):
+        ranges.check(self)
+        rotated = self.encoding.dim if isinstance(self.encoding, Rotary) else 0
         if self.moe is not None and self.mlp.bias:
-            raise ValueError("experts have no biases: mlp.bias must be False")
+            raise InputError("experts have no biases: mlp.bias must be False")
         if self.moe is not None and self.moe.dense_layers >= self.num_layers:
-            raise ValueError(
+            raise InputError(
                 f"dense_layers={self.moe.dense_layers} leaves no layer of {self.num_layers} to moe"
             )
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
+            raise InputError(
                 f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}"
             )
+        if rotated > self.head_dim:
+            raise InputError(f"the encoding rotates {rotated} of {self.head_dim} channels")
         if len(self.windows) != self.num_layers:
-            raise ValueError(
+            raise InputError(
                 f"windows has {len(self.windows)} entries for {self.num_layers} layers"
             )
 

@@ -11,15 +11,18 @@ stage     layers of a pipeline
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Annotated, Any, TypeAlias, cast
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from lminf import ranges
 from lminf.errors import InputError
+from lminf.ranges import Range
 
 AXES = ("data", "fsdp", "tensor", "context", "expert", "stage")
+Size: TypeAlias = Annotated[int, Range(min=-1, max=2**20)]  # devices; 0 is refused too
 REST = -1  # as the size of one axis: the devices that the others leave
 
 
@@ -27,14 +30,15 @@ REST = -1  # as the size of one axis: the devices that the others leave
 class MeshShape:
     """Devices along each axis; -1 for one of them takes what the others leave."""
 
-    data: int = REST
-    fsdp: int = 1
-    tensor: int = 1
-    context: int = 1
-    expert: int = 1
-    stage: int = 1
+    data: Size = REST
+    fsdp: Size = 1
+    tensor: Size = 1
+    context: Size = 1
+    expert: Size = 1
+    stage: Size = 1
 
     def __post_init__(self):
+        ranges.check(self)
         for axis, size in asdict(self).items():
             if size < 1 and size != REST:
                 raise ValueError(f"mesh.{axis}={size}; give 1 or more devices, or -1 for the rest")

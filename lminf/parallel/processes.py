@@ -2,10 +2,13 @@
 
 import os
 from dataclasses import dataclass
+from typing import Annotated
 
 import jax
 
+from lminf import ranges
 from lminf.errors import InputError
+from lminf.ranges import Range
 
 
 @dataclass(frozen=True)
@@ -13,9 +16,12 @@ class Processes:
     """Who takes part. A count of 1 is this process alone; 0 asks the cluster (TPU pod, SLURM, GKE,
     Open MPI), which JAX recognises by its environment."""
 
-    count: int = 1
-    index: int = 0  # of this process
+    count: Annotated[int, Range(min=0, max=2**20)] = 1
+    index: Annotated[int, Range(min=0, max=2**20)] = 0  # of this process
     coordinator: str = ""  # host:port of process 0
+
+    def __post_init__(self):
+        ranges.check(self)
 
     def join(self) -> None:
         """Returns once all are there. Must come before anything that asks JAX for its devices."""

@@ -20,7 +20,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from lminf.config import closest
 from lminf.errors import InputError
 from lminf.run import environment
 
+CREATED = ("config.json", "config.py", "overrides.json", "environment.json", "plots")
 LOCK = "lock"  # held by the process that writes here (lminf.run.lock)
 Row = dict[str, Any]  # column -> str, int, finite float, bool or None
 
@@ -214,10 +214,23 @@ class RunFolder:
             raise InputError(f"{self.path / name} holds {kind}, not an object; is it a run?")
         return value
 
-    def remove(self) -> None:
-        """Deletes the folder and all that is in it."""
+    def undo(self, before: frozenset[str] | None) -> bool:
+        """Takes back what `create` made, if nothing else has appeared since; whether it did.
+
+        `before` are the names that the folder held before the call; None: there was no folder.
+        """
+        names = {entry.name for entry in self.path.iterdir()}
+        made = names - (before or frozenset())
+        if not made or not made <= {*CREATED, LOCK} or (before and "config.json" in before):
+            return False
+        if (self.plots.exists() and any(self.plots.iterdir())) or self.plots.is_symlink():
+            return False
         with writing(self.path):
-            shutil.rmtree(self.path)
+            for name in made:
+                (self.path / name).rmdir() if name == "plots" else (self.path / name).unlink()
+            if before is None:
+                self.path.rmdir()
+        return True
 
     def write_json(self, name: str, value: Any) -> Path:
         return self.write(name, json.dumps(value, indent=2) + "\n")
@@ -233,11 +246,13 @@ def create(
     command: Sequence[str],
     at: Path | None = None,
     resume: bool = False,
+    may_change: Sequence[str] = (),
 ) -> RunFolder:
     """A new run folder with everything that is known before the run.
 
-    At `at`, which must be new or empty (or, with `resume`, hold a run of this very configuration,
-    which then goes on), else at runs/<experiment>/<date-time>-<short>, where
+    At `at`, which must be new or empty (or, with `resume`, hold a run of this configuration, which
+    then goes on; settings that `may_change`, by their name or their section's, are not compared),
+    else at runs/<experiment>/<date-time>-<short>, where
     `short` is the start of a digest of `config`: equal settings end alike.
     """
     resolved = json.dumps(config, indent=2) + "\n"
@@ -245,7 +260,7 @@ def create(
     if at is None:
         path = _new_folder(Path("runs") / experiment, short)
     else:
-        path = _claim(at, resolved if resume else None)
+        path = _claim(at, resolved if resume else None, may_change)
     folder = RunFolder(path)
     folder.write("config.json", resolved)
     folder.write("config.py", config_source)
@@ -274,7 +289,7 @@ def find(name: str, *, runs: Path = Path("runs")) -> RunFolder:
     raise InputError(f"{name!r} is no run's folder and {runs}/ holds no run of it; {meant}")
 
 
-def _claim(path: Path, same: str | None) -> Path:
+def _claim(path: Path, same: str | None, may_change: Sequence[str]) -> Path:
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         held = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK)
@@ -283,7 +298,7 @@ def _claim(path: Path, same: str | None) -> Path:
     if same is None or "config.json" not in held:
         raise InputError(f"{path} already holds files; name a new or empty folder with --out")
     before, now = RunFolder(path).read_json("config.json"), json.loads(same)
-    changed = _difference(before, now)
+    changed = difference(before, now, may_change=may_change)
     if changed:
         raise InputError(
             f"{path} holds a run with {changed}; give it the same settings to go on with it, or "
@@ -292,15 +307,23 @@ def _claim(path: Path, same: str | None) -> Path:
     return path
 
 
-def _difference(before: Any, now: Any, name: str = "") -> str | None:
+def difference(before: Any, now: Any, *, may_change: Sequence[str] = ()) -> str | None:
     """The first setting of two configurations that differs, as `field=before, not now`."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in {**before, **now}:
-            inner = _difference(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
-            if inner:
-                return inner
-        return None
-    return None if before == now else f"{name}={before!r}, not {now!r}"
+    earlier, later = dict(_leaves(before)), dict(_leaves(now))
+    for name in {**earlier, **later}:
+        sections = [name[:at] for at, letter in enumerate(name) if letter == "."]
+        if earlier.get(name) != later.get(name) and not {name, *sections} & set(may_change):
+            return f"{name}={earlier.get(name)!r}, not {later.get(name)!r}"
+    return None
+
+
+def _leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of every setting of a configuration as JSON."""
+    if not isinstance(settings, dict):
+        yield prefix[:-1], settings
+    else:
+        for key, value in settings.items():
+            yield from _leaves(value, f"{prefix}{key}.")
 
 
 def _new_folder(parent: Path, short: str) -> Path:

@@ -4,6 +4,7 @@
 """
 
 import ast
+import contextlib
 import importlib.util
 import re
 import types
@@ -19,7 +20,8 @@ from ml_collections.config_flags import config_flags
 
 from lminf.config import CLASS, closest
 from lminf.errors import InputError
-from lminf.run import header
+from lminf.ranges import shown
+from lminf.run import header, settings
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,13 @@ def parse(experiment: str, arguments: Sequence[str]) -> Request | None:
     values = flags.FlagValues()
     flags.DEFINE_string("out", None, "the run's folder", flag_values=values)
     flags.DEFINE_boolean("debug", False, "show a traceback with an error", flag_values=values)
-    overridden = config_flags.DEFINE_config_dict(
-        "config", config, flag_values=values, sys_argv=[experiment, *arguments]
-    )
     before = dict(leaves(config))
     try:
+        overridden = config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, sys_argv=[experiment, *arguments]
+        )
         rest = values([experiment, *arguments])[1:]
-    except (flags.Error, TypeError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # of absl, and of what reads a value's Python text
         raise InputError(" ".join(str(error).split()) + "; --help lists what there is") from error
     if rest:
         raise InputError(
@@ -69,6 +71,7 @@ def parse(experiment: str, arguments: Sequence[str]) -> Request | None:
     config_flag: Any = values["config"]  # absl knows it only as some flag
     overrides = dict(config_flag.override_values) | dict.fromkeys(emptied)
     check_items(overrides, before)
+    settings.check(overridden.value)
     return Request(
         experiment=experiment,
         config=overridden.value,
@@ -116,15 +119,29 @@ def find_config(experiment: str, given: str | None) -> tuple[Path, str]:
     else:
         places = [header.CONFIGS / f"{file}.py"]
     for path in places:
-        if path.is_file():
-            return path, variant
+        with contextlib.suppress(OSError, ValueError):  # no name that a file can have
+            if path.is_file():
+                return path, variant
     stems = [path.stem for path in sorted(header.CONFIGS.glob("[!_]*.py"))]
-    raise InputError(f"there is no config file {file!r}; {closest(Path(file).stem, stems)}")
+    raise InputError(f"there is no config file {shown(file)}; {closest(Path(file).stem, stems)}")
 
 
 def load_config(path: Path, variant: str) -> ConfigDict:
     """What the file's get_config returns for the variant."""
-    config = load_module(path).get_config(variant)
+    module = load_module(path)
+    try:
+        config = module.get_config(variant)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"get_config({variant!r}) of {path} fails with {type(error).__name__}: {error}; "
+            f"--debug shows where"
+        ) from error
+    if not isinstance(config, ConfigDict):
+        raise InputError(
+            f"get_config of {path} returns {type(config).__name__}; it should return a ConfigDict"
+        )
     accept_values_for_none(config)
     return config
 
@@ -137,8 +154,9 @@ def load_module(path: Path) -> types.ModuleType:
     module: types.ModuleType = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except (SyntaxError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the config file {path}: {error}") from error
+    except Exception as error:
+        what = "" if isinstance(error, SyntaxError) else f"{type(error).__name__}: "
+        raise InputError(f"cannot read the config file {path}: {what}{error}") from error
     if not hasattr(module, "get_config"):
         raise InputError(f"{path} has no get_config(arg); every config file defines one")
     return module
@@ -157,7 +175,7 @@ def accept_values_for_none(config: ConfigDict) -> None:
 
 def check_overrides(arguments: Sequence[str], config: ConfigDict) -> None:
     """Refuses `--config.path` that names no field, with the closest field that exists."""
-    fields = dict(leaves(config))
+    fields = {name: value for name, value in leaves(config) if not _is_class(name)}
     sections = {name.rpartition(".")[0] for name in fields}
     for argument in arguments:
         flag = argument.partition("=")[0].lstrip("-")
@@ -165,10 +183,16 @@ def check_overrides(arguments: Sequence[str], config: ConfigDict) -> None:
             name = flag.removeprefix(prefix)
             if name == flag or name in fields:
                 continue
+            if _is_class(name):
+                raise InputError(f"config.{name} is what the section is; change it in the file")
             if name in sections:
                 inner = [field for field in fields if field.startswith(f"{name}.")]
                 raise InputError(f"config.{name} is a section; override {', '.join(inner)}")
             raise InputError(f"the config has no field {name!r}; {closest(name, fields)}")
+
+
+def _is_class(name: str) -> bool:
+    return name.rpartition(".")[2] == CLASS
 
 
 def take_none(arguments: list[str], config: ConfigDict) -> list[str]:
@@ -202,7 +226,7 @@ def quote_words(argument: str, config: ConfigDict) -> str:
         return argument
     try:
         ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return f"{flag}={text!r}"
     return argument
 

@@ -22,7 +22,6 @@ import hashlib
 import itertools
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,13 +32,17 @@ from ml_collections import ConfigDict
 
 from lminf.config import closest
 from lminf.errors import InputError
-from lminf.run import folder, lock, request
+from lminf.run import folder, lock, request, settings
 from lminf.run.folder import Row, RunFolder
 from lminf.run.request import Request
 
 Overrides: TypeAlias = Mapping[str, Any]  # dotted field -> value
 Run: TypeAlias = Callable[[ConfigDict, RunFolder], Iterator[Row]]
 DONE, FAILED = "done.json", "failed.json"
+# The files of a cell that a new attempt writes again; whatever else is in its folder stays.
+WRITTEN = (
+    "config.json", "overrides.json", "environment.json", "rows.jsonl", "metrics.jsonl", FAILED,
+)  # fmt: skip
 
 
 # --- The algebra ----------------------------------------------------------------------------------
@@ -153,6 +156,7 @@ def overridden(base: ConfigDict, overrides: Overrides) -> ConfigDict:
             raise InputError(
                 f"a cell sets {name}={value!r}, but the config file has {fields[name]!r}: {error}"
             ) from error
+    settings.check(config)
     return config
 
 
@@ -240,9 +244,11 @@ def work(
 
 def _run_cell(at: RunFolder, asked: Request, cell: Cell, run: Run) -> int:
     """The number of rows; what an earlier worker left half done is dropped first."""
-    for entry in at.path.iterdir():
-        if entry.name != folder.LOCK:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    for name in WRITTEN:
+        at.path.joinpath(name).unlink(missing_ok=True)
+    if (at / "checkpoints").exists():  # of the attempt whose rows are gone; may be large or wanted
+        begun = sorted(at.path.glob("checkpoints.interrupted*"))
+        at.path.joinpath("checkpoints").rename(at / f"checkpoints.interrupted-{len(begun) + 1}")
     at.write_json("config.json", request.to_dict(cell.config))
     at.write_json("overrides.json", _plain(cell.overrides))
     at.write_json("environment.json", {"experiment": asked.experiment, "variant": asked.variant})

@@ -110,6 +110,7 @@ class ChinchillaLaw:
     ) -> ChinchillaFit:
         laws.require_spread(table.n, "N")
         laws.require_spread(table.d, "D")
+        laws.require_spread(table.loss, "loss", minimum=1)
         if len(table) < 2 * len(PARAMETERS):
             raise InputError(
                 f"{len(table)} rows do not determine five parameters; give ten or more"
@@ -123,7 +124,7 @@ class ChinchillaLaw:
             residual, columns, starts=STARTS, lower=LOWER, upper=UPPER,
             weights=np.ones((1, len(table))),
         )  # fmt: skip
-        laws.require_converged(bool(found.converged[0]), "Chinchilla", float(found.gradient[0]))
+        laws.require_determined("Chinchilla", PARAMETERS, residual, columns, found)
         constants = {name: float(v[0]) for name, v in _raw(found.parameters).items()}
         drawn, how, spans, notes = {}, "", {}, ()
         if draws:
@@ -184,7 +185,7 @@ def envelope(table: CurveTable, budgets: int = 1500) -> PowerLaws:
         wins = inside & (loss < best)
         best, size = np.where(wins, loss, best), np.where(wins, table.n[rows[0]], size)
     won = np.isfinite(best)
-    if np.unique(size[won]).size < 2:
+    if np.unique(size[won]).size < 2 or np.ptp(np.log(grid[won])) < 1e-9:
         raise InputError(
             "one size wins at every budget, so the envelope has no slope; add runs of several sizes"
         )
@@ -208,7 +209,7 @@ def isoflop(table: CurveTable, tolerance: float = 0.02) -> PowerLaws:
             found.append(
                 (np.exp(np.log(compute[rows]).mean()), np.exp(centre - slope / 2 / square))
             )
-    if len(found) < 2:
+    if len(found) < 2 or np.ptp(np.log([flops for flops, _ in found])) < 1e-9:
         raise InputError(
             f"{len(found)} budgets have three sizes and a convex parabola; two are needed"
         )

@@ -7,9 +7,23 @@ from math import inf
 from typing import Any
 
 from lminf.errors import InputError
+from lminf.ranges import Range, shown
 from lminf.scaling.fertility import Fertility
 
 Row = Mapping[str, Any]
+COUNT, AMOUNT, ANY = Range(min=1, max=1e32), Range(above=0, max=1e32), Range(min=-1e6, max=1e6)
+# Every field of a row that is read, and the range of its number; None: a text.
+FIELDS: dict[str, Range | None] = {
+    "corpus": None, "text_digest": None, "seed": Range(min=0), "lr": AMOUNT, "width": COUNT,
+}  # fmt: skip
+VOCAB_FIELDS = FIELDS | {
+    "budget_mode": None, "vocab_size": COUNT, "n_nv": COUNT, "tokens": COUNT,
+    "characters": AMOUNT, "tokens_per_character": AMOUNT, "flops": AMOUNT, "loss_u": ANY,
+}  # fmt: skip
+STEP_FIELDS = FIELDS | {
+    "n": COUNT, "hidden": COUNT, "heads": COUNT, "layers": COUNT, "seq_len": COUNT, "d": COUNT,
+    "batch_sequences": COUNT, "train_loss": AMOUNT, "loss": AMOUNT,
+}  # fmt: skip
 
 # Column of the file -> how a row of experiments.vocab_sweep fills it.
 VOCAB = {
@@ -39,7 +53,7 @@ STEP = {
 
 def vocab(rows: Sequence[Row]) -> str:
     """CSV of a vocabulary sweep: at each checkpoint of each vocabulary the best learning rate."""
-    rows = one_setting(rows, VOCAB, "vocabulary")
+    rows = one_setting(rows, VOCAB_FIELDS, "vocabulary")
     best: dict[tuple, Row] = {}
     for row in rows:
         key = (row["n_nv"], row["width"], row["vocab_size"], row["tokens"])
@@ -51,7 +65,7 @@ def vocab(rows: Sequence[Row]) -> str:
 
 def fertility(rows: Sequence[Row]) -> Fertility:
     """Tokens per character as the sweep's own tokenizers had it, on its held-out text."""
-    rows = one_setting(rows, VOCAB, "vocabulary")
+    rows = one_setting(rows, VOCAB_FIELDS, "vocabulary")
     measured = {row["vocab_size"]: row["tokens_per_character"] for row in rows}
     sizes = sorted(measured)
     pairs = tuple(float(x) for size in sizes for x in (size, measured[size]))
@@ -59,11 +73,14 @@ def fertility(rows: Sequence[Row]) -> Fertility:
 
 
 def step(rows: Sequence[Row]) -> str:
-    """CSV of a learning rate x batch sweep: one row a run."""
-    rows = one_setting(rows, STEP, "learning rate x batch")
+    """CSV of a learning rate x batch sweep: one row a run; of dense models where there are any."""
+    dense = [row for row in rows if isinstance(row, Mapping) and not row.get("experts")]
+    rows = one_setting(dense or rows, STEP_FIELDS, "learning rate x batch")
     lines = []
     for row in rows:
         line = {column: row[name] for column, name in STEP.items()}
+        if row.get("experts"):
+            line["Na"] = row.get("n_active")
         line["ti"] = round(row["d"] / (row["batch_sequences"] * row["seq_len"]))
         line["D/N"] = row["d"] / row["n"]
         line["exp_name"] = f"{row['corpus']}-seed{row['seed']}"
@@ -71,13 +88,14 @@ def step(rows: Sequence[Row]) -> str:
     return written(lines)
 
 
-def one_setting(rows: Sequence[Row], columns: Mapping[str, str], what: str) -> Sequence[Row]:
+def one_setting(
+    rows: Sequence[Row], fields: Mapping[str, Range | None], what: str
+) -> Sequence[Row]:
     """The rows of the first seed; InputError unless all are of one sweep, text and length."""
     if not rows:
         raise InputError("there are no finished cells to collect; run the sweep first")
-    missing = [name for name in columns.values() if name not in rows[0]]
-    if missing:
-        raise InputError(f"the rows have no {missing[0]!r}, so they are no {what} sweep's")
+    for number, row in enumerate(rows, start=1):
+        check_row(row, fields, f"row {number} of the rows", what)
     for name in ("corpus", "text_digest", "seq_len", "budget_mode"):
         values = sorted({str(row[name]) for row in rows if name in row})
         if len(values) > 1:
@@ -87,6 +105,23 @@ def one_setting(rows: Sequence[Row], columns: Mapping[str, str], what: str) -> S
             )
     first = min(row["seed"] for row in rows)
     return [row for row in rows if row["seed"] == first]
+
+
+def check_row(row: Row, fields: Mapping[str, Range | None], where: str, what: str) -> None:
+    if not isinstance(row, Mapping):
+        raise InputError(f"{where} is no row ({shown(row)}); delete it")
+    for name, allowed in fields.items():
+        if name not in row:
+            raise InputError(f"{where} has no {name!r}, so it is of no {what} sweep")
+        value = row[name]
+        if allowed is None:
+            problem = None if isinstance(value, str) else "a text"
+        else:
+            problem = allowed.problem(value)
+        if problem:
+            raise InputError(
+                f"{where}: {name} is {shown(value)}, not {problem}; run that cell again"
+            )
 
 
 def written(lines: Sequence[Mapping[str, Any]]) -> str:

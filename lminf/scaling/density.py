@@ -107,6 +107,8 @@ class DensityLaw:
             raise InputError("column 'score' is missing; the density law needs N, D, loss, score")
         laws.require_spread(table.n, "N")
         laws.require_spread(table.d, "D")
+        laws.require_spread(table.loss, "loss", minimum=1)
+        laws.require_spread(table.score, "score", minimum=1)
         if len(table) < 8:
             raise InputError(
                 f"{len(table)} rows do not determine the two steps; give eight or more"
@@ -118,12 +120,18 @@ class DensityLaw:
             ids = table.run if cluster == "run" else np.arange(len(table))
             sampled = resample.bootstrap_weights(ids, draws=draws, seed=seed)
             weights = np.concatenate([weights, sampled])
-        first = _fit_loss(table, weights)
-        second = _fit_score(table, weights)
-        for name, found in (("loss", first), ("performance", second)):
-            laws.require_converged(
-                bool(found.converged[0]), f"the {name} step", float(found.gradient[0])
-            )
+        columns = {
+            "ln_n": np.log(table.n) - LN_N_UNIT,
+            "ln_d": np.log(table.d) - LN_D_UNIT,
+            "ln_loss": np.log(table.loss),
+        }
+        first = _fit_loss(columns, weights)
+        laws.require_determined("the loss step", LOSS_PARAMETERS, loss_residual, columns, first)
+        columns = {"loss": table.loss, "score": np.asarray(table.score)}
+        second = _fit_score(columns, weights)
+        laws.require_determined(
+            "the performance step", SCORE_PARAMETERS, score_residual, columns, second
+        )
         values = _raw(first.parameters, second.parameters)
         constants = {name: float(v[0]) for name, v in values.items()}
         drawn, how, spans, notes = {}, "", {}, ()
@@ -156,26 +164,18 @@ class DensityLaw:
         )
 
 
-def _fit_loss(table: CurveTable, weights, starts=None):
-    columns = {
-        "ln_n": np.log(table.n) - LN_N_UNIT,
-        "ln_d": np.log(table.d) - LN_D_UNIT,
-        "ln_loss": np.log(table.loss),
-    }
-    if starts is None:
-        grid = itertools.product((-2, 0, 2), (-2, 0, 2), (0.1, 0.5), (0.1, 0.5))
-        starts = np.array(list(grid), float)
+def _fit_loss(columns, weights):
+    grid = itertools.product((-2, 0, 2), (-2, 0, 2), (0.1, 0.5), (0.1, 0.5))
+    starts = np.array(list(grid), float)
     return engine.minimise(
         loss_residual, columns, starts=starts, lower=np.array([-60, -60, 0.005, 0.005]),
         upper=np.array([60, 60, 4.0, 4.0]), weights=weights, keep=4,
     )  # fmt: skip
 
 
-def _fit_score(table: CurveTable, weights):
-    score, loss = np.asarray(table.score), table.loss
+def _fit_score(columns, weights):
+    score, loss = columns["score"], columns["loss"]
     low, high = score.min(), score.max()
-    if high <= low:
-        raise InputError("column 'score' has one value; the performance step needs several")
     span, reach = high - low, np.ptp(loss)
     starts = np.array(
         [
@@ -186,7 +186,7 @@ def _fit_score(table: CurveTable, weights):
         ]
     )
     return engine.minimise(
-        score_residual, {"loss": loss, "score": score}, starts=starts,
+        score_residual, columns, starts=starts,
         lower=np.array([np.log(span) - 3, np.log(0.1 / reach), loss.min() - 5, low - 5 * span]),
         upper=np.array([np.log(span) + 3, np.log(1e3 / reach), loss.max() + 5, high]),
         weights=weights, keep=4,

@@ -10,7 +10,12 @@ polish    the best `keep` of those, then the best of all: steps with H + m M, th
           regularised by the reweighted one M (which always descends), while the threshold falls to
           the wanted one; monotone in the objective.
 accept    a draw has converged when the projected gradient is GRADIENT_TOLERANCE of its own scale
-          (the same sum with absolute values). Everything else is reported as not converged.
+          (the same sum with absolute values, and RESIDUAL_FLOOR more in each: at a perfect fit the
+          residuals are rounding errors, whose sum never is small beside itself). Everything else
+          is reported as not converged.
+
+Of more than EXPLORED_ROWS rows the basins are looked for on a sample of that many; the polish and
+the acceptance are of all rows.
 
 Only this module switches to 64 bits, and only inside its calls: float32 does not reproduce the
 published constants.
@@ -18,6 +23,7 @@ published constants.
 
 import functools
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import jax
@@ -28,6 +34,9 @@ from jaxtyping import Array, Float
 Columns = Mapping[str, Float[np.ndarray, " rows"]]
 Residual = Callable[[Array, Mapping[str, Array]], Array]  # (parameters, columns) -> [rows]
 
+# Told how many fits of a stage are done, and of how many; commands show it.
+OBSERVER: ContextVar[Callable[[str, int, int], None] | None] = ContextVar("observer", default=None)
+
 LEVELS = 6  # thresholds in one call of the explorer
 FIRST_THRESHOLDS = (0.1,) * LEVELS  # every start
 SURVIVORS = 48
@@ -36,6 +45,9 @@ POLISH_THRESHOLDS = (0.02, 0.005)  # then the wanted one
 ROUGH_STEPS, FINE_STEPS = 8, 150  # Newton steps; fine ones end by themselves after 5 to 40
 MIXES = (0.0, 0.01, 0.1, 0.5, 2.0)  # m in H + m M, tried together: an objective is cheaper than H
 GRADIENT_TOLERANCE = 1e-6
+RANK_TOLERANCE = 1e-7  # of the Jacobian with columns of length one
+RESIDUAL_FLOOR = 1e-7  # residuals of logarithms and losses: 1e-4 of the threshold
+EXPLORED_ROWS = 2048
 DECREASE_TOLERANCE = 1e-10  # of the objective
 # Lanes (start, draw) and rows are filled up to fixed sizes, so that two programs serve every fit
 # of a law; compiling them takes longer than most fits. Few lanes in the polisher: all of a call
@@ -52,6 +64,7 @@ class Solutions(NamedTuple):
     converged: np.ndarray  # [draws] bool
     bound: np.ndarray  # [draws, parameters] -1 on the lower bound, 1 on the upper, else 0
     gradient: Float[np.ndarray, " draws"]  # projected gradient over its own scale
+    free: np.ndarray  # [draws, parameters] bool: not held fixed
 
 
 def huber(residual, threshold):
@@ -83,6 +96,23 @@ def _value_and_gradient(residual, theta, columns, threshold):
     return jax.value_and_grad(lambda at: objective(residual, at, columns, 1.0, threshold))(theta)
 
 
+def undetermined(residual: Residual, columns: Columns, found: Solutions) -> list[int]:
+    """Free parameters of the first draw that may move together without moving any residual."""
+    with jax.enable_x64(True):
+        data = {name: np.asarray(column, np.float64) for name, column in columns.items()}
+        jacobian = np.asarray(jax.jacfwd(residual)(found.parameters[0], data))
+    length = np.linalg.norm(jacobian, axis=0)
+    free = np.flatnonzero(found.free[0] & (found.bound[0] == 0))
+    still = [int(i) for i in free if length[i] < RANK_TOLERANCE * length.max()]
+    if still or not free.size:
+        return still
+    triangle = np.linalg.qr(jacobian[:, free] / length[free], mode="r")
+    _, size, direction = np.linalg.svd(triangle, full_matrices=True)
+    if len(size) == free.size and size[-1] > RANK_TOLERANCE * size[0]:
+        return []
+    return [int(i) for i, part in zip(free, direction[-1], strict=True) if abs(part) > 0.1]
+
+
 def minimise(
     residual: Residual,
     columns: Columns,
@@ -98,26 +128,32 @@ def minimise(
 
     Columns are [rows], shared by all draws, or [draws, rows].
     """
-    lanes = _Lanes(residual, columns, np.asarray(weights, np.float64), lower, upper, threshold)
-    draws, count = len(weights), len(starts)
+    weights = np.asarray(weights, np.float64)
+    lanes = few = _Lanes(residual, columns, weights, lower, upper, threshold)
+    (draws, rows), count = weights.shape, len(starts)
     every = np.arange(draws)
+    if rows > EXPLORED_ROWS:
+        some = np.sort(np.random.default_rng(0).permutation(rows)[:EXPLORED_ROWS])
+        part = {name: np.asarray(column)[..., some] for name, column in columns.items()}
+        few = _Lanes(residual, part, weights[:, some], lower, upper, threshold)
+    levels = [max(level, threshold) for level in (*POLISH_THRESHOLDS, threshold)]
     with jax.enable_x64(True):
         theta = np.broadcast_to(np.asarray(starts, np.float64), (draws, *starts.shape))
         theta = np.clip(theta, lanes.lower[:, None], lanes.upper[:, None])
-        theta = lanes.explore(theta, FIRST_THRESHOLDS)
-        theta = lanes.best(theta, min(SURVIVORS, count))
-        theta = lanes.best(lanes.explore(theta, SECOND_THRESHOLDS), min(keep, count))
-        levels = [max(level, threshold) for level in (*POLISH_THRESHOLDS, threshold)]
+        theta = few.explore(theta, FIRST_THRESHOLDS)
+        theta = few.best(theta, min(SURVIVORS, count))
+        theta = few.best(few.explore(theta, SECOND_THRESHOLDS), min(keep, count))
         for level in levels:
-            theta = lanes.polish(theta, level, ROUGH_STEPS)
-        theta = lanes.polish(lanes.best(theta, 1), threshold, FINE_STEPS)
+            theta = few.polish(theta, level, ROUGH_STEPS)
+        theta = lanes.best(theta, 1)
+        theta = lanes.polish(theta, threshold, FINE_STEPS)
         found, slope, decrease = (part[:, 0] for part in lanes.judge(theta))
     theta = theta[every, 0]
     small = (slope <= GRADIENT_TOLERANCE) | (decrease <= DECREASE_TOLERANCE * found)
     free = lanes.lower < lanes.upper
     bound = np.where(free & (theta >= lanes.upper), 1, 0)
     bound = np.where(free & (theta <= lanes.lower), -1, bound)
-    return Solutions(theta, found, np.isfinite(found) & small, bound, slope)
+    return Solutions(theta, found, np.isfinite(found) & small, bound, slope, free)
 
 
 class _Lanes:
@@ -144,7 +180,12 @@ class _Lanes:
         draws, count = theta.shape[:2]
         flat = theta.reshape(draws * count, -1)
         draw = np.repeat(np.arange(draws), count)
-        size = EXPLORE_LANES if program is _explore_lanes else POLISH_LANES
+        size, stage = (
+            (EXPLORE_LANES, "exploring")
+            if program is _explore_lanes
+            else (POLISH_LANES, "polishing")
+        )
+        observer = OBSERVER.get()
         pieces = []
         for begin in range(0, len(flat), size):
             index = np.minimum(np.arange(begin, begin + size), len(flat) - 1)
@@ -155,6 +196,8 @@ class _Lanes:
                 self.residual, flat[index], self.shared, own, self.weights[of], *box, *extra
             )
             used = min(size, len(flat) - begin)
+            if observer is not None:
+                observer(stage, begin + used, len(flat))
             pieces.append([np.asarray(part)[:used] for part in piece])
         return [
             np.concatenate(part).reshape(draws, count, *part[0].shape[1:])
@@ -249,7 +292,7 @@ def _polish(residual, theta, data, weight, low, high, level, steps):
         robust = weight * jnp.minimum(1.0, level / jnp.maximum(jnp.abs(r), 1e-300))
         majorant = (jacobian * robust[:, None]).T @ jacobian
         held = _held(theta, slope, low, high)
-        scale = jnp.abs(jacobian).T @ jnp.abs(influence) + 1e-300
+        scale = jnp.abs(jacobian).T @ (jnp.abs(influence) + weight * RESIDUAL_FLOOR) + 1e-300
         relative = jnp.max(jnp.where(held, 0.0, jnp.abs(slope) / scale))
         step = _step(majorant + _damping(majorant, 1e-9), slope, held)
         return slope, majorant, held, relative, -jnp.dot(jnp.where(held, 0.0, slope), step)

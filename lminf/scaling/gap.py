@@ -11,7 +11,7 @@ import numpy as np
 
 from lminf.errors import InputError
 from lminf.scaling.rivals import Query, Rule
-from lminf.scaling.surfaces import Surface
+from lminf.scaling.surfaces import Surface, merged
 from lminf.scaling.tables import StepTable
 
 METHODS = ("linear", "nearest", "cubic")
@@ -42,35 +42,29 @@ class _Grid:
 
     def __init__(self, table: StepTable, rows: np.ndarray):
         points = np.stack([np.log2(table.lr[rows]), np.log2(table.batch[rows])], axis=1)
-        self.loss = table.loss[rows]
-        if len(np.unique(points, axis=0)) < len(points):  # repeated cells: their mean
-            points, cell = np.unique(points, axis=0, return_inverse=True)
-            self.loss = np.bincount(cell.ravel(), self.loss) / np.bincount(cell.ravel())
+        points, loss = merged(points, table.loss[rows])  # of repeated cells the mean
         self.best = float(table.loss[rows].min())
-        near = self.loss < self.best * (1 + CUBIC_EXCESS)
+        near = loss < self.best * (1 + CUBIC_EXCESS)
         try:
-            self.across = Surface(points @ ACROSS)
-            self.along = Surface(points @ ALONG)
-            self.near = Surface(points[near])
+            self.across = Surface(points @ ACROSS, loss)
+            self.along = Surface(points @ ALONG, loss)
+            self.near = Surface(points[near], loss[near])
         except InputError as error:
             first = rows[0]
             raise InputError(
                 f"group N={table.n[first]:g}, D={table.d[first]:g} ({rows.size} rows) is no grid "
                 f"of learning rates and batches: {error}"
             ) from None
-        self.near_loss = self.loss[near]
         self.low, self.high = points.min(0), points.max(0)
-
-        self.near_gradients = self.near.gradients(self.near_loss)
 
     def at(self, method: str, points) -> np.ndarray:
         if method == "nearest":
-            return self.across.nearest(self.loss, points @ ACROSS)
+            return self.across.nearest(points @ ACROSS)
         if method == "linear":
-            return self.across.linear(self.loss, points @ ACROSS)
+            return self.across.linear(points @ ACROSS)
         if method == OTHER_DIAGONAL:
-            return self.along.linear(self.loss, points @ ALONG)
-        return self.near.cubic(self.near_loss, points, self.near_gradients)
+            return self.along.linear(points @ ALONG)
+        return self.near.cubic(points, converged=True)
 
 
 def gaps(table: StepTable, rules: list[Rule], *, use_n: str = "total") -> dict[str, list[GroupGap]]:

@@ -5,7 +5,7 @@ the same intervals without the data.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from lminf.errors import InputError
-from lminf.scaling import resample
+from lminf.scaling import engine, resample
 
 FORMAT = 1
 MINIMUM_DRAWS = 20
@@ -130,26 +130,37 @@ def draw_summary(
     return kept, f"{how}, {good} of {converged.size} converged", spans, ()
 
 
-def require_converged(converged: bool, what: str, gradient: float) -> None:
-    if not converged:
+def require_determined(
+    what: str, names: Sequence[str], residual: engine.Residual, columns, found: engine.Solutions
+) -> None:
+    """Error unless the first draw converged and the rows tell its free parameters apart."""
+    if not np.all(np.isfinite(found.parameters[0])):
+        raise InputError(f"{what}: the fit has no finite result; the table does not determine it")
+    loose = [names[index] for index in engine.undetermined(residual, columns, found)]
+    if loose:
         raise InputError(
-            f"{what}: the fit did not converge (projected gradient {gradient:.1e} of its scale), "
-            "so there is no result; the table does not determine this law"
+            f"{what}: the table does not determine {', '.join(loose)}: other values of them fit it "
+            "as well; add rows with other values of what they belong to (three of each at least)"
+        )
+    if not found.converged[0]:
+        raise InputError(
+            f"{what}: the fit did not converge (projected gradient {found.gradient[0]:.1e} of its "
+            "scale), so there is no result; the table does not determine this law"
         )
 
 
-def require_spread(values, name: str, *, minimum: float = 1.02) -> None:
-    """Error when a regressor hardly varies: its exponent cannot be fitted."""
+def require_spread(values, name: str, *, minimum: float = 1.02, instead: str = "") -> None:
+    """Error when a column hardly varies, so that nothing can be fitted to it."""
     values = np.asarray(values, np.float64)
-    ratio = values.max() / values.min()
-    if np.unique(values).size < 2:
+    low, high = float(values.min()), float(values.max())
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
         raise InputError(
-            f"the table has a single {name} ({values[0]:g}); an exponent of {name} needs at least "
-            "two, so add rows with another one"
+            f"the table has a single {name} ({low:g}), which determines no law; add rows with "
+            f"other values of it{instead}"
         )
-    if ratio < minimum:
-        span = f"{values.min():g}..{values.max():g}"
+    if low > 0 and high / low < minimum:
         raise InputError(
-            f"{name} varies by only {100 * (ratio - 1):.2g} % ({span}); its exponent is not "
-            f"identifiable, so add other values of {name} or hold it fixed"
+            f"{name} varies by only {100 * (high / low - 1):.2g} % ({low:g}..{high:g}), so its "
+            f"exponent is not determined; add rows with other values of {name}"
+            f"{instead}"
         )

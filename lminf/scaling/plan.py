@@ -1,8 +1,9 @@
 """Sweeps that fit a budget: shapes, sizes or rates x batches, tokens, seeds, and what to expect.
 
-A run's model follows the published IsoFLOP law, N = 0.0834 FLOPs^0.5, because no other law reaches
-down to models of seconds; the vocabularies and rates are a wide grid around the laws' points, which
-at such sizes are off by factors.
+The largest model follows the published IsoFLOP law, N = 0.0834 FLOPs^0.5, because no other law
+reaches down to models of seconds; the vocabularies and rates are a wide grid around the laws'
+points, which at such sizes are off by factors. A law has exponents of N and of D, so a plan has
+several of each.
 """
 
 import math
@@ -55,74 +56,104 @@ def shape_for(flops: float) -> Shape:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A sweep: one model, a grid, and what it costs."""
+class Group:
+    """Runs of one shape and length."""
 
     shape: Shape
+    tokens: int
+    flops: float  # of one run
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep: groups of (shape, tokens), each with the same grid, and what it costs."""
+
+    groups: tuple[Group, ...]  # the largest first
     sizes: tuple[int, ...]  # vocabularies; of a rate x batch study the one that it has
     rates: tuple[float, ...]
     batches: tuple[int, ...]  # sequences; of a vocabulary study the one that it has
     replicates: int
-    tokens: int  # of the longest run
-    run_flops: float  # of one run at its full length
 
     @property
     def cells(self) -> int:
-        return len(self.sizes) * len(self.batches)
+        return len(self.groups) * len(self.sizes) * len(self.batches)
 
     @property
     def flops(self) -> float:
-        return self.cells * len(self.rates) * self.replicates * self.run_flops
+        runs = len(self.sizes) * len(self.batches) * len(self.rates) * self.replicates
+        return runs * sum(group.flops for group in self.groups)
 
 
-def vocab(budget: float, *, text_tokens: float, sizes: int = 5, replicates: int = 2) -> Plan:
-    """Vocabularies in factors of two at equal FLOPs; the text has `text_tokens` bytes to be read
-    once, which is the most tokens that the smallest vocabulary can take.
+def vocab(budget: float, *, text_tokens: float, sizes: int = 4, replicates: int = 1) -> Plan:
+    """Vocabularies in factors of two at equal FLOPs, for three shapes of as many tokens each; the
+    text has `text_tokens` bytes to be read once, the most that the smallest vocabulary can take.
     """
     rates = 3
-    flops = _per_run(budget, sizes * rates * replicates)
-    shape = shape_for(flops)
-    law = published.ISOFLOP.optimum(n_nv=shape.parameters, d=shape.width, flops=flops).vocab_size
+    shapes, flops = _shared(budget, sizes * rates * replicates, count=3, lengths=(1,))
+    top = shapes[0]
+    law = published.ISOFLOP.optimum(n_nv=top.parameters, d=top.width, flops=flops).vocab_size
     # Two factors of two below the law's size, and no vocabulary has less than its 256 bytes.
-    lowest = max(8, round(math.log2(law)) - sizes // 2)
+    lowest = max(8, round(math.log2(law)) - 2)
     chosen = tuple(2 ** (lowest + i) for i in range(sizes))
-    tokens = flops / accounting.training_flops(shape.parameters, chosen[0] * shape.width, 1)
-    if tokens > text_tokens:
-        flops *= text_tokens / tokens
-        tokens = text_tokens
-    peak = 6e-3 * math.sqrt(64 / shape.width)
-    return Plan(shape, chosen, (peak / 2, peak, 2 * peak), (8,), replicates, int(tokens), flops)
+    per_token = accounting.training_flops(top.parameters, chosen[0] * top.width, 1)
+    tokens = min(flops / per_token, text_tokens)
+    groups = tuple(
+        Group(shape, int(tokens), float(tokens * per_token * shape.parameters / top.parameters))
+        for shape in shapes
+    )
+    peak = 6e-3 * math.sqrt(64 / top.width)
+    return Plan(groups, chosen, (peak / 2, peak, 2 * peak), (8,), replicates)
 
 
 def step(
     budget: float, *, text_tokens: float, vocab_size: int = 512, length: int = 64,
-    rates: int = 7, batches: int = 5, replicates: int = 2,
+    rates: int = 5, batches: int = 4, replicates: int = 1,
 ) -> Plan:  # fmt: skip
-    """Rates and batches in factors of two around the step law's point."""
-    flops = _per_run(budget, rates * batches * replicates)
-    shape = shape_for(flops)
-    per_token = accounting.training_flops(shape.parameters, vocab_size * shape.width, 1)
-    tokens = min(float(flops / per_token), text_tokens)
-    point = rivals.rule("step").setting(rivals.Query(shape.parameters, tokens, None, None))
+    """Rates and batches in factors of two around the step law's point, for two shapes and three
+    lengths of each."""
+    lengths = (1, 0.5, 0.25)
+    shapes, flops = _shared(budget, rates * batches * replicates, count=2, lengths=lengths)
+    per_token = [
+        float(accounting.training_flops(shape.parameters, vocab_size * shape.width, 1))
+        for shape in shapes
+    ]
+    share = flops * sum(shape.parameters for shape in shapes) / shapes[0].parameters
+    tokens = min(share / sum(per_token), text_tokens)
+    groups = tuple(
+        Group(shape, int(tokens * part), tokens * part * each)
+        for shape, each in zip(shapes, per_token, strict=True)
+        for part in lengths
+    )
+    point = rivals.rule("step").setting(rivals.Query(shapes[0].parameters, tokens, None, None))
     assert point.batch is not None
     middle = max(2, round(math.log2(point.batch / length)))
     lowest = max(0, middle - batches // 2)
     # Far below its range the law's rate is several times too high: more of the grid lies below it.
     peak = 2.0 ** round(math.log2(point.lr))
     grid = tuple(peak * 2.0 ** (i - rates + 3) for i in range(rates))
-    return Plan(
-        shape, (vocab_size,), grid, tuple(2 ** (lowest + i) for i in range(batches)), replicates,
-        int(tokens), float(tokens * per_token),
-    )  # fmt: skip
+    chosen = tuple(2 ** (lowest + i) for i in range(batches))
+    return Plan(groups, (vocab_size,), grid, chosen, replicates)
 
 
-def _per_run(budget: float, runs: int) -> float:
-    if budget / runs < SMALLEST:
+def _shared(
+    budget: float, runs: int, *, count: int, lengths: Sequence[float]
+) -> tuple[tuple[Shape, ...], float]:
+    """(shapes, FLOPs of the longest run of the first): neighbours on the ladder, the largest next
+    to the law's N, which share the budget by their N and the `lengths` of their runs."""
+    flops = budget / runs
+    shapes = LADDER[:count]
+    for _ in range(3):  # the shares depend on the shapes, and the largest shape on its share
+        top = max(count - 1, LADDER.index(shape_for(flops)))
+        shapes = LADDER[top - count + 1 : top + 1][::-1]
+        share = sum(lengths) * sum(shape.parameters for shape in shapes) / shapes[0].parameters
+        flops = budget / runs / share
+    least = flops * min(lengths) * shapes[-1].parameters / shapes[0].parameters
+    if least < SMALLEST:
         raise InputError(
-            f"{budget:.3g} FLOPs for {runs} runs are {budget / runs:.3g} each, too few to train "
-            f"anything; give at least {runs * SMALLEST:.3g} FLOPs, or more --hours"
+            f"{budget:.3g} FLOPs leave {least:.3g} for the smallest run, too few to train "
+            f"anything; give at least {budget * SMALLEST / least:.3g} FLOPs, or more --hours"
         )
-    return budget / runs
+    return shapes, flops
 
 
 def interval(kind: str, replicates: int, *, spacing: float = math.log(2)) -> float:
@@ -136,6 +167,6 @@ def interval(kind: str, replicates: int, *, spacing: float = math.log(2)) -> flo
     return float(np.exp(1.96 * error))
 
 
-def budgets(plan: Plan) -> Sequence[float]:
+def budgets(group: Group) -> Sequence[float]:
     """FLOPs at which the runs of a vocabulary study are read: the longest and three halvings."""
-    return [plan.run_flops / 2**i for i in (3, 2, 1, 0)]
+    return [group.flops / 2**i for i in (3, 2, 1, 0)]

@@ -6,14 +6,16 @@ Fitted to all runs whose loss is within `threshold` of their group's best.
 Source: Li et al. 2025, arXiv:2503.04715.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from lminf import ranges
 from lminf.errors import InputError
+from lminf.ranges import Range
 from lminf.scaling import accounting, laws, resample
 from lminf.scaling.laws import Interval, Law
 from lminf.scaling.tables import StepTable
@@ -112,13 +114,15 @@ class StepLaw:
     fix_n      exponent of N in lr to impose when the table cannot identify it; None: fit it.
     """
 
-    threshold: float = 0.0025
+    # relative excess over the group's best of the runs that are kept
+    threshold: Annotated[float, Range(above=0, below=0.5)] = 0.0025
     estimator: str = "ols"
     target: str = "kept"
     batch_n: str = "zero"
-    fix_n: float | None = None
+    fix_n: Annotated[float, Range(min=-10, max=10)] | None = None
 
     def __post_init__(self):
+        ranges.check(self)
         for name, value, valid in (
             ("estimator", self.estimator, ("ols", "reference")),
             ("target", self.target, ("kept", "bowl")),
@@ -126,11 +130,6 @@ class StepLaw:
         ):
             if value not in valid:
                 raise InputError(f"step law: {name}={value!r} is unknown; use one of {valid}")
-        if not 0 < self.threshold < 0.5:
-            raise InputError(
-                f"threshold={self.threshold:g} is no relative excess; 0.0025 keeps runs within "
-                "0.25 % of their group's best"
-            )
 
     def kept(self, table: StepTable) -> dict[str, np.ndarray]:
         """Rows that are regressed: ln of N, D, lr, batch (tokens) and their group."""
@@ -164,13 +163,19 @@ class StepLaw:
         rows = self.kept(table)
         laws.require_spread(table.d, "D")
         if self.fix_n is None:
-            laws.require_spread(table.n, "N")
+            laws.require_spread(table.n, "N", instead=", or hold its exponent with --fix-n")
         count = len(rows["ln_n"])
         point, sound = self._regress(rows, np.ones((1, count)))
         if not sound[0]:
             raise InputError(
                 f"N and D move together in the {count} kept rows, so their exponents cannot be "
                 "told apart; add groups or impose --fix-n"
+            )
+        runs = np.bincount(table.group)
+        if runs.max() > 1 and table.excess.max() <= 1e-9:
+            raise InputError(
+                "all runs of each group have one loss, so none is better than another; give the "
+                "measured losses"
             )
         if cluster not in ("group", "row"):
             raise InputError(f"cluster={cluster!r} is unknown for a step law; use group or row")
@@ -227,6 +232,17 @@ class StepLaw:
                 **extra,
             },
         )
+
+    def without_each_group(self, table: StepTable) -> Iterator[tuple[int, StepPowerLaw | None]]:
+        """(group, the law of the other groups' rows, None where they do not determine it)."""
+        rows = self.kept(table)
+        for group in np.unique(table.group):
+            values, sound = self._regress(rows, (rows["group"] != group).astype(float)[None])
+            law = StepPowerLaw(
+                version="refit", source="", units={}, procedure={}, fitted_range={},
+                constants={name: float(value[0]) for name, value in values.items()},
+            )  # fmt: skip
+            yield int(group), law if sound[0] else None
 
     def _regress(self, rows, weights):
         """Constants [draws] of both regressions under each draw's weights, and which are sound."""

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import io
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -89,12 +90,12 @@ class StepTable:
     seq_len: int
     digest: str
 
-    @property
+    @cached_property
     def group(self) -> Int[np.ndarray, " rows"]:
         keys = np.stack([self.n, self.n_active, self.d], axis=1)
         return np.unique(keys, axis=0, return_inverse=True)[1].ravel().astype(np.int64)
 
-    @property
+    @cached_property
     def excess(self) -> Float[np.ndarray, " rows"]:
         """L / L_min(group) - 1."""
         group = self.group
@@ -143,16 +144,23 @@ def read_columns(path, needed: tuple[str, ...]) -> tuple[dict[str, np.ndarray], 
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: byte {error.start} is not UTF-8; give a CSV file") from error
-    rows = list(csv.reader(io.StringIO(text)))
+    try:
+        rows = list(csv.reader(io.StringIO(text, newline=None)))
+    except csv.Error as error:
+        raise InputError(f"{path}: is no CSV file ({error})") from error
     if not rows:
         raise InputError(f"{path}: the file is empty; a header with {', '.join(needed)} is needed")
     header = [name.strip() for name in rows[0]]
     missing = [name for name in needed if name not in header]
     if missing:
+        shown = ascii(", ".join(header))[1:-1]
         raise InputError(
             f"{path}: column {', '.join(map(repr, missing))} is missing; needed are "
-            f"{', '.join(needed)}, found {', '.join(header) or 'nothing'}"
+            f"{', '.join(needed)}, found {shown[:200] or 'nothing'}"
         )
+    twice = [name for name in needed if header.count(name) > 1]
+    if twice:
+        raise InputError(f"{path}: column {twice[0]!r} stands in the header twice; keep one")
     body = [(line, row) for line, row in enumerate(rows[1:], start=2) if row]
     if not body:
         raise InputError(f"{path}: there is a header but no row")
@@ -172,10 +180,12 @@ def _number(path, line: int, name: str, row: list[str], at: int) -> float:
     try:
         value = float(row[at])
     except ValueError:
-        raise InputError(f"{path}: row {line}, column {name!r}: {row[at]!r} is no number") from None
+        raise InputError(
+            f"{path}: row {line}, column {name!r}: {row[at][:40]!r} is no number"
+        ) from None
     if not np.isfinite(value):
         raise InputError(
-            f"{path}: row {line}, column {name!r}: {row[at]} is not finite; repair the row"
+            f"{path}: row {line}, column {name!r}: {row[at][:40]} is not finite; repair the row"
         )
     return value
 
@@ -214,9 +224,9 @@ def read_vocab(path, fertility: Fertility, n_nv: str = "as_published") -> VocabT
     columns, _, digest = read_columns(path, VOCAB_COLUMNS)
     vocab = _require(path, columns, "vocab_size", 16, 1e7, "a vocabulary size (entries)")
     width = _require(path, columns, "embed_dim", 8, 1e6, "an embedding width (channels)")
-    characters = _require(path, columns, "num_characters", 1e5, 1e17, "training characters")
+    characters = _require(path, columns, "num_characters", 1e3, 1e17, "training characters")
     params = _require(path, columns, "Non_vocab_parameters", 1e4, 1e14, "non-vocabulary parameters")
-    flops = _require(path, columns, "FLOPs", 1e9, 1e32, "training FLOPs")
+    flops = _require(path, columns, "FLOPs", 1e6, 1e32, "training FLOPs")
     loss = _require(path, columns, "Lossu", -30, 30, "a unigram-normalised loss (nats per token)")
     expected = 6 * (params + vocab * width) * characters * fertility.tokens_per_character(vocab)
     _require_consistent(
@@ -253,17 +263,19 @@ def read_step(path, seq_len: int) -> StepTable:
     `seq_len` in tokens serves files without a seq_len column.
     """
     columns, header, digest = read_columns(path, STEP_COLUMNS)
-    extra = [name for name in ("seq_len", "Na", "M", "ffnh") if name in header]
+    extra = [name for name in ("seq_len", "Na", "ffnh") if name in header]
     more, _, _ = read_columns(path, tuple(extra)) if extra else ({}, None, None)
     columns.update(more)
     n = _require(path, columns, "N", 1e4, 1e14, "non-embedding parameters")
-    d = _require(path, columns, "D", 1e5, 1e17, "training tokens")
+    d = _require(path, columns, "D", 1e3, 1e17, "training tokens")  # checked by bs and ti too
     lr = _require(path, columns, "lr", 1e-8, 1.0, "a peak learning rate")
     sequences = _require(path, columns, "bs", 1, 1e6, "a batch in sequences")
     steps = _require(path, columns, "ti", 1, 1e9, "a number of steps")
     loss = _require(path, columns, "smooth loss", 1e-3, 30, "a loss (nats per token)")
-    layers, width = columns["numl"], columns["h"]
-    lengths = columns.get("seq_len", np.full(len(n), float(seq_len)))
+    layers = _require(path, columns, "numl", 1, 1e4, "a number of layers")
+    width = _require(path, columns, "h", 8, 1e6, "a width (channels)")
+    columns.setdefault("seq_len", np.full(len(n), float(seq_len)))
+    lengths = _require(path, columns, "seq_len", 1, 1e8, "a sequence length (tokens)")
     if np.unique(lengths).size > 1:
         raise InputError(f"{path}: column 'seq_len' has several values; give one file for each")
     _require_consistent(
@@ -271,7 +283,8 @@ def read_step(path, seq_len: int) -> StepTable:
     )
     active = _require(path, columns, "Na", 1e4, 1e14, "active parameters") if "Na" in columns else n
     if "Na" not in columns and "ffnh" in columns:
-        shapes = accounting.block_parameters(layers, width, columns["ffnh"])
+        hidden = _require(path, columns, "ffnh", 1, 1e7, "a width of the MLP (channels)")
+        shapes = accounting.block_parameters(layers, width, hidden)
         _require_consistent(path, columns, "N", n / shapes, "numl (4 h^2 + 3 h ffnh)")
     per_token = accounting.flops_per_token(active, layers=layers, width=width, seq_len=lengths)
     return StepTable(
@@ -286,7 +299,9 @@ def read_curves(path, *, needs_score: bool) -> CurveTable:
     n = _require(path, columns, "N", 1e4, 1e14, "parameters")
     d = _require(path, columns, "D", 1e5, 1e17, "training tokens")
     loss = _require(path, columns, "loss", 1e-6, 100, "a loss (nats per token)")
-    score = columns["score"] if needs_score else None
+    score = None
+    if needs_score:
+        score = _require(path, columns, "score", -1e6, 1e6, "a benchmark's score")
     run = np.arange(len(n))
     if "run" in header:
         run = np.unique(read_columns(path, ("run",))[0]["run"], return_inverse=True)[1]

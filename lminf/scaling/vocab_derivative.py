@@ -7,11 +7,14 @@ Source: arXiv:2407.13623, section 4.2.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float
 
+from lminf import ranges
 from lminf.errors import InputError
+from lminf.ranges import Range
 from lminf.scaling import accounting, laws, surfaces, vocab, vocab_isoflop
 from lminf.scaling.fertility import Fertility
 from lminf.scaling.tables import VocabTable
@@ -68,7 +71,7 @@ def best_anchor(table: VocabTable, flops: float) -> tuple[float, float]:
     for size in np.unique(family.vocab_size):
         run = family.select(family.vocab_size == size)
         order = np.argsort(run.flops)
-        if len(order) < 3:
+        if np.unique(run.flops).size < 3:
             continue
         at = np.array([flops])
         loss = float(surfaces.quadratic_spline(run.flops[order], run.loss[order], at)[0])
@@ -104,8 +107,11 @@ class DerivativeLaw(vocab.VocabLaw):
 class VocabLaw2:
     """Procedure of approach 2: roots at `sizes` with the ladder's width, anchored on the table."""
 
-    sizes: tuple[float, ...] = PUBLISHED_SIZES
-    anchor_flops: float = ANCHOR_FLOPS
+    sizes: tuple[Annotated[float, Range(above=0)], ...] = PUBLISHED_SIZES
+    anchor_flops: Annotated[float, Range(above=0)] = ANCHOR_FLOPS
+
+    def __post_init__(self):
+        ranges.check(self)
 
     def roots(self, fertility: Fertility) -> Float[np.ndarray, "sizes"]:
         return flops_root(
@@ -137,6 +143,7 @@ class VocabLaw2:
         Draws: anchor budgets within +-12 % times leaving one size out of the list. They show how
         fragile the anchor is; they are no sampling distribution.
         """
+        laws.require_spread(table.loss, "loss", minimum=1)
         smallest = table.select(table.n_nv == table.n_nv.min())
         low, high = smallest.flops.min(), smallest.flops.max()
         if not low <= self.anchor_flops <= high:
@@ -194,5 +201,6 @@ def budget_constant(table: VocabTable, fertility: Fertility) -> float:
     k, _, converged, _ = vocab_isoflop.fit_lines(
         x[:1], y[:1], weights[:1], np.array([0.5]), "huber"
     )
-    laws.require_converged(bool(converged[0]), "the compute-optimal budget", np.nan)
+    if not converged[0]:
+        raise InputError("the compute-optimal budget: the fit of the envelope did not converge")
     return float(k[0])

@@ -82,11 +82,10 @@ class Densifier:
         table = self.table
         if np.unique(table.n_nv[rows]).size < 2:
             return Points(*(np.empty(0),) * 5)
-        surface = surfaces.Surface(np.stack([table.n_nv[rows], table.characters[rows]], axis=1))
-        loss = table.loss[rows]
-        find = surface.one_sweep_gradients if self.how == "published" else surface.gradients
+        points = np.stack([table.n_nv[rows], table.characters[rows]], axis=1)
         at = np.stack([self._n_nv, self._characters], axis=1)
-        found = surface.cubic(loss, at, find(loss))
+        surface = surfaces.Surface(points, table.loss[rows])
+        found = surface.cubic(at, converged=self.how == "converged")
         inside = np.isfinite(found)
         n_nv = self._n_nv[inside]
         n_v = size * accounting.ladder_width(n_nv)
@@ -134,13 +133,15 @@ def fit_lines(x, y, weights, slopes, selector: str):
     free = np.isnan(slopes)
     shifted = np.where(weights > 0, x - centre[:, None], 0.0)
     y = np.where(weights > 0, y, 0.0)
+    spread = np.sum(weights * shifted**2, axis=1)
+    sound = ~free | (spread > 1e-12)  # a free slope needs two budgets
     if selector == "ols":
         mean = np.sum(weights * y, axis=1) / weights.sum(axis=1)
-        spread = np.sum(weights * shifted**2, axis=1)
-        fitted = np.sum(weights * shifted * (y - mean[:, None]), axis=1) / spread
+        fitted = np.sum(weights * shifted * (y - mean[:, None]), axis=1)
+        fitted /= np.where(sound, spread, 1.0)
         slope = np.where(free, fitted, slopes)
         left = weights * (y - mean[:, None] - slope[:, None] * shifted) ** 2
-        return mean - slope * centre, slope, np.isfinite(slope), left.sum(1)
+        return mean - slope * centre, slope, sound, left.sum(1)
     lower = np.stack([np.full(len(x), -200.0), np.where(free, -5.0, slopes)], axis=1)
     upper = np.stack([np.full(len(x), 200.0), np.where(free, 5.0, slopes)], axis=1)
     starts = np.array([[y[weights > 0].mean(), slope] for slope in (0.2, 0.5, 0.8)])
@@ -149,7 +150,7 @@ def fit_lines(x, y, weights, slopes, selector: str):
         weights=weights,
     )  # fmt: skip
     slope = found.parameters[:, 1]
-    return found.parameters[:, 0] - slope * centre, slope, found.converged, found.objective
+    return found.parameters[:, 0] - slope * centre, slope, found.converged & sound, found.objective
 
 
 def reference_line(x, y, slope: float) -> tuple[float, float, float]:
@@ -255,16 +256,19 @@ class VocabLaw1:
     ) -> IsoflopLaw:
         laws.require_spread(table.n_nv, "Non_vocab_parameters")
         laws.require_spread(table.vocab_size, "vocab_size")
+        laws.require_spread(table.loss, "loss", minimum=1)
         imposed = 0.5 if self.exponents == "imposed" else np.nan
         slopes = np.array([imposed, np.nan, imposed])
         kept = self.envelope(table, fertility, np.ones(len(table), bool))
+        laws.require_spread(kept.flops, "budget on the envelope", minimum=1)
         x, y, weights = _stack([kept])
         if self.selector == "reference":
             lines = [reference_line(x[i], y[i], slopes[i]) for i in range(3)]
             k, alpha, objective = (np.array(part) for part in zip(*lines, strict=True))
         else:
             k, alpha, converged, objective = fit_lines(x, y, weights, slopes, self.selector)
-            laws.require_converged(bool(converged.all()), "approach 1", np.nan)
+            if not converged.all():
+                raise InputError("approach 1: the fit of the envelope did not converge")
         names = ("nnv", "nv", "h")
         constants = {f"ln_k_{name}": float(v) for name, v in zip(names, k, strict=True)}
         constants |= {f"alpha_{name}": float(v) for name, v in zip(names, alpha, strict=True)}

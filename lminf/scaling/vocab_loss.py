@@ -17,12 +17,15 @@ Source: arXiv:2407.13623, section 4.3 and released code.
 
 import itertools
 from dataclasses import dataclass
+from typing import Annotated
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from lminf import ranges
 from lminf.errors import InputError
+from lminf.ranges import Range
 from lminf.scaling import engine, laws, resample, vocab, vocab_derivative, vocab_isoflop
 from lminf.scaling.fertility import Fertility
 from lminf.scaling.tables import VocabTable
@@ -147,9 +150,11 @@ class VocabLaw3:
 
     mode: str = "tokens"
     bounds: str = "published"
-    flops_limit: float = FLOPS_LIMIT
+    # Rows with fewer FLOPs are dropped; None: the released limit, or no row where none reaches it.
+    flops_limit: Annotated[float, Range(min=0)] | None = None
 
     def __post_init__(self):
+        ranges.check(self)
         for name, value, valid in (("mode", self.mode, MODES), ("bounds", self.bounds, BOUNDS)):
             if value not in valid:
                 raise InputError(
@@ -168,16 +173,24 @@ class VocabLaw3:
             "loss": table.loss,
         }
 
+    def limit(self, table: VocabTable) -> float:
+        """FLOPs of the smallest row that is fitted."""
+        if self.flops_limit is not None:
+            return self.flops_limit
+        return FLOPS_LIMIT if table.flops.max() >= FLOPS_LIMIT else 0.0
+
     def used(self, table: VocabTable) -> VocabTable:
-        kept = table.select(table.flops >= self.flops_limit)
+        limit = self.limit(table)
+        kept = table.select(table.flops >= limit)
         if len(kept) < 2 * len(PARAMETERS):
             raise InputError(
-                f"only {len(kept)} of {len(table)} rows have FLOPs >= {self.flops_limit:g}; "
+                f"only {len(kept)} of {len(table)} rows have FLOPs >= {limit:g}; "
                 "approach 3 has six parameters, so lower --flops-limit or add rows"
             )
         laws.require_spread(kept.n_nv, "Non_vocab_parameters")
         laws.require_spread(kept.vocab_size, "vocab_size")
         laws.require_spread(kept.tokens, "training tokens")
+        laws.require_spread(kept.loss, "loss", minimum=1)
         return kept
 
     def fit(
@@ -196,7 +209,7 @@ class VocabLaw3:
             residual, columns, starts=STARTS, lower=lower, upper=upper,
             weights=np.ones((1, len(kept))),
         )  # fmt: skip
-        laws.require_converged(bool(found.converged[0]), "approach 3", float(found.gradient[0]))
+        laws.require_determined("approach 3", PARAMETERS, residual, columns, found)
         constants = dict(zip(PARAMETERS, map(float, found.parameters[0]), strict=True))
         budget = {"ln_k_nnv": vocab_derivative.budget_constant(table, fertility), "alpha_nnv": 0.5}
         drawn, how, spans, notes = {}, "", {}, ()
@@ -221,7 +234,7 @@ class VocabLaw3:
                 "approach": 3,
                 "mode": self.mode,
                 "bounds": self.bounds,
-                "flops_limit": self.flops_limit,
+                "flops_limit": self.limit(table),
                 "starts": len(STARTS),
                 "fertility": fertility.to_json(),
             },
@@ -282,7 +295,12 @@ def profile(
         weights=np.ones((grid.size, len(kept))),
     )  # fmt: skip
     runs = np.unique(kept.run).size
-    value = np.where(found.converged, found.objective, np.nan)
+    if not found.converged.any():
+        raise InputError(
+            "no fit of the profile of alpha2 converged; the table does not determine it"
+        )
+    floor = 0.5 * len(kept) * engine.RESIDUAL_FLOOR**2  # at a perfect fit nothing is left
+    value = np.where(found.converged, np.maximum(found.objective, floor), np.nan)
     ratio = 2 * runs * np.log(value / np.nanmin(value))
     return [
         {"alpha2": float(a), "objective": float(v), "likelihood_ratio": float(r)}

@@ -8,14 +8,16 @@ Source: Hu et al. 2021, arXiv:2106.09685.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lminf import ranges
 from lminf.errors import InputError
 from lminf.models import decoder
+from lminf.ranges import Range
 from lminf.types import Params
 
 
@@ -23,16 +25,16 @@ from lminf.types import Params
 class LoRA:
     """Adapters of every matrix of the layers whose name is among the targets."""
 
-    rank: int = 16
-    alpha: float = 32.0
+    rank: Annotated[int, Range(min=1)] = 16
+    alpha: Annotated[float, Range(above=0)] = 32.0
     targets: tuple[str, ...] = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 
     def __post_init__(self):
-        unknown = set(self.targets) - set(decoder.SUMMED)
-        if unknown or self.rank < 1:
+        ranges.check(self)
+        if not self.targets or set(self.targets) - set(decoder.SUMMED):
             raise InputError(
-                f"LoRA of rank {self.rank} on {', '.join(self.targets)}; give a rank of at least 1 "
-                f"and targets among {', '.join(decoder.SUMMED)}"
+                f"LoRA on {', '.join(self.targets) or 'nothing'}; give targets among "
+                f"{', '.join(decoder.SUMMED)}"
             )
 
     def init(self, params: Params, *, key: jax.Array) -> dict[str, Any]:

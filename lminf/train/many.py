@@ -8,13 +8,15 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from lminf import ranges
+from lminf.ranges import Range
 from lminf.train.batches import Batches
 from lminf.train.step import Program, State
 from lminf.types import Params
@@ -31,9 +33,12 @@ class Copies:
 
     program: Program  # on one device; `rate` is not read
     schedule: Any  # of lminf.train.schedules; each copy has its own `peak`
-    seeds: tuple[int, ...]
-    peaks: tuple[float, ...]
-    steps: int
+    seeds: tuple[Annotated[int, Range(min=0)], ...]
+    peaks: tuple[Annotated[float, Range(above=0)], ...]
+    steps: Annotated[int, Range(min=1)]
+
+    def __post_init__(self):
+        ranges.check(self)
 
     def init(self) -> State:
         """The state of every copy, [seeds, peaks, ...] each."""

@@ -5,14 +5,20 @@ step: no schedule is hidden in a counter of the optimiser's state.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol, TypeAlias
 
 import jax
 import optax
 from optax import contrib
 
+from lminf import ranges
 from lminf.models import decoder
 from lminf.parallel import partition
+from lminf.ranges import Range
+
+Beta: TypeAlias = Annotated[float, Range(min=0, below=1)]  # of a running mean
+# Multiplied by the rate; at 1 / rate a step would turn a weight into zero.
+WeightDecay: TypeAlias = Annotated[float, Range(min=0)]
 
 
 class Optimizer(Protocol):
@@ -36,10 +42,13 @@ def decayed(params: Any) -> Any:
 class AdamW:
     """Source: Loshchilov and Hutter 2019, arXiv:1711.05101."""
 
-    b1: float = 0.9
-    b2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
+    b1: Beta = 0.9
+    b2: Beta = 0.95
+    epsilon: Annotated[float, Range(above=0)] = 1e-8
+    weight_decay: WeightDecay = 0.1
+
+    def __post_init__(self):
+        ranges.check(self)
 
     def build(self) -> optax.GradientTransformation:
         return optax.adamw(
@@ -51,9 +60,12 @@ class AdamW:
 class Lion:
     """Source: Chen et al. 2023, arXiv:2302.06675. Wants about a tenth of Adam's rate."""
 
-    b1: float = 0.9
-    b2: float = 0.99
-    weight_decay: float = 1.0
+    b1: Beta = 0.9
+    b2: Beta = 0.99
+    weight_decay: WeightDecay = 1.0
+
+    def __post_init__(self):
+        ranges.check(self)
 
     def build(self) -> optax.GradientTransformation:
         return optax.lion(1.0, self.b1, self.b2, weight_decay=self.weight_decay, mask=decayed)
@@ -66,8 +78,11 @@ class Adafactor:
     Updates are relative to each parameter's size, so its rate is near 1e-2.
     """
 
-    decay_rate: float = 0.8
-    weight_decay: float = 0.0
+    decay_rate: Annotated[float, Range(above=0, below=1)] = 0.8
+    weight_decay: WeightDecay = 0.0
+
+    def __post_init__(self):
+        ranges.check(self)
 
     def build(self) -> optax.GradientTransformation:
         return optax.adafactor(
@@ -86,10 +101,13 @@ class Muon:
     Source: Liu et al. 2025, arXiv:2502.16982.
     """
 
-    momentum: float = 0.95
-    weight_decay: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95
+    momentum: Beta = 0.95
+    weight_decay: WeightDecay = 0.1
+    b1: Beta = 0.9
+    b2: Beta = 0.95
+
+    def __post_init__(self):
+        ranges.check(self)
 
     def build(self) -> optax.GradientTransformation:
         return contrib.muon(

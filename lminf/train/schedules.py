@@ -5,10 +5,17 @@ traced. All are continuous at every boundary. Source: scaling_laws.md §7.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from lminf import ranges
+from lminf.errors import InputError
+from lminf.ranges import Range
+
+Rate: TypeAlias = Annotated[float, Range(min=0)]
+Steps: TypeAlias = Annotated[int, Range(min=0, max=2**31 - 1)]
 
 
 def _share(step, start: float, end: float) -> Float[Array, ""]:
@@ -26,8 +33,11 @@ def _cosine(share) -> Float[Array, ""]:
 class Constant:
     """Linear warm-up, then one rate."""
 
-    peak: float
-    warmup: int = 0  # steps
+    peak: Annotated[float, Range(above=0)]
+    warmup: Steps = 0  # steps
+
+    def __post_init__(self):
+        ranges.check(self)
 
     def __call__(self, step, steps: int) -> Float[Array, ""]:
         return self.peak * _warm(step, self.warmup)
@@ -37,9 +47,12 @@ class Constant:
 class Cosine:
     """Linear warm-up, then half a cosine down to the floor at the last step."""
 
-    peak: float
-    floor: float
-    warmup: int  # steps
+    peak: Annotated[float, Range(above=0)]
+    floor: Rate
+    warmup: Steps  # steps
+
+    def __post_init__(self):
+        ranges.check(self)
 
     def __call__(self, step, steps: int) -> Float[Array, ""]:
         down = self.floor + (self.peak - self.floor) * _cosine(_share(step, self.warmup, steps))
@@ -50,10 +63,13 @@ class Cosine:
 class WSD:
     """Warm-up, stable, linear decay over the last `decay` steps."""
 
-    peak: float
-    floor: float
-    warmup: int  # steps
-    decay: int  # steps
+    peak: Annotated[float, Range(above=0)]
+    floor: Rate
+    warmup: Steps  # steps
+    decay: Steps  # steps
+
+    def __post_init__(self):
+        ranges.check(self)
 
     def __call__(self, step, steps: int) -> Float[Array, ""]:
         fallen = (self.peak - self.floor) * _share(step, steps - self.decay, steps)
@@ -68,14 +84,17 @@ class Infinite:
     Source: Ibrahim et al. 2024, arXiv:2403.08763.
     """
 
-    peak: float
-    constant: float
-    floor: float
-    warmup: int  # steps
-    cooldown: int  # steps
-    anneal: int  # steps, the last ones
+    peak: Annotated[float, Range(above=0)]
+    constant: Annotated[float, Range(above=0)]
+    floor: Rate
+    warmup: Steps  # steps
+    cooldown: Steps  # steps
+    anneal: Steps  # steps, the last ones
     shape: Literal["cosine", "inverse_sqrt"] = "cosine"
-    steepness: float = 10.0  # of inverse_sqrt
+    steepness: Annotated[float, Range(above=0)] = 10.0  # of inverse_sqrt
+
+    def __post_init__(self):
+        ranges.check(self)
 
     def __call__(self, step, steps: int) -> Float[Array, ""]:
         x = _share(step, self.warmup, self.warmup + self.cooldown)
@@ -96,10 +115,17 @@ class Rewarm:
     Source: Ibrahim et al. 2024, arXiv:2403.08763.
     """
 
-    peak: float
-    floor: float
-    starts: tuple[int, ...]  # steps at which new data begin; the first data begin at 0
-    warm_share: float = 0.01  # of each phase's steps
+    peak: Annotated[float, Range(above=0)]
+    floor: Rate
+    starts: tuple[
+        Annotated[int, Range(min=1, max=2**31 - 1)], ...
+    ]  # steps at which new data begin; the first data begin at 0
+    warm_share: Annotated[float, Range(min=0, max=1)] = 0.01  # of each phase's steps
+
+    def __post_init__(self):
+        ranges.check(self)
+        if list(self.starts) != sorted(set(self.starts)):
+            raise InputError(f"Rewarm.starts is {self.starts}; give steps that rise")
 
     def __call__(self, step, steps: int) -> Float[Array, ""]:
         starts = (0, *self.starts)

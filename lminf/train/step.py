@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from lminf import ranges
 from lminf.attention.policy import LayerPolicy
 from lminf.models import decoder, moe
 from lminf.models.spec import ModelSpec
 from lminf.parallel import context, partition, vocab
 from lminf.parallel.partition import Strategy
+from lminf.ranges import Range
 from lminf.surgery.lora import LoRA
 from lminf.types import Params
 
@@ -66,12 +68,19 @@ class Program:
     rate: Callable[[Array], Array]  # of the step
     dtype: Any = jnp.float32  # of the computation
     remat: str = "none"
-    accumulate: int = 1  # pieces of a batch, one after another
-    clip: float | None = 1.0  # of the gradient's norm
-    z_loss: float = 0.0  # weight of lse ** 2
-    balance: float = 0.01  # of a mixture of experts: weight of the loss that spreads tokens evenly
-    router_z: float = 0.001  # of a mixture of experts: weight of its routers' lse ** 2
+    accumulate: Annotated[int, Range(min=1)] = 1  # pieces of a batch, one after another
+    clip: Annotated[float, Range(above=0)] | None = 1.0  # of the gradient's norm
+    z_loss: Annotated[float, Range(min=0)] = 0.0  # weight of lse ** 2
+    balance: Annotated[float, Range(min=0)] = (
+        0.01  # of a mixture of experts: weight of the loss that spreads tokens evenly
+    )
+    router_z: Annotated[float, Range(min=0)] = (
+        0.001  # of a mixture of experts: weight of its routers' lse ** 2
+    )
     lora: LoRA | None = None  # adapters to train, instead of the model
+
+    def __post_init__(self):
+        ranges.check(self)
 
     @cached_property
     def module(self) -> decoder.Decoder:

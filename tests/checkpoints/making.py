@@ -235,3 +235,22 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def sentence_piece_metadata() -> dict:
+    """A vocabulary in the way of SentencePiece, as GGUF says it; None takes away."""
+    letters = [chr(c) for c in range(97, 123)]
+    pieces = ["▁", *letters, ",", ".", "th", "▁t", "▁th", "at", "he", "▁the", "cat", "▁cat", "sat"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    tokens = tokens[:320]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": None,
+        "tokenizer.ggml.merges": None,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [2, 3, 3, *(6,) * 256, *(1,) * len(pieces)][: len(tokens)],
+        "tokenizer.ggml.scores": [0.0, *(-float(i) for i in range(1, len(tokens)))],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }

@@ -358,7 +358,7 @@ def test_prefetched_batches_are_the_same_in_any_order():
         ("decomposition:shortest=4", [5, 6], 2, r"no document has 17 tokens"),
         ("decomposition:shortest=3,tokens=(9,9,9)", [50], 1, r"3 numbers of tokens for 2 lengths"),
         ("decomposition:shortest=3,tokens=(0,99)", [50], 1, r"99 tokens in rows of 16.* gives 32"),
-        ("decomposition:shortest=3,curriculum=(1,0)", [50], 1, r"are not 2 numbers above 0"),
+        ("decomposition:shortest=3,curriculum=(1,0)", [50], 1, r"Decomposition.curriculum is "),
         ("mixture:weights=(1,2)", [50], 1, r"2 weights for 1 corpora"),
         ("best_fit", [1, 1], 1, r"no two tokens in a document"),
         ("bestfit", [50], 1, r"no data plan is called 'bestfit'; did you mean 'best_fit'"),

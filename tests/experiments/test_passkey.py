@@ -4,6 +4,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments import passkey
+from lminf import shared_prefix
 from lminf.attention.policy import Full, LMInfinite
 from lminf.errors import InputError
 from lminf.evals.passkey import ANSWER_TOKENS, Sample
@@ -22,7 +23,7 @@ ASKED = {"lengths": (400, 700), "prompts": (2, 3), "depths": (0.0, 0.5),
 
 @pytest.fixture
 def rows(rows_of, monkeypatch):
-    monkeypatch.setattr(LM, "generate", read_by_eye)
+    monkeypatch.setattr(shared_prefix, "generate", read_by_eye)
     return rows_of("passkey", **ASKED)
 
 
@@ -31,10 +32,11 @@ def trained_longer(random_lm, monkeypatch):
     monkeypatch.setattr(LM, "reach", 400)
 
 
-def read_by_eye(self, prompts, *, max_new_tokens):
+def read_by_eye(lm, prompts, *, max_new_tokens, rows, progress):
     """The key as the policy shows it: in the whole prompt, or in its last `window` bytes."""
     assert max_new_tokens == ANSWER_TOKENS
-    seen = [prompt[-(self.policy.window or len(prompt)) :] for prompt in prompts]
+    progress(sum(map(len, prompts)))
+    seen = [prompt[-(lm.policy.window or len(prompt)) :] for prompt in prompts]
     found = [re.search(r"pass key is (\d+)", text) for text in seen]
     return [f" {match[1]}. 1" if match else " green. 12345" for match in found]
 
@@ -98,6 +100,6 @@ def test_prompts_of_a_real_model_are_read_in_batches(rows_of):
     ],
 )
 def test_bad_input_is_said_before_anything_is_read(rows_of, monkeypatch, fields, message):
-    monkeypatch.delattr(LM, "generate")
+    monkeypatch.delattr(shared_prefix, "generate")
     with pytest.raises(InputError, match=message):
         rows_of("passkey", **fields)

@@ -15,6 +15,7 @@ import pytest
 
 from experiments import _training, train_lm
 from lminf import checkpoints, cli
+from lminf.checkpoints import native
 from lminf.errors import InputError
 from lminf.run import folder, request
 from tests.checkpoints import making
@@ -316,18 +317,107 @@ def test_a_plan_of_a_run_agrees_with_zeros_formula(capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("steps=0", "--config.steps=0: give at least 1"),
-        ("checkpoint.every=0", "--config.checkpoint.every=0: give at least 1"),
-        ("data.batch=0", "--config.data.batch=0: give at least 1"),
+        ("steps=0", "--config.steps=0: give a .* at least 1"),
+        ("checkpoint.every=0", "--config.checkpoint.every=0: give a .* at least 1"),
+        ("data.batch=0", "--config.data.batch=0: give a .* at least 1"),
         ("not_finite=warn", "there is no not_finite 'warn'; use stop, skip"),
         ("experts.per_token=9", "per_token=9 of 2 experts"),
         ("init=smollm2-135m-instruct", "models with experts are neither read nor written"),
         ("export=README.md", "README.md exists and is not an empty folder"),
         ("model.num_heads=3", "num_heads=3 is no multiple of num_kv_heads=2"),
+        ("profile=(5,)", "give the first and the last step to trace"),
+        ("evaluate.sample=-5", "--config.evaluate.sample=-5: give a .* at least 0"),
+        ("export=/proc/none/model", "/proc/.* may not be written|could not be written"),
     ],
 )
 def test_settings_that_would_fail_later_are_refused_at_once(change, message, tmp_path):
     mixture = ["--config.experts.count=2"] if "experts" in message else []
-    asked = request.parse("train_lm", ["--config=train_lm:tiny", *mixture, f"--config.{change}"])
+
+    def start():
+        words = ["--config=train_lm:tiny", *mixture, f"--config.{change}"]
+        return next(train_lm.run(request.parse("train_lm", words).config, tmp_out))
+
+    tmp_out = folder.RunFolder(tmp_path)
     with pytest.raises(InputError, match=message):
-        next(train_lm.run(asked.config, folder.RunFolder(tmp_path)))
+        start()
+
+
+# --- Whose folder of checkpoints it is ------------------------------------------------------------
+
+
+def settings(*changes):
+    return request.parse("train_lm", [*SMALL, *(f"--config.{one}" for one in changes)]).config
+
+
+def own(tmp_path, *changes, needed=0):
+    store = native.Store(str(tmp_path / "checkpoints"), last=1)
+    return train_lm.owned(store, settings(*changes), needed=needed)
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ("seed=1", "seed=0, not 1"),
+        ("schedule=constant:peak=1e-3", "schedule='cosine:.*', not 'constant:peak=1e-3'"),
+        ("optimizer=muon", "optimizer='adamw:.*', not 'muon'"),
+        ("model.width=64", "model.width=32, not 64"),
+        ("data.batch=4", "data.batch=8, not 4"),
+        ("clip=2.0", "clip=1.0, not 2.0"),
+    ],
+)
+def test_checkpoints_of_another_run_are_refused_with_both_settings_named(
+    change, difference, tmp_path
+):
+    with own(tmp_path):
+        pass
+    written = (tmp_path / "checkpoints" / "run.json").read_text()
+    with (
+        pytest.raises(InputError, match=f"holds checkpoints of a run with {difference}; give"),
+        own(tmp_path, change),
+    ):
+        pass
+    assert (tmp_path / "checkpoints" / "run.json").read_text() == written
+
+
+@pytest.mark.parametrize(
+    "change", ["mesh.fsdp=4", "steps=400", "strategy=zero3", "remat=full", "evaluate.sample=3"]
+)
+def test_checkpoints_go_on_on_another_mesh_and_for_longer(change, tmp_path):
+    with own(tmp_path):
+        pass
+    with own(tmp_path, change) as before:
+        assert before == 200
+
+
+def test_a_second_run_in_a_folder_of_checkpoints_is_refused(tmp_path):
+    with (
+        own(tmp_path),
+        pytest.raises(InputError, match=r"in use by process .*checkpoint\.folder"),
+        own(tmp_path),
+    ):
+        pass
+
+
+def test_a_folder_of_checkpoints_with_something_else_is_left_as_it_is(tmp_path):
+    (tmp_path / "checkpoints" / "photos").mkdir(parents=True)
+    with pytest.raises(InputError, match="holds photos, which is no checkpoint"), own(tmp_path):
+        pass
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["photos"]
+
+
+def test_a_disk_without_room_for_the_state_is_found_before_the_first_step(tmp_path):
+    with (
+        pytest.raises(InputError, match=r"needs \d+ MiB and its disk has \d+ MiB free"),
+        own(tmp_path, needed=1 << 60),
+    ):
+        pass
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_what_another_length_does_to_the_schedule_is_said():
+    cosine, constant = settings("steps=400"), settings("steps=400", "schedule=constant:peak=1e-3")
+    assert "from 0.0003 to" in _training.rates_moved(cosine, 200, 200)
+    assert _training.rates_moved(constant, 200, 200) is None
+    stable = settings("steps=400", "schedule=wsd:peak=1e-3,floor=1e-4,warmup=10,decay=50")
+    assert _training.rates_moved(stable, 200, 150) is None  # the decay had not begun
+    assert _training.rates_moved(stable, 200, 200)

@@ -123,7 +123,8 @@ def test_a_config_is_found_from_any_folder_by_path_and_by_name():
     [
         (["--config.lenths=3"], "no field 'lenths'; did you mean 'lengths'"),
         (["--config.attention.windw=3"], "did you mean 'attention.window'"),
-        (["--config.attention=3"], "config.attention is a section; override attention.class"),
+        (["--config.attention=3"], "config.attention is a section; override attention.distance"),
+        (["--config.attention.class=Full"], "attention.class is what the section is"),
         (["--config.attention.window=three"], "--config.attention.window=three: invalid literal"),
         (["--config.lengths=three"], "config.lengths holds int, not 'three'"),
         (["--config.rate"], "Missing value"),
@@ -146,6 +147,33 @@ def test_a_config_file_that_is_no_config_is_bad_input(tmp_path):
         request.parse("demo", ["--config=broken.py"])
     with pytest.raises(InputError, match="has no get_config"):
         request.parse("demo", ["--config=empty.py"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import nothing_of_that_name", "ModuleNotFoundError: No module named"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("def get_config(arg=''):\n    return {}", "returns dict; it should return a ConfigDict"),
+        ("def get_config():\n    pass", r"get_config\(''\) of broken.py fails with TypeError"),
+    ],
+)
+def test_a_config_file_that_fails_is_bad_input(text, message, tmp_path):
+    (tmp_path / "broken.py").write_text(text)
+    with pytest.raises(InputError, match=message):
+        request.parse("demo", ["--config=broken.py"])
+
+
+@pytest.mark.parametrize("name", ["(" * 3000, "\0", "../" * 2000])
+def test_a_name_that_no_config_file_can_have_is_bad_input(name):
+    with pytest.raises(InputError, match="there is no config file"):
+        request.parse("demo", [f"--config={name}"])
+
+
+def test_control_characters_of_an_error_are_shown_escaped(capsys):
+    with pytest.raises(SystemExit):
+        start("--config.stop_after=0", error=r"InputError('a\x1b[2Jb \ud800')")
+    assert capsys.readouterr().err == "error: a\\x1b[2Jb \\ud800\n"
 
 
 def test_help_lists_the_question_and_every_field(capsys):
@@ -195,6 +223,47 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys):
     assert ending.value.code == 2
     assert capsys.readouterr().err == "error: the text has 3 tokens; give a longer one\n"
     assert not (tmp_path / "out").exists()
+
+
+def resume(*arguments, error):
+    """An experiment that resumes, as train_lm does."""
+    argv = ["--config=demo.py", "--out=out", *arguments]
+    with pytest.raises(SystemExit):
+        _main.main(experiment(error), draw, table=table, resumes=True, argv=argv)
+
+
+def test_bad_input_takes_nothing_from_a_folder_that_was_there(tmp_path):
+    (tmp_path / "out").mkdir()
+    resume("--config.stop_after=0", error="InputError('no')")
+    assert list((tmp_path / "out").iterdir()) == []
+    with pytest.raises(SystemExit):
+        start("--config.stop_after=0")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_resume_that_fails_keeps_the_run_and_what_is_beside_it(tmp_path):
+    """No row and no line of metrics yet, but checkpoints and notes."""
+    resume("--config.stop_after=0", error="KeyboardInterrupt")
+    out = tmp_path / "out"
+    (out / "checkpoints" / "00000002").mkdir(parents=True)
+    (out / "notes.txt").write_text("mine")
+    before = {path for path in out.rglob("*") if path.name != "report.md"}
+    resume("--config.stop_after=0", error="InputError('no')")
+    assert {path for path in out.rglob("*") if path.name != "report.md"} == before
+
+
+def test_a_new_folder_in_which_something_appeared_is_kept(tmp_path):
+    write = "[os.makedirs('out/checkpoints'), InputError('no')][1]"
+    resume("--config.stop_after=0", error=write)
+    assert (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_lock_of_somebody_else_is_left_as_it_is(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "lock").write_text("mine")
+    resume("--config.stop_after=0", error="InputError('no')")
+    assert "is no lock of this program" in capsys.readouterr().err
+    assert (tmp_path / "out" / "lock").read_text() == "mine"
 
 
 def test_debug_shows_the_traceback():

@@ -144,6 +144,22 @@ def test_a_cell_that_stopped_in_the_middle_starts_anew(asked):
     assert len(sweep.collect(out, cells)) == 8
 
 
+def test_a_cell_that_starts_anew_leaves_what_others_put_there(asked):
+    def stops(config, out):
+        (out.path / "photos").mkdir()
+        (out / "notes.txt").write_text("mine")
+        (out.path / "checkpoints").mkdir()
+        yield {"value": 1}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work(asked(), stops)
+    out, *_ = work(asked())
+    (notes,) = out.path.glob("cells/*/notes.txt")
+    folders = sorted(path.name for path in notes.parent.iterdir() if path.is_dir())
+    assert folders == ["checkpoints.interrupted-1", "photos"]
+
+
 def test_a_stopped_sweep_says_how_much_is_kept(asked, monkeypatch, capsys):
     def stops(config, out):
         if config.rate == 0.2:

@@ -116,7 +116,7 @@ def test_an_unknown_law_names_the_valid_ones():
 
 def test_predictions_do_not_depend_on_the_unit_of_batch_or_length():
     one, other = (
-        cli_json(["predict", "step", "--n", "1e9", "--d", "1e11", "--seq-len", str(length)])
+        cli_json(["predict", "step", "--n", "1e9", "--tokens", "1e11", "--seq-len", str(length)])
         for length in (1024, 4096)
     )
     for a, b in zip(one["laws"], other["laws"], strict=True):
@@ -135,14 +135,17 @@ def cli_json(words):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["predict", "vocab"], "needs --n-nv"),
-        (["predict", "vocab", "--n-nv", "6.7"], "write 6.7e9"),
-        (["predict", "vocab", "--n-nv", "7e9", "--seq-len", "2048"], "--seq-len means nothing"),
-        (["predict", "step", "--n", "1", "--d", "100"], "raw parameters are expected"),
+        (["predict", "vocab"], "needs --n:"),
+        (["predict", "vocab", "--n", "6.7"], "write 6.7e9"),
+        (["predict", "vocab", "--n", "7e9", "--seq-len", "2048"], "--seq-len means nothing"),
+        (["predict", "step", "--n", "1", "--tokens", "100"], "raw parameters are expected"),
         (["gap", "step", "--data", "absent.csv"], "absent.csv: cannot be read"),
         (["loss", "vocab", "--data", "a.csv", "--law", "absent.json"], "absent.json: cannot be"),
         (["fit", "everything"], "does not exist; use one of: predict vocab"),
-        (["predict", "step", "--n", "1e9", "--d", "1e11", "--law", "best"], "'best' is unknown"),
+        (
+            ["predict", "step", "--n", "1e9", "--tokens", "1e11", "--law", "best"],
+            "'best' is unknown",
+        ),
     ],
 )
 def test_the_command_line_ends_with_one_sentence(capsys, words, message):
@@ -181,7 +184,7 @@ def test_a_file_that_is_no_law_is_refused(tmp_path, text, message):
 
 @pytest.mark.slow
 def test_prices_and_predictions_on_the_command_line(tmp_path):
-    found = cli_json(["predict", "vocab", "--n-nv", "7e9", "--flops", "2e22"])
+    found = cli_json(["predict", "vocab", "--n", "7B", "--flops", "2e22"])
     assert {law["approach"] for law in found["laws"]} == {1, 2, 3}
     assert all(law["vocab_rounded"] % 128 == 0 for law in found["laws"])
     assert all(law["interval"]["low"] < law["interval"]["high"] for law in found["laws"])

@@ -57,7 +57,7 @@ def test_a_vocabulary_table_has_the_best_rate_of_each_checkpoint(tmp_path):
     ("rows", "message"),
     [
         ([], "no finished cells"),
-        (vocab_rows(), "no 'hidden', so they are no learning rate x batch"),
+        (vocab_rows(), "no 'n', so it is of no learning rate x batch"),
         ([*step_rows(), *step_rows(corpus="prose")], "corpus library, prose.*--where"),
     ],
 )

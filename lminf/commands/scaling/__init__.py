@@ -1,7 +1,7 @@
 """lminf scaling: predict, fit, price and check scaling laws.
 
-predict vocab --n-nv 7e9 [--d 4096] [--flops 2e22 | --tokens 1e12] [--law a.json,...]
-predict step --n 1e9 --d 1e11 --seq-len 2048 [--law all]
+predict vocab --n 7B [--width 4096] [--flops 2e22 | --tokens 1T] [--law a.json,...]
+predict step --n 1B --tokens 100B --seq-len 2048 [--law all]
 predict chinchilla --flops 1e21
 fit vocab|step|chinchilla|density --data FILE --out law.json
 gap step --data FILE --law step,deepseek [--method linear]
@@ -9,6 +9,9 @@ loss vocab --law law.json --data FILE
 plan vocab|step [--flops 1e13] [--hours 0.25] [--out plan.py]
 collect vocab|step --runs DIR --out FILE.csv [--where corpus=library]
 check [--vocab FILE] [--step FILE] [--moe FILE] [--step-bootstrap FILE]
+
+`lminf scaling fit --help` and `lminf scaling predict vocab --help` list their flags.
+All quantities are raw: 3B, 3e9 and 3000000000 are the same number; 2^20 is read too.
 """
 
 import argparse
@@ -22,28 +25,32 @@ import numpy as np
 from rich.console import Console
 
 from lminf.commands.scaling import check, collect, fit, plan, predict_step, predict_vocab, price
+from lminf.commands.scaling._arguments import number, whole
 from lminf.errors import InputError
+from lminf.ranges import Range
 from lminf.scaling import evidence, gap
 from lminf.scaling.vocab_isoflop import DENSIFY, SELECTORS
 from lminf.scaling.vocab_loss import BOUNDS, MODES
 
 VERBS = ("predict", "fit", "gap", "loss", "plan", "collect", "check")
 FLAGS: dict[str, dict[str, Any]] = {
-    "n-nv": {"type": float, "help": "non-vocabulary parameters, raw: 7e9"},
-    "n": {"type": float, "help": "non-embedding parameters, raw: 1e9"},
-    "d": {"type": float, "help": "vocab: embedding width (channels); step: training tokens, raw"},
-    "flops": {"type": float, "help": "training FLOPs, raw: 2e22"},
-    "tokens": {"type": float, "help": "training tokens, raw, in place of --flops"},
-    "seq-len": {"type": int, "help": "tokens per sequence (default 2048)"},
+    "n": {"type": number, "help": "parameters without the vocabulary's: 7B"},
+    "width": {"type": number, "help": "channels of the embedding: 4096"},
+    "flops": {"type": number, "help": "training FLOPs: 2e22"},
+    "tokens": {"type": number, "help": "training tokens: 300B"},
+    "seq-len": {"type": whole, "help": "tokens per sequence (default 2048)"},
     "loss": {
-        "type": float,
+        "type": number,
         "help": "loss the run will reach, nats per token, for laws that need it",
     },
-    "flops-per-token": {"type": float, "help": "M with attention, for deepseek-md"},
+    "flops-per-token": {"type": number, "help": "M with attention, for deepseek-md"},
     "law": {"help": "names or law.json files, separated by commas; all"},
-    "fertility": {"help": "JSON of a measured fertility, or tao2024, tao2024-powerlaw"},
+    "fertility": {
+        "help": "JSON of tokens per character, or tao2024, tao2024-powerlaw (fit vocab: "
+        "FILE.fertility.json where it stands beside FILE.csv, as collect writes it)"
+    },
     "tensor-parallel": {
-        "type": int,
+        "type": whole,
         "help": "devices that share the head: V is a multiple of 128 x",
     },
     "data": {"help": "CSV file"},
@@ -53,22 +60,25 @@ FLAGS: dict[str, dict[str, Any]] = {
     "densify": {"choices": DENSIFY, "help": "approach 1: interpolation of the curves"},
     "exponents": {"choices": ("imposed", "free"), "help": "approach 1: 0.5 imposed for N_nv, H"},
     "bounds": {"choices": tuple(BOUNDS), "help": "approach 3: published [0.1, 1) or wide"},
-    "flops-limit": {"type": float, "help": "approach 3: rows below it are dropped (2.18e17)"},
-    "anchor-flops": {"type": float, "help": "approach 2: budget of the anchor (2.7e17)"},
+    "flops-limit": {
+        "type": number,
+        "help": "approach 3: rows with fewer FLOPs are dropped (2.18e17 where rows reach it)",
+    },
+    "anchor-flops": {"type": number, "help": "approach 2: FLOPs of the anchor (2.7e17)"},
     "metric": {"choices": evidence.METRICS, "help": "approach 1: loss that the envelope is of"},
-    "n-nv-source": {"choices": ("as_published", "from_shapes"), "help": "parameter counts"},
-    "threshold": {"type": float, "help": "step: relative excess of the runs kept (0.0025)"},
+    "n-source": {"choices": ("as_published", "from_shapes"), "help": "of the parameter counts"},
+    "threshold": {"type": number, "help": "step: relative excess of the runs kept (0.0025)"},
     "estimator": {"choices": ("ols", "reference"), "help": "step: reference averages row draws"},
     "target": {"choices": ("kept", "bowl"), "help": "step: near-optimal rows, or bowl minima"},
     "batch-n": {"choices": ("zero", "free"), "help": "step: whether ln N enters the batch law"},
-    "fix-n": {"type": float, "help": "step: exponent of N in lr, imposed"},
-    "draws": {"type": int, "help": "resampled fits (default 300; step 1000; 0: none)"},
-    "bootstrap": {"type": int, "help": "the same as --draws"},
+    "fix-n": {"type": number, "help": "step: exponent of N in lr, imposed"},
+    "draws": {"type": whole, "help": "resampled fits (default 300; step 1000; 0: none)"},
+    "bootstrap": {"type": whole, "help": "the same as --draws"},
     "cluster": {"choices": ("run", "family", "group", "row"), "help": "what is resampled"},
-    "seed": {"type": int, "help": "of the resampling (default 0)"},
+    "seed": {"type": whole, "help": "of the resampling (default 0)"},
     "method": {"choices": gap.METHODS, "help": "surface between the cells (default linear)"},
     "use-n": {"choices": ("total", "active"), "help": "gap: N of a mixture of experts"},
-    "hours": {"type": float, "help": "plan: time on this machine, whose speed is measured"},
+    "hours": {"type": number, "help": "hours on this machine, whose speed is measured"},
     "runs": {"help": "collect: folders of sweeps, separated by commas"},
     "where": {"help": "collect: only rows with field=value, separated by commas"},
     "vocab": {"help": "check: vocabulary CSV"},
@@ -78,20 +88,56 @@ FLAGS: dict[str, dict[str, Any]] = {
 }
 
 
+# Ranges of the numbers that are no counts of --n, --width, --flops, --tokens.
+RANGES = {
+    "seq-len": Range(min=1, max=1e8),
+    "tensor-parallel": Range(min=1, max=1e6),
+    "loss": Range(above=0, max=100),
+    "flops-per-token": Range(above=0, max=1e20),
+    "flops-limit": Range(min=0, max=1e32),
+    "anchor-flops": Range(above=0, max=1e32),
+    "draws": Range(min=0, max=1e5),
+    "bootstrap": Range(min=0, max=1e5),
+    "seed": Range(min=0, max=2**63),
+    "hours": Range(above=0, max=1e6),
+}
 RESAMPLE = ("draws", "bootstrap", "cluster", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__
-    parser.add_argument("verb", choices=VERBS)
+    parser.add_argument("-h", "--help", action="store_true", help="help of a verb, or this")
+    parser.add_argument("verb", choices=VERBS, nargs="?", help=", ".join(VERBS))
     parser.add_argument("subject", nargs="?", help="vocab, step, chinchilla or density")
     for flag, options in FLAGS.items():
-        parser.add_argument(f"--{flag}", default=None, **options)
+        parser.add_argument(f"--{flag}", default=None, **{**options, "help": argparse.SUPPRESS})
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(overview=parser.format_help)
+
+
+def helped(args: argparse.Namespace) -> str:
+    """The overview, or the flags of every action of the verb (and subject) that was named."""
+    chosen = [key for key in ACTIONS if key[0] == args.verb and args.subject in (None, key[1])]
+    if not chosen:
+        return args.overview()
+    parts = []
+    for key in chosen:
+        _, allowed, needed = ACTIONS[key]
+        name = " ".join(filter(None, key))
+        parser = argparse.ArgumentParser(prog=f"lminf scaling {name}", add_help=False)
+        for flag in allowed:
+            options = {**FLAGS[flag], "help": _meaning(flag, key[1])}
+            parser.add_argument(f"--{flag}", required=flag in needed, **options)
+        parser.add_argument("--json", action="store_true", help="print one JSON object")
+        parts.append(parser.format_help())
+    return "\n".join(parts)
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.help or args.verb is None:
+        print(helped(args))
+        return
     key = (args.verb, args.subject)
     if key not in ACTIONS:
         valid = ", ".join(" ".join(filter(None, action)) for action in ACTIONS)
@@ -105,6 +151,10 @@ def run(args: argparse.Namespace) -> None:
             raise InputError(
                 f"--{flag} means nothing to `{' '.join(filter(None, key))}`; it takes {names}"
             )
+        if given and flag in RANGES:
+            value = getattr(args, flag.replace("-", "_"))
+            if wanted := RANGES[flag].problem(value):
+                raise InputError(f"--{flag}={value}: give {wanted}")
         if not given and flag in needed:
             raise InputError(
                 f"`{' '.join(filter(None, key))}` needs --{flag}: {_meaning(flag, args.subject)}"
@@ -146,20 +196,20 @@ Action = tuple[Callable[..., Any], tuple[str, ...], tuple[str, ...]]
 ACTIONS: dict[tuple[str, str | None], Action] = {
     ("predict", "vocab"): (
         predict_vocab.predict,
-        ("n-nv", "d", "flops", "tokens", "law", "tensor-parallel"),
-        ("n-nv",),
+        ("n", "width", "flops", "tokens", "law", "tensor-parallel"),
+        ("n",),
     ),
     ("predict", "step"): (
         predict_step.step,
-        ("n", "d", "seq-len", "law", "loss", "flops-per-token"),
-        ("n", "d"),
+        ("n", "tokens", "seq-len", "law", "loss", "flops-per-token"),
+        ("n", "tokens"),
     ),
     ("predict", "chinchilla"): (predict_step.chinchilla_shape, ("flops", "law"), ("flops",)),
     ("fit", "vocab"): (
         fit.vocab,
         (
             "data", "out", "approach", "mode", "densify", "exponents", "bounds", "flops-limit",
-            "anchor-flops", "metric", "n-nv-source", "fertility", *RESAMPLE,
+            "anchor-flops", "metric", "n-source", "fertility", *RESAMPLE,
         ),
         ("data",),
     ),
@@ -180,7 +230,7 @@ ACTIONS: dict[tuple[str, str | None], Action] = {
     ),
     ("loss", "vocab"): (
         price.loss_of_vocab_law,
-        ("law", "data", "n-nv-source", "fertility"),
+        ("law", "data", "n-source", "fertility"),
         ("law", "data"),
     ),
     ("plan", "vocab"): (plan.plan, ("flops", "hours", "out"), ()),

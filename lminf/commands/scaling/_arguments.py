@@ -1,6 +1,9 @@
 """The words that several verbs of `lminf scaling` share, and how they are read."""
 
+import argparse
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,19 +19,49 @@ from lminf.scaling.steps import StepPowerLaw
 from lminf.scaling.vocab import VocabLaw
 
 Row = dict[str, Any]
+LONG_TABLE = 4096  # rows
+SUFFIXES = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+
+
+def number(text: str) -> float:
+    """A finite number: 3000000000, 3e9, 3B (K, M, B, T: powers of a thousand) or 2^30."""
+    found = re.fullmatch(r"(.*?)([KMBT]?)", text.strip(), re.IGNORECASE | re.DOTALL)
+    assert found is not None
+    try:
+        base, power, exponent = found[1].replace(",", "_").partition("^")
+        value = float(base) * SUFFIXES[found[2].upper()]
+        value = value ** float(exponent) if power else value
+    except (ValueError, OverflowError, ZeroDivisionError):
+        value = math.nan
+    if isinstance(value, complex) or not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no number; write 3e9, 3B or 2^30")
+    return value
+
+
+def whole(text: str) -> int:
+    """A number without a fraction."""
+    value = number(text)
+    if value != int(value):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number")
+    return int(value)
+
+
 AnyLaw = TypeVar("AnyLaw", bound=Law)
 
 
 def fertility_of(args) -> fertilities.Fertility:
-    if args.fertility is None:
-        return fertilities.PUBLISHED
-    if args.fertility in fertilities.INSTANCES:
-        return fertilities.INSTANCES[args.fertility]
+    """As asked, else as `collect` wrote it beside the data, else the published one."""
+    name = args.fertility
+    beside = Path(args.data).with_suffix(".fertility.json")
+    if name is None:
+        name = str(beside) if beside.is_file() else fertilities.PUBLISHED.name
+    if name in fertilities.INSTANCES:
+        return fertilities.INSTANCES[name]
     try:
-        data = json.loads(Path(args.fertility).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        data = json.loads(Path(name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
-            f"--fertility={args.fertility} is neither {', '.join(fertilities.INSTANCES)} nor a "
+            f"--fertility={name} is neither {', '.join(fertilities.INSTANCES)} nor a "
             f"readable JSON file ({error})"
         ) from error
     return fertilities.from_json(data)
@@ -40,7 +73,9 @@ def options(args, **names: str) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def resampling(args, default: int) -> dict[str, Any]:
+def resampling(args, default: int, rows: int = 0) -> dict[str, Any]:
+    """Keyword arguments of a fit; a long table has a third of the draws by default."""
+    default = default // 3 if rows > LONG_TABLE else default
     if args.draws is not None and args.bootstrap is not None:
         raise InputError("--draws and --bootstrap are the same; give one")
     draws = args.draws if args.draws is not None else args.bootstrap

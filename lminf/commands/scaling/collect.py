@@ -15,7 +15,7 @@ def collect(args):
     for condition in (args.where or "").split(","):
         field, equals, value = condition.partition("=")
         if equals:
-            rows = [row for row in rows if str(row.get(field)) == value]
+            rows = [row for row in rows if isinstance(row, dict) and str(row.get(field)) == value]
         elif condition:
             raise InputError(f"--where={condition}: write field=value")
     text = KINDS[args.subject](rows)
@@ -39,4 +39,9 @@ def collect(args):
 def rows_of(path: Path) -> list[folder.Row]:
     if not (path / "rows.jsonl").is_file():
         raise InputError(f"{path} has no rows.jsonl; give the folder of a sweep or a run")
-    return folder.read_lines(path / "rows.jsonl")
+    try:
+        return folder.read_lines(path / "rows.jsonl")
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path / 'rows.jsonl'} cannot be read ({error})") from error

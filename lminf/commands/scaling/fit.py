@@ -1,5 +1,6 @@
 """lminf scaling fit: a law from a table of runs."""
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -9,10 +10,8 @@ from lminf import scaling
 from lminf.commands.scaling._arguments import Row, fertility_of, options, resampling
 from lminf.errors import InputError
 from lminf.run import tables as show
-from lminf.scaling import (
-    evidence,
-    validation,
-)
+from lminf.run.progress import Progress, track
+from lminf.scaling import engine, evidence, validation
 from lminf.scaling.laws import Law
 from lminf.scaling.steps import StepLaw
 from lminf.scaling.vocab_derivative import VocabLaw2
@@ -20,16 +19,34 @@ from lminf.scaling.vocab_isoflop import VocabLaw1
 from lminf.scaling.vocab_loss import VocabLaw3
 
 
+@contextlib.contextmanager
+def shown(label: str):
+    """A line of progress of the fits inside: on a terminal always, else every half a minute."""
+    with Progress(0, label=label, unit="fits") as progress:
+
+        def observe(stage: str, done: int, total: int) -> None:
+            progress.label = f"{label}: {stage}"
+            progress.show(done, total)
+
+        token = engine.OBSERVER.set(observe)
+        try:
+            yield
+        finally:
+            engine.OBSERVER.reset(token)
+
+
 def vocab(args):
     fertility = fertility_of(args)
-    source = args.n_nv_source or "as_published"
+    source = args.n_source or "as_published"
     table = scaling.read_vocab(args.data, fertility=fertility, n_nv=source)
     if args.metric:
         table = evidence.with_metric(table, args.metric)
     procedure = _vocab_procedure(args)
-    law = scaling.fit(procedure, table, fertility=fertility, **resampling(args, 300))
-    without = validation.leave_one_family_out(procedure, table, fertility=fertility)
-    return _fitted(args, law, "left out: one family; V at N_nv = 7e9", without)
+    sampling = resampling(args, 300, len(table))
+    with shown(f"fit vocab, {len(table):,} rows"):
+        law = scaling.fit(procedure, table, fertility=fertility, **sampling)
+        without = validation.leave_one_family_out(procedure, table, fertility=fertility)
+    return _fitted(args, law, "left out: one family; V at N = 7e9", without)
 
 
 def _vocab_procedure(args):
@@ -63,8 +80,13 @@ def step(args):
             fix_n="fix_n",
         )
     )  # fmt: skip
-    law = scaling.fit(procedure, table, **resampling(args, 1000))
-    without = validation.leave_one_group_out(procedure, table)
+    sampling = resampling(args, 1000)
+    law = scaling.fit(procedure, table, **sampling)
+    groups = np.unique(table.group).size
+    without = list(
+        track(validation.leave_one_group_out(procedure, table), total=groups,
+              label=f"fit step, {len(table):,} rows: leaving one group out", unit="groups")
+    )  # fmt: skip
     gaps = [row["gap_per_mille"] for row in without if "gap_per_mille" in row]
     title = "left out: one group"
     if gaps:
@@ -74,13 +96,17 @@ def step(args):
 
 def chinchilla_law(args):
     table = scaling.read_curves(args.data)
-    law = scaling.fit(scaling.ChinchillaLaw(), table, **resampling(args, 300))
+    sampling = resampling(args, 300, len(table))
+    with shown(f"fit chinchilla, {len(table):,} rows"):
+        law = scaling.fit(scaling.ChinchillaLaw(), table, **sampling)
     return _fitted(args, law, "", [])
 
 
 def density(args):
     table = scaling.read_curves(args.data, needs_score=True)
-    law = scaling.fit(scaling.DensityLaw(), table, **resampling(args, 300))
+    sampling = resampling(args, 300, len(table))
+    with shown(f"fit density, {len(table):,} rows"):
+        law = scaling.fit(scaling.DensityLaw(), table, **sampling)
     return _fitted(args, law, "", [])
 
 

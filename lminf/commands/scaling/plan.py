@@ -19,8 +19,6 @@ TIMED = 8  # steps, after as many that compile
 
 def plan(args):
     """The plan, its cost and run list; with --out also the list as a config file."""
-    if args.hours is not None and not args.hours > 0:
-        raise InputError(f"--hours={args.hours}: give more than 0")
     if args.flops is None and args.hours is None:
         raise InputError("give a budget: --flops, --hours or both")
     kind = args.subject
@@ -29,22 +27,28 @@ def plan(args):
     seconds = planned.flops / speed / plans.SHARE
     factor = plans.interval(kind, planned.replicates)
     file = config_file(kind, planned)
+    runs = len(planned.sizes) * len(planned.batches) * len(planned.rates) * planned.replicates
     rows = [
-        {"layers": planned.shape.layers, "width": planned.shape.width, "vocab": size,
-         "batch (sequences)": batch, "rates": " ".join(f"{rate:.2g}" for rate in planned.rates),
-         "seeds": planned.replicates,
-         "FLOPs": f"{planned.run_flops * len(planned.rates) * planned.replicates:.3g}"}
-        for size in planned.sizes for batch in planned.batches
+        {"layers": group.shape.layers, "width": group.shape.width, "N": group.shape.parameters,
+         "D": group.tokens, "runs": runs, "FLOPs": f"{group.flops * runs:.3g}"}
+        for group in planned.groups
     ]  # fmt: skip
     result = {
         "kind": kind,
-        "n": planned.shape.parameters,
+        "groups": [
+            {
+                "n": group.shape.parameters,
+                "width": group.shape.width,
+                "layers": group.shape.layers,
+                "tokens": group.tokens,
+                "run_flops": group.flops,
+            }
+            for group in planned.groups
+        ],
         "vocabularies": planned.sizes,
         "rates": planned.rates,
         "batches": planned.batches,
         "replicates": planned.replicates,
-        "tokens": planned.tokens,
-        "run_flops": planned.run_flops,
         "flops": planned.flops,
         "measured_flops_per_second": speed,
         "hours": seconds / 3600,
@@ -59,8 +63,10 @@ def plan(args):
 
     def say(console):
         console.print(
-            f"N = {planned.shape.parameters:,}, {planned.cells} cells of {len(planned.rates)} "
-            f"rates x {planned.replicates} seeds, up to {planned.tokens:,} tokens a run"
+            f"{planned.cells} cells of {len(planned.rates)} rates "
+            f"({', '.join(f'{rate:.2g}' for rate in planned.rates)}) each: vocabularies "
+            f"{', '.join(map(str, planned.sizes))}, batches of "
+            f"{', '.join(map(str, planned.batches))} sequences"
         )
         console.print(show.rich_table(rows))
         console.print(
@@ -89,7 +95,7 @@ def fitted(kind: str, flops: float | None, hours: float | None, text: int):
             return first, speed
         affordable = speed * hours * 3600 * plans.SHARE
         found = chosen(min(budget, affordable), text_tokens=text)
-        if found.shape == first.shape:
+        if found.groups[0].shape == first.groups[0].shape:
             return found, speed
         budget = min(budget, affordable)
     return chosen(budget, text_tokens=text), speed
@@ -126,22 +132,31 @@ def config_of(kind: str, planned: plans.Plan):
 
 
 def settings(kind: str, planned: plans.Plan) -> dict:
-    """The fields of the laptop config that the plan sets."""
-    shape = planned.shape
+    """The fields of the laptop config that the plan sets: the grid, and the first group."""
+    found = {"rates": planned.rates, "replicates": planned.replicates}
+    found |= overrides(kind, planned.groups[0])
+    if kind == "vocab":
+        return found | {"data.vocabs": planned.sizes}
+    return found | {"data.vocab": planned.sizes[0]}
+
+
+def overrides(kind: str, group: plans.Group) -> dict:
+    """The fields that differ between groups."""
+    shape = group.shape
     found = {
         "model.width": shape.width, "model.num_layers": shape.layers,
         "model.num_heads": shape.heads, "model.num_kv_heads": shape.heads,
         "model.hidden_dim": shape.hidden,
-        "rates": planned.rates, "replicates": planned.replicates,
     }  # fmt: skip
     if kind == "vocab":
-        return found | {"data.vocabs": planned.sizes, "budgets": tuple(plans.budgets(planned))}
-    return found | {"data.vocab": planned.sizes[0], "tokens": planned.tokens}
+        return found | {"budgets": tuple(plans.budgets(group))}
+    return found | {"tokens": group.tokens}
 
 
 def config_file(kind: str, planned: plans.Plan) -> str:
     """The run list as a config file for `lminf sweep`."""
     axis = ("data.vocab", planned.sizes) if kind == "vocab" else ("data.batch", planned.batches)
+    groups = "".join(f"    {overrides(kind, group)!r},\n" for group in planned.groups)
     lines = [f"    c.{name} = {value!r}" for name, value in settings(kind, planned).items()]
     title = "Vocabulary sizes" if kind == "vocab" else "Learning rates and batches"
     return (
@@ -149,9 +164,10 @@ def config_file(kind: str, planned: plans.Plan) -> str:
         f"Question   As {kind}_sweep asks\n"
         f'"""\n\n'
         f"from configs import {kind}_sweep\n"
-        f"from lminf.run.sweep import grid\n\n\n"
+        f"from lminf.run.sweep import cross, grid\n\n"
+        f"GROUPS = (\n{groups})\n\n\n"
         f'def get_config(arg: str = ""):\n'
         f'    c = {kind}_sweep.get_config("laptop")\n' + "\n".join(lines) + "\n    return c\n\n\n"
         f'def get_sweep(c, arg: str = ""):\n'
-        f'    return grid({{"{axis[0]}": {axis[1]!r}}})\n'
+        f'    return cross(GROUPS, grid({{"{axis[0]}": {axis[1]!r}}}))\n'
     )

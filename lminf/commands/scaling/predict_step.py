@@ -13,13 +13,13 @@ from lminf.scaling import (
 
 def step(args):
     accounting.require_raw("n", args.n, "n")
-    accounting.require_raw("d", args.d, "d")
+    accounting.require_raw("tokens", args.tokens, "tokens")
     seq_len = args.seq_len or 2048
     accounting.require_raw("seq-len", seq_len, "seq_len")
     loss, guessed = args.loss, False
     if loss is None:
-        loss, guessed = float(chinchilla.REFIT.loss(n=args.n, d=args.d)), True
-    query = rivals.Query(args.n, args.d, loss, args.flops_per_token)
+        loss, guessed = float(chinchilla.REFIT.loss(n=args.n, d=args.tokens)), True
+    query = rivals.Query(args.n, args.tokens, loss, args.flops_per_token)
     rows = []
     for name in split_laws(args.law or "all"):
         rule, law = rule_and_law(name)
@@ -35,12 +35,12 @@ def step(args):
         if guessed and "loss" in rule.needs:
             row["note"] += f"; loss {loss:.3f} predicted by {chinchilla.REFIT.version}, give --loss"
         if law is not None:
-            spans = law.interval(n=args.n, d=args.d) if law.draws else {}
+            spans = law.interval(n=args.n, d=args.tokens) if law.draws else {}
             row["intervals"] = {
                 key: {"low": span.low, "high": span.high, "method": span.method}
                 for key, span in spans.items()
             }
-            row["warnings"] = law.outside({"n": args.n, "d": args.d})
+            row["warnings"] = law.outside({"n": args.n, "d": args.tokens})
             if law.diagnostics.get("bowl"):
                 row["excess_per_mille"] = {
                     what: 1000 * law.excess(lr_factor=a, batch_factor=b)
@@ -54,9 +54,9 @@ def step(args):
         else []
     )
     result = {
-        "query": {"n": args.n, "d": args.d, "seq_len": seq_len, "loss": loss},
+        "query": {"n": args.n, "tokens": args.tokens, "seq_len": seq_len, "loss": loss},
         "units": {
-            "n": "non-embedding parameters", "d": "tokens", "lr": "peak learning rate",
+            "n": "non-embedding parameters", "tokens": "tokens", "lr": "peak learning rate",
             "batch_tokens": "tokens", "batch_sequences": f"sequences of {seq_len} tokens",
         },
         "laws": rows,
@@ -65,8 +65,8 @@ def step(args):
 
     def text(console):
         console.print(
-            f"N = {args.n:.4g} non-embedding parameters, D = {args.d:.4g} tokens, sequences of "
-            f"{seq_len} tokens; {len(named)} laws"
+            f"N = {args.n:.4g} non-embedding parameters, D = {args.tokens:.4g} tokens, sequences "
+            f"of {seq_len} tokens; {len(named)} laws"
         )
         console.print(
             show.rich_table(

@@ -4,6 +4,7 @@ from lminf.commands.scaling._arguments import Row, options, vocab_law
 from lminf.errors import InputError
 from lminf.run import tables as show
 from lminf.scaling import (
+    accounting,
     evidence,
     published,
 )
@@ -20,7 +21,10 @@ def predict(args):
     multiple = 128 * (args.tensor_parallel or 1)
     if multiple < 128:
         raise InputError(f"--tensor-parallel={args.tensor_parallel}: give 1 or more devices")
-    query = {"n_nv": args.n_nv, **options(args, d="d", flops="flops", tokens="tokens")}
+    accounting.require_raw("n", args.n, "n_nv")
+    if args.width is not None:
+        accounting.require_raw("width", args.width, "width")
+    query = {"n_nv": args.n, **options(args, d="width", flops="flops", tokens="tokens")}
     rows = [_vocab_row(law, query, multiple) for law in laws]
     sizes = [row["vocab"] for row in rows]
     warnings = []
@@ -33,8 +37,13 @@ def predict(args):
     outside = sorted({note for row in rows for note in row["warnings"] if "extrapolation" in note})
     warnings += outside[:1]
     result = {
-        "query": {**query, "d": rows[0]["width"], "multiple": multiple},
-        "units": {"n_nv": "parameters", "flops": "FLOPs", "tokens": "tokens", "vocab": "entries"},
+        "query": {
+            "n": args.n,
+            "width": rows[0]["width"],
+            **options(args, flops="flops", tokens="tokens"),
+            "multiple": multiple,
+        },
+        "units": {"n": "parameters", "flops": "FLOPs", "tokens": "tokens", "vocab": "entries"},
         "laws": rows,
         "spread": max(sizes) / min(sizes),
         "warnings": warnings,
@@ -42,7 +51,7 @@ def predict(args):
 
     def text(console):
         console.print(
-            f"Loss-optimal vocabulary for N_nv = {args.n_nv:.4g} parameters, width "
+            f"Loss-optimal vocabulary for N = {args.n:.4g} parameters, width "
             f"{rows[0]['width']:g}; budgets in FLOPs, D in tokens; "
             f"V rounded up to a multiple of {multiple}"
         )

@@ -78,7 +78,7 @@ def loss_of_vocab_law(args):
             f"{law.version} is approach {law.procedure['approach']}, which predicts no loss; fit "
             "approach 3"
         )
-    source = args.n_nv_source or "as_published"
+    source = args.n_source or "as_published"
     fertility = fertility_of(args) if args.fertility else law.fertility
     table = scaling.read_vocab(args.data, fertility=fertility, n_nv=source)
     predicted = law.table_loss(table)

@@ -1,0 +1,80 @@
+"""Ranges of the numbers that configs hold outside of dataclasses, by the name of the field.
+
+A name means the same in every experiment, so one table serves all of them and config files of
+users. A field is looked up by its dotted name, then by what stands after the last dot; whatever is
+in no table must be finite. Sections of a dataclass (`class`) are checked when it is built.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lminf.config import CLASS
+from lminf.errors import InputError
+from lminf.ranges import Range, shown
+
+MOST = 2**31 - 1  # steps, sizes and seeds are int32 on devices
+COUNT, COUNT_OR_NONE = Range(min=1, max=MOST), Range(min=0, max=MOST)
+SHARE, AMOUNT = Range(min=0, max=1), Range(above=0)
+RANGES = {
+    **dict.fromkeys(
+        (
+            # training
+            "steps", "accumulate", "every", "last", "batches", "log_every", "batch", "replicates",
+            "rounds", "tokens",
+            # shapes
+            "width", "num_layers", "num_heads", "num_kv_heads", "hidden_dim", "per_token", "vocab",
+            "vocabs", "vocab_size", "seq_len",
+            # measuring
+            "block", "capacities", "continuation", "draws", "key_value_lengths",
+            "key_value_prompts", "lengths", "passkey_length", "passkeys", "positions", "prompt",
+            "prompts", "queries",
+        ),
+        COUNT,
+    ),
+    **dict.fromkeys(
+        (
+            "seed", "sample", "count", "dense_layers", "shared_dim", "chunk", "layers",
+            "nll_length", "unbounded_to",
+        ),
+        COUNT_OR_NONE,
+    ),
+    "length": Range(min=2, max=MOST),  # a token and the one it predicts
+    "depths": SHARE,
+    "key_value_depths": SHARE,
+    "data.held_out": Range(above=0, below=1),
+    "clip": Range(min=0),  # 0: gradients are not clipped
+    "z_loss": Range(min=0, max=1),
+    "threshold": Range(min=0, max=1),
+    "rope_base": Range(min=1),
+    "rates": AMOUNT,
+    "budgets": AMOUNT,
+    "n_nv": AMOUNT,
+    "profile": Range(),  # exponents; of train_lm, steps
+}  # fmt: skip
+
+
+def check(config: ConfigDict) -> None:
+    """Raises InputError for the first number of a config that is outside its range."""
+    for name, value in numbers(config):
+        stated = range_of(name) or Range()
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, (int, float)) and (wanted := stated.problem(item)):
+                each = " for each" if isinstance(value, tuple) else ""
+                raise InputError(f"--config.{name}={shown(value)}: give {wanted}{each}")
+
+
+def range_of(name: str) -> Range | None:
+    """The range of a field by its dotted name; None if none is stated."""
+    return RANGES.get(name) or RANGES.get(name.rpartition(".")[2])
+
+
+def numbers(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of the fields that are numbers, or tuples that may hold some."""
+    for key in () if CLASS in config else config:
+        value = config[key]
+        if isinstance(value, ConfigDict):
+            yield from numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, (int, float, tuple)) and not isinstance(value, bool):
+            yield f"{prefix}{key}", value

@@ -229,7 +229,7 @@ def _forward(plan: Plan, *operands):
 
 
 def _backward(plan: Plan, saved, cotangents: DecodeResiduals):
-    return xla.gradients(plan.rules, *saved, cotangents)
+    return xla.gradients(plan.rules, saved, cotangents)
 
 
 _decode = jax.custom_vjp(_compute, nondiff_argnums=(0,))

@@ -153,7 +153,7 @@ def _forward(rules: Rules, config: Config, *operands):
 
 
 def _backward(rules: Rules, config: Config, saved, cotangents):
-    return xla.gradients(rules, *saved, DecodeResiduals(*cotangents))
+    return xla.gradients(rules, saved, DecodeResiduals(*cotangents))
 
 
 _decode = jax.custom_vjp(_compute, nondiff_argnums=(0, 1))

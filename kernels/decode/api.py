@@ -95,16 +95,7 @@ def lambda_decode(
         head_window = jnp.asarray(head_window, jnp.int32)
         arguments.shape("head_window", head_window, "K", (key_heads,))
     if global_distance is not None:
-        at_query, at_key, unit = global_distance
-        if at_query.shape not in ((1, 1), (batch, 1)) or at_key.shape not in (
-            (1, rows), (batch, rows),
-        ):  # fmt: skip
-            raise ValueError(
-                f"global_distance has query {at_query.shape} and key {at_key.shape}; "
-                f"they must be [1 or {batch}, 1] and [1 or {batch}, {rows}]"
-            )
-        at_query, at_key = (jnp.asarray(x, jnp.int32) for x in (at_query, at_key))
-        global_distance = GlobalDistance(at_query, at_key, jnp.asarray(unit, jnp.float32))
+        global_distance = global_distance.checked(batch, 1, rows)
     if alibi_slopes is not None:
         alibi_slopes = jax.lax.stop_gradient(alibi_slopes)
     dtype = str(query.dtype)

@@ -224,14 +224,12 @@ def _compute(plan: Plan, queries: Queries, cache: RollingCache, places: Places) 
     return DecodeResiduals(out.reshape(batch, heads, -1), lse.reshape(batch, heads))
 
 
-def _forward(plan: Plan, queries: Queries, cache: RollingCache, places: Places):
-    return _compute(plan, queries, cache, places), (queries, cache, places)
+def _forward(plan: Plan, *operands):
+    return _compute(plan, *operands), operands
 
 
 def _backward(plan: Plan, saved, cotangents: DecodeResiduals):
-    queries, cache, places = saved
-    _, pull = jax.vjp(lambda q, c: xla.decode(plan.rules, q, c, places, None), queries, cache)
-    return *pull(cotangents), None
+    return xla.gradients(plan.rules, saved, cotangents)
 
 
 _decode = jax.custom_vjp(_compute, nondiff_argnums=(0,))

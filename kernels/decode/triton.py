@@ -38,21 +38,12 @@ def decode(
     """Outputs and log-denominators; statistics in float32. Stacked caches: not under vmap."""
     launch.require()
     arrays = (queries.near, queries.far, *cache[:4])
-    dtypes = {x.dtype for x in arrays}
-    if len(dtypes) > 1:
-        raise NotImplementedError(f"operands of different dtypes: {sorted(map(str, dtypes))}")
-    if queries.near.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"operands in {queries.near.dtype}")
-    width = max(cache.k_ring.shape[-1], cache.v_ring.shape[-1])
-    if width > 256:
-        raise NotImplementedError(f"heads {width} wide; it takes up to 256")
+    launch.refuse_operands(arrays, rules.scale, widest=256, float32=256)
     group = queries.near.shape[1] // cache.k_ring.shape[-3]
     if group > 64:
         raise NotImplementedError(f"{group} query heads a key head; it takes up to 64")
-    if rules.scale <= 0:
-        raise NotImplementedError(f"scale={rules.scale}: the running maximum needs a positive one")
     default = Config()
-    if queries.near.dtype == jnp.float32 or width > 128:
+    if queries.near.dtype == jnp.float32 or max(x.shape[-1] for x in arrays) > 128:
         default = dataclasses.replace(default, block_k=32, stages=2)
     config = dispatch.settled(Config, config, lambda: default)
     return DecodeResiduals(*_decode(rules, config, queries, cache, places))
@@ -114,10 +105,10 @@ def _launch(rules: Rules, config: Config, layer, queries: Queries, cache, where:
                 "KEY_HEADS": key_heads,
                 "WIDTH": width,
                 "VALUE_WIDTH": value_width,
-                "BLOCK_M": _padded(heads // key_heads),
+                "BLOCK_M": launch.padded(heads // key_heads),
                 "BLOCK_K": config.block_k,
-                "BLOCK_H": _padded(width),
-                "BLOCK_V": _padded(value_width),
+                "BLOCK_H": launch.padded(width),
+                "BLOCK_V": launch.padded(value_width),
                 "UNIT": unit,
                 "INNER": None if rules.soft_cap is None else rules.scale / rules.soft_cap,
                 "MASK": mask,
@@ -146,7 +137,7 @@ def _launch(rules: Rules, config: Config, layer, queries: Queries, cache, where:
                 "HEADS": heads,
                 "VALUE_WIDTH": value_width,
                 "BLOCK_S": 1 << (splits - 1).bit_length(),
-                "BLOCK_V": _padded(value_width),
+                "BLOCK_V": launch.padded(value_width),
                 "EMPTY": mask * unit / 2,
                 "SINKS": sinks is not None,
             },
@@ -157,28 +148,12 @@ def _launch(rules: Rules, config: Config, layer, queries: Queries, cache, where:
     )
 
 
-def _padded(size: int) -> int:
-    """A tile's side: Triton takes powers of two, and a matrix product at least 16."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
-def _forward(rules: Rules, config: Config, queries: Queries, cache: RollingCache, places: Places):
-    return _compute(rules, config, queries, cache, places), (queries, cache, places)
+def _forward(rules: Rules, config: Config, *operands):
+    return _compute(rules, config, *operands), operands
 
 
 def _backward(rules: Rules, config: Config, saved, cotangents):
-    """By the plain implementation: nobody decodes for a gradient's speed."""
-    queries, cache, places = saved
-
-    slots = cache._asdict()
-    length = slots.pop("length")
-
-    def plain(queries: Queries, slots):
-        return xla.decode(rules, queries, RollingCache(**slots, length=length), places, None)
-
-    _, pull = jax.vjp(plain, queries, slots)
-    d_queries, d_slots = pull(DecodeResiduals(*cotangents))
-    return d_queries, cache._replace(**d_slots, length=None), None
+    return xla.gradients(rules, saved, DecodeResiduals(*cotangents))
 
 
 _decode = jax.custom_vjp(_compute, nondiff_argnums=(0, 1))

@@ -13,40 +13,8 @@ runs under jax-triton, in the Triton interpreter and in `triton.compile`.
 import triton
 import triton.language as tl
 
-from kernels.common.triton_math import LOG2_E, tanh
-
-
-@triton.jit
-def _rows(base, rows, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Some rows of a [., WIDTH] matrix, columns padded to BLOCK; invalid ones are zeros."""
-    column = tl.arange(0, BLOCK)
-    mask = valid[:, None]
-    if BLOCK != WIDTH:
-        mask = mask & (column < WIDTH)[None, :]
-    return tl.load(base + rows[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _attend(
-    query, key, value, seen, slopes, distance, top, total, out,
-    UNIT: tl.constexpr, INNER: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    ALIBI: tl.constexpr,
-):  # fmt: skip
-    """(top, total, out) after one tile of slots; exponents are powers of two."""
-    raw = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-    if ALIBI:
-        raw = raw - slopes[:, None] * distance[None, :]
-    if INNER is not None:
-        raw = tanh(raw * INNER)
-    raw = tl.where(seen[None, :], raw, MASK)
-    new_top = tl.maximum(top, tl.max(raw, 1) * UNIT)
-    weights = tl.exp2(raw * UNIT - new_top[:, None])
-    shrink = tl.exp2(top - new_top)
-    total = total * shrink + tl.sum(weights, 1)
-    out = tl.dot(
-        weights.to(value.dtype), value, out * shrink[:, None], input_precision=PRECISION
-    )  # fmt: skip
-    return new_top, total, out
+from kernels.common import triton_kernels as tiles
+from kernels.common.triton_math import LOG2_E
 
 
 @triton.jit
@@ -96,22 +64,25 @@ def parts(
     total = tl.zeros((BLOCK_M,), tl.float32)
     out = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     if FAR:
-        q = _rows(query_far + first_query * WIDTH, rows, ours, WIDTH, BLOCK_H)
+        q = tiles.tile(query_far + first_query * WIDTH, rows, ours, WIDTH, WIDTH, BLOCK_H, True)
         for tile in tl.range(tl.minimum(first, far_tiles), tl.minimum(end, far_tiles)):
             rank = tile * BLOCK_K + slots
             seen = rank < far_slots
             at = slot_head * ranks
-            k = _rows(k_global + at * WIDTH, rank, seen, WIDTH, BLOCK_H)
-            v = _rows(v_global + at * VALUE_WIDTH, rank, seen, VALUE_WIDTH, BLOCK_V)
-            distance = head_slopes
+            k = tiles.tile(k_global + at * WIDTH, rank, seen, WIDTH, WIDTH, BLOCK_H, True)
+            v = tiles.tile(
+                v_global + at * VALUE_WIDTH, rank, seen, VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, True
+            )
+            away = slots
             if ALIBI:
-                away = far_distance + batch.to(tl.int64) * ranks
-                distance = tl.load(away + rank, mask=seen, other=0.0)
-            top, total, out = _attend(
-                q, k, v, seen, head_slopes, distance, top, total, out,
-                UNIT, INNER, MASK, PRECISION, ALIBI,
+                distances = far_distance + batch.to(tl.int64) * ranks
+                distances = tl.load(distances + rank, mask=seen, other=0.0)
+                away = head_slopes[:, None] * distances[None, :]
+            top, total, out = tiles.attend(
+                q, k, v, seen[None, :], away, top, total, out,
+                UNIT, INNER, MASK, PRECISION, ALIBI, True,
             )  # fmt: skip
-    q = _rows(query + first_query * WIDTH, rows, ours, WIDTH, BLOCK_H)
+    q = tiles.tile(query + first_query * WIDTH, rows, ours, WIDTH, WIDTH, BLOCK_H, True)
     oldest = tl.maximum(last - near_slots + 1, 0) % tl.maximum(window, 1)  # the slot of the first
     for tile in tl.range(
         tl.maximum(first, far_tiles) - far_tiles, tl.maximum(end, far_tiles) - far_tiles
@@ -121,12 +92,14 @@ def parts(
         slot = oldest + token
         slot = tl.where(slot >= window, slot - window, slot)
         at = slot_head * window
-        k = _rows(k_ring + at * WIDTH, slot, seen, WIDTH, BLOCK_H)
-        v = _rows(v_ring + at * VALUE_WIDTH, slot, seen, VALUE_WIDTH, BLOCK_V)
-        distance = (near_slots - 1 - token).to(tl.float32)
-        top, total, out = _attend(
-            q, k, v, seen, head_slopes, distance, top, total, out,
-            UNIT, INNER, MASK, PRECISION, ALIBI,
+        k = tiles.tile(k_ring + at * WIDTH, slot, seen, WIDTH, WIDTH, BLOCK_H, True)
+        v = tiles.tile(
+            v_ring + at * VALUE_WIDTH, slot, seen, VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, True
+        )
+        away = head_slopes[:, None] * (near_slots - 1 - token).to(tl.float32)[None, :]
+        top, total, out = tiles.attend(
+            q, k, v, seen[None, :], away, top, total, out,
+            UNIT, INNER, MASK, PRECISION, ALIBI, True,
         )  # fmt: skip
 
     to = split.to(tl.int64) * batches * HEADS + first_query + rows

@@ -64,6 +64,13 @@ def decode(
     return DecodeResiduals(out.reshape(batch, heads, -1), lse.reshape(batch, heads))
 
 
+def gradients(rules: Rules, saved, cotangents: DecodeResiduals):
+    """Those of queries, cache and places, for whichever forward: nobody decodes for their speed."""
+    queries, cache, places = saved
+    _, pull = jax.vjp(lambda q, c: decode(rules, q, c, places, None), queries, cache)
+    return *pull(cotangents), None
+
+
 def _product(axes: str, x, y, dtype) -> Array:
     if x.dtype != y.dtype:
         x, y = x.astype(dtype), y.astype(dtype)

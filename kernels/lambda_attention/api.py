@@ -173,13 +173,7 @@ def _prepare(
     arguments.shape("key_global", key_global, "B R K H", (batch, rows, key_heads, width))
     arguments.shape("value_global", value_global, "B R K Hv", (batch, rows, key_heads, value_width))
     if global_distance is not None:
-        for name, array, length in (("query", global_distance.query, queries),
-                                    ("key", global_distance.key, rows)):  # fmt: skip
-            if array.shape not in ((1, length), (batch, length)):
-                raise ValueError(
-                    f"global_distance.{name} has shape {array.shape}; "
-                    f"it must be [1, {length}] or [{batch}, {length}]"
-                )
+        global_distance = global_distance.checked(batch, queries, rows)
 
     def int32(ids):
         return jnp.asarray(ids, jnp.int32)
@@ -196,12 +190,7 @@ def _prepare(
             query_offset=int32(query_offset),
             segments=segment_ids and SegmentIds(*map(int32, segment_ids)),
             alibi_slopes=None if alibi_slopes is None else jax.lax.stop_gradient(alibi_slopes),
-            far_distance=global_distance
-            and GlobalDistance(
-                int32(global_distance.query),
-                int32(global_distance.key),
-                jnp.asarray(global_distance.scale, jnp.float32),
-            ),
+            far_distance=global_distance,
             far_positions=None
             if global_positions is None
             else int32(global_positions).reshape(batch, -1, num_global),

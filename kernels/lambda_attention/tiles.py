@@ -374,12 +374,11 @@ class Program:
     def _far_place(self, start, width: int):
         if self.listed is None:
             column = (start + jnp.arange(width, dtype=jnp.int32))[None]
-            exists = column < self._last_global()
         else:
             column = jax.lax.dynamic_slice_in_dim(self.listed, start, width)[None]
-            exists = column >= 0
         distance = self._rows_from(self.position) - column
-        visible = (distance >= self.plan.rules.window) & exists
+        visible = distance >= self.plan.rules.window
+        visible &= column < self._last_global() if self.listed is None else column >= 0
         if self.plan.rules.clip_distance is not None:
             distance = jnp.minimum(distance, self.plan.rules.clip_distance)
         if self.plan.places.far_distance is not None:

@@ -26,7 +26,7 @@ from kernels.lambda_attention import triton_math as walks
 
 @triton.jit
 def forward(
-    query, key, value, query_far, key_far, value_far, sinks, places, ids_q, ids_kv, starts,
+    query, key, value, query_far, key_far, value_far, sinks, places, ids_q, ids_kv, starts, ends,
     slopes, far_at, far_from, far_unit, listed, list_ends,
     queries, keys, far_rows, window, num_global, clip,
     out, lse,
@@ -46,18 +46,11 @@ def forward(
     valid = rows < queries - row
     first_query = (batch.to(tl.int64) * queries + row) * HEADS + head
     key_origin = batch.to(tl.int64) * keys
-    segments = valid
-    if SEGMENTS:
-        segments = tl.load(ids_q + batch.to(tl.int64) * queries + row + rows, mask=valid, other=-1)
-    slope = 0.0
-    if ALIBI:
-        slope = tl.load(slopes + batch * HEADS + head)
+    segments, slope, placed, unit = walks.placed_queries(
+        ids_q, slopes, far_at, far_unit, batch, row, head, queries, rows, valid,
+        HEADS, SEGMENTS, ALIBI, GIVEN,
+    )  # fmt: skip
     position = at + rows + key_start
-    placed = rows  # where ALiBi says that they stand, seen from the globals
-    unit = 1.0
-    if GIVEN:
-        placed = tl.load(far_at + batch.to(tl.int64) * queries + row + rows, mask=valid, other=0)
-        unit = tl.load(far_unit + batch)
 
     top = tl.full((BLOCK_Q,), MASK * UNIT / 2, tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
@@ -80,12 +73,10 @@ def forward(
                 KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, False,
             )  # fmt: skip
             column = start + slots
-            away = slots
-            if ALIBI:
-                away = slope * walks.far_distance(
-                    position, placed, column, column, far_rows, far_from + far_origin,
-                    unit, clip, GIVEN,
-                )  # fmt: skip
+            away = walks.far_away(
+                slope, position, placed, column, column, far_rows, far_from + far_origin,
+                unit, clip, ALIBI, GIVEN,
+            )  # fmt: skip
             top, total, sums = tiles.attend(
                 q, k, v, slots, away, top, total, sums, UNIT, INNER, MASK, PRECISION, ALIBI, False
             )  # fmt: skip
@@ -103,12 +94,10 @@ def forward(
                 at + rows, column, standing, window, key_start, num_global, far_rows,
                 segments, ids_kv, starts, key_origin, SEGMENTS, LISTS,
             )  # fmt: skip
-            away = slots
-            if ALIBI:
-                away = slope * walks.far_distance(
-                    position, placed, column, standing, far_rows, far_from + far_origin,
-                    unit, clip, GIVEN,
-                )  # fmt: skip
+            away = walks.far_away(
+                slope, position, placed, column, standing, far_rows, far_from + far_origin,
+                unit, clip, ALIBI, GIVEN,
+            )  # fmt: skip
             top, total, sums = tiles.attend(
                 q, k, v, visible, away, top, total, sums, UNIT, INNER, MASK, PRECISION, ALIBI, True
             )  # fmt: skip
@@ -123,10 +112,7 @@ def forward(
             key, value, at_row, slots, slots,
             KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, False,
         )  # fmt: skip
-        column = start + slots
-        away = slots
-        if ALIBI:
-            away = slope * ((at + rows)[:, None] - column[None, :]).to(tl.float32)
+        away = walks.near_away(slope, at + rows, start + slots, ALIBI)
         top, total, sums = tiles.attend(
             q, k, v, slots, away, top, total, sums, UNIT, INNER, MASK, PRECISION, ALIBI, False
         )  # fmt: skip
@@ -142,9 +128,7 @@ def forward(
         visible = walks.near_visible(
             at + rows, column, window, keys, segments, ids_kv, key_origin, SEGMENTS
         )
-        away = slots
-        if ALIBI:
-            away = slope * ((at + rows)[:, None] - column[None, :]).to(tl.float32)
+        away = walks.near_away(slope, at + rows, column, ALIBI)
         top, total, sums = tiles.attend(
             q, k, v, visible, away, top, total, sums, UNIT, INNER, MASK, PRECISION, ALIBI, True
         )  # fmt: skip
@@ -169,7 +153,7 @@ def forward(
 @triton.jit
 def gradient_of_queries(
     query, key, value, query_far, key_far, value_far, d_out, lse2, delta,
-    places, ids_q, ids_kv, starts, slopes, far_at, far_from, far_unit, listed, list_ends,
+    places, ids_q, ids_kv, starts, ends, slopes, far_at, far_from, far_unit, listed, list_ends,
     queries, keys, far_rows, window, num_global, clip,
     d_query, d_query_far,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
@@ -189,18 +173,11 @@ def gradient_of_queries(
     valid = rows < queries - row
     first_query = (batch.to(tl.int64) * queries + row) * HEADS + head
     key_origin = batch.to(tl.int64) * keys
-    segments = valid
-    if SEGMENTS:
-        segments = tl.load(ids_q + batch.to(tl.int64) * queries + row + rows, mask=valid, other=-1)
-    slope = 0.0
-    if ALIBI:
-        slope = tl.load(slopes + batch * HEADS + head)
+    segments, slope, placed, unit = walks.placed_queries(
+        ids_q, slopes, far_at, far_unit, batch, row, head, queries, rows, valid,
+        HEADS, SEGMENTS, ALIBI, GIVEN,
+    )  # fmt: skip
     position = at + rows + key_start
-    placed = rows  # where ALiBi says that they stand, seen from the globals
-    unit = 1.0
-    if GIVEN:
-        placed = tl.load(far_at + batch.to(tl.int64) * queries + row + rows, mask=valid, other=0)
-        unit = tl.load(far_unit + batch)
 
     _, do, lse2_rows, delta_rows = tiles.of_queries(
         query, d_out, lse2, delta, batch, row, head, queries, rows, valid,
@@ -225,12 +202,10 @@ def gradient_of_queries(
                 KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, False,
             )  # fmt: skip
             column = start + slots
-            away = slots
-            if ALIBI:
-                away = slope * walks.far_distance(
-                    position, placed, column, column, far_rows, far_from + far_origin,
-                    unit, clip, GIVEN,
-                )  # fmt: skip
+            away = walks.far_away(
+                slope, position, placed, column, column, far_rows, far_from + far_origin,
+                unit, clip, ALIBI, GIVEN,
+            )  # fmt: skip
             gradient = tiles.query_gradient(
                 q, k, v, do, lse2_rows, delta_rows, slots, away, gradient,
                 UNIT, INNER, MASK, PRECISION, ALIBI, False,
@@ -249,12 +224,10 @@ def gradient_of_queries(
                 at + rows, column, standing, window, key_start, num_global, far_rows,
                 segments, ids_kv, starts, key_origin, SEGMENTS, LISTS,
             )  # fmt: skip
-            away = slots
-            if ALIBI:
-                away = slope * walks.far_distance(
-                    position, placed, column, standing, far_rows, far_from + far_origin,
-                    unit, clip, GIVEN,
-                )  # fmt: skip
+            away = walks.far_away(
+                slope, position, placed, column, standing, far_rows, far_from + far_origin,
+                unit, clip, ALIBI, GIVEN,
+            )  # fmt: skip
             gradient = tiles.query_gradient(
                 q, k, v, do, lse2_rows, delta_rows, visible, away, gradient,
                 UNIT, INNER, MASK, PRECISION, ALIBI, True,
@@ -275,10 +248,7 @@ def gradient_of_queries(
             key, value, at_row, slots, slots,
             KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, False,
         )  # fmt: skip
-        column = start + slots
-        away = slots
-        if ALIBI:
-            away = slope * ((at + rows)[:, None] - column[None, :]).to(tl.float32)
+        away = walks.near_away(slope, at + rows, start + slots, ALIBI)
         gradient = tiles.query_gradient(
             q, k, v, do, lse2_rows, delta_rows, slots, away, gradient,
             UNIT, INNER, MASK, PRECISION, ALIBI, False,
@@ -295,9 +265,7 @@ def gradient_of_queries(
         visible = walks.near_visible(
             at + rows, column, window, keys, segments, ids_kv, key_origin, SEGMENTS
         )
-        away = slots
-        if ALIBI:
-            away = slope * ((at + rows)[:, None] - column[None, :]).to(tl.float32)
+        away = walks.near_away(slope, at + rows, column, ALIBI)
         gradient = tiles.query_gradient(
             q, k, v, do, lse2_rows, delta_rows, visible, away, gradient,
             UNIT, INNER, MASK, PRECISION, ALIBI, True,
@@ -318,21 +286,20 @@ def _away_from_keys(
     FAR: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     """What ALiBi takes off scores [keys, queries]; `far_at` points to what the queries have."""
+    slope = tl.load(slopes + head)
     if FAR:
         placed = at
         unit = 1.0
         if GIVEN:
             placed = tl.load(far_at, mask=asked, other=0)
             unit = tl.load(far_unit)
-        distance = tl.trans(
-            walks.far_distance(
-                at + key_start, placed, column, standing, keys, far_from + key_origin,
-                unit, clip, GIVEN,
-            )
+        away = walks.far_away(
+            slope, at + key_start, placed, column, standing, keys, far_from + key_origin,
+            unit, clip, True, GIVEN,
         )  # fmt: skip
     else:
-        distance = (at[None, :] - column[:, None]).to(tl.float32)
-    return tl.load(slopes + head) * distance
+        away = walks.near_away(slope, at, column, True)
+    return tl.trans(away)
 
 
 @triton.jit

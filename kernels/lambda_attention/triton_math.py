@@ -144,13 +144,41 @@ def standing_at(listed, column, far_rows, LISTS: tl.constexpr):
 
 
 @triton.jit
-def far_distance(
-    position, placed, column, standing, far_rows, far_from, unit, clip, GIVEN: tl.constexpr
+def placed_queries(
+    ids_q, slopes, far_at, far_unit, batch, row, head, queries, rows, valid,
+    HEADS: tl.constexpr, SEGMENTS: tl.constexpr, ALIBI: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """[queries, rows] of the globals, as ALiBi sees them."""
+    """(segment ids, slope, where ALiBi says that they stand seen from the globals, its unit)."""
+    segments, placed, slope, unit = rows, rows, 0.0, 1.0
+    at = batch.to(tl.int64) * queries + row + rows
+    if SEGMENTS:
+        segments = tl.load(ids_q + at, mask=valid, other=-1)
+    if ALIBI:
+        slope = tl.load(slopes + batch * HEADS + head)
     if GIVEN:
+        placed = tl.load(far_at + at, mask=valid, other=0)
+        unit = tl.load(far_unit + batch)
+    return segments, slope, placed, unit
+
+
+@triton.jit
+def near_away(slope, at, column, ALIBI: tl.constexpr):
+    """What ALiBi takes off scores [queries, keys] of the window."""
+    if ALIBI:
+        column = slope * (at[:, None] - column[None, :]).to(tl.float32)
+    return column
+
+
+@triton.jit
+def far_away(
+    slope, position, placed, column, standing, far_rows, far_from, unit, clip,
+    ALIBI: tl.constexpr, GIVEN: tl.constexpr,
+):  # fmt: skip
+    """What it takes off scores [queries, rows] of the globals."""
+    away = column
+    if ALIBI and GIVEN:
         origin = tl.load(far_from + column, mask=column < far_rows, other=0)
-        distance = (placed[:, None] - origin[None, :]).to(tl.float32) * unit
-    else:
-        distance = tl.minimum(position[:, None] - standing[None, :], clip).to(tl.float32)
-    return distance
+        away = slope * ((placed[:, None] - origin[None, :]).to(tl.float32) * unit)
+    elif ALIBI:
+        away = slope * tl.minimum(position[:, None] - standing[None, :], clip).to(tl.float32)
+    return away

@@ -222,7 +222,7 @@ def expected(case):
 
 
 # Compiling is what costs: these two touch most lines, the others run in the slow lane.
-FAST = {"a chunk against a cache", "segments", "lists and no keys"}
+FAST = {"a chunk against a cache", "segments"}
 
 
 @pytest.mark.parametrize(

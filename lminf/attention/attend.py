@@ -213,7 +213,7 @@ def extend(
             f"spread rows over devices, or use a policy of positions"
         )
     if isinstance(layout, caches.PreRotated):
-        return decode.extend(policy, config, positions), stored_pos
+        return decode.extend(policy, config, layout, positions), stored_pos
     if isinstance(layout, caches.SlotCache):
         return slots.extend(policy, config, layout, positions), stored_pos
     if isinstance(layout, caches.CompressedPrompt):

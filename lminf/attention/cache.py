@@ -76,10 +76,13 @@ PositionLayout: TypeAlias = LinearCache | SinkRingCache  # a token's position sa
 
 @dataclass(frozen=True)
 class PreRotated:
-    """A ring of `window` rotated keys, as [B, K, window, H] in memory; sinks are in the state."""
+    """A ring of the last `window` keys, rotated, and the sinks where they seem. One of them is the
+    cache's k and v, as [L, B, K, S, H] in memory, and the other its state.
+    """
 
     window: int  # tokens
     sinks: int  # tokens
+    ring: bool  # whether k and v are the ring
 
     @property
     def slots(self) -> int:

@@ -1,10 +1,10 @@
 """One token per row: over the slots of a cache as it was read, or by kernels.lambda_decode over one
 whose keys are rotated.
 
-Under most policies the near keys seem where they are, and the first tokens at one other place. So
-at the end of a prompt the last `window` keys are rotated to their positions, head by head as the
-kernel reads them, and the sinks to where they seem. Nothing is rotated again while a token is kept,
-which was a fifth of a decoding step on a CPU (SmolLM2-135M, 4,096 tokens).
+Near keys seem where they are, and far ones where the policy says, whoever asks. So at the end of a
+prompt the last `window` keys are rotated to their positions, head by head as the kernel reads them,
+and the sinks, which may be all keys, to where they seem. Nothing is rotated again while a token is
+kept, which was a fifth of a decoding step on a CPU (SmolLM2-135M, 4,096 tokens).
 """
 
 import jax
@@ -60,22 +60,22 @@ def over_slots(policy: Policy, config, layout, slot_pos: Int[Array, "B S"], posi
 def prerotate(policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache) -> caches.Cache:
     """The cache with its keys rotated, for `extend`; itself, where a rotation would not stay right.
 
-    It would not where keys all along the text are placed twice, where the schedule changes with the
-    length of the text, where ALiBi's far distances differ by head, and where a policy selects,
-    evicts or compresses.
+    It would not where the schedule changes with the length of the text, where ALiBi's far distances
+    differ by head, where some heads have all keys near and some have all far, and where a policy
+    selects, evicts or compresses.
     """
-    layout, encoding = cache.layout, config.encoding
-    parts = head_policies(policy)
+    layout, encoding, parts = cache.layout, config.encoding, head_policies(policy)
+    windows, counts = [part.window for part in parts], [part.num_sinks for part in parts]
     if not policy.context_parallel or not isinstance(layout, caches.PositionLayout):
         return cache
     if isinstance(encoding, rope.Rotary) and isinstance(encoding.scaling, rope.DynamicNTK):
         return cache
-    if any(part.num_sinks is None for part in parts):
+    if (isinstance(encoding, rope.Alibi) and len(parts) > 1) or (
+        None in windows and None in counts
+    ):
         return cache
-    if isinstance(encoding, rope.Alibi) and len(parts) > 1:
-        return cache
-    sinks = max(part.num_sinks or 0 for part in parts)
-    window = layout.window if isinstance(layout, caches.SinkRingCache) else layout.slots
+    window = min(layout.slots if None in windows else max(windows), layout.slots)
+    sinks = layout.slots if None in counts else max(counts)
     last = cache.pos.max(1, keepdims=True)  # [B, 1]
     ring_pos = last - (last - jnp.arange(window, dtype=jnp.int32)[None]) % window  # of slot p % w
     held = jnp.clip(layout.slot(ring_pos), 0, layout.slots - 1)
@@ -84,33 +84,41 @@ def prerotate(policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache) -> 
     sink_pos = jnp.broadcast_to(jnp.arange(sinks, dtype=jnp.int32)[None], (len(last), sinks))
     by_sinks = _by_part(policy, config, placement, sink_pos, "key")
 
-    def of_layer(k, v):
-        def heads_first(x):
-            return x.swapaxes(1, 2).reshape(x.shape)
+    def ring_of(kv):
+        return placement.rotate(kv[0][row, held], by_ring), kv[1][row, held]
 
-        ring_k = placement.rotate(k[row, held], by_ring)
-        return heads_first(ring_k), heads_first(v[row, held])
+    def sinks_of(kv):
+        return by_sinks(kv[0][:, :sinks]), kv[1][:, :sinks]
 
-    def of_sinks(kv):
-        return by_sinks(kv.k[:, :sinks]).swapaxes(1, 2), kv.v[:, :sinks].swapaxes(1, 2)
+    def every_layer(part):
+        """[L, B, K, X, H] of rows [B, X, K, H]."""
+        found = jax.lax.map(lambda kv: tuple(x.swapaxes(1, 2) for x in part(kv)), both)
+        return {"k": found[0], "v": found[1]}
 
-    sink_k, sink_v = jax.lax.map(of_sinks, caches.KVState(cache.k, cache.v))
+    both = (cache.k, cache.v)
+    rotated = caches.PreRotated(window, sinks, ring=None not in counts)
+    main, other = (ring_of, sinks_of) if rotated.ring else (sinks_of, ring_of)
+    state = every_layer(other)
     if isinstance(layout, caches.LinearCache):
         # In place, layer by layer: it may fill the memory.
         def change(layer, kv):
-            new = of_layer(kv[0][layer], kv[1][layer])
-            return tuple(x.at[layer].set(y) for x, y in zip(kv, new, strict=True))
+            new = main((kv[0][layer], kv[1][layer]))
+            return tuple(
+                x.at[layer].set(y.swapaxes(1, 2).reshape(y.shape))
+                for x, y in zip(kv, new, strict=True)
+            )
 
-        k, v = jax.lax.fori_loop(0, len(cache.k), change, (cache.k, cache.v))
-    else:
-        k, v = jax.lax.map(lambda kv: of_layer(*kv), (cache.k, cache.v))
-    rotated = caches.PreRotated(window, sinks)
-    return caches.Cache(k, v, cache.pos, rotated, {"k": sink_k, "v": sink_v})
+        k, v = jax.lax.fori_loop(0, len(cache.k), change, both)
+        return caches.Cache(k, v, cache.pos, rotated, state)
+    found = every_layer(main)
+    kv = caches.KVState(found["k"], found["v"], state)
+    return caches.Cache(*both, cache.pos, rotated).updated(kv, cache.pos)
 
 
 def extend(
     policy: LayerPolicy,
     config: ScoreConfig,
+    layout: caches.PreRotated,
     positions: Int[Array, "B 1"],
 ):
     """The step of every layer, for one token per row, over a cache of rotated keys."""
@@ -123,22 +131,27 @@ def extend(
     new = (positions[:, 0] >= 0).astype(jnp.int32)
 
     def step(q, k, v, kv: caches.KVState, layer):
-        layers, batch, _, window, _ = kv.k.shape
-        sinks = kv.state["k"].shape[3]
+        layers, batch = kv.k.shape[:2]
         options: dict = {"scale": config.scale, "logits_soft_cap": config.soft_cap}
         if (slopes := config.slopes(q.shape[2])) is not None:
             (part,) = parts
-            far, rank = part.far_positions(), jnp.arange(sinks, dtype=jnp.int32)[None]
+            far, rank = part.far_positions(), jnp.arange(layout.sinks, dtype=jnp.int32)[None]
             options["alibi_slopes"] = slopes
             options["global_distance"] = kernels.GlobalDistance(
                 far.query(positions), far.key(rank), far.scale
             )
         if isinstance(policy, PerHead):
-            options["head_window"] = [part.window or window for part in policy.policies]
-            counts = jnp.array([part.num_sinks for part in policy.policies], jnp.int32)
-            options["global_count"] = jnp.broadcast_to(counts[None], (batch, len(counts)))
+            parts_ = [(part.window, part.num_sinks) for part in policy.policies]
+            options["head_window"] = [
+                layout.window if width is None else min(width, layout.window) for width, _ in parts_
+            ]
+            counts = [layout.sinks if count is None else count for _, count in parts_]
+            counts = jnp.array(counts, jnp.int32)[None]
+            options["global_count"] = jnp.broadcast_to(counts, (batch, counts.shape[1]))
         lengths = jnp.broadcast_to(length[None], (layers, batch))
-        cache = kernels.RollingCache(kv.state["k"], kv.state["v"], kv.k, kv.v, lengths)
+        main, other = (kv.k, kv.v), (kv.state["k"], kv.state["v"])
+        ring, far = (main, other) if layout.ring else (other, main)
+        cache = kernels.RollingCache(*far, *ring, lengths)
         cache = rolling.append(
             cache, placement.rotate(k, by_position), v, key_global=far_key(k), count=new,
             layer=layer,
@@ -146,8 +159,9 @@ def extend(
         out = kernels.lambda_decode(
             near_query(q)[:, 0], cache, layer=layer, query_global=far_query(q)[:, 0], **options
         )
-        state = {"k": cache.k_global, "v": cache.v_global}
-        return out[:, None], caches.KVState(cache.k_ring, cache.v_ring, state)
+        ring, far = (cache.k_ring, cache.v_ring), (cache.k_global, cache.v_global)
+        main, other = (ring, far) if layout.ring else (far, ring)
+        return out[:, None], caches.KVState(*main, dict(zip("kv", other, strict=True)))
 
     return step
 

@@ -259,9 +259,7 @@ def rotation(
     if isinstance(scaling, DynamicNTK):
         if length is None:
             raise ValueError("DynamicNTK needs length=, the number of tokens read so far")
-        turns = _split_traced(
-            scaling.frequencies_at(encoding.base, dim, length) * (scale / TURN)
-        )
+        turns = _split_traced(scaling.frequencies_at(encoding.base, dim, length) * (scale / TURN))
     else:
         turns = _split(scaling.frequencies(encoding.base, dim) * (scale / TURN))
     # One frequency for all rows, or one for each row: [P] or [*B 1 P] beside positions [*B T 1].

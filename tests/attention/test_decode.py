@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from lminf.attention import attend, cache, decode, rope, scores
-from lminf.attention.policy import Full, Lambda, LMInfinite, PerHead, ReRoPE, Streaming, Window
+from lminf.attention.policy import (
+    Full,
+    Lambda,
+    LeakyReRoPE,
+    LMInfinite,
+    PerHead,
+    ReRoPE,
+    SelfExtend,
+    Streaming,
+    Window,
+)
 from tests.attention import cases
 
 POLICIES = {
@@ -18,6 +28,10 @@ POLICIES = {
     "lm_infinite": LMInfinite(5, 3),
     "lm_infinite_distance": LMInfinite(6, 3, distance=4),
     "streaming": Streaming(5, 3),
+    "rerope_log": ReRoPE(5, log_from=9),
+    "self_extend": SelfExtend(5, 2),
+    "leaky_beyond": LeakyReRoPE(40, 4),
+    "per_head_all": PerHead((SelfExtend(5, 2), LMInfinite(6, 3))),
     "per_head": PerHead((LMInfinite(7, 2), Streaming(4, 3))),
 }
 READ = 9  # tokens before the first one written
@@ -57,7 +71,9 @@ COVER = [
     (policy, encoding, (1, 3)[(i + j) % 2])
     for i, policy in enumerate(POLICIES)
     for j, encoding in enumerate(("rotary", "partial", "yarn", "alibi", "none"))
-    if (i + j) % 3 and (policy, encoding) != ("per_head", "alibi")
+    if (i + j) % 3
+    and (policy, encoding) != ("per_head", "alibi")
+    and (policy, encoding) != ("per_head_all", "alibi")
 ]
 
 
@@ -86,7 +102,7 @@ def test_tokens_decoded_over_rotated_keys_are_those_of_the_cache_itself(policy, 
 def test_a_cache_stays_as_it_is_where_a_rotation_would_not_stay_right():
     dynamic = rope.Rotary(100.0, 8, "half", rope.DynamicNTK(2.0, 12))
     for policy, encoding in (
-        (ReRoPE(5), cases.HALF),
+        (PerHead((Full(), ReRoPE(5))), cases.HALF),
         (Full(), dynamic),
         (POLICIES["per_head"], cases.ENCODINGS["alibi"]),
     ):

@@ -22,7 +22,7 @@ import pytest
 from docs import make_tables
 from kernels import suite
 from lminf import cli
-from lminf.attention import policies
+from lminf.attention import policy as policies
 from lminf.commands import _model, sweep
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.lm import LM

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from lminf.attention.policies import ByContent, LayerPolicy, PerHead, Policy
+from lminf.attention.policy import LayerPolicy, PerHead, Policy
 from lminf.models import decoder
 from lminf.models.spec import ModelSpec
 
@@ -60,10 +60,9 @@ def attended_pairs(policy: Policy, length: int) -> int:
 
 def attended_tokens(policy: Policy) -> int | None:
     """The most tokens that a query sees; None: all before it."""
-    if policy.near_width is None or policy.far_count is None:
+    if policy.window is None or policy.num_sinks is None:
         return None
-    looked_up = policy.looked_up if isinstance(policy, ByContent) else 0
-    return policy.near_width + policy.far_count + looked_up
+    return policy.window + policy.num_sinks + policy.max_selected
 
 
 def cache_bytes(
@@ -73,5 +72,5 @@ def cache_bytes(
     caches = jax.eval_shape(
         lambda: decoder.init_caches(spec, by_layer, batch=1, capacity=tokens, dtype=dtype)
     )
-    held = jax.tree.leaves([stored.held for stored in caches])
+    held = jax.tree.leaves([stored.kv for stored in caches])
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in held)

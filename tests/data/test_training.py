@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lminf.attention import policies
+from lminf.attention import policy as policies
 from lminf.data import store, tokenizing
 from lminf.data.loader import Loader
 from lminf.data.plans import BestFit

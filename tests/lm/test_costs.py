@@ -6,7 +6,7 @@ import pytest
 
 from lminf import generation
 from lminf import lm as language_model
-from lminf.attention.policies import Full, LMInfinite
+from lminf.attention.policy import Full, LMInfinite
 from lminf.generation import GREEDY
 from lminf.losses import xent
 from lminf.models import decoder

@@ -9,7 +9,7 @@ import pytest
 
 from lminf import checkpoints
 from lminf.attention import rope
-from lminf.attention.policies import Full, LMInfinite, PerHead, SelfExtend, Window
+from lminf.attention.policy import Full, LMInfinite, PerHead, SelfExtend, Window
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
 from lminf.lm import LM, NLL

@@ -20,7 +20,7 @@ Time       an instant
 
 from configs import base
 from lminf.config import to_config
-from lminf.attention.policies import LMInfinite
+from lminf.attention.policy import LMInfinite
 
 
 def get_config(arg=""):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import _training
-from lminf.attention.policies import POLICIES
+from lminf.attention.policy import POLICIES
 from lminf.config import CLASS, parse_choice
 from lminf.data.loader import parse_plan
 from lminf.run import header, request

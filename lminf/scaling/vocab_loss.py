@@ -217,8 +217,11 @@ class VocabLaw3:
             weights = resample.bootstrap_weights(
                 vocab_isoflop.clusters(kept, cluster), draws=draws, seed=seed
             )
+            starts = STARTS
+            if len(kept) > engine.EXPLORED_ROWS:  # all of them took half of the time
+                starts = np.concatenate([found.parameters, STARTS[::6]])
             sample = engine.minimise(
-                residual, columns, starts=STARTS, lower=lower, upper=upper, weights=weights
+                residual, columns, starts=starts, lower=lower, upper=upper, weights=weights
             )
             named: dict[str, np.ndarray] = dict(zip(PARAMETERS, sample.parameters.T, strict=True))
             drawn, how, spans, notes = laws.draw_summary(

@@ -2,12 +2,13 @@
 
 import json
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from lminf import cli
+from lminf import cli, scaling
 from lminf.errors import InputError
 from lminf.run import request, sweep
 from lminf.scaling import plan
@@ -37,6 +38,13 @@ def test_no_token_is_read_twice():
     assert found.flops < 1e15
 
 
+def test_a_small_vocabulary_study_has_small_batches_for_its_steps():
+    for budget, batch in ((1e12, 2), (1e13, 8)):
+        found = plan.vocab(budget, text_tokens=1e12)
+        assert found.batches == (batch,)
+        assert found.groups[0].tokens / (128 * batch) >= plan.STEPS
+
+
 def test_too_little_is_refused():
     with pytest.raises(InputError, match=r"too few to train anything; give at least"):
         plan.vocab(1e9, text_tokens=1e7)
@@ -59,7 +67,7 @@ def test_a_plan_needs_a_budget():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "cells"), [("vocab", 12), ("step", 24)])
+@pytest.mark.parametrize(("kind", "cells"), [("vocab", 12), ("step", 18)])
 def test_the_run_list_is_a_sweep(kind, cells, tmp_path, capsys):
     """On this machine: its speed is measured."""
     file = tmp_path / "planned.py"
@@ -75,3 +83,27 @@ def test_the_run_list_is_a_sweep(kind, cells, tmp_path, capsys):
     assert len(listed) == cells
     assert asked.config.replicates == found["replicates"]
     assert list(asked.config.rates) == found["rates"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["vocab", "step"])
+def test_the_documented_lines_end_in_a_law(kind, tmp_path, monkeypatch, capsys):
+    """The four lines of docs/scaling_laws.md, for less compute and fewer cells: two minutes."""
+    monkeypatch.chdir(tmp_path)
+    smaller = {"vocab": {"sizes": 3}, "step": {"rates": 3, "batches": 2}}[kind]
+    whole = getattr(plan, kind)
+    monkeypatch.setattr(plan, kind, lambda *args, **options: whole(*args, **options, **smaller))
+    page = (Path(__file__).parents[2] / "docs/scaling_laws.md").read_text(encoding="utf-8")
+    block = page.split("From a budget to a law")[1].split("```console\n")[1].split("```")[0]
+    lines = [line.split() for line in block.replace("vocab", kind).splitlines()]
+    assert [line[2] for line in lines] == ["plan", kind, "collect", "fit"]
+    assert lines[0][4] == "--flops"
+    lines[0][5] = "5e11"
+    if kind == "step":  # of approach 3 alone
+        lines[3] = [word for word in lines[3] if word not in ("--mode", "tokens")]
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes
+        for line in lines:
+            cli.main(line[1:])
+    law = scaling.load("mine.json")
+    assert law.kind == {"vocab": "vocab-loss", "step": "step"}[kind]
+    assert all(map(math.isfinite, law.constants.values()))

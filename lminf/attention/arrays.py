@@ -97,7 +97,8 @@ def attend_stepwise(
     # Before the prompt's end, then after it: chunks of one size in a row are one scan.
     split = 0 if prompt is None else ends.index(prompt) + 1
     for count, size in _runs(chunks[:split], chunks[split:]):
-        if start == prompt and (layer.needs_prompt or max(chunks[split:]) == 1):
+        ready = layer.needs_prompt or set(chunks[split:]) == {1}
+        if prompt is not None and start == prompt and ready:
             cache = forms.after_prompt(layer, config, cache, length=prompt, room=tokens - prompt)
 
         def read(carry, chunk, layout=cache.layout):
@@ -105,7 +106,7 @@ def attend_stepwise(
             step, pos = forms.extend(
                 layer, config, layout, pos, chunk[0], implementation=implementation
             )
-            out, kv = step(*chunk[1:], kv, jnp.int32(0))
+            out, kv = step(chunk[1], chunk[2], chunk[3], kv, jnp.int32(0))
             return (kv, pos), out
 
         def cut(x, start=start, count=count, size=size):

@@ -130,18 +130,18 @@ class Cache:
     @property
     def kv(self) -> KVState:
         """What layers hold; of rotated keys [L, B, K, S, H], as they lie."""
-        return KVState(*self._turned(self.k, self.v), self.state)
+        return KVState(self._turned(self.k), self._turned(self.v), self.state)
 
     def updated(self, kv: KVState, pos: Int[Array, "B S"]) -> "Cache":
         """The cache with what the layers gave back. Arrays keep their shapes, so that a cache can
         be rotated where it lies; inside the layers' loop a reshape would make XLA copy them all.
         """
-        return Cache(*self._turned(kv.k, kv.v), pos, self.layout, kv.state)
+        return Cache(self._turned(kv.k), self._turned(kv.v), pos, self.layout, kv.state)
 
-    def _turned(self, *arrays: Any) -> tuple[Any, ...]:
+    def _turned(self, x: Any) -> Any:
         if not isinstance(self.layout, PreRotated):
-            return arrays
-        return tuple(x.reshape(*x.shape[:2], x.shape[3], x.shape[2], x.shape[4]) for x in arrays)
+            return x
+        return x.reshape(*x.shape[:2], x.shape[3], x.shape[2], x.shape[4])
 
 
 def layout_for(policy: LayerPolicy, capacity: int) -> Layout:

@@ -7,6 +7,8 @@ and the sinks, which may be all keys, to where they seem. Nothing is rotated aga
 kept, which was a fifth of a decoding step on a CPU (SmolLM2-135M, 4,096 tokens).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
@@ -65,7 +67,8 @@ def prerotate(policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache) -> 
     selects, evicts or compresses.
     """
     layout, encoding, parts = cache.layout, config.encoding, head_policies(policy)
-    windows, counts = [part.window for part in parts], [part.num_sinks for part in parts]
+    windows: list[Any] = [part.window for part in parts]
+    counts: list[Any] = [part.num_sinks for part in parts]
     if not policy.context_parallel or not isinstance(layout, caches.PositionLayout):
         return cache
     if isinstance(encoding, rope.Rotary) and isinstance(encoding.scaling, rope.DynamicNTK):
@@ -112,7 +115,7 @@ def prerotate(policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache) -> 
         return caches.Cache(k, v, cache.pos, rotated, state)
     found = every_layer(main)
     kv = caches.KVState(found["k"], found["v"], state)
-    return caches.Cache(*both, cache.pos, rotated).updated(kv, cache.pos)
+    return caches.Cache(cache.k, cache.v, cache.pos, rotated).updated(kv, cache.pos)
 
 
 def extend(
@@ -159,9 +162,10 @@ def extend(
         out = kernels.lambda_decode(
             near_query(q)[:, 0], cache, layer=layer, query_global=far_query(q)[:, 0], **options
         )
+        assert isinstance(out, jax.Array)  # residuals are not asked for
         ring, far = (cache.k_ring, cache.v_ring), (cache.k_global, cache.v_global)
         main, other = (ring, far) if layout.ring else (far, ring)
-        return out[:, None], caches.KVState(*main, dict(zip("kv", other, strict=True)))
+        return out[:, None], caches.KVState(main[0], main[1], {"k": other[0], "v": other[1]})
 
     return step
 

@@ -96,9 +96,9 @@ def _written(value: Any) -> str:
 class LayerPolicy(Named):
     """What a layer's cache and the language model ask of its policy."""
 
-    bounded: bool  # whether a fixed number of tokens is all that is ever seen
+    bounded: Any  # bool: whether a fixed number of tokens is all that is ever seen
 
-    evict_every: int | None = None  # tokens between the boundaries that no chunk may cross
+    evict_every: Any = None  # int | None: tokens between the boundaries that no chunk may cross
     context_parallel = True  # whether a row's tokens may lie on several devices
     needs_rotary = False  # whether it places keys where they are not, by rotating them
     needs_prompt = False  # whether it acts at the end of a prompt, and a text needs one
@@ -134,8 +134,10 @@ class Policy(LayerPolicy):
     What may be a field has no default here: a dataclass would take it for the field's own.
     """
 
-    window: int | None  # tokens seen at their true distance, the query's own included; None: all
-    num_sinks: int | None  # tokens at the start seen beyond the near ones; None: all
+    # int | None, as fields or properties. Tokens seen at their true distance, the query's own
+    # included, and tokens at the start seen beyond those; None: all.
+    window: Any
+    num_sinks: Any
 
     window_field = "window"  # the field that `window` comes from
     max_selected = 0  # tokens, at most, that are seen beside the near ones and the sinks

@@ -79,7 +79,7 @@ class Placement:
     def away(self, q: Float[Array, "B X N H"], distance: int) -> Float[Array, "B X N H"]:
         """q such that keys as they are stored seem to be so far away."""
         by = self.rotation(jnp.full(q.shape[:2], distance, jnp.int32))
-        if by is None:
+        if by is None or not isinstance(self.encoding, rope.Rotary):
             return q
         # Keys rotated by nothing would still carry the schedule's temperature, in the channels
         # that rotate.

@@ -12,7 +12,7 @@ read alone selects alone.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,16 +30,19 @@ from lminf.errors import InputError
 class SparsePolicy(Policy):
     """Selects among all earlier tokens. Subclasses say which, and what they remember."""
 
-    bounded = False  # what may be selected is anything
     context_parallel = False
 
-    group: int  # queries that select together, where they are read together
-    # Where what is selected seems to be: so far away from every query, where it is, or where it
-    # stands in the list of all that is seen.
-    selected_distance: int | Literal["true", "packed"]
+    group: Any  # int: queries that select together, where they are read together
+    # int | "true" | "packed". Where what is selected seems to be: so far away from every query,
+    # where it is, or where it stands in the list of all that is seen.
+    selected_distance: Any
     last_only = False  # whether only the last query of a call selects, and others see a window
     dense_layers = 0  # layers at the start, of those with this policy, that see everything
     ranks_by_products = False  # so that ALiBi's bias would be missing
+
+    @property
+    def bounded(self) -> bool:
+        return False  # what may be selected is anything
 
     def cache_layout(self, capacity: int) -> caches.LinearCache:
         return caches.LinearCache(capacity)
@@ -87,7 +90,7 @@ class SelectedBlocks(NamedTuple):
 
     chosen: Bool[Array, "B R N M"]  # of all M blocks of the text
     size: int
-    count: Int[Array, ""]  # blocks there are to visit
+    visited: Int[Array, ""]  # of these the first so many are visited
 
 
 # --- Groups of queries ----------------------------------------------------------------------------
@@ -423,6 +426,6 @@ def _visit_blocks(query, blocks: SelectedBlocks):
         jnp.zeros(shape, jnp.float32),
         jnp.zeros((*shape, q.shape[3]), jnp.float32),
     )
-    _, total, out = jax.lax.fori_loop(jnp.int32(0), blocks.count.astype(jnp.int32), visit, start)
+    _, total, out = jax.lax.fori_loop(jnp.int32(0), blocks.visited.astype(jnp.int32), visit, start)
     out = out / jnp.where(total == 0, 1.0, total)[..., None]
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)

@@ -51,15 +51,16 @@ def attention_flops(spec: ModelSpec, by_layer: Sequence[LayerPolicy], length: in
     )
 
 
-def attended_pairs(policy: Policy, length: int) -> int:
+def attended_pairs(policy: LayerPolicy, length: int) -> int:
     """(query, key) pairs that a text of `length` tokens attends over, each counted once."""
     most = attended_tokens(policy)
     most = length if most is None else min(most, length)
     return most * (most + 1) // 2 + (length - most) * most
 
 
-def attended_tokens(policy: Policy) -> int | None:
-    """The most tokens that a query sees; None: all before it."""
+def attended_tokens(policy: LayerPolicy) -> int | None:
+    """The most tokens that a query of a head sees; None: all before it."""
+    assert isinstance(policy, Policy)
     if policy.window is None or policy.num_sinks is None:
         return None
     return policy.window + policy.num_sinks + policy.max_selected

@@ -15,6 +15,7 @@ the model's own: this saves work, and does not reach past the trained length.
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +34,8 @@ class HierarchicalSelect(sparse.SparsePolicy):
     before it searches again, and the window where it then began.
     """
 
-    window: int  # tokens, the query's own included
-    sinks: int  # tokens at the start that stay visible
-    query_block: int  # tokens that see the same, where they are read together
+    sinks: Any  # int: tokens at the start that stay visible
+    query_block: Any  # int: tokens that see the same, where they are read together
 
     ranks_by_products = True
     window_slack = 0  # tokens that a window may have beyond its width
@@ -89,7 +89,8 @@ class HierarchicalSelect(sparse.SparsePolicy):
         """What the last stage keeps, where the window begins, and what is remembered of it, which
         is something where the token is read alone.
         """
-        first, layer, block_ids = query.group.first, query.layer, None
+        first, layer = query.group.first, query.layer
+        block_ids: Any = None
         start = self.window_start(first)
         if not query.alone:
             for stage in range(len(self.refreshes)):

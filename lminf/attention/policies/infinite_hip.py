@@ -99,11 +99,11 @@ class InfiniteHiP(hip.HierarchicalSelect):
     def window_start(self, first):
         return jnp.maximum(first - self.window + 1, self.sinks)
 
-    def tokens(self, blocks, start):
+    def tokens(self, block_ids, start):
         inside = jnp.arange(self.chunk[-1], dtype=jnp.int32)[None, None, None]
-        pos = self.sinks + blocks[..., None] * self.chunk[-1] + inside
-        held = (blocks[..., None] >= 0) & (pos < start[:, None, None, None])
-        return jnp.where(held, pos, -1).reshape(*blocks.shape[:2], -1)
+        pos = self.sinks + block_ids[..., None] * self.chunk[-1] + inside
+        held = (block_ids[..., None] >= 0) & (pos < start[:, None, None, None])
+        return jnp.where(held, pos, -1).reshape(*block_ids.shape[:2], -1)
 
     def table_size(self, slots, rows):
         stages = range(len(self.chunk))

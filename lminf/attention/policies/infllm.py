@@ -151,12 +151,13 @@ class InfLLM(sparse.SparsePolicy):
 
         def load(row, block):
             start = (query.layer, row, self.sinks + block * self.block, 0, 0)
-            return tuple(jax.lax.dynamic_slice(x, start, size)[0, 0] for x in (store.k, store.v))
+            k, v = (jax.lax.dynamic_slice(x, start, size)[0, 0] for x in (store.k, store.v))
+            return k, v
 
         rank = jnp.arange(block_ids.shape[1], dtype=jnp.int32)[None]
         *blocks, resident = block_cache.ask(resident, query.layer, block_ids, rank < count, load)
         row = jnp.minimum(jnp.arange(pos.shape[1]), block_ids.shape[1] * self.block - 1)
-        kv = tuple(
+        k, v = (
             jnp.where(
                 in_block[..., None, None],
                 some.reshape(len(some), -1, *some.shape[3:])[:, row],
@@ -164,7 +165,7 @@ class InfLLM(sparse.SparsePolicy):
             ).astype(query.q.dtype)
             for some, stored in zip(blocks, (store.k, store.v), strict=True)
         )
-        return kv, resident
+        return (k, v), resident
 
     def observe(self, state, query, selected, received):
         """What the window's tokens received, and the summaries of blocks that now exist."""

@@ -36,8 +36,9 @@ class PromptCompression(Policy):
     needs_prompt = True
     context_parallel = False
 
-    capacity: int | None  # tokens of the prompt that stay, the last ones included; None: all
-    pooling: int  # neighbours over which attention is averaged before tokens are chosen
+    # int | None: tokens of the prompt that stay, the last ones included; None: all.
+    capacity: Any
+    pooling: Any  # int: neighbours over which attention is averaged before tokens are chosen
 
     asking_field: str  # of tokens at the end of the prompt
 

@@ -59,7 +59,8 @@ def demo(tmp_path, monkeypatch):
 
 
 def parse(*arguments):
-    return request.parse("demo", ["--config=demo.py", *arguments])
+    given = any(word.partition("=")[0] == "--config" for word in arguments)
+    return request.parse("demo", [*arguments] if given else ["--config=demo.py", *arguments])
 
 
 def experiment(error="InputError('the text has 3 tokens; give a longer one')"):

@@ -1,5 +1,6 @@
 """Tables for the scaling tests: the shared files where they are, and synthetic sweeps."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,18 @@ def dense_table() -> StepTable:
     table = whole_dense_table()
     left_out = [(table.n == n) & np.isclose(table.d, d) for n, d in LEFT_OUT_GROUPS]
     return table.select(~np.logical_or.reduce(left_out))
+
+
+def dense_file(folder: Path) -> Path:
+    """The rows of `dense_table` as a file of the published schema."""
+    with shared(DENSE).open(newline="", encoding="utf-8") as source:
+        header, *rows = csv.reader(source)
+    n, d = header.index("N"), header.index("D")
+    path = folder / "dense.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        kept = [row for row in rows if (float(row[n]), float(row[d])) not in LEFT_OUT_GROUPS]
+        csv.writer(file).writerows([header, *kept])
+    return path
 
 
 FAMILIES = ((33e6, 512), (85e6, 768), (151e6, 768), (302e6, 1024), (631e6, 1536), (1.13e9, 2048))

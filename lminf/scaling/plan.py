@@ -91,7 +91,7 @@ def vocab(
     """Vocabularies in factors of two at equal FLOPs, for three shapes of as many tokens each; the
     text has `text_tokens` bytes to be read once, the most that the smallest vocabulary can take.
     """
-    rates = 3
+    rates = 2
     shapes, flops = _shared(budget, sizes * rates * replicates, count=3, lengths=(1,))
     top = shapes[0]
     law = published.ISOFLOP.optimum(n_nv=top.parameters, d=top.width, flops=flops).vocab_size
@@ -107,7 +107,7 @@ def vocab(
     peak = 6e-3 * math.sqrt(64 / top.width)
     fitting = 2.0 ** math.floor(math.log2(tokens / (length * STEPS)))
     batch = int(min(8, max(1, fitting)))
-    return Plan(groups, chosen, (peak / 2, peak, 2 * peak), (batch,), replicates)
+    return Plan(groups, chosen, (peak, 2 * peak), (batch,), replicates)
 
 
 def step(
@@ -124,11 +124,6 @@ def step(
     ]
     share = flops * sum(shape.parameters for shape in shapes) / shapes[0].parameters
     tokens = min(share / sum(per_token), text_tokens)
-    groups = tuple(
-        Group(shape, int(tokens * part), tokens * part * each)
-        for shape, each in zip(shapes, per_token, strict=True)
-        for part in lengths
-    )
     point = rivals.rule("step").setting(rivals.Query(shapes[0].parameters, tokens, None, None))
     assert point.batch is not None
     middle = max(2, round(math.log2(point.batch / length)))
@@ -137,6 +132,14 @@ def step(
     peak = 2.0 ** round(math.log2(point.lr))
     grid = tuple(peak * 2.0 ** (i - rates + 3) for i in range(rates))
     chosen = tuple(2 ** (lowest + i) for i in range(batches))
+    # Whole steps of the largest batch: a group is of one D, whatever its batches.
+    whole = chosen[-1] * length
+    counts = [max(1, int(tokens * part / whole)) * whole for part in lengths]
+    groups = tuple(
+        Group(shape, count, count * each)
+        for shape, each in zip(shapes, per_token, strict=True)
+        for count in counts
+    )
     return Plan(groups, (vocab_size,), grid, chosen, replicates)
 
 

@@ -210,6 +210,12 @@ class VocabLaw3:
             weights=np.ones((1, len(kept))),
         )  # fmt: skip
         laws.require_determined("approach 3", PARAMETERS, residual, columns, found)
+        if found.bound[0][1] < 0:
+            raise InputError(
+                "approach 3: no vocabulary of the table is too small for its runs (A2 is on its "
+                "lower bound), so it determines no best one; train longer, or add smaller "
+                "vocabularies"
+            )
         constants = dict(zip(PARAMETERS, map(float, found.parameters[0]), strict=True))
         budget = {"ln_k_nnv": vocab_derivative.budget_constant(table, fertility), "alpha_nnv": 0.5}
         drawn, how, spans, notes = {}, "", {}, ()

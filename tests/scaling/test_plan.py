@@ -17,7 +17,8 @@ from lminf.scaling import plan
 @pytest.mark.parametrize("budget", [2e12, 1e13, 1e15])
 def test_a_plan_spends_its_budget(budget):
     for found in (plan.vocab(budget, text_tokens=1e12), plan.step(budget, text_tokens=1e12)):
-        assert found.flops == pytest.approx(budget, rel=1e-6)
+        whole = budget >= 1e13 or found.batches[1:] == ()  # few steps do not fill a budget
+        assert found.flops == pytest.approx(budget, rel=0.02 if whole else 0.1)
         assert len({group.shape for group in found.groups}) >= 2
         assert all(b == 2 * a for a, b in zip(found.sizes, found.sizes[1:], strict=False))
         assert list(found.rates) == sorted(found.rates)
@@ -36,6 +37,15 @@ def test_no_token_is_read_twice():
     found = plan.vocab(1e15, text_tokens=1e7)
     assert {group.tokens for group in found.groups} == {10**7}
     assert found.flops < 1e15
+
+
+def test_all_batches_of_a_group_train_on_as_many_tokens():
+    """With tokens rounded to steps of its own, each batch was a group, and nothing was compared."""
+    for budget in (1e12, 3e12, 1e13):
+        found = plan.step(budget, text_tokens=1e12)
+        assert len({group.tokens for group in found.groups}) == 3
+        for group in found.groups:
+            assert all(group.tokens % (64 * batch) == 0 for batch in found.batches)
 
 
 def test_a_small_vocabulary_study_has_small_batches_for_its_steps():
@@ -74,7 +84,7 @@ def test_the_run_list_is_a_sweep(kind, cells, tmp_path, capsys):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes
         cli.main(["scaling", "plan", kind, "--flops", "2e12", f"--out={file}", "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert found["flops"] == pytest.approx(2e12, rel=1e-6)
+    assert found["flops"] == pytest.approx(2e12, rel=0.1)
     assert found["measured_flops_per_second"] > 1e7
     assert found["hours"] > 0
     asked = request.parse(f"{kind}_sweep", [f"--config={file}"])
@@ -98,7 +108,7 @@ def test_the_documented_lines_end_in_a_law(kind, tmp_path, monkeypatch, capsys):
     lines = [line.split() for line in block.replace("vocab", kind).splitlines()]
     assert [line[2] for line in lines] == ["plan", kind, "collect", "fit"]
     assert lines[0][4] == "--flops"
-    lines[0][5] = "5e11"
+    lines[0][5] = {"vocab": "2e12", "step": "5e11"}[kind]
     if kind == "step":  # of approach 3 alone
         lines[3] = [word for word in lines[3] if word not in ("--mode", "tokens")]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes

@@ -90,21 +90,12 @@ def test_the_chinchilla_law_is_recovered():
 
 @pytest.mark.slow
 def test_the_density_law_is_recovered():
-    """Both steps. Draws start at the point estimate."""
     results = []
     for seed in range(DATASETS):
         table = data.synthetic_density(0.01, seed)
-        one = np.ones((1, len(table)))
-        weights = resample.bootstrap_weights(table.run, draws=DRAWS, seed=seed)
-        first = density._fit_loss(table, one).parameters
-        sample = density._fit_loss(table, weights, starts=first)
-        kept = sample.parameters[sample.converged]
-        assert len(kept) > 0.8 * DRAWS
-        a, b, alpha, beta = kept.T
-        draws = {
-            "a": np.exp(a + alpha * np.log(1e6)), "b": np.exp(b + beta * np.log(1e9)),
-            "alpha": alpha, "beta": beta,
-        }  # fmt: skip
+        drawn = density.DensityLaw().fit(table, draws=DRAWS, seed=seed).draws
+        draws = {name: np.asarray(drawn[name]) for name in ("a", "b", "alpha", "beta")}
+        assert len(draws["a"]) > 0.8 * DRAWS
         truth = {name: data.DENSITY_TRUTH[name] for name in draws}
         results.append(covered(truth, draws))
     assert_covered(results)

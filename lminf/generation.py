@@ -197,7 +197,8 @@ def prepare_decoding(module: decoder.Decoder, caches, *, length: int, room: int)
         linear = [isinstance(each.layout, cache.LinearCache) for each in caches]
         ours = tuple(x if whole else None for x, whole in zip(caches, linear, strict=True))
         others = tuple(None if whole else x for x, whole in zip(caches, linear, strict=True))
-        return _prerotate(module, ours, others)
+        rotated = _prerotate(module, ours, others)
+        return tuple(each.for_decoding(free=True) for each in rotated)
     return _compress(module, caches, *(-(-tokens // ROUND) * ROUND for tokens in (length, room)))
 
 

@@ -100,6 +100,7 @@ def attend_stepwise(
         ready = layer.needs_prompt or set(chunks[split:]) == {1}
         if prompt is not None and start == prompt and ready:
             cache = forms.after_prompt(layer, config, cache, length=prompt, room=tokens - prompt)
+            cache = cache.for_decoding()
 
         def read(carry, chunk, layout=cache.layout):
             kv, pos = carry

@@ -129,19 +129,28 @@ class Cache:
 
     @property
     def kv(self) -> KVState:
-        """What layers hold; of rotated keys [L, B, K, S, H], as they lie."""
-        return KVState(self._turned(self.k), self._turned(self.v), self.state)
+        return KVState(self.k, self.v, self.state)
 
     def updated(self, kv: KVState, pos: Int[Array, "B S"]) -> "Cache":
-        """The cache with what the layers gave back. Arrays keep their shapes, so that a cache can
-        be rotated where it lies; inside the layers' loop a reshape would make XLA copy them all.
-        """
-        return Cache(self._turned(kv.k), self._turned(kv.v), pos, self.layout, kv.state)
+        """The cache with what the layers gave back."""
+        return Cache(kv.k, kv.v, pos, self.layout, kv.state)
 
-    def _turned(self, x: Any) -> Any:
+    def for_decoding(self, *, free: bool = False) -> "Cache":
+        """Rotated keys and their values as the kernel reads them, [L, B, K, S, H]. With `free`
+        arrays that were copied are given up at once: inside a program that decodes, the reshape
+        would copy all layers with each token.
+        """
         if not isinstance(self.layout, PreRotated):
-            return x
-        return x.reshape(*x.shape[:2], x.shape[3], x.shape[2], x.shape[4])
+            return self
+
+        def by_head(x: Any) -> Any:
+            turned = x.reshape(*x.shape[:2], x.shape[3], x.shape[2], x.shape[4])
+            if free:
+                turned.block_until_ready()
+                x.delete()
+            return turned
+
+        return Cache(by_head(self.k), by_head(self.v), self.pos, self.layout, self.state)
 
 
 def layout_for(policy: LayerPolicy, capacity: int) -> Layout:

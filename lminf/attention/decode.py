@@ -60,7 +60,7 @@ def over_slots(policy: Policy, config, layout, slot_pos: Int[Array, "B S"], posi
 
 
 def prerotate(policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache) -> caches.Cache:
-    """The cache with its keys rotated, for `extend`; itself, where a rotation would not stay right.
+    """The cache with its keys rotated; itself, where a rotation would not stay right.
 
     It would not where the schedule changes with the length of the text, where ALiBi's far distances
     differ by head, where some heads have all keys near and some have all far, and where a policy
@@ -114,8 +114,8 @@ def prerotate(policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache) -> 
         k, v = jax.lax.fori_loop(0, len(cache.k), change, both)
         return caches.Cache(k, v, cache.pos, rotated, state)
     found = every_layer(main)
-    kv = caches.KVState(found["k"], found["v"], state)
-    return caches.Cache(cache.k, cache.v, cache.pos, rotated).updated(kv, cache.pos)
+    k, v = (found[name].reshape(*found[name].shape[:2], -1, *cache.k.shape[3:]) for name in "kv")
+    return caches.Cache(k, v, cache.pos, rotated, state)
 
 
 def extend(

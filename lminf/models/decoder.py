@@ -460,7 +460,7 @@ def prepare_decoding(
     length: int,
     room: int,
 ) -> tuple[cache.Cache, ...]:
-    """`attend.after_prompt` of every layer's cache."""
+    """`attend.after_prompt` of every layer's cache. What it rotated wants `for_decoding` after."""
     config = score_config(spec)
     return tuple(
         attend.after_prompt(policy, config, stored, length=length, room=room)

@@ -52,6 +52,7 @@ def written(policy, scoring, positions, *, rotated):
         if rotated:
             stored = decode.prerotate(policy, scoring, stored)
             assert isinstance(stored.layout, cache.PreRotated)
+            stored = stored.for_decoding()
 
         def one(carry, token):
             (held, pos), (at, *new) = carry, token

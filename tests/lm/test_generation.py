@@ -214,4 +214,5 @@ def test_explain_names_the_kernels_that_reading_and_decoding_run(lm):
 
     assert kernels_of(caches, 8, 0) == [("lambda_attention", "xla")] * 2
     ready = decoder.prepare_decoding(lm.spec, module.policies, caches, length=8, room=8)
+    ready = tuple(each.for_decoding() for each in ready)
     assert kernels_of(ready, 1, 8) == [("lambda_decode", "xla")] * 2

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -96,24 +97,21 @@ def test_the_run_list_is_a_sweep(kind, cells, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["vocab", "step"])
-def test_the_documented_lines_end_in_a_law(kind, tmp_path, monkeypatch, capsys):
-    """The four lines of docs/scaling_laws.md, for less compute and fewer cells: two minutes."""
+def test_the_documented_lines_end_in_a_step_law(tmp_path, monkeypatch, capsys):
+    """The four lines of docs/scaling_laws.md, for less compute and fewer cells: three minutes."""
     monkeypatch.chdir(tmp_path)
-    smaller = {"vocab": {"sizes": 3}, "step": {"rates": 3, "batches": 2}}[kind]
-    whole = getattr(plan, kind)
-    monkeypatch.setattr(plan, kind, lambda *args, **options: whole(*args, **options, **smaller))
+    whole = plan.step
+    monkeypatch.setattr(plan, "step", partial(whole, rates=3, batches=2))
     page = (Path(__file__).parents[2] / "docs/scaling_laws.md").read_text(encoding="utf-8")
     block = page.split("From a budget to a law")[1].split("```console\n")[1].split("```")[0]
-    lines = [line.split() for line in block.replace("vocab", kind).splitlines()]
-    assert [line[2] for line in lines] == ["plan", kind, "collect", "fit"]
+    lines = [line.split() for line in block.replace("vocab", "step").splitlines()]
+    assert [line[2] for line in lines] == ["plan", "step", "collect", "fit"]
     assert lines[0][4] == "--flops"
-    lines[0][5] = {"vocab": "2e12", "step": "5e11"}[kind]
-    if kind == "step":  # of approach 3 alone
-        lines[3] = [word for word in lines[3] if word not in ("--mode", "tokens")]
+    lines[0][5] = "5e11"
+    lines[3] = [word for word in lines[3] if word not in ("--mode", "tokens")]  # of vocab alone
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes
         for line in lines:
             cli.main(line[1:])
     law = scaling.load("mine.json")
-    assert law.kind == {"vocab": "vocab-loss", "step": "step"}[kind]
+    assert law.kind == "step"
     assert all(map(math.isfinite, law.constants.values()))

@@ -104,11 +104,10 @@ def test_the_documented_lines_end_in_a_step_law(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plan, "step", partial(whole, rates=3, batches=2))
     page = (Path(__file__).parents[2] / "docs/scaling_laws.md").read_text(encoding="utf-8")
     block = page.split("From a budget to a law")[1].split("```console\n")[1].split("```")[0]
-    lines = [line.split() for line in block.replace("vocab", "step").splitlines()]
+    lines = [line.split() for line in block.splitlines()]
     assert [line[2] for line in lines] == ["plan", "step", "collect", "fit"]
     assert lines[0][4] == "--flops"
     lines[0][5] = "5e11"
-    lines[3] = [word for word in lines[3] if word not in ("--mode", "tokens")]  # of vocab alone
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes
         for line in lines:
             cli.main(line[1:])

@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 
-from lminf.attention.policies import POLICIES
+from lminf.attention.policy import POLICIES
 from lminf.config import parse_choice
 from lminf.data import sources
 from lminf.generation import GREEDY, generate_tokens

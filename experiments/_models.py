@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from lminf.attention.policies import FULL
+from lminf.attention.policy import FULL
 from lminf.data.sources import text_of
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.data.windows import RandomWindows

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from experiments._training import experts_of
-from lminf.attention import policies
+from lminf.attention import policy as policies
 from lminf.config import parse_choice
 from lminf.data import windows
 from lminf.errors import InputError

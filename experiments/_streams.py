@@ -13,7 +13,7 @@ import numpy as np
 
 from lminf import generation
 from lminf.attention import cache
-from lminf.attention.evict import Scored
+from lminf.attention.policies.eviction import EvictionPolicy
 from lminf.generation import GREEDY
 
 
@@ -25,7 +25,7 @@ class Stream:
         # As generation does: caches that keep everything grow by this many tokens at a time.
         self.capacity = -(-(position + room) // generation.STEP) * generation.STEP
         read = self.as_if_read()
-        self.caches = generation.settle(lm.decoder, read, length=position, room=room)
+        self.caches = generation.prepare_decoding(lm.decoder, read, length=position, room=room)
         self.at, self.token = position, np.zeros(1, np.int32)
 
     def as_if_read(self) -> tuple[cache.Cache, ...]:
@@ -35,7 +35,7 @@ class Stream:
     @property
     def bytes(self) -> int:
         """Of keys, values and what else the policy holds."""
-        return sum(x.nbytes for x in jax.tree.leaves([(c.k, c.v, c.extra) for c in self.caches]))
+        return sum(x.nbytes for x in jax.tree.leaves([(c.k, c.v, c.state) for c in self.caches]))
 
     def step(self) -> float:
         """Seconds until the next token is known here."""
@@ -63,12 +63,12 @@ class Stream:
 
 def as_if_read(empty: cache.Cache, policy, tokens: int) -> cache.Cache:
     """The cache as it would say it is after `tokens` tokens; keys and values stay zero."""
-    if isinstance(policy, Scored):
-        filled = int(policy.place(jnp.int32(tokens - 1))) + 1
+    if isinstance(policy, EvictionPolicy):
+        filled = int(policy.position_in_cache(jnp.int32(tokens - 1))) + 1
         slots = jnp.arange(empty.layout.slots, dtype=jnp.int32)
-        place = jnp.where(slots < filled, slots, cache.EMPTY)[None, None, :, None]
-        place = jnp.broadcast_to(place, empty.extra["place"].shape)
-        return dataclasses.replace(empty, extra=empty.extra | {"place": place})
+        pos = jnp.where(slots < filled, slots, cache.EMPTY)[None, None, :, None]
+        pos = jnp.broadcast_to(pos, empty.state["pos"].shape)
+        return dataclasses.replace(empty, state=empty.state | {"pos": pos})
     pos = jnp.arange(tokens, dtype=jnp.int32)[None]
     slots = cache.destinations(empty.layout, pos)
     return dataclasses.replace(empty, pos=cache.write_pos(empty.pos, pos, slots))

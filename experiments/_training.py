@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lminf import checkpoints
-from lminf.attention import policies
+from lminf.attention import policy as policies
 from lminf.attention.parsing import parse_policy
-from lminf.attention.policies import FULL, AnyPolicy
+from lminf.attention.policy import FULL, AnyPolicy
 from lminf.config import closest, from_config, parse_choice
 from lminf.data import corpus, loader, windows
 from lminf.data.tokenizers import ByteTokenizer

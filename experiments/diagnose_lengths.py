@@ -9,11 +9,11 @@ import numpy as np
 
 from experiments import _models
 from experiments._main import main
-from lminf.attention import dense
+from lminf.attention import reference
 from lminf.attention.parsing import parse_policy
 from lminf.data import sources
 from lminf.errors import InputError
-from lminf.models.decoder import scoring_of
+from lminf.models.decoder import score_config
 from lminf.run import plots
 from lminf.run.progress import Progress
 
@@ -42,7 +42,7 @@ def run(c, out):
         q_pos = np.unique(np.geomspace(FIRST, c.length - 1, c.queries).astype(np.int32))
         for index, layer in enumerate(c.layers):
             queries, keys = seen["q"][index][:, q_pos], seen["k"][index]
-            look = partial(_logits, scoring_of(lm.spec), queries, keys, jnp.asarray(q_pos[None]))
+            look = partial(_logits, score_config(lm.spec), queries, keys, jnp.asarray(q_pos[None]))
             for policy in policies:
                 lm.with_policy(policy)  # refuses a window past the trained length
                 logits = np.asarray(look(policy))[0]
@@ -76,7 +76,7 @@ def _watched(module, layers: bytes, params, tokens):
 @partial(jax.jit, static_argnums=(0, 4))
 def _logits(scoring, queries, keys, q_pos, policy):
     k_pos = jnp.arange(keys.shape[1], dtype=jnp.int32)[None]
-    return dense.logits(policy, scoring, queries, keys, q_pos=q_pos, k_pos=k_pos)
+    return reference.logits(policy, scoring, queries, keys, q_pos=q_pos, k_pos=k_pos)
 
 
 def by_distance(logits: np.ndarray, q_pos: np.ndarray):

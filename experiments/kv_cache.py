@@ -14,8 +14,8 @@ import numpy as np
 from experiments import _models
 from experiments._main import main
 from experiments._streams import Stream
-from lminf.attention.condense import SnapKV, ThinK
 from lminf.attention.parsing import parse_policy
+from lminf.attention.policies.prompt_compression import SnapKV, ThinK
 from lminf.data import sources
 from lminf.evals import passkey, score
 from lminf.models import decoder
@@ -132,7 +132,7 @@ def held_bytes(lm, tokens: int) -> dict[str, int]:
 
     def after_prompt():
         caches = lm.init_caches(batch=1, capacity=tokens)
-        return decoder.settle(lm.spec, lm.decoder.policies, caches, length=tokens, room=1)
+        return decoder.prepare_decoding(lm.spec, lm.decoder.policies, caches, length=tokens, room=1)
 
     found = {"cache_bytes": 0, "state_bytes": 0}
     for path, leaf in jax.tree_util.tree_leaves_with_path(jax.eval_shape(after_prompt)):

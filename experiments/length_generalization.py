@@ -7,7 +7,7 @@ import numpy as np
 from experiments import _models
 from experiments._main import main
 from lminf.attention.parsing import parse_policy
-from lminf.attention.policies import FULL
+from lminf.attention.policy import FULL
 from lminf.data import sources
 from lminf.evals import perplexity, reread
 from lminf.run import plots, tables

@@ -16,7 +16,7 @@ from experiments._streams import Stream
 from experiments.passkey import in_window
 from lminf import segment_reading, shared_prefix
 from lminf.attention.parsing import parse_policy
-from lminf.attention.policies import chunk_within, common_turn
+from lminf.attention.policy import chunk_within, common_eviction
 from lminf.config import parse_choice
 from lminf.data import sources
 from lminf.errors import InputError
@@ -226,7 +226,7 @@ def losses(c, lm, readers, done):
 
 def speed(reader, after):
     """Time of reading a chunk, and of a token that is written, after so many tokens."""
-    chunk = chunk_within(common_turn(reader.lm.decoder.policies), CHUNK)
+    chunk = chunk_within(common_eviction(reader.lm.decoder.policies), CHUNK)
     stream = Stream(reader.lm, after, room=chunk + STEPS)
     held = stream.bytes
     steps = [stream.step() for _ in range(STEPS)][1:]  # the first compiles

@@ -94,7 +94,7 @@ def run(c, out):
 
 def in_window(policy, sample) -> bool:
     """Whether the line with the key is seen at its true distance until the answer is given."""
-    width = policy.near_width
+    width = policy.window
     return width is None or sample.tokens + passkey.ANSWER_TOKENS - sample.key_at <= width
 
 

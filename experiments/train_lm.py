@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from experiments import _training
 from experiments._main import leads, main
 from lminf import checkpoints
-from lminf.attention.policies import FULL
+from lminf.attention.policy import FULL
 from lminf.checkpoints import native
 from lminf.checkpoints.whole import check_room
 from lminf.config import from_config

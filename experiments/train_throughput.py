@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments._main import main
 from kernels.common import bench
-from lminf.attention import policies
+from lminf.attention import policy as policies
 from lminf.errors import InputError
 from lminf.models import cost, spec
 from lminf.parallel import mesh, partition

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lminf.attention.condense import SnapKV, ThinK
-    from lminf.attention.evict import H2O, TOVA, SirLLM
-    from lminf.attention.hip import HiP
-    from lminf.attention.infinite_hip import InfiniteHiP
-    from lminf.attention.infllm import InfLLM
-    from lminf.attention.longheads import LongHeads
-    from lminf.attention.policies import (
+    from lminf.attention.arrays import attend, attend_stepwise
+    from lminf.attention.policies.eviction import H2O, TOVA, SirLLM
+    from lminf.attention.policies.hip import HiP
+    from lminf.attention.policies.infinite_hip import InfiniteHiP
+    from lminf.attention.policies.infllm import InfLLM
+    from lminf.attention.policies.longheads import LongHeads
+    from lminf.attention.policies.prompt_compression import SnapKV, ThinK
+    from lminf.attention.policies.topk import TopK
+    from lminf.attention.policy import (
         Full,
         Lambda,
         LeakyReRoPE,
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
         Streaming,
         Window,
     )
-    from lminf.attention.top_k import TopK
+    from lminf.attention.rope import Alibi, NoEncoding, Rotary
     from lminf.generation import Sampling
     from lminf.lm import LM
 
@@ -32,6 +34,7 @@ __all__ = [
     "H2O",
     "LM",
     "TOVA",
+    "Alibi",
     "Full",
     "HiP",
     "InfLLM",
@@ -40,9 +43,11 @@ __all__ = [
     "Lambda",
     "LeakyReRoPE",
     "LongHeads",
+    "NoEncoding",
     "PerHead",
     "PerLayer",
     "ReRoPE",
+    "Rotary",
     "Sampling",
     "SelfExtend",
     "SirLLM",
@@ -52,17 +57,21 @@ __all__ = [
     "TopK",
     "Window",
     "__version__",
+    "attend",
+    "attend_stepwise",
 ]
 _HOMES = {
     "LM": "lminf.lm",
     "Sampling": "lminf.generation",
-    **dict.fromkeys(("SnapKV", "ThinK"), "lminf.attention.condense"),
-    **dict.fromkeys(("H2O", "TOVA", "SirLLM"), "lminf.attention.evict"),
-    "HiP": "lminf.attention.hip",
-    "InfiniteHiP": "lminf.attention.infinite_hip",
-    "InfLLM": "lminf.attention.infllm",
-    "LongHeads": "lminf.attention.longheads",
-    "TopK": "lminf.attention.top_k",
+    **dict.fromkeys(("attend", "attend_stepwise"), "lminf.attention.arrays"),
+    **dict.fromkeys(("Alibi", "NoEncoding", "Rotary"), "lminf.attention.rope"),
+    **dict.fromkeys(("SnapKV", "ThinK"), "lminf.attention.policies.prompt_compression"),
+    **dict.fromkeys(("H2O", "TOVA", "SirLLM"), "lminf.attention.policies.eviction"),
+    "HiP": "lminf.attention.policies.hip",
+    "InfiniteHiP": "lminf.attention.policies.infinite_hip",
+    "InfLLM": "lminf.attention.policies.infllm",
+    "LongHeads": "lminf.attention.policies.longheads",
+    "TopK": "lminf.attention.policies.topk",
 }
 
 
@@ -70,7 +79,7 @@ def __getattr__(name: str):
     # On first use: the command line must start without waiting for jax.
     if name not in __all__:
         raise AttributeError(f"module 'lminf' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES.get(name, "lminf.attention.policies")), name)
+    return getattr(importlib.import_module(_HOMES.get(name, "lminf.attention.policy")), name)
 
 
 def __dir__() -> list[str]:

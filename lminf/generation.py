@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from lminf.attention import policies
+from lminf.attention import cache
+from lminf.attention.policy import chunk_within, common_eviction
 from lminf.errors import InputError
 from lminf.models import decoder
 
@@ -123,7 +124,7 @@ def go_on(
     token = None
     for tokens, positions in chunks:
         token, caches = advance(module, lm.params, tokens, positions, caches, sampling, keys[0])
-    caches = settle(module, caches, length=int(lengths.max()), room=max_new_tokens)
+    caches = prepare_decoding(module, caches, length=int(lengths.max()), room=max_new_tokens)
     for count in range(max_new_tokens):
         yield np.asarray(token)
         if count + 1 < max_new_tokens:
@@ -168,8 +169,8 @@ def _hidden_states(
 
 
 def pieces(lm: Any, prompts) -> Iterator[tuple[Int[np.ndarray, "B C"], Int[np.ndarray, "B C"]]]:
-    """(tokens, positions) of one chunk after another. All rows end together; where the policy has
-    turns, all begin with a chunk, and end within the last.
+    """(tokens, positions) of one chunk after another. All rows end together; where the policy
+    evicts every so many tokens, all begin with a chunk, and end within the last.
     """
     lengths = np.array([len(prompt) for prompt in prompts])
     if not len(prompts) or not lengths.min():
@@ -177,11 +178,11 @@ def pieces(lm: Any, prompts) -> Iterator[tuple[Int[np.ndarray, "B C"], Int[np.nd
     longest = int(lengths.max())
     chunk = STEP if longest > STEP else max(16, 1 << (longest - 1).bit_length())
     chunk = 4 * STEP if longest > 16 * STEP else chunk
-    turn = policies.common_turn(lm.decoder.policies)
-    chunk = policies.chunk_within(turn, chunk)
+    every = common_eviction(lm.decoder.policies)
+    chunk = chunk_within(every, chunk)
     width = -(-longest // chunk) * chunk
     padded = np.zeros((len(prompts), width), np.int32)
-    first = width - (lengths if turn is None else -(-lengths // chunk) * chunk)
+    first = width - (lengths if every is None else -(-lengths // chunk) * chunk)
     for row, prompt in enumerate(prompts):
         padded[row, first[row] : first[row] + len(prompt)] = prompt
     positions = np.arange(width, dtype=np.int32)[None] - first[:, None].astype(np.int32)
@@ -204,21 +205,27 @@ def advance(module: decoder.Decoder, params, tokens, positions, caches, sampling
     return sample(scores, sampling, key=key), caches
 
 
-def settle(module: decoder.Decoder, caches, *, length: int, room: int):
-    """The caches at the end of prompts: decoder.settle, compiled for few lengths."""
-    if policies.needing_prompt(module.policies) is None:
-        return _settle(module, caches)
-    return _condense(module, caches, *(-(-tokens // ROUND) * ROUND for tokens in (length, room)))
+def prepare_decoding(module: decoder.Decoder, caches, *, length: int, room: int):
+    """The caches at the end of prompts: decoder.prepare_decoding, compiled for few lengths."""
+    if not any(policy.needs_prompt for policy in module.policies):
+        # Of caches that keep every token, which may fill the memory, no copy is made.
+        linear = [isinstance(each.layout, cache.LinearCache) for each in caches]
+        ours = tuple(x if whole else None for x, whole in zip(caches, linear, strict=True))
+        others = tuple(None if whole else x for x, whole in zip(caches, linear, strict=True))
+        rotated = _prerotate(module, ours, others)
+        return tuple(each.for_decoding(free=True) for each in rotated)
+    return _compress(module, caches, *(-(-tokens // ROUND) * ROUND for tokens in (length, room)))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _settle(module: decoder.Decoder, caches):
-    return decoder.settle(module.spec, module.policies, caches, length=0, room=0)
+def _prerotate(module: decoder.Decoder, linear, others):
+    caches = tuple(x if x is not None else y for x, y in zip(linear, others, strict=True))
+    return decoder.prepare_decoding(module.spec, module.policies, caches, length=0, room=0)
 
 
 @partial(jax.jit, static_argnums=(0, 2, 3))  # what comes out is smaller: nothing to donate
-def _condense(module: decoder.Decoder, caches, length, room):
-    return decoder.settle(module.spec, module.policies, caches, length=length, room=room)
+def _compress(module: decoder.Decoder, caches, length, room):
+    return decoder.prepare_decoding(module.spec, module.policies, caches, length=length, room=room)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)

@@ -21,9 +21,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float32, Int
 
-from lminf.attention import policies, rope
+from lminf.attention import policy as policies
+from lminf.attention import rope
 from lminf.attention.parsing import parse_policy
-from lminf.attention.policies import FULL, AnyPolicy
+from lminf.attention.policy import FULL, AnyPolicy
 from lminf.data.tokenizers import Special
 from lminf.errors import InputError
 from lminf.generation import (
@@ -33,7 +34,7 @@ from lminf.generation import (
     generate_tokens,
     mean_hidden,
     next_logits,
-    settle,
+    prepare_decoding,
 )
 from lminf.language_model import Score
 from lminf.models import cost, decoder
@@ -232,8 +233,8 @@ class LM:
         as the policy says. `longest` is the most tokens that may come: policies that keep
         everything need it, and a short one saves work. `prompt` is as for `token_nll`.
         """
-        if self.mesh is not None and policies.by_content(self.policy):
-            # Which tokens are chosen follows from all that came before: one device reads them.
+        if self.mesh is not None and not all(p.context_parallel for p in self.decoder.policies):
+            # Which tokens are selected follows from all that came before: one device reads them.
             alone = dataclasses.replace(self, mesh=None)
             yield from alone.read(pieces, longest=longest, prompt=prompt)
             return
@@ -246,7 +247,7 @@ class LM:
             )
         # No wider than the text, in powers of two, so that few shapes are compiled.
         chunk = CHUNK if longest is None else min(CHUNK, max(16, _power_of_two(longest - 1)))
-        chunk = policies.chunk_within(policies.common_turn(module.policies), chunk)
+        chunk = policies.chunk_within(policies.common_eviction(module.policies), chunk)
         prompt = self._prompt_within(longest, prompt)
         chunk = policies.chunk_within(prompt, chunk)
         caches = self.init_caches(batch=1, capacity=-(-(longest or 0) // chunk) * chunk)
@@ -273,11 +274,11 @@ class LM:
                 if start == prompt:
                     chunk = policies.chunk_within(chunk, AFTER_PROMPT)
                     room = -(-((longest or 0) - start) // chunk) * chunk
-                    caches = settle(module, caches, length=start, room=room)
+                    caches = prepare_decoding(module, caches, length=start, room=room)
 
     def _prompt_within(self, longest: int | None, prompt: int | None) -> int | None:
         """The tokens of a prompt, where the policy asks for them."""
-        name = policies.needing_prompt(self.decoder.policies)
+        name = next((p.name for p in self.decoder.policies if p.needs_prompt), None)
         if name is None:
             return None
         if prompt is None:
@@ -432,7 +433,7 @@ class LM:
 
     def check_room(self, tokens: int) -> None:
         """Refuses more tokens than the policy can place within what the model was trained on."""
-        most = policies.longest(self.policy, self.reach)
+        most = policies.max_length(self.policy, self.reach)
         if most is not None and tokens > most:
             raise InputError(
                 f"{self.policy.name} places at most {most} tokens within the {self.reach} this "

@@ -150,7 +150,8 @@ def test_convert_looks_at_its_target_before_it_reads(tmp_path, capsys):
         ["run", "passkey", "--config.seed=1", "--config.seed", "2"],
     ],
 )
-def test_an_option_of_one_value_is_not_given_two(arguments, capsys):
+def test_an_option_of_one_value_is_not_given_two(arguments, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "experiments.passkey", raising=False)  # run again as a program
     with pytest.raises(SystemExit) as ending:
         cli.main(arguments)
     assert ending.value.code == 2

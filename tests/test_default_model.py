@@ -7,7 +7,7 @@ row is transformers 5.23's own. Mean nats per token of each 2,048 positions.
 import numpy as np
 import pytest
 
-from lminf.attention.policies import Full, LMInfinite, Window
+from lminf.attention.policy import Full, LMInfinite, Window
 from lminf.data import sources
 from lminf.evals import perplexity
 from lminf.lm import LM

@@ -67,6 +67,26 @@ def require() -> None:
         compat.require_triton()
 
 
+def refuse_operands(arrays: Sequence[Array], scale: float, *, widest: int, float32: int) -> None:
+    """NotImplementedError for arrays of other dtypes, or of wider heads (in float32) than these."""
+    dtypes = {x.dtype for x in arrays}
+    if len(dtypes) > 1:
+        raise NotImplementedError(f"operands of different dtypes: {sorted(map(str, dtypes))}")
+    (dtype,) = dtypes
+    if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"operands in {dtype}")
+    width, widest = max(x.shape[-1] for x in arrays), float32 if dtype == jnp.float32 else widest
+    if width > widest:
+        raise NotImplementedError(f"{dtype} heads {width} wide; it takes up to {widest}")
+    if scale <= 0:
+        raise NotImplementedError(f"scale={scale}: the running maximum needs a positive one")
+
+
+def padded(size: int) -> int:
+    """The side of a tile: Triton takes powers of two, and a matrix product at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
 def run(launch: Launch) -> tuple[Array, ...]:
     """The kernel's outputs."""
     return (_runner.get() or compat.triton_call)(launch)

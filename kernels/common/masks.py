@@ -30,6 +30,17 @@ class GlobalDistance(NamedTuple):
     key: Int[Array, "#B R"]
     scale: float | Float[Array, ""] = 1.0
 
+    def checked(self, batch: int, queries: int, rows: int) -> "GlobalDistance":
+        """In int32 and float32; ValueError if it does not belong to these."""
+        for name, array, length in (("query", self.query, queries), ("key", self.key, rows)):
+            if array.shape not in ((1, length), (batch, length)):
+                raise ValueError(
+                    f"global_distance.{name} has shape {array.shape}; "
+                    f"it must be [1, {length}] or [{batch}, {length}]"
+                )
+        query, key = (jnp.asarray(x, jnp.int32) for x in self[:2])
+        return GlobalDistance(query, key, jnp.asarray(self.scale, jnp.float32))
+
 
 def run_starts(ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
     """For every row, the index of the first row of its run of equal ids."""

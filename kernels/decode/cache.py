@@ -8,38 +8,48 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from kernels.common import arguments
+from kernels.decode.operands import Places, Rules
 
 
 class RollingCache(NamedTuple):
-    """Keys and values of `length` tokens of each row, of which g + w are left.
+    """Keys and values of `length` tokens of each row, of which g + w are left. Caches of L layers,
+    stacked, have an axis L in front of every array; `append` and `lambda_decode` then take a layer.
 
     Ring keys are rotated to their positions and never touched again. Global keys are what
     `query_global` is to meet: un-rotated where the distance is capped.
     """
 
-    k_global: Float[Array, "B K R H"]
-    v_global: Float[Array, "B K R Hv"]
-    k_ring: Float[Array, "B K W H"]
-    v_ring: Float[Array, "B K W Hv"]
-    length: Int[Array, " B"]  # tokens read, the next one's position
+    k_global: Float[Array, "*L B K R H"]
+    v_global: Float[Array, "*L B K R Hv"]
+    k_ring: Float[Array, "*L B K W H"]
+    v_ring: Float[Array, "*L B K W Hv"]
+    length: Int[Array, "*L B"]  # tokens read, the next one's position
 
     @property
     def num_global(self) -> int:
-        return self.k_global.shape[2]
+        return self.k_global.shape[-2]
 
     @property
     def window_size(self) -> int:
-        return self.k_ring.shape[2]
+        return self.k_ring.shape[-2]
+
+    def of(self, layer: Int[Array, ""] | None) -> "RollingCache":
+        """One layer of stacked caches."""
+        if layer is None:
+            return self
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, False), self)
 
 
-class Slots(NamedTuple):
-    """Which slots the token at position length - 1 sees."""
+class Seen(NamedTuple):
+    """What the token at position length - 1 sees: the last `near` tokens, which the ring holds,
+    and the first `far` rows of the globals.
+    """
 
-    near: Bool[Array, "B W"]
-    far: Bool[Array, "B R"]
+    near: Int[Array, "B K"]
+    far: Int[Array, "B K"]
 
 
 def empty(
@@ -68,15 +78,17 @@ def append(
     *,
     key_global: Float[Array, "B T K H"] | None = None,
     count: Int[Array, " B"] | None = None,
+    layer: int | Int[Array, ""] | None = None,
 ) -> RollingCache:
     """The cache after the next T tokens; of row b only the first count[b], where that is given.
 
     `key_global` are the same keys as the globals want them (un-rotated where the distance is
-    capped); None: as the ring has them.
+    capped); None: as the ring has them. With `layer`, the tokens are that layer's of stacked
+    caches: in a loop that carries these, or where they are donated, only new rows are written.
     """
-    batch, key_heads, window, width = cache.k_ring.shape
+    batch, key_heads, window, width = cache.k_ring.shape[-4:]
     _, tokens, _, _ = arguments.shape("key", key, "B T K H", (batch, None, key_heads, width))
-    values = cache.v_ring.shape[3]
+    values = cache.v_ring.shape[-1]
     arguments.shape("value", value, "B T K Hv", (batch, tokens, key_heads, values))
     if key_global is None:
         key_global = key
@@ -87,37 +99,62 @@ def append(
 
     index = jnp.arange(tokens, dtype=jnp.int32)[None]
     count = count.astype(jnp.int32)[:, None]
-    position = cache.length[:, None] + index
+    length = cache.length if layer is None else cache.length[layer]
+    position = length[:, None] + index
     # Tokens that this very call pushes out again are not written: two writes to a slot have no
     # order. A slot past the end drops the write.
     kept = (index < count) & (index >= count - window)
     ring = jnp.where(kept, position % window, window)
     first = jnp.where(index < count, position, cache.num_global)
+    at = () if layer is None else (jnp.asarray(layer, jnp.int32),)
+    at = (*at, jnp.arange(batch, dtype=jnp.int32)[:, None], slice(None))
+
+    def write(stored: Array, slots: Int[Array, "B T"], fresh: Float[Array, "B T K X"]) -> Array:
+        # One scatter of rows [K, X]: XLA carries it out in place.
+        return stored.at[*at, slots].set(fresh.astype(stored.dtype), mode="drop")
+
+    length += count[:, 0]
     return RollingCache(
-        _write(cache.k_global, first, key_global),
-        _write(cache.v_global, first, value),
-        _write(cache.k_ring, ring, key),
-        _write(cache.v_ring, ring, value),
-        cache.length + count[:, 0],
+        write(cache.k_global, first, key_global),
+        write(cache.v_global, first, value),
+        write(cache.k_ring, ring, key),
+        write(cache.v_ring, ring, value),
+        length if layer is None else cache.length.at[layer].set(length),
     )
 
 
-def visible(cache: RollingCache) -> Slots:
-    """The slots that the last token read sees, by the positions that they hold.
+def seen(cache: RollingCache, places: Places) -> Seen:
+    """How much each key head sees of the ring and of the globals, of a cache of one layer.
 
     A global is seen only from distance w on: until then the ring holds it too.
     """
-    query = cache.length[:, None] - 1
-    slot = jnp.arange(cache.window_size, dtype=jnp.int32)[None]
-    rank = jnp.arange(cache.num_global, dtype=jnp.int32)[None]
-    # The ring is full, or its first `length` slots are.
-    return Slots(slot <= query, query - rank >= cache.window_size)
+    key_heads = cache.k_ring.shape[1]
+    window = places.head_window
+    if window is None:
+        window = jnp.full(key_heads, cache.window_size, jnp.int32)
+    length = cache.length[:, None]
+    far = jnp.minimum(length - window[None], cache.num_global)
+    if places.global_count is not None:
+        far = jnp.minimum(far, places.global_count)
+    return Seen(jnp.minimum(length, window[None]), jnp.maximum(far, 0))
 
 
-def _write(
-    stored: Float[Array, "B K S X"], slots: Int[Array, "B T"], fresh: Float[Array, "B T K X"]
-) -> Float[Array, "B K S X"]:
-    def row(stored, slots, fresh):
-        return stored.at[:, slots].set(fresh.swapaxes(0, 1), mode="drop")
+def ring_distances(cache: RollingCache) -> Int[Array, "B W"]:
+    """How many tokens ago every slot of the ring was written, if it was."""
+    window = max(cache.window_size, 1)
+    last = (cache.length[:, None] - 1) % window
+    return (last - jnp.arange(cache.window_size, dtype=jnp.int32)[None]) % window
 
-    return jax.vmap(row)(stored, slots, fresh.astype(stored.dtype))
+
+def far_distances(rules: Rules, cache: RollingCache, places: Places) -> Float[Array, "B R"]:
+    """How far away ALiBi takes the globals to be: row r is position r, but for what is given."""
+    if places.far_distance is not None:
+        query, key, scale = places.far_distance
+        distance = (query - key).astype(jnp.float32) * jnp.asarray(scale, jnp.float32)
+    else:
+        rank = jnp.arange(cache.num_global, dtype=jnp.int32)[None]
+        distance = cache.length[:, None] - 1 - rank
+        if rules.clip_distance is not None:
+            distance = jnp.minimum(distance, rules.clip_distance)
+    shape = (cache.length.shape[0], cache.num_global)
+    return jnp.broadcast_to(distance.astype(jnp.float32), shape)

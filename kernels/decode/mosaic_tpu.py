@@ -21,9 +21,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from kernels.common import dispatch, numerics
+from kernels.decode import cache as caches
 from kernels.decode import xla
 from kernels.decode.cache import RollingCache
-from kernels.decode.operands import DecodeResiduals, Queries, Rules
+from kernels.decode.operands import DecodeResiduals, Places, Queries, Rules
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,20 @@ class Config:
     block: int = 1024
 
 
-def decode(rules: Rules, queries: Queries, cache: RollingCache, config: object) -> DecodeResiduals:
+def decode(
+    rules: Rules, queries: Queries, cache: RollingCache, places: Places, config: object
+) -> DecodeResiduals:
     """Outputs and log-denominators; statistics in float32."""
     config = dispatch.settled(Config, config, Config)
+    if places.alibi_slopes is not None:
+        raise NotImplementedError("ALiBi")
+    if places.head_window is not None:
+        raise NotImplementedError("head_window: what a head sees must be the ring's first slots")
     dtypes = {str(x.dtype) for x in (*queries[:2], *cache[:4])}
     if not dtypes <= {"bfloat16", "float32"} or len(dtypes) > 1:
         raise NotImplementedError(f"{sorted(dtypes)}; it takes all bfloat16 or all float32")
-    return _decode(Plan(rules, config.block, cache.num_global, cache.window_size), queries, cache)
+    plan = Plan(rules, config.block, cache.num_global, cache.window_size)
+    return _decode(plan, queries, cache, places)
 
 
 @dataclass(frozen=True)
@@ -70,14 +78,8 @@ class Plan:
 
     @property
     def sides(self) -> tuple[Side, ...]:
-        """Globals, if there are any, and the ring."""
+        """Globals and the ring, of which there are any; always the first slots of each are seen."""
         return tuple(Side(n, min(n, self.block)) for n in (self.num_global, self.window) if n)
-
-    def seen(self, length) -> tuple:
-        """How many slots of each side are seen: always the first ones."""
-        far = jnp.minimum(length - self.window, self.num_global)
-        both = (far, jnp.minimum(length, self.window))
-        return both if self.num_global else both[1:]
 
 
 def _dot(a, b, contract: tuple[int, int]) -> Float[Array, "X Y"]:
@@ -86,9 +88,8 @@ def _dot(a, b, contract: tuple[int, int]) -> Float[Array, "X Y"]:
     return jax.lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)
 
 
-def _kernel(plan: Plan, key_heads: int, lengths, sides, sinks, out, lse, top, total, acc):
-    step = pl.program_id(1)
-    length = lengths[jax.lax.div(pl.program_id(0), key_heads)]
+def _kernel(plan: Plan, seen, sides, sinks, out, lse, top, total, acc):
+    row, step = pl.program_id(0), pl.program_id(1)
 
     @pl.when(step == 0)
     def _():
@@ -118,8 +119,8 @@ def _kernel(plan: Plan, key_heads: int, lengths, sides, sinks, out, lse, top, to
         acc[...] = acc[...] * shrink + _dot(weights.astype(value.dtype), value, (1, 0))
 
     before = 0
-    for side, arrays, seen in zip(plan.sides, sides, plan.seen(length), strict=True):
-        left = seen - (step - before) * side.block
+    for which, (side, arrays) in enumerate(zip(plan.sides, sides, strict=True)):
+        left = seen[which, row] - (step - before) * side.block
         inside = (step >= before) & (step < before + side.blocks)
         pl.when(inside & (left >= side.block))(functools.partial(visit, arrays, None))
         pl.when(inside & (left > 0) & (left < side.block))(functools.partial(visit, arrays, left))
@@ -141,34 +142,45 @@ def _kernel(plan: Plan, key_heads: int, lengths, sides, sinks, out, lse, top, to
         lse[...] = jnp.where(empty, -jnp.inf, found)
 
 
-def _compute(plan: Plan, queries: Queries, cache: RollingCache) -> DecodeResiduals:
+def _compute(plan: Plan, queries: Queries, cache: RollingCache, places: Places) -> DecodeResiduals:
     batch, heads, _ = queries.near.shape
-    key_heads, value_width = cache.v_ring.shape[1], cache.v_ring.shape[3]
+    key_heads, value_width = cache.v_ring.shape[-3], cache.v_ring.shape[-1]
     group = heads // key_heads
     rows = batch * key_heads
 
-    def merged(x):  # [B, K, S, X] to [BK, S, X], [B, N, H] to [BK, G, H]
-        return x.reshape(rows, -1, x.shape[-1])
+    seen = caches.seen(cache.of(places.layer), places)
+    # Of each side, for each row of the grid, and the layer.
+    scalars = [
+        count.reshape(rows)
+        for count, slots in zip((seen.far, seen.near), (plan.num_global, plan.window), strict=True)
+        if slots
+    ]
+    layer = jnp.int32(0) if places.layer is None else places.layer
+    scalars = jnp.stack([*scalars, jnp.broadcast_to(layer, rows)])  # fmt: skip
 
     given = [
-        (queries.far, cache.k_global, cache.v_global),
-        (queries.near, cache.k_ring, cache.v_ring),
-    ][-len(plan.sides) :]
+        (query.reshape(rows, group, -1), *(x.reshape(-1, *x.shape[-2:]) for x in slots))
+        for query, *slots in (
+            (queries.far, cache.k_global, cache.v_global),
+            (queries.near, cache.k_ring, cache.v_ring),
+        )
+        if slots[0].shape[-2]
+    ]
 
     def all_of(x) -> pl.BlockSpec:
-        return pl.BlockSpec((None, *x.shape[1:]), lambda row, step, lengths: (row, 0, 0))
+        return pl.BlockSpec((None, *x.shape[1:]), lambda row, step, scalars: (row, 0, 0))
 
     def slots_of(x, which: int, side: Side, before: int) -> pl.BlockSpec:
-        def index(row, step, lengths):
-            seen = plan.seen(lengths[jax.lax.div(row, key_heads)])[which]
-            return row, side.at(step - before, seen), 0
+        def index(row, step, scalars):
+            block = side.at(step - before, scalars[which, row])
+            return scalars[len(plan.sides), row] * rows + row, block, 0
 
         return pl.BlockSpec((None, side.block, x.shape[2]), index)
 
     inputs, specs, steps = [], [], 0
     for which, (side, arrays) in enumerate(zip(plan.sides, given, strict=True)):
-        query, key, value = (merged(x) for x in arrays)
-        inputs.append((query, key, value))
+        query, key, value = arrays
+        inputs.append(arrays)
         specs.append(
             (all_of(query), slots_of(key, which, side, steps), slots_of(value, which, side, steps))
         )
@@ -180,13 +192,13 @@ def _compute(plan: Plan, queries: Queries, cache: RollingCache) -> DecodeResidua
         arguments.append(sinks)
         argument_specs.append(
             pl.BlockSpec(
-                (None, group, 1), lambda row, step, lengths: (jax.lax.rem(row, key_heads), 0, 0)
+                (None, group, 1), lambda row, step, scalars: (jax.lax.rem(row, key_heads), 0, 0)
             )
         )
 
-    def kernel(lengths, sides, *rest):
+    def kernel(scalars, sides, *rest):
         sinks = None if queries.sinks is None else rest[0]
-        _kernel(plan, key_heads, lengths, sides, sinks, *rest[len(arguments) - 1 :])
+        _kernel(plan, scalars, sides, sinks, *rest[len(arguments) - 1 :])
 
     outputs = (
         jax.ShapeDtypeStruct((rows, group, value_width), queries.near.dtype),
@@ -208,17 +220,16 @@ def _compute(plan: Plan, queries: Queries, cache: RollingCache) -> DecodeResidua
         out_shape=outputs,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         name="lambda_decode",
-    )(cache.length, *arguments)
+    )(scalars, *arguments)
     return DecodeResiduals(out.reshape(batch, heads, -1), lse.reshape(batch, heads))
 
 
-def _forward(plan: Plan, queries: Queries, cache: RollingCache):
-    return _compute(plan, queries, cache), (queries, cache)
+def _forward(plan: Plan, *operands):
+    return _compute(plan, *operands), operands
 
 
 def _backward(plan: Plan, saved, cotangents: DecodeResiduals):
-    _, pull = jax.vjp(lambda q, c: xla.decode(plan.rules, q, c, None), *saved)
-    return pull(cotangents)
+    return xla.gradients(plan.rules, saved, cotangents)
 
 
 _decode = jax.custom_vjp(_compute, nondiff_argnums=(0,))

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from kernels.common.masks import GlobalDistance
 
 
 class Queries(NamedTuple):
@@ -14,12 +16,23 @@ class Queries(NamedTuple):
     sinks: Float[Array, " N"] | None
 
 
+class Places(NamedTuple):
+    """Which layer of a stacked cache is read, and what decides who is seen, and how far away."""
+
+    layer: Int[Array, ""] | None
+    global_count: Int[Array, "B P"] | None  # of all key heads or each; None: all rows
+    head_window: Int[Array, " K"] | None  # None: the whole ring
+    alibi_slopes: Float[Array, " N"] | None
+    far_distance: GlobalDistance | None
+
+
 @dataclass(frozen=True)
 class Rules:
     """What is fixed when tracing."""
 
     scale: float
     soft_cap: float | None
+    clip_distance: int | None = None  # tokens; ALiBi only
 
 
 class DecodeResiduals(NamedTuple):

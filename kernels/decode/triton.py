@@ -9,14 +9,17 @@ import dataclasses
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from kernels.common import dispatch, launch, numerics
+from kernels.decode import cache as caches
 from kernels.decode import xla
 from kernels.decode.cache import RollingCache
-from kernels.decode.operands import DecodeResiduals, Queries, Rules
+from kernels.decode.operands import DecodeResiduals, Places, Queries, Rules
 
 
 @dataclass(frozen=True)
@@ -29,43 +32,52 @@ class Config:
     stages: int = 3
 
 
-def decode(rules: Rules, queries: Queries, cache: RollingCache, config: object) -> DecodeResiduals:
-    """Outputs and log-denominators; statistics in float32."""
+def decode(
+    rules: Rules, queries: Queries, cache: RollingCache, places: Places, config: object
+) -> DecodeResiduals:
+    """Outputs and log-denominators; statistics in float32. Stacked caches: not under vmap."""
     launch.require()
     arrays = (queries.near, queries.far, *cache[:4])
-    dtypes = {x.dtype for x in arrays}
-    if len(dtypes) > 1:
-        raise NotImplementedError(f"operands of different dtypes: {sorted(map(str, dtypes))}")
-    if queries.near.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"operands in {queries.near.dtype}")
-    width = max(cache.k_ring.shape[3], cache.v_ring.shape[3])
-    if width > 256:
-        raise NotImplementedError(f"heads {width} wide; it takes up to 256")
-    group = queries.near.shape[1] // cache.k_ring.shape[1]
+    launch.refuse_operands(arrays, rules.scale, widest=256, float32=256)
+    group = queries.near.shape[1] // cache.k_ring.shape[-3]
     if group > 64:
         raise NotImplementedError(f"{group} query heads a key head; it takes up to 64")
-    if rules.scale <= 0:
-        raise NotImplementedError(f"scale={rules.scale}: the running maximum needs a positive one")
     default = Config()
-    if queries.near.dtype == jnp.float32 or width > 128:
+    if queries.near.dtype == jnp.float32 or max(x.shape[-1] for x in arrays) > 128:
         default = dataclasses.replace(default, block_k=32, stages=2)
     config = dispatch.settled(Config, config, lambda: default)
-    return DecodeResiduals(*_decode(rules, config, queries, cache))
+    return DecodeResiduals(*_decode(rules, config, queries, cache, places))
 
 
-def _compute(rules: Rules, config: Config, queries: Queries, cache: RollingCache):
-    sinks = queries.sinks
-    if sinks is not None:
-        sinks = jnp.broadcast_to(sinks, queries.near.shape[:2])
-    call = launch.folding_batches(functools.partial(_launch, rules, config))
-    return call(queries._replace(sinks=sinks), cache)
+class _Where(NamedTuple):
+    """What is seen of the slots, and how far away, with the batch axis first."""
+
+    length: Int[Array, " B"]
+    seen: caches.Seen
+    slopes: Float[Array, "B N"] | None  # in units of raw scores
+    far_distance: Float[Array, "B R"] | None
 
 
-def _launch(rules: Rules, config: Config, queries: Queries, cache: RollingCache):
+def _compute(rules: Rules, config: Config, queries: Queries, cache: RollingCache, places: Places):
+    heads = queries.near.shape[:2]
+    if queries.sinks is not None:
+        queries = queries._replace(sinks=jnp.broadcast_to(queries.sinks, heads))
+    one, slopes, far_distance = cache.of(places.layer), places.alibi_slopes, None
+    if slopes is not None:
+        slopes = jnp.broadcast_to(slopes.astype(jnp.float32) / rules.scale, heads)
+        far_distance = caches.far_distances(rules, one, places)
+    where = _Where(one.length, caches.seen(one, places), slopes, far_distance)
+    run = functools.partial(_launch, rules, config, places.layer)
+    return (run if places.layer is not None else launch.folding_batches(run))(
+        queries, cache._replace(length=None), where
+    )
+
+
+def _launch(rules: Rules, config: Config, layer, queries: Queries, cache, where: _Where):
     from kernels.decode import triton_kernels  # needs triton
 
     batch, heads, width = queries.near.shape
-    key_heads, window, value_width = cache.v_ring.shape[1:]
+    key_heads, window, value_width = cache.v_ring.shape[-3:]
     ranks = cache.num_global
     tiles = math.ceil(ranks / config.block_k) + math.ceil(window / config.block_k)
     splits = min(tiles, math.ceil(config.programs / (batch * key_heads)))
@@ -79,7 +91,10 @@ def _launch(rules: Rules, config: Config, queries: Queries, cache: RollingCache)
             (splits * batch * key_heads,),
             [
                 queries.near, queries.far, *((cache.k_global, cache.v_global) if ranks else ring),
-                *ring, cache.length, batch, ranks, window, splits,
+                *ring, where.length, *where.seen,
+                where.length if layer is None else layer[None],
+                *(where.length if x is None else x for x in (where.slopes, where.far_distance)),
+                batch, ranks, window, splits,
             ],
             [
                 jax.ShapeDtypeStruct((splits, batch, heads, value_width), jnp.float32),
@@ -90,16 +105,18 @@ def _launch(rules: Rules, config: Config, queries: Queries, cache: RollingCache)
                 "KEY_HEADS": key_heads,
                 "WIDTH": width,
                 "VALUE_WIDTH": value_width,
-                "BLOCK_M": _padded(heads // key_heads),
+                "BLOCK_M": launch.padded(heads // key_heads),
                 "BLOCK_K": config.block_k,
-                "BLOCK_H": _padded(width),
-                "BLOCK_V": _padded(value_width),
+                "BLOCK_H": launch.padded(width),
+                "BLOCK_V": launch.padded(value_width),
                 "UNIT": unit,
                 "INNER": None if rules.soft_cap is None else rules.scale / rules.soft_cap,
                 "MASK": mask,
                 # float32 products on tensor cores: three of tf32 each, as exact as one of float32.
                 "PRECISION": "tf32x3",
                 "FAR": ranks > 0,
+                "LAYERS": layer is not None,
+                "ALIBI": where.slopes is not None,
             },
             config.warps,
             config.stages,
@@ -120,7 +137,7 @@ def _launch(rules: Rules, config: Config, queries: Queries, cache: RollingCache)
                 "HEADS": heads,
                 "VALUE_WIDTH": value_width,
                 "BLOCK_S": 1 << (splits - 1).bit_length(),
-                "BLOCK_V": _padded(value_width),
+                "BLOCK_V": launch.padded(value_width),
                 "EMPTY": mask * unit / 2,
                 "SINKS": sinks is not None,
             },
@@ -131,28 +148,12 @@ def _launch(rules: Rules, config: Config, queries: Queries, cache: RollingCache)
     )
 
 
-def _padded(size: int) -> int:
-    """A tile's side: Triton takes powers of two, and a matrix product at least 16."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
-def _forward(rules: Rules, config: Config, queries: Queries, cache: RollingCache):
-    return _compute(rules, config, queries, cache), (queries, cache)
+def _forward(rules: Rules, config: Config, *operands):
+    return _compute(rules, config, *operands), operands
 
 
 def _backward(rules: Rules, config: Config, saved, cotangents):
-    """By the plain implementation: nobody decodes for a gradient's speed."""
-    queries, cache = saved
-
-    slots = cache._asdict()
-    length = slots.pop("length")
-
-    def plain(queries: Queries, slots):
-        return xla.decode(rules, queries, RollingCache(**slots, length=length), None)
-
-    _, pull = jax.vjp(plain, queries, slots)
-    d_queries, d_slots = pull(DecodeResiduals(*cotangents))
-    return d_queries, cache._replace(**d_slots, length=None)
+    return xla.gradients(rules, saved, DecodeResiduals(*cotangents))
 
 
 _decode = jax.custom_vjp(_compute, nondiff_argnums=(0, 1))

@@ -1,6 +1,9 @@
 """Triton kernels of Λ-decoding: parts of the slots, then one softmax out of the parts.
 
-Queries are [B, N, H], slots [B, K, S, H], contiguous. There is no JAX here, so that the same source
+Queries are [B, N, H], slots [B, K, S, H] (with LAYERS, those of `layer` in [L, B, K, S, H]),
+contiguous. Of the ring each key head sees the last `near` [B, K] tokens, of the globals the first
+`far` [B, K] rows. With ALIBI, `slopes` [B, N] are in units of raw scores, the globals are
+`far_distance` [B, R] away. There is no JAX here, so that the same source
 runs under jax-triton, in the Triton interpreter and in `triton.compile`.
 """
 
@@ -10,49 +13,21 @@ runs under jax-triton, in the Triton interpreter and in `triton.compile`.
 import triton
 import triton.language as tl
 
-from kernels.common.triton_math import LOG2_E, tanh
-
-
-@triton.jit
-def _rows(base, rows, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Some rows of a [., WIDTH] matrix, columns padded to BLOCK; invalid ones are zeros."""
-    column = tl.arange(0, BLOCK)
-    mask = valid[:, None]
-    if BLOCK != WIDTH:
-        mask = mask & (column < WIDTH)[None, :]
-    return tl.load(base + rows[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _attend(
-    query, key, value, seen, top, total, out,
-    UNIT: tl.constexpr, INNER: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(top, total, out) after one tile of slots; exponents are powers of two."""
-    raw = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-    if INNER is not None:
-        raw = tanh(raw * INNER)
-    raw = tl.where(seen[None, :], raw, MASK)
-    new_top = tl.maximum(top, tl.max(raw, 1) * UNIT)
-    weights = tl.exp2(raw * UNIT - new_top[:, None])
-    shrink = tl.exp2(top - new_top)
-    total = total * shrink + tl.sum(weights, 1)
-    out = tl.dot(
-        weights.to(value.dtype), value, out * shrink[:, None], input_precision=PRECISION
-    )  # fmt: skip
-    return new_top, total, out
+from kernels.common import triton_kernels as tiles
+from kernels.common.triton_math import LOG2_E
 
 
 @triton.jit
 def parts(
-    query, query_far, k_global, v_global, k_ring, v_ring, length,
+    query, query_far, k_global, v_global, k_ring, v_ring, length, near, far, layer,
+    slopes, far_distance,
     batches, ranks, window, splits,
     outs, tops, totals,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr,
     UNIT: tl.constexpr, INNER: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    FAR: tl.constexpr,
+    FAR: tl.constexpr, LAYERS: tl.constexpr, ALIBI: tl.constexpr,
 ):  # fmt: skip
     """Unnormalised outputs [splits, B, N, Hv], maxima and sums [splits, B, N].
 
@@ -70,12 +45,17 @@ def parts(
     slots = tl.arange(0, BLOCK_K)
     ours = rows < group
     first_query = batch.to(tl.int64) * HEADS + key_head * group
+    near_slots = tl.load(near + batch * KEY_HEADS + key_head)
+    far_slots = tl.load(far + batch * KEY_HEADS + key_head)
     slot_head = batch.to(tl.int64) * KEY_HEADS + key_head
-    # Slots that nobody sees are not read: the ring's beyond `last`, globals still in the window.
-    far_tiles = last * 0
-    if FAR:
-        far_tiles = tl.cdiv(tl.minimum(tl.maximum(last - window + 1, 0), ranks), BLOCK_K)
-    near_tiles = tl.cdiv(tl.minimum(last + 1, window), BLOCK_K)
+    if LAYERS:
+        slot_head += tl.load(layer).to(tl.int64) * batches * KEY_HEADS
+    head_slopes = rows.to(tl.float32)
+    if ALIBI:
+        head_slopes = tl.load(slopes + first_query + rows, mask=ours, other=0.0)
+    # Slots that nobody sees are not read.
+    far_tiles = tl.cdiv(far_slots, BLOCK_K)
+    near_tiles = tl.cdiv(near_slots, BLOCK_K)
     share = tl.cdiv(far_tiles + near_tiles, splits)
     first = split * share
     end = tl.minimum(first + share, far_tiles + near_tiles)
@@ -84,27 +64,43 @@ def parts(
     total = tl.zeros((BLOCK_M,), tl.float32)
     out = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     if FAR:
-        q = _rows(query_far + first_query * WIDTH, rows, ours, WIDTH, BLOCK_H)
+        q = tiles.tile(query_far + first_query * WIDTH, rows, ours, WIDTH, WIDTH, BLOCK_H, True)
         for tile in tl.range(tl.minimum(first, far_tiles), tl.minimum(end, far_tiles)):
             rank = tile * BLOCK_K + slots
-            exists = rank < ranks
+            seen = rank < far_slots
             at = slot_head * ranks
-            k = _rows(k_global + at * WIDTH, rank, exists, WIDTH, BLOCK_H)
-            v = _rows(v_global + at * VALUE_WIDTH, rank, exists, VALUE_WIDTH, BLOCK_V)
-            seen = exists & (last - rank >= window)
-            top, total, out = _attend(q, k, v, seen, top, total, out, UNIT, INNER, MASK, PRECISION)
-    q = _rows(query + first_query * WIDTH, rows, ours, WIDTH, BLOCK_H)
+            k = tiles.tile(k_global + at * WIDTH, rank, seen, WIDTH, WIDTH, BLOCK_H, True)
+            v = tiles.tile(
+                v_global + at * VALUE_WIDTH, rank, seen, VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, True
+            )
+            away = slots
+            if ALIBI:
+                distances = far_distance + batch.to(tl.int64) * ranks
+                distances = tl.load(distances + rank, mask=seen, other=0.0)
+                away = head_slopes[:, None] * distances[None, :]
+            top, total, out = tiles.attend(
+                q, k, v, seen[None, :], away, top, total, out,
+                UNIT, INNER, MASK, PRECISION, ALIBI, True,
+            )  # fmt: skip
+    q = tiles.tile(query + first_query * WIDTH, rows, ours, WIDTH, WIDTH, BLOCK_H, True)
+    oldest = tl.maximum(last - near_slots + 1, 0) % tl.maximum(window, 1)  # the slot of the first
     for tile in tl.range(
         tl.maximum(first, far_tiles) - far_tiles, tl.maximum(end, far_tiles) - far_tiles
     ):
-        slot = tile * BLOCK_K + slots
-        exists = slot < window
+        token = tile * BLOCK_K + slots
+        seen = token < near_slots
+        slot = oldest + token
+        slot = tl.where(slot >= window, slot - window, slot)
         at = slot_head * window
-        k = _rows(k_ring + at * WIDTH, slot, exists, WIDTH, BLOCK_H)
-        v = _rows(v_ring + at * VALUE_WIDTH, slot, exists, VALUE_WIDTH, BLOCK_V)
-        # The ring is full, or its first `length` slots are.
-        seen = exists & (slot <= last)
-        top, total, out = _attend(q, k, v, seen, top, total, out, UNIT, INNER, MASK, PRECISION)
+        k = tiles.tile(k_ring + at * WIDTH, slot, seen, WIDTH, WIDTH, BLOCK_H, True)
+        v = tiles.tile(
+            v_ring + at * VALUE_WIDTH, slot, seen, VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, True
+        )
+        away = head_slopes[:, None] * (near_slots - 1 - token).to(tl.float32)[None, :]
+        top, total, out = tiles.attend(
+            q, k, v, seen[None, :], away, top, total, out,
+            UNIT, INNER, MASK, PRECISION, ALIBI, True,
+        )  # fmt: skip
 
     to = split.to(tl.int64) * batches * HEADS + first_query + rows
     column = tl.arange(0, BLOCK_V)

@@ -41,6 +41,7 @@ def lambda_attention(
     query_global: Float[Array, "B T N H"] | None = None,
     key_global: Float[Array, "B R K H"] | None = None,
     value_global: Float[Array, "B R K Hv"] | None = None,
+    global_positions: Int[Array, "B R"] | Int[Array, "B K R"] | None = None,
     query_offset: int | Int[Array, ""] = 0,
     key_start: int | Int[Array, ""] | Int[Array, " B"] = 0,
     segment_ids: SegmentIds | None = None,
@@ -68,6 +69,10 @@ def lambda_attention(
     `window_size >= S` is full causal attention; `num_global = S` sends every far key through the
     global operands. With `segment_ids`, the first keys of each segment are its globals, and
     `key_global`, `value_global`, if given, have one row beside each key row (R = S).
+    With `global_positions`, row r of the R = num_global globals is at position global_positions[b,
+    r] ([b, k, r]: for key head k) instead of r: ascending, and hidden where it is -1, which rows
+    before or after the others may be. Then there may be no keys (S = 0): window_size still says
+    which globals are too near; 0 hides none but those after the query.
 
     `alibi_slopes` (no gradient) subtracts slope * distance from the scaled score: d on the local
     branch; on the global one min(d, clip_distance), or what `global_distance` says. Then
@@ -79,6 +84,7 @@ def lambda_attention(
         query, key, value,
         num_global=num_global, window_size=window_size,
         query_global=query_global, key_global=key_global, value_global=value_global,
+        global_positions=global_positions,
         query_offset=query_offset, key_start=key_start, segment_ids=segment_ids,
         alibi_slopes=alibi_slopes, clip_distance=clip_distance, global_distance=global_distance,
         sinks=sinks, scale=scale, logits_soft_cap=logits_soft_cap, precision=precision,
@@ -86,7 +92,7 @@ def lambda_attention(
 
     def attend(rules: Rules, operands: Operands, places: Places) -> Residuals:
         if rules.num_global == 0:
-            operands = operands._replace(far=None)
+            operands, places = operands._replace(far=None), places._replace(far_positions=None)
         (_, queries, heads, width), keys = operands.near.query.shape, operands.near.key.shape[1]
         key = Key(
             "lambda_attention", str(operands.near.query.dtype), heads, operands.near.key.shape[2],
@@ -111,8 +117,8 @@ def lambda_attention(
 
 def _prepare(
     query, key, value, *, num_global, window_size, query_global, key_global, value_global,
-    query_offset, key_start, segment_ids, alibi_slopes, clip_distance, global_distance, sinks,
-    scale, logits_soft_cap, precision,
+    global_positions, query_offset, key_start, segment_ids, alibi_slopes, clip_distance,
+    global_distance, sinks, scale, logits_soft_cap, precision,
 ) -> tuple[Operands, Places, Rules]:  # fmt: skip
     """The arguments with defaults filled in; ValueError names what does not fit."""
     batch, queries, heads, width = arguments.shape("query", query, "B T N H", (None,) * 4)
@@ -120,7 +126,7 @@ def _prepare(
     *_, value_width = arguments.shape("value", value, "B S K Hv", (batch, keys, key_heads, None))
     if heads % key_heads:
         raise ValueError(f"query has {heads} heads, not a multiple of the {key_heads} of key")
-    arguments.count("window_size", window_size, least=1)
+    arguments.count("window_size", window_size, least=1 if global_positions is None else 0)
     arguments.count("num_global", num_global, least=0)
     if clip_distance is not None:
         arguments.count("clip_distance", clip_distance, least=1)
@@ -140,6 +146,18 @@ def _prepare(
         )
     if key_global is None and value_global is not None:
         raise ValueError("value_global needs key_global")
+    if global_positions is not None:
+        if segment_ids is not None or key_global is None or value_global is None:
+            raise ValueError(
+                "global_positions needs key_global and value_global, the rows at these positions, "
+                "and no segment_ids"
+            )
+        shared, by_head = (batch, num_global), (batch, key_heads, num_global)
+        if global_positions.shape not in (shared, by_head):
+            raise ValueError(
+                f"global_positions has shape {global_positions.shape}; "
+                f"it must be {list(shared)} or {list(by_head)}"
+            )
 
     rows = keys if segment_ids is not None else num_global
     if key_global is None:
@@ -155,16 +173,15 @@ def _prepare(
     arguments.shape("key_global", key_global, "B R K H", (batch, rows, key_heads, width))
     arguments.shape("value_global", value_global, "B R K Hv", (batch, rows, key_heads, value_width))
     if global_distance is not None:
-        for name, array, length in (("query", global_distance.query, queries),
-                                    ("key", global_distance.key, rows)):  # fmt: skip
-            if array.shape not in ((1, length), (batch, length)):
-                raise ValueError(
-                    f"global_distance.{name} has shape {array.shape}; "
-                    f"it must be [1, {length}] or [{batch}, {length}]"
-                )
+        global_distance = global_distance.checked(batch, queries, rows)
 
     def int32(ids):
         return jnp.asarray(ids, jnp.int32)
+
+    if segment_ids is None and not (keys and window_size):
+        # One row that comes after every query: no implementation need know of windows without keys.
+        key, value = (jnp.zeros((batch, 1, *x.shape[2:]), x.dtype) for x in (key, value))
+        key_start, query_offset = int32(key_start) + int32(query_offset) + queries, -queries
 
     return (
         Operands(Branch(query, key, value), Branch(query_global, key_global, value_global), sinks),
@@ -173,12 +190,10 @@ def _prepare(
             query_offset=int32(query_offset),
             segments=segment_ids and SegmentIds(*map(int32, segment_ids)),
             alibi_slopes=None if alibi_slopes is None else jax.lax.stop_gradient(alibi_slopes),
-            far_distance=global_distance
-            and GlobalDistance(
-                int32(global_distance.query),
-                int32(global_distance.key),
-                jnp.asarray(global_distance.scale, jnp.float32),
-            ),
+            far_distance=global_distance,
+            far_positions=None
+            if global_positions is None
+            else int32(global_positions).reshape(batch, -1, num_global),
         ),
         Rules(
             window=window_size,
@@ -211,6 +226,9 @@ def _by_head(attend, rules, operands, places, windows, counts) -> Residuals:
             )
 
         slopes, distance, sinks = places.alibi_slopes, places.far_distance, operands.sinks
+        positions = places.far_positions
+        if positions is not None:
+            positions = (positions if positions.shape[1] == 1 else positions[:, of_key])[..., rows]
         result = attend(
             dataclasses.replace(rules, window=window, num_global=count),
             Operands(
@@ -221,6 +239,7 @@ def _by_head(attend, rules, operands, places, windows, counts) -> Residuals:
             places._replace(
                 alibi_slopes=None if slopes is None else slopes[of_query],
                 far_distance=distance and distance._replace(key=distance.key[:, rows]),
+                far_positions=positions,
             ),
         )
         outs.append(result.out)

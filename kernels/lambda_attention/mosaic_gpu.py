@@ -103,7 +103,8 @@ def _refuse(rules: Rules, operands: Operands, places: Places) -> None:
     """NotImplementedError for what the kernel does not compute."""
     near, far, sinks = operands
     for name, given in (
-        ("segment_ids", places.segments), ("alibi_slopes", places.alibi_slopes),
+        ("segment_ids", places.segments), ("global_positions", places.far_positions),
+        ("alibi_slopes", places.alibi_slopes),
         ("logits_soft_cap", rules.soft_cap), ("sinks", sinks),
     ):  # fmt: skip
         if given is not None:

@@ -5,8 +5,8 @@ and then those of the window: grid (B N, T / C, globals + window). dk and dv wal
 and block of W keys, the queries of its group that see it: grid (B K, S / W, G, queries), once for
 each branch. All index maps name the next block that is seen, and stay on the last one when a row of
 the grid has seen its share, so that steps without work copy nothing either. Only blocks on an edge
-of the window, or of the globals, are masked. With segments the same walks read from scalar memory
-where they begin and end (`tpu_packing`).
+of the window, or of the globals, are masked. With segments, or globals at listed positions, the
+same walks read from scalar memory where they begin and end (`tpu_packing`).
 
 Scores are kept keys first, s^T [W, C]: maxima and sums then run down the sublanes, statistics are
 rows [1, C] that are stored as they are (no padding to 128 lanes), and dk, dv need no transposition.
@@ -55,23 +55,24 @@ def attention(rules: Rules, operands: Operands, places: Places, config: object) 
         raise NotImplementedError(f"{sorted(dtypes)}; it takes all bfloat16 or all float32")
     if rules.scale <= 0:
         raise NotImplementedError(f"scale={rules.scale}; it takes positive ones")
-    plan = _plan(rules, operands, config, packed=places.segments is not None)
-    if places.segments is None:
+    plan = _plan(rules, operands, config, places)
+    if plan.packed is None:
         where = Where(jnp.concatenate([places.query_offset[None], places.key_start]))
     else:
         operands, where = tpu_packing.pack(plan, operands, places)
         if where.scalars.size > tpu_blocks.SCALARS:
             raise NotImplementedError(
-                f"segments in blocks placed by {where.scalars.size} numbers; "
+                f"segments or lists in blocks placed by {where.scalars.size} numbers; "
                 f"it takes at most {tpu_blocks.SCALARS}"
             )
     return _attention(plan, operands, where).result
 
 
-def _plan(rules: Rules, operands: Operands, config: Config, *, packed: bool) -> Plan:
+def _plan(rules: Rules, operands: Operands, config: Config, places: Places) -> Plan:
     batch, queries, heads, _ = operands.near.query.shape
     keys, key_heads = operands.near.key.shape[1:3]
-    rows = 0
+    rows, packed = 0, places.segments is not None
+    lists = None if places.far_positions is None else places.far_positions.shape[1]
     if operands.far is not None:
         most = tpu_packing.most_globals(rules, keys) if packed else rules.num_global
         rows = min(operands.far.key.shape[1], most)
@@ -89,7 +90,8 @@ def _plan(rules: Rules, operands: Operands, config: Config, *, packed: bool) -> 
         block(config.block_q, queries),
         block(config.block_k, keys),
         block(config.block_k, rows),
-        batch if packed else None,
+        batch * (lists or 1) if packed or lists else None,
+        lists,
     )
 
 
@@ -99,7 +101,7 @@ def _plan(rules: Rules, operands: Operands, config: Config, *, packed: bool) -> 
 def _walk_keys(plan: Plan, where: Where, visits) -> None:
     """Calls, at this step of the grid, the visit of the branch whose block it is, if any."""
     head, i, step = (pl.program_id(axis) for axis in range(3))
-    batch, scalars = jax.lax.div(head, plan.heads), where.scalars
+    batch, scalars = jax.lax.div(head, plan.range_heads[0]), where.scalars
     ranges = where.ranges or (None,) * len(plan.sides)
     for side, range_, visit in zip(plan.sides, ranges, visits, strict=True):
         span = side.keys_of(scalars, batch, i)
@@ -189,7 +191,7 @@ def _d_key_kernel(
     d_key, d_value, key_acc, value_acc,
 ):  # fmt: skip
     head, j, step = pl.program_id(0), pl.program_id(1), pl.program_id(3)
-    batch = jax.lax.div(head, plan.key_heads)
+    batch = jax.lax.div(head, plan.range_heads[1])
     span = side.queries_of(scalars, batch, j)
     i = span.block(step, plan.block_q, plan.query_blocks)
 
@@ -251,7 +253,7 @@ def _by_queries(plan: Plan, branches: list[HeadsFirst], where: Where) -> Walk:
         return head, i
 
     def key_at(side, before, head, i, step, scalars):
-        span = side.keys_of(scalars, jax.lax.div(head, plan.heads), i)
+        span = side.keys_of(scalars, jax.lax.div(head, plan.range_heads[0]), i)
         # Heads of a group are neighbours, in all batch rows: head // G is their key head.
         group = jax.lax.div(head, plan.group)
         return group, span.block(step - before, side.block, side.blocks)
@@ -267,12 +269,12 @@ def _by_queries(plan: Plan, branches: list[HeadsFirst], where: Where) -> Walk:
             )
         )
         steps += side.key_steps
-    ranges = _ranges_blocks(plan, where.ranges, plan.heads, query_at)
+    ranges = _ranges_blocks(plan, where.ranges, plan.range_heads[0], query_at)
     return Walk((branches[0].query.shape[0], plan.query_blocks, steps), query_at, specs, ranges)
 
 
 def _ranges_blocks(plan: Plan, ranges, heads: int, query_at) -> Any:
-    """Block specs of ranges, which all heads of a batch row share."""
+    """Block specs of ranges, of which so many heads share a row."""
 
     def at(head, *grid):
         return jax.lax.div(head, heads), query_at(head, *grid)[1]
@@ -406,7 +408,7 @@ def _d_keys(
     statistics: Statistics,
 ):
     def query_at(head, j, member, step, scalars):
-        span = side.queries_of(scalars, jax.lax.div(head, plan.key_heads), j)
+        span = side.queries_of(scalars, jax.lax.div(head, plan.range_heads[1]), j)
         return head * plan.group + member, span.block(step, plan.block_q, plan.query_blocks)
 
     def key_at(head, j, member, step, scalars):
@@ -427,7 +429,7 @@ def _d_keys(
                 key=tpu_blocks.block_of(branch.key, side.block, key_at),
                 value=tpu_blocks.block_of(branch.value, side.block, key_at),
             ),
-            _ranges_blocks(plan, ranges, plan.key_heads, query_at),
+            _ranges_blocks(plan, ranges, plan.range_heads[1], query_at),
             tpu_blocks.statistics_blocks(plan.block_q, statistics, query_at),
         ),
         outputs,

@@ -37,6 +37,8 @@ class Places(NamedTuple):
     segments: SegmentIds | None
     alibi_slopes: Float[Array, " N"] | None
     far_distance: GlobalDistance | None
+    # Of every global, one list for all key heads or one for each; None: row r is at position r.
+    far_positions: Int[Array, "B P R"] | None = None
 
 
 @dataclass(frozen=True)

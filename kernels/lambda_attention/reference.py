@@ -3,6 +3,7 @@
 d = query position - key position, w = window, g = globals.
     local branch   0 <= d < w, key position >= 0     logit  <query, key> * scale
     global branch  d >= w, key among the first g     logit  <query_global, key_global> * scale
+                   (or in a list of positions p >= 0)
     out = sum_j exp(logit_j) value_j / (exp(sink) + sum_j exp(logit_j))
 Dense, O(T * S) memory, differentiated by JAX; in float64 wherever that is switched on. Every other
 implementation is tested against this one.
@@ -33,15 +34,16 @@ def dense(rules: Rules, operands: Operands, places: Places, dtype) -> Residuals:
     real = places.key_start[:, None] + _index(near.key.shape[1])[None] >= 0
     visible = (distance >= 0) & (distance < rules.window) & real[:, None, :]
     visible &= _same_segment(places)
-    logits = _logits(rules, places, near, distance)
+    logits = _logits(rules, places, near, distance[:, None])
+    visible = jnp.broadcast_to(visible[:, None], logits.shape)
     value = near.value
     if far is not None:
         far_visible, far_distance = _global_branch(rules, places, far.key.shape[1], distance)
         logits = jnp.concatenate([_logits(rules, places, far, far_distance), logits], -1)
+        far_visible = jnp.repeat(far_visible, heads // far_visible.shape[1], 1)
         visible = jnp.concatenate([far_visible, visible], -1)
         value = jnp.concatenate([far.value, value], 1)
 
-    visible = jnp.broadcast_to(visible[:, None], logits.shape)
     logits = jnp.where(visible, logits, numerics.MASK_VALUE)
     top = logits.max(-1)
     if sinks is not None:
@@ -79,36 +81,42 @@ def _same_segment(places: Places) -> Bool[Array, "..."]:
 
 def _global_branch(
     rules: Rules, places: Places, rows: int, distance: Int[Array, "B T S"]
-) -> tuple[Bool[Array, "B T R"], Num[Array, "B T R"]]:
-    """Visibility of every row of the globals, and how far away ALiBi takes it to be."""
-    if places.segments is None:  # row r is position r
+) -> tuple[Bool[Array, "B P T R"], Num[Array, "B P T R"]]:
+    """Visibility of every row of the globals, and how far away ALiBi takes it to be; for all heads
+    (P = 1) or each key head.
+    """
+    if places.segments is None:
         offsets = places.query_offset + _index(distance.shape[1])
         positions = places.key_start[:, None] + offsets[None]
-        true = positions[:, :, None] - _index(rows)[None, None]
-        visible = (true >= rules.window) & (_index(rows) < rules.num_global)[None, None]
+        listed = places.far_positions
+        if listed is None:  # row r is position r
+            listed = jnp.where(_index(rows) < rules.num_global, _index(rows), -1)[None, None]
+        true = positions[:, None, :, None] - listed[:, :, None]
+        visible = (true >= rules.window) & (listed >= 0)[:, :, None]
     else:  # row r is key r, and counts from the start of its segment
-        true = distance
+        true = distance[:, None]
         rank = _index(rows)[None] - masks.run_starts(places.segments.kv)
-        visible = (true >= rules.window) & (rank < rules.num_global)[:, None]
-        visible &= _same_segment(places)
+        visible = (true >= rules.window) & (rank < rules.num_global)[:, None, None]
+        visible &= _same_segment(places)[:, None]
     seeming = true
     if rules.clip_distance is not None:
         seeming = jnp.minimum(true, rules.clip_distance)
     if places.far_distance is not None:
         query, key, scale = places.far_distance
-        apart = query[:, :, None] - key[:, None, :]
+        apart = (query[:, :, None] - key[:, None, :])[:, None]
         seeming = apart.astype(jnp.float32) * scale
     return visible, jnp.broadcast_to(seeming, visible.shape)
 
 
 def _logits(
-    rules: Rules, places: Places, branch: Branch, distance: Num[Array, "B T S"]
+    rules: Rules, places: Places, branch: Branch, distance: Num[Array, "B P T S"]
 ) -> Float[Array, "B N T S"]:
     key = jnp.repeat(branch.key, branch.query.shape[2] // branch.key.shape[2], 2)
     logits = jnp.einsum("btnh,bsnh->bnts", branch.query, key, precision="highest") * rules.scale
     if places.alibi_slopes is not None:
         slopes = places.alibi_slopes.astype(logits.dtype)[None, :, None, None]
-        logits -= slopes * distance[:, None].astype(logits.dtype)
+        distance = jnp.repeat(distance, logits.shape[1] // distance.shape[1], 1)
+        logits -= slopes * distance.astype(logits.dtype)
     if rules.soft_cap is not None:
         logits = rules.soft_cap * jnp.tanh(logits / rules.soft_cap)
     return logits

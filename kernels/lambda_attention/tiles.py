@@ -204,6 +204,10 @@ class Program:
             starts = masks.run_starts(places.segments.kv)
             row = jnp.clip(self.at, 0, self.plan.near.rows - 1)
             self.segment_start = starts[self.batch, row]
+        self.listed = None
+        if places.far_positions is not None:
+            lists = places.far_positions.shape[1]
+            self.listed = places.far_positions[self.batch, jnp.minimum(head.key_head, lists - 1)]
 
     def rows(self, x: Float[Array, "B Tp N X"]) -> Float[Array, "rows X"]:
         """The block's rows of an array laid out like the queries."""
@@ -325,6 +329,13 @@ class Program:
 
     def _far_span(self) -> Span:
         beyond = self.position - self.plan.rules.window
+        if self.listed is not None:  # from the first row that somebody sees to the last
+            row, rows = jnp.arange(self.listed.shape[0], dtype=jnp.int32), self.listed.shape[0]
+            seen = (self.listed >= 0) & (self.listed < beyond + self.plan.block_q)
+            start = jnp.where(seen, row, rows).min()
+            part = (row >= start) & ~(seen & (self.listed <= beyond))
+            end = jnp.where(seen, row + 1, 0).max()
+            return Span(start, end, start, jnp.where(part, row, rows).min())
         last = self._last_global()
         return Span(
             self.segment_start,
@@ -361,9 +372,13 @@ class Program:
         return distance, visible & (column >= -self.key_start) & (column < self.plan.near.rows)
 
     def _far_place(self, start, width: int):
-        column = (start + jnp.arange(width, dtype=jnp.int32))[None]
+        if self.listed is None:
+            column = (start + jnp.arange(width, dtype=jnp.int32))[None]
+        else:
+            column = jax.lax.dynamic_slice_in_dim(self.listed, start, width)[None]
         distance = self._rows_from(self.position) - column
-        visible = (distance >= self.plan.rules.window) & (column < self._last_global())
+        visible = distance >= self.plan.rules.window
+        visible &= column < self._last_global() if self.listed is None else column >= 0
         if self.plan.rules.clip_distance is not None:
             distance = jnp.minimum(distance, self.plan.rules.clip_distance)
         if self.plan.places.far_distance is not None:

@@ -1,9 +1,11 @@
-"""Segments for the TPU kernels of Λ-attention: what each query sees is one range of rows.
+"""Segments, and lists of globals, for the TPU kernels of Λ-attention: what each query sees is one
+range of rows.
 
 A segment is a run of rows, so its part of a window is a range of keys. The globals of all segments
 are gathered first: in that order those that a query sees are a range too, and few are left, for a
-segment no longer than the window shows nobody its globals. Two numbers a query are thus the whole
-mask. Which blocks to walk, and which of them everybody sees, is found here in plain XLA.
+segment no longer than the window shows nobody its globals. Of a list in order, a query sees the
+rows up to some position. Two numbers a query are thus the whole mask. Which blocks to walk, and
+which of them everybody sees, is found here in plain XLA.
 """
 
 from typing import NamedTuple
@@ -21,7 +23,7 @@ class Where(NamedTuple):
     """What the kernels read beside the operands."""
 
     scalars: Int[Array, " scalars"]
-    ranges: tuple[Ranges, ...] = ()  # of each side, where there are segments
+    ranges: tuple[Ranges, ...] = ()  # of each side, where there are segments or lists
 
 
 def most_globals(rules: Rules, keys: int) -> int:
@@ -35,9 +37,40 @@ def most_globals(rules: Rules, keys: int) -> int:
 
 
 def pack(plan: Plan, operands: Operands, places: Places) -> tuple[Operands, Where]:
-    """The operands with the globals gathered, and what places them."""
-    segments = places.segments
-    assert segments is not None
+    """The operands, those of segments with their globals gathered, and what places them."""
+    if places.segments is None:
+        ranges = _of_lists(plan, places)
+    else:
+        operands, ranges = _of_segments(plan, operands, places, places.segments)
+    beyond = ((0, 0), (0, -plan.queries % plan.block_q))
+    whole = tuple(Ranges(*(jnp.pad(x, beyond, mode="edge")[:, None] for x in r)) for r in ranges)
+    scalars = [_scalars(plan, side, r) for side, r in zip(plan.sides, whole, strict=True)]
+    return operands, Where(jnp.concatenate(scalars), whole)
+
+
+def _of_lists(plan: Plan, places: Places) -> list[Ranges]:
+    """What each query sees of the list of globals, and of the window; a row for each list."""
+    listed = places.far_positions
+    assert listed is not None
+    listed, row = listed.reshape(-1, listed.shape[2]), jnp.arange(listed.shape[2], dtype=jnp.int32)
+    start = jnp.repeat(places.key_start, len(listed) // len(places.key_start))[:, None]
+    position = places.query_offset + jnp.arange(plan.queries, dtype=jnp.int32)[None]  # of a key row
+    window = min(plan.rules.window, MOST)
+
+    hidden = jnp.where(listed >= 0, row[None], plan.globals).min(1, keepdims=True)  # in front
+    ordered = jnp.where((listed < 0) & (row[None] > hidden), MOST, listed)
+    count = jax.vmap(lambda x, at: jnp.searchsorted(x, at, side="right"))
+    end = jnp.maximum(count(ordered, position + start - window).astype(jnp.int32), hidden)
+    far = Ranges(jnp.broadcast_to(hidden, end.shape), end)
+    end = jnp.broadcast_to(jnp.clip(position + 1, 0, plan.keys), end.shape)
+    first = jnp.maximum(jnp.maximum(position - window + 1, -start), 0)
+    return [far, Ranges(jnp.minimum(first, end), end)]
+
+
+def _of_segments(
+    plan: Plan, operands: Operands, places: Places, segments: masks.SegmentIds
+) -> tuple[Operands, list[Ranges]]:
+    """The operands with the globals gathered, and what each query sees of them and of the keys."""
     position = places.query_offset + jnp.arange(plan.queries, dtype=jnp.int32)[None]
     beside = jnp.clip(position[0], 0, plan.keys - 1)
     ids = segments.kv[:, beside]
@@ -56,11 +89,7 @@ def pack(plan: Plan, operands: Operands, places: Places) -> tuple[Operands, Wher
         end = jnp.clip(position - window + 1, start, plan.keys)
         first, end = (jnp.take_along_axis(before, at, 1) for at in (start, end))
         ranges.insert(0, Ranges(first, jnp.where(real, end, first)))
-
-    beyond = ((0, 0), (0, -plan.queries % plan.block_q))
-    whole = tuple(Ranges(*(jnp.pad(x, beyond, mode="edge")[:, None] for x in r)) for r in ranges)
-    scalars = [_scalars(plan, side, r) for side, r in zip(plan.sides, whole, strict=True)]
-    return operands, Where(jnp.concatenate(scalars), whole)
+    return operands, ranges
 
 
 def _shown(rules: Rules, ids: Int[Array, "B S"], starts: Int[Array, "B S"]) -> Bool[Array, "B S"]:

@@ -27,7 +27,8 @@ class Plan:
     block_q: int  # C
     block_k: int  # W
     block_g: int
-    packed: int | None = None  # rows of the batch, where there are segments in them
+    packed: int | None = None  # rows of the ranges that say who is seen, where there are such
+    lists: int | None = None  # of positions of the globals, for each row of the batch
 
     @property
     def scoring(self) -> tpu_blocks.Scoring:
@@ -36,6 +37,12 @@ class Plan:
     @property
     def group(self) -> int:
         return self.heads // self.key_heads
+
+    @property
+    def range_heads(self) -> tuple[int, int]:
+        """Query and key heads that share a row of ranges."""
+        lists = self.lists or 1
+        return self.heads // lists, self.key_heads // lists
 
     @property
     def query_blocks(self) -> int:
@@ -147,7 +154,7 @@ class Far:
 
     @property
     def key_steps(self) -> int:
-        if self.plan.packed is None:
+        if self.plan.packed is None or self.plan.lists:
             return self.blocks
         # Those of the first query's segment, and of segments that begin in the block of queries.
         later = max(self.plan.block_q - self.window, 0)
@@ -188,7 +195,7 @@ class Ranges(NamedTuple):
 
 @dataclass(frozen=True)
 class Packed:
-    """A side of which each query sees a range of rows that depends on its segment.
+    """A side of which each query sees a range of rows: that of its segment, or of a list.
 
     Scalars from `at` on: for each batch row and block of queries the first and the last row that
     one of them sees, and the first and the end of those that all see; then for each batch row and

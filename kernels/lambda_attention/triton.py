@@ -61,7 +61,7 @@ def config_of(forward: Tile, queries: Tile, keys: Tile) -> Config:
 def attention(rules: Rules, operands: Operands, places: Places, config: object) -> Residuals:
     """Outputs and log-denominators; differentiable in `operands`, through the LSE too."""
     launch.require()
-    _refuse(rules, operands, places)
+    _refuse(rules, operands)
     config = dispatch.settled(Config, config, lambda: default_config(operands, places))
     return Residuals(*_attention(rules, config, operands, _where(rules, operands, places)))
 
@@ -71,26 +71,16 @@ def gradients(
 ) -> Operands:
     """Gradients of Λ-attention, from the result of whichever forward computed it."""
     launch.require()
-    _refuse(rules, operands, places)
+    _refuse(rules, operands)
     saved = (operands, _where(rules, operands, places), *result)
     return _backward(rules, default_config(operands, places), saved, cotangents)[0]
 
 
-def _refuse(rules: Rules, operands: Operands, places: Places) -> None:
+def _refuse(rules: Rules, operands: Operands) -> None:
     """NotImplementedError for what the kernels do not compute."""
-    near, far, _ = operands
-    dtypes = {x.dtype for branch in (near, far) if branch is not None for x in branch}
-    if len(dtypes) > 1:
-        raise NotImplementedError(f"operands of different dtypes: {sorted(map(str, dtypes))}")
-    if near.query.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"operands in {near.query.dtype}")
-    width = max(near.query.shape[3], near.value.shape[3])
+    arrays = jax.tree.leaves((operands.near, operands.far))
     # In float32 the products of wider heads do not fit the registers.
-    widest = 128 if near.query.dtype == jnp.float32 else 256
-    if width > widest:
-        raise NotImplementedError(f"{near.query.dtype} heads {width} wide; it takes up to {widest}")
-    if rules.scale <= 0:
-        raise NotImplementedError(f"scale={rules.scale}: the running maximum needs a positive one")
+    launch.refuse_operands(arrays, rules.scale, widest=256, float32=128)
 
 
 def default_config(operands: Operands, places: Places) -> Config:
@@ -100,8 +90,9 @@ def default_config(operands: Operands, places: Places) -> Config:
     """
     widest = max(operands.near.query.shape[3], operands.near.value.shape[3])
     wide = operands.near.query.dtype == jnp.float32
-    config = _TILES[wide, _padded(max(widest, 64))]
-    if places.segments is not None or places.alibi_slopes is not None:  # these take registers
+    config = _TILES[wide, launch.padded(max(widest, 64))]
+    costly = (places.segments, places.alibi_slopes, places.far_positions)
+    if any(x is not None for x in costly):  # these take registers
         config = dataclasses.replace(
             config, forward_block_q=min(64, config.forward_block_q), forward_stages=2
         )
@@ -135,16 +126,14 @@ class _Where(NamedTuple):
     starts: Int[Array, "B S"] | None  # of every key's run of equal ids
     ends: Int[Array, "B S"] | None
     alibi: _Alibi | None
+    listed: Int[Array, "B P R"] | None  # positions of the globals, and how many rows of each list
+    list_ends: Int[Array, "B P"] | None  # there are up to the last one that is not hidden
 
-    def or_stand_ins(self) -> tuple[Array, Array, Array, Array]:
-        """(ids of queries, ids of keys, starts, ends): a kernel never reads the ones missing."""
-        if self.segments is None or self.starts is None or self.ends is None:
-            return self.places, self.places, self.places, self.places
-        return self.segments.q, self.segments.kv, self.starts, self.ends
-
-    def alibi_or_stand_ins(self) -> list[Array]:
-        found = (None,) * 4 if self.alibi is None else self.alibi
-        return [self.places if x is None else x for x in found]
+    def pointers(self) -> list[Array]:
+        """As the kernels name them, from `places` on; they never read the ones missing."""
+        ids, alibi = self.segments or (None,) * 2, self.alibi or (None,) * 4
+        given = (*ids, self.starts, self.ends, *alibi, self.listed, self.list_ends)
+        return [self.places] + [self.places if x is None else x for x in given]
 
 
 def _alibi(rules: Rules, operands: Operands, places: Places) -> _Alibi | None:
@@ -165,7 +154,11 @@ def _alibi(rules: Rules, operands: Operands, places: Places) -> _Alibi | None:
 
 def _where(rules: Rules, operands: Operands, places: Places) -> _Where:
     batch = operands.near.query.shape[0]
-    starts = ends = None
+    starts = ends = list_ends = None
+    listed = places.far_positions
+    if listed is not None:
+        row = jnp.arange(listed.shape[2], dtype=jnp.int32)[None, None]
+        list_ends = jnp.where(listed >= 0, row + 1, 0).max(-1)
     if places.segments is not None:
         starts = masks.run_starts(places.segments.kv)
         # Seen from the back, a run's last row is its first one.
@@ -176,12 +169,9 @@ def _where(rules: Rules, operands: Operands, places: Places) -> _Where:
         starts,
         ends,
         _alibi(rules, operands, places),
+        listed,
+        list_ends,
     )
-
-
-def _padded(width: int) -> int:
-    """The columns of a tile: Triton takes powers of two, and a matrix product at least 16."""
-    return max(16, 1 << (width - 1).bit_length())
 
 
 class _Sizes(NamedTuple):
@@ -214,8 +204,8 @@ def _constants(rules: Rules, near: Branch, where: _Where, tile: Tile) -> dict:
         "VALUE_WIDTH": near.value.shape[3],
         "BLOCK_Q": tile.block_q,
         "BLOCK_K": tile.block_k,
-        "BLOCK_H": _padded(near.query.shape[3]),
-        "BLOCK_V": _padded(near.value.shape[3]),
+        "BLOCK_H": launch.padded(near.query.shape[3]),
+        "BLOCK_V": launch.padded(near.value.shape[3]),
         "UNIT": unit,
         "INNER": None if rules.soft_cap is None else rules.scale / rules.soft_cap,
         # An exponent of MASK_VALUE, or somewhat above: MASK * UNIT must not overflow.
@@ -225,6 +215,7 @@ def _constants(rules: Rules, near: Branch, where: _Where, tile: Tile) -> dict:
         "SEGMENTS": where.segments is not None,
         "ALIBI": where.alibi is not None,
         "GIVEN": where.alibi is not None and where.alibi.far_at is not None,
+        "LISTS": 0 if where.listed is None else where.listed.shape[1],
     }
 
 
@@ -254,14 +245,12 @@ def _launch_forward(rules: Rules, tile: Tile, near: Branch, far: Branch | None, 
     from kernels.lambda_attention import triton_kernels  # needs triton
 
     sizes = _sizes(near, far)
-    ids_q, ids_kv, starts, _ = where.or_stand_ins()
     return launch.run(
         launch.Launch(
             triton_kernels.forward,
             (math.ceil(sizes.queries / tile.block_q) * sizes.batch * sizes.heads,),
             [
-                *near, *(far or near), where.places if sinks is None else sinks, where.places,
-                ids_q, ids_kv, starts, *where.alibi_or_stand_ins(),
+                *near, *(far or near), where.places if sinks is None else sinks, *where.pointers(),
                 sizes.queries, sizes.keys, sizes.far_rows, _window(rules), rules.num_global,
                 _clip(rules),
             ],
@@ -324,7 +313,6 @@ def _launch_query_gradients(
     from kernels.lambda_attention import triton_kernels  # needs triton
 
     sizes = _sizes(near, far)
-    ids_q, ids_kv, starts, _ = where.or_stand_ins()
     like = jax.ShapeDtypeStruct(near.query.shape, near.query.dtype)
     unused = jax.ShapeDtypeStruct((sizes.batch, 1, 1, 1), near.query.dtype)
     d_query, d_query_far = launch.run(
@@ -332,8 +320,7 @@ def _launch_query_gradients(
             triton_kernels.gradient_of_queries,
             (math.ceil(sizes.queries / tile.block_q) * sizes.batch * sizes.heads,),
             [
-                *near, *(far or near), d_out, lse2, delta, where.places, ids_q, ids_kv, starts,
-                *where.alibi_or_stand_ins(),
+                *near, *(far or near), d_out, lse2, delta, *where.pointers(),
                 sizes.queries, sizes.keys, sizes.far_rows, _window(rules), rules.num_global,
                 _clip(rules),
             ],
@@ -357,7 +344,6 @@ def _launch_key_gradients(
     blocks = math.ceil(sizes.keys / tile.block_k)
     programs = blocks * sizes.batch * sizes.key_heads
     chunks = _chunks(programs, sizes.queries) if is_far else 1
-    ids_q, ids_kv, starts, ends = where.or_stand_ins()
 
     def output(like):
         dtype = like.dtype if chunks == 1 else jnp.float32
@@ -368,8 +354,7 @@ def _launch_key_gradients(
             triton_kernels.gradient_of_keys,
             (programs * chunks,),
             [
-                *branch, d_out, lse2, delta, where.places, ids_q, ids_kv, starts, ends,
-                *where.alibi_or_stand_ins(),
+                *branch, d_out, lse2, delta, *where.pointers(),
                 sizes.batch, sizes.queries, sizes.keys, _window(rules), rules.num_global,
                 _clip(rules), chunks,
             ],

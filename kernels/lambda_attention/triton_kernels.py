@@ -7,7 +7,8 @@ the same source runs under jax-triton, in the Triton interpreter and in `triton.
 A program walks the tiles of the globals and those of its window. Each walk is a loop over tiles
 that every pair of sees, without any mask, and one over the tiles on an edge. What happens to one
 tile is in `common/triton_kernels`. With ALIBI, `slopes` [B, N] are in units of raw scores; with
-GIVEN, the globals' distances are (far_at[row] - far_from[key]) * far_unit.
+GIVEN, the globals' distances are (far_at[row] - far_from[key]) * far_unit. With LISTS lists a batch
+row, their positions are listed [B, LISTS, R], of which the first list_ends [B, LISTS] are walked.
 """
 
 # Triton is no dependency: where it is missing, this file is not imported.
@@ -25,8 +26,8 @@ from kernels.lambda_attention import triton_math as walks
 
 @triton.jit
 def forward(
-    query, key, value, query_far, key_far, value_far, sinks, places, ids_q, ids_kv, starts,
-    slopes, far_at, far_from, far_unit,
+    query, key, value, query_far, key_far, value_far, sinks, places, ids_q, ids_kv, starts, ends,
+    slopes, far_at, far_from, far_unit, listed, list_ends,
     queries, keys, far_rows, window, num_global, clip,
     out, lse,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
@@ -34,7 +35,7 @@ def forward(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr,
     UNIT: tl.constexpr, INNER: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     FAR: tl.constexpr, SINKS: tl.constexpr, SEGMENTS: tl.constexpr,
-    ALIBI: tl.constexpr, GIVEN: tl.constexpr,
+    ALIBI: tl.constexpr, GIVEN: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
     """Outputs [B, T, N, Hv] and LSE [B, N, T]; one program for each query head and BLOCK_Q rows."""
     batch, head, key_head, row, key_start, at, last = walks.own(
@@ -45,18 +46,11 @@ def forward(
     valid = rows < queries - row
     first_query = (batch.to(tl.int64) * queries + row) * HEADS + head
     key_origin = batch.to(tl.int64) * keys
-    segments = valid
-    if SEGMENTS:
-        segments = tl.load(ids_q + batch.to(tl.int64) * queries + row + rows, mask=valid, other=-1)
-    slope = 0.0
-    if ALIBI:
-        slope = tl.load(slopes + batch * HEADS + head)
+    segments, slope, placed, unit = walks.placed_queries(
+        ids_q, slopes, far_at, far_unit, batch, row, head, queries, rows, valid,
+        HEADS, SEGMENTS, ALIBI, GIVEN,
+    )  # fmt: skip
     position = at + rows + key_start
-    placed = rows  # where ALiBi says that they stand, seen from the globals
-    unit = 1.0
-    if GIVEN:
-        placed = tl.load(far_at + batch.to(tl.int64) * queries + row + rows, mask=valid, other=0)
-        unit = tl.load(far_unit + batch)
 
     top = tl.full((BLOCK_Q,), MASK * UNIT / 2, tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
@@ -67,9 +61,10 @@ def forward(
             query_far + first_query * WIDTH, rows, valid, HEADS * WIDTH, WIDTH, BLOCK_H, True
         )
         far_origin = batch.to(tl.int64) * far_rows
+        index, list_origin = walks.list_of(batch, key_head, far_rows, LISTS)
         first, before, clear, after, masked = walks.far_walk(
             at, last, window, key_start, num_global, far_rows, starts, key_origin,
-            BLOCK_K, SEGMENTS,
+            list_ends + index, BLOCK_K, SEGMENTS, LISTS,
         )  # fmt: skip
         for start in tl.range(clear, after, BLOCK_K):
             at_row = (far_origin + start) * KEY_HEADS + key_head
@@ -78,11 +73,10 @@ def forward(
                 KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, False,
             )  # fmt: skip
             column = start + slots
-            away = slots
-            if ALIBI:
-                away = slope * walks.far_distance(
-                    position, placed, column, far_rows, far_from + far_origin, unit, clip, GIVEN
-                )
+            away = walks.far_away(
+                slope, position, placed, column, column, far_rows, far_from + far_origin,
+                unit, clip, ALIBI, GIVEN,
+            )  # fmt: skip
             top, total, sums = tiles.attend(
                 q, k, v, slots, away, top, total, sums, UNIT, INNER, MASK, PRECISION, ALIBI, False
             )  # fmt: skip
@@ -95,15 +89,15 @@ def forward(
                 key_far, value_far, at_row, slots, inside,
                 KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, True,
             )  # fmt: skip
+            standing = walks.standing_at(listed + list_origin, column, far_rows, LISTS)
             visible = walks.far_visible(
-                at + rows, column, window, key_start, num_global, far_rows,
-                segments, ids_kv, starts, key_origin, SEGMENTS,
+                at + rows, column, standing, window, key_start, num_global, far_rows,
+                segments, ids_kv, starts, key_origin, SEGMENTS, LISTS,
             )  # fmt: skip
-            away = slots
-            if ALIBI:
-                away = slope * walks.far_distance(
-                    position, placed, column, far_rows, far_from + far_origin, unit, clip, GIVEN
-                )
+            away = walks.far_away(
+                slope, position, placed, column, standing, far_rows, far_from + far_origin,
+                unit, clip, ALIBI, GIVEN,
+            )  # fmt: skip
             top, total, sums = tiles.attend(
                 q, k, v, visible, away, top, total, sums, UNIT, INNER, MASK, PRECISION, ALIBI, True
             )  # fmt: skip
@@ -118,10 +112,7 @@ def forward(
             key, value, at_row, slots, slots,
             KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, False,
         )  # fmt: skip
-        column = start + slots
-        away = slots
-        if ALIBI:
-            away = slope * ((at + rows)[:, None] - column[None, :]).to(tl.float32)
+        away = walks.near_away(slope, at + rows, start + slots, ALIBI)
         top, total, sums = tiles.attend(
             q, k, v, slots, away, top, total, sums, UNIT, INNER, MASK, PRECISION, ALIBI, False
         )  # fmt: skip
@@ -137,9 +128,7 @@ def forward(
         visible = walks.near_visible(
             at + rows, column, window, keys, segments, ids_kv, key_origin, SEGMENTS
         )
-        away = slots
-        if ALIBI:
-            away = slope * ((at + rows)[:, None] - column[None, :]).to(tl.float32)
+        away = walks.near_away(slope, at + rows, column, ALIBI)
         top, total, sums = tiles.attend(
             q, k, v, visible, away, top, total, sums, UNIT, INNER, MASK, PRECISION, ALIBI, True
         )  # fmt: skip
@@ -164,7 +153,7 @@ def forward(
 @triton.jit
 def gradient_of_queries(
     query, key, value, query_far, key_far, value_far, d_out, lse2, delta,
-    places, ids_q, ids_kv, starts, slopes, far_at, far_from, far_unit,
+    places, ids_q, ids_kv, starts, ends, slopes, far_at, far_from, far_unit, listed, list_ends,
     queries, keys, far_rows, window, num_global, clip,
     d_query, d_query_far,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
@@ -173,6 +162,7 @@ def gradient_of_queries(
     SCALE: tl.constexpr,
     UNIT: tl.constexpr, INNER: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     FAR: tl.constexpr, SEGMENTS: tl.constexpr, ALIBI: tl.constexpr, GIVEN: tl.constexpr,
+    LISTS: tl.constexpr,
 ):  # fmt: skip
     """Gradients [B, T, N, H] of both queries, by the walk of the forward."""
     batch, head, key_head, row, key_start, at, last = walks.own(
@@ -183,18 +173,11 @@ def gradient_of_queries(
     valid = rows < queries - row
     first_query = (batch.to(tl.int64) * queries + row) * HEADS + head
     key_origin = batch.to(tl.int64) * keys
-    segments = valid
-    if SEGMENTS:
-        segments = tl.load(ids_q + batch.to(tl.int64) * queries + row + rows, mask=valid, other=-1)
-    slope = 0.0
-    if ALIBI:
-        slope = tl.load(slopes + batch * HEADS + head)
+    segments, slope, placed, unit = walks.placed_queries(
+        ids_q, slopes, far_at, far_unit, batch, row, head, queries, rows, valid,
+        HEADS, SEGMENTS, ALIBI, GIVEN,
+    )  # fmt: skip
     position = at + rows + key_start
-    placed = rows  # where ALiBi says that they stand, seen from the globals
-    unit = 1.0
-    if GIVEN:
-        placed = tl.load(far_at + batch.to(tl.int64) * queries + row + rows, mask=valid, other=0)
-        unit = tl.load(far_unit + batch)
 
     _, do, lse2_rows, delta_rows = tiles.of_queries(
         query, d_out, lse2, delta, batch, row, head, queries, rows, valid,
@@ -207,9 +190,10 @@ def gradient_of_queries(
         )
         gradient = tl.zeros((BLOCK_Q, BLOCK_H), tl.float32)
         far_origin = batch.to(tl.int64) * far_rows
+        index, list_origin = walks.list_of(batch, key_head, far_rows, LISTS)
         first, before, clear, after, masked = walks.far_walk(
             at, last, window, key_start, num_global, far_rows, starts, key_origin,
-            BLOCK_K, SEGMENTS,
+            list_ends + index, BLOCK_K, SEGMENTS, LISTS,
         )  # fmt: skip
         for start in tl.range(clear, after, BLOCK_K):
             at_row = (far_origin + start) * KEY_HEADS + key_head
@@ -218,11 +202,10 @@ def gradient_of_queries(
                 KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, False,
             )  # fmt: skip
             column = start + slots
-            away = slots
-            if ALIBI:
-                away = slope * walks.far_distance(
-                    position, placed, column, far_rows, far_from + far_origin, unit, clip, GIVEN
-                )
+            away = walks.far_away(
+                slope, position, placed, column, column, far_rows, far_from + far_origin,
+                unit, clip, ALIBI, GIVEN,
+            )  # fmt: skip
             gradient = tiles.query_gradient(
                 q, k, v, do, lse2_rows, delta_rows, slots, away, gradient,
                 UNIT, INNER, MASK, PRECISION, ALIBI, False,
@@ -236,15 +219,15 @@ def gradient_of_queries(
                 key_far, value_far, at_row, slots, inside,
                 KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, True,
             )  # fmt: skip
+            standing = walks.standing_at(listed + list_origin, column, far_rows, LISTS)
             visible = walks.far_visible(
-                at + rows, column, window, key_start, num_global, far_rows,
-                segments, ids_kv, starts, key_origin, SEGMENTS,
+                at + rows, column, standing, window, key_start, num_global, far_rows,
+                segments, ids_kv, starts, key_origin, SEGMENTS, LISTS,
             )  # fmt: skip
-            away = slots
-            if ALIBI:
-                away = slope * walks.far_distance(
-                    position, placed, column, far_rows, far_from + far_origin, unit, clip, GIVEN
-                )
+            away = walks.far_away(
+                slope, position, placed, column, standing, far_rows, far_from + far_origin,
+                unit, clip, ALIBI, GIVEN,
+            )  # fmt: skip
             gradient = tiles.query_gradient(
                 q, k, v, do, lse2_rows, delta_rows, visible, away, gradient,
                 UNIT, INNER, MASK, PRECISION, ALIBI, True,
@@ -265,10 +248,7 @@ def gradient_of_queries(
             key, value, at_row, slots, slots,
             KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, False,
         )  # fmt: skip
-        column = start + slots
-        away = slots
-        if ALIBI:
-            away = slope * ((at + rows)[:, None] - column[None, :]).to(tl.float32)
+        away = walks.near_away(slope, at + rows, start + slots, ALIBI)
         gradient = tiles.query_gradient(
             q, k, v, do, lse2_rows, delta_rows, slots, away, gradient,
             UNIT, INNER, MASK, PRECISION, ALIBI, False,
@@ -285,9 +265,7 @@ def gradient_of_queries(
         visible = walks.near_visible(
             at + rows, column, window, keys, segments, ids_kv, key_origin, SEGMENTS
         )
-        away = slots
-        if ALIBI:
-            away = slope * ((at + rows)[:, None] - column[None, :]).to(tl.float32)
+        away = walks.near_away(slope, at + rows, column, ALIBI)
         gradient = tiles.query_gradient(
             q, k, v, do, lse2_rows, delta_rows, visible, away, gradient,
             UNIT, INNER, MASK, PRECISION, ALIBI, True,
@@ -303,30 +281,31 @@ def gradient_of_queries(
 
 @triton.jit
 def _away_from_keys(
-    slopes, head, at, column, key_start, far_at, asked, far_from, key_origin, keys, far_unit, clip,
+    slopes, head, at, column, standing, key_start, far_at, asked, far_from, key_origin, keys,
+    far_unit, clip,
     FAR: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     """What ALiBi takes off scores [keys, queries]; `far_at` points to what the queries have."""
+    slope = tl.load(slopes + head)
     if FAR:
         placed = at
         unit = 1.0
         if GIVEN:
             placed = tl.load(far_at, mask=asked, other=0)
             unit = tl.load(far_unit)
-        distance = tl.trans(
-            walks.far_distance(
-                at + key_start, placed, column, keys, far_from + key_origin, unit, clip, GIVEN
-            )
-        )
+        away = walks.far_away(
+            slope, at + key_start, placed, column, standing, keys, far_from + key_origin,
+            unit, clip, True, GIVEN,
+        )  # fmt: skip
     else:
-        distance = (at[None, :] - column[:, None]).to(tl.float32)
-    return tl.load(slopes + head) * distance
+        away = walks.near_away(slope, at, column, True)
+    return tl.trans(away)
 
 
 @triton.jit
 def gradient_of_keys(
     query, key, value, d_out, lse2, delta, places, ids_q, ids_kv, starts, ends,
-    slopes, far_at, far_from, far_unit,
+    slopes, far_at, far_from, far_unit, listed, list_ends,
     batches, queries, keys, window, num_global, clip, chunks,
     d_key, d_value,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
@@ -335,6 +314,7 @@ def gradient_of_keys(
     SCALE: tl.constexpr,
     UNIT: tl.constexpr, INNER: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     FAR: tl.constexpr, SEGMENTS: tl.constexpr, ALIBI: tl.constexpr, GIVEN: tl.constexpr,
+    LISTS: tl.constexpr,
 ):  # fmt: skip
     """Gradients [chunks, B, S, K, ...] of one branch's keys and values, a part for each chunk of
     queries; with FAR the branch is that of the globals, and `keys` counts its rows.
@@ -362,6 +342,7 @@ def gradient_of_keys(
     if SEGMENTS:
         ids = tl.load(ids_kv + key_origin + column, mask=inside, other=-1)
 
+    standing = column
     # Which queries see some of these keys, and which see all of them.
     if FAR:
         beyond = window - offset - key_start
@@ -375,6 +356,12 @@ def gradient_of_keys(
             seen = inside & (rank < num_global)
             run_end = tl.load(ends + key_origin + column, mask=inside, other=0)
             end = tl.max(tl.where(seen, run_end, 0), 0) - offset
+        if LISTS:
+            _, list_origin = walks.list_of(batch, key_head, keys, LISTS)
+            standing = walks.standing_at(listed + list_origin, column, keys, LISTS)
+            seen = standing >= 0
+            first = tl.min(tl.where(seen, standing + beyond, end), 0)
+            clear_first = end  # all tiles are masked
     else:
         first = start - offset
         clear_first = start + BLOCK_K - 1 - offset
@@ -409,7 +396,7 @@ def gradient_of_keys(
         away = slots
         if ALIBI:
             away = _away_from_keys(
-                slopes, batch * HEADS + head, offset + row + rows, column, key_start,
+                slopes, batch * HEADS + head, offset + row + rows, column, standing, key_start,
                 far_at + query_origin + row + rows, row + rows < end, far_from, key_origin, keys,
                 far_unit + batch, clip, FAR, GIVEN,
             )  # fmt: skip
@@ -429,11 +416,11 @@ def gradient_of_keys(
         away = slots
         if ALIBI:
             away = _away_from_keys(
-                slopes, batch * HEADS + head, offset + row + rows, column, key_start,
+                slopes, batch * HEADS + head, offset + row + rows, column, standing, key_start,
                 far_at + query_origin + row + rows, asked, far_from, key_origin, keys,
                 far_unit + batch, clip, FAR, GIVEN,
             )  # fmt: skip
-        distance = (offset + row + rows)[None, :] - column[:, None]
+        distance = (offset + row + rows)[None, :] - standing[:, None]
         if FAR:
             visible = distance + key_start >= window
         else:

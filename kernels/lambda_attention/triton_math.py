@@ -48,8 +48,8 @@ def near_walk(
 
 @triton.jit
 def far_walk(
-    at, last, window, key_start, num_global, far_rows, starts, origin,
-    BLOCK: tl.constexpr, SEGMENTS: tl.constexpr,
+    at, last, window, key_start, num_global, far_rows, starts, origin, list_end,
+    BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
     """(first row, *walk) of the globals of queries that stand at key rows at..last."""
     if SEGMENTS:
@@ -63,6 +63,9 @@ def far_walk(
         after = tl.maximum(clear, at + 1)
         clear = after
         masked = before + tl.cdiv(tl.maximum(end - after, 0), BLOCK)
+    elif LISTS:
+        first = at * 0
+        before, clear, after, masked = walk(first, first, first, tl.load(list_end), BLOCK, True)
     else:
         first = at * 0
         limit = tl.minimum(num_global, far_rows)
@@ -89,17 +92,19 @@ def near_visible(
 
 @triton.jit
 def far_visible(
-    at, column, window, key_start, num_global, far_rows, ids_q, ids_kv, starts, origin,
-    SEGMENTS: tl.constexpr,
+    at, column, standing, window, key_start, num_global, far_rows, ids_q, ids_kv, starts, origin,
+    SEGMENTS: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
-    """[queries, rows] of the globals."""
+    """[queries, rows] of the globals, which are `standing` at these positions."""
     inside = column < far_rows
-    visible = at[:, None] + key_start - column[None, :] >= window
+    visible = at[:, None] + key_start - standing[None, :] >= window
     if SEGMENTS:
         ids = tl.load(ids_kv + origin + column, mask=inside, other=-1)
         rank = column - tl.load(starts + origin + column, mask=inside, other=0)
         visible &= (inside & (rank < num_global))[None, :]
         visible &= (ids_q[:, None] == ids[None, :]) & (ids_q >= 0)[:, None]
+    elif LISTS:
+        visible &= (standing >= 0)[None, :]
     else:
         visible &= (inside & (column < num_global))[None, :]
     return visible
@@ -122,13 +127,58 @@ def own(places, queries, HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, BLOCK_Q: 
 
 
 @triton.jit
-def far_distance(
-    position, placed, column, far_rows, far_from, unit, clip, GIVEN: tl.constexpr
+def list_of(batch, key_head, far_rows, LISTS: tl.constexpr):
+    """(index of the key head's list of positions, of its first row)."""
+    index = batch * 0
+    if LISTS:
+        index = batch * LISTS + key_head % LISTS
+    return index, index.to(tl.int64) * far_rows
+
+
+@triton.jit
+def standing_at(listed, column, far_rows, LISTS: tl.constexpr):
+    """Positions of rows of the globals."""
+    if LISTS:
+        column = tl.load(listed + column, mask=column < far_rows, other=-1)
+    return column
+
+
+@triton.jit
+def placed_queries(
+    ids_q, slopes, far_at, far_unit, batch, row, head, queries, rows, valid,
+    HEADS: tl.constexpr, SEGMENTS: tl.constexpr, ALIBI: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """[queries, rows] of the globals, as ALiBi sees them."""
+    """(segment ids, slope, where ALiBi says that they stand seen from the globals, its unit)."""
+    segments, placed, slope, unit = rows, rows, 0.0, 1.0
+    at = batch.to(tl.int64) * queries + row + rows
+    if SEGMENTS:
+        segments = tl.load(ids_q + at, mask=valid, other=-1)
+    if ALIBI:
+        slope = tl.load(slopes + batch * HEADS + head)
     if GIVEN:
+        placed = tl.load(far_at + at, mask=valid, other=0)
+        unit = tl.load(far_unit + batch)
+    return segments, slope, placed, unit
+
+
+@triton.jit
+def near_away(slope, at, column, ALIBI: tl.constexpr):
+    """What ALiBi takes off scores [queries, keys] of the window."""
+    if ALIBI:
+        column = slope * (at[:, None] - column[None, :]).to(tl.float32)
+    return column
+
+
+@triton.jit
+def far_away(
+    slope, position, placed, column, standing, far_rows, far_from, unit, clip,
+    ALIBI: tl.constexpr, GIVEN: tl.constexpr,
+):  # fmt: skip
+    """What it takes off scores [queries, rows] of the globals."""
+    away = column
+    if ALIBI and GIVEN:
         origin = tl.load(far_from + column, mask=column < far_rows, other=0)
-        distance = (placed[:, None] - origin[None, :]).to(tl.float32) * unit
-    else:
-        distance = tl.minimum(position[:, None] - column[None, :], clip).to(tl.float32)
-    return distance
+        away = slope * ((placed[:, None] - origin[None, :]).to(tl.float32) * unit)
+    elif ALIBI:
+        away = slope * tl.minimum(position[:, None] - standing[None, :], clip).to(tl.float32)
+    return away

@@ -1,9 +1,9 @@
 """Attention; importing the package makes every policy known by its name."""
 
-from lminf.attention import condense as condense
-from lminf.attention import evict as evict
-from lminf.attention import hip as hip
-from lminf.attention import infinite_hip as infinite_hip
-from lminf.attention import infllm as infllm
-from lminf.attention import longheads as longheads
-from lminf.attention import top_k as top_k
+from lminf.attention.policies import eviction as eviction
+from lminf.attention.policies import hip as hip
+from lminf.attention.policies import infinite_hip as infinite_hip
+from lminf.attention.policies import infllm as infllm
+from lminf.attention.policies import longheads as longheads
+from lminf.attention.policies import prompt_compression as prompt_compression
+from lminf.attention.policies import topk as topk

@@ -1,10 +1,11 @@
 """Attention for any policy and any encoding, in the forms that models run.
 
-    whole       a text at once: kernels.lambda_attention
-    through     a chunk against a cache: kernels.lambda_attention, or for one token the slots
+    prefill     a whole text: kernels.lambda_attention
+    extend      a chunk against a cache: kernels.lambda_attention, or for one token the slots
 
-`whole` and `through` are asked once per forward pass, compute every rotation there, and return the
-function that each layer calls, so angles are not recomputed per layer.
+Both are asked once per forward pass, compute every rotation there, and return the function that
+each layer calls, so angles are not recomputed per layer. Policies that select, evict or compress
+read a text through their cache too, in one call, so that prefill and extend are one function.
 
 Both also run inside shard_map with a text's (or chunk's) tokens spread over a mesh axis,
 `context_axis`: each device attends from its own tokens to those of all. Of a whole text, a policy
@@ -17,57 +18,57 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 import kernels
 from kernels.common import masks
 from lminf.attention import cache as caches
-from lminf.attention import dense, rope
-from lminf.attention.policies import ByContent, LayerPolicy, Policy
-from lminf.attention.spread import Spread
+from lminf.attention import decode, slots, sparse
+from lminf.attention.context_parallel import ContextShards
+from lminf.attention.policy import FULL, LayerPolicy, Policy
+from lminf.attention.scores import Branches, Placement, ScoreConfig, by_head
 from lminf.errors import InputError
 
-Whole: TypeAlias = Callable[[Array, Array, Array], Array]  # (q, k, v) -> out, all [B, T, heads, H]
-# (q, k, v, held, layer) -> out, held
-Through: TypeAlias = Callable[[Array, Array, Array, caches.Held, Any], tuple[Array, caches.Held]]
+Prefill: TypeAlias = Callable[[Array, Array, Array], Array]  # (q, k, v) -> out [B, T, heads, H]
+# (q, k, v, kv, layer) -> out, kv
+Extend: TypeAlias = Callable[[Array, Array, Array, caches.KVState, Any],
+                             tuple[Array, caches.KVState]]  # fmt: skip
 
 
-# --- A text at once -------------------------------------------------------------------------------
+# --- A whole text ---------------------------------------------------------------------------------
 
 
-def whole(
+def prefill(
     policy: LayerPolicy,
-    scoring: dense.Scoring,
+    config: ScoreConfig,
     positions: Int[Array, "B T"],
     *,
     segments: Int[Array, "B T"] | None = None,
     context_axis: str | None = None,
     implementation: str | None = None,
-) -> Whole:
+) -> Prefill:
     """Attention of a text over itself.
 
     Positions rise by one along a row, from 0 or below (never above: the first tokens must be
     there), or along each segment, from 0. Tokens below 0 are padding, as those in segment
     masks.PADDING are: they see nothing and are not seen.
     """
-    if isinstance(policy, ByContent):
-        return _whole_through(policy, scoring, positions, segments, context_axis)
-    spread = Spread(context_axis, positions.shape[1])
+    if not policy.context_parallel:
+        return _prefill_through_cache(policy, config, positions, segments, context_axis)
+    shards = ContextShards(context_axis, positions.shape[1])
 
-    def reader(part: Policy):
+    def make(part: Policy):
         if context_axis is not None and segments is None:
             if part.bounded:
-                return _whole_in_reach(part, scoring, positions, spread, implementation)
-            if part.near_width is None and part.far_count == 0:
-                return _whole_in_a_ring(part, scoring, positions, spread, implementation)
-        return _whole(part, scoring, positions, segments, spread, implementation)
+                return _within_reach(part, config, positions, shards, implementation)
+            if part.window is None and part.num_sinks == 0:
+                return _round_a_ring(part, config, positions, shards, implementation)
+        return _over_text(part, config, positions, segments, shards, implementation)
 
-    readers = {part: reader(part) for part in dense.parts(policy)}
-    return dense.by_head(policy, lambda part, *arrays: readers[part](*arrays), scoring)
+    return by_head(policy, config, make)
 
 
-def _whole_through(policy: ByContent, scoring, positions, segments, context_axis):
-    """One call of the step that also reads in chunks, so that both are the same function."""
+def _prefill_through_cache(policy, config, positions, segments, context_axis):
     if segments is not None:
         raise InputError(
             f"{policy.name} chooses within one text, but packed rows hold several; give each text "
@@ -76,25 +77,24 @@ def _whole_through(policy: ByContent, scoring, positions, segments, context_axis
     batch, tokens = positions.shape
 
     def run(q, k, v):
-        layout = policy.layout(tokens)
+        layout = caches.layout_for(policy, tokens)
         kv_heads, width = k.shape[2:]
-        sizes = caches.Sizes(batch, layout.slots, q.shape[2], kv_heads, width, k.dtype)
+        shape = caches.CacheShape(batch, layout.slots, q.shape[2], kv_heads, width, k.dtype)
         empty = caches.empty(
             layout, layers=1, batch=batch, kv_heads=kv_heads, head_dim=width, dtype=k.dtype,
-            extra=policy.extra(sizes),
+            state=policy.init_state(shape),
         )  # fmt: skip
-        step, _ = through(policy, scoring, layout, empty.pos, positions, context_axis=context_axis)
-        return step(q, k, v, empty.held, jnp.int32(0))[0]
+        step, _ = extend(policy, config, layout, empty.pos, positions, context_axis=context_axis)
+        return step(q, k, v, empty.kv, jnp.int32(0))[0]
 
     return run
 
 
-def _whole(policy, scoring, positions, segments, spread, implementation):
-    key_pos = spread.all(positions)
+def _over_text(policy, config, positions, segments, shards, implementation):
+    key_pos = shards.all(positions)
     batch, tokens = key_pos.shape
-    count = tokens if policy.far_count is None else min(policy.far_count, tokens)
-    length = dense.length_read(scoring, key_pos, segments)
-    place = _Placement(policy, scoring, positions, key_pos, length)
+    count = tokens if policy.num_sinks is None else min(policy.num_sinks, tokens)
+    placement = Placement(config, key_pos, segments)
     if segments is None:
         # Far keys are the tokens at positions 0.. of each row: behind the padding, if any.
         far_pos = jnp.broadcast_to(jnp.arange(count, dtype=key_pos.dtype), (batch, count))
@@ -104,57 +104,56 @@ def _whole(policy, scoring, positions, segments, spread, implementation):
         # Every segment has first tokens of its own: the kernel picks them out of all.
         far_pos, rows, key_start = key_pos, None, None
         own = jnp.where(positions < 0, masks.PADDING, segments)
-        segments = kernels.SegmentIds(own, spread.all(own))
-    far = place.far(far_pos)
+        segments = kernels.SegmentIds(own, shards.all(own))
+    branches = Branches(policy, placement, positions, key_pos, far_pos)
 
-    def run(q, k, v, slopes):
-        k, v = spread.all(k), spread.all(v)
+    def attend(q, k, v, slopes):
+        k, v = shards.all(k), shards.all(v)
         far_k, far_v = (k, v) if rows is None else (_rows(k, rows), _rows(v, rows))
         return _lambda_attention(
-            place, far, q, k, v, far_k, far_v, slopes, count,
-            key_start=key_start, query_offset=spread.first, segments=segments,
+            config, branches, q, k, v, far_k, far_v, slopes, count,
+            key_start=key_start, query_offset=shards.first, segments=segments,
             implementation=implementation,
         )  # fmt: skip
 
-    return run
+    return attend
 
 
-def _whole_in_reach(policy, scoring, positions, spread, implementation):
-    """Of a text spread over devices: the window's keys from the left, and the first of all."""
+def _within_reach(policy, config, positions, shards, implementation):
+    """Of a text on several devices: the window's keys from the left, and the first of all."""
     batch, tokens = positions.shape
-    reach = min(policy.near_width - 1, spread.total - tokens)  # keys that stand on other devices
-    count = min(policy.far_count, spread.total)
+    reach = min(policy.window - 1, shards.total - tokens)  # keys that stand on other devices
+    count = min(policy.num_sinks, shards.total)
     key_pos = positions[:, :1] + jnp.arange(-reach, tokens, dtype=positions.dtype)[None]
-    length = dense.length_read(scoring, spread.all(positions))
-    place = _Placement(policy, scoring, positions, key_pos, length)
     far_pos = jnp.broadcast_to(jnp.arange(count, dtype=positions.dtype), (batch, count))
-    far = place.far(far_pos)
+    placement = Placement(config, shards.all(positions))
+    branches = Branches(policy, placement, positions, key_pos, far_pos)
     rows = far_pos - positions[:, :1]
-    held = ((rows >= 0) & (rows < tokens))[..., None, None]
+    here = ((rows >= 0) & (rows < tokens))[..., None, None]
 
-    def first(x):
+    def sinks_of(x):
         own = _rows(x, jnp.clip(rows, 0, tokens - 1))
-        return spread.sum(jnp.where(held, own, jnp.zeros((), x.dtype)))
+        return shards.sum(jnp.where(here, own, jnp.zeros((), x.dtype)))
 
-    def run(q, k, v, slopes):
+    def attend(q, k, v, slopes):
         return _lambda_attention(
-            place, far, q, spread.with_left(k, reach), spread.with_left(v, reach), first(k),
-            first(v), slopes, count, key_start=key_pos[:, 0], query_offset=reach, segments=None,
-            implementation=implementation,
+            config, branches, q, shards.with_left(k, reach), shards.with_left(v, reach),
+            sinks_of(k), sinks_of(v), slopes, count, key_start=key_pos[:, 0], query_offset=reach,
+            segments=None, implementation=implementation,
         )  # fmt: skip
 
-    return run
+    return attend
 
 
-def _whole_in_a_ring(policy, scoring, positions, spread, implementation):
-    """Of a text spread over devices: the keys of one device after another, as they come round."""
-    length = dense.length_read(scoring, spread.all(positions))
-    place = _Placement(policy, scoring, positions, positions, length)
+def _round_a_ring(policy, config, positions, shards, implementation):
+    """Of a text on several devices: the keys of one device after another, as they come round."""
+    placement = Placement(config, shards.all(positions))
+    branches = Branches(policy, placement, positions, positions, positions[:, :0])
 
-    def run(q, k, v, slopes):
-        near_q, near_k = place.near(q, k)
-        fixed = {"num_global": 0, "window_size": spread.total, "scale": scoring.scale,
-                 "logits_soft_cap": scoring.soft_cap, "implementation": implementation,
+    def attend(q, k, v, slopes):
+        near_q, near_k = branches.near(q, k)
+        fixed = {"num_global": 0, "window_size": shards.total, "scale": config.scale,
+                 "logits_soft_cap": config.soft_cap, "implementation": implementation,
                  "return_residuals": True}  # fmt: skip
         if slopes is not None:
             fixed["alibi_slopes"] = slopes
@@ -162,23 +161,23 @@ def _whole_in_a_ring(policy, scoring, positions, spread, implementation):
         def visit(carry, away):
             k, v, out, lse = carry
             # Keys from beyond the last device are of later tokens, which nobody here sees.
-            offset = jnp.where(away <= spread.index, away, away - spread.devices) * q.shape[1]
+            offset = jnp.where(away <= shards.index, away, away - shards.devices) * q.shape[1]
             part, part_lse = kernels.lambda_attention(
                 near_q, k, v, query_offset=offset, key_start=positions[:, 0] - offset, **fixed
             )
-            out, lse = _merged(out, lse, part.astype(jnp.float32), part_lse)
-            return (spread.from_left(k), spread.from_left(v), out, lse), None
+            out, lse = _merge(out, lse, part.astype(jnp.float32), part_lse)
+            return (shards.from_left(k), shards.from_left(v), out, lse), None
 
         empty = jnp.full((q.shape[0], q.shape[2], q.shape[1]), -jnp.inf, jnp.float32)
         start = near_k, v, jnp.zeros((*q.shape[:3], v.shape[3]), jnp.float32), empty
-        steps = jnp.arange(spread.devices, dtype=jnp.int32)
+        steps = jnp.arange(shards.devices, dtype=jnp.int32)
         (_, _, out, _), _ = jax.lax.scan(jax.checkpoint(visit), start, steps)
         return out.astype(q.dtype)
 
-    return run
+    return attend
 
 
-def _merged(out, lse, other, other_lse):
+def _merge(out, lse, other, other_lse):
     """Two softmaxes over different keys as the one over both; empty ones weigh nothing."""
     top = jnp.maximum(lse, other_lse)
     top = jax.lax.stop_gradient(jnp.where(jnp.isneginf(top), 0.0, top))
@@ -193,206 +192,149 @@ def _merged(out, lse, other, other_lse):
 # --- A chunk against a cache ----------------------------------------------------------------------
 
 
-def through(
+def extend(
     policy: LayerPolicy,
-    scoring: dense.Scoring,
+    config: ScoreConfig,
     layout: caches.Layout,
     stored_pos: Int[Array, "B S"],
     positions: Int[Array, "B T"],
     *,
     context_axis: str | None = None,
     implementation: str | None = None,
-) -> tuple[Through, Int[Array, "B S"]]:
+) -> tuple[Extend, Int[Array, "B S"]]:
     """Attention of new tokens over what the cache holds and over themselves; and the new `pos`.
 
     Positions rise by one along a row and continue what the row has read. A row that begins below 0
     is padded: those tokens see nothing and are not stored.
     """
-    if isinstance(policy, ByContent):
-        if context_axis is not None:
-            raise InputError(
-                f"{policy.name} reads for itself, which needs all tokens of a row on one device; "
-                f"spread rows over devices, or use a policy of positions"
-            )
-        return policy.through(scoring, layout, stored_pos, positions)
-    # Slots are of such policies alone; of settled ones, lminf.attention.settled takes care.
-    assert isinstance(layout, caches.ByPosition)
-    spread = Spread(context_axis, positions.shape[1])
-    all_positions = spread.all(positions)
-    slots = caches.destinations(layout, all_positions)
-    new_pos = caches.write_pos(stored_pos, all_positions, slots)
-    one = all_positions.shape[1] == 1
+    if context_axis is not None and not policy.context_parallel:
+        raise InputError(
+            f"{policy.name} reads for itself, which needs all tokens of a row on one device; "
+            f"spread rows over devices, or use a policy of positions"
+        )
+    if isinstance(layout, caches.PreRotated):
+        return decode.extend(policy, config, layout, positions), stored_pos
+    if isinstance(layout, caches.SlotCache):
+        return slots.extend(policy, config, layout, positions), stored_pos
+    if isinstance(layout, caches.CompressedPrompt):
+        return slots.extend_compressed(config, layout, stored_pos, positions)
+    shards = ContextShards(context_axis, positions.shape[1])
+    all_positions = shards.all(positions)
+    to_slots = caches.destinations(layout, all_positions)
+    new_pos = caches.write_pos(stored_pos, all_positions, to_slots)
 
-    def reader(part: Policy):
-        if one:
-            return _over_slots(part, scoring, layout, new_pos, positions)
-        if part.bounded:
-            return _over_window(part, scoring, layout, positions, spread, implementation)
-        return _over_all(part, scoring, layout, positions, spread, implementation)
+    def over_positions(part: Policy):
+        if all_positions.shape[1] == 1:
+            return decode.over_slots(part, config, layout, new_pos, positions)
+        over = _over_all if None in (part.window, part.num_sinks) else _over_window
+        return over(part, config, layout, positions, shards, implementation)
 
-    readers = {part: reader(part) for part in dense.parts(policy)}
-    read = dense.by_head(policy, lambda part, *arrays: readers[part](*arrays), scoring)
+    if isinstance(policy, sparse.SparsePolicy):
+        read = sparse.reader(policy, config, layout, positions, over_positions)
+    else:
+        attend = by_head(FULL if policy.needs_prompt else policy, config, over_positions)
 
-    def step(q, k, v, held, layer):
-        k, v = spread.all(k), spread.all(v)
-        before = held.k[layer], held.v[layer]
-        stored_k = caches.write(held.k, k, layer, slots)
-        stored_v = caches.write(held.v, v, layer, slots)
-        after = stored_k[layer], stored_v[layer]
-        return read(q, k, v, *before, *after), held._replace(k=stored_k, v=stored_v)
+        def read(q, k, v, before, kv, layer):
+            after = kv.k[layer], kv.v[layer]
+            state = slots.last_queries(kv.state, q, layer) if policy.needs_prompt else kv.state
+            return attend(q, k, v, before.k[layer], before.v[layer], *after), state
+
+    def step(q, k, v, kv, layer):
+        k, v = shards.all(k), shards.all(v)
+        after = kv._replace(
+            k=caches.write(kv.k, k, layer, to_slots), v=caches.write(kv.v, v, layer, to_slots)
+        )
+        out, state = read(q, k, v, kv, after, layer)
+        return out, after._replace(state=state)
 
     return step, new_pos
 
 
-def _over_slots(policy, scoring, layout, slot_pos, positions):
-    """One token per row over all slots, itself included: what decoding runs."""
-    slots = layout.slots
-    count = slots if policy.far_count is None else policy.far_count
-    place = _Placement(policy, scoring, positions, slot_pos, dense.length_read(scoring, positions))
-    # In both layouts the slots of the first positions are the first slots.
-    far = place.far(slot_pos[:, :count])
-    seen = policy.visible(positions[:, :, None], slot_pos[:, None]) & (slot_pos[:, None] >= 0)
-    seen = seen[:, None, None]
-    is_near = policy.near(positions[:, :, None], slot_pos[:, None])[:, None, None]
-
-    def read(q, k, v, before_k, before_v, stored_k, stored_v, slopes):
-        del k, v, before_k, before_v
-        scores = place.scores(*place.near(q, stored_k), slopes)
-        if count:
-            beyond = place.scores(*far(q, stored_k[:, :count]), slopes, far=True)
-            first = jnp.where(is_near[..., :count], scores[..., :count], beyond)
-            scores = jnp.concatenate([first, scores[..., count:]], -1)
-        return dense.mix_of_one(
-            dense.softmax(scoring, scores, seen).astype(stored_v.dtype), stored_v
-        )
-
-    return read
+def after_prompt(
+    policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache, *, length: int, room: int
+) -> caches.Cache:
+    """The cache as one token after another reads it fastest, at the end of a prompt of at most
+    `length` tokens; `room` more may come. Only policies that need a prompt then read chunks.
+    """
+    if policy.needs_prompt:
+        return policy.compress_prompt(config, cache, length=length, room=room)
+    return decode.prerotate(policy, config, cache)
 
 
-def _over_window(policy, scoring, layout, positions, spread, implementation):
-    """A chunk over the last `near_width` stored tokens, itself, and the first `far_count`."""
-    chunk = spread.all(positions)
+def _over_window(policy, config, layout, positions, shards, implementation):
+    """A chunk over the last `window` stored tokens, itself, and the first `num_sinks`."""
+    chunk = shards.all(positions)
     batch = chunk.shape[0]
-    width, count = policy.near_width, policy.far_count
+    width, count = policy.window, policy.num_sinks
     recent = chunk[:, :1] + jnp.arange(-width, 0, dtype=chunk.dtype)[None]
     recent_slots = jnp.clip(layout.slot(recent), 0, layout.slots - 1)
     key_pos = jnp.concatenate([recent, chunk], 1)
-    place = _Placement(policy, scoring, positions, key_pos, dense.length_read(scoring, chunk))
-    far = place.far(jnp.broadcast_to(jnp.arange(count, dtype=positions.dtype), (batch, count)))
+    far_pos = jnp.broadcast_to(jnp.arange(count, dtype=positions.dtype), (batch, count))
+    branches = Branches(policy, Placement(config, chunk), positions, key_pos, far_pos)
 
     def window_of(new, before, after):
         # Where nothing is overwritten all of it is read after the chunk is written: an array that
         # is read on both sides of its own change is copied, with all layers of it, in every layer.
-        old = _rows(after if isinstance(layout, caches.Append) else before, recent_slots)
+        old = _rows(after if isinstance(layout, caches.LinearCache) else before, recent_slots)
         return jnp.concatenate([old.astype(new.dtype), new], 1)
 
-    def read(q, k, v, before_k, before_v, after_k, after_v, slopes):
+    def attend(q, k, v, before_k, before_v, after_k, after_v, slopes):
         window_k, window_v = window_of(k, before_k, after_k), window_of(v, before_v, after_v)
         far_k, far_v = after_k[:, :count].astype(k.dtype), after_v[:, :count].astype(v.dtype)
         return _lambda_attention(
-            place, far, q, window_k, window_v, far_k, far_v, slopes, count,
-            key_start=recent[:, 0], query_offset=width + spread.first, segments=None,
+            config, branches, q, window_k, window_v, far_k, far_v, slopes, count,
+            key_start=recent[:, 0], query_offset=width + shards.first, segments=None,
             implementation=implementation,
         )  # fmt: skip
 
-    return read
+    return attend
 
 
-def _over_all(policy, scoring, layout, positions, spread, implementation):
+def _over_all(policy, config, layout, positions, shards, implementation):
     """A chunk over a cache that keeps everything in order."""
     batch = positions.shape[0]
     in_order = jnp.arange(layout.slots, dtype=positions.dtype)
     slot_pos = jnp.broadcast_to(in_order, (batch, layout.slots))
-    count = layout.slots if policy.far_count is None else policy.far_count
-    length = dense.length_read(scoring, spread.all(positions))
-    place = _Placement(policy, scoring, positions, slot_pos, length)
-    far = place.far(slot_pos[:, :count])
+    count = layout.slots if policy.num_sinks is None else policy.num_sinks
+    placement = Placement(config, shards.all(positions))
+    branches = Branches(policy, placement, positions, slot_pos, slot_pos[:, :count])
 
-    def read(q, k, v, before_k, before_v, after_k, after_v, slopes):
+    def attend(q, k, v, before_k, before_v, after_k, after_v, slopes):
         del before_k, before_v
         all_k, all_v = after_k.astype(k.dtype), after_v.astype(v.dtype)
         return _lambda_attention(
-            place, far, q, all_k, all_v, all_k[:, :count], all_v[:, :count], slopes, count,
+            config, branches, q, all_k, all_v, all_k[:, :count], all_v[:, :count], slopes, count,
             key_start=jnp.zeros(batch, positions.dtype), query_offset=positions[:, 0],
             segments=None, implementation=implementation,
         )  # fmt: skip
 
-    return read
+    return attend
 
 
-# --- Shared parts ---------------------------------------------------------------------------------
-
-
-class _Placement:
-    """Every rotation of one forward pass, computed once, and applied in each layer."""
-
-    def __init__(self, policy: Policy, scoring: dense.Scoring, q_pos, k_pos, length):
-        self.policy, self.scoring, self.q_pos, self.k_pos = policy, scoring, q_pos, k_pos
-        self.length = length
-        self.gain = policy.query_gain(q_pos)
-        self._q, self._k = self._rotation(q_pos, 1.0), self._rotation(k_pos, 1.0)
-        self.far_scale = policy.far().scale
-        self.far_q_pos = policy.far().at_q(q_pos)
-
-    def near(self, q, k):
-        return self._rotate(self._gained(q), self._q), self._rotate(k, self._k)
-
-    def far(self, far_pos: Int[Array, "B F"]):
-        """The function that places q and the keys at `far_pos` for the far branch."""
-        self.far_k_pos = self.policy.far().at_k(far_pos)
-        by_q = self._rotation(self.far_q_pos, self.far_scale)
-        by_k = self._rotation(self.far_k_pos, self.far_scale)
-        return lambda q, k: (self._rotate(self._gained(q), by_q), self._rotate(k, by_k))
-
-    def scores(self, q, k, slopes, *, far: bool = False) -> Float[Array, "B K G 1 S"]:
-        """Scores of one query per row and keys, both placed already."""
-        plain = dense.Scoring(rope.NoEncoding(), self.scoring.scale, None)
-        if slopes is None:
-            return dense.scores_at(
-                plain, None, q, k, self.q_pos, self.k_pos, 1.0, None, dense.dot_of_one
-            )
-        q_at, k_at, scale = (
-            (self.far_q_pos, self.far_k_pos, self.far_scale)
-            if far
-            else (self.q_pos, self.k_pos, 1.0)
-        )
-        return dense.scores_at(plain, slopes, q, k, q_at, k_at, scale, None, dense.dot_of_one)
-
-    def _gained(self, q):
-        return q if self.gain is None else q * self.gain[..., None, None].astype(q.dtype)
-
-    def _rotation(self, positions, scale):
-        if not isinstance(self.scoring.encoding, rope.Rotary):
-            return None
-        return rope.rotation(self.scoring.encoding, positions, scale=scale, length=self.length)
-
-    def _rotate(self, x, by):
-        encoding = self.scoring.encoding
-        return rope.rotate(x, by, encoding.layout) if isinstance(encoding, rope.Rotary) else x
+# --- The kernel -----------------------------------------------------------------------------------
 
 
 def _lambda_attention(
-    place, far, q, k, v, far_k, far_v, slopes, count, *,
+    config, branches, q, k, v, far_k, far_v, slopes, count, *,
     key_start, query_offset, segments, implementation,
 ) -> Array:  # fmt: skip
-    near_q, near_k = place.near(q, k)
-    width = k.shape[1] if place.policy.near_width is None else place.policy.near_width
+    near_q, near_k = branches.near(q, k)
     fixed = {
         "num_global": count,
-        "window_size": width,
-        "scale": place.scoring.scale,
-        "logits_soft_cap": place.scoring.soft_cap,
+        "window_size": k.shape[1] if branches.window is None else branches.window,
+        "scale": config.scale,
+        "logits_soft_cap": config.soft_cap,
         "implementation": implementation,
     }
     if slopes is not None:
         fixed["alibi_slopes"] = slopes
     by_row: dict = {"query": near_q, "key": near_k, "value": v}  # everything with a batch axis
     if count:
-        by_row["query_global"], by_row["key_global"] = far(q, far_k)
+        by_row["query_global"], by_row["key_global"] = branches.far(q, far_k)
         by_row["value_global"] = far_v
     if slopes is not None and count:
         by_row["global_distance"] = kernels.GlobalDistance(
-            place.far_q_pos, place.far_k_pos, place.far_scale
+            branches.far_q_pos, branches.far_k_pos, branches.far_scale
         )
     if segments is not None:
         return _outputs(**by_row, **fixed, segment_ids=segments, query_offset=query_offset)
@@ -414,6 +356,6 @@ def _outputs(query, key, value, **options) -> Array:
     return out
 
 
-def _rows(x: Float[Array, "B S K H"], rows: Int[Array, "B R"]) -> Float[Array, "B R K H"]:
-    # Whole rows at a time: take_along_axis would look up every channel by itself.
+def _rows(x: Array, rows: Int[Array, "B R"]) -> Array:
+    """x [B, S, K, H] at these rows. take_along_axis would look up every channel by itself."""
     return x[jnp.arange(len(rows))[:, None], rows]

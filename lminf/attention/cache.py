@@ -1,7 +1,7 @@
 """Key-value caches: fixed numbers of slots that say which position each of them holds.
 
 Keys are stored as the model projects them, before any rotation, because where a key seems to be
-depends on the policy and on the query; writing may settle them (lminf.attention.settled).
+depends on the policy and on the query; decoding may rotate them once (lminf.attention.decode).
 `pos = -1` marks an empty slot. Which slot a position goes to is a rule of the layout; masks come
 from `pos`, never from slot numbers.
 """
@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lminf.attention import policies
+from lminf.attention.policy import LayerPolicy, head_policies
 
 EMPTY = -1
 
 
 @dataclass(frozen=True)
-class Append:
+class LinearCache:
     """Every token stays. Slot = position."""
 
     capacity: int  # tokens
@@ -38,7 +38,7 @@ class Append:
 
 
 @dataclass(frozen=True)
-class SinkRing:
+class SinkRingCache:
     """The first `sinks` tokens stay; the last `window` others take turns in a ring."""
 
     sinks: int  # tokens
@@ -58,43 +58,49 @@ class SinkRing:
 
 
 @dataclass(frozen=True)
-class Slots:
+class SlotCache:
     """A fixed number of slots, any of which may hold any token: a policy's own state says which."""
 
     slots: int
 
 
-ByPosition: TypeAlias = Append | SinkRing  # a token's position says where it goes
+@dataclass(frozen=True)
+class CompressedPrompt:
+    """What is left of a prompt, in a policy's state, and slots for the last of it and for more."""
+
+    slots: int
+
+
+PositionLayout: TypeAlias = LinearCache | SinkRingCache  # a token's position says where it goes
 
 
 @dataclass(frozen=True)
-class Settled:
-    """The slots of `layout`, keys after the first rotated to slot numbers: what writing reads."""
+class PreRotated:
+    """A ring of the last `window` keys, rotated, and the sinks where they seem. One of them is the
+    cache's k and v, as [L, B, K, S, H] in memory, and the other its state.
+    """
 
-    layout: ByPosition
+    window: int  # tokens
+    sinks: int  # tokens
+    ring: bool  # whether k and v are the ring
 
     @property
     def slots(self) -> int:
-        return self.layout.slots
-
-    @property
-    def first(self) -> int:
-        """Slots of the first tokens, whose keys are un-rotated."""
-        return self.layout.sinks if isinstance(self.layout, SinkRing) else 0
+        return self.sinks + self.window
 
 
-Layout: TypeAlias = ByPosition | Slots | Settled
+Layout: TypeAlias = PositionLayout | SlotCache | CompressedPrompt | PreRotated
 
 
-class Held(NamedTuple):
+class KVState(NamedTuple):
     """What layers hold, or one of them [1, ...]: a layer's step takes it and gives it back."""
 
     k: Float[Array, "L B S K H"]
     v: Float[Array, "L B S K H"]
-    extra: Any = ()  # whatever else a policy remembers: a pytree of arrays [L, ...]
+    state: Any = ()  # whatever else a policy remembers: a pytree of arrays [L, ...]
 
 
-class Sizes(NamedTuple):
+class CacheShape(NamedTuple):
     """What a policy must know to make room for what it remembers."""
 
     batch: int
@@ -108,64 +114,83 @@ class Sizes(NamedTuple):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["k", "v", "pos", "extra"],
+    data_fields=["k", "v", "pos", "state"],
     meta_fields=["layout"],
 )
 @dataclass(frozen=True)
 class Cache:
     """What layers of one layout remember. Empty slots hold zeros and pos = -1."""
 
-    k: Float[Array, "L B S K H"]  # un-rotated, unless settled
+    k: Float[Array, "L B S K H"]  # un-rotated, unless the layout says otherwise
     v: Float[Array, "L B S K H"]
     pos: Int[Array, "B S"]
     layout: Layout
-    extra: Any = ()  # of the policies that remember more: a pytree of arrays [L, ...]
+    state: Any = ()  # of the policies that remember more: a pytree of arrays [L, ...]
 
     @property
-    def held(self) -> Held:
-        return Held(self.k, self.v, self.extra)
+    def kv(self) -> KVState:
+        return KVState(self.k, self.v, self.state)
+
+    def updated(self, kv: KVState, pos: Int[Array, "B S"]) -> "Cache":
+        """The cache with what the layers gave back."""
+        return Cache(kv.k, kv.v, pos, self.layout, kv.state)
+
+    def for_decoding(self, *, free: bool = False) -> "Cache":
+        """Rotated keys and their values as the kernel reads them, [L, B, K, S, H]. With `free`
+        arrays that were copied are given up at once: inside a program that decodes, the reshape
+        would copy all layers with each token.
+        """
+        if not isinstance(self.layout, PreRotated):
+            return self
+
+        def by_head(x: Any) -> Any:
+            turned = x.reshape(*x.shape[:2], x.shape[3], x.shape[2], x.shape[4])
+            if free:
+                turned.block_until_ready()
+                x.delete()
+            return turned
+
+        return Cache(by_head(self.k), by_head(self.v), self.pos, self.layout, self.state)
 
 
-def layout_for(policy: policies.LayerPolicy, capacity: int) -> Layout:
+def layout_for(policy: LayerPolicy, capacity: int) -> Layout:
     """The smallest layout that a policy can run on; `capacity` bounds the unbounded ones."""
-    if isinstance(policy, policies.ByContent):
-        return policy.layout(capacity)
-    parts = policy.policies if isinstance(policy, policies.PerHead) else (policy,)
+    own = policy.cache_layout(capacity)
+    if own is not None:
+        return own
     sinks, window = 0, 0
-    for part in parts:
-        if part.near_width is None or part.far_count is None:
-            return Append(capacity)
-        sinks, window = max(sinks, part.far_count), max(window, part.near_width)
-    return SinkRing(sinks, window)
+    for part in head_policies(policy):
+        if part.window is None or part.num_sinks is None:
+            return LinearCache(capacity)
+        sinks, window = max(sinks, part.num_sinks), max(window, part.window)
+    return SinkRingCache(sinks, window)
 
 
 def empty(
-    layout: Layout, *, layers: int, batch: int, kv_heads: int, head_dim: int, dtype, extra: Any = ()
+    layout: Layout, *, layers: int, batch: int, kv_heads: int, head_dim: int, dtype, state: Any = ()
 ) -> Cache:
-    """`extra` is what one layer remembers besides, as `policies.ByContent.extra` gives it."""
+    """A cache that has read nothing, with what a policy's `init_state` gives for one layer."""
     shape = (layers, batch, layout.slots, kv_heads, head_dim)
     return Cache(
         jnp.zeros(shape, dtype),
         jnp.zeros(shape, dtype),
         jnp.full((batch, layout.slots), EMPTY, jnp.int32),
         layout,
-        jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), extra),
+        jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), state),
     )
 
 
-def repeated(stored: Cache, rows: int) -> Cache:
+def repeated(cache: Cache, rows: int) -> Cache:
     """A cache of one row as that of `rows` rows that have read the same."""
 
     def each(x):  # [L, 1, ...]
         return jnp.broadcast_to(x, (x.shape[0], rows, *x.shape[2:]))
 
-    pos = jnp.broadcast_to(stored.pos, (rows, *stored.pos.shape[1:]))
-    return Cache(
-        each(stored.k), each(stored.v), pos, stored.layout, jax.tree.map(each, stored.extra)
-    )
+    pos = jnp.broadcast_to(cache.pos, (rows, *cache.pos.shape[1:]))
+    return Cache(each(cache.k), each(cache.v), pos, cache.layout, jax.tree.map(each, cache.state))
 
 
-def destinations(layout: ByPosition, pos: Int[Array, "B T"]) -> Int[Array, "B T"]:
+def destinations(layout: PositionLayout, pos: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Slot that each new token is written to; past the end for those that are not stored."""
     end = pos[:, -1:] + 1
     return jnp.where(layout.keeps(pos, end), layout.slot(pos), layout.slots)

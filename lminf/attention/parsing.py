@@ -11,7 +11,7 @@ import re
 import sys
 
 from lminf import ranges
-from lminf.attention.policies import POLICIES, AnyPolicy, Named, Policy
+from lminf.attention.policy import POLICIES, AnyPolicy, Named, Policy
 from lminf.config import closest, parse_choice
 from lminf.errors import InputError
 

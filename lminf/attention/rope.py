@@ -192,13 +192,14 @@ class Rotary:
     """Rotary encoding of the first `dim` channels of each head; the others carry no position."""
 
     base: Base
-    dim: Annotated[int, Range(min=2, max=2**16)]  # channels, even
-    layout: Literal["half", "interleaved"]  # pairs (c, c + dim/2), or (2c, 2c + 1)
+    # Channels, even; None: all of the head's, for arrays without a model.
+    dim: Annotated[int, Range(min=2, max=2**16)] | None = None
+    layout: Literal["half", "interleaved"] = "half"  # pairs (c, c + dim/2), or (2c, 2c + 1)
     scaling: Scaling = Unscaled()
 
     def __post_init__(self):
         ranges.check(self)
-        if self.dim % 2:
+        if self.dim is not None and self.dim % 2:
             raise InputError(f"Rotary.dim is {self.dim}; channels are rotated in pairs")
         if self.dim == 2 and isinstance(self.scaling, NTKAware | DynamicNTK):
             raise InputError(
@@ -253,15 +254,14 @@ def rotation(
     """Rotation of every position. `scale` stretches the positions (1/k for Leaky ReRoPE);
     `length` is how many tokens have been read, in each row, which only DynamicNTK asks for.
     """
-    scaling = encoding.scaling
+    scaling, dim = encoding.scaling, encoding.dim
+    assert dim is not None  # a model's encoding says it
     if isinstance(scaling, DynamicNTK):
         if length is None:
             raise ValueError("DynamicNTK needs length=, the number of tokens read so far")
-        turns = _split_traced(
-            scaling.frequencies_at(encoding.base, encoding.dim, length) * (scale / TURN)
-        )
+        turns = _split_traced(scaling.frequencies_at(encoding.base, dim, length) * (scale / TURN))
     else:
-        turns = _split(scaling.frequencies(encoding.base, encoding.dim) * (scale / TURN))
+        turns = _split(scaling.frequencies(encoding.base, dim) * (scale / TURN))
     # One frequency for all rows, or one for each row: [P] or [*B 1 P] beside positions [*B T 1].
     rank = positions.ndim + 1
     high, low = (jnp.reshape(word, (1,) * (rank - word.ndim) + word.shape) for word in turns)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lminf.attention.policies import FULL, AnyPolicy
+from lminf.attention.policy import FULL, AnyPolicy
 from lminf.checkpoints import fetch, gguf, gguf_tokenizer, hf, hf_tokenizer
 from lminf.checkpoints.trees import Progress
 from lminf.data.tokenizers import Tokenizer

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import safetensors
 
-from lminf.attention.policies import FULL, POLICIES, AnyPolicy, Window
+from lminf.attention.policy import FULL, POLICIES, AnyPolicy, Window
 from lminf.checkpoints import hf_config, hf_tokenizer, maps, trees
 from lminf.checkpoints.files import read_json, write_json
 from lminf.checkpoints.whole import check_room, whole

@@ -293,7 +293,7 @@ def _gpt_neox(fields: Fields, family: str) -> ModelSpec:
 
 def _gpt_neox_fields(spec: ModelSpec) -> dict[str, Any]:
     encoding = spec.encoding
-    rotated = encoding.dim if isinstance(encoding, rope.Rotary) else 0
+    rotated = (encoding.dim or 0) if isinstance(encoding, rope.Rotary) else 0
     rotary = hf_rotary.write(encoding)
     return {
         "vocab_size": spec.vocab_size,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lminf.attention.parsing import parse_policy
-from lminf.attention.policies import FULL
+from lminf.attention.policy import FULL
 from lminf.attention.rope import SCALINGS
 from lminf.config import parse_choice
 from lminf.data.tokenizers import Special

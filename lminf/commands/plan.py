@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from lminf import checkpoints
-from lminf.attention import policies
+from lminf.attention import policy as policies
 from lminf.attention.parsing import parse_policy
 from lminf.errors import InputError
 from lminf.models import cost

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from lminf.attention.policies import ByContent, LayerPolicy, PerHead, Policy
+from lminf.attention.policy import LayerPolicy, PerHead, Policy
 from lminf.models import decoder
 from lminf.models.spec import ModelSpec
 
@@ -51,19 +51,19 @@ def attention_flops(spec: ModelSpec, by_layer: Sequence[LayerPolicy], length: in
     )
 
 
-def attended_pairs(policy: Policy, length: int) -> int:
+def attended_pairs(policy: LayerPolicy, length: int) -> int:
     """(query, key) pairs that a text of `length` tokens attends over, each counted once."""
     most = attended_tokens(policy)
     most = length if most is None else min(most, length)
     return most * (most + 1) // 2 + (length - most) * most
 
 
-def attended_tokens(policy: Policy) -> int | None:
-    """The most tokens that a query sees; None: all before it."""
-    if policy.near_width is None or policy.far_count is None:
+def attended_tokens(policy: LayerPolicy) -> int | None:
+    """The most tokens that a query of a head sees; None: all before it."""
+    assert isinstance(policy, Policy)
+    if policy.window is None or policy.num_sinks is None:
         return None
-    looked_up = policy.looked_up if isinstance(policy, ByContent) else 0
-    return policy.near_width + policy.far_count + looked_up
+    return policy.window + policy.num_sinks + policy.max_selected
 
 
 def cache_bytes(
@@ -73,5 +73,5 @@ def cache_bytes(
     caches = jax.eval_shape(
         lambda: decoder.init_caches(spec, by_layer, batch=1, capacity=tokens, dtype=dtype)
     )
-    held = jax.tree.leaves([stored.held for stored in caches])
+    held = jax.tree.leaves([stored.kv for stored in caches])
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in held)

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lminf.attention import attend, cache, dense, policies, settled
-from lminf.attention.policies import LayerPolicy
+from lminf.attention import attend, cache
+from lminf.attention.policy import FULL, LayerPolicy
+from lminf.attention.scores import ScoreConfig
 from lminf.models import moe
 from lminf.models.spec import MLPSpec, ModelSpec, NormSpec
 from lminf.types import Hidden, Params, Positions, Tokens
@@ -238,7 +239,7 @@ class Decoder(nn.Module):
     # Inside shard_map: the mesh axis that tokens of a row are spread over. Caches are not: every
     # device holds all of them.
     context_axis: str | None = None
-    whole: Any = attend.whole  # how a text attends over itself
+    prefill: Any = attend.prefill  # how a text attends over itself
     place: Any = unplaced  # where an array lies: place(x, *logical axes)
 
     @nn.compact
@@ -281,25 +282,27 @@ class Decoder(nn.Module):
         for name, collected in sown.items():
             self.put_variable(name, "layers", collected)
         x = self.place(Norm(s.norm, s.width, name="final_norm")(x), "batch", "length", None)
-        return x, None if caches is None else self._told(caches, tokens, positions, x)
+        return x, None if caches is None else self._observed(caches, tokens, positions, x)
 
-    def _told(self, caches, tokens, positions, hidden):
+    def _observed(self, caches, tokens, positions, hidden):
         """The caches, where their policies go by what the model made of the tokens."""
         expected = partial(logits, self.spec, self.variables["params"])
         return tuple(
-            policy.told(stored, tokens=tokens, positions=positions, hidden=hidden, logits=expected)
-            if isinstance(policy, policies.ByContent) and policy.listens
+            policy.observe_hidden(
+                stored, tokens=tokens, positions=positions, hidden=hidden, logits=expected
+            )
+            if policy.needs_hidden
             else stored
             for policy, stored in zip(self.policies, caches, strict=False)  # caches: of one period
         )
 
     def _run_layers(self, layers, x, positions, segments, caches, watched):
         s, period = self.spec, period_of(self.policies)
-        scoring = scoring_of(s)
+        config = score_config(s)
         if caches is None:
-            readers = [
-                self.whole(
-                    policy, scoring, positions, segments=segments,
+            attends = [
+                self.prefill(
+                    policy, config, positions, segments=segments,
                     context_axis=self.context_axis, implementation=self.implementation,
                 )
                 for policy in self.policies[:period]
@@ -307,19 +310,17 @@ class Decoder(nn.Module):
             pos = ()
         else:
             steps = [
-                settled.through(policy, scoring, stored.layout, stored.pos, positions)
-                if isinstance(stored.layout, cache.Settled)
-                else attend.through(
-                    policy, scoring, stored.layout, stored.pos, positions,
+                attend.extend(
+                    policy, config, stored.layout, stored.pos, positions,
                     context_axis=self.context_axis, implementation=self.implementation,
                 )
                 for policy, stored in zip(self.policies[:period], caches, strict=True)
             ]  # fmt: skip
-            readers, pos = [step for step, _ in steps], [pos for _, pos in steps]
+            attends, pos = [step for step, _ in steps], [pos for _, pos in steps]
 
-        def one_layer(x, params, reader, stored, index, block) -> tuple[Hidden, Any, Any]:
+        def one_layer(x, params, attend_, stored, index, block) -> tuple[Hidden, Any, Any]:
             def attended(q, k, v):
-                return (reader(q, k, v),) if stored is None else reader(q, k, v, stored, index)
+                return (attend_(q, k, v),) if stored is None else attend_(q, k, v, stored, index)
 
             if watched:
                 (x, rest), sown = block.apply({"params": params}, x, attended, mutable=watched)
@@ -338,8 +339,8 @@ class Decoder(nn.Module):
 
         # One token is written into all layers' cache in place. A chunk that overwrites what it also
         # reads would make XLA copy all layers in each of them: there the scan cuts each layer out.
-        held = [None if c is None else c.held for c in caches or [None] * period]
-        cut = [x.shape[1] > 1 and not isinstance(c.layout, cache.Append) for c in caches or ()]
+        held = [None if c is None else c.kv for c in caches or [None] * period]
+        cut = [x.shape[1] > 1 and not isinstance(c.layout, cache.LinearCache) for c in caches or ()]
         cut = cut or [False] * period
         whole = [None if now else kv for kv, now in zip(held, cut, strict=True)]
         layer_by_layer = [kv if now else None for kv, now in zip(held, cut, strict=True)]
@@ -348,12 +349,12 @@ class Decoder(nn.Module):
             x, kept = carry
             params, index, layer = scanned
             kept, layer, sown = list(kept), list(layer), []
-            for i, reader in enumerate(readers):
+            for i, attend_ in enumerate(attends):
                 stored, at = kept[i], index
                 if cut[i]:
                     stored, at = jax.tree.map(lambda c: c[None], layer[i]), jnp.int32(0)
                 own = weights_of(params, index - begin, i, stacked)
-                x, rest, seen = one_layer(x, own, reader, stored, at, block)
+                x, rest, seen = one_layer(x, own, attend_, stored, at, block)
                 sown.append(seen)
                 if cut[i]:
                     layer[i] = jax.tree.map(lambda c: c[0], rest[0])
@@ -386,8 +387,7 @@ class Decoder(nn.Module):
         if caches is not None:
             stored = (one or other for one, other in zip(whole, layer_by_layer, strict=True))
             caches = tuple(
-                cache.Cache(held.k, held.v, p, old.layout, held.extra)
-                for held, p, old in zip(stored, pos, caches, strict=True)
+                old.updated(kv, p) for kv, p, old in zip(stored, pos, caches, strict=True)
             )
         return x, caches, sown
 
@@ -412,8 +412,9 @@ def joined(parts: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
-def scoring_of(spec: ModelSpec) -> dense.Scoring:
-    return dense.Scoring(spec.encoding, spec.query_scale, spec.attention_soft_cap)
+def score_config(spec: ModelSpec) -> ScoreConfig:
+    """How the model scores a query and a key."""
+    return ScoreConfig(spec.encoding, spec.query_scale, spec.attention_soft_cap)
 
 
 def period_of(pattern: Sequence[LayerPolicy]) -> int:
@@ -434,7 +435,7 @@ def init_caches(
 
     def empty(policy):
         layout = cache.layout_for(policy, capacity)
-        sizes = cache.Sizes(
+        shape = cache.CacheShape(
             batch, layout.slots, spec.num_heads, spec.num_kv_heads, spec.head_dim, dtype,
             spec.width,
         )  # fmt: skip
@@ -445,13 +446,13 @@ def init_caches(
             kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             dtype=dtype,
-            extra=policy.extra(sizes) if isinstance(policy, policies.ByContent) else (),
+            state=policy.init_state(shape),
         )
 
     return tuple(empty(policy) for policy in by_layer[:period])
 
 
-def settle(
+def prepare_decoding(
     spec: ModelSpec,
     by_layer: Sequence[LayerPolicy],
     caches: tuple[cache.Cache, ...],
@@ -459,14 +460,10 @@ def settle(
     length: int,
     room: int,
 ) -> tuple[cache.Cache, ...]:
-    """The caches as one token after another reads them fastest, at the end of a prompt of at most
-    `length` tokens; `room` more may come. Only policies that need a prompt then read chunks.
-    """
-    scoring = scoring_of(spec)
+    """`attend.after_prompt` of every layer's cache. What it rotated wants `for_decoding` after."""
+    config = score_config(spec)
     return tuple(
-        policy.after_prompt(scoring, stored, length=length, room=room)
-        if isinstance(policy, policies.ByContent)
-        else settled.settle(policy, scoring, stored)
+        attend.after_prompt(policy, config, stored, length=length, room=room)
         for policy, stored in zip(by_layer, caches, strict=False)  # caches: of one period
     )
 
@@ -490,7 +487,7 @@ def logits(spec: ModelSpec, params: Params, hidden: Float[Array, "*B D"]) -> Flo
 def init(spec: ModelSpec, *, key: jax.Array) -> Params:
     """Fresh float32 parameters."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    by_layer = tuple(policies.Full() for _ in range(spec.num_layers))
+    by_layer = (FULL,) * spec.num_layers
     return Decoder(spec, by_layer).init(key, tokens, positions=tokens)["params"]
 
 

@@ -121,6 +121,8 @@ class ModelSpec:
     def __post_init__(self):
         ranges.check(self)
         rotated = self.encoding.dim if isinstance(self.encoding, Rotary) else 0
+        if rotated is None:
+            raise InputError("Rotary.dim is None; give the channels that the model rotates")
         if self.moe is not None and self.mlp.bias:
             raise InputError("experts have no biases: mlp.bias must be False")
         if self.moe is not None and self.moe.dense_layers >= self.num_layers:

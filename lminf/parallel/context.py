@@ -9,15 +9,16 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
-from lminf.attention import attend, dense, rope
-from lminf.attention.policies import LayerPolicy, PerHead
+from lminf.attention import attend, rope
+from lminf.attention.policy import LayerPolicy, PerHead
+from lminf.attention.scores import ScoreConfig
 from lminf.parallel import partition
 from lminf.parallel.partition import Strategy
 
 
 @dataclass(frozen=True)
 class Sharded:
-    """Takes the place of `attend.whole` in a decoder whose arrays lie on a mesh."""
+    """Takes the place of `attend.prefill` in a decoder whose arrays lie on a mesh."""
 
     mesh: Mesh
     strategy: Strategy
@@ -25,19 +26,19 @@ class Sharded:
     def __call__(
         self,
         policy: LayerPolicy,
-        scoring: dense.Scoring,
+        config: ScoreConfig,
         positions: Int[Array, "B T"],
         *,
         segments: Int[Array, "B T"] | None = None,
         context_axis: str | None = None,
         implementation: str | None = None,
-    ) -> attend.Whole:
+    ) -> attend.Prefill:
         """`read(q, k, v)`: each device for the queries it holds."""
         assert context_axis is None, "this is what enters shard_map, and names the axis itself"
         rules = self.strategy.activations
         rows = partition.spec(("batch", "length"), positions.shape, rules, self.mesh)
         # Slopes and mixes count all heads, so those stay together.
-        together = isinstance(policy, PerHead) or isinstance(scoring.encoding, rope.Alibi)
+        together = isinstance(policy, PerHead) or isinstance(config.encoding, rope.Alibi)
 
         def read(q, k, v):
             key_heads = partition.spec(("kv_heads",), k.shape[2:3], rules, self.mesh)[0]
@@ -45,8 +46,8 @@ class Sharded:
             heads = PartitionSpec(*rows, across)
 
             def local(q, k, v, positions, segments):
-                return attend.whole(
-                    policy, scoring, positions, segments=segments, context_axis=rows[1],
+                return attend.prefill(
+                    policy, config, positions, segments=segments, context_axis=rows[1],
                     implementation=implementation,
                 )(q, k, v)  # fmt: skip
 

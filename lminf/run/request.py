@@ -43,9 +43,9 @@ class Request:
 def parse(experiment: str, arguments: Sequence[str]) -> Request | None:
     """What the arguments ask for; None when they ask for help, which is then printed."""
     arguments = list(arguments)
-    refuse_repeats(arguments)
     path, variant = find_config(experiment, take(arguments, "config"))
     config = load_config(path, variant)
+    refuse_repeats(arguments, config)
     if {"--help", "-h", "-help"} & set(arguments):
         show_help(experiment, path, config)
         return None
@@ -82,15 +82,20 @@ def parse(experiment: str, arguments: Sequence[str]) -> Request | None:
     )
 
 
-def refuse_repeats(arguments: Sequence[str]) -> None:
-    """Refuses a flag that is given twice: the first of its values would be lost."""
+def refuse_repeats(arguments: Sequence[str], config: ConfigDict) -> None:
+    """Refuses a flag that is given twice: the first of its values would be lost.
+
+    The values of a field of the config that is a tuple are joined.
+    """
+    joined = {f"config.{name}" for name, value in leaves(config) if isinstance(value, tuple)}
     names = [a.partition("=")[0].lstrip("-") for a in arguments if re.match("--?[A-Za-z]", a)]
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    twice = next((name for name in names if names.count(name) > 1 and name not in joined), None)
+    if twice:
         raise InputError(f"--{twice} is given twice; give it once")
 
 
 def take(arguments: list[str], name: str) -> str | None:
-    """Removes `--name=value` or `--name value` from the arguments; its value."""
+    """Removes `--name=value` or `--name value`, given once, from the arguments; its value."""
     value = None
     position = 0
     while position < len(arguments):
@@ -100,6 +105,8 @@ def take(arguments: list[str], name: str) -> str | None:
             continue
         if not equals and position + 1 == len(arguments):
             raise InputError(f"--{name} needs a value, as in --{name}=FILE.py:variant")
+        if value is not None:
+            raise InputError(f"--{name} is given twice; give it once")
         value = text if equals else arguments[position + 1]
         del arguments[position : position + (1 if equals else 2)]
     return value

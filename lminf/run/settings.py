@@ -22,7 +22,7 @@ RANGES = {
         (
             # training
             "steps", "accumulate", "every", "last", "batches", "log_every", "batch", "replicates",
-            "rounds", "tokens",
+            "rounds",
             # shapes
             "width", "num_layers", "num_heads", "num_kv_heads", "hidden_dim", "per_token", "vocab",
             "vocabs", "vocab_size", "seq_len",
@@ -40,6 +40,7 @@ RANGES = {
         ),
         COUNT_OR_NONE,
     ),
+    "tokens": Range(min=1, max=2**63 - 1),  # read in all
     "length": Range(min=2, max=MOST),  # a token and the one it predicts
     "depths": SHARE,
     "key_value_depths": SHARE,

@@ -53,6 +53,8 @@ COMPRESSED = "Compressed prompts"
 # No colour serves two policies: a reader who has seen one figure can read the next.
 POLICIES = {
     "full": Look("Full", "#000000", "o"),
+    "per_layer": Look("Mixed by layer", "#5B5B5B", "P"),
+    "per_head": Look("Mixed by head", "#B0B0B0", "X"),
     "re-read": Look("Re-reading", "#8C8C8C", "o"),
     "window": Look("Window", "#E69F00", "s", RECENT),
     "lambda": Look("Lambda", "#999933", "D", RECENT),

@@ -90,7 +90,7 @@ def round_up(vocab_size: float, multiple: int) -> int:
 RAW_MINIMUM = {
     "n_nv": (1e4, "parameters"),
     "n": (1e4, "parameters"),
-    "d": (1e5, "tokens"),
+    "d": (2e3, "tokens"),  # runs of models of 1e4 parameters
     "tokens": (1e5, "tokens"),
     "flops": (1e9, "FLOPs"),
     "width": (8, "channels"),

@@ -1,7 +1,7 @@
 """The Chinchilla baseline: L(N, D) = E + A N^-alpha + B D^-beta, raw units, C = 6 N D.
 
-Three procedures: 1 the envelope of training curves, 2 a parabola in ln N per budget, 3 the
-parametric loss fitted in logarithms. Source: Hoffmann et al. 2022, arXiv:2203.15556.
+Procedure 3 of the paper: the parametric loss, fitted in logarithms.
+Source: Hoffmann et al. 2022, arXiv:2203.15556.
 """
 
 import itertools
@@ -159,68 +159,6 @@ class ChinchillaLaw:
             warnings=notes,
             diagnostics={"rows": len(table), "objective": float(found.objective[0])},
         )
-
-
-class PowerLaws(NamedTuple):
-    """N_opt = exp(ln_k_n) C^a and D_opt = (C / 6) / N_opt as fitted on their own."""
-
-    ln_k_n: float
-    a: float
-    ln_k_d: float
-    b: float
-    budgets: int
-
-
-def envelope(table: CurveTable, budgets: int = 1500) -> PowerLaws:
-    """Procedure 1: at each of log-spaced budgets the run with least loss, losses linear in ln C
-    within a run; then power laws through the winners."""
-    compute = 6 * table.n * table.d
-    grid = np.geomspace(compute.min(), compute.max(), budgets)
-    best, size = np.full(budgets, np.inf), np.full(budgets, np.nan)
-    for run in np.unique(table.run):
-        rows = np.flatnonzero(table.run == run)
-        rows = rows[np.argsort(compute[rows])]
-        inside = (grid >= compute[rows[0]]) & (grid <= compute[rows[-1]])
-        loss = np.interp(np.log(grid), np.log(compute[rows]), table.loss[rows])
-        wins = inside & (loss < best)
-        best, size = np.where(wins, loss, best), np.where(wins, table.n[rows[0]], size)
-    won = np.isfinite(best)
-    if np.unique(size[won]).size < 2 or np.ptp(np.log(grid[won])) < 1e-9:
-        raise InputError(
-            "one size wins at every budget, so the envelope has no slope; add runs of several sizes"
-        )
-    return _power_laws(grid[won], size[won])
-
-
-def isoflop(table: CurveTable, tolerance: float = 0.02) -> PowerLaws:
-    """Procedure 2: runs grouped by C within `tolerance`, a parabola of loss in ln N for each."""
-    compute = 6 * table.n * table.d
-    order = np.argsort(compute)
-    starts = np.concatenate([[True], np.diff(np.log(compute[order])) > np.log1p(tolerance)])
-    budget = np.cumsum(starts) - 1
-    found = []
-    for group in range(budget[-1] + 1):
-        rows = order[budget == group]
-        if np.unique(table.n[rows]).size < 3:
-            continue
-        centre = np.log(table.n[rows]).mean()
-        square, slope, _ = np.polyfit(np.log(table.n[rows]) - centre, table.loss[rows], 2)
-        if square > 0:
-            found.append(
-                (np.exp(np.log(compute[rows]).mean()), np.exp(centre - slope / 2 / square))
-            )
-    if len(found) < 2 or np.ptp(np.log([flops for flops, _ in found])) < 1e-9:
-        raise InputError(
-            f"{len(found)} budgets have three sizes and a convex parabola; two are needed"
-        )
-    compute_opt, size = np.array(found).T
-    return _power_laws(compute_opt, size)
-
-
-def _power_laws(compute, size) -> PowerLaws:
-    a, ln_k_n = np.polyfit(np.log(compute), np.log(size), 1)
-    b, ln_k_d = np.polyfit(np.log(compute), np.log(compute / (6 * size)), 1)
-    return PowerLaws(float(ln_k_n), float(a), float(ln_k_d), float(b), len(compute))
 
 
 def _preset(version, source, **constants) -> ChinchillaFit:

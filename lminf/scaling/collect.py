@@ -8,6 +8,7 @@ from typing import Any
 
 from lminf.errors import InputError
 from lminf.ranges import Range, shown
+from lminf.scaling import accounting
 from lminf.scaling.fertility import Fertility
 
 Row = Mapping[str, Any]
@@ -24,6 +25,7 @@ STEP_FIELDS = FIELDS | {
     "n": COUNT, "hidden": COUNT, "heads": COUNT, "layers": COUNT, "seq_len": COUNT, "d": COUNT,
     "batch_sequences": COUNT, "train_loss": AMOUNT, "loss": AMOUNT,
 }  # fmt: skip
+MIXED_FIELDS = {"experts": COUNT, "n_active": COUNT}
 
 # Column of the file -> how a row of experiments.vocab_sweep fills it.
 VOCAB = {
@@ -52,15 +54,20 @@ STEP = {
 
 
 def vocab(rows: Sequence[Row]) -> str:
-    """CSV of a vocabulary sweep: at each checkpoint of each vocabulary the best learning rate."""
+    """CSV of a vocabulary sweep: at each checkpoint of each vocabulary the learning rate of least
+    mean loss over seeds, and of that rate a row for every seed."""
     rows = one_setting(rows, VOCAB_FIELDS, "vocabulary")
-    best: dict[tuple, Row] = {}
+    tried: dict[tuple, dict[float, list[Row]]] = {}
     for row in rows:
         key = (row["n_nv"], row["width"], row["vocab_size"], row["tokens"])
-        if key not in best or row["loss_u"] < best[key]["loss_u"]:
-            best[key] = row
-    order = sorted(best)
-    return written([{column: best[key][name] for column, name in VOCAB.items()} for key in order])
+        tried.setdefault(key, {}).setdefault(row["lr"], []).append(row)
+    lines = []
+    for _, rates in sorted(tried.items()):
+        most = max(map(len, rates.values()))  # a seed that diverged does not favour its rate
+        whole = [found for found in rates.values() if len(found) == most]
+        best = min(whole, key=lambda found: sum(row["loss_u"] for row in found))
+        lines += [{column: row[name] for column, name in VOCAB.items()} for row in best]
+    return written(lines)
 
 
 def fertility(rows: Sequence[Row]) -> Fertility:
@@ -73,14 +80,19 @@ def fertility(rows: Sequence[Row]) -> Fertility:
 
 
 def step(rows: Sequence[Row]) -> str:
-    """CSV of a learning rate x batch sweep: one row a run; of dense models where there are any."""
+    """CSV of a learning rate x batch sweep, one row a run: of dense models where there are any,
+    else of mixtures of experts, with the columns that name what a token uses."""
     dense = [row for row in rows if isinstance(row, Mapping) and not row.get("experts")]
-    rows = one_setting(dense or rows, STEP_FIELDS, "learning rate x batch")
+    fields = STEP_FIELDS if dense or not rows else STEP_FIELDS | MIXED_FIELDS
     lines = []
-    for row in rows:
+    for row in one_setting(dense or rows, fields, "learning rate x batch"):
         line = {column: row[name] for column, name in STEP.items()}
-        if row.get("experts"):
-            line["Na"] = row.get("n_active")
+        if not dense:
+            line |= {"Na": row["n_active"], "nume": row["experts"]}
+            line["M"] = accounting.flops_per_token(
+                row["n_active"], layers=row["layers"], width=row["width"], seq_len=row["seq_len"]
+            )
+            line["Na/N"] = row["n_active"] / row["n"]
         line["ti"] = round(row["d"] / (row["batch_sequences"] * row["seq_len"]))
         line["D/N"] = row["d"] / row["n"]
         line["exp_name"] = f"{row['corpus']}-seed{row['seed']}"
@@ -91,7 +103,7 @@ def step(rows: Sequence[Row]) -> str:
 def one_setting(
     rows: Sequence[Row], fields: Mapping[str, Range | None], what: str
 ) -> Sequence[Row]:
-    """The rows of the first seed; InputError unless all are of one sweep, text and length."""
+    """The rows; InputError unless all are of one sweep, text and length."""
     if not rows:
         raise InputError("there are no finished cells to collect; run the sweep first")
     for number, row in enumerate(rows, start=1):
@@ -103,8 +115,7 @@ def one_setting(
                 f"the rows have {name} {', '.join(values)}, which are not one table; choose with "
                 f"--where {name}={values[0]}"
             )
-    first = min(row["seed"] for row in rows)
-    return [row for row in rows if row["seed"] == first]
+    return rows
 
 
 def check_row(row: Row, fields: Mapping[str, Range | None], where: str, what: str) -> None:

@@ -23,9 +23,6 @@ REFERENCE_TOKENS = 1e12  # D0: density compares with references trained on this 
 LOSS_PARAMETERS = ("ln_a", "ln_b", "alpha", "beta")  # N in 1e6 and D in 1e9 inside the fit
 SCORE_PARAMETERS = ("ln_c", "ln_steepness", "l", "d")
 LN_N_UNIT, LN_D_UNIT = np.log(1e6), np.log(1e9)
-# The six sizes, and tokens per parameter, that the reference models are trained at.
-REFERENCE_SIZES = (5_247_232, 31_470_080, 106_196_736, 245_416_960, 476_852_480, 828_225_024)
-REFERENCE_TOKENS_PER_PARAMETER = (10, 15, 20, 30, 40, 60)
 
 
 def loss_residual(theta, columns):

@@ -79,23 +79,6 @@ def objective(residual: Residual, theta, columns, weights, threshold):
     return jnp.sum(weights * huber(residual(theta, columns), threshold))
 
 
-def value_and_gradient(
-    residual: Residual, theta, columns: Columns, *, threshold: float
-) -> tuple[float, Float[np.ndarray, " parameters"]]:
-    """The unweighted objective and its automatic gradient, in float64."""
-    with jax.enable_x64(True):
-        data = {name: np.asarray(column, np.float64) for name, column in columns.items()}
-        found, slope = _value_and_gradient(
-            residual, np.asarray(theta, np.float64), data, np.float64(threshold)
-        )
-        return float(found), np.asarray(slope)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _value_and_gradient(residual, theta, columns, threshold):
-    return jax.value_and_grad(lambda at: objective(residual, at, columns, 1.0, threshold))(theta)
-
-
 def undetermined(residual: Residual, columns: Columns, found: Solutions) -> list[int]:
     """Free parameters of the first draw that may move together without moving any residual."""
     with jax.enable_x64(True):

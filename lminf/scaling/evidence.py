@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from lminf.errors import InputError
 from lminf.scaling import accounting, losses, resample
-from lminf.scaling.fertility import MEASURED, POWERLAW, PUBLISHED, Fertility
+from lminf.scaling.fertility import POWERLAW, Fertility
 from lminf.scaling.tables import VocabTable
 from lminf.scaling.vocab import VocabLaw
 from lminf.scaling.vocab_derivative import PUBLISHED_SIZES, VocabLaw2
@@ -222,45 +222,3 @@ def mistake(
         middle = (low + high) / 2
         low, high = (low, middle) if best(flops * np.exp(middle)) < reached else (middle, high)
     return Mistake(excess, float(np.exp((low + high) / 2)))
-
-
-def next_runs(
-    law: LossLaw, *, query: dict[str, float], noise: float, candidates: Sequence[dict[str, float]]
-) -> list[Row]:
-    """Candidate runs by how much they shrink the variance of ln V at the query, per FLOP.
-
-    Linear-Gaussian update over the law's draws: a run whose predicted loss varies together with
-    the wanted ln V says most. `noise` is the standard deviation of one measured L_u.
-    Candidates: n_nv, d, vocab, flops.
-    """
-    sizes = law.optimum_draws(**query)
-    good = np.isfinite(sizes)
-    if good.sum() < 20:
-        raise InputError(f"{law.version} has {good.sum()} draws with an optimum; 20 are needed")
-    wanted = np.log(sizes[good])
-    constants = {
-        name: np.asarray(law.draws.get(name, np.full(good.size, value)))[good]
-        for name, value in law.constants.items()
-    }
-    rows = []
-    for run in candidates:
-        loss = law._loss_at(constants, run["n_nv"], float(run["vocab"]), run["d"], run["flops"])
-        covariance = np.cov(wanted, loss)
-        share = covariance[0, 1] ** 2 / (covariance[1, 1] + noise**2) / covariance[0, 0]
-        rows.append(
-            {**run, "variance_removed": share, "per_1e18_flops": share / run["flops"] * 1e18}
-        )
-    return sorted(rows, key=lambda row: -row["per_1e18_flops"])
-
-
-def fertility_table(sizes=(256, 4096, 16384, 32768, 65536, 131072, 200000)) -> list[Row]:
-    """Published parabola beside the measured ratios, where they were measured."""
-    low, high = MEASURED.fitted_range
-    return [
-        {
-            "vocab": size,
-            "parabola": float(PUBLISHED.tokens_per_character(size)),
-            "measured": float(MEASURED.tokens_per_character(size)) if low <= size <= high else None,
-        }
-        for size in sizes
-    ]

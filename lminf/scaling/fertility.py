@@ -1,7 +1,7 @@
 """Fertility: tokens per character as a function of vocabulary size.
 
 The published parabola is one named instance, not the truth: against its own 24 pairs it is 1.3 %
-high at 10K and 3.4 % low at 96K. A project that trains its own tokenizers fits its own instance.
+high at 10K and 3.4 % low at 96K. A sweep with tokenizers of its own measures its own instance.
 Source: Tao et al. 2024, arXiv:2407.13623, appendix; pairs measured there on SlimPajama text.
 """
 
@@ -147,24 +147,3 @@ POWERLAW = Fertility(
     cap=np.inf,
 )
 INSTANCES = {fertility.name: fertility for fertility in (PUBLISHED, MEASURED, POWERLAW)}
-
-
-def fit_quadlog(
-    vocab_sizes: Float[np.ndarray, " pairs"],
-    tokens: Float[np.ndarray, " pairs"],
-    characters: float,
-    *,
-    name: str,
-) -> Fertility:
-    """Least squares of tokens = characters * f(V); the cap is where the parabola turns."""
-    log_size = np.log(np.asarray(vocab_sizes, np.float64))
-    if np.unique(log_size).size < 3:
-        raise InputError(
-            f"a fertility parabola needs three vocabulary sizes, found {np.unique(log_size).size}"
-        )
-    design = np.stack([log_size**2, log_size, np.ones_like(log_size)], axis=1)
-    target = np.asarray(tokens, np.float64) / characters
-    (a, b, c), *_ = np.linalg.lstsq(design, target, rcond=None)
-    cap = float(np.exp(-b / (2 * a))) if a > 0 else np.inf
-    span = (float(np.min(vocab_sizes)), float(np.max(vocab_sizes)))
-    return Fertility(name, "quadlog", (float(a), float(b), float(c)), span, cap)

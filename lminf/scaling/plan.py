@@ -19,6 +19,7 @@ SMALLEST = 2e9  # FLOPs of one run: below it a model has learned little more tha
 # What docs/studies measured on models of 1e5 parameters: standard deviation between seeds, and the
 # curvature of a bowl, d2 loss / d(ln x)2. They make the expected interval, nothing else.
 MEASURED = {"vocab": (0.03, 1.1), "step": (0.01, 0.5)}
+STEPS = 256  # of a run at least: with fewer, a small model does not get below word frequencies
 SHARE = 0.8  # of the hours that training gets; the rest compiles and evaluates
 
 
@@ -84,11 +85,13 @@ class Plan:
         return runs * sum(group.flops for group in self.groups)
 
 
-def vocab(budget: float, *, text_tokens: float, sizes: int = 4, replicates: int = 1) -> Plan:
+def vocab(
+    budget: float, *, text_tokens: float, length: int = 128, sizes: int = 4, replicates: int = 1
+) -> Plan:
     """Vocabularies in factors of two at equal FLOPs, for three shapes of as many tokens each; the
     text has `text_tokens` bytes to be read once, the most that the smallest vocabulary can take.
     """
-    rates = 3
+    rates = 2
     shapes, flops = _shared(budget, sizes * rates * replicates, count=3, lengths=(1,))
     top = shapes[0]
     law = published.ISOFLOP.optimum(n_nv=top.parameters, d=top.width, flops=flops).vocab_size
@@ -102,12 +105,14 @@ def vocab(budget: float, *, text_tokens: float, sizes: int = 4, replicates: int 
         for shape in shapes
     )
     peak = 6e-3 * math.sqrt(64 / top.width)
-    return Plan(groups, chosen, (peak / 2, peak, 2 * peak), (8,), replicates)
+    fitting = 2.0 ** math.floor(math.log2(tokens / (length * STEPS)))
+    batch = int(min(8, max(1, fitting)))
+    return Plan(groups, chosen, (peak, 2 * peak), (batch,), replicates)
 
 
 def step(
     budget: float, *, text_tokens: float, vocab_size: int = 512, length: int = 64,
-    rates: int = 5, batches: int = 4, replicates: int = 1,
+    rates: int = 5, batches: int = 3, replicates: int = 1,
 ) -> Plan:  # fmt: skip
     """Rates and batches in factors of two around the step law's point, for two shapes and three
     lengths of each."""
@@ -119,11 +124,6 @@ def step(
     ]
     share = flops * sum(shape.parameters for shape in shapes) / shapes[0].parameters
     tokens = min(share / sum(per_token), text_tokens)
-    groups = tuple(
-        Group(shape, int(tokens * part), tokens * part * each)
-        for shape, each in zip(shapes, per_token, strict=True)
-        for part in lengths
-    )
     point = rivals.rule("step").setting(rivals.Query(shapes[0].parameters, tokens, None, None))
     assert point.batch is not None
     middle = max(2, round(math.log2(point.batch / length)))
@@ -132,6 +132,14 @@ def step(
     peak = 2.0 ** round(math.log2(point.lr))
     grid = tuple(peak * 2.0 ** (i - rates + 3) for i in range(rates))
     chosen = tuple(2 ** (lowest + i) for i in range(batches))
+    # Whole steps of the largest batch: a group is of one D, whatever its batches.
+    whole = chosen[-1] * length
+    counts = [max(1, int(tokens * part / whole)) * whole for part in lengths]
+    groups = tuple(
+        Group(shape, count, count * each)
+        for shape, each in zip(shapes, per_token, strict=True)
+        for count in counts
+    )
     return Plan(groups, (vocab_size,), grid, chosen, replicates)
 
 

@@ -1,16 +1,21 @@
 """Published constants as named law versions, usable without any data.
 
 Their intervals are this project's own: the spread of re-fits to the five families and fourteen
-groups at hand, over resampled runs and groups (`published_draws`, written by
-make_published_draws), moved so that the re-fit falls on the published constants. The published
-constants of approach 3 come from six families and lie far from the re-fit, so there the draws stay
-where they are.
+groups at hand, over resampled runs and groups, moved so that the re-fit falls on the published
+constants. The published constants of approach 3 come from six families and lie far from the
+re-fit, so there the draws stay where they are. They are in published_draws.json, written by
+make_published_draws.py and read when an interval is asked for.
 """
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lminf.scaling import fertility as fertilities
-from lminf.scaling import published_draws
 from lminf.scaling.steps import StepPowerLaw
 from lminf.scaling.vocab_derivative import ANCHOR_FLOPS, PUBLISHED_SIZES, DerivativeLaw
 from lminf.scaling.vocab_isoflop import IsoflopLaw
@@ -24,13 +29,43 @@ BUDGET = {"ln_k_nnv": LN_K_NNV, "alpha_nnv": 0.5}
 VOCAB_UNITS = {"N_nv, N_v": "parameters", "H": "characters", "F": "FLOPs"}
 
 
-def _draws(name: str, centre: dict[str, float] | None) -> dict[str, np.ndarray]:
-    block = published_draws.DRAWS[name]
-    draws = {key: np.array(values, float) for key, values in block["draws"].items()}
-    if centre is None:
-        return draws
-    point = block["point"]
-    return {key: draws[key] - point[key] + centre[key] for key in draws if key in centre}
+@cache
+def _stored() -> dict[str, Any]:
+    return json.loads(Path(__file__).with_name("published_draws.json").read_text(encoding="utf-8"))
+
+
+class _Lazy(Mapping[str, Any]):
+    """A mapping that is made when it is first looked into."""
+
+    def __init__(self, make: Callable[[], dict[str, Any]]):
+        self._make = make
+
+    @cached_property
+    def _made(self) -> dict[str, Any]:
+        return self._make()
+
+    def __getitem__(self, key: str) -> Any:
+        return self._made[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+
+def _draws(name: str, centre: dict[str, float] | None) -> Mapping[str, np.ndarray]:
+    """The stored draws, moved by what takes the re-fit to `centre`."""
+
+    def made():
+        block = _stored()[name]
+        draws = {key: np.array(values, float) for key, values in block["draws"].items()}
+        if centre is None:
+            return draws
+        point = block["point"]
+        return {key: draws[key] - point[key] + centre[key] for key in draws if key in centre}
+
+    return _Lazy(made)
 
 
 ISOFLOP_CONSTANTS = {
@@ -157,7 +192,7 @@ STEP = StepPowerLaw(
     fitted_range={"n": (59e6, 1_073_741_824), "d": (4e9, 100e9)},
     draws=_draws("step", _STEP_CONSTANTS),
     resampling="re-fits over resampled groups (14), centred on the published constants",
-    diagnostics={"bowl": published_draws.BOWL},
+    diagnostics=_Lazy(lambda: {"bowl": _stored()["bowl"]}),
 )
 
 VOCAB_LAWS = {

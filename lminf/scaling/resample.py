@@ -26,15 +26,6 @@ def bootstrap_weights(
     return counts[:, member.ravel()].astype(np.float64)
 
 
-def leave_one_out_weights(
-    cluster: Int[np.ndarray, " rows"],
-) -> tuple[Int[np.ndarray, " clusters"], Float[np.ndarray, "clusters rows"]]:
-    """Cluster ids, and for each the weights that omit it."""
-    ids, member = np.unique(cluster, return_inverse=True)
-    weights = np.asarray(member.ravel()[None, :] != np.arange(ids.size)[:, None], np.float64)
-    return ids, weights
-
-
 def percentile_interval(values: Float[np.ndarray, " draws"], level: float) -> tuple[float, float]:
     tail = 50 * (1 - level)
     low, high = np.percentile(np.asarray(values, np.float64), [tail, 100 - tail])

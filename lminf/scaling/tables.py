@@ -29,7 +29,6 @@ VOCAB_COLUMNS = (
 STEP_COLUMNS = ("h", "numl", "lr", "bs", "ti", "smooth loss", "D", "N")
 CHINCHILLA_COLUMNS = ("N", "D", "loss")
 DENSITY_COLUMNS = ("N", "D", "loss", "score")
-DENSITY_REFERENCE_COLUMNS = ("N", "D", "loss")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from lminf.errors import InputError
 from lminf.scaling import accounting, engine, laws, resample, surfaces, vocab
@@ -27,6 +27,9 @@ class Points(NamedTuple):
     characters: Float[np.ndarray, " points"]
     flops: Float[np.ndarray, " points"]
     loss: Float[np.ndarray, " points"]
+
+
+NONE = Points(*(np.empty(0),) * 5)
 
 
 def measured(table: VocabTable) -> Points:
@@ -48,25 +51,27 @@ class Densifier:
     ):
         self.table, self.fertility, self.how = table, fertility, how
         self.sizes = np.unique(table.vocab_size)
-        self.families = np.unique(table.n_nv)
+        # Sorted once: of a long table, comparing every row with every size takes most of the time.
+        self._of_size = _with_several(table.vocab_size, table.n_nv, least=2)
+        self._of_family = _with_several(table.n_nv, table.vocab_size, least=3)
         self._cache: dict[tuple, Points] = {}
         span = (table.n_nv.min(), table.n_nv.max())
         self._n_nv = np.geomspace(*span, GRID_POINTS)
         self._characters = np.geomspace(table.characters.min(), table.characters.max(), GRID_POINTS)
         self._vocab = np.geomspace(self.sizes[0], self.sizes[-1], VOCAB_POINTS)
-        self._width = {n: table.width[table.n_nv == n][0] for n in self.families}
 
     def points(self, keep) -> Points:
         """Interpolated points of the runs of which `keep` [rows] has any row."""
         table, parts = self.table, []
-        for size in self.sizes:
-            rows = keep & (table.vocab_size == size)
+        for size, every in self._of_size.items():
+            rows = every[keep[every]]
             key = ("surface", size, tuple(np.unique(table.n_nv[rows])))
             parts.append(self._remember(key, lambda s=size, r=rows: self._surface(s, r)))
-        for family in self.families:
-            rows = keep & (table.n_nv == family)
+        for family, every in self._of_family.items():
+            rows = every[keep[every]]
             key = ("spline", family, tuple(np.unique(table.vocab_size[rows])))
             parts.append(self._remember(key, lambda f=family, r=rows: self._spline(f, r)))
+        parts.append(NONE)
         return Points(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     def _remember(self, key, make) -> Points:
@@ -81,10 +86,13 @@ class Densifier:
     def _surface(self, size, rows) -> Points:
         table = self.table
         if np.unique(table.n_nv[rows]).size < 2:
-            return Points(*(np.empty(0),) * 5)
+            return NONE
         points = np.stack([table.n_nv[rows], table.characters[rows]], axis=1)
         at = np.stack([self._n_nv, self._characters], axis=1)
-        surface = surfaces.Surface(points, table.loss[rows])
+        try:
+            surface = surfaces.Surface(points, table.loss[rows])
+        except InputError:  # two runs, or points on one line: nothing lies between them
+            return NONE
         found = surface.cubic(at, converged=self.how == "converged")
         inside = np.isfinite(found)
         n_nv = self._n_nv[inside]
@@ -95,19 +103,29 @@ class Densifier:
         table = self.table
         sizes = np.unique(table.vocab_size[rows])
         if sizes.size < 3:
-            return Points(*(np.empty(0),) * 5)
+            return NONE
         final, most = [], 0.0
         for size in sizes:
-            run = np.flatnonzero(rows & (table.vocab_size == size))
-            last = run[np.argmax(table.characters[run])]
-            final.append(table.loss[last])
-            most = max(most, table.tokens[last])
+            run = rows[table.vocab_size[rows] == size]
+            last = run[table.characters[run] == table.characters[run].max()]  # one for each seed
+            final.append(table.loss[last].mean())
+            most = max(most, table.tokens[last[0]])
         inside = (self._vocab >= sizes[0] * (1 - 1e-12)) & (self._vocab <= sizes[-1] * (1 + 1e-12))
         at = np.clip(self._vocab[inside], sizes[0], sizes[-1])
         loss = surfaces.quadratic_spline(sizes, np.array(final), at)
         characters = most / self.fertility.tokens_per_character(at)
         n_nv = np.full(at.size, family)
-        return self._points(n_nv, at * self._width[family], at, characters, loss)
+        return self._points(
+            n_nv, at * table.width[self._of_family[family][0]], at, characters, loss
+        )
+
+
+def _with_several(of, values, *, least: int) -> dict[float, Int[np.ndarray, " rows"]]:
+    """Rows of each value of `of` that has at least so many different `values`, by rising value."""
+    order = np.argsort(of, kind="stable")
+    found, first = np.unique(of[order], return_index=True)
+    groups = dict(zip(map(float, found), np.split(order, first[1:]), strict=True))
+    return {key: rows for key, rows in groups.items() if np.unique(values[rows]).size >= least}
 
 
 def envelope(points: Points) -> Points:

@@ -210,6 +210,12 @@ class VocabLaw3:
             weights=np.ones((1, len(kept))),
         )  # fmt: skip
         laws.require_determined("approach 3", PARAMETERS, residual, columns, found)
+        if found.bound[0][1] < 0:
+            raise InputError(
+                "approach 3: no vocabulary of the table is too small for its runs (A2 is on its "
+                "lower bound), so it determines no best one; train longer, or add smaller "
+                "vocabularies"
+            )
         constants = dict(zip(PARAMETERS, map(float, found.parameters[0]), strict=True))
         budget = {"ln_k_nnv": vocab_derivative.budget_constant(table, fertility), "alpha_nnv": 0.5}
         drawn, how, spans, notes = {}, "", {}, ()
@@ -217,8 +223,11 @@ class VocabLaw3:
             weights = resample.bootstrap_weights(
                 vocab_isoflop.clusters(kept, cluster), draws=draws, seed=seed
             )
+            starts = STARTS
+            if len(kept) > engine.EXPLORED_ROWS:  # all of them took half of the time
+                starts = np.concatenate([found.parameters, STARTS[::6]])
             sample = engine.minimise(
-                residual, columns, starts=STARTS, lower=lower, upper=upper, weights=weights
+                residual, columns, starts=starts, lower=lower, upper=upper, weights=weights
             )
             named: dict[str, np.ndarray] = dict(zip(PARAMETERS, sample.parameters.T, strict=True))
             drawn, how, spans, notes = laws.draw_summary(

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from lminf import ranges
-from lminf.attention.policies import LayerPolicy
+from lminf.attention.policy import LayerPolicy
 from lminf.models import decoder
 from lminf.models.spec import ModelSpec
 from lminf.objectives import terms
@@ -86,7 +86,7 @@ class Program:
             self.policies,
             dtype=self.dtype,
             remat=REMAT[self.remat],
-            whole=context.Sharded(self.mesh, self.strategy),
+            prefill=context.Sharded(self.mesh, self.strategy),
             place=partition.Placed(self.mesh, self.strategy),
         )
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lminf.attention import attend, cache, dense, rope
-from lminf.attention.policies import (
-    ByContent,
+from lminf.attention import attend, cache, rope, scores
+from lminf.attention import reference as dense
+from lminf.attention.policy import (
     Full,
     Lambda,
     LeakyReRoPE,
@@ -58,8 +58,8 @@ COVER = [case for i, case in enumerate(_PRODUCT) if i % 5 == i // 5 % 5]
 OTHERS = [(p, e, 4 - g) for i, (p, e, g) in enumerate(_PRODUCT) if i % 5 == (i // 5 + 2) % 5]
 
 
-def scoring(encoding: str, *, soft_cap: float | None = None) -> dense.Scoring:
-    return dense.Scoring(ENCODINGS[encoding], WIDTH**-0.5, soft_cap)
+def scoring(encoding: str, *, soft_cap: float | None = None) -> scores.ScoreConfig:
+    return scores.ScoreConfig(ENCODINGS[encoding], WIDTH**-0.5, soft_cap)
 
 
 def arrays(group: int, *, tokens: int = TOKENS, kv_heads: int = KV_HEADS):
@@ -115,22 +115,22 @@ def chunks(policy, scoring, positions, sizes, *, implementation, capacity: int |
     layout = cache.layout_for(policy, capacity or positions.shape[1])
 
     def run(q, k, v):
-        room = cache.Sizes(q.shape[0], layout.slots, q.shape[2], *k.shape[2:], k.dtype)
+        room = cache.CacheShape(q.shape[0], layout.slots, q.shape[2], *k.shape[2:], k.dtype)
         empty = cache.empty(
             layout, layers=2, batch=q.shape[0], kv_heads=k.shape[2], head_dim=k.shape[3],
-            dtype=k.dtype, extra=policy.extra(room) if isinstance(policy, ByContent) else (),
+            dtype=k.dtype, state=policy.init_state(room) ,
         )  # fmt: skip
 
         def read(carry, chunk):
             held, stored_pos = carry
             at, *new = chunk
-            step, stored_pos = attend.through(
+            step, stored_pos = attend.extend(
                 policy, scoring, layout, stored_pos, at, implementation=implementation
             )
             out, held = step(*new, held, 1)
             return (held, stored_pos), out
 
-        carry, outs, start = (empty.held, empty.pos), [], 0
+        carry, outs, start = (empty.kv, empty.pos), [], 0
         for size, same in itertools.groupby(sizes):
             count = len(list(same))
             piece = slice(start, start := start + count * size)

@@ -6,13 +6,14 @@ exp(i delta theta_c), so nothing is ever placed at a position.
 
 import numpy as np
 
-from lminf.attention import policies as p
+from lminf.attention import policy as p
 from lminf.attention import rope
 
 
 def visible_and_distance(policy, i, j):
     """Which pairs (query position i, key position j) see each other, and how far away they seem."""
-    kind, d, w = type(policy), i - j, getattr(policy, "window", np.inf)
+    kind, d = type(policy), i - j
+    w = np.inf if policy.window is None else policy.window
     causal, near = d >= 0, (d >= 0) & (d < w)
     if kind in (p.Full, p.Window):
         return near, d

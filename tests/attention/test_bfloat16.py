@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lminf.attention.condense import SnapKV, ThinK
-from lminf.attention.evict import H2O, TOVA
-from tests.attention import cases, test_choosing, test_condense
+from lminf.attention.policies.eviction import H2O, TOVA
+from lminf.attention.policies.prompt_compression import SnapKV, ThinK
+from tests.attention import cases, test_prompt_compression, test_sparse
 
-TOKENS = test_choosing.TOKENS
+TOKENS = test_sparse.TOKENS
 POLICIES = {
-    **test_choosing.POLICIES,
+    **test_sparse.POLICIES,
     "h2o": H2O(16, sinks=2, recent=2, turn=4),
     "tova": TOVA(16, recent=2, turn=4),
     "snapkv": SnapKV(9, window=5, pooling=1),
@@ -42,12 +42,12 @@ def test_bfloat16_stays_within_its_rounding(name):
     half = far_apart(tokens)
     exact = [x.astype(jnp.float32) for x in half]
     if name in ("snapkv", "think"):
-        run = functools.partial(test_condense.written, policy, scoring, size=1)
+        run = functools.partial(test_prompt_compression.written, policy, scoring, size=1)
         found, expected = run(half), run(exact)
     else:
-        prompt = (4,) * 4 if policy.turn_len else (16,)
+        prompt = (4,) * 4 if policy.evict_every else (16,)
         calls = (*prompt, *[1] * (tokens - 16))
-        read = test_choosing.read(policy, scoring, calls, cases.padded((0, 4), tokens))
+        read = test_sparse.read(policy, scoring, calls, cases.padded((0, 4), tokens))
         found, expected = cases.compiled(lambda *both: [read(*x) for x in both])(half, exact)
     assert found.dtype == jnp.bfloat16
     assert np.abs(np.asarray(expected)).max() > 0.5  # far above what is let pass

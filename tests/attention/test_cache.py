@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lminf.attention import cache
-from lminf.attention.policies import (
+from lminf.attention.policy import (
     Full,
     LMInfinite,
     PerHead,
@@ -30,7 +30,7 @@ WIDEST = 16  # chunks of the property test are padded to it, so that one shape i
     padding=st.integers(0, 9),
 )
 def test_a_ring_holds_the_first_and_the_last_tokens(sinks, window, chunks, padding):
-    layout = cache.SinkRing(sinks, window)
+    layout = cache.SinkRingCache(sinks, window)
     held, read = np.full(layout.slots, cache.EMPTY), -padding
     for size in chunks:
         chunk = np.full((1, WIDEST), -7, np.int32)  # a position below 0 is not stored
@@ -50,7 +50,7 @@ def test_a_ring_holds_the_first_and_the_last_tokens(sinks, window, chunks, paddi
 @settings(max_examples=25)
 @given(sinks=st.integers(0, 12), window=st.integers(1, 20), start=st.integers(0, 2**31 - 50))
 def test_any_window_of_positions_has_a_slot_for_each(sinks, window, start):
-    layout = cache.SinkRing(sinks, window)
+    layout = cache.SinkRingCache(sinks, window)
     positions = np.arange(start, start + WIDEST, dtype=np.int32)[None]
     slots = np.asarray(layout.slot(jnp.asarray(positions)))[0]
     assert ((slots >= 0) & (slots < layout.slots)).all()
@@ -62,22 +62,22 @@ def test_any_window_of_positions_has_a_slot_for_each(sinks, window, start):
 @pytest.mark.parametrize(
     ("policy", "layout"),
     [
-        (Full(), cache.Append(100)),
-        (Window(7), cache.SinkRing(0, 7)),
-        (LMInfinite(7, 3), cache.SinkRing(3, 7)),
-        (ReRoPE(7), cache.Append(100)),
-        (PerHead((LMInfinite(7, 3), Streaming(5, 4))), cache.SinkRing(4, 7)),
-        (PerHead((LMInfinite(7, 3), SelfExtend(5, 4))), cache.Append(100)),
+        (Full(), cache.LinearCache(100)),
+        (Window(7), cache.SinkRingCache(0, 7)),
+        (LMInfinite(7, 3), cache.SinkRingCache(3, 7)),
+        (ReRoPE(7), cache.LinearCache(100)),
+        (PerHead((LMInfinite(7, 3), Streaming(5, 4))), cache.SinkRingCache(4, 7)),
+        (PerHead((LMInfinite(7, 3), SelfExtend(5, 4))), cache.LinearCache(100)),
     ],
 )
 def test_the_layout_is_the_smallest_that_a_policy_runs_on(policy, layout):
     assert cache.layout_for(policy, 100) == layout
-    assert policy.bounded == isinstance(layout, cache.SinkRing)
+    assert policy.bounded == isinstance(layout, cache.SinkRingCache)
 
 
 def test_reading_fills_slots_row_by_row_and_layer_by_layer():
     """Chunks that wrap around the ring and one longer than it; rows that begin with padding."""
-    layout, tokens = cache.SinkRing(2, 5), 22
+    layout, tokens = cache.SinkRingCache(2, 5), 22
     at = cases.padded((0, 4), tokens)
     k = np.broadcast_to(at[:, :, None, None], (2, tokens, 1, 3)).astype(np.float32)
 
@@ -124,7 +124,7 @@ def test_memory_is_what_the_policy_can_see_however_long_the_text():
 
 
 def test_a_cache_is_stored_in_its_own_dtype():
-    layout = cache.SinkRing(1, 2)
+    layout = cache.SinkRingCache(1, 2)
 
     @cases.compiled
     def run(at, k):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from lminf.attention import attend
-from lminf.attention.policies import Full, LMInfinite, SelfExtend
+from lminf.attention.policy import Full, LMInfinite, SelfExtend
 from tests.attention import cases
 
 
@@ -14,7 +14,7 @@ def temporary_bytes(policy, tokens, *, implementation, gradients=False):
 
     def run(q, k, v):
         at = jnp.arange(tokens, dtype=jnp.int32)[None]
-        return attend.whole(policy, scoring, at, implementation=implementation)(q, k, v)
+        return attend.prefill(policy, scoring, at, implementation=implementation)(q, k, v)
 
     q, k = (jax.ShapeDtypeStruct((1, tokens, n, cases.WIDTH), jnp.float32) for n in (2, 1))
     function, shapes = (cases.with_gradients(run), (q, k, k, q)) if gradients else (run, (q, k, k))

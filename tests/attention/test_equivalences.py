@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lminf.attention import rope
-from lminf.attention.policies import (
+from lminf.attention.policy import (
     Full,
     Lambda,
     LeakyReRoPE,
@@ -122,9 +122,9 @@ def test_each_causal_pair_is_near_or_far_or_unseen(policy):
     """Near and far are disjoint and make up what is visible, and nothing lies in the future."""
     i, j = np.meshgrid(np.arange(40), np.arange(40), indexing="ij")
     q, k = jnp.asarray(i), jnp.asarray(j)
-    near, visible = (np.asarray(f(q, k)) for f in (policy.near, policy.visible))
-    width = 10**9 if policy.near_width is None else policy.near_width
-    count = 10**9 if policy.far_count is None else policy.far_count
+    near, visible = (np.asarray(f(q, k)) for f in (policy.in_window, policy.visible))
+    width = 10**9 if policy.window is None else policy.window
+    count = 10**9 if policy.num_sinks is None else policy.num_sinks
     far = (i - j >= width) & (j < count)
     assert not (near & far).any()
     assert ((near | far) == visible).all()
@@ -132,8 +132,8 @@ def test_each_causal_pair_is_near_or_far_or_unseen(policy):
     np.testing.assert_array_equal(near, (j <= i) & (i - j < width))
     expected, distance = oracle.visible_and_distance(policy, i, j)
     np.testing.assert_array_equal(visible, expected)
-    place = policy.far()
-    seeming = np.asarray(place.at_q(jnp.asarray(i))) - np.asarray(place.at_k(jnp.asarray(j)))
+    place = policy.far_positions()
+    seeming = np.asarray(place.query(jnp.asarray(i))) - np.asarray(place.key(jnp.asarray(j)))
     np.testing.assert_allclose((seeming * place.scale)[far], distance[far], rtol=1e-12)
 
 

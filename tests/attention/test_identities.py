@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.common import masks
-from lminf.attention import attend, cache, dense
-from lminf.attention.policies import (
+from lminf.attention import attend, cache
+from lminf.attention import reference as dense
+from lminf.attention.policy import (
     Full,
     Lambda,
     LeakyReRoPE,
@@ -61,7 +62,7 @@ def check_formulas(policies, encoding, group, *forms):
 
 
 def whole(policy, scoring, at):
-    return attend.whole(policy, scoring, jnp.asarray(at), implementation="xla")
+    return attend.prefill(policy, scoring, jnp.asarray(at), implementation="xla")
 
 
 def decoded(policy, scoring, at):
@@ -111,7 +112,7 @@ def differentiable(policy, encoding, group, implementation):
     """(q, k, v, ct) -> output and gradients."""
     del group
     scoring, at = cases.scoring(encoding, soft_cap=3.0), jnp.asarray(cases.padded())
-    run = attend.whole(POLICIES[policy], scoring, at, implementation=implementation)
+    run = attend.prefill(POLICIES[policy], scoring, at, implementation=implementation)
     return cases.compiled(cases.with_gradients(run))
 
 
@@ -167,7 +168,7 @@ def reader(policy, encoding, size):
 
     def read(stored, at, q, k, v):
         held, stored_pos = stored
-        step, stored_pos = attend.through(
+        step, stored_pos = attend.extend(
             policy, scoring, layout, stored_pos, at, implementation="reference"
         )
         out, held = step(q, k, v, held, 0)
@@ -197,7 +198,7 @@ def test_any_partition_into_chunks_reads_the_same(policy, encoding, group, data)
         cache.layout_for(chosen, TOKENS), layers=1, batch=cases.BATCH, kv_heads=cases.KV_HEADS,
         head_dim=cases.WIDTH, dtype=jnp.float32,
     )  # fmt: skip
-    stored, outs, start = (empty.held, empty.pos), [], 0
+    stored, outs, start = (empty.kv, empty.pos), [], 0
     for size in sizes:
         piece = [x[:, start : start + size] for x in (at, *arrays)]
         out, stored = reader(policy, encoding, size)(stored, *piece)
@@ -225,7 +226,7 @@ def check_whole_and_read(policy, encoding, implementation):
 
     @cases.compiled
     def run(q, k, v):
-        whole = attend.whole(policy, scoring, jnp.asarray(at), implementation=implementation)
+        whole = attend.prefill(policy, scoring, jnp.asarray(at), implementation=implementation)
         sizes = [8, 8, *[1] * 8]
         read = cases.chunks(policy, scoring, at, sizes, implementation=implementation)
         return whole(q, k, v), read(q, k, v)[0]
@@ -301,7 +302,7 @@ def test_packed_documents_are_separate_documents(policy, encoding, group):
     @cases.compiled
     def run(q, k, v):
         packed = jnp.asarray(segments)
-        whole = attend.whole(
+        whole = attend.prefill(
             policy, scoring, jnp.asarray(at), segments=packed, implementation="xla_chunked"
         )
         return cases.reference(policy, scoring, jnp.asarray(at), packed)(q, k, v), whole(q, k, v)
@@ -326,8 +327,8 @@ def test_grouped_heads_are_repeated_heads():
     def run(q, k, v):
         many_k, many_v = (jnp.repeat(x, 3, axis=2) for x in (k, v))
         return (
-            attend.whole(policy, scoring, at)(q, k, v),
-            attend.whole(repeated, scoring, at)(q, many_k, many_v),
+            attend.prefill(policy, scoring, at)(q, k, v),
+            attend.prefill(repeated, scoring, at)(q, many_k, many_v),
         )
 
     grouped, separate = run(q, k, v)

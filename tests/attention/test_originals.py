@@ -2,7 +2,7 @@
 
 q, k and v there are un-rotated, of one row; rotary base 10,000 over all 16 channels, half layout.
 Where a release and ours depart, the rows that do are named, and the release's rule in
-tests.attention.choosing_oracle gives its numbers: so that rule is the whole of the departure.
+tests.attention.sparse_oracle gives its numbers: so that rule is the whole of the departure.
 """
 
 import functools
@@ -11,19 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lminf.attention import cache, dense, rope
-from lminf.attention.condense import SnapKV
-from lminf.attention.evict import H2O
-from lminf.attention.hip import HiP
-from lminf.attention.infllm import InfLLM
-from lminf.attention.longheads import LongHeads
-from lminf.attention.policies import LMInfinite, SelfExtend
-from lminf.attention.top_k import TopK
+import lminf
+from lminf.attention import attend, cache, rope, scores
+from lminf.attention.policies.eviction import H2O
+from lminf.attention.policies.hip import HiP
+from lminf.attention.policies.infllm import InfLLM
+from lminf.attention.policies.longheads import LongHeads
+from lminf.attention.policies.prompt_compression import SnapKV
+from lminf.attention.policies.topk import TopK
+from lminf.attention.policy import LMInfinite, SelfExtend
 from tests import cases as shared
-from tests.attention import cases, choosing_oracle, test_evict
+from tests.attention import cases, sparse_oracle, test_eviction
 
 ATOL = 1e-5
-SCORING = dense.Scoring(rope.Rotary(10_000.0, 16, "half"), 16**-0.5, None)
+SCORING = scores.ScoreConfig(rope.Rotary(10_000.0, 16, "half"), 16**-0.5, None)
 
 
 @functools.cache
@@ -32,11 +33,16 @@ def released(name: str) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def read(policy, case, sizes) -> np.ndarray:
-    """[T, N, H]"""
-    at = np.arange(case["q"].shape[1], dtype=np.int32)[None]
-    run = cases.chunks(policy, SCORING, at, sizes, implementation=None)
-    return np.asarray(cases.compiled(lambda *x: run(*x)[0])(case["q"], case["k"], case["v"]))[0]
+def read(policy, case, sizes, **options) -> np.ndarray:
+    """[T, N, H], by the functions that a model of one's own calls."""
+
+    @cases.compiled
+    def run(*arrays):
+        if len(sizes) == 1:
+            return lminf.attend(*arrays, policy, **options)
+        return lminf.attend_stepwise(*arrays, policy, chunks=sizes, **options)
+
+    return np.asarray(run(case["q"], case["k"], case["v"]))[0]
 
 
 def by_formula(oracle, policy, case, sizes, **rule) -> np.ndarray:
@@ -71,20 +77,22 @@ def test_snapkv_is_its_release():
 
     @cases.compiled
     def run(q, k, v):
-        layout = policy.layout(tokens)
-        sizes = cache.Sizes(1, layout.slots, heads, heads, width, k.dtype)
+        layout = policy.cache_layout(tokens)
+        sizes = cache.CacheShape(1, layout.slots, heads, heads, width, k.dtype)
         empty = cache.empty(layout, layers=1, batch=1, kv_heads=heads, head_dim=width,
-                            dtype=k.dtype, extra=policy.extra(sizes))  # fmt: skip
-        step, pos = policy.through(SCORING, layout, empty.pos, at[:, :prompt])
-        first, held = step(q[:, :prompt], k[:, :prompt], v[:, :prompt], empty.held, 0)
-        stored = cache.Cache(held.k, held.v, pos, layout, held.extra)
-        stored = policy.after_prompt(SCORING, stored, length=prompt, room=tokens - prompt)
-        step, _ = policy.through(SCORING, stored.layout, stored.pos, at[:, prompt:])
-        after, _ = step(q[:, prompt:], k[:, prompt:], v[:, prompt:], stored.held, 0)
-        return jnp.concatenate([first, after], 1), stored.extra["pos"][0]
+                            dtype=k.dtype, state=policy.init_state(sizes))  # fmt: skip
+        step, pos = attend.extend(policy, SCORING, layout, empty.pos, at[:, :prompt])
+        first, held = step(q[:, :prompt], k[:, :prompt], v[:, :prompt], empty.kv, 0)
+        stored = cache.Cache(held.k, held.v, pos, layout, held.state)
+        stored = policy.compress_prompt(SCORING, stored, length=prompt, room=tokens - prompt)
+        step, _ = attend.extend(policy, SCORING, stored.layout, stored.pos, at[:, prompt:])
+        after, _ = step(q[:, prompt:], k[:, prompt:], v[:, prompt:], stored.kv, 0)
+        return jnp.concatenate([first, after], 1), stored.state["pos"][0]
 
     out, older = run(case["q"], case["k"], case["v"])
     assert departing(np.asarray(out)[0], case["out"][0]) == []
+    sizes = [prompt, *[1] * (tokens - prompt)]
+    assert departing(read(policy, case, sizes, prompt=prompt), case["out"][0]) == []
     recent = np.arange(prompt - policy.window, prompt)
     kept = [np.concatenate([of_head, recent]) for of_head in np.asarray(older)[0].T]
     np.testing.assert_array_equal(kept, case["kept"])
@@ -100,7 +108,7 @@ def test_longheads_departs_from_its_release_in_the_last_token_of_a_chunk():
     sizes = [prompt, *[1] * (case["q"].shape[1] - prompt)]
     last = [i for i in range(prompt, 96) if i % policy.chunk == policy.chunk - 1]
     assert departing(read(policy, case, sizes), case["out"][0]) == last
-    theirs = by_formula(choosing_oracle.long_heads, policy, case, sizes, ranked=lambda i: i in last)
+    theirs = by_formula(sparse_oracle.long_heads, policy, case, sizes, ranked=lambda i: i in last)
     assert departing(theirs, case["out"][0]) == []
 
 
@@ -113,7 +121,7 @@ def test_h2o_is_its_release():
     assert departing(read(policy, case, [1] * tokens), case["out"][0]) == []
     kept: list = []
     arrays = (case[name] for name in ("q", "k", "v"))
-    test_evict.simulate(policy, SCORING, *arrays, (0,), kept)
+    test_eviction.simulate(policy, SCORING, *arrays, (0,), kept)
     for of_heads, theirs in zip(kept, case["kept"], strict=True):
         np.testing.assert_array_equal(of_heads, theirs[:, : len(of_heads[0])])
 
@@ -127,7 +135,7 @@ def test_the_search_of_hip_is_its_release(first_row):
     fields = ("topk", "window", "sinks", "block", "query_block")
     policy = HiP(**{name: int(case[name]) for name in fields}, query_stride=2, dense_layers=0)
     tokens = case["q"].shape[1]
-    formula = by_formula(choosing_oracle.hip, policy, case, [tokens], first_row=first_row)
+    formula = by_formula(sparse_oracle.hip, policy, case, [tokens], first_row=first_row)
     out = case["out"][0] if first_row == 0 else read(policy, case, [tokens])
     assert departing(formula, out) == []
 
@@ -142,4 +150,4 @@ def test_top_k_departs_from_its_release_where_fewer_than_k_are_there():
     assert departing(read(LMInfinite(window, sinks), case, [tokens]), case["out"][0]) == []
     found = read(policy, case, [tokens])
     assert departing(found, case["out"][0]) == [tokens - 1]
-    assert departing(by_formula(choosing_oracle.top_k, policy, case, [tokens]), found) == []
+    assert departing(by_formula(sparse_oracle.top_k, policy, case, [tokens]), found) == []

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from lminf import config
-from lminf.attention import policies
+from lminf.attention import policy as policies
 from lminf.attention.parsing import parse_policy
-from lminf.attention.policies import (
+from lminf.attention.policy import (
     NAMES,
     POLICIES,
     Full,
@@ -121,7 +121,7 @@ def test_a_policy_in_a_file_of_ones_own_is_found_from_its_folder(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     (tmp_path / "own_policies.py").write_text(
-        "from dataclasses import dataclass\nfrom lminf.attention import policies\n\n\n"
+        "from dataclasses import dataclass\nfrom lminf.attention import policy as policies\n\n\n"
         "@dataclass(frozen=True)\nclass Narrow(policies.Window):\n    by: int = 1\n\n\n"
         "class Bare(policies.Window):\n    pass\n"
     )
@@ -129,7 +129,7 @@ def test_a_policy_in_a_file_of_ones_own_is_found_from_its_folder(tmp_path, monke
     policy = parse_policy("own_policies:Narrow:window=5,by=2")
     assert policy.name == "own_policies:Narrow:window=5,by=2"
     assert isinstance(policy, Window)
-    assert policy.near_width == 5
+    assert policy.window == 5
     mix = parse_policy(f"per_layer:policies=(full,({policy.name}))")
     assert mix == PerLayer((Full(), policy))
     with pytest.raises(InputError, match=r"ZeroDivisionError: division by zero"):
@@ -194,18 +194,18 @@ def test_policies_that_compress_reach_just_the_trained_length(policy):
     def farthest(tokens):
         return oracle.visible_and_distance(policy, np.array([tokens - 1]), np.array([0]))[1][0]
 
-    end = policies.longest(policy, trained)
+    end = policies.max_length(policy, trained)
     # Of SelfExtend the largest distance that was trained, as its release counts.
     past = trained - 1 if isinstance(policy, SelfExtend) else trained
     assert farthest(end) <= past < farthest(end + 8)
-    assert policies.longest(PerHead((Full(), policy)), trained) == end
+    assert policies.max_length(PerHead((Full(), policy)), trained) == end
 
 
 def test_the_text_that_self_extend_reaches_is_that_of_its_release():
     for window, trained, tokens in ((6, 16, 44), (8, 16, 40), (1024, 8192, 29_696)):
-        assert policies.longest(SelfExtend(window, 4), trained) == tokens
+        assert policies.max_length(SelfExtend(window, 4), trained) == tokens
 
 
 def test_other_policies_set_no_end():
     for policy in (Full(), Window(4), LMInfinite(4, 2), Streaming(4, 2), ReRoPE(4)):
-        assert policies.longest(policy, 16) is None
+        assert policies.max_length(policy, 16) is None

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lminf.attention import attend, cache, dense, rope
-from lminf.attention.policies import (
+from lminf.attention import attend, cache, rope, scores
+from lminf.attention.policy import (
     Full,
     Lambda,
     LeakyReRoPE,
@@ -194,11 +194,11 @@ def test_a_stream_reads_the_same_after_100_million_tokens(policy, encoding, grou
             layout, layers=1, batch=1, kv_heads=k.shape[2], head_dim=k.shape[3], dtype=k.dtype
         )
         slots = cache.destinations(layout, at)
-        held = cache.Held(*(cache.write(empty.k, x[:, :first], 0, slots) for x in (k, v)))
+        held = cache.KVState(*(cache.write(empty.k, x[:, :first], 0, slots) for x in (k, v)))
         pos, outs = cache.write_pos(empty.pos, at, slots), []
         for start, stop in ((0, 6), (6, 7)):
             at = offset + jnp.arange(start, stop, dtype=jnp.int32)[None]
-            step, pos = attend.through(policy, scoring, layout, pos, at)
+            step, pos = attend.extend(policy, scoring, layout, pos, at)
             new = [x[:, first + start : first + stop] for x in (q, k, v)]
             out, held = step(*new, held, 0)
             outs.append(out)
@@ -215,7 +215,7 @@ def test_a_stream_reads_the_same_after_100_million_tokens(policy, encoding, grou
 
 # --- Dynamic scaling ------------------------------------------------------------------------------
 
-DYNAMIC = dense.Scoring(
+DYNAMIC = scores.ScoreConfig(
     rope.Rotary(100.0, 8, "half", rope.DynamicNTK(2.0, 10)), cases.WIDTH**-0.5, None
 )
 
@@ -229,7 +229,7 @@ def test_dynamic_scaling_follows_each_row_on_its_own():
         policy = LMInfinite(5, 3)
         return (
             cases.reference(Full(), DYNAMIC, at)(q, k, v),
-            attend.whole(policy, DYNAMIC, at)(q, k, v),
+            attend.prefill(policy, DYNAMIC, at)(q, k, v),
             cases.reference(policy, DYNAMIC, at)(q, k, v),
         )
 
@@ -240,7 +240,7 @@ def test_dynamic_scaling_follows_each_row_on_its_own():
         alone = [x[row : row + 1, 24 - length :] for x in (q, k, v)]
         place = np.arange(length)[None]
         expected = oracle.attention(
-            Full(), dense.Scoring(static, cases.WIDTH**-0.5, None), *alone,
+            Full(), scores.ScoreConfig(static, cases.WIDTH**-0.5, None), *alone,
             q_pos=place, k_pos=place,
         )  # fmt: skip
         np.testing.assert_allclose(full[row, 24 - length :], expected[0], atol=1e-5, rtol=0)
@@ -249,4 +249,4 @@ def test_dynamic_scaling_follows_each_row_on_its_own():
 def test_dynamic_scaling_of_packed_rows_is_refused():
     at = jnp.asarray(cases.padded((0, 0)))
     with pytest.raises(InputError, match="packed rows hold texts of several lengths"):
-        attend.whole(Lambda(5, 3), DYNAMIC, at, segments=jnp.zeros_like(at))
+        attend.prefill(Lambda(5, 3), DYNAMIC, at, segments=jnp.zeros_like(at))

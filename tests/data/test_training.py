@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lminf.attention import policies
+from lminf.attention import policy as policies
 from lminf.data import store, tokenizing
 from lminf.data.loader import Loader
 from lminf.data.plans import BestFit
 from lminf.data.tokenizers import ByteTokenizer
-from lminf.losses import xent
+from lminf.objectives import cross_entropy
 from lminf.models import decoder
 from tests.models import specs
 
@@ -27,7 +27,7 @@ def nll(params, tokens, targets, positions, segments):
                                  num_kv_heads=specs.LLAMA.num_kv_heads)  # fmt: skip
     module = decoder.Decoder(specs.LLAMA, by_layer)
     hidden, _ = module.apply({"params": params}, tokens, positions=positions, segments=segments)
-    return xent.token_nll(specs.LLAMA, params, hidden, targets)
+    return cross_entropy.token_nll(specs.LLAMA, params, hidden, targets)
 
 
 @pytest.mark.slow

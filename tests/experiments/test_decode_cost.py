@@ -4,7 +4,7 @@ from matplotlib.figure import Figure
 
 from experiments import _streams, decode_cost
 from lminf.attention import cache
-from lminf.attention.policies import LMInfinite
+from lminf.attention.policy import LMInfinite
 from lminf.run import request
 
 COLUMNS = {
@@ -51,7 +51,7 @@ def test_every_policy_that_is_timed_has_its_complexity(variant):
 
 def test_a_cache_made_as_if_read_says_what_reading_would_leave():
     empty = cache.empty(
-        cache.SinkRing(2, 5), layers=1, batch=1, kv_heads=1, head_dim=1, dtype=jnp.float32
+        cache.SinkRingCache(2, 5), layers=1, batch=1, kv_heads=1, head_dim=1, dtype=jnp.float32
     )
     for tokens, slots in ((4, [0, 1, 2, 3, -1, -1, -1]), (100, [0, 1, 97, 98, 99, 95, 96])):
         assert _streams.as_if_read(empty, LMInfinite(5, 2), tokens).pos.tolist() == [slots]

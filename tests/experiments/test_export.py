@@ -9,7 +9,7 @@ import pytest
 
 from experiments import _training, train_lm
 from lminf import checkpoints, cli
-from lminf.attention.policies import FULL, POLICIES
+from lminf.attention.policy import FULL, POLICIES
 from lminf.config import parse_choice
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError

@@ -38,7 +38,7 @@ def measure(random_lm, monkeypatch, tmp_path):
 def read_by_eye(lm, prompts, *, max_new_tokens, rows, progress):
     """What is asked for, where the policy shows it: everywhere, or in its last `window` bytes."""
     progress(sum(map(len, prompts)))
-    shown = [p if lm.policy.name.startswith("infllm") else p[-lm.policy.near_width :]
+    shown = [p if lm.policy.name.startswith("infllm") else p[-lm.policy.window :]
              for p in prompts]  # fmt: skip
     return [found_by_eye(prompt, text) for prompt, text in zip(prompts, shown, strict=True)]
 

@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 
 from experiments import passkey
 from lminf import shared_prefix
-from lminf.attention.policies import Full, LMInfinite
+from lminf.attention.policy import Full, LMInfinite
 from lminf.errors import InputError
 from lminf.evals.passkey import ANSWER_TOKENS, Sample
 from lminf.lm import LM
@@ -36,7 +36,7 @@ def read_by_eye(lm, prompts, *, max_new_tokens, rows, progress):
     """The key as the policy shows it: in the whole prompt, or in its last `window` bytes."""
     assert max_new_tokens == ANSWER_TOKENS
     progress(sum(map(len, prompts)))
-    seen = [prompt[-(lm.policy.near_width or len(prompt)) :] for prompt in prompts]
+    seen = [prompt[-(lm.policy.window or len(prompt)) :] for prompt in prompts]
     found = [re.search(r"pass key is (\d+)", text) for text in seen]
     return [f" {match[1]}. 1" if match else " green. 12345" for match in found]
 

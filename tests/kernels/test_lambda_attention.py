@@ -24,12 +24,12 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def operands(*, rows=None, sinks=False, heads=HEADS, key_heads=KEY_HEADS):
+def operands(*, rows=None, sinks=False, heads=HEADS, key_heads=KEY_HEADS, keys=KEYS):
     """Random inputs; with `rows`, separate operands for the global branch."""
     given = {
         "query": normal(0, BATCH, QUERIES, heads, WIDTH),
-        "key": normal(1, BATCH, KEYS, key_heads, WIDTH),
-        "value": normal(2, BATCH, KEYS, key_heads, VALUE_WIDTH),
+        "key": normal(1, BATCH, keys, key_heads, WIDTH),
+        "value": normal(2, BATCH, keys, key_heads, VALUE_WIDTH),
     }
     if rows is not None:
         given["query_global"] = normal(3, BATCH, QUERIES, heads, WIDTH)
@@ -87,6 +87,17 @@ def packed():
     ids[1, :9], ids[1, 9:70], ids[1, 70:] = -1, 5, 3
     ids = jnp.asarray(ids)
     return SegmentIds(ids[:, OFFSET:], ids)
+
+
+def listed(*shape, most=KEYS):
+    """Random lists of positions: hidden rows stand before and after them, and one list is empty."""
+    rng = np.random.default_rng(10)
+    lists = np.full(shape, -1, np.int32)
+    for at in np.ndindex(*shape[:-1]):
+        first, last = rng.integers(0, 3), shape[-1] - rng.integers(0, 4)
+        lists[at][first:last] = np.sort(rng.choice(most, last - first, replace=False))
+    lists[(-1,) * (len(shape) - 1)] = -1
+    return jnp.asarray(lists)
 
 
 def slopes():
@@ -156,6 +167,39 @@ CASES = {
             "window_size": 5,
             "query_offset": OFFSET,
             "segment_ids": packed(),
+        },
+    ),
+    "listed globals, ALiBi": (
+        lambda: operands(rows=40, sinks=True),
+        lambda: {
+            "num_global": 40,
+            "window_size": 20,
+            "query_offset": OFFSET,
+            "global_positions": listed(BATCH, 40),
+            "alibi_slopes": slopes(),
+            "clip_distance": 60,
+        },
+    ),
+    "a list for each key head, heads that differ": (
+        lambda: operands(rows=40),
+        lambda: {
+            "num_global": 40,
+            "window_size": 20,
+            "query_offset": OFFSET,
+            "key_start": jnp.array([-60, 7], jnp.int32),
+            "global_positions": listed(BATCH, KEY_HEADS, 40),
+            "logits_soft_cap": 3.0,
+            "head_window": (20, 35),
+            "head_num_global": (40, 30),
+        },
+    ),
+    "lists and no keys": (
+        lambda: operands(rows=40, keys=0),
+        lambda: {
+            "num_global": 40,
+            "window_size": 0,
+            "key_start": jnp.array([3, 50], jnp.int32),
+            "global_positions": listed(BATCH, KEY_HEADS, 40),
         },
     ),
     "heads that differ": (
@@ -284,6 +328,64 @@ def test_reference_is_the_definition():
         np.testing.assert_allclose(lse[0, 0, i], np.log(total), rtol=1e-12)
 
 
+def test_lists_of_positions_are_the_definition():
+    """Pair by pair: a row is seen from its position on, w tokens later, by its key head alone."""
+    start, window, rows = 6, 2, 7
+    lists = listed(BATCH, KEY_HEADS, rows, most=12)
+    given = {n: jnp.asarray(x[:, :9]) for n, x in operands(rows=rows, keys=0, heads=2).items()}
+    with jax.enable_x64(True):
+        found = kernels.lambda_attention(
+            **{n: x.astype(jnp.float64) for n, x in given.items()}, num_global=rows,
+            window_size=window, key_start=start, global_positions=lists, implementation="reference",
+            return_residuals=True,
+        )  # fmt: skip
+    q, k, v = (np.asarray(given[f"{n}_global"], np.float64) for n in ("query", "key", "value"))
+    for b, i, h in np.ndindex(BATCH, 9, KEY_HEADS):
+        at = np.asarray(lists[b, h])
+        seen = (at >= 0) & (start + i - at >= window)
+        weights = np.exp(k[b, seen, h] @ q[b, i, h] * WIDTH**-0.5)
+        right = weights @ v[b, seen, h] / max(weights.sum(), 1e-30)
+        np.testing.assert_allclose(found.out[b, i, h], right, rtol=1e-12)
+        with np.errstate(divide="ignore"):
+            np.testing.assert_allclose(found.lse[b, h, i], np.log(weights.sum()), rtol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "xla_chunked"])
+def test_positions_0_1_2_are_what_none_means(implementation):
+    given, options = CASES["every far key"]
+    run = functools.partial(results, given(), implementation=implementation, **options())
+    lists = jnp.broadcast_to(jnp.arange(KEYS), (BATCH, KEYS))
+    found, right = run(global_positions=lists), run()
+    for name, x in right.items():
+        np.testing.assert_array_equal(found[name], x, name)
+
+
+def test_a_window_merged_with_lists_of_all_earlier_tokens_is_full_attention():
+    """Groups of 15 queries, folded into the batch, each with the tokens before its end."""
+    groups, size = BATCH * 3, QUERIES // 3
+    call = functools.partial(kernels.lambda_attention, return_residuals=True)
+
+    def merged(query, key, value):
+        near = call(query, key, value, num_global=0, window_size=8)
+        far = call(
+            query.reshape(groups, size, HEADS, WIDTH),
+            *(x[:, :0].repeat(3, 0) for x in (key, value)),
+            key_global=key.repeat(3, 0), value_global=value.repeat(3, 0),
+            num_global=QUERIES, window_size=8, key_start=jnp.arange(groups) % 3 * size,
+            global_positions=jnp.broadcast_to(jnp.arange(QUERIES)[None], (groups, QUERIES)),
+        )  # fmt: skip
+        lse = far.lse.reshape(BATCH, 3, HEADS, size).swapaxes(1, 2).reshape(near.lse.shape)
+        total = jnp.logaddexp(near.lse, lse)
+        shares = [jnp.exp(x - total).swapaxes(1, 2)[..., None] for x in (near.lse, lse)]
+        return near.out * shares[0] + far.out.reshape(near.out.shape) * shares[1], total
+
+    given = [jnp.asarray(x[:, -QUERIES:]) for x in operands().values()]
+    found = jax.jit(merged)(*given)
+    full = jax.jit(functools.partial(call, num_global=0, window_size=QUERIES))(*given)
+    for left, right in zip(found, full, strict=True):
+        np.testing.assert_allclose(left, right, atol=2e-6)
+
+
 @pytest.mark.slow
 def test_unseen_rows_are_empty_and_invisible_keys_do_not_matter():
     given = operands(rows=4, sinks=True)
@@ -384,6 +486,12 @@ GOOD = {
         ({}, {"query_global": jnp.zeros((1, 3, 4, 8))}, "query_global"),
         ({}, {"head_window": (1, 2, 3)}, "head_window"),
         ({}, {"head_num_global": (0, 3)}, "head_num_global"),
+        ({}, {"global_positions": jnp.zeros((1, 2), int)}, "global_positions needs"),
+        (
+            {"key_global": (1, 2, 2, 8), "value_global": (1, 2, 2, 8)},
+            {"global_positions": jnp.zeros((1, 3), int)},
+            "global_positions has",
+        ),
         (
             {},
             {"segment_ids": SegmentIds(jnp.zeros((1, 4), int), jnp.zeros((1, 5), int))},

@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from lminf.attention.policies import Full, LMInfinite, PerLayer
+from lminf.attention.policy import Full, LMInfinite, PerLayer
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.lm import LM
 from tests.models import specs

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lminf.attention.condense import ThinK
-from lminf.attention.evict import SirLLM
-from lminf.attention.infllm import InfLLM
+from lminf.attention.policies.eviction import SirLLM
+from lminf.attention.policies.infllm import InfLLM
+from lminf.attention.policies.prompt_compression import ThinK
 
 TEXT = "a text of more than forty bytes, which is read in chunks of sixteen"
 POLICIES = [

@@ -6,9 +6,9 @@ import pytest
 
 from lminf import generation
 from lminf import lm as language_model
-from lminf.attention.policies import Full, LMInfinite
+from lminf.attention.policy import Full, LMInfinite
 from lminf.generation import GREEDY
-from lminf.losses import xent
+from lminf.objectives import cross_entropy
 from lminf.models import decoder
 from tests.attention import cases
 from tests.models import specs
@@ -30,7 +30,7 @@ def test_the_loss_holds_one_block_of_logits_whatever_the_vocabulary(gradients):
         spec = specs.change(specs.LLAMA, vocab_size=vocabulary)
 
         def run(params, hidden, targets):
-            return xent.token_nll(spec, params, hidden, targets).sum()
+            return cross_entropy.token_nll(spec, params, hidden, targets).sum()
 
         arrays = shape(1, tokens, spec.width), shape(1, tokens, dtype=jnp.int32)
         program = cases.compiled(jax.grad(run, (0, 1)) if gradients else run)

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kernels
 from lminf import generation
-from lminf.attention.policies import LMInfinite, SelfExtend
+from lminf.attention.policy import LMInfinite, SelfExtend
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
 from lminf.generation import GREEDY, Sampling, TextStream, generate_tokens
@@ -196,3 +197,22 @@ def test_a_chat_ends_at_a_stop_string(lm, small_steps):
     assert "".join(talking.chat(messages, max_new_tokens=NEW)) == text
     stopped = talking.chat(messages, max_new_tokens=NEW, stop=[text[3:5]])
     assert "".join(stopped) == text[: text.find(text[3:5])]
+
+
+def test_explain_names_the_kernels_that_reading_and_decoding_run(lm):
+    """One for each policy of a period; nothing else attends."""
+    module = lm.decoder
+    caches = lm.init_caches(batch=1, capacity=32)
+
+    def run(tokens, caches, first):
+        at = first + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        return module.apply({"params": lm.params}, tokens, positions=at, caches=caches)
+
+    def kernels_of(caches, count, first):
+        found = kernels.explain(run, jnp.zeros((1, count), jnp.int32), caches, first)
+        return [(decision.op, decision.chosen) for decision in found]
+
+    assert kernels_of(caches, 8, 0) == [("lambda_attention", "xla")] * 2
+    ready = decoder.prepare_decoding(lm.spec, module.policies, caches, length=8, room=8)
+    ready = tuple(each.for_decoding() for each in ready)
+    assert kernels_of(ready, 1, 8) == [("lambda_decode", "xla")] * 2

@@ -9,11 +9,11 @@ import pytest
 
 from lminf import checkpoints
 from lminf.attention import rope
-from lminf.attention.policies import Full, LMInfinite, PerHead, SelfExtend, Window
+from lminf.attention.policy import Full, LMInfinite, PerHead, SelfExtend, Window
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
 from lminf.lm import LM, NLL
-from lminf.losses import xent
+from lminf.objectives import cross_entropy
 from lminf.models import decoder
 from tests.attention import cases
 from tests.models import specs
@@ -128,7 +128,7 @@ def test_losses_are_those_of_all_logits():
         return -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
 
     def by_kernel(params, hidden):
-        return xent.token_nll(spec, params, hidden, jnp.asarray(targets))
+        return cross_entropy.token_nll(spec, params, hidden, jnp.asarray(targets))
 
     @cases.compiled
     def run(params, hidden):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lminf import segment_reading
 from lminf.attention import rope
-from lminf.attention.policies import Full
+from lminf.attention.policy import Full
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
 from lminf.lm import LM

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from lminf import generation, shared_prefix
-from lminf.attention.evict import SirLLM
-from lminf.attention.infllm import InfLLM
-from lminf.attention.policies import LMInfinite
+from lminf.attention.policies.eviction import SirLLM
+from lminf.attention.policies.infllm import InfLLM
+from lminf.attention.policy import LMInfinite
 from lminf.errors import InputError
 
 BOOK = "It was the best of times, it was the worst of times, it was the age of wisdom."  # 78 bytes

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from lminf.attention.policies import PerHead
+from lminf.attention.policy import PerHead
 from lminf.models import cost
 from tests.attention import cases
 from tests.models import specs

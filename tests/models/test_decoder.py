@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lminf.attention.policies import (
+from lminf.attention.policy import (
     Full,
     Lambda,
     LeakyReRoPE,
@@ -35,7 +35,7 @@ def said_out_loud(spec, params, by_layer, tokens, positions):
     x = params["embed"][tokens] * spec.embed_scale
     for index, policy in enumerate(by_layer):
         layer = jax.tree.map(lambda w, index=index: w[index], params["layers"])
-        dense = cases.reference(policy, decoder.scoring_of(spec), positions)
+        dense = cases.reference(policy, decoder.score_config(spec), positions)
         x, _ = decoder.Block(spec).apply({"params": layer}, x, lambda *qkv, f=dense: (f(*qkv),))
     final = decoder.Norm(spec.norm, spec.width)
     return final.apply({"params": params["final_norm"]}, x)
@@ -149,7 +149,7 @@ def test_a_token_depends_on_those_that_its_layers_reach_and_on_no_later_one(by_l
 
         return jnp.abs(jax.grad(score)(embed)).max(-1)[:TOKENS]
 
-    sinks = max(part.far_count or 0 for part in by_layer)
+    sinks = max(part.num_sinks or 0 for part in by_layer)
     for at in (0, 3, 9, TOKENS - 1):
         found = np.asarray(sensitivity(params["embed"], at))
         back = [j for j in range(at + 1) if at - j <= reach or j < sinks]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lminf.attention import policies
+from lminf.attention import policy as policies
 from lminf.models import cost, decoder, moe
 from lminf.models.spec import MoESpec
 from lminf.objectives import terms

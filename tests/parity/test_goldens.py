@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lminf import checkpoints
-from lminf.attention import policies
+from lminf.attention import policy as policies
 from lminf.models import decoder
 
 GOLDENS = Path(__file__).parent.parent / "goldens"

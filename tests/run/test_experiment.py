@@ -20,7 +20,7 @@ Time       an instant
 
 from configs import base
 from lminf.config import to_config
-from lminf.attention.policies import LMInfinite
+from lminf.attention.policy import LMInfinite
 
 
 def get_config(arg=""):
@@ -59,7 +59,8 @@ def demo(tmp_path, monkeypatch):
 
 
 def parse(*arguments):
-    return request.parse("demo", ["--config=demo.py", *arguments])
+    given = any(word.partition("=")[0] == "--config" for word in arguments)
+    return request.parse("demo", [*arguments] if given else ["--config=demo.py", *arguments])
 
 
 def experiment(error="InputError('the text has 3 tokens; give a longer one')"):

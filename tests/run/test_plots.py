@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lminf import lm  # noqa: F401 -- with all policies
-from lminf.attention import policies
+from lminf.attention import policy as policies
 from lminf.errors import InputError
 from lminf.run import labels, plots, style
 

@@ -190,7 +190,7 @@ def test_prices_and_predictions_on_the_command_line(tmp_path):
     assert all(law["interval"]["low"] < law["interval"]["high"] for law in found["laws"])
     assert found["warnings"]
     out = tmp_path / "step.json"
-    dense = str(data.shared(data.DENSE))
+    dense = str(data.dense_file(tmp_path))
     fitted = cli_json(["fit", "step", "--data", dense, "--draws", "50", "--out", str(out)])
     assert fitted["diagnostics"]["kept"] == 100
     found = cli_json(

@@ -6,7 +6,7 @@ import pytest
 from lminf import cli, scaling
 from lminf.errors import InputError
 from lminf.run import folder
-from lminf.scaling import accounting, collect
+from lminf.scaling import accounting, collect, tables
 
 FERTILITY = {512: 0.5, 1024: 0.4}
 COMMON = {"corpus": "library", "text_digest": "ab", "seed": 0}
@@ -34,12 +34,25 @@ def vocab_rows():
 
 def test_a_step_table_is_read_back(tmp_path):
     path = tmp_path / "step.csv"
-    path.write_text(collect.step([*step_rows(), *step_rows(seed=1)]))  # one seed is one table
+    path.write_text(collect.step([*step_rows(), *step_rows(seed=1)]))
     table = scaling.read_step(path, seq_len=2048)
-    assert len(table.loss) == 4
     assert table.seq_len == 64
-    np.testing.assert_allclose(table.loss, [4.001, 4.002, 4.001, 4.002])
-    np.testing.assert_allclose(table.batch, [128, 128, 512, 512])
+    np.testing.assert_allclose(table.loss, [4.001, 4.002, 4.001, 4.002] * 2)
+    np.testing.assert_allclose(table.batch, [128, 128, 512, 512] * 2)
+
+
+def test_a_mixture_of_experts_is_read_back_with_its_active_parameters(tmp_path):
+    mixed = step_rows(experts=4, n_active=60_000, n=130_000)
+    path = tmp_path / "step.csv"
+    path.write_text(collect.step(mixed))
+    table = scaling.read_step(path, seq_len=2048)
+    assert set(table.n) == {130_000}
+    assert set(table.n_active) == {60_000}
+    columns, _, _ = tables.read_columns(path, ("nume", "M", "Na/N"))
+    np.testing.assert_allclose(columns["M"], table.flops_per_token)
+    np.testing.assert_allclose(columns["Na/N"], 6 / 13)
+    path.write_text(collect.step([*mixed, *step_rows()]))  # dense rows are the law's
+    assert set(scaling.read_step(path, seq_len=2048).n) == {step_rows()[0]["n"]}
 
 
 def test_a_vocabulary_table_has_the_best_rate_of_each_checkpoint(tmp_path):
@@ -51,6 +64,19 @@ def test_a_vocabulary_table_has_the_best_rate_of_each_checkpoint(tmp_path):
     assert len(table) == 4
     np.testing.assert_allclose(table.loss, -1.004)
     np.testing.assert_allclose(table.tokens, [200_000, 400_000] * 2)
+
+
+def test_every_seed_of_the_best_rate_is_kept(tmp_path):
+    """The rate is chosen by its mean: the least single loss is of the seed that was lucky."""
+    lucky = [{**row, "seed": 1, "loss_u": -1.006 if row["lr"] < 2e-3 else row["loss_u"]}
+             for row in vocab_rows()]  # fmt: skip
+    unlucky = [{**row, "seed": 2, "loss_u": -0.9 if row["lr"] < 2e-3 else row["loss_u"] - 1e-3}
+               for row in vocab_rows()]  # fmt: skip
+    path = tmp_path / "vocab.csv"
+    path.write_text(collect.vocab([*vocab_rows(), *lucky, *unlucky]))
+    table = scaling.read_vocab(path, fertility=collect.fertility(vocab_rows()))
+    np.testing.assert_allclose(table.loss, [-1.004, -1.004, -1.005] * 4)
+    assert np.unique(table.run).size == 2  # seeds of one vocabulary are resampled together
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,15 @@ def test_approach_1(procedure, points, k, alpha):
         assert np.exp(law.constants["ln_k_h"]) == pytest.approx(6.41, abs=0.02)
 
 
+def test_approach_1_on_all_rows_keeps_the_published_number_of_points():
+    """125 points and k_nnv are the paper's; the two sizes are of an independent recomputation."""
+    law = scaling.fit(VocabLaw1(), data.whole_vocab_table(), draws=0)
+    assert law.diagnostics["points_kept"] == 125
+    assert np.exp(law.constants["ln_k_nnv"]) == pytest.approx(np.exp(-2.4846510), abs=5e-4)
+    sizes = [law.optimum(n_nv=n_nv).vocab_size for n_nv in (3e9, 70e9)]
+    np.testing.assert_allclose(sizes, (44_026, 267_440), rtol=1e-4)
+
+
 def test_approach_1_with_free_exponents():
     law = scaling.fit(VocabLaw1(exponents="free"), data.vocab_table(), draws=0)
     assert law.constants["alpha_nnv"] == pytest.approx(0.4505, abs=2e-3)

@@ -2,12 +2,14 @@
 
 import json
 import math
+from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from lminf import cli
+from lminf import cli, scaling
 from lminf.errors import InputError
 from lminf.run import request, sweep
 from lminf.scaling import plan
@@ -16,7 +18,8 @@ from lminf.scaling import plan
 @pytest.mark.parametrize("budget", [2e12, 1e13, 1e15])
 def test_a_plan_spends_its_budget(budget):
     for found in (plan.vocab(budget, text_tokens=1e12), plan.step(budget, text_tokens=1e12)):
-        assert found.flops == pytest.approx(budget, rel=1e-6)
+        whole = budget >= 1e13 or found.batches[1:] == ()  # few steps do not fill a budget
+        assert found.flops == pytest.approx(budget, rel=0.02 if whole else 0.1)
         assert len({group.shape for group in found.groups}) >= 2
         assert all(b == 2 * a for a, b in zip(found.sizes, found.sizes[1:], strict=False))
         assert list(found.rates) == sorted(found.rates)
@@ -35,6 +38,22 @@ def test_no_token_is_read_twice():
     found = plan.vocab(1e15, text_tokens=1e7)
     assert {group.tokens for group in found.groups} == {10**7}
     assert found.flops < 1e15
+
+
+def test_all_batches_of_a_group_train_on_as_many_tokens():
+    """With tokens rounded to steps of its own, each batch was a group, and nothing was compared."""
+    for budget in (1e12, 3e12, 1e13):
+        found = plan.step(budget, text_tokens=1e12)
+        assert len({group.tokens for group in found.groups}) == 3
+        for group in found.groups:
+            assert all(group.tokens % (64 * batch) == 0 for batch in found.batches)
+
+
+def test_a_small_vocabulary_study_has_small_batches_for_its_steps():
+    for budget, batch in ((1e12, 2), (1e13, 8)):
+        found = plan.vocab(budget, text_tokens=1e12)
+        assert found.batches == (batch,)
+        assert found.groups[0].tokens / (128 * batch) >= plan.STEPS
 
 
 def test_too_little_is_refused():
@@ -59,14 +78,14 @@ def test_a_plan_needs_a_budget():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "cells"), [("vocab", 12), ("step", 24)])
+@pytest.mark.parametrize(("kind", "cells"), [("vocab", 12), ("step", 18)])
 def test_the_run_list_is_a_sweep(kind, cells, tmp_path, capsys):
     """On this machine: its speed is measured."""
     file = tmp_path / "planned.py"
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes
         cli.main(["scaling", "plan", kind, "--flops", "2e12", f"--out={file}", "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert found["flops"] == pytest.approx(2e12, rel=1e-6)
+    assert found["flops"] == pytest.approx(2e12, rel=0.1)
     assert found["measured_flops_per_second"] > 1e7
     assert found["hours"] > 0
     asked = request.parse(f"{kind}_sweep", [f"--config={file}"])
@@ -75,3 +94,23 @@ def test_the_run_list_is_a_sweep(kind, cells, tmp_path, capsys):
     assert len(listed) == cells
     assert asked.config.replicates == found["replicates"]
     assert list(asked.config.rates) == found["rates"]
+
+
+@pytest.mark.slow
+def test_the_documented_lines_end_in_a_step_law(tmp_path, monkeypatch, capsys):
+    """The four lines of docs/scaling_laws.md, for less compute and fewer cells: three minutes."""
+    monkeypatch.chdir(tmp_path)
+    whole = plan.step
+    monkeypatch.setattr(plan, "step", partial(whole, rates=3, batches=2))
+    page = (Path(__file__).parents[2] / "docs/scaling_laws.md").read_text(encoding="utf-8")
+    block = page.split("From a budget to a law")[1].split("```console\n")[1].split("```")[0]
+    lines = [line.split() for line in block.splitlines()]
+    assert [line[2] for line in lines] == ["plan", "step", "collect", "fit"]
+    assert lines[0][4] == "--flops"
+    lines[0][5] = "5e11"
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes
+        for line in lines:
+            cli.main(line[1:])
+    law = scaling.load("mine.json")
+    assert law.kind == "step"
+    assert all(map(math.isfinite, law.constants.values()))

@@ -90,21 +90,12 @@ def test_the_chinchilla_law_is_recovered():
 
 @pytest.mark.slow
 def test_the_density_law_is_recovered():
-    """Both steps. Draws start at the point estimate."""
     results = []
     for seed in range(DATASETS):
         table = data.synthetic_density(0.01, seed)
-        one = np.ones((1, len(table)))
-        weights = resample.bootstrap_weights(table.run, draws=DRAWS, seed=seed)
-        first = density._fit_loss(table, one).parameters
-        sample = density._fit_loss(table, weights, starts=first)
-        kept = sample.parameters[sample.converged]
-        assert len(kept) > 0.8 * DRAWS
-        a, b, alpha, beta = kept.T
-        draws = {
-            "a": np.exp(a + alpha * np.log(1e6)), "b": np.exp(b + beta * np.log(1e9)),
-            "alpha": alpha, "beta": beta,
-        }  # fmt: skip
+        drawn = density.DensityLaw().fit(table, draws=DRAWS, seed=seed).draws
+        draws = {name: np.asarray(drawn[name]) for name in ("a", "b", "alpha", "beta")}
+        assert len(draws["a"]) > 0.8 * DRAWS
         truth = {name: data.DENSITY_TRUTH[name] for name in draws}
         results.append(covered(truth, draws))
     assert_covered(results)
@@ -153,37 +144,3 @@ def test_predictions_do_not_depend_on_the_unit_of_n_and_d():
     )
     expected, found = law.optimum(flops=1e21), again.optimum(flops=1e15)
     assert found.n * 1000 == pytest.approx(expected.n, rel=1e-5)
-
-
-def isoflop_grid():
-    truth, rows = chinchilla.REFIT, []
-    for flops in np.geomspace(1e19, 1e22, 7):
-        best = truth.optimum(flops=flops).n
-        rows += [(n, flops / 6 / n) for n in best * np.geomspace(0.3, 3, 9)]
-    n, d = np.array(rows).T
-    return truth, n, d
-
-
-def test_isoflop_parabolas_recover_the_allocation():
-    truth, n, d = isoflop_grid()
-    table = scaling.CurveTable(n, d, truth.loss(n=n, d=d), None, np.arange(len(n)), "0" * 64)
-    found = chinchilla.isoflop(table)
-    k = truth.constants
-    assert found.a == pytest.approx(k["beta"] / (k["alpha"] + k["beta"]), abs=5e-3)
-    assert found.a + found.b == pytest.approx(1)
-    assert found.budgets == 7
-
-
-def test_the_envelope_recovers_the_allocation():
-    """Each size is trained to 200 tokens per parameter; six decades, so that the ends, where only
-    one size has been trained, hardly count."""
-    truth = chinchilla.REFIT
-    n, ratio = (
-        grid.ravel() for grid in np.meshgrid(np.geomspace(1e6, 1e12, 90), np.geomspace(1, 200, 40))
-    )
-    d = n * ratio
-    run = np.unique(n, return_inverse=True)[1].ravel()
-    table = scaling.CurveTable(n, d, truth.loss(n=n, d=d), None, run, "0" * 64)
-    k = truth.constants
-    expected = k["beta"] / (k["alpha"] + k["beta"])
-    assert chinchilla.envelope(table).a == pytest.approx(expected, abs=0.03)

@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 
-from lminf.attention import policies
+from lminf.attention import policy as policies
 from lminf.models import spec
 from lminf.parallel import mesh, partition
 from lminf.train import batches

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from lminf.attention.policies import FULL
+from lminf.attention.policy import FULL
 from lminf.data.windows import RandomWindows
 from lminf.models import spec
 from lminf.parallel import mesh, partition

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from lminf.attention import policies
+from lminf.attention import policy as policies
 from lminf.errors import InputError
 from lminf.objectives.terms import CrossEntropy, ZLoss
 from lminf.train import batches

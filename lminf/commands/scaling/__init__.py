@@ -137,7 +137,7 @@ def helped(args: argparse.Namespace) -> str:
 def run(args: argparse.Namespace) -> None:
     if args.help or args.verb is None:
         print(helped(args))
-        return
+        raise SystemExit(0)
     key = (args.verb, args.subject)
     if key not in ACTIONS:
         valid = ", ".join(" ".join(filter(None, action)) for action in ACTIONS)

@@ -82,7 +82,7 @@ def step(args):
     )  # fmt: skip
     sampling = resampling(args, 1000)
     law = scaling.fit(procedure, table, **sampling)
-    groups = np.unique(table.group).size
+    groups = min(np.unique(table.group).size, validation.MOST_GROUPS)
     without = list(
         track(validation.leave_one_group_out(procedure, table), total=groups,
               label=f"fit step, {len(table):,} rows: leaving one group out", unit="groups")

@@ -136,7 +136,7 @@ def settings(kind: str, planned: plans.Plan) -> dict:
     found = {"rates": planned.rates, "replicates": planned.replicates}
     found |= overrides(kind, planned.groups[0])
     if kind == "vocab":
-        return found | {"data.vocabs": planned.sizes}
+        return found | {"data.vocabs": planned.sizes, "data.batch": planned.batches[0]}
     return found | {"data.vocab": planned.sizes[0]}
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import _training
-from lminf.attention.policies import POLICIES
-from lminf.config import parse_choice
+from lminf.attention.policy import POLICIES
+from lminf.config import CLASS, parse_choice
 from lminf.data.loader import parse_plan
 from lminf.run import header, request
 from tests.fuzz import mutate as damage
@@ -31,9 +31,14 @@ def seeds(folder: Path) -> None:
     for found in header.experiments():
         asked = request.parse(found.name, [])
         assert asked is not None
-        fields = [f"--config.{name}={value}" for name, value in request.leaves(asked.config)]
-        forms_of = [f"--config={found.name}:{form}" for form in forms(found.name)]
-        (folder / found.name).write_text("\n".join([*forms_of, *fields]))
+        fields = [
+            f"--config.{name}={value}"
+            for name, value in request.leaves(asked.config)
+            if not name.endswith(CLASS)
+        ]
+        form = random.Random(found.name).choice(forms(found.name))
+        words = [f"--config={found.name}:{form}", *fields]
+        (folder / found.name).write_text("\n".join(words))
 
 
 def mutate(rng: random.Random, path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from lminf.attention import rope
 from lminf.attention.parsing import parse_policy
-from lminf.attention.policies import POLICIES
+from lminf.attention.policy import POLICIES
 from lminf.config import parse_choice
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.lm import LM

@@ -128,6 +128,32 @@ def test_lambda_attention_under_shard_map(segments):
     assert "lambda_d_key_near" in program
 
 
+def test_lambda_attention_of_lists(compile_tpu):
+    """32 groups of 128 queries, each with a list of 512 tokens for every key head and no keys."""
+    groups, size, rows = 32, 128, 512
+
+    def loss(query, key, value, positions, starts):
+        return kernels.lambda_attention(
+            query, key[:, :0], value[:, :0], key_global=key, value_global=value, num_global=rows,
+            window_size=0, global_positions=positions, key_start=starts,
+            implementation="mosaic_tpu",
+        ).astype(jnp.float32).sum()  # fmt: skip
+
+    queries, keys = (
+        jax.ShapeDtypeStruct((groups, *shape, WIDTH), jnp.bfloat16)
+        for shape in ((size, HEADS), (rows, KEY_HEADS))
+    )
+    positions, starts = (
+        jax.ShapeDtypeStruct((groups, *shape), jnp.int32) for shape in ((KEY_HEADS, rows), ())
+    )
+    report = compile_tpu(
+        jax.grad(loss, (0, 1, 2)), queries, keys, keys, positions, starts, topology="v5e:2x2"
+    )
+    # Nobody wants the gradients of keys that are not there, so no kernel computes them.
+    names = {f"lambda_{name}" for name in ("forward", "d_query", "d_key_far")}
+    assert report.bundles.keys() == names
+
+
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_linear_cross_entropy(compile_tpu, recorded, topology):
     """Loss and gradients of 8,192 tokens over 256,000 entries: logits would be 4 GB in bfloat16."""
@@ -162,6 +188,25 @@ def test_lambda_decode(compile_tpu, recorded, topology):
     report = compile_tpu(decode, query, cache, topology=TOPOLOGIES[topology])
     assert report.temp_bytes <= 1e6
     recorded(topology, report.bundles)
+
+
+def test_lambda_decode_of_a_layer(compile_tpu):
+    """A step at a traced layer copies none of the stacked caches."""
+    one = functools.partial(
+        caches.empty, 1, KEY_HEADS, WIDTH, num_global=GLOBALS, window_size=WINDOW
+    )
+    cache = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.stack([x] * 4), one()))
+    query = jax.ShapeDtypeStruct((1, HEADS, WIDTH), jnp.bfloat16)
+
+    def decode(query, cache, layer, count):
+        return kernels.lambda_decode(
+            query, cache, layer=layer, global_count=count, implementation="mosaic_tpu"
+        )
+
+    layer, count = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (1,)))
+    report = compile_tpu(decode, query, cache, layer, count, topology="v5e:2x2")
+    assert report.temp_bytes <= 1e6
+    assert report.bundles.keys() == {"lambda_decode"}
 
 
 @pytest.mark.parametrize("topology", ["v5e"])

@@ -59,6 +59,29 @@ def test_soft_cap_and_one_block_on_two_cores(two_cores):
     check(given, None, logits_soft_cap=2.0, scale=0.7)
 
 
+def stacked(given, layer, **options):
+    """The step's cache as one of three layers, the others NaN."""
+
+    def put(x):
+        other = jnp.full_like(x, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 10**6)
+        return jnp.stack([x if at == layer else other for at in range(3)])
+
+    cache = RollingCache(*map(put, given["cache"]))
+    return given | {"cache": cache, "layer": jnp.int32(layer)} | options
+
+
+@pytest.mark.slow
+def test_a_layer_of_a_stack_and_counts_of_globals(interpreter):
+    given = step([30, 45], num_global=19, window=13, sinks=True)
+    given = stacked(given, 1, global_count=jnp.array([[12, 0], [30, 5]]))
+    check(given)
+
+
+@pytest.mark.slow
+def test_globals_without_a_ring(interpreter):
+    check(step([30, 0], num_global=19, window=0) | {"global_count": jnp.array([17, 8])})
+
+
 @pytest.mark.slow
 def test_gradients(interpreter):
     given = step([9, 30], num_global=3, window=13, sinks=True)
@@ -93,6 +116,8 @@ def test_refusals_name_the_reason():
     for changed, word in (
         ({"query": given["query"].astype(jnp.bfloat16)}, "bfloat16"),
         ({"config": "wide"}, "config is a"),
+        ({"alibi_slopes": jnp.ones(6)}, "ALiBi"),
+        ({"head_window": (3, 8)}, "head_window"),
     ):
         with pytest.raises(ExceptionGroup) as refusal:
             kernels.lambda_decode(**(given | changed), implementation="mosaic_tpu")

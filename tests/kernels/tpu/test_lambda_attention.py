@@ -112,7 +112,7 @@ def small(
         given["value_global"] = shared.normal(5, batch, rows, key_heads, shared.VALUE_WIDTH)
     if sinks:
         given["sinks"] = shared.normal(6, heads)
-    return given, {"num_global": rows, "query_offset": keys - queries, **options}
+    return given, {"num_global": rows, "query_offset": keys - queries} | options
 
 
 def check(monkeypatch, given, options, dtype=np.float32, **tolerances):
@@ -192,6 +192,20 @@ CASES = {
         window_size=17, query_offset=jnp.int32(11), key_start=jnp.array([23], jnp.int32)
     ),
     "queries past the keys": small(window_size=5, query_offset=20),
+    "listed globals, hidden in front and behind": small(
+        batch=2, rows=20, window_size=5, sinks=True, global_positions=shared.listed(2, 20, most=30)
+    ),
+    "a list for each key head, no keys": small(
+        batch=2,
+        heads=4,
+        key_heads=2,
+        keys=0,
+        rows=20,
+        window_size=0,
+        query_offset=0,
+        key_start=jnp.array([0, 9], jnp.int32),
+        global_positions=shared.listed(2, 2, 20, most=30),
+    ),
 }
 
 

@@ -12,7 +12,7 @@ from kernels.cross_entropy import triton as loss_triton
 from kernels.decode import triton as decode_triton
 from kernels.lambda_attention import triton as lambda_triton
 from tests.kernels import test_block_sparse as blocks
-from tests.kernels.test_lambda_attention import normal
+from tests.kernels.test_lambda_attention import listed, normal
 
 BATCH, QUERIES, KEYS, WIDTH, VALUE_WIDTH = 2, 21, 53, 16, 24
 OFFSET = KEYS - QUERIES
@@ -39,12 +39,12 @@ def errors(found, expected) -> dict[str, float]:
     return result
 
 
-def operands(*, heads=2, key_heads=1, rows=None, sinks=False):
+def operands(*, heads=2, key_heads=1, rows=None, sinks=False, keys=KEYS):
     """Random inputs; with `rows`, separate operands for the global branch."""
     given = {
         "query": normal(0, BATCH, QUERIES, heads, WIDTH),
-        "key": normal(1, BATCH, KEYS, key_heads, WIDTH),
-        "value": normal(2, BATCH, KEYS, key_heads, VALUE_WIDTH),
+        "key": normal(1, BATCH, keys, key_heads, WIDTH),
+        "value": normal(2, BATCH, keys, key_heads, VALUE_WIDTH),
     }
     if rows is not None:
         given["query_global"] = normal(3, BATCH, QUERIES, heads, WIDTH)
@@ -87,6 +87,8 @@ def attention(inputs, options, *, dtype=np.float32, config=SQUARE):
         chosen = {"query_offset": OFFSET} | options
         if chosen.pop("packed", False):
             chosen["segment_ids"] = packed()
+        if lists := chosen.pop("lists", None):
+            chosen["global_positions"] = listed(BATCH, *lists, most=KEYS)
         if chosen.pop("slopes", False):
             # One is 0: nothing may divide by it.
             chosen["alibi_slopes"] = jnp.linspace(0, 0.3, given["query"].shape[2])
@@ -213,6 +215,16 @@ LAMBDA_CASES = {
     "ALiBi at given distances": (
         {"rows": 20}, {"num_global": 20, "window_size": 15, "slopes": True, "far": True}, UNEQUAL,
     ),
+    "listed globals, ALiBi": (
+        {"rows": 35, "sinks": True},
+        {"num_global": 35, "window_size": 15, "slopes": True, "lists": (35,)},
+        UNEQUAL,
+    ),
+    "lists of key heads and no keys": (
+        {"heads": 4, "key_heads": 2, "rows": 35, "keys": 0},
+        {"num_global": 35, "window_size": 0, "lists": (2, 35), "logits_soft_cap": 3.0},
+        SQUARE,
+    ),
     "heads that differ": (
         {"heads": 4, "key_heads": 2},
         {"num_global": 4, "window_size": 8, "head_window": (35, KEYS), "head_num_global": (4, 0)},
@@ -335,7 +347,7 @@ FILTER, TWICE = "loss: filtered", "loss: twice"
 
 def decode(
     batch, heads, key_heads, ranks, window, lengths, *, dtype=np.float32, sinks=True, grad=False,
-    **options,
+    layers=(), **options,
 ):  # fmt: skip
     """The check of one call of lambda_decode."""
 
@@ -343,8 +355,10 @@ def decode(
         def random(seed, *shape):
             return jnp.asarray(jnp.asarray(normal(seed, *shape), rounded), dtype)
 
-        keys, values = (batch, key_heads, ranks, WIDTH), (batch, key_heads, ranks, VALUE_WIDTH)
-        ring, ring_values = ((*x[:2], window, *x[3:]) for x in (keys, values))
+        keys, values, ring, ring_values = (
+            (*layers, batch, key_heads, slots, width)
+            for slots in (ranks, window) for width in (WIDTH, VALUE_WIDTH)
+        )  # fmt: skip
         given = {
             "query": random(0, batch, heads, WIDTH),
             "query_global": random(1, batch, heads, WIDTH),
@@ -353,14 +367,15 @@ def decode(
         }  # fmt: skip
         if sinks:
             given["sinks"] = random(6, heads)
-        length = jnp.asarray(lengths, jnp.int32)
+        length = jnp.broadcast_to(jnp.asarray(lengths, jnp.int32), (*layers, batch))
+        more = {name: x() if callable(x) else x for name, x in options.items()}
 
         def attend(given):
             slots = {name: given[name] for name in ("k_global", "v_global", "k_ring", "v_ring")}
             out, lse = kernels.lambda_decode(
                 given["query"], kernels.RollingCache(**slots, length=length),
                 query_global=given["query_global"], sinks=given.get("sinks"),
-                return_residuals=True, implementation=implementation, config=config, **options,
+                return_residuals=True, implementation=implementation, config=config, **more,
             )  # fmt: skip
             return out.astype(lse.dtype).sum(), (out, lse)
 
@@ -379,13 +394,29 @@ def decode(
     return check
 
 
+# name -> check; options that are functions are called for their arrays.
 DECODE = {
+    "decode: a layer of a stack, counts, windows of heads": decode(
+        3, 4, 2, 30, 21, (0, 13, 60), grad=True, layers=(3,), layer=lambda: jnp.int32(1),
+        head_window=(21, 6), global_count=lambda: jnp.array([[3, 30], [9, 4], [26, 40]]),
+    ),
+    "decode: ALiBi with a limit": decode(
+        2, 4, 2, 37, 7, (30, 5), alibi_slopes=lambda: jnp.linspace(0, 0.3, 4), clip_distance=9,
+        logits_soft_cap=3.0,
+    ),
+    "decode: gathered tokens, no ring, ALiBi at given distances": decode(
+        2, 4, 2, 19, 0, (30, 50), global_count=lambda: jnp.array([17, 4]),
+        alibi_slopes=lambda: jnp.linspace(0, 0.3, 4),
+        global_distance=lambda: kernels.GlobalDistance(
+            jnp.array([[60], [70]]), 3 * jnp.arange(19)[None], 0.25
+        ),
+    ),
     "decode: an empty row, a short one, a long one": decode(3, 4, 2, 5, 21, (0, 13, 60), grad=True),
     "decode: no globals, one head": decode(2, 1, 1, 0, 37, (37, 5), sinks=False),
     "decode: more globals than window, eight heads": decode(
         2, 8, 1, 37, 1, (30, 500), logits_soft_cap=2.0
     ),
-}
+}  # fmt: skip
 LOW_DECODE = {
     "decode: bfloat16": decode(1, 4, 1, 5, 40, (100,), dtype=jnp.bfloat16),
 }

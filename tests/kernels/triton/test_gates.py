@@ -20,7 +20,9 @@ pytestmark = pytest.mark.aot
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of one block
 
 
-def lambda_launches(width, dtype, *, length=131_072, segments=False, alibi=False, **options):
+def lambda_launches(
+    width, dtype, *, length=131_072, segments=False, alibi=False, lists=False, **options
+):  # fmt: skip
     """Forward, gradient of the queries, of keys and values, of the globals' keys and values."""
     query = jax.ShapeDtypeStruct((1, length, 32, width), dtype)
     key = jax.ShapeDtypeStruct((1, length, 8, width), dtype)
@@ -28,10 +30,15 @@ def lambda_launches(width, dtype, *, length=131_072, segments=False, alibi=False
 
     def loss(query, key, value, ids):
         far = kernels.GlobalDistance(ids, ids[:, :100], 0.5) if alibi == "given" else None
+        far_rows = {}
+        if lists:
+            far_rows = {"key_global": key[:, :100], "value_global": value[:, :100],
+                        "global_positions": ids[:, None, :100].repeat(8, 1)}  # fmt: skip
         out = kernels.lambda_attention(
             query, key, value, num_global=100, window_size=4096, implementation="triton",
             segment_ids=SegmentIds(ids, ids) if segments else None, global_distance=far,
             alibi_slopes=jnp.linspace(0.1, 1, 32) if alibi else None, **options,
+            **far_rows,
         )  # fmt: skip
         return out.astype(jnp.float32).sum()
 
@@ -68,18 +75,18 @@ def sparse_launches(width, dtype, *, block=64, segments=False, **options):
     return compiling.launches_of(jax.grad(loss, (0, 1, 2)), query, key, key, indices, ids)
 
 
-def decode_launches(width, dtype, *, batch=1):
+def decode_launches(width, dtype, *, batch=1, layers=(), **options):
     """The parts and their combination."""
 
     def zeros(*shape):
-        return jax.ShapeDtypeStruct(shape, dtype)
+        return jax.ShapeDtypeStruct((*shape,), dtype)
 
     cache = kernels.RollingCache(
-        zeros(batch, 8, 100, width), zeros(batch, 8, 100, width),
-        zeros(batch, 8, 4096, width), zeros(batch, 8, 4096, width),
-        jax.ShapeDtypeStruct((batch,), jnp.int32),
+        zeros(*layers, batch, 8, 100, width), zeros(*layers, batch, 8, 100, width),
+        zeros(*layers, batch, 8, 4096, width), zeros(*layers, batch, 8, 4096, width),
+        jax.ShapeDtypeStruct((*layers, batch), jnp.int32),
     )  # fmt: skip
-    call = functools.partial(kernels.lambda_decode, implementation="triton")
+    call = functools.partial(kernels.lambda_decode, implementation="triton", **options)
     return compiling.launches_of(call, zeros(batch, 32, width), cache)
 
 
@@ -97,6 +104,12 @@ PROGRAMS = {
     "attention, ALiBi and segments, 64 wide": (
         lambda: lambda_launches(64, BF16, alibi="own", segments=True, clip_distance=4096),
         4, (90, 100), True,
+    ),
+    "attention, a list of globals for each head": (
+        lambda: lambda_launches(128, BF16, lists=True), 4, (80, 90, 100), True,
+    ),
+    "attention, lists and ALiBi": (
+        lambda: lambda_launches(128, BF16, lists=True, alibi="own"), 4, (90,), True,
     ),
     "attention, soft cap": (
         lambda: lambda_launches(128, BF16, logits_soft_cap=50.0), 4, (90,), True,
@@ -123,6 +136,12 @@ PROGRAMS = {
     ),
     "loss, float32": (lambda: loss_launches(F32), 2, (80, 90), False),
     "decoding, 128 wide": (lambda: decode_launches(128, BF16), 2, (80, 90, 100), False),
+    "decoding a layer of a stack, ALiBi": (
+        lambda: decode_launches(
+            128, BF16, layers=(4,), layer=2, alibi_slopes=jnp.linspace(0.1, 1, 32)
+        ),
+        2, (80, 90, 100), False,
+    ),
     "decoding, 64 wide, float32": (lambda: decode_launches(64, F32), 2, (90,), False),
 }  # fmt: skip
 

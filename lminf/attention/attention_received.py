@@ -1,6 +1,6 @@
-"""How much a set of queries attended to each key: what evicting and choosing policies go by.
+"""How much attention each key received from a set of queries: what policies that select go by.
 
-    mass[j] = sum over queries i that see j of exp(score_ij - lse_i)
+    received[j] = sum over queries i that see j of exp(score_ij - lse_i)
 
 `lse` is that of the whole softmax, so the keys given here may be some of those it was taken over.
 Attention kernels do not return their weights; this computes them again, a block of keys at a time.
@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from kernels.common import numerics
-from lminf.attention import dense
+from lminf.attention import scores as scores_
 
 Seen: TypeAlias = Callable[[Int[Array, "B T 1"], Int[Array, "B 1 S"]], Bool[Array, "B T S"]]
 
 BLOCK = 256  # keys: the weights of 2,048 queries and 9 heads over them are 19 MB
 
 
-def columns(
+def by_key(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     lse: Float[Array, "B N T"],
@@ -46,7 +46,7 @@ def columns(
     short = blocks * block - keys
     k = jnp.pad(k, ((0, 0), (0, short), (0, 0), (0, 0))).swapaxes(1, 2)
     k_pos = jnp.pad(k_pos, ((0, 0), (0, short)), constant_values=-1)
-    rows = dense.rows_of_key_heads(q, key_heads)
+    rows = scores_.rows_of_key_heads(q, key_heads)
     by_head = rows.shape[:4]  # [B, K, G, T]
     lse2 = lse.astype(jnp.float32).reshape(*by_head, 1) * jnp.float32(numerics.LOG2_E)
     to = q_pos[:, :, None]
@@ -71,36 +71,3 @@ def columns(
 
     parts = jax.lax.map(of_block, jnp.arange(blocks, dtype=jnp.int32) * block)  # [.., B, K, G, C]
     return jnp.moveaxis(parts, 0, 3).reshape(batch, heads, -1)[..., :keys]
-
-
-def reference(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    lse: Float[Array, "B N T"],
-    *,
-    q_pos: Int[Array, "B T"],
-    k_pos: Int[Array, "B S"],
-    seen: Seen,
-    scale: float,
-    soft_cap: float | None = None,
-    slopes: Float[Array, " N"] | None = None,
-) -> Float32[Array, "B N S"]:
-    """`columns` from all weights at once; O(T S) memory."""
-    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(q.shape[0], q.shape[2], q.shape[1], -1) * jnp.float32(scale)
-    to, at = q_pos[:, :, None], k_pos[:, None, :]
-    if slopes is not None:
-        distance = (to - at).astype(jnp.float32)
-        scores = scores - slopes[None, :, None, None] * distance[:, None]
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
-    visible = (seen(to, at) & (to >= 0) & (at >= 0))[:, None]
-    # A query that sees nothing has lse = -inf.
-    weights = jnp.exp(scores - lse[..., None].astype(jnp.float32))
-    return jnp.where(visible, weights, 0.0).sum(2)
-
-
-def by_key_head(mass: Float[Array, "B N S"], key_heads: int) -> Float[Array, "B K S"]:
-    """Sum over the query heads of each key/value head."""
-    return mass.reshape(mass.shape[0], key_heads, -1, mass.shape[2]).sum(2)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from lminf import generation
-from lminf.attention.condense import SnapKV, ThinK
-from lminf.attention.policies import Full
+from lminf.attention.policies.prompt_compression import SnapKV, ThinK
+from lminf.attention.policy import Full
 from lminf.errors import InputError
 
 TEXT = "Straße: forty-one tokens, a few in bytes"

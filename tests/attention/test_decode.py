@@ -1,4 +1,4 @@
-"""Writing through a settled cache: the numbers of the cache as it was read."""
+"""Decoding over a cache of rotated keys: the numbers of the cache as it was read."""
 
 import dataclasses
 
@@ -7,8 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lminf.attention import attend, cache, dense, rope, settled
-from lminf.attention.policies import Full, Lambda, LMInfinite, PerHead, ReRoPE, Streaming, Window
+from lminf.attention import attend, cache, decode, rope, scores
+from lminf.attention.policy import (
+    Full,
+    Lambda,
+    LeakyReRoPE,
+    LMInfinite,
+    PerHead,
+    ReRoPE,
+    SelfExtend,
+    Streaming,
+    Window,
+)
 from tests.attention import cases
 
 POLICIES = {
@@ -18,12 +28,16 @@ POLICIES = {
     "lm_infinite": LMInfinite(5, 3),
     "lm_infinite_distance": LMInfinite(6, 3, distance=4),
     "streaming": Streaming(5, 3),
+    "rerope_log": ReRoPE(5, log_from=9),
+    "self_extend": SelfExtend(5, 2),
+    "leaky_beyond": LeakyReRoPE(40, 4),
+    "per_head_all": PerHead((SelfExtend(5, 2), LMInfinite(6, 3))),
     "per_head": PerHead((LMInfinite(7, 2), Streaming(4, 3))),
 }
 READ = 9  # tokens before the first one written
 
 
-def written(policy, scoring, positions, *, settle):
+def written(policy, scoring, positions, *, rotated):
     """(q, k, v) -> outputs of the tokens after READ, each a step over the cache."""
     layout = cache.layout_for(policy, positions.shape[1])
 
@@ -32,22 +46,22 @@ def written(policy, scoring, positions, *, settle):
             layout, layers=1, batch=q.shape[0], kv_heads=k.shape[2], head_dim=k.shape[3],
             dtype=k.dtype,
         )  # fmt: skip
-        step, pos = attend.through(policy, scoring, layout, empty.pos, positions[:, :READ])
-        _, held = step(q[:, :READ], k[:, :READ], v[:, :READ], empty.held, 0)
+        step, pos = attend.extend(policy, scoring, layout, empty.pos, positions[:, :READ])
+        _, held = step(q[:, :READ], k[:, :READ], v[:, :READ], empty.kv, 0)
         stored = dataclasses.replace(empty, k=held.k, v=held.v, pos=pos)
-        if settle:
-            stored = settled.settle(policy, scoring, stored)
-            assert isinstance(stored.layout, cache.Settled)
-        through = settled.through if settle else attend.through
+        if rotated:
+            stored = decode.prerotate(policy, scoring, stored)
+            assert isinstance(stored.layout, cache.PreRotated)
+            stored = stored.for_decoding()
 
         def one(carry, token):
             (held, pos), (at, *new) = carry, token
-            step, pos = through(policy, scoring, stored.layout, pos, at)
+            step, pos = attend.extend(policy, scoring, stored.layout, pos, at)
             out, held = step(*new, held, 0)
             return (held, pos), out[:, 0]
 
         tokens = [x[:, READ:].swapaxes(0, 1)[:, :, None] for x in (positions, q, k, v)]
-        _, outs = jax.lax.scan(one, (stored.held, stored.pos), tokens)
+        _, outs = jax.lax.scan(one, (stored.kv, stored.pos), tokens)
         return outs
 
     return run
@@ -57,8 +71,10 @@ def written(policy, scoring, positions, *, settle):
 COVER = [
     (policy, encoding, (1, 3)[(i + j) % 2])
     for i, policy in enumerate(POLICIES)
-    for j, encoding in enumerate(("rotary", "partial", "yarn"))
+    for j, encoding in enumerate(("rotary", "partial", "yarn", "alibi", "none"))
     if (i + j) % 3
+    and (policy, encoding) != ("per_head", "alibi")
+    and (policy, encoding) != ("per_head_all", "alibi")
 ]
 
 
@@ -73,13 +89,13 @@ FAST = ("full", "lm_infinite", "per_head")
         for case in COVER
     ],
 )
-def test_tokens_written_over_a_settled_cache_are_those_of_the_cache_itself(policy, encoding, group):
+def test_tokens_decoded_over_rotated_keys_are_those_of_the_cache_itself(policy, encoding, group):
     arrays = cases.arrays(group)
     positions = jnp.asarray(cases.padded(pads=(0, 4)))
     scoring = cases.scoring(encoding, soft_cap=20.0 if group == 3 else None)
     both = [
-        cases.compiled(written(POLICIES[policy], scoring, positions, settle=settle))(*arrays)
-        for settle in (False, True)
+        cases.compiled(written(POLICIES[policy], scoring, positions, rotated=rotated))(*arrays)
+        for rotated in (False, True)
     ]
     np.testing.assert_allclose(both[1], both[0], atol=cases.ATOL)
 
@@ -87,12 +103,11 @@ def test_tokens_written_over_a_settled_cache_are_those_of_the_cache_itself(polic
 def test_a_cache_stays_as_it_is_where_a_rotation_would_not_stay_right():
     dynamic = rope.Rotary(100.0, 8, "half", rope.DynamicNTK(2.0, 12))
     for policy, encoding in (
-        (ReRoPE(5), cases.HALF),
+        (PerHead((Full(), ReRoPE(5))), cases.HALF),
         (Full(), dynamic),
-        (LMInfinite(5, 3), cases.ENCODINGS["alibi"]),
-        (LMInfinite(5, 3), cases.ENCODINGS["none"]),
+        (POLICIES["per_head"], cases.ENCODINGS["alibi"]),
     ):
         layout = cache.layout_for(policy, 8)
         empty = cache.empty(layout, layers=1, batch=1, kv_heads=1, head_dim=8, dtype=jnp.float32)
-        scoring = dense.Scoring(encoding, 1.0, None)
-        assert settled.settle(policy, scoring, empty) is empty
+        scoring = scores.ScoreConfig(encoding, 1.0, None)
+        assert decode.prerotate(policy, scoring, empty) is empty

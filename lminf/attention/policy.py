@@ -1,13 +1,13 @@
 """Which earlier tokens a token sees, and how far away they seem: each policy as data.
 
-Every policy here is two branches over absolute positions q (query) and k (key), q >= k:
+A policy of positions is two branches over absolute positions q (query) and k (key), q >= k:
 
-    near   q - k <  near_width            seen at the true distance
-    far    q - k >= near_width, k < far_count   seen as if at positions (at_q(q), at_k(k)) * scale
+    near   q - k < window                      seen at the true distance
+    far    q - k >= window, k < num_sinks      as if at positions (query(q), key(k)) * scale
 
-`near_width = None` means all, `far_count = None` means every earlier token. The branches are
+`window = None` means all, `num_sinks = None` means every earlier token. The branches are
 disjoint, so attention is one softmax over their union. A policy that bounds both is bounded in
-memory: first `far_count` and last `near_width` tokens are all it can ever see.
+memory: first `num_sinks` and last `window` tokens are all it can ever see.
 
 | policy      | sees                  | far keys seem to be at          |
 |-------------|-----------------------|---------------------------------|
@@ -19,6 +19,9 @@ memory: first `far_count` and last `near_width` tokens are all it can ever see.
 | ReRoPE      | all earlier           | distance w                      |
 | LeakyReRoPE | all earlier           | distance w + (d - w) / stretch  |
 | SelfExtend  | all earlier           | floor-divided positions         |
+
+The policies that go by what tokens hold are in `lminf.attention.policies`. None computes attention:
+`attend` does, and `sparse` and `slots` for those that select or evict.
 """
 
 import math
@@ -43,11 +46,11 @@ HeldOrNone: TypeAlias = Annotated[int, Range(min=0, max=2**20)]
 Layers: TypeAlias = Annotated[int, Range(min=0, max=2**20)]
 
 
-class Far(NamedTuple):
-    """Far pairs see each other as if at positions (at_q(q), at_k(k)), times `scale`."""
+class FarPositions(NamedTuple):
+    """Far pairs see each other as if at positions (query(q), key(k)), times `scale`."""
 
-    at_q: PositionMap
-    at_k: PositionMap
+    query: PositionMap
+    key: PositionMap
     scale: float = 1.0
 
 
@@ -90,31 +93,58 @@ def _written(value: Any) -> str:
     return str(value)
 
 
-class Policy(Named):
-    """What all policies answer. Subclasses are frozen dataclasses and hash by value, and state the
-    range of each of their numbers.
+class LayerPolicy(Named):
+    """What a layer's cache and the language model ask of its policy."""
+
+    bounded: Any  # bool: whether a fixed number of tokens is all that is ever seen
+
+    evict_every: Any = None  # int | None: tokens between the boundaries that no chunk may cross
+    context_parallel = True  # whether a row's tokens may lie on several devices
+    needs_rotary = False  # whether it places keys where they are not, by rotating them
+    needs_prompt = False  # whether it acts at the end of a prompt, and a text needs one
+    needs_hidden = False  # whether `observe_hidden` wants to know what was read
+
+    def cache_layout(self, capacity: int) -> Any:
+        """The cache layout for a text of at most `capacity` tokens; None: what positions need."""
+        del capacity
+        return None
+
+    def init_state(self, shape: Any) -> Any:
+        """What one layer remembers beside keys and values before it has read anything: a pytree
+        of arrays [B, ...] for this cache.CacheShape.
+        """
+        del shape
+        return ()
+
+    def observe_hidden(self, cache: Any, *, tokens, positions, hidden, logits: Callable) -> Any:
+        """The cache once the model has read these tokens and come to these final states [B, T, D];
+        `logits(hidden)` are what it expects after them.
+        """
+        raise NotImplementedError
+
+    def compress_prompt(self, config: Any, cache: Any, *, length: int, room: int) -> Any:
+        """The cache at the end of prompts of at most `length` tokens, with room for more."""
+        raise NotImplementedError
+
+
+class Policy(LayerPolicy):
+    """What the policies of a head answer. Subclasses are frozen dataclasses and hash by value, and
+    state the range of each of their numbers.
+
+    What may be a field has no default here: a dataclass would take it for the field's own.
     """
 
-    span = "window"  # the field that says how wide near_width is
+    # int | None, as fields or properties. Tokens seen at their true distance, the query's own
+    # included, and tokens at the start seen beyond those; None: all.
+    window: Any
+    num_sinks: Any
 
-    @property
-    def turn_len(self) -> int | None:
-        """Tokens between the boundaries that no chunk may cross; None: any may."""
-        return None
+    window_field = "window"  # the field that `window` comes from
+    max_selected = 0  # tokens, at most, that are seen beside the near ones and the sinks
 
-    @property
-    def near_width(self) -> int | None:
-        """Tokens seen at their true distance, the query's own included; None: all."""
-        return None
-
-    @property
-    def far_count(self) -> int | None:
-        """Tokens at the start of the text seen beyond the near ones; None: all."""
-        return 0
-
-    def far(self) -> Far:
+    def far_positions(self) -> FarPositions:
         """How far keys seem placed. Only asked where some are visible."""
-        return Far(_same, _same)
+        return FarPositions(_same, _same)
 
     def query_gain(self, q: Int[Array, "*B"]) -> Float[Array, "*B"] | None:
         """Factor on the scores of queries at these positions; None: 1."""
@@ -123,17 +153,17 @@ class Policy(Named):
     @property
     def bounded(self) -> bool:
         """Whether a fixed number of tokens is all that is ever seen."""
-        return self.near_width is not None and self.far_count is not None
+        return self.window is not None and self.num_sinks is not None
 
-    def near(self, q: Int[Array, "..."], k: Int[Array, "..."]) -> Bool[Array, "..."]:
+    def in_window(self, q: Int[Array, "..."], k: Int[Array, "..."]) -> Bool[Array, "..."]:
         """Pairs that see each other at their true distance."""
         causal = k <= q
-        return causal if self.near_width is None else causal & (q - k < self.near_width)
+        return causal if self.window is None else causal & (q - k < self.window)
 
     def visible(self, q: Int[Array, "..."], k: Int[Array, "..."]) -> Bool[Array, "..."]:
         """Pairs that see each other at all."""
-        first = (k <= q) if self.far_count is None else (k <= q) & (k < self.far_count)
-        return self.near(q, k) | first
+        first = (k <= q) if self.num_sinks is None else (k <= q) & (k < self.num_sinks)
+        return self.in_window(q, k) | first
 
     def __post_init__(self):
         ranges.check(self)
@@ -143,6 +173,9 @@ class Policy(Named):
 class Full(Policy):
     """All earlier tokens at their true distance: the model's own attention."""
 
+    window = None
+    num_sinks = 0
+
 
 @dataclass(frozen=True)
 class Window(Policy):
@@ -150,9 +183,7 @@ class Window(Policy):
 
     window: Tokens  # tokens, the query's own included
 
-    @property
-    def near_width(self) -> int:
-        return self.window
+    num_sinks = 0
 
 
 @dataclass(frozen=True)
@@ -162,7 +193,7 @@ class Lambda(Window):
     sinks: HeldOrNone  # tokens at the start that stay visible
 
     @property
-    def far_count(self) -> int:
+    def num_sinks(self) -> int:
         return self.sinks
 
 
@@ -173,9 +204,9 @@ class LMInfinite(Lambda):
     # Tokens; None: the window, one past the largest near distance.
     distance: Distance | None = None
 
-    def far(self) -> Far:
+    def far_positions(self) -> FarPositions:
         limit = self.window if self.distance is None else self.distance
-        return Far(_constant(limit), _constant(0))
+        return FarPositions(_constant(limit), _constant(0))
 
 
 @dataclass(frozen=True)
@@ -186,9 +217,9 @@ class Streaming(Lambda):
     slots. The reference keeps `recent` tokens besides the query, so its recent is window - 1.
     """
 
-    def far(self) -> Far:
+    def far_positions(self) -> FarPositions:
         last_slot = self.sinks + self.window - 1
-        return Far(lambda q: jnp.minimum(q, jnp.asarray(last_slot, q.dtype)), _same)
+        return FarPositions(lambda q: jnp.minimum(q, jnp.asarray(last_slot, q.dtype)), _same)
 
 
 @dataclass(frozen=True)
@@ -200,11 +231,9 @@ class _SeesAll(Window):
 
     def __post_init__(self):
         super().__post_init__()
-        self.far()  # refuses positions that are out of bounds
+        self.far_positions()  # refuses positions that are out of bounds
 
-    @property
-    def far_count(self) -> None:
-        return None
+    num_sinks = None
 
     def query_gain(self, q):
         if self.log_from is None:
@@ -218,8 +247,8 @@ class _SeesAll(Window):
 class ReRoPE(_SeesAll):
     """All earlier tokens, none farther than `window`. Source: the ReRoPE release (Su 2023)."""
 
-    def far(self) -> Far:
-        return Far(_constant(self.window), _constant(0))
+    def far_positions(self) -> FarPositions:
+        return FarPositions(_constant(self.window), _constant(0))
 
 
 @dataclass(frozen=True)
@@ -228,10 +257,10 @@ class LeakyReRoPE(_SeesAll):
 
     stretch: Tokens
 
-    def far(self) -> Far:
+    def far_positions(self) -> FarPositions:
         # w + (d - w)/s = (q + w(s - 1) - k)/s: whole positions, and one factor on the frequencies.
         offset = _offset(self.window, self.stretch)
-        return Far(lambda q: q + offset, _same, 1.0 / self.stretch)
+        return FarPositions(lambda q: q + offset, _same, 1.0 / self.stretch)
 
 
 @dataclass(frozen=True)
@@ -243,13 +272,13 @@ class SelfExtend(_SeesAll):
 
     group: Tokens  # tokens that share one far position
 
-    def far(self) -> Far:
+    def far_positions(self) -> FarPositions:
         # floor(q/g) + w - w/g - floor(k/g), which need not be whole, in steps of 1/g.
         def floored(positions):
             return positions - positions % self.group
 
         offset = _offset(self.window, self.group)
-        return Far(lambda q: floored(q) + offset, floored, 1.0 / self.group)
+        return FarPositions(lambda q: floored(q) + offset, floored, 1.0 / self.group)
 
 
 def _offset(window: int, steps: int) -> int:
@@ -263,7 +292,7 @@ def _offset(window: int, steps: int) -> int:
 
 
 @dataclass(frozen=True)
-class PerHead(Named):
+class PerHead(LayerPolicy):
     """One policy for each key/value head, in order; its query heads follow."""
 
     policies: tuple[Policy, ...]  # [K]
@@ -277,53 +306,12 @@ class PerHead(Named):
 class PerLayer(Named):
     """One policy for each layer; a shorter tuple repeats, so it must divide the layers."""
 
-    policies: tuple[Policy | PerHead, ...]
-
-
-class ByContent(Policy):
-    """A policy that reads for itself, because what is seen depends on what was read.
-
-    It has a cache of its own layout, and may remember more beside the keys and values. Texts go
-    through that cache too, in one call. It applies to all heads of a layer.
-    """
-
-    needs_rotary = True  # whether it places keys where they are not
-    looked_up = 0  # tokens, at most, that are seen beside those near and the first `far_count`
-    listens = False  # whether `told` wants to know what was read
-    needs_prompt = False  # whether it acts at the end of a prompt, and a text needs one
-
-    def layout(self, capacity: int) -> Any:
-        """The cache.Layout for a text of at most `capacity` tokens."""
-        raise NotImplementedError
-
-    def extra(self, sizes: Any) -> Any:
-        """What one layer remembers beside keys and values before it has read anything: a pytree
-        of arrays [B, ...] for these cache.Sizes.
-        """
-        return ()
-
-    def through(
-        self, scoring: Any, layout: Any, stored_pos: Int[Array, "B S"], positions: Int[Array, "B T"]
-    ) -> Any:
-        """As attend.through: the step of every layer, and the new `pos`."""
-        raise NotImplementedError
-
-    def told(self, stored: Any, *, tokens, positions, hidden, logits: Callable) -> Any:
-        """The cache once the model has read these tokens and come to these final states [B, T, D];
-        `logits(hidden)` are what it expects after them.
-        """
-        raise NotImplementedError
-
-    def after_prompt(self, scoring: Any, stored: Any, *, length: int, room: int) -> Any:
-        """The cache at the end of prompts of at most `length` tokens, with room for more."""
-        del scoring, length, room
-        return stored
+    policies: tuple[LayerPolicy, ...]
 
 
 FULL = Full()
 
-LayerPolicy: TypeAlias = Policy | PerHead
-AnyPolicy: TypeAlias = Policy | PerHead | PerLayer
+AnyPolicy: TypeAlias = LayerPolicy | PerLayer
 
 POLICIES: dict[str, type[AnyPolicy]] = {
     "full": Full,
@@ -358,10 +346,10 @@ def by_layer(
         )
     wanted = pattern * (len(windows) // len(pattern))
     for chosen in wanted:
-        mixed_in = [p for p in _parts(chosen) if isinstance(p, ByContent)]
-        if isinstance(chosen, PerHead) and mixed_in:
+        whole_layers = [p for p in head_policies(chosen) if not p.context_parallel]
+        if isinstance(chosen, PerHead) and whole_layers:
             raise InputError(
-                f"{mixed_in[0].name} chooses for all heads of a layer, so it cannot be one of "
+                f"{whole_layers[0].name} chooses for all heads of a layer, so it cannot be one of "
                 f"several head policies; give it whole layers"
             )
         if isinstance(chosen, PerHead) and len(chosen.policies) != num_kv_heads:
@@ -378,59 +366,46 @@ def by_layer(
 
 def check_trained(policy: AnyPolicy, trained_length: int) -> None:
     """Refuses a window that reaches past the distances the model was trained on."""
-    for part in _parts(policy):
-        if part.near_width is not None and part.near_width > trained_length:
+    for part in head_policies(policy):
+        if part.window is not None and part.window > trained_length:
+            field = part.window_field
             raise InputError(
-                f"{part.span}={part.near_width} but this model was trained at {trained_length} "
-                f"tokens; use {part.span}<={trained_length} or a rotary scaling that stretches "
-                f"positions"
+                f"{field}={part.window} but this model was trained at {trained_length} tokens; "
+                f"use {field}<={trained_length} or a rotary scaling that stretches positions"
             )
 
 
-def common_turn(by_layer: Sequence[LayerPolicy]) -> int | None:
-    """Tokens after which every layer that reads in turns may begin one; None: no layer does."""
-    turns = [part.turn_len for layer in by_layer for part in _parts(layer)]
-    some = [turn for turn in turns if turn is not None]
-    return math.gcd(*some) if some else None
+def common_eviction(by_layer: Sequence[LayerPolicy]) -> int | None:
+    """Tokens after which every layer that evicts may do so; None: no layer does."""
+    every = [layer.evict_every for layer in by_layer if layer.evict_every is not None]
+    return math.gcd(*every) if every else None
 
 
-def needing_prompt(by_layer: Sequence[LayerPolicy]) -> str | None:
-    """The name of a policy that acts at the end of a prompt; None: no layer's does."""
-    parts = [part for layer in by_layer for part in _parts(layer)]
-    return next((p.name for p in parts if isinstance(p, ByContent) and p.needs_prompt), None)
-
-
-def chunk_within(turn: int | None, chunk: int) -> int:
-    """The most tokens, of at most `chunk`, to read at once so that no chunk goes past a turn."""
-    if turn is None:
+def chunk_within(boundary: int | None, chunk: int) -> int:
+    """The most tokens, of at most `chunk`, to read at once so that no chunk crosses a boundary."""
+    if boundary is None:
         return chunk
-    return turn if turn <= chunk else math.gcd(turn, chunk)
-
-
-def by_content(policy: AnyPolicy) -> bool:
-    """Whether any layer's policy reads for itself."""
-    return any(isinstance(part, ByContent) for part in _parts(policy))
+    return boundary if boundary <= chunk else math.gcd(boundary, chunk)
 
 
 def check_rotary(policy: AnyPolicy, encoding: Any) -> None:
     """Refuses a policy that moves keys by rotating them where nothing is rotated."""
-    for part in _parts(policy):
-        moves = isinstance(part, ByContent) and part.needs_rotary
-        if moves and not isinstance(encoding, rope.Rotary):
+    for part in head_policies(policy):
+        if part.needs_rotary and not isinstance(encoding, rope.Rotary):
             raise InputError(
                 f"{part.name} moves keys by rotating them, but this model's positions are "
                 f"{type(encoding).__name__}; use a policy that leaves them where they are"
             )
 
 
-def longest(policy: AnyPolicy, trained_length: int) -> int | None:
+def max_length(policy: AnyPolicy, trained_length: int) -> int | None:
     """Tokens up to which no distance seems past the trained length; None: the policy sets no end.
 
     Only the policies that compress distances have one: past it they are where Full is past the
     trained length.
     """
     ends = []
-    for part in _parts(policy):
+    for part in head_policies(policy):
         if isinstance(part, SelfExtend):
             ends.append((trained_length - part.window + part.window // part.group) * part.group)
         elif isinstance(part, LeakyReRoPE):
@@ -438,7 +413,10 @@ def longest(policy: AnyPolicy, trained_length: int) -> int | None:
     return min(ends, default=None)
 
 
-def _parts(policy: AnyPolicy) -> list[Policy]:
-    if not isinstance(policy, Policy):
-        return [leaf for part in policy.policies for leaf in _parts(part)]
-    return [policy]
+def head_policies(policy: AnyPolicy) -> tuple[Policy, ...]:
+    """The different policies of all heads and layers, in order."""
+    if isinstance(policy, PerHead | PerLayer):
+        parts = [part for each in policy.policies for part in head_policies(each)]
+        return tuple(dict.fromkeys(parts))
+    assert isinstance(policy, Policy)
+    return (policy,)

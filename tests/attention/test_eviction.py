@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from lminf.attention import cache
-from lminf.attention.evict import H2O, TOVA, Scored, SirLLM
-from lminf.attention.policies import Full, Streaming, chunk_within, common_turn
+from lminf.attention.policies.eviction import H2O, TOVA, EvictionPolicy, SirLLM
+from lminf.attention.policy import Full, Streaming, chunk_within, common_eviction
 from lminf.errors import InputError
 from tests.attention import cases, oracle
 from tests.attention.cases import ATOL, TOKENS
@@ -14,7 +14,7 @@ from tests.attention.cases import ATOL, TOKENS
 PADS = (0, 3)  # padding of whole chunks, as prompts of unequal length are laid out
 
 
-def simulate(policy: Scored, scoring, q, k, v, pads, kept=None):
+def simulate(policy: EvictionPolicy, scoring, q, k, v, pads, kept=None):
     """[B, T, N, H]: every head a list of what it holds, in the order of the text. To `kept` goes
     what the heads would hold after each token, were it the last of its turn.
     """
@@ -123,8 +123,9 @@ def kept(policy, score):
     place = np.arange(len(score), dtype=np.int32)
     stays = []
     for order in (place, np.random.default_rng(0).permutation(place).astype(np.int32)):
-        new, _ = policy._evicted(jnp.asarray(order)[None, :, None], score[order][None, :, None])
-        new = np.asarray(new)[0, :, 0]
+        pos, scores = (jnp.asarray(x)[None, :, None] for x in (order, score[order]))
+        state = {"pos": pos, "score": scores}
+        new = np.asarray(policy.evict(state, None)["pos"])[0, :, 0]
         held = order[new >= 0]
         stays.append(held[np.argsort(new[new >= 0])].tolist())
     assert stays[0] == stays[1]
@@ -156,26 +157,26 @@ def test_the_first_token_of_a_turn_is_as_surprising_as_any_of_it_and_surprise_de
     policy = SirLLM(14, sinks=2, turn=4, decay=0.5)
     score = np.array([8, 0, 1, 9, 3, 2], np.float32)[None, :, None]
     place = np.array([5, 4, 3, 0, 6, 7], np.int32)[None, :, None]
-    found = policy.settled(score, jnp.asarray(place), jnp.full((1, 1, 1), 4))
+    found = policy.end_of_turn(score, jnp.asarray(place), jnp.full((1, 1, 1), 4))
     np.testing.assert_array_equal(found[0, :, 0], [4, 4, 0.5, 4.5, 1.5, 1])
 
 
 def test_cache_bytes_are_those_of_the_capacity_however_long_the_text():
     policy = H2O(12, turn=4)
     layout = cache.layout_for(policy, 10**9)
-    sizes = cache.Sizes(2, layout.slots, 4, 2, 8, jnp.float32)
-    extra = policy.extra(sizes)
+    sizes = cache.CacheShape(2, layout.slots, 4, 2, 8, jnp.float32)
+    state = policy.init_state(sizes)
     held = cache.empty(
-        layout, layers=3, batch=2, kv_heads=2, head_dim=8, dtype=jnp.float32, extra=extra
+        layout, layers=3, batch=2, kv_heads=2, head_dim=8, dtype=jnp.float32, state=state
     )
     assert held.k.nbytes + held.v.nbytes == 3 * 2 * 12 * 2 * 8 * 4 * 2
-    assert sum(x.nbytes for x in held.extra.values()) == 3 * 2 * 12 * 2 * (4 + 4)
+    assert sum(x.nbytes for x in held.state.values()) == 3 * 2 * 12 * 2 * (4 + 4)
 
 
 def test_chunks_end_where_turns_do():
     turns = [Full(), H2O(100, turn=24), TOVA(100, turn=36)]
-    assert common_turn(turns) == 12
-    assert common_turn([Full(), Streaming(4, 1)]) is None
+    assert common_eviction(turns) == 12
+    assert common_eviction([Full(), Streaming(4, 1)]) is None
     assert [chunk_within(12, chunk) for chunk in (16, 12, 8)] == [12, 12, 4]
     assert chunk_within(None, 16) == 16
 

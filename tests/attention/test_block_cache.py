@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lminf.attention import cache, residency
-from lminf.attention.infllm import InfLLM
+from lminf.attention import block_cache, cache
+from lminf.attention.policies.infllm import InfLLM
 from lminf.errors import InputError
 from tests.attention import cases
 
@@ -30,21 +30,21 @@ def calls(seed):
 @cases.compiled
 def ask(held, wanted, some):
     store = jnp.asarray(STORE)
-    return residency.ask(
+    return block_cache.ask(
         held, jnp.int32(1), wanted, some, lambda row, block: (store[row, block], -store[row, block])
     )
 
 
 def nothing():
     """Slots of two layers and two rows."""
-    held = residency.empty(
+    held = block_cache.empty(
         batch=2, slots=SLOTS, block=WIDTH, kv_heads=1, head_dim=1, dtype=jnp.float32
     )
     return jax.tree.map(lambda x: jnp.stack([x, x]), held)
 
 
 def blocks_in(held, row):
-    return set(np.asarray(held.block[1, row]).tolist()) - {residency.EMPTY}
+    return set(np.asarray(held.block[1, row]).tolist()) - {block_cache.EMPTY}
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -107,17 +107,17 @@ def test_how_many_blocks_are_at_hand_changes_no_bit(pads):
     (plain, *_), *others = run(*arrays)
     for out, *_ in others:
         np.testing.assert_array_equal(out, plain)
-    few, more, enough = (held.extra["resident"].fetched.sum() for *_, held in others)
+    few, more, enough = (held.state["resident"].fetched.sum() for *_, held in others)
     assert few > more > enough > 0
     # With room for all of them each block is fetched once.
-    assert enough <= 2 * POLICY._blocks(TOKENS)
+    assert enough <= 2 * POLICY._max_blocks(TOKENS)
 
 
 def test_slots_are_counted_among_the_bytes():
-    sizes = cache.Sizes(1, 64, 4, 2, 8, jnp.float32)
+    sizes = cache.CacheShape(1, 64, 4, 2, 8, jnp.float32)
 
     def kept(policy):
-        return sum(x.nbytes for x in jax.tree.leaves(policy.extra(sizes)))
+        return sum(x.nbytes for x in jax.tree.leaves(policy.init_state(sizes)))
 
     more = kept(dataclasses.replace(POLICY, resident=6)) - kept(POLICY)
     assert more == 2 * 6 * 4 * 2 * 8 * 4 + 2 * 6 * 4 + 4

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lminf.attention import attend, cache
-from lminf.attention.condense import SnapKV, ThinK
-from lminf.attention.policies import Full
+from lminf.attention.policies.prompt_compression import SnapKV, ThinK
+from lminf.attention.policy import Full
 from lminf.errors import InputError
 from tests.attention import cases, oracle
 from tests.attention.cases import ATOL, TOKENS
@@ -21,18 +21,18 @@ PADS = (0, 4)
 def stored_after(policy, scoring, q, k, v, pads=PADS, before=lambda stored: stored):
     """The cache when the prompt has been read, and condensed."""
     at = jnp.asarray(cases.padded(pads))[:, :PROMPT]
-    layout = policy.layout(TOKENS)
-    sizes = cache.Sizes(q.shape[0], layout.slots, q.shape[2], *k.shape[2:], k.dtype)
+    layout = policy.cache_layout(TOKENS)
+    sizes = cache.CacheShape(q.shape[0], layout.slots, q.shape[2], *k.shape[2:], k.dtype)
     stored = cache.empty(
         layout, layers=1, batch=len(q), kv_heads=k.shape[2], head_dim=k.shape[3], dtype=k.dtype,
-        extra=policy.extra(sizes),
+        state=policy.init_state(sizes),
     )  # fmt: skip
-    pos, held = stored.pos, stored.held
+    pos, held = stored.pos, stored.kv
     for piece in (slice(0, 10), slice(10, PROMPT)):
-        step, pos = policy.through(scoring, layout, pos, at[:, piece])
+        step, pos = attend.extend(policy, scoring, layout, pos, at[:, piece])
         _, held = step(q[:, piece], k[:, piece], v[:, piece], held, 0)
-    stored = cache.Cache(held.k, held.v, pos, layout, held.extra)
-    return before(policy.after_prompt(scoring, stored, length=PROMPT, room=TOKENS - PROMPT))
+    stored = cache.Cache(held.k, held.v, pos, layout, held.state)
+    return before(policy.compress_prompt(scoring, stored, length=PROMPT, room=TOKENS - PROMPT))
 
 
 def written(policy, scoring, arrays, size, pads=PADS, before=lambda stored: stored):
@@ -45,7 +45,7 @@ def written(policy, scoring, arrays, size, pads=PADS, before=lambda stored: stor
 
         def read(carry, piece):
             held, pos = carry
-            step, pos = policy.through(scoring, stored.layout, pos, piece[0])
+            step, pos = attend.extend(policy, scoring, stored.layout, pos, piece[0])
             out, held = step(*piece[1:], held, 0)
             return (held, pos), out
 
@@ -53,7 +53,7 @@ def written(policy, scoring, arrays, size, pads=PADS, before=lambda stored: stor
             return x.reshape(len(x), -1, size, *x.shape[2:]).swapaxes(0, 1)
 
         pieces = tuple(cut(x) for x in (at, *(x[:, PROMPT:] for x in (q, k, v))))
-        _, out = jax.lax.scan(read, (stored.held, stored.pos), pieces)
+        _, out = jax.lax.scan(read, (stored.kv, stored.pos), pieces)
         return out.swapaxes(0, 1).reshape(len(q), -1, *q.shape[2:])
 
     return np.asarray(run(*arrays))
@@ -98,15 +98,17 @@ def expected(policy, scoring, q, k, v, pad):
     for head in range(k.shape[1]):
         queries = q[:, head * group : (head + 1) * group]  # [T, G, H]
         old = np.arange(end - asking)
-        if policy.tokens_kept is not None:
+        if policy.capacity is not None:
             scores = np.einsum("tgh,sh->gts", queries[end - asking : end], k[:end, head])
             scores = np.where(
                 np.arange(end) <= np.arange(end - asking, end)[:, None], scores, -np.inf
             )
             mass = weights_of(scores * scoring.scale).sum((0, 1))
-            before = np.pad(mass[: end - asking], policy.pool // 2)  # votes for the window are none
-            pooled = np.convolve(before, np.ones(policy.pool), "valid")
-            old = np.sort(np.argsort(-pooled)[: policy.tokens_kept - asking])
+            before = np.pad(
+                mass[: end - asking], policy.pooling // 2
+            )  # votes for the window are none
+            pooled = np.convolve(before, np.ones(policy.pooling), "valid")
+            old = np.sort(np.argsort(-pooled)[: policy.capacity - asking])
         kept = np.concatenate([old, np.arange(end - asking, len(k))])
         in_prompt = kept[kept < end]
         channel = np.square(queries[end - asking : end]).mean((0, 1))
@@ -149,8 +151,8 @@ def test_where_the_older_tokens_lie_changes_nothing():
     policy = SnapKV(9, window=5, pooling=1)
 
     def mixed(stored):
-        order = np.random.default_rng(0).permutation(stored.extra["k"].shape[2])
-        extra = {name: x[:, :, order] for name, x in stored.extra.items()}
+        order = np.random.default_rng(0).permutation(stored.state["k"].shape[2])
+        extra = {name: x[:, :, order] for name, x in stored.state.items()}
         return cache.Cache(stored.k, stored.v, stored.pos, stored.layout, extra)
 
     plain = written(policy, scoring, arrays, 1)
@@ -173,7 +175,7 @@ def test_memory_of_what_is_older_falls_by_half_the_ratio():
     arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cases.arrays(2)]
 
     def older_bytes(policy):
-        extra = jax.eval_shape(functools.partial(stored_after, policy, scoring), *arrays).extra
+        extra = jax.eval_shape(functools.partial(stored_after, policy, scoring), *arrays).state
         return sum(extra[name].size * 4 for name in ("k", "v"))
 
     whole = older_bytes(ThinK(0.0, recent=4))
@@ -202,7 +204,7 @@ def test_bad_settings_are_one_sentence(make, message):
 def test_a_prompt_is_read_in_full():
     scoring, arrays = cases.scoring("rotary"), cases.arrays(1)
     at = jnp.asarray(cases.padded(PADS))
-    form = attend.whole(SnapKV(6, window=2), scoring, at)
+    form = attend.prefill(SnapKV(6, window=2), scoring, at)
     full = cases.reference(Full(), scoring, at)
     found, plain = cases.compiled(lambda *x: (form(*x), full(*x)))(*arrays)
     np.testing.assert_allclose(found, plain, atol=ATOL)

@@ -29,14 +29,15 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from lminf.attention import dense, hip, policies
-from lminf.attention.policies import Held, HeldOrNone, Layers, Tokens
+from lminf.attention import scores
+from lminf.attention.policies import hip
+from lminf.attention.policy import Held, HeldOrNone, Layers, Tokens, register
 from lminf.errors import InputError
 
 
-@policies.register("infinite_hip")
+@register("infinite_hip")
 @dataclass(frozen=True)
-class InfiniteHiP(hip.Searching):
+class InfiniteHiP(hip.HierarchicalSelect):
     """Keys found in stages, packed. Source: Lee et al. 2025, arXiv:2502.08910."""
 
     chunk: tuple[Held, ...] = (256, 32, 8)  # tokens of a chunk, by stage
@@ -47,6 +48,9 @@ class InfiniteHiP(hip.Searching):
     query_block: Tokens = 64  # tokens that see the same, where they are read together
     ordered_layers: Layers = 3  # layers at the start whose search tells chunks apart by place
     dense_layers: Layers = 0  # layers at the start that see everything, where it is
+
+    selected_distance = "packed"
+    needs_rotary = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -76,7 +80,7 @@ class InfiniteHiP(hip.Searching):
                 )
 
     @property
-    def looked_up(self) -> int:
+    def max_selected(self) -> int:
         return self.topk[-1]
 
     @property
@@ -95,38 +99,28 @@ class InfiniteHiP(hip.Searching):
     def window_start(self, first):
         return jnp.maximum(first - self.window + 1, self.sinks)
 
-    def tokens(self, blocks, start):
+    def tokens(self, block_ids, start):
         inside = jnp.arange(self.chunk[-1], dtype=jnp.int32)[None, None, None]
-        pos = self.sinks + blocks[..., None] * self.chunk[-1] + inside
-        held = (blocks[..., None] >= 0) & (pos < start[:, None, None, None])
-        return jnp.where(held, pos, -1).reshape(*blocks.shape[:2], -1)
+        pos = self.sinks + block_ids[..., None] * self.chunk[-1] + inside
+        held = (block_ids[..., None] >= 0) & (pos < start[:, None, None, None])
+        return jnp.where(held, pos, -1).reshape(*block_ids.shape[:2], -1)
 
-    def places(self, slots, rows):
+    def table_size(self, slots, rows):
         stages = range(len(self.chunk))
-        found = self.kept(stages[-1], slots) * self.chunk[-1]
-        seen = self.sinks + found + self.window + rows + self.refresh[0]
+        listed = self.kept(stages[-1], slots) * self.chunk[-1]
+        seen = self.sinks + listed + self.window + rows + self.refresh[0]
         return max(seen, 2, *(self._listed(stage, slots) for stage in stages))
 
-    def seem(self, pos, found, start, rows_pos):
-        """Packed, so that the window stands where it would if every place of the list were filled:
-        what is seen before it is counted from there.
-        """
-        counted = (pos[..., :found] >= 0).astype(jnp.int32)
-        before = found - jnp.cumsum(counted[..., ::-1], -1)[..., ::-1]
-        near = pos[..., found:] - start[:, None, None] + found
-        return jnp.concatenate([before, near], -1), rows_pos - start[:, None] + found
-
-    def search(self, stage, keys, group, q, start, before):
-        size, slots = self.chunk[stage], keys.held.k.shape[2]
+    def search(self, stage, query, start, before):
+        size, slots, kv_heads = self.chunk[stage], query.slots, query.kv_heads
         listed, kept = self._listed(stage, slots), self.kept(stage, slots)
-        number = self._list(stage, listed, keys.held.k.shape[3], start, before)
+        number = self._list(stage, listed, kv_heads, start, before)
         if kept == listed:
             return number
         tokens = jnp.where(number < 0, 0, start[:, None, None] - self.sinks - number * size)
         tokens = jnp.minimum(tokens, size)
 
-        kv_heads = number.shape[1]
-        of_heads = (*number.shape[:2], q.shape[2] // kv_heads, listed)
+        of_heads = (*number.shape[:2], query.q.shape[2] // kv_heads, listed)
         first, left = (jnp.broadcast_to(x[:, :, None], of_heads) for x in (number * size, tokens))
 
         def best_of_chunks(score):
@@ -149,45 +143,46 @@ class InfiniteHiP(hip.Searching):
             return found.max(2)
 
         # Two programs: where chunks are not told apart no key has to be turned.
-        scores = jax.lax.cond(
-            keys.layer < self.ordered_layers,
-            lambda: best_of_chunks(self._ordered(keys, group, q, kv_heads, listed)),
-            lambda: best_of_chunks(self._alike(keys, group, q, kv_heads)),
+        largest = jax.lax.cond(
+            query.layer < self.ordered_layers,
+            lambda: best_of_chunks(self._ordered(query, listed)),
+            lambda: best_of_chunks(self._alike(query)),
         )
-        scores = jnp.where(tokens > 0, scores, -jnp.inf)
-        _, best = jax.lax.top_k(scores, kept)
+        largest = jnp.where(tokens > 0, largest, -jnp.inf)
+        _, best = jax.lax.top_k(largest, kept)
         return jnp.sort(jnp.take_along_axis(number, best, 2), axis=-1)
 
-    def _ordered(self, keys, group, q, kv_heads, listed):
+    def _ordered(self, query, listed):
         """The function of tokens [B, K, G, X] of the list's text to their largest products in each
         head, as first of a left half and of a right one: here the same.
         """
-        placed = keys.places.at(q, jnp.full_like(group.pos, self.window + listed - 1))
+        at = jnp.full_like(query.group.pos, self.window + listed - 1)
+        placed = query.placement.at(query.q, at)
         place = jnp.arange(listed, dtype=jnp.int32)  # of chunks, the last one's listed - 1
 
         def score(at):
-            seem = jnp.broadcast_to(place, at.shape)
-            (found,) = self._largest(keys, group, [placed], kv_heads, at, seem)
-            return found, found
+            (largest,) = self._largest(query, [placed], at, jnp.broadcast_to(place, at.shape))
+            return largest, largest
 
         return score
 
-    def _alike(self, keys, group, q, kv_heads):
+    def _alike(self, query):
         """As `_ordered`, for keys that all seem equally far away, one token more on the left."""
-        sides = [keys.places.away(q, self.window + more) for more in (1, 0)]
-        return lambda at: self._largest(keys, group, sides, kv_heads, at, None)
+        sides = [query.placement.away(query.q, self.window + more) for more in (1, 0)]
+        return lambda at: self._largest(query, sides, at, None)
 
-    def _largest(self, keys, group, placed, kv_heads, at, seem):
+    def _largest(self, query, placed, at, as_if_at):
         """The largest product [B, K, G, X] of a token with queries placed in each of these ways."""
         flat = (*at.shape[:2], -1)
-        seem = None if seem is None else seem.reshape(flat)
-        k = keys.at(keys.held.k, self.sinks + at.reshape(flat), seem)
-        k = k.reshape(*at.shape, k.shape[-1]).astype(placed[0].dtype)
-        rows = [dense.rows_of_key_heads(q, kv_heads) for q in placed]
+        k = query.by_head(query.kv.k, self.sinks + at.reshape(flat))
+        if as_if_at is not None:
+            k = query.placed(k, as_if_at.reshape(flat))
+        k = k.reshape(*at.shape, k.shape[-1])
+        rows = [scores.rows_of_key_heads(q, query.kv_heads) for q in placed]
         products = jnp.einsum(
             "bkgth,bkgxh->bkgtx", jnp.concatenate(rows, 3), k, preferred_element_type=jnp.float32
         )
-        asks = (group.pos >= 0)[:, None, None, :, None]
+        asks = (query.group.pos >= 0)[:, None, None, :, None]
         parts = jnp.split(products, len(placed), axis=3)
         return tuple(jnp.where(asks, part, -jnp.inf).max(3) for part in parts)
 

@@ -69,11 +69,11 @@ def infllm(policy, scoring, q, k, v, calls):
             for block in summaries
         ]  # fmt: skip
         chosen = top(np.array(wanted), policy.topk) if wanted else []
-        looked_up = {G + m * size + i for m in chosen for i in range(size)}
+        selected = {G + m * size + i for m in chosen for i in range(size)}
         left = G + len(summaries) * size  # from here on no block exists
         for i in range(start, stop):
             at = np.array([j for j in range(i + 1)
-                           if i - j < L or j < G or j >= left or j in looked_up])  # fmt: skip
+                           if i - j < L or j < G or j >= left or j in selected])  # fmt: skip
             distance = np.where(i - at < L, i - at, L - 1).astype(float)
             for n in range(heads):
                 p = weights(score(scoring, q[i, n], k[at, n // share], distance))
@@ -168,10 +168,10 @@ def hip(policy, scoring, q, k, v, calls, first_row=None):
                      for head in range(k.shape[1])]  # fmt: skip
         for i in range(start, stop):
             for n in range(q.shape[1]):
-                looked_up = {policy.sinks + m * size + s for m in found[n // share]
+                selected = {policy.sinks + m * size + s for m in found[n // share]
                              for s in range(size)}  # fmt: skip
                 at = np.array([j for j in range(i + 1)
-                               if j < policy.sinks or j >= near or j in looked_up])  # fmt: skip
+                               if j < policy.sinks or j >= near or j in selected])  # fmt: skip
                 scores = score(scoring, q[i, n], k[at, n // share], (i - at).astype(float))
                 out[i, n] = weights(scores) @ v[at, n // share]
         found = found if alone else None

@@ -9,11 +9,12 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from lminf.attention import attend, dense, rope
-from lminf.attention.policies import Full, LMInfinite, PerHead, ReRoPE, SelfExtend, Window
+from lminf.attention import attend, rope, scores
+from lminf.attention.policy import Full, LMInfinite, PerHead, ReRoPE, SelfExtend, Window
 from tests.attention import cases
 
-SCORING = dense.Scoring(rope.Rotary(dim=8, base=100.0, layout="half"), scale=0.4, soft_cap=None)
+ROTARY = rope.Rotary(dim=8, base=100.0, layout="half")
+SCORING = scores.ScoreConfig(ROTARY, scale=0.4, soft_cap=None)
 B, T, N, K, H = 2, 16, 4, 2, 8
 
 
@@ -51,7 +52,7 @@ def test_a_row_on_four_devices_is_the_row_on_one(policy, packed):
     weights = jax.random.normal(jax.random.key(1), (B, T, N, H))
 
     def attended(q, k, v, positions, segments, axis=None):
-        run = attend.whole(policy, SCORING, positions, segments=segments, context_axis=axis)
+        run = attend.prefill(policy, SCORING, positions, segments=segments, context_axis=axis)
         return run(q, k, v)
 
     mesh = jax.make_mesh((4,), ("context",), axis_types=(AxisType.Auto,))
@@ -83,7 +84,7 @@ def test_a_window_moves_no_more_than_the_window():
     share = P(None, "context")
 
     def attended(q, k, v, positions):
-        run = attend.whole(
+        run = attend.prefill(
             LMInfinite(window=3, sinks=2), SCORING, positions, context_axis="context"
         )
         return run(q, k, v)

@@ -4,7 +4,7 @@ import jax
 from jaxtyping import Array
 
 
-class Spread:
+class ContextShards:
     """How one text's tokens lie on a mesh axis: `tokens` on each device, in order."""
 
     def __init__(self, axis: str | None, tokens: int):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from lminf import generation
-from lminf.attention.evict import H2O, TOVA, SirLLM
-from lminf.attention.policies import Full, PerLayer
+from lminf.attention.policies.eviction import H2O, TOVA, SirLLM
+from lminf.attention.policy import Full, PerLayer
 from lminf.errors import InputError
 
 TEXT = "Straße: forty-one tokens, a few in bytes"
@@ -71,10 +71,10 @@ def test_sirllm_remembers_how_surprising_each_token_was(lm, ids):
     for how in ("surprise", "reference"):
         one = lm.with_policy(SirLLM(12, sinks=2, turn=4, score=how))
         stored = caches_after(one, ids[:12], 4)
-        place = np.asarray(stored.extra["place"])[:, 0, :, 0]
+        place = np.asarray(stored.state["pos"])[:, 0, :, 0]
         order = np.argsort(place, axis=1)
         scores[how] = np.take_along_axis(
-            np.asarray(stored.extra["score"])[:, 0, :, 0], order, axis=1
+            np.asarray(stored.state["score"])[:, 0, :, 0], order, axis=1
         )
         np.testing.assert_array_equal(scores[how][0], scores[how][1])  # the same in all layers
     found = scores["surprise"][0]
@@ -94,7 +94,7 @@ def test_a_stream_without_end_is_one_program_a_chunk_and_one_a_token(lm, ids):
     held = caches_after(evicting, ids, 1)
     assert generation._read._cache_size() == before
     assert held.k.shape[2] == 12
-    assert (np.asarray(held.extra["place"]) >= 0).sum(2).max() <= 12
+    assert (np.asarray(held.state["pos"]) >= 0).sum(2).max() <= 12
 
 
 def test_a_cache_wider_than_the_model_was_trained_at_is_refused(lm):

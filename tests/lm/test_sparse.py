@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from lminf.attention.infinite_hip import InfiniteHiP
-from lminf.attention.infllm import InfLLM
-from lminf.attention.top_k import TopK
+from lminf.attention.policies.infinite_hip import InfiniteHiP
+from lminf.attention.policies.infllm import InfLLM
+from lminf.attention.policies.topk import TopK
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
 from lminf.lm import LM

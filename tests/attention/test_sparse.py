@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from lminf.attention import attend, cache
-from lminf.attention.hip import HiP
-from lminf.attention.infinite_hip import InfiniteHiP
-from lminf.attention.infllm import InfLLM
-from lminf.attention.longheads import LongHeads
-from lminf.attention.policies import POLICIES as POLICY_TABLE
-from lminf.attention.policies import (
+from lminf.attention.policies.hip import HiP
+from lminf.attention.policies.infinite_hip import InfiniteHiP
+from lminf.attention.policies.infllm import InfLLM
+from lminf.attention.policies.longheads import LongHeads
+from lminf.attention.policies.topk import TopK
+from lminf.attention.policy import POLICIES as POLICY_TABLE
+from lminf.attention.policy import (
     Full,
     Lambda,
     LMInfinite,
@@ -22,11 +23,10 @@ from lminf.attention.policies import (
     by_layer,
     check_rotary,
 )
-from lminf.attention.top_k import TopK
 from lminf.config import parse_choice
 from lminf.errors import InputError
 from lminf.models import cost, decoder
-from tests.attention import cases, choosing_oracle
+from tests.attention import cases, sparse_oracle
 from tests.attention.cases import ATOL, BATCH, WIDTH
 from tests.models import specs
 
@@ -65,11 +65,11 @@ OTHERS = {
     ],
 }  # fmt: skip
 ORACLES = {
-    "infllm": choosing_oracle.infllm,
-    "topk": choosing_oracle.top_k,
-    "longheads": choosing_oracle.long_heads,
-    "hip": choosing_oracle.hip,
-    "infinite_hip": choosing_oracle.infinite_hip,
+    "infllm": sparse_oracle.infllm,
+    "topk": sparse_oracle.top_k,
+    "longheads": sparse_oracle.long_heads,
+    "hip": sparse_oracle.hip,
+    "infinite_hip": sparse_oracle.infinite_hip,
 }
 # Sizes of the calls: at once; in chunks of whole groups; a prompt, and then token by token.
 CALLS = ((TOKENS,), (16, 16, 8), (16, *[1] * 24))
@@ -166,7 +166,7 @@ def test_it_becomes_another_policy(one, other):
     @cases.compiled
     def run(*arrays):
         return [
-            attend.whole(policy, scoring, at, implementation="xla")(*arrays)
+            attend.prefill(policy, scoring, at, implementation="xla")(*arrays)
             for policy in (one, other)
         ]
 
@@ -178,7 +178,7 @@ def reader(policy, group):
     """A text of one row at once, compiled once for every text."""
     at = np.arange(TOKENS, dtype=np.int32)[None]
     return cases.compiled(
-        attend.whole(policy, cases.scoring("rotary"), jnp.asarray(at), implementation="xla")
+        attend.prefill(policy, cases.scoring("rotary"), jnp.asarray(at), implementation="xla")
     )
 
 
@@ -217,7 +217,7 @@ def test_the_search_finds_the_best_where_scores_only_rise_or_fall(sign, other):
     @cases.compiled
     def run(*arrays):
         return [
-            attend.whole(p, cases.scoring("none"), at, implementation="xla")(*arrays)
+            attend.prefill(p, cases.scoring("none"), at, implementation="xla")(*arrays)
             for p in (policy, other)
         ]
 
@@ -239,7 +239,7 @@ def test_a_search_finds_what_stands_among_its_like_and_may_miss_what_stands_alon
     q[0, -1], k[...] = 0, 0
     q[0, -1, :, 0] = 10
     at = jnp.arange(TOKENS, dtype=jnp.int32)[None]
-    run = cases.compiled(attend.whole(policy, cases.scoring("none"), at))
+    run = cases.compiled(attend.prefill(policy, cases.scoring("none"), at))
     v[0, 9:18] = 7  # the 36 keys before the window are cut into those from 0, 9, 18 and 27 on
     k[0, 17, :, 0] = 9
     alone = np.asarray(run(q, k, v))[0, -1]
@@ -257,7 +257,7 @@ def test_stages_of_single_tokens_are_the_best_tokens():
     @cases.compiled
     def run(*arrays):
         one_at_a_time = read(other, scoring, [1] * TOKENS)(*arrays)
-        return attend.whole(one, scoring, jnp.asarray(cases.padded(PADS, TOKENS)))(
+        return attend.prefill(one, scoring, jnp.asarray(cases.padded(PADS, TOKENS)))(
             *arrays
         ), one_at_a_time
 
@@ -333,20 +333,20 @@ def test_a_larger_cache_changes_nothing(name):
 def test_one_program_decodes_at_every_length(name):
     policy, scoring = POLICIES[name], cases.scoring("rotary")
     layout = cache.layout_for(policy, TOKENS)
-    room = cache.Sizes(BATCH, layout.slots, 2, 2, WIDTH, jnp.float32)
+    room = cache.CacheShape(BATCH, layout.slots, 2, 2, WIDTH, jnp.float32)
     empty = cache.empty(
         layout, layers=2, batch=BATCH, kv_heads=2, head_dim=WIDTH, dtype=jnp.float32,
-        extra=policy.extra(room),
+        state=policy.init_state(room),
     )  # fmt: skip
 
     @cases.compiled
     def decode(held, pos, at, q, k, v):
-        step, pos = attend.through(policy, scoring, layout, pos, at)
+        step, pos = attend.extend(policy, scoring, layout, pos, at)
         out, held = step(q, k, v, held, jnp.int32(1))
         return out, held, pos
 
     q, k, v = cases.arrays(1, tokens=TOKENS)
-    held, pos = empty.held, empty.pos
+    held, pos = empty.kv, empty.pos
     for token in range(20):
         new = [x[:, token : token + 1] for x in (q, k, v)]
         at = np.full((BATCH, 1), token, np.int32)
@@ -418,7 +418,7 @@ def test_without_rotary_keys_cannot_be_moved():
     check_rotary(POLICIES["infllm"], cases.ENCODINGS["partial"])
     check_rotary(POLICIES["hip"], cases.ENCODINGS["none"])  # which moves none
     with pytest.raises(InputError, match="ranks keys by products alone, but this"):
-        attend.whole(POLICIES["hip"], cases.scoring("alibi"), jnp.zeros((1, 4), jnp.int32))(
+        attend.prefill(POLICIES["hip"], cases.scoring("alibi"), jnp.zeros((1, 4), jnp.int32))(
             *(jnp.zeros((1, 4, 2, WIDTH)),) * 3
         )
 
@@ -426,7 +426,7 @@ def test_without_rotary_keys_cannot_be_moved():
 def test_packed_rows_and_heads_of_their_own_are_refused():
     at = jnp.zeros((1, 4), jnp.int32)
     with pytest.raises(InputError, match="packed rows hold several; give each text its own row"):
-        attend.whole(POLICIES["infllm"], cases.scoring("rotary"), at, segments=at)
+        attend.prefill(POLICIES["infllm"], cases.scoring("rotary"), at, segments=at)
     mix = PerHead((Full(), POLICIES["infllm"]))
     with pytest.raises(InputError, match="chooses for all heads of a layer"):
         by_layer(mix, windows=(None,), num_kv_heads=2)
@@ -444,7 +444,7 @@ def test_the_bytes_said_to_be_held_are_those_of_the_arrays(name):
     shape = specs.change(specs.shallow(specs.LLAMA, 2), windows=(None, None))
     layers = (POLICIES[name],) * 2
     caches = decoder.init_caches(shape, layers, batch=1, capacity=TOKENS, dtype=jnp.bfloat16)
-    held = jax.tree.leaves([stored.held for stored in caches])
+    held = jax.tree.leaves([stored.kv for stored in caches])
     said = cost.cache_bytes(shape, layers, tokens=TOKENS, dtype=jnp.bfloat16)
     assert said == sum(x.nbytes for x in held)
     full = cost.cache_bytes(shape, (Full(),) * 2, tokens=TOKENS, dtype=jnp.bfloat16)

@@ -1,0 +1,152 @@
+"""Attention over caches whose slots may hold any token: after eviction, after prompt compression.
+
+Which token a slot holds may differ by key head, so slots carry a position for each head (or one for
+all): where the token stands in the text or, under eviction, its number in the cache. A position of
+-1 empties a slot; nothing moves. Everything that is held and not later is seen.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lminf.attention import cache as caches
+from lminf.attention import scores as scores_
+from lminf.attention.scores import Placement, ScoreConfig
+from lminf.errors import InputError
+
+
+def visible(to: Int[Array, "B T"], at: Int[Array, "B S P"]) -> Bool[Array, "B P 1 T S"]:
+    """Whether a query at `to` sees the slot of each head: it is held, and not of the future."""
+    at = at.swapaxes(1, 2)[:, :, None, None, :]
+    return (at >= 0) & (at <= to[:, None, None, :, None])
+
+
+def scores(
+    config: ScoreConfig, q, k: Float[Array, "B S K H"], to: Int[Array, "B T"], at
+) -> Float[Array, "B K G T S"]:
+    """Of queries and keys that are rotated already, at positions by head [B, S, P]."""
+    found, slopes = scores_.scaled(config, q, k), config.slopes(q.shape[2])
+    if slopes is None:
+        return found
+    return found - scores_.alibi_bias(slopes, k.shape[2], to, at.swapaxes(1, 2))
+
+
+# --- Eviction -------------------------------------------------------------------------------------
+
+
+def extend(policy, config: ScoreConfig, layout: caches.SlotCache, positions: Int[Array, "B T"]):
+    """The step of every layer under a policy that evicts. The tokens of a call lie between two
+    evictions; before the first after one, `policy.evict` makes room.
+    """
+    tokens, every = positions.shape[1], policy.evict_every
+    if tokens > every:
+        raise InputError(
+            f"{policy.name} evicts before every {every} tokens, but {tokens} are to be read "
+            f"at once; read them in chunks through the cache, or give turn>={tokens}"
+        )
+    at = policy.position_in_cache(positions)  # [B, T]
+    starts = ((at >= 0) & (positions % every == 0)).any(1)
+    first = jnp.where(at >= 0, positions, jnp.iinfo(jnp.int32).max).min(1) - every
+    since = policy.position_in_cache(jnp.maximum(first, 0))[:, None, None]
+    placement = Placement(config, at)
+    by_q, table = placement.rotation(at), placement.table(layout.slots, len(at))
+
+    def evicted(state):
+        new = policy.evict(state, since)
+        return {x: jnp.where(starts[:, None, None], new[x], state[x]) for x in new}
+
+    def step(q, k, v, kv, layer):
+        own = {name: kv.state[name][layer] for name in ("pos", "score")}
+        # Sorting, which most steps of decoding need not do.
+        own = jax.lax.cond(starts.any(), evicted, lambda state: state, own)
+        slots = _free(own["pos"], tokens)  # [B, T, P]
+        slots = jnp.where((at >= 0)[:, :, None], slots, layout.slots)
+        index = _rows(slots), slots, _heads(slots)
+        pos = own["pos"].at[index].set(at[:, :, None], mode="drop")
+        score = own["score"].at[index].set(0.0, mode="drop")
+        stored_k = _write(kv.k, k, layer, slots)
+        stored_v = _write(kv.v, v, layer, slots)
+        all_k, all_v = stored_k[layer].astype(k.dtype), stored_v[layer].astype(v.dtype)
+        placed = placement.look_up(all_k, table, jnp.maximum(pos, 0))
+        found = scores(config, placement.rotate(q, by_q), placed, at, pos)
+        weights = scores_.softmax(config, found, visible(at, pos))
+        out = scores_.mix(weights.astype(v.dtype), all_v)
+        new = {"pos": pos, "score": policy.observe_slots(score, weights, at)}
+        state = kv.state | {name: kv.state[name].at[layer].set(new[name]) for name in new}
+        return out, caches.KVState(stored_k, stored_v, state)
+
+    return step
+
+
+def _free(pos: Int[Array, "B S P"], count: int) -> Int[Array, "B T P"]:
+    """Slots that hold nothing, as many as asked for."""
+    if count == 1:
+        return pos.argmin(1, keepdims=True)
+    return jnp.argsort(pos, axis=1)[:, :count]
+
+
+def _write(stored: Float[Array, "L B S K H"], new: Float[Array, "B T K H"], layer, slots):
+    if slots.shape[2] == 1:
+        return caches.write(stored, new, layer, slots[:, :, 0])
+    index = layer, _rows(slots), slots, _heads(slots)
+    return stored.at[index].set(new.astype(stored.dtype), mode="drop")
+
+
+def _rows(slots: Int[Array, "B T P"]):
+    return jnp.arange(len(slots))[:, None, None]
+
+
+def _heads(slots: Int[Array, "B T P"]):
+    return jnp.arange(slots.shape[2])[None, None]
+
+
+# --- Compressed prompts ---------------------------------------------------------------------------
+
+
+def last_queries(state, q: Float[Array, "B T N H"], layer):
+    """The state of a prompt that will be compressed, with its last queries, un-rotated."""
+    before = state["q"]
+    last = jnp.concatenate([before[layer], q.astype(before.dtype)], 1)[:, -before.shape[2] :]
+    return {"q": before.at[layer].set(last)}
+
+
+def extend_compressed(config: ScoreConfig, layout, stored_pos, positions: Int[Array, "B T"]):
+    """`attend.extend` over what is left of a prompt, whose keys are rotated and may be narrower,
+    and the tokens after it, under one softmax.
+    """
+    tokens = positions.shape[1]
+    every = jnp.arange(1, layout.slots + 1, dtype=jnp.int32)[None]
+    filled = jnp.where(stored_pos >= 0, every, 0).max(1, keepdims=True)
+    slots = filled + jnp.arange(tokens, dtype=jnp.int32)[None]
+    slots = jnp.where(positions >= 0, slots, layout.slots)
+    new_pos = caches.write_pos(stored_pos, positions, slots)
+    placement = Placement(config, positions)
+    by_q, by_k = placement.rotation(positions), placement.rotation(new_pos)
+
+    def step(q, k, v, kv, layer):
+        kv = kv._replace(
+            k=caches.write(kv.k, k, layer, slots), v=caches.write(kv.v, v, layer, slots)
+        )
+        old = {name: x[layer] for name, x in kv.state.items()}
+        new_k, new_v = kv.k[layer].astype(q.dtype), kv.v[layer].astype(v.dtype)
+        q = placement.rotate(q, by_q)
+        narrow = narrowed(q, old["channels"]) if "channels" in old else q
+        mine = jnp.broadcast_to(new_pos[..., None], (*new_pos.shape, old["pos"].shape[2]))
+        found = jnp.concatenate(
+            [scores(config, narrow, old["k"].astype(q.dtype), positions, old["pos"]),
+             scores(config, q, placement.rotate(new_k, by_k), positions, mine)], -1,
+        )  # fmt: skip
+        seen = visible(positions, jnp.concatenate([old["pos"], mine], 1))
+        weights = scores_.softmax(config, found, seen).astype(v.dtype)
+        older = old["pos"].shape[1]
+        out = scores_.mix(weights[..., :older], old["v"].astype(v.dtype))
+        return out + scores_.mix(weights[..., older:], new_v), kv
+
+    return step, new_pos
+
+
+def narrowed(q: Float[Array, "B T N H"], channels: Int[Array, "B K D"]) -> Float[Array, "B T N D"]:
+    """Queries with the channels that their key head kept."""
+    grouped = q.reshape(*q.shape[:2], channels.shape[1], -1, q.shape[3])
+    taken = jnp.take_along_axis(grouped, channels[:, None, :, None, :], axis=4)
+    return taken.reshape(*q.shape[:3], channels.shape[2])

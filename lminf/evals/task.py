@@ -42,9 +42,20 @@ class Budget:
 class Task(Protocol[InstanceT]):
     """One kind of question. Deterministic: the same budget and key give the same instances."""
 
-    name: str  # as rows call it
-    max_new_tokens: int  # of an answer
-    stop: Sequence[str]  # texts that end an answer
+    @property
+    def name(self) -> str:
+        """As rows call it."""
+        ...
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The most tokens of an answer."""
+        ...
+
+    @property
+    def stop(self) -> Sequence[str]:
+        """Texts that end an answer."""
+        ...
 
     def instances(self, budget: Budget, *, count: int, key: Sequence[int]) -> Sequence[InstanceT]:
         """`count` instances whose prompts fit the budget. More of them begin with the same ones.

@@ -94,9 +94,20 @@ class Model:
 class Term(Protocol):
     """One addend of what is minimised. A frozen dataclass: a compiled step depends on it."""
 
-    scale: float
-    arrays: tuple[str, ...]  # names of the arrays that a batch must hold for it
-    references: tuple[str, ...]  # names of the frozen models that it compares with
+    @property
+    def scale(self) -> float:
+        """The factor of its mean in what is minimised."""
+        ...
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of the arrays that a batch must hold for it."""
+        ...
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Names of the frozen models that it compares with."""
+        ...
 
     def weight(self, batch: Batch) -> Float[Array, ""]:
         """What the sum over the whole batch is divided by. Of a piece of it, the piece's part."""

@@ -14,8 +14,8 @@ from lminf.data import store, tokenizing
 from lminf.data.loader import Loader
 from lminf.data.plans import BestFit
 from lminf.data.tokenizers import ByteTokenizer
-from lminf.objectives import cross_entropy
 from lminf.models import decoder
+from lminf.objectives import cross_entropy
 from tests.models import specs
 
 

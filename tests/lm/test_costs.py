@@ -8,8 +8,8 @@ from lminf import generation
 from lminf import lm as language_model
 from lminf.attention.policy import Full, LMInfinite
 from lminf.generation import GREEDY
-from lminf.objectives import cross_entropy
 from lminf.models import decoder
+from lminf.objectives import cross_entropy
 from tests.attention import cases
 from tests.models import specs
 

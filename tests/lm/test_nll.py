@@ -13,8 +13,8 @@ from lminf.attention.policy import Full, LMInfinite, PerHead, SelfExtend, Window
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
 from lminf.lm import LM, NLL
-from lminf.objectives import cross_entropy
 from lminf.models import decoder
+from lminf.objectives import cross_entropy
 from tests.attention import cases
 from tests.models import specs
 

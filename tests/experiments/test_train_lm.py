@@ -27,8 +27,13 @@ SMALL = (
 )  # fmt: skip
 
 
+def small(*changes):
+    """The words of SMALL with these changed: a field is given once."""
+    return list({word.partition("=")[0]: word for word in (*SMALL, *changes)}.values())
+
+
 def command(out, *changes):
-    return [sys.executable, "-m", "experiments.train_lm", *SMALL, *changes, f"--out={out}"]
+    return [sys.executable, "-m", "experiments.train_lm", *small(*changes), f"--out={out}"]
 
 
 def environment(devices=1):
@@ -204,7 +209,7 @@ def test_a_model_is_trained_further_and_written_back(lora, small_model, tmp_path
         "--config.schedule=constant:peak=1e-2", "--config.mesh.data=1", "--config.mesh.fsdp=8",
         "--config.strategy=zero3",
     ]  # fmt: skip
-    config = request.parse("train_lm", [*SMALL, *changes]).config
+    config = request.parse("train_lm", small(*changes)).config
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         rows = list(train_lm.run(config, out))
         for row in rows:
@@ -231,7 +236,7 @@ def test_a_loss_that_is_not_finite_stops_or_is_counted(choice, tmp_path):
         "--config.schedule=constant:peak=1e38", "--config.steps=4", "--config.evaluate.every=4",
         f"--config.not_finite={choice}", "--config.optimizer=adamw:weight_decay=0.0",
     ]  # fmt: skip
-    config = request.parse("train_lm", [*SMALL, *changes]).config
+    config = request.parse("train_lm", small(*changes)).config
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         if choice == "stop":
             with pytest.raises(InputError, match=r"the loss of step 1 is .*not_finite=skip"):
@@ -346,9 +351,7 @@ def test_settings_that_would_fail_later_are_refused_at_once(change, message, tmp
 
 
 def settings(*changes):
-    words = [*SMALL, *(f"--config.{one}" for one in changes)]
-    last = {word.partition("=")[0]: word for word in words}  # a field is given once
-    return request.parse("train_lm", list(last.values())).config
+    return request.parse("train_lm", small(*(f"--config.{one}" for one in changes))).config
 
 
 def own(tmp_path, *changes, needed=0):

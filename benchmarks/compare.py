@@ -22,7 +22,7 @@ import numpy as np
 
 from lminf.checkpoints import fetch
 from lminf.data import sources
-from lminf.lm import LM
+from lminf.lm.lm import LM
 from lminf.run import environment
 
 HERE = Path(__file__).parent

@@ -16,8 +16,8 @@ import numpy as np
 from lminf.attention.policy import POLICIES
 from lminf.config import parse_choice
 from lminf.data import sources
-from lminf.generation import GREEDY, generate_tokens
-from lminf.lm import LM
+from lminf.lm.generate import GREEDY, generate_tokens
+from lminf.lm.lm import LM
 from lminf.run import devices, memory
 
 

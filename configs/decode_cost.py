@@ -15,7 +15,7 @@ Choosing   --config=:choosing times the policies by content, with about 1,024 to
 Tiny       --config=:tiny trains a byte model at 64 tokens first: under 2 minutes
 """
 
-from configs import base
+from lminf.configs import base
 
 VARIANTS = ("tiny", "choosing")
 

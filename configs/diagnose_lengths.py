@@ -11,7 +11,7 @@ Expected   the mean entropy of attention jumps past 8,192 tokens under Full, to 
 Tiny       --config=:tiny trains a byte model at 64 tokens and looks at 512: under 2 minutes
 """
 
-from configs import base
+from lminf.configs import base
 
 
 def get_config(arg: str = ""):

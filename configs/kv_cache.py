@@ -14,7 +14,7 @@ Expected   at 256 of 1,024 tokens SnapKV is 0.05 nats above Full and the policie
 Tiny       --config=:tiny trains a byte model at 64 tokens first, which answers nothing
 """
 
-from configs import base
+from lminf.configs import base
 
 
 def get_config(arg: str = ""):

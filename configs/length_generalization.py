@@ -12,7 +12,7 @@ Tiny       --config=:tiny trains a byte model at 64 tokens and reads 1,024: unde
            window: so small a model has no sinks to lose
 """
 
-from configs import base
+from lminf.configs import base
 
 
 def get_config(arg: str = ""):

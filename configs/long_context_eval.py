@@ -21,7 +21,7 @@ Loss       --config=:loss reads 32,768 tokens under policies that go past the tr
 Tiny       --config=:tiny trains a byte model at 64 tokens, which answers nothing: under 2 minutes
 """
 
-from configs import base
+from lminf.configs import base
 
 VARIANTS = ("tiny", "long", "all", "loss")
 

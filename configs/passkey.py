@@ -11,7 +11,7 @@ Expected   Full answers up to about the 8,192 tokens it was trained at and not a
 Tiny       --config=:tiny trains a byte model at 64 tokens, which answers nothing: under 2 minutes
 """
 
-from configs import base
+from lminf.configs import base
 
 
 def get_config(arg: str = ""):

@@ -9,7 +9,7 @@ Expected   per mille, mean of 14 groups: step 1.2, deepseek 8.4, porian 7.7; a f
 Tiny       --config=:tiny draws grids from the published law: seconds
 """
 
-from configs import base
+from lminf.configs import base
 
 
 def get_config(arg: str = ""):

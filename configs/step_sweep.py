@@ -12,7 +12,7 @@ Pod        --config=:pod: the shapes, tokens and grids of the paper's dense and 
 
 from ml_collections import ConfigDict
 
-from configs import base
+from lminf.configs import base
 from lminf.run.sweep import chain, cross, grid, zipped
 
 VARIANTS = ("tiny", "laptop", "h100", "pod")

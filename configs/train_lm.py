@@ -12,8 +12,8 @@ Sizes      --config=:125m, :1b, :7b on tokens of a fetched model's tokenizer
 
 from ml_collections import ConfigDict
 
-from configs import base
 from lminf.config import to_config
+from lminf.configs import base
 from lminf.parallel.mesh import MeshShape
 from lminf.parallel.processes import Processes
 

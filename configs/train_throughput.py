@@ -10,8 +10,8 @@ Tiny       --config=:tiny measures a small shape without the peer: under a minut
 
 from ml_collections import ConfigDict
 
-from configs import base
-from configs.train_lm import shape
+from lminf.configs import base
+from lminf.configs.train_lm import shape
 
 
 def get_config(arg: str = ""):

@@ -10,7 +10,7 @@ Tiny       --config=:tiny draws a small sweep from the published law, too little
            7B: seconds
 """
 
-from configs import base
+from lminf.configs import base
 
 
 def get_config(arg: str = ""):

@@ -11,7 +11,7 @@ Pod        --config=:pod: the seven families and ten sizes of the paper
 
 from ml_collections import ConfigDict
 
-from configs import base
+from lminf.configs import base
 from lminf.run.sweep import cross, grid
 
 VARIANTS = ("tiny", "laptop", "h100", "pod")

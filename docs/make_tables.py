@@ -75,7 +75,7 @@ def measured(name: str) -> list[str]:
 
 def one_run(name: str, run: Path) -> list[str]:
     """How long it took, and the experiment's own table of its rows."""
-    module = importlib.import_module(f"experiments.{name}")
+    module = importlib.import_module(f"lminf.experiments.{name}")
     rows = folder.RunFolder(run).rows()
     shown = module.table(rows) if hasattr(module, "table") else rows
     report = (run / "report.md").read_text()

@@ -22,6 +22,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from lminf.atomic import disk_errors
 from lminf.errors import InputError
 from lminf.run import (
     devices,
@@ -102,7 +103,7 @@ def holding(asked: Request) -> Iterator[None]:
     if asked.out is None:
         yield
         return
-    with folder.writing(asked.out):
+    with disk_errors(asked.out):
         asked.out.mkdir(parents=True, exist_ok=True)
     unlocked = not (asked.out / folder.LOCK).exists()
     with lock.held(asked.out):

@@ -8,7 +8,7 @@ from lminf.data.sources import text_of
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.data.windows import RandomWindows
 from lminf.errors import InputError
-from lminf.lm import LM
+from lminf.lm.lm import LM
 from lminf.models import spec
 from lminf.parallel import mesh, partition
 from lminf.run.progress import Progress

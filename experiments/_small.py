@@ -9,11 +9,11 @@ from functools import cached_property
 import jax
 import numpy as np
 
-from experiments._training import experts_of
 from lminf.attention import policy as policies
 from lminf.config import parse_choice
 from lminf.data import windows
 from lminf.errors import InputError
+from lminf.experiments._training import experts_of
 from lminf.models import spec
 from lminf.models.spec import ModelSpec
 from lminf.objectives import terms

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lminf import generation
 from lminf.attention import cache
 from lminf.attention.policies.eviction import EvictionPolicy
-from lminf.generation import GREEDY
+from lminf.lm import generate
+from lminf.lm.generate import GREEDY
 
 
 class Stream:
@@ -23,9 +23,9 @@ class Stream:
     def __init__(self, lm, position: int, *, room: int):
         self.lm, self.position = lm, position
         # As generation does: caches that keep everything grow by this many tokens at a time.
-        self.capacity = -(-(position + room) // generation.STEP) * generation.STEP
+        self.capacity = -(-(position + room) // generate.STEP) * generate.STEP
         read = self.as_if_read()
-        self.caches = generation.prepare_decoding(lm.decoder, read, length=position, room=room)
+        self.caches = generate.prepare_decoding(lm.decoder, read, length=position, room=room)
         self.at, self.token = position, np.zeros(1, np.int32)
 
     def as_if_read(self) -> tuple[cache.Cache, ...]:
@@ -54,7 +54,7 @@ class Stream:
     def advance(self, tokens, position):
         """The token after these, greedily."""
         key = jax.random.key(0)  # greedy: not used
-        token, self.caches = generation.advance(
+        token, self.caches = generate.decode_step(
             self.lm.decoder, self.lm.params, jnp.asarray(tokens),
             position + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], self.caches, GREEDY, key,
         )  # fmt: skip

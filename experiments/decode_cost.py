@@ -8,10 +8,10 @@ import math
 
 import numpy as np
 
-from experiments import _models
-from experiments._main import main
-from experiments._streams import Stream
 from lminf.attention.parsing import parse_policy
+from lminf.experiments import _models
+from lminf.experiments._main import main
+from lminf.experiments._streams import Stream
 from lminf.models import cost
 from lminf.run import plots, tables
 from lminf.run.progress import Progress

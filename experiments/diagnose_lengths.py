@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import _models
-from experiments._main import main
 from lminf.attention import reference
 from lminf.attention.parsing import parse_policy
 from lminf.data import sources
 from lminf.errors import InputError
+from lminf.experiments import _models
+from lminf.experiments._main import main
 from lminf.models.decoder import score_config
 from lminf.run import plots
 from lminf.run.progress import Progress

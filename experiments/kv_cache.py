@@ -11,13 +11,13 @@ import time
 import jax
 import numpy as np
 
-from experiments import _models
-from experiments._main import main
-from experiments._streams import Stream
 from lminf.attention.parsing import parse_policy
 from lminf.attention.policies.prompt_compression import SnapKV, ThinK
 from lminf.data import sources
 from lminf.evals import passkey, score
+from lminf.experiments import _models
+from lminf.experiments._main import main
+from lminf.experiments._streams import Stream
 from lminf.models import decoder
 from lminf.run import plots, tables
 from lminf.run.progress import Progress

@@ -4,12 +4,12 @@ import time
 
 import numpy as np
 
-from experiments import _models
-from experiments._main import main
 from lminf.attention.parsing import parse_policy
 from lminf.attention.policy import FULL
 from lminf.data import sources
 from lminf.evals import perplexity, reread
+from lminf.experiments import _models
+from lminf.experiments._main import main
 from lminf.run import plots, tables
 from lminf.run.progress import Progress
 

@@ -1,7 +1,7 @@
 """What policies that choose by content find outside their window, beside those that forget it.
 
 The prompts of a task and length differ in where the key stands, or in what is asked, and are the
-same before: each policy reads what they share once (`lminf.shared_prefix`).
+same before: each policy reads what they share once (`lminf.lm.prefix`).
 """
 
 import statistics
@@ -10,22 +10,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from experiments import _models
-from experiments._main import main
-from experiments._streams import Stream
-from experiments.passkey import in_window
-from lminf import segment_reading, shared_prefix
 from lminf.attention.parsing import parse_policy
 from lminf.attention.policy import chunk_within, common_eviction
 from lminf.config import parse_choice
 from lminf.data import sources
 from lminf.errors import InputError
 from lminf.evals import key_value, passkey, perplexity, reread, score
-from lminf.lm import LM
+from lminf.experiments import _models
+from lminf.experiments._main import main
+from lminf.experiments._streams import Stream
+from lminf.experiments.passkey import in_window
+from lminf.lm import prefix
+from lminf.lm.lm import LM
 from lminf.models import cost
+from lminf.programs import segment_reading
+from lminf.programs.segment_reading import SegmentReading
 from lminf.run import plots, style
 from lminf.run.progress import Progress
-from lminf.segment_reading import SegmentReading
 
 REREAD = "re-read"
 SEGMENTS = {"segments": SegmentReading}
@@ -115,9 +116,7 @@ def reader(lm: LM, text: str) -> Reader:
     own = lm.with_policy(how)
 
     def at_once(prompts, *, progress):
-        return shared_prefix.generate(
-            own, prompts, max_new_tokens=new, rows=TOGETHER, progress=progress
-        )
+        return prefix.generate(own, prompts, max_new_tokens=new, rows=TOGETHER, progress=progress)
 
     return Reader(how.name, own, how, at_once, cost.attended_tokens(how))
 
@@ -126,9 +125,9 @@ def longest_context(lm: LM, how: SegmentReading) -> int:
     """Tokens that an answer in segments is written from, and the answer's."""
     count = how.select.count if isinstance(how.select, segment_reading.TopK) else None
     if count is None:
-        return lm.reach
+        return lm.context_length
     kept = how.head_len + count * how.segment_len + how.question_len
-    return min(lm.reach, kept + passkey.ANSWER_TOKENS)
+    return min(lm.context_length, kept + passkey.ANSWER_TOKENS)
 
 
 def questions(c, lm):

@@ -3,14 +3,14 @@
 import time
 from typing import get_args
 
-from experiments import _models
-from experiments._main import main
-from lminf import shared_prefix
 from lminf.attention.parsing import parse_policy
 from lminf.config import closest
 from lminf.data import sources
 from lminf.errors import InputError
 from lminf.evals import passkey, score
+from lminf.experiments import _models
+from lminf.experiments._main import main
+from lminf.lm import prefix
 from lminf.run import plots, tables
 from lminf.run.progress import Progress
 
@@ -65,7 +65,7 @@ def run(c, out):
         for model, length, depth, samples in missing:
             started = time.perf_counter()
             # Prompts of a cell differ from the key on: what stands before it is read once.
-            answers = shared_prefix.generate(
+            answers = prefix.generate(
                 model,
                 [sample.prompt for sample in samples],
                 max_new_tokens=passkey.ANSWER_TOKENS,

@@ -5,9 +5,9 @@ import numpy as np
 from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator
 from matplotlib.tri import Triangulation
 
-from experiments import _tables
-from experiments._main import main
 from lminf import scaling
+from lminf.experiments import _tables
+from lminf.experiments._main import main
 from lminf.run import plots, style
 from lminf.scaling import gap, published, rivals, synthetic, validation
 from lminf.scaling.steps import StepLaw, fit_bowl

@@ -5,9 +5,9 @@ import dataclasses
 import matplotlib
 import numpy as np
 
-from experiments import _corpus, _noise, _small
-from experiments._main import main
-from experiments.step_law import BATCH, RATE, contours, explain
+from lminf.experiments import _corpus, _noise, _small
+from lminf.experiments._main import main
+from lminf.experiments.step_law import BATCH, RATE, contours, explain
 from lminf.run import plots, style
 from lminf.scaling import accounting, collect, rivals
 

@@ -15,20 +15,20 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments import _training
-from experiments._main import leads, main
 from lminf import checkpoints
+from lminf.atomic import check_space, disk_errors
 from lminf.attention.policy import FULL
 from lminf.checkpoints import native
-from lminf.checkpoints.whole import check_room
 from lminf.config import from_config
 from lminf.errors import InputError
-from lminf.lm import LM
+from lminf.experiments import _training
+from lminf.experiments._main import leads, main
+from lminf.lm.lm import LM
 from lminf.parallel import hardware
 from lminf.parallel.processes import Processes
 from lminf.run import environment, lock, memory, plots, request, watchers
 from lminf.run.clock import Split
-from lminf.run.folder import difference, writing
+from lminf.run.folder import difference
 from lminf.run.metrics import Smoothed
 from lminf.run.progress import Progress
 from lminf.run.stopping import Stopping
@@ -149,7 +149,7 @@ def as_checkpoint(lm):
 def check_ending(c, program, lm):
     """Refuses what could not be done with the finished model, before the first step."""
     if c.evaluate.sample:
-        lm.check_room(len(lm.encode(PROMPT)[0]) + c.evaluate.sample)
+        lm.check_length(len(lm.encode(PROMPT)[0]) + c.evaluate.sample)
     if c.export:
         checkpoints.check_save(c.export, as_checkpoint(lm), needed=_training.export_bytes(program))
 
@@ -185,8 +185,8 @@ def owned(store, c, *, needed):
             store.own(now)
         yield steps
         return
-    check_room(path / "state", needed)
-    with writing(path):
+    check_space(path / "state", needed)
+    with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     with lock.held(path, option="--config.checkpoint.folder"):
         store.check_folder()

@@ -8,10 +8,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments._main import main
-from kernels.common import bench
 from lminf.attention import policy as policies
 from lminf.errors import InputError
+from lminf.experiments._main import main
+from lminf.kernels.common import bench
 from lminf.models import cost, spec
 from lminf.parallel import mesh, partition
 from lminf.run import memory, plots

@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 
-from experiments import _tables
-from experiments._main import main
 from lminf import scaling
 from lminf.errors import InputError
+from lminf.experiments import _tables
+from lminf.experiments._main import main
 from lminf.run import plots, style, tables
 from lminf.run.progress import track
 from lminf.scaling import evidence, published, synthetic, validation

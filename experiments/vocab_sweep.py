@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 
-from experiments import _corpus, _noise, _small
-from experiments._main import main
 from lminf.config import closest
 from lminf.errors import InputError
+from lminf.experiments import _corpus, _noise, _small
+from lminf.experiments._main import main
 from lminf.run import plots, style
 from lminf.scaling import accounting, collect, losses, published
 

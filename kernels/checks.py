@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import kernels
-from kernels.block_sparse import api as block_sparse
-from kernels.cross_entropy import api as cross_entropy
-from kernels.decode import api as decode
-from kernels.decode import cache as caches
-from kernels.lambda_attention import api as lambda_attention
+from lminf import kernels
+from lminf.kernels.block_sparse import api as block_sparse
+from lminf.kernels.cross_entropy import api as cross_entropy
+from lminf.kernels.decode import api as decode
+from lminf.kernels.decode import cache as caches
+from lminf.kernels.lambda_attention import api as lambda_attention
 
 # dtype -> absolute bounds of values and of gradients, and what is added to twice the naive error.
 BOUNDS = {

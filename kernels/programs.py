@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-import kernels
-from kernels.block_sparse.operands import Lists
-from kernels.common import bench, dispatch
-from kernels.common.config import to_json
-from kernels.decode import cache as caches
+from lminf import kernels
+from lminf.kernels.block_sparse.operands import Lists
+from lminf.kernels.common import bench, dispatch
+from lminf.kernels.common.config import to_json
+from lminf.kernels.decode import cache as caches
 
 # XLA spreads single operations of one CPU device over cores, and small ones gain nothing by it.
 # With a device for each core, whole heads lie apart: the same kernel under shard_map.

@@ -1,8 +1,8 @@
 """One command on any machine: what it can do at best, whether our kernels are right, how fast they
 and their peers are, in one run.
 
-    python -m kernels.suite --out results.json [--quick] [--peers all] [--peers-python PYTHON]
-    python -m kernels.suite --out results.json --cores 1 ...    on one core of a CPU
+    python -m lminf.kernels.suite --out results.json [--quick] [--peers all] [--peers-python PYTHON]
+    python -m lminf.kernels.suite --out results.json --cores 1 ...    on one core of a CPU
 
 Beside each ratio to a peer stands its ceiling: what it would be if ours did its products, without
 which it cannot do, at the rate of one large product, and nothing else.
@@ -29,10 +29,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels import checks, programs
-from kernels.common import bench
-from kernels.peers import PEERS, Peers
-from kernels.programs import BY_HEADS, Program, Work
+from lminf.kernels import checks, programs
+from lminf.kernels.common import bench
+from lminf.kernels.peers import PEERS, Peers
+from lminf.kernels.programs import BY_HEADS, Program, Work
 
 
 @dataclass(frozen=True)
@@ -301,7 +301,7 @@ def _use_all_cores() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """0 if every check passed."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.suite", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lminf.kernels.suite", description=__doc__)
     parser.add_argument("--out", required=True, help="where the results go, JSON")
     parser.add_argument("--quick", action="store_true", help="less than two minutes")
     parser.add_argument("--peers", choices=("all", "none"), default="none")

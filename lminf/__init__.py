@@ -27,8 +27,8 @@ if TYPE_CHECKING:
         Window,
     )
     from lminf.attention.rope import Alibi, NoEncoding, Rotary
-    from lminf.generation import Sampling
-    from lminf.lm import LM
+    from lminf.lm.generate import Sampling
+    from lminf.lm.lm import LM
 
 __all__ = [
     "H2O",
@@ -61,8 +61,8 @@ __all__ = [
     "attend_stepwise",
 ]
 _HOMES = {
-    "LM": "lminf.lm",
-    "Sampling": "lminf.generation",
+    "LM": "lminf.lm.lm",
+    "Sampling": "lminf.lm.generate",
     **dict.fromkeys(("attend", "attend_stepwise"), "lminf.attention.arrays"),
     **dict.fromkeys(("Alibi", "NoEncoding", "Rotary"), "lminf.attention.rope"),
     **dict.fromkeys(("SnapKV", "ThinK"), "lminf.attention.policies.prompt_compression"),

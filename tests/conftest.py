@@ -18,7 +18,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Annotated shapes become assertions in the packages that handle arrays: 3 s of CPU per process.
-CHECKED = ["lminf.attention", "lminf.models", "lminf.objectives", "lminf.generation", "kernels"]
+CHECKED = [
+    "lminf.attention",
+    "lminf.models",
+    "lminf.objectives",
+    "lminf.lm.generate",
+    "lminf.kernels",
+]
 if importlib.util.find_spec("beartype"):
     importlib.import_module("tests.checking")  # the hook looks the function up by its name
     jaxtyping.install_import_hook(CHECKED, "tests.checking.check")

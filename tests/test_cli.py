@@ -151,7 +151,9 @@ def test_convert_looks_at_its_target_before_it_reads(tmp_path, capsys):
     ],
 )
 def test_an_option_of_one_value_is_not_given_two(arguments, capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "experiments.passkey", raising=False)  # run again as a program
+    monkeypatch.delitem(
+        sys.modules, "lminf.experiments.passkey", raising=False
+    )  # run again as a program
     with pytest.raises(SystemExit) as ending:
         cli.main(arguments)
     assert ending.value.code == 2
@@ -197,7 +199,7 @@ def test_the_type_of_numbers_is_chosen_on_the_command_line(command, monkeypatch)
         given.update(options)
         raise InputError("no further")
 
-    monkeypatch.setattr("lminf.lm.LM.from_pretrained", from_pretrained)
+    monkeypatch.setattr("lminf.lm.lm.LM.from_pretrained", from_pretrained)
     with pytest.raises(SystemExit):
         cli.main([*command, "--dtype=bfloat16"])
     assert given["dtype"] == "bfloat16"

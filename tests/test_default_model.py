@@ -10,7 +10,7 @@ import pytest
 from lminf.attention.policy import Full, LMInfinite, Window
 from lminf.data import sources
 from lminf.evals import perplexity
-from lminf.lm import LM
+from lminf.lm.lm import LM
 
 LENGTH, BLOCK = 9000, 2048  # tokens
 DIGEST_3_11_7 = "71f2ff5d99bdc1f9"  # of the text that the figures below belong to

@@ -20,19 +20,18 @@ import numpy as np
 import pytest
 
 from docs import make_tables
-from kernels import suite
 from lminf import cli
 from lminf.attention import policy as policies
 from lminf.commands import _model, sweep
 from lminf.data.tokenizers import ByteTokenizer
-from lminf.lm import LM
+from lminf.kernels import suite
+from lminf.lm.lm import LM
 from lminf.run import request
-from lminf.run.header import ROOT
 from lminf.scaling import synthetic
 from tests.attention import cases, oracle, test_identities
 from tests.models import specs
 from tests.scaling import data
-from tests.test_layers import FILES, LAYERS, PACKAGES, imports, within
+from tests.test_layers import FILES, LAYERS, ROOT, imports, within
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -112,7 +111,7 @@ def check(program, words):
         assert request.parse(sweep.experiment_of(words[1]), own)
     elif program == "lminf":
         assert cli.parse(words)
-    elif words[0] == "kernels.suite":
+    elif words[0] == "lminf.kernels.suite":
         source = inspect.getsource(suite.main)
         assert all(f'"{word}"' in source for word in words[1:] if word.startswith("--"))
     elif words[0] != "pytest":
@@ -225,7 +224,6 @@ def test_a_policy_that_stays_is_known_by_its_name(own_folder):
     assert f"pulled.py      the file above, with {register} above @dataclass" in step
     assert f"__init__.py    one more line: {line}" in step
     shutil.copytree(ROOT / "lminf", own_folder / "lminf")
-    shutil.copytree(ROOT / "kernels", own_folder / "kernels")
     home = own_folder / "lminf/attention"
     (home / "pulled.py").write_text(source.replace("@dataclass", f"{register}\n@dataclass"))
     with (home / "__init__.py").open("a") as file:
@@ -299,9 +297,9 @@ def drawn() -> list[tuple[int, set[str]]]:
     found = []
     for line in blocks(ROOT / "docs/architecture.md", "text")[0].splitlines():
         names = re.split(r" {2,}", line.strip())[0].replace(".py", "").split(", ")
-        home = names[0].partition("/")[0]
-        whole = [name.replace("/", ".") for name in names]
-        whole = [n if n.split(".")[0] in PACKAGES else f"{home}.{n}" for n in whole]
+        # A folder beside lminf/ is the subpackage that links to it.
+        modules = [name.removeprefix("lminf/").replace("/", ".") for name in names]
+        whole = [f"lminf.{module}" for module in modules]
         found.append(((len(line) - len(line.lstrip())) // 3, set(whole)))
     return found
 
@@ -309,7 +307,7 @@ def drawn() -> list[tuple[int, set[str]]]:
 def imported(layer: str) -> set[str]:
     """The other layers that a layer's files import."""
     names = [name for name in FILES if within(name, LAYERS) == layer]
-    found = {i for name in names for i in imports(name) if i.split(".")[0] in PACKAGES}
+    found = {i for name in names for i in imports(name) if i.split(".")[0] == "lminf"}
     return {str(within(name, LAYERS)) for name in found} - {layer}
 
 

@@ -4,7 +4,7 @@ import json
 import re
 
 from docs import make_tables
-from lminf.run.header import ROOT
+from tests.test_layers import ROOT
 
 TEXT = (ROOT / "README.md").read_text()
 TARGETS = dict(re.findall(r"^\[(\w+)\]: (\S+)$", TEXT, re.MULTILINE))

@@ -5,18 +5,18 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from kernels.block_sparse import reference, xla_chunked
-from kernels.block_sparse.operands import Lists, Operands, Rules
-from kernels.common import arguments, dispatch, tuning
-from kernels.common.config import Key
-from kernels.common.masks import SegmentIds
-from kernels.lambda_attention.operands import Residuals
+from lminf.kernels.block_sparse import reference, xla_chunked
+from lminf.kernels.block_sparse.operands import Lists, Operands, Rules
+from lminf.kernels.common import arguments, dispatch, tuning
+from lminf.kernels.common.config import Key
+from lminf.kernels.common.masks import SegmentIds
+from lminf.kernels.lambda_attention.operands import Residuals
 
 IMPLEMENTATIONS = {
     "reference": reference.attention,
     "xla_chunked": xla_chunked.attention,
-    "mosaic_tpu": dispatch.lazily("kernels.block_sparse.mosaic_tpu", "attention"),
-    "triton": dispatch.lazily("kernels.block_sparse.triton", "attention"),
+    "mosaic_tpu": dispatch.lazily("lminf.kernels.block_sparse.mosaic_tpu", "attention"),
+    "triton": dispatch.lazily("lminf.kernels.block_sparse.triton", "attention"),
 }
 ORDER = {
     "cpu": ("xla_chunked",),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from kernels.block_sparse.operands import Lists
+from lminf.kernels.block_sparse.operands import Lists
 
 
 class Transposed(NamedTuple):

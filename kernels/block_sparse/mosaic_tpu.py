@@ -20,12 +20,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from kernels.block_sparse import lists as lists_
-from kernels.block_sparse.operands import Lists, Operands, Rules
-from kernels.common import compat, numerics, tpu_blocks
-from kernels.common.masks import SegmentIds
-from kernels.common.tpu_blocks import LANES, SCALARS, HeadsFirst, Statistics
-from kernels.lambda_attention.operands import Residuals
+from lminf.kernels.block_sparse import lists as lists_
+from lminf.kernels.block_sparse.operands import Lists, Operands, Rules
+from lminf.kernels.common import compat, numerics, tpu_blocks
+from lminf.kernels.common.masks import SegmentIds
+from lminf.kernels.common.tpu_blocks import LANES, SCALARS, HeadsFirst, Statistics
+from lminf.kernels.lambda_attention.operands import Residuals
 
 SCORES = 2**18  # of one pair of blocks: several arrays of this size must fit the vector memory
 

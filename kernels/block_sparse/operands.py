@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.common import masks
+from lminf.kernels.common import masks
 
 
 class Operands(NamedTuple):

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from kernels.block_sparse import operands as pairs
-from kernels.block_sparse.operands import Lists, Operands, Rules
-from kernels.common import masks, numerics
-from kernels.common.masks import SegmentIds
-from kernels.lambda_attention.operands import Residuals
+from lminf.kernels.block_sparse import operands as pairs
+from lminf.kernels.block_sparse.operands import Lists, Operands, Rules
+from lminf.kernels.common import masks, numerics
+from lminf.kernels.common.masks import SegmentIds
+from lminf.kernels.lambda_attention.operands import Residuals
 
 
 def attention(

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from kernels.block_sparse.operands import Lists
-from kernels.common import arguments
+from lminf.kernels.block_sparse.operands import Lists
+from lminf.kernels.common import arguments
 
 Kind = Literal["mean", "max_norm", "top_k"]
 

@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.block_sparse import lists as lists_
-from kernels.block_sparse.operands import Lists, Operands, Rules
-from kernels.common import dispatch, launch, masks, numerics
-from kernels.common.masks import SegmentIds
-from kernels.lambda_attention.operands import Residuals
-from kernels.lambda_attention.triton import Config, Tile, config_of
+from lminf.kernels.block_sparse import lists as lists_
+from lminf.kernels.block_sparse.operands import Lists, Operands, Rules
+from lminf.kernels.common import dispatch, launch, masks, numerics
+from lminf.kernels.common.masks import SegmentIds
+from lminf.kernels.lambda_attention.operands import Residuals
+from lminf.kernels.lambda_attention.triton import Config, Tile, config_of
 
 
 def attention(
@@ -201,7 +201,7 @@ def _attend(rules: Rules, config: Config, operands: Operands, where: _Where):
 
 
 def _launch_forward(rules: Rules, tile: Tile, operands: Operands, where: _Where):
-    from kernels.block_sparse import triton_kernels  # needs triton
+    from lminf.kernels.block_sparse import triton_kernels  # needs triton
 
     batch, queries, heads, _ = operands.query.shape
     spans = _spans(rules, where.lists, operands.key.shape[1])
@@ -252,7 +252,7 @@ def _backward(rules: Rules, config: Config, saved, cotangents):
 def _launch_query_gradients(
     rules: Rules, tile: Tile, operands: Operands, d_out, lse2, delta, where: _Where
 ) -> tuple[Float[Array, "B T N H"]]:
-    from kernels.block_sparse import triton_kernels  # needs triton
+    from lminf.kernels.block_sparse import triton_kernels  # needs triton
 
     batch, queries, heads, _ = operands.query.shape
     spans = _spans(rules, where.lists, operands.key.shape[1])
@@ -281,7 +281,7 @@ def _launch_query_gradients(
 def _launch_key_gradients(
     rules: Rules, tile: Tile, operands: Operands, d_out, lse2, delta, where: _Where
 ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
-    from kernels.block_sparse import triton_kernels  # needs triton
+    from lminf.kernels.block_sparse import triton_kernels  # needs triton
 
     batch, queries = operands.query.shape[:2]
     keys, key_heads = operands.key.shape[1:3]

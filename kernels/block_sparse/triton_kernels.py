@@ -15,7 +15,7 @@ sees: those are walked without masks, and the others after them.
 import triton
 import triton.language as tl
 
-from kernels.common import triton_kernels as tiles
+from lminf.kernels.common import triton_kernels as tiles
 
 
 @triton.jit

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jaxtyping import Array
 
-from kernels.common import platforms
+from lminf.kernels.common import platforms
 
 if TYPE_CHECKING:
-    from kernels.common.launch import Launch
+    from lminf.kernels.common.launch import Launch
 
 _capability: contextvars.ContextVar[int | None] = contextvars.ContextVar(
     "compute_capability", default=None

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 PACKAGES = {
-    "lambda_attention": "kernels.lambda_attention",
-    "lambda_decode": "kernels.decode",
-    "block_sparse_attention": "kernels.block_sparse",
-    "linear_cross_entropy": "kernels.cross_entropy",
+    "lambda_attention": "lminf.kernels.lambda_attention",
+    "lambda_decode": "lminf.kernels.decode",
+    "block_sparse_attention": "lminf.kernels.block_sparse",
+    "linear_cross_entropy": "lminf.kernels.cross_entropy",
 }
 
 

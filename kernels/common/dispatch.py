@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import jax
 
-from kernels.common import platforms
+from lminf.kernels.common import platforms
 
 Choice: TypeAlias = str | Sequence[str] | None
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from kernels.common.launch import Launch
+from lminf.kernels.common.launch import Launch
 
 POISON = 0x7F  # every byte: a NaN in bfloat16, 3e38 in float32
 

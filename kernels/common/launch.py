@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from kernels.common import compat
+from lminf.kernels.common import compat
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from kernels.common import platforms
+from lminf.kernels.common import platforms
 
 LOG2_E = math.log2(math.e)
 

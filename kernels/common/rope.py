@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, Int
 
-from kernels.common import arguments
+from lminf.kernels.common import arguments
 
 STEP = 4096  # positions in the fine table, and entries of the coarse one
 LIMIT = STEP * STEP  # positions

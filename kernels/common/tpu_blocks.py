@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from kernels.common import compat, numerics
+from lminf.kernels.common import compat, numerics
 
 LANES = 128
 SCALARS = 2**17  # of 4 bytes: half of what a v5e core's scalar memory holds

@@ -13,7 +13,7 @@ what ALiBi takes off. No JAX here.
 import triton
 import triton.language as tl
 
-from kernels.common.triton_math import LOG2_E, tanh
+from lminf.kernels.common.triton_math import LOG2_E, tanh
 
 # --- Tiles ----------------------------------------------------------------------------------------
 

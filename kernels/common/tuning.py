@@ -20,8 +20,8 @@ from typing import Any
 
 import jax
 
-from kernels.common import bench, config, platforms
-from kernels.common.config import Key
+from lminf.kernels.common import bench, config, platforms
+from lminf.kernels.common.config import Key
 
 TUNED = pathlib.Path(__file__).parents[1] / "tuned"
 # What a device calls itself -> its table.

@@ -8,16 +8,16 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.common import arguments, dispatch, numerics, tuning
-from kernels.common.config import Key
-from kernels.cross_entropy import reference, xla_chunked
-from kernels.cross_entropy.operands import Losses, Operands, Rules
+from lminf.kernels.common import arguments, dispatch, numerics, tuning
+from lminf.kernels.common.config import Key
+from lminf.kernels.cross_entropy import reference, xla_chunked
+from lminf.kernels.cross_entropy.operands import Losses, Operands, Rules
 
 IMPLEMENTATIONS = {
     "reference": reference.losses,
     "xla_chunked": xla_chunked.losses,
-    "mosaic_tpu": dispatch.lazily("kernels.cross_entropy.mosaic_tpu", "losses"),
-    "triton": dispatch.lazily("kernels.cross_entropy.triton", "losses"),
+    "mosaic_tpu": dispatch.lazily("lminf.kernels.cross_entropy.mosaic_tpu", "losses"),
+    "triton": dispatch.lazily("lminf.kernels.cross_entropy.triton", "losses"),
 }
 ORDER = {
     "cpu": ("xla_chunked",),

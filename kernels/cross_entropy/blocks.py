@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.common import numerics, platforms
-from kernels.cross_entropy.operands import Operands, Rules
+from lminf.kernels.common import numerics, platforms
+from lminf.kernels.cross_entropy.operands import Operands, Rules
 
 
 class Shard(NamedTuple):

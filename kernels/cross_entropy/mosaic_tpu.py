@@ -24,8 +24,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from kernels.common import dispatch, numerics
-from kernels.cross_entropy.operands import Losses, Operands, Rules
+from lminf.kernels.common import dispatch, numerics
+from lminf.kernels.cross_entropy.operands import Losses, Operands, Rules
 
 LANES = 128
 VMEM_BYTES = 48 * 2**20  # of the 128 MB of a v5e or v6e core; 16 MB are the default

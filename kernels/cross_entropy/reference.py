@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from kernels.cross_entropy.operands import Losses, Operands, Rules
+from lminf.kernels.cross_entropy.operands import Losses, Operands, Rules
 
 
 def losses(rules: Rules, operands: Operands, labels: Int[Array, " rows"], config: object) -> Losses:

@@ -18,9 +18,9 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from kernels.common import dispatch
-from kernels.cross_entropy import api, blocks, xla_chunked
-from kernels.cross_entropy.operands import Losses, Operands, Rules
+from lminf.kernels.common import dispatch
+from lminf.kernels.cross_entropy import api, blocks, xla_chunked
+from lminf.kernels.cross_entropy.operands import Losses, Operands, Rules
 
 
 def sharded_linear_cross_entropy(

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.common import dispatch, launch, numerics
-from kernels.cross_entropy import blocks
-from kernels.cross_entropy.operands import Losses, Operands, Rules
+from lminf.kernels.common import dispatch, launch, numerics
+from lminf.kernels.cross_entropy import blocks
+from lminf.kernels.cross_entropy.operands import Losses, Operands, Rules
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _compute(rules: Rules, config: Config, operands: Operands, labels):
 
 def _launch_statistics(rules: Rules, tile: Tile, operands: Operands, labels):
     """Maximum, sum, label's logit and sum of logits of every row."""
-    from kernels.cross_entropy import triton_kernels  # needs triton
+    from lminf.kernels.cross_entropy import triton_kernels  # needs triton
 
     embeddings, classifier, bias = operands
     rows, vocab = embeddings.shape[0], classifier.shape[0]
@@ -190,7 +190,7 @@ def _by_mean_logit(operands: Operands) -> Int[Array, " V"]:
 
 def _launch_gradients(rules: Rules, tile: Tile, operands: Operands, rows: _Rows, order):
     """Float32 gradients of embeddings, classifier and bias."""
-    from kernels.cross_entropy import triton_kernels  # needs triton
+    from lminf.kernels.cross_entropy import triton_kernels  # needs triton
 
     embeddings, classifier, bias = operands
     count, vocab = embeddings.shape[0], classifier.shape[0]

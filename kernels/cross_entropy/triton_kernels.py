@@ -12,7 +12,7 @@ and in `triton.compile`.
 import triton
 import triton.language as tl
 
-from kernels.common.triton_math import LOG2_E, tanh
+from lminf.kernels.common.triton_math import LOG2_E, tanh
 
 
 @triton.jit

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.common import dispatch, numerics, platforms
-from kernels.cross_entropy import blocks
-from kernels.cross_entropy.operands import Losses, Operands, Rules
+from lminf.kernels.common import dispatch, numerics, platforms
+from lminf.kernels.cross_entropy import blocks
+from lminf.kernels.cross_entropy.operands import Losses, Operands, Rules
 
 BUDGET_BYTES = 256 * 10**6  # of temporary memory, on an accelerator
 

@@ -6,18 +6,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.common import arguments, dispatch, tuning
-from kernels.common.config import Key
-from kernels.common.masks import GlobalDistance
-from kernels.decode import reference, xla
-from kernels.decode.cache import RollingCache
-from kernels.decode.operands import DecodeResiduals, Places, Queries, Rules
+from lminf.kernels.common import arguments, dispatch, tuning
+from lminf.kernels.common.config import Key
+from lminf.kernels.common.masks import GlobalDistance
+from lminf.kernels.decode import reference, xla
+from lminf.kernels.decode.cache import RollingCache
+from lminf.kernels.decode.operands import DecodeResiduals, Places, Queries, Rules
 
 IMPLEMENTATIONS = {
     "reference": reference.decode,
     "xla": xla.decode,
-    "mosaic_tpu": dispatch.lazily("kernels.decode.mosaic_tpu", "decode"),
-    "triton": dispatch.lazily("kernels.decode.triton", "decode"),
+    "mosaic_tpu": dispatch.lazily("lminf.kernels.decode.mosaic_tpu", "decode"),
+    "triton": dispatch.lazily("lminf.kernels.decode.triton", "decode"),
 }
 ORDER = {"cpu": ("xla",), "tpu": ("mosaic_tpu", "xla"), "gpu": ("triton", "xla")}
 

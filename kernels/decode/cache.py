@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.common import arguments
-from kernels.decode.operands import Places, Rules
+from lminf.kernels.common import arguments
+from lminf.kernels.decode.operands import Places, Rules
 
 
 class RollingCache(NamedTuple):

@@ -20,11 +20,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from kernels.common import dispatch, numerics
-from kernels.decode import cache as caches
-from kernels.decode import xla
-from kernels.decode.cache import RollingCache
-from kernels.decode.operands import DecodeResiduals, Places, Queries, Rules
+from lminf.kernels.common import dispatch, numerics
+from lminf.kernels.decode import cache as caches
+from lminf.kernels.decode import xla
+from lminf.kernels.decode.cache import RollingCache
+from lminf.kernels.decode.operands import DecodeResiduals, Places, Queries, Rules
 
 
 @dataclass(frozen=True)

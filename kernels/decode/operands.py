@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Float, Int
 
-from kernels.common.masks import GlobalDistance
+from lminf.kernels.common.masks import GlobalDistance
 
 
 class Queries(NamedTuple):

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels.common import numerics
-from kernels.decode.cache import RollingCache
-from kernels.decode.operands import DecodeResiduals, Places, Queries, Rules
+from lminf.kernels.common import numerics
+from lminf.kernels.decode.cache import RollingCache
+from lminf.kernels.decode.operands import DecodeResiduals, Places, Queries, Rules
 
 
 def decode(

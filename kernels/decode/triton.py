@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.common import dispatch, launch, numerics
-from kernels.decode import cache as caches
-from kernels.decode import xla
-from kernels.decode.cache import RollingCache
-from kernels.decode.operands import DecodeResiduals, Places, Queries, Rules
+from lminf.kernels.common import dispatch, launch, numerics
+from lminf.kernels.decode import cache as caches
+from lminf.kernels.decode import xla
+from lminf.kernels.decode.cache import RollingCache
+from lminf.kernels.decode.operands import DecodeResiduals, Places, Queries, Rules
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _compute(rules: Rules, config: Config, queries: Queries, cache: RollingCache
 
 
 def _launch(rules: Rules, config: Config, layer, queries: Queries, cache, where: _Where):
-    from kernels.decode import triton_kernels  # needs triton
+    from lminf.kernels.decode import triton_kernels  # needs triton
 
     batch, heads, width = queries.near.shape
     key_heads, window, value_width = cache.v_ring.shape[-3:]

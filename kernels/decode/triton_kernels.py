@@ -13,8 +13,8 @@ runs under jax-triton, in the Triton interpreter and in `triton.compile`.
 import triton
 import triton.language as tl
 
-from kernels.common import triton_kernels as tiles
-from kernels.common.triton_math import LOG2_E
+from lminf.kernels.common import triton_kernels as tiles
+from lminf.kernels.common.triton_math import LOG2_E
 
 
 @triton.jit

@@ -10,19 +10,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.common import arguments, dispatch, tuning
-from kernels.common.config import Key
-from kernels.common.masks import GlobalDistance, SegmentIds
-from kernels.lambda_attention import reference, xla, xla_chunked
-from kernels.lambda_attention.operands import Branch, Operands, Places, Residuals, Rules
+from lminf.kernels.common import arguments, dispatch, tuning
+from lminf.kernels.common.config import Key
+from lminf.kernels.common.masks import GlobalDistance, SegmentIds
+from lminf.kernels.lambda_attention import reference, xla, xla_chunked
+from lminf.kernels.lambda_attention.operands import Branch, Operands, Places, Residuals, Rules
 
 IMPLEMENTATIONS = {
     "reference": reference.attention,
     "xla": xla.attention,
     "xla_chunked": xla_chunked.attention,
-    "mosaic_tpu": dispatch.lazily("kernels.lambda_attention.mosaic_tpu", "attention"),
-    "triton": dispatch.lazily("kernels.lambda_attention.triton", "attention"),
-    "mosaic_gpu": dispatch.lazily("kernels.lambda_attention.mosaic_gpu", "attention"),
+    "mosaic_tpu": dispatch.lazily("lminf.kernels.lambda_attention.mosaic_tpu", "attention"),
+    "triton": dispatch.lazily("lminf.kernels.lambda_attention.triton", "attention"),
+    "mosaic_gpu": dispatch.lazily("lminf.kernels.lambda_attention.mosaic_gpu", "attention"),
 }
 ORDER = {
     "cpu": ("xla", "xla_chunked"),

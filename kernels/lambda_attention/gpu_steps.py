@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from kernels.common import numerics
+from lminf.kernels.common import numerics
 
 ROWS = 64  # queries of a warpgroup: what one wgmma multiplies
 CONSUMERS = 2

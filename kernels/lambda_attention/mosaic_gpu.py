@@ -30,9 +30,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels.common import compat, dispatch, launch, numerics
-from kernels.lambda_attention import triton
-from kernels.lambda_attention.gpu_steps import (
+from lminf.kernels.common import compat, dispatch, launch, numerics
+from lminf.kernels.lambda_attention import triton
+from lminf.kernels.lambda_attention.gpu_steps import (
     BLOCK_Q,
     CONSUMERS,
     ROWS,
@@ -47,7 +47,7 @@ from kernels.lambda_attention.gpu_steps import (
     walk,
     weigh,
 )
-from kernels.lambda_attention.operands import Branch, Operands, Places, Residuals, Rules
+from lminf.kernels.lambda_attention.operands import Branch, Operands, Places, Residuals, Rules
 
 TILE_ROWS = 8  # shared memory holds matrices in tiles of 8 rows
 # Of the 65,536 registers, 384 threads start with 168 each; then 2 x 232 and 40.

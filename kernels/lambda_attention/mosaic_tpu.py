@@ -29,12 +29,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from kernels.common import compat, dispatch, numerics, tpu_blocks
-from kernels.common.tpu_blocks import HeadsFirst, Statistics
-from kernels.lambda_attention import tpu_packing
-from kernels.lambda_attention.operands import Branch, Operands, Places, Residuals, Rules
-from kernels.lambda_attention.tpu_packing import Where
-from kernels.lambda_attention.tpu_spans import Plan, Ranges, Side
+from lminf.kernels.common import compat, dispatch, numerics, tpu_blocks
+from lminf.kernels.common.tpu_blocks import HeadsFirst, Statistics
+from lminf.kernels.lambda_attention import tpu_packing
+from lminf.kernels.lambda_attention.operands import Branch, Operands, Places, Residuals, Rules
+from lminf.kernels.lambda_attention.tpu_packing import Where
+from lminf.kernels.lambda_attention.tpu_spans import Plan, Ranges, Side
 
 
 @dataclass(frozen=True)

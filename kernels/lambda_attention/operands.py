@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Float, Int
 
-from kernels.common.masks import GlobalDistance, SegmentIds
+from lminf.kernels.common.masks import GlobalDistance, SegmentIds
 
 
 class Branch(NamedTuple):

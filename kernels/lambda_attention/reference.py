@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from kernels.common import masks, numerics
-from kernels.lambda_attention.operands import Branch, Operands, Places, Residuals, Rules
+from lminf.kernels.common import masks, numerics
+from lminf.kernels.lambda_attention.operands import Branch, Operands, Places, Residuals, Rules
 
 
 def attention(rules: Rules, operands: Operands, places: Places, config: object) -> Residuals:

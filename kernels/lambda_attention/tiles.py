@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.common import masks, numerics
-from kernels.lambda_attention.operands import Branch, Operands, Places, Rules
+from lminf.kernels.common import masks, numerics
+from lminf.kernels.lambda_attention.operands import Branch, Operands, Places, Rules
 
 
 def dot(a, b, contract: tuple[int, int], dtype, precision) -> Float[Array, "X Y"]:

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from kernels.common import masks
-from kernels.lambda_attention.operands import Branch, Operands, Places, Rules
-from kernels.lambda_attention.tpu_spans import MOST, Plan, Ranges, Side
+from lminf.kernels.common import masks
+from lminf.kernels.lambda_attention.operands import Branch, Operands, Places, Rules
+from lminf.kernels.lambda_attention.tpu_spans import MOST, Plan, Ranges, Side
 
 
 class Where(NamedTuple):

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Int
 
-from kernels.common import tpu_blocks
-from kernels.lambda_attention.operands import Rules
+from lminf.kernels.common import tpu_blocks
+from lminf.kernels.lambda_attention.operands import Rules
 
 MOST = 2**30  # beyond every position; sums of two such stay in int32
 

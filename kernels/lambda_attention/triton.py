@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.common import dispatch, launch, masks, numerics
-from kernels.lambda_attention.operands import Branch, Operands, Places, Residuals, Rules
+from lminf.kernels.common import dispatch, launch, masks, numerics
+from lminf.kernels.lambda_attention.operands import Branch, Operands, Places, Residuals, Rules
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def _attend(rules: Rules, config: Config, operands: Operands, where: _Where):
 
 
 def _launch_forward(rules: Rules, tile: Tile, near: Branch, far: Branch | None, sinks, where):
-    from kernels.lambda_attention import triton_kernels  # needs triton
+    from lminf.kernels.lambda_attention import triton_kernels  # needs triton
 
     sizes = _sizes(near, far)
     return launch.run(
@@ -310,7 +310,7 @@ def _launch_query_gradients(
     rules: Rules, tile: Tile, near: Branch, far: Branch | None, d_out, lse2, delta, where: _Where
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N H"]]:
     """Gradients of the near and the far queries; without a far branch the second means nothing."""
-    from kernels.lambda_attention import triton_kernels  # needs triton
+    from lminf.kernels.lambda_attention import triton_kernels  # needs triton
 
     sizes = _sizes(near, far)
     like = jax.ShapeDtypeStruct(near.query.shape, near.query.dtype)
@@ -338,7 +338,7 @@ def _launch_key_gradients(
     rules: Rules, tile: Tile, is_far: bool, branch: Branch, d_out, lse2, delta, where: _Where
 ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
     """Gradients of one branch's keys and values."""
-    from kernels.lambda_attention import triton_kernels  # needs triton
+    from lminf.kernels.lambda_attention import triton_kernels  # needs triton
 
     sizes = _sizes(branch, None)
     blocks = math.ceil(sizes.keys / tile.block_k)

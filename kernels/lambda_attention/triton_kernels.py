@@ -17,9 +17,9 @@ row, their positions are listed [B, LISTS, R], of which the first list_ends [B, 
 import triton
 import triton.language as tl
 
-from kernels.common import triton_kernels as tiles
-from kernels.common.triton_math import LOG2_E
-from kernels.lambda_attention import triton_math as walks
+from lminf.kernels.common import triton_kernels as tiles
+from lminf.kernels.common.triton_math import LOG2_E
+from lminf.kernels.lambda_attention import triton_math as walks
 
 # --- Forward --------------------------------------------------------------------------------------
 

@@ -4,9 +4,9 @@ All logits of a call exist at once (and once more in the backward), so it refuse
 them. A 64-token batch of 32 rows trains several times faster through it than tile by tile.
 """
 
-from kernels.common import numerics
-from kernels.lambda_attention import reference
-from kernels.lambda_attention.operands import Operands, Places, Residuals, Rules
+from lminf.kernels.common import numerics
+from lminf.kernels.lambda_attention import reference
+from lminf.kernels.lambda_attention.operands import Operands, Places, Residuals, Rules
 
 LIMIT = 2**22  # logits: 16 MB
 

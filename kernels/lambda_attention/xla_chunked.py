@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels.common import dispatch, numerics
-from kernels.lambda_attention import tiles
-from kernels.lambda_attention.operands import Branch, Operands, Places, Residuals, Rules
+from lminf.kernels.common import dispatch, numerics
+from lminf.kernels.lambda_attention import tiles
+from lminf.kernels.lambda_attention.operands import Branch, Operands, Places, Residuals, Rules
 
 Config = tiles.Config
 

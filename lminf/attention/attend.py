@@ -20,14 +20,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-import kernels
-from kernels.common import masks
+from lminf import kernels
 from lminf.attention import cache as caches
 from lminf.attention import decode, slots, sparse
 from lminf.attention.context_parallel import ContextShards
 from lminf.attention.policy import FULL, LayerPolicy, Policy
 from lminf.attention.scores import Branches, Placement, ScoreConfig, by_head
 from lminf.errors import InputError
+from lminf.kernels.common import masks
 
 Prefill: TypeAlias = Callable[[Array, Array, Array], Array]  # (q, k, v) -> out [B, T, heads, H]
 # (q, k, v, kv, layer) -> out, kv

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from kernels.common import numerics
 from lminf.attention import scores as scores_
+from lminf.kernels.common import numerics
 
 Seen: TypeAlias = Callable[[Int[Array, "B T 1"], Int[Array, "B 1 S"]], Bool[Array, "B T S"]]
 

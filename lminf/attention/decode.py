@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-import kernels
-from kernels.decode import cache as rolling
+from lminf import kernels
 from lminf.attention import cache as caches
 from lminf.attention import rope
 from lminf.attention import scores as scores_
 from lminf.attention.policy import LayerPolicy, PerHead, Policy, head_policies
 from lminf.attention.scores import Branches, Placement, ScoreConfig
+from lminf.kernels.decode import cache as rolling
 
 
 def over_slots(policy: Policy, config, layout, slot_pos: Int[Array, "B S"], positions):

@@ -5,10 +5,10 @@ on. `logits` is what that softmax is taken of, for looking at.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.common import masks
 from lminf.attention import scores as scores_
 from lminf.attention.policy import LayerPolicy, Policy
 from lminf.attention.scores import Placement, ScoreConfig
+from lminf.kernels.common import masks
 
 
 def reference(

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-import kernels
+from lminf import kernels
 from lminf.attention import attention_received, rope
 from lminf.attention import cache as caches
 from lminf.attention import scores as scores_

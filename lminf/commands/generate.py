@@ -6,8 +6,8 @@ import sys
 from lminf.commands import _model
 from lminf.data import sources
 from lminf.errors import InputError
-from lminf.generation import Sampling
-from lminf.lm import LM
+from lminf.lm.generate import Sampling
+from lminf.lm.lm import LM
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

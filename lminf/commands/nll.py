@@ -12,7 +12,7 @@ from lminf.commands import _model
 from lminf.data import sources
 from lminf.errors import InputError
 from lminf.evals import perplexity, stream
-from lminf.lm import LM
+from lminf.lm.lm import LM
 from lminf.run import memory, tables
 from lminf.run.progress import Progress
 

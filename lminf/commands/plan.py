@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def plan_training(args: argparse.Namespace) -> None:
-    from experiments import _training
+    from lminf.experiments import _training
 
     asked = request.parse(
         "train_lm", [f"--config={args.config}", *(f"--config.{o}" for o in args.overrides)]
@@ -156,7 +156,7 @@ def plan_sweep(args: argparse.Namespace, name: str) -> None:
     asked = request.parse(name, given)
     assert asked is not None  # --help was this command's own
     devices = hardware.parse(args.devices)
-    module = importlib.import_module(f"experiments.{name}")
+    module = importlib.import_module(f"lminf.experiments.{name}")
     planned = [module.planned(cell.config) for cell in sweep.cells_of(asked)]
     flops = sum(row["flops"] for row in planned)
     facts = {

@@ -65,7 +65,9 @@ class Reading:
     @cached_property
     def module(self) -> ModuleType | None:
         """The experiment's module, which knows how to summarise and draw its rows; None if gone."""
-        return importlib.import_module(f"experiments.{self.experiment}") if self.known else None
+        return (
+            importlib.import_module(f"lminf.experiments.{self.experiment}") if self.known else None
+        )
 
     @property
     def known(self) -> bool:
@@ -144,7 +146,7 @@ def _experiment_of(name: str) -> str | None:
     """The installed experiment of that name, or of its beginning: `passkey` of `passkey_long`."""
     while name:
         public = name.isidentifier() and not name.startswith("_")
-        if public and importlib.util.find_spec(f"experiments.{name}") is not None:
+        if public and importlib.util.find_spec(f"lminf.experiments.{name}") is not None:
             return name
         name = name.rpartition("_")[0]
     return None

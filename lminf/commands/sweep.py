@@ -134,7 +134,7 @@ def conclude(name: str, asked: Request, cells: Sequence[sweep.Cell], out: RunFol
     if len(done) < len(cells):
         print(f"{len(done)} of {len(cells)} cells are finished: {out / 'rows.jsonl'}")
         return
-    main = importlib.import_module("experiments._main")
+    main = importlib.import_module("lminf.experiments._main")
     module = experiment(name)
     table = getattr(module, "table", None)
     shown = table(rows) if table else rows
@@ -158,7 +158,7 @@ def conclude(name: str, asked: Request, cells: Sequence[sweep.Cell], out: RunFol
 
 
 def experiment(name: str) -> ModuleType:
-    return importlib.import_module(f"experiments.{name}")
+    return importlib.import_module(f"lminf.experiments.{name}")
 
 
 def _count(name: str, text: str) -> int:

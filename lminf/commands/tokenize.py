@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lminf import checkpoints
+from lminf.atomic import disk_errors
 from lminf.data import documents, tokenizing
 from lminf.data.tokenizers import ByteTokenizer, Special, Tokenizer
 from lminf.errors import InputError
@@ -63,7 +64,7 @@ def holding(out: Path) -> Iterator[None]:
     """Holds the store's folder; a new one is removed again if nothing was written there."""
     new = not out.exists()
     try:
-        with folder.writing(out):
+        with disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)
         with lock.held(out):
             yield

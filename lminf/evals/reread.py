@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from lminf.evals import perplexity
-from lminf.lm import LM
+from lminf.lm.lm import LM
 
 
 def token_nll(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lminf.evals.task import Budget, Task
-from lminf.language_model import LanguageModel
+from lminf.lm.protocol import LanguageModel
 
 Row = dict[str, Any]  # column -> str, int, float, bool or None
 

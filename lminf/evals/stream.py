@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from lminf.evals import perplexity
-from lminf.lm import LM
+from lminf.lm.lm import LM
 
 
 def token_nll(
@@ -23,7 +23,7 @@ def token_nll(
     bos = lm.tokenizer.bos_id if lm.tokenizer.add_bos else None
     total = sum(len(document) for document in documents) + (bos is not None)
     chunks = perplexity.stream(documents, chunk=chunk, seed=seed, bos=bos)
-    nll = np.concatenate(list(lm.read(chunks, longest=total)))
+    nll = np.concatenate(list(lm.stream_nll(chunks, longest=total)))
     places = np.arange(1, total)
     scored = places % chunk != 0
     return places[scored], nll[scored]

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
 from lminf import ranges
-from lminf.attention.rope import Encoding, Length, Rotary
+from lminf.attention.rope import DynamicNTK, Encoding, Length, Linear, NTKAware, Rotary, YaRN
 from lminf.errors import InputError
 from lminf.ranges import Range
 
@@ -117,6 +117,20 @@ class ModelSpec:
     tied: bool  # the head is the embedding
     head_bias: bool
     moe: MoESpec | None = None  # no importer knows a mixture, so a checkpoint without one says so
+
+    @property
+    def context_length(self) -> int:
+        """Tokens apart that the model can place: its trained length, times what a scaling
+        stretches. YaRN names the length before stretching; a checkpoint's own is the one after.
+        """
+        scaling = self.encoding.scaling if isinstance(self.encoding, Rotary) else None
+        if isinstance(scaling, YaRN):
+            return int(scaling.trained_length * scaling.factor)
+        if isinstance(scaling, Linear):
+            return int(self.trained_length * scaling.factor)
+        if isinstance(scaling, NTKAware | DynamicNTK):
+            return int(self.trained_length * scaling.alpha)
+        return self.trained_length
 
     def __post_init__(self):
         ranges.check(self)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int
 
-import kernels
+from lminf import kernels
 from lminf.models import decoder
 from lminf.models.spec import ModelSpec
 from lminf.types import Params

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-import kernels
+from lminf import kernels
 from lminf.models import decoder
 from lminf.models.spec import ModelSpec
 from lminf.objectives.terms import TokenLoss

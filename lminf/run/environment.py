@@ -115,6 +115,6 @@ def _version(name: str) -> str | None:
 def command_line() -> list[str]:
     """This process's command as a user would type it: `python -m experiments.NAME …`."""
     module = getattr(sys.modules.get("__main__"), "__spec__", None)
-    if module is not None and module.name.startswith("experiments."):
+    if module is not None and "experiments." in module.name:
         return ["python", "-m", module.name, *sys.argv[1:]]
     return [Path(sys.argv[0]).name, *sys.argv[1:]]

@@ -20,12 +20,12 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lminf.atomic import atomic_write, disk_errors
 from lminf.config import closest
 from lminf.errors import InputError
 from lminf.run import environment
@@ -35,47 +35,16 @@ LOCK = "lock"  # held by the process that writes here (lminf.run.lock)
 Row = dict[str, Any]  # column -> str, int, finite float, bool or None
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns an operating system's refusal to write into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        raise InputError(
-            f"cannot write {path}: {error.strerror or error}; "
-            f"{'free some space, or ' if full else ''}name another folder with --out"
-        ) from error
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Puts `content` at `path` in one step: a reader sees the old file or the new one."""
-    data = content.encode() if isinstance(content, str) else content
-    with writing(path):
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp gives 0600, and results are meant to be read
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-
-
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
     """Adds one JSON line, flushed; NaN, infinities and nested values are refused."""
     line = json.dumps({key: _scalar(key, value) for key, value in row.items()}, allow_nan=False)
     data = (line + "\n").encode()
-    with writing(path), open(path, "ab", buffering=0) as file:
+    with disk_errors(path), open(path, "ab", buffering=0) as file:
         end = file.tell()
         try:
             # A full disk can accept part of a line without an error.
             if file.write(data) != len(data):
-                raise OSError(None, "the disk is full")
+                raise OSError(errno.ENOSPC, "the disk is full")
         except BaseException:
             os.truncate(path, end)
             raise
@@ -180,9 +149,8 @@ class RunFolder:
     def write(self, name: str, content: str | bytes) -> Path:
         """Writes a whole file (folders in `name` are made); returns its path."""
         path = self.path / name
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, content)
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         return path
 
     def keep_until(self, step: int) -> None:
@@ -225,7 +193,7 @@ class RunFolder:
             return False
         if (self.plots.exists() and any(self.plots.iterdir())) or self.plots.is_symlink():
             return False
-        with writing(self.path):
+        with disk_errors(self.path):
             for name in made:
                 (self.path / name).rmdir() if name == "plots" else (self.path / name).unlink()
             if before is None:
@@ -267,7 +235,7 @@ def create(
     folder.write_json("overrides.json", dict(overrides))
     facts = {"experiment": experiment, "variant": variant, **environment.describe(command)}
     folder.write_json("environment.json", facts)
-    with writing(folder.plots):
+    with disk_errors(folder.plots):
         folder.plots.mkdir(exist_ok=True)
     return folder
 
@@ -290,7 +258,7 @@ def find(name: str, *, runs: Path = Path("runs")) -> RunFolder:
 
 
 def _claim(path: Path, same: str | None, may_change: Sequence[str]) -> Path:
-    with writing(path):
+    with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         held = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK)
     if not held:
@@ -328,7 +296,7 @@ def _leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _new_folder(parent: Path, short: str) -> Path:
     name = f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}-{short}"
-    with writing(parent):
+    with disk_errors(parent):
         parent.mkdir(parents=True, exist_ok=True)
         for suffix in ("", *(f"-{count}" for count in range(2, 100))):
             with contextlib.suppress(FileExistsError):  # two runs in one second

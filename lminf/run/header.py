@@ -13,7 +13,7 @@ from pathlib import Path
 from lminf.config import closest
 from lminf.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[2]  # beside lminf/ in a checkout and in site-packages
+ROOT = Path(__file__).resolve().parents[1]  # the package: configs/ is a link in it, or a folder
 CONFIGS = ROOT / "configs"
 ENTRY = re.compile(r"([A-Z]\w*)(?:: *| {2,})(\S.*)")
 

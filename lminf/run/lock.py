@@ -8,8 +8,9 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from lminf.atomic import disk_errors
 from lminf.errors import InputError
-from lminf.run.folder import LOCK, writing
+from lminf.run.folder import LOCK
 
 LONGEST = 1000  # bytes of a lock
 
@@ -29,7 +30,7 @@ def held(folder: Path, *, option: str = "--out") -> Iterator[None]:
                 f"{folder} is in use by {_holder(text)}; wait for it, or name another folder with "
                 f"{option}"
             ) from None
-        with writing(path):
+        with disk_errors(path):
             os.ftruncate(handle, 0)
             holder = {"process": os.getpid(), "host": socket.gethostname()}
             os.pwrite(handle, json.dumps(holder).encode(), 0)
@@ -47,7 +48,7 @@ def _opened(path: Path) -> Iterator[tuple[int, str]]:
     """
     if path.exists() and not path.is_file():
         raise InputError(f"{path} is no lock of this program; move it away")
-    with writing(path):
+    with disk_errors(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         text = os.read(handle, LONGEST).decode(errors="replace")

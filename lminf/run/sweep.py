@@ -30,6 +30,7 @@ from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 
+from lminf.atomic import disk_errors
 from lminf.config import closest
 from lminf.errors import InputError
 from lminf.run import folder, lock, request, settings
@@ -167,7 +168,7 @@ def create(asked: Request, cells: Sequence[Cell], command: Sequence[str]) -> Run
     """The sweep's folder: `--out`, or one that the same sweep finds again."""
     name = "-".join(filter(None, (asked.experiment, asked.variant)))
     path = asked.out or Path("runs") / "sweeps" / name
-    with folder.writing(path):
+    with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     with lock.waited(path):  # workers that start together write the same files
         return folder.create(
@@ -211,7 +212,7 @@ def work(
         if (at / DONE).exists():
             tally.found_done += 1
             continue
-        with folder.writing(at.path):
+        with disk_errors(at.path):
             at.path.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             try:

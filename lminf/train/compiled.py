@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from kernels.common import platforms
+from lminf.kernels.common import platforms
 from lminf.parallel import absent, mesh, partition
 from lminf.parallel.hardware import Devices
 from lminf.parallel.mesh import MeshShape

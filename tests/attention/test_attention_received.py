@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kernels
+from lminf import kernels
 from lminf.attention import attention_received
 from lminf.attention.policy import Lambda
 from tests.attention import cases

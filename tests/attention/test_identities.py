@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.common import masks
 from lminf.attention import attend, cache
 from lminf.attention import reference as dense
 from lminf.attention.policy import (
@@ -27,6 +26,7 @@ from lminf.attention.policy import (
     Streaming,
     Window,
 )
+from lminf.kernels.common import masks
 from tests.attention import cases, oracle
 from tests.attention.cases import ATOL, COVER, OTHERS, POLICIES, TOKENS
 

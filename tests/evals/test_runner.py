@@ -11,7 +11,7 @@ from lminf.evals.key_value import KeyValue
 from lminf.evals.passkey import Passkey
 from lminf.evals.runner import Cell
 from lminf.evals.task import Budget
-from lminf.scripted import Scripted
+from lminf.lm.scripted import Scripted
 
 CELLS = [
     Cell(Passkey(depth=0.1), 800, 4),

@@ -5,9 +5,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments import _models
 from lminf.data.tokenizers import ByteTokenizer
-from lminf.lm import LM
+from lminf.experiments import _models
+from lminf.lm.lm import LM
 from lminf.models import spec
 from lminf.run import folder, request
 from tests.models import specs
@@ -45,7 +45,7 @@ def rows_of(random_lm, monkeypatch, tmp_path):
         out = folder.RunFolder(Path(tempfile.mkdtemp(dir=tmp_path)))
         for row in before:
             out.append_row(row)
-        return list(importlib.import_module(f"experiments.{name}").run(config, out))
+        return list(importlib.import_module(f"lminf.experiments.{name}").run(config, out))
 
     yield measure
     jax.config.update("jax_disable_most_optimizations", False)

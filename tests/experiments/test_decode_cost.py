@@ -2,9 +2,9 @@ import jax.numpy as jnp
 import pytest
 from matplotlib.figure import Figure
 
-from experiments import _streams, decode_cost
 from lminf.attention import cache
 from lminf.attention.policy import LMInfinite
+from lminf.experiments import _streams, decode_cost
 from lminf.run import request
 
 COLUMNS = {

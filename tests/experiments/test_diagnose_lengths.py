@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from experiments import diagnose_lengths
 from lminf.errors import InputError
+from lminf.experiments import diagnose_lengths
 
 LM_INFINITE = "lm_infinite:window=16,sinks=2"
 

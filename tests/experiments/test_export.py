@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import _training, train_lm
 from lminf import checkpoints, cli
 from lminf.attention.policy import FULL, POLICIES
 from lminf.config import parse_choice
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
-from lminf.lm import LM
+from lminf.experiments import _training, train_lm
+from lminf.lm.lm import LM
 from lminf.run import folder, request
 from tests.checkpoints import making
 

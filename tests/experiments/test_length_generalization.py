@@ -1,6 +1,6 @@
 from matplotlib.figure import Figure
 
-from experiments import length_generalization as experiment
+from lminf.experiments import length_generalization as experiment
 
 
 def test_a_row_is_one_policy_and_block(rows_of):

@@ -6,10 +6,11 @@ import jax
 import pytest
 from matplotlib.figure import Figure
 
-from experiments import _models, long_context_eval
-from lminf import segment_reading, shared_prefix
 from lminf.errors import InputError
-from lminf.lm import LM
+from lminf.experiments import _models, long_context_eval
+from lminf.lm import prefix
+from lminf.lm.lm import LM
+from lminf.programs import segment_reading
 from lminf.run import folder, request
 
 FORGETS, LOOKS_UP = "lm_infinite:window=400,sinks=4", "infllm:window=64,sinks=4,topk=4,block=8"
@@ -19,8 +20,8 @@ FORGETS, LOOKS_UP = "lm_infinite:window=400,sinks=4", "infllm:window=64,sinks=4,
 def measure(random_lm, monkeypatch, tmp_path):
     """`measure(before, field=value, …)`: rows that a run adds to those from before."""
     monkeypatch.setattr(_models, "load", lambda *_, **__: random_lm)
-    monkeypatch.setattr(LM, "reach", 400)
-    monkeypatch.setattr(shared_prefix, "generate", read_by_eye)
+    monkeypatch.setattr(LM, "context_length", 400)
+    monkeypatch.setattr(prefix, "generate", read_by_eye)
     jax.config.update("jax_disable_most_optimizations", True)
 
     def run(before=(), **fields):
@@ -102,7 +103,7 @@ def test_a_policy_is_asked_of_all_depths_at_once_and_only_what_is_missing(measur
         sizes.append(len(prompts))
         return read_by_eye(lm, prompts, **options)
 
-    monkeypatch.setattr(shared_prefix, "generate", counted)
+    monkeypatch.setattr(prefix, "generate", counted)
     rows = measure()
     assert sizes == [4, 4, 2, 2]
     sizes.clear()

@@ -13,8 +13,8 @@ from PIL import Image
 
 from lminf import checkpoints
 from lminf.run import style
-from lminf.run.header import ROOT
 from notebooks import execute
+from tests.test_layers import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMALL = 200_000  # bytes, outputs and figures included

@@ -3,12 +3,12 @@ import re
 import pytest
 from matplotlib.figure import Figure
 
-from experiments import passkey
-from lminf import shared_prefix
 from lminf.attention.policy import Full, LMInfinite
 from lminf.errors import InputError
 from lminf.evals.passkey import ANSWER_TOKENS, Sample
-from lminf.lm import LM
+from lminf.experiments import passkey
+from lminf.lm import prefix
+from lminf.lm.lm import LM
 
 WINDOWED = "lm_infinite:window=400,sinks=4"
 COLUMNS = {
@@ -23,13 +23,13 @@ ASKED = {"lengths": (400, 700), "prompts": (2, 3), "depths": (0.0, 0.5),
 
 @pytest.fixture
 def rows(rows_of, monkeypatch):
-    monkeypatch.setattr(shared_prefix, "generate", read_by_eye)
+    monkeypatch.setattr(prefix, "generate", read_by_eye)
     return rows_of("passkey", **ASKED)
 
 
 @pytest.fixture(autouse=True)
 def trained_longer(random_lm, monkeypatch):
-    monkeypatch.setattr(LM, "reach", 400)
+    monkeypatch.setattr(LM, "context_length", 400)
 
 
 def read_by_eye(lm, prompts, *, max_new_tokens, rows, progress):
@@ -100,6 +100,6 @@ def test_prompts_of_a_real_model_are_read_in_batches(rows_of):
     ],
 )
 def test_bad_input_is_said_before_anything_is_read(rows_of, monkeypatch, fields, message):
-    monkeypatch.delattr(shared_prefix, "generate")
+    monkeypatch.delattr(prefix, "generate")
     with pytest.raises(InputError, match=message):
         rows_of("passkey", **fields)

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from configs import step_sweep, vocab_sweep
-from experiments import _noise
-from experiments import step_sweep as step_study
-from experiments import vocab_sweep as vocab_study
 from lminf import cli
+from lminf.configs import step_sweep, vocab_sweep
+from lminf.experiments import _noise
+from lminf.experiments import step_sweep as step_study
+from lminf.experiments import vocab_sweep as vocab_study
 from lminf.run import request, sweep
 from lminf.run.folder import RunFolder
 from lminf.scaling import accounting

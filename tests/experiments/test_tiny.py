@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from experiments import _main, _models
+from lminf.experiments import _main, _models
 from lminf.run import folder
 
 pytestmark = pytest.mark.slow
@@ -24,7 +24,7 @@ def rows_of_tiny(tiny_lm, monkeypatch, tmp_path):
     monkeypatch.setattr(_models, "load", lambda *_, **__: tiny_lm)
 
     def measure(name):
-        module = importlib.import_module(f"experiments.{name}")
+        module = importlib.import_module(f"lminf.experiments.{name}")
         _main.main(
             module.run, module.plot, table=module.table,
             argv=["--config=:tiny", f"--out={tmp_path / 'run'}"],

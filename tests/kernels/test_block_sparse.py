@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kernels
-from kernels import SegmentIds
-from kernels.block_sparse import lists, select
+from lminf import kernels
+from lminf.kernels import SegmentIds
+from lminf.kernels.block_sparse import lists, select
 
 BATCH, TOKENS, HEADS, KEY_HEADS, WIDTH, VALUE_WIDTH = 2, 45, 6, 2, 16, 24
 BLOCK_Q, BLOCK_KV = 8, 12  # 6 blocks of queries, 4 of keys, neither whole

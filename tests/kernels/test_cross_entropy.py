@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kernels
-from kernels.cross_entropy import xla_chunked
-from kernels.cross_entropy.xla_chunked import Config
+from lminf import kernels
+from lminf.kernels.cross_entropy import xla_chunked
+from lminf.kernels.cross_entropy.xla_chunked import Config
 
 ROWS, WIDTH, VOCAB = (2, 11), 12, 53
 SMALL = Config(block_rows=8, block_vocab=16)  # rows and vocabulary are no multiples

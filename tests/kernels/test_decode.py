@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kernels
-from kernels.decode import cache as caches
+from lminf import kernels
+from lminf.kernels.decode import cache as caches
 
 BATCH, TOKENS, HEADS, KEY_HEADS, WIDTH, VALUE_WIDTH = 2, 29, 6, 2, 8, 12
 TOLERANCE = 2e-6

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-import kernels
-from kernels import GlobalDistance, SegmentIds
-from kernels.lambda_attention.xla_chunked import Config
+from lminf import kernels
+from lminf.kernels import GlobalDistance, SegmentIds
+from lminf.kernels.lambda_attention.xla_chunked import Config
 
 BATCH, QUERIES, KEYS, HEADS, KEY_HEADS, WIDTH, VALUE_WIDTH = 2, 45, 101, 6, 2, 16, 24
 OFFSET = KEYS - QUERIES  # the queries are the last rows

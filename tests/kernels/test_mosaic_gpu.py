@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kernels
-from kernels.common import compat, numerics
-from kernels.common.masks import SegmentIds
-from kernels.lambda_attention import gpu_steps, mosaic_gpu
+from lminf import kernels
+from lminf.kernels.common import compat, numerics
+from lminf.kernels.common.masks import SegmentIds
+from lminf.kernels.lambda_attention import gpu_steps, mosaic_gpu
 
 BLOCK = gpu_steps.BLOCK_Q
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kernels
-from kernels.common import rope
+from lminf import kernels
+from lminf.kernels.common import rope
 
 BASE, WIDTH = 10000.0, 16
 

@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-import kernels
-from kernels.cross_entropy.xla_chunked import Config
+from lminf import kernels
+from lminf.kernels.cross_entropy.xla_chunked import Config
 
 WIDTH, VOCAB, ROWS = 12, 53, (2, 11)  # 53 over 4 or 8 shards: the last holds less
 SMALL = Config(block_rows=8, block_vocab=4)

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from kernels import checks, peers, programs, suite
-from kernels.programs import Work
-from kernels.suite import Plan
+from lminf.kernels import checks, peers, programs, suite
+from lminf.kernels.programs import Work
+from lminf.kernels.suite import Plan
 
 SMALL = {"B": 1, "T": 96, "N": 4, "K": 2, "H": 16, "w": 24, "g": 4}
 TINY = Plan(

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kernels
-from kernels.common import bench, config, tuning
-from kernels.common.config import Key
-from kernels.cross_entropy import api, xla_chunked
-from kernels.cross_entropy.xla_chunked import Config
+from lminf import kernels
+from lminf.kernels.common import bench, config, tuning
+from lminf.kernels.common.config import Key
+from lminf.kernels.cross_entropy import api, xla_chunked
+from lminf.kernels.cross_entropy.xla_chunked import Config
 
 KEY = Key("linear_cross_entropy", "float32", 1, 1, 8, 32, 64, 64, 0)
 OTHER = Config(block_rows=16, block_vocab=32)

@@ -3,7 +3,7 @@ import pytest
 
 from lminf.attention.policy import Full, LMInfinite, PerLayer
 from lminf.data.tokenizers import ByteTokenizer
-from lminf.lm import LM
+from lminf.lm.lm import LM
 from tests.models import specs
 
 
@@ -26,5 +26,5 @@ def lm() -> LM:
 @pytest.fixture
 def small_steps(monkeypatch):
     """Texts of some twenty tokens are read in several chunks."""
-    monkeypatch.setattr("lminf.lm.CHUNK", 16)
-    monkeypatch.setattr("lminf.generation.STEP", 16)
+    monkeypatch.setattr("lminf.lm.nll.CHUNK", 16)
+    monkeypatch.setattr("lminf.lm.generate.STEP", 16)

@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lminf import generation
-from lminf import lm as language_model
 from lminf.attention.policy import Full, LMInfinite
-from lminf.generation import GREEDY
+from lminf.lm import generate, nll
+from lminf.lm.generate import GREEDY
 from lminf.models import decoder
 from lminf.objectives import cross_entropy
 from tests.attention import cases
@@ -55,7 +54,7 @@ def test_scoring_a_chunk_holds_no_more_than_its_states_and_one_chunk_of_logits()
             )
         )
         return (
-            language_model._score.lower(
+            nll._score.lower(
                 module, None, abstract_parameters(spec), shape(1, tokens + 1, dtype=jnp.int32),
                 shape(dtype=jnp.int32), caches,
             ).compile(cases.fast_options()).memory_analysis().temp_size_in_bytes
@@ -73,7 +72,7 @@ def step(policy, capacity, batch=1):
             spec, module.policies, batch=batch, capacity=capacity, dtype=jnp.float32
         )
     )
-    return generation.advance.lower(
+    return generate.decode_step.lower(
         module, abstract_parameters(spec), shape(batch, 1, dtype=jnp.int32),
         shape(batch, 1, dtype=jnp.int32), caches, GREEDY, jax.eval_shape(lambda: jax.random.key(0)),
     )  # fmt: skip

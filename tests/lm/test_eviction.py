@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from lminf import generation
 from lminf.attention.policies.eviction import H2O, TOVA, SirLLM
 from lminf.attention.policy import Full, PerLayer
 from lminf.errors import InputError
+from lminf.lm import generate
 
 TEXT = "Straße: forty-one tokens, a few in bytes"
 PROMPTS = ["Twenty bytes of text", "Seven b", "Eleven byte"]
@@ -35,7 +35,7 @@ def test_losses_do_not_depend_on_the_chunks_within_a_turn(lm, ids, policy, monke
     """16 tokens at a time are four turns; 2 are half of one."""
     evicting = lm.with_policy(policy)
     whole = evicting.token_nll(ids)
-    monkeypatch.setattr("lminf.lm.CHUNK", 2)
+    monkeypatch.setattr("lminf.lm.nll.CHUNK", 2)
     np.testing.assert_allclose(evicting.token_nll(ids), whole, atol=1e-5)
     plain = lm.with_policy(Full()).token_nll(ids)
     np.testing.assert_allclose(whole[:11], plain[:11], atol=1e-5)  # nothing was evicted yet
@@ -60,7 +60,7 @@ def caches_after(lm, ids, size):
     for start in range(0, len(ids), size):
         piece = ids[None, start : start + size]
         at = np.arange(start, start + piece.shape[1], dtype=np.int32)[None]
-        _, stored = generation._read(lm.decoder, lm.params, piece, at, stored)
+        _, stored = generate._read(lm.decoder, lm.params, piece, at, stored)
     return stored[0]
 
 
@@ -90,9 +90,9 @@ def test_sirllm_remembers_how_surprising_each_token_was(lm, ids):
 def test_a_stream_without_end_is_one_program_a_chunk_and_one_a_token(lm, ids):
     evicting = lm.with_policy(SIRLLM)
     caches_after(evicting, ids[:8], 1)
-    before = generation._read._cache_size()
+    before = generate._read._cache_size()
     held = caches_after(evicting, ids, 1)
-    assert generation._read._cache_size() == before
+    assert generate._read._cache_size() == before
     assert held.k.shape[2] == 12
     assert (np.asarray(held.state["pos"]) >= 0).sum(2).max() <= 12
 

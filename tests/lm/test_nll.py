@@ -12,7 +12,7 @@ from lminf.attention import rope
 from lminf.attention.policy import Full, LMInfinite, PerHead, SelfExtend, Window
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
-from lminf.lm import LM, NLL
+from lminf.lm.lm import LM, NLL
 from lminf.models import decoder
 from lminf.objectives import cross_entropy
 from tests.attention import cases
@@ -55,9 +55,9 @@ def test_losses_do_not_depend_on_the_devices(lm, one_shot, small_steps, devices)
 def test_weights_are_copied_to_other_devices_once(lm):
     first = lm.with_devices(jax.devices()[:2])
     other = first.with_policy(Window(8))
-    assert other._params_everywhere is first._params_everywhere
+    assert other.replicated_params is first.replicated_params
     changed = dataclasses.replace(first, params={**lm.params, "embed": lm.params["embed"] + 1})
-    assert (changed._params_everywhere["embed"] != first._params_everywhere["embed"]).all()
+    assert (changed.replicated_params["embed"] != first.replicated_params["embed"]).all()
 
 
 @pytest.mark.slow
@@ -70,18 +70,18 @@ def test_losses_of_texts_of_any_length(lm, one_shot, small_steps, length):
 def test_a_stream_in_pieces_of_any_size_is_the_text(lm, one_shot, small_steps):
     ids = lm.tokenizer.encode(TEXT)
     pieces = np.split(ids, [1, 1, 2, 20, 36])  # an empty one too
-    found = list(lm.read(pieces, longest=len(ids)))
+    found = list(lm.stream_nll(pieces, longest=len(ids)))
     assert [len(losses) for losses in found] == [16, 16, 8]
     np.testing.assert_allclose(np.concatenate(found), one_shot, atol=1e-5)
-    assert list(lm.read([], longest=9)) == list(lm.read([ids[:1]], longest=9)) == []
+    assert list(lm.stream_nll([], longest=9)) == list(lm.stream_nll([ids[:1]], longest=9)) == []
 
 
 def test_a_policy_that_keeps_everything_needs_the_length_of_a_stream(lm, small_steps):
     ids = lm.tokenizer.encode(TEXT)
     with pytest.raises(InputError, match="keeps every token, so a stream needs longest="):
-        list(lm.read([ids]))
+        list(lm.stream_nll([ids]))
     with pytest.raises(InputError, match="more than longest=40 tokens came, and per_layer"):
-        list(lm.read([ids], longest=40))
+        list(lm.stream_nll([ids], longest=40))
 
 
 @pytest.mark.slow
@@ -191,7 +191,7 @@ def test_policies_that_the_model_cannot_run_are_refused(lm):
     with pytest.raises(InputError, match="3 head policies but the model has 2 key/value heads"):
         lm.with_policy(PerHead((Full(),) * 3))
     scaled = lm.with_scaling(rope.Linear(2.0))
-    assert scaled.reach == 64
+    assert scaled.context_length == 64
     assert scaled.with_policy(Window(64)).spec.encoding.scaling == rope.Linear(2.0)
     with pytest.raises(InputError, match="trained at 64 tokens"):
         scaled.with_policy(SelfExtend(65, 2))

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from lminf.errors import InputError
-from lminf.language_model import LanguageModel
-from lminf.scripted import Scripted
+from lminf.lm.protocol import LanguageModel
+from lminf.lm.scripted import Scripted
 
 PROMPTS = ["The grass is", "Here we go. There and"]
 CONTINUATIONS = [" green.", " back again. The sun"]

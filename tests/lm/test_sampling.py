@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import special, stats
 
 from lminf.errors import InputError
-from lminf.generation import GREEDY, Sampling, sample
+from lminf.lm.generate import GREEDY, Sampling, sample
 from tests.attention import cases
 
 LOGITS = np.array([1.0, 3.0, -2.0, 2.5, 2.5, 0.0], np.float32)

@@ -11,7 +11,7 @@ from lminf.attention.policies.infllm import InfLLM
 from lminf.attention.policies.topk import TopK
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
-from lminf.lm import LM
+from lminf.lm.lm import LM
 from tests.models import specs
 
 TEXT = "a text of more than forty bytes, which is read in chunks of sixteen"
@@ -27,7 +27,7 @@ def choosing(lm):
 @pytest.mark.slow
 def test_chunks_of_whole_groups_read_alike(choosing, monkeypatch):
     whole = choosing.nll(TEXT).token_nll
-    monkeypatch.setattr("lminf.lm.CHUNK", 16)
+    monkeypatch.setattr("lminf.lm.nll.CHUNK", 16)
     np.testing.assert_allclose(choosing.nll(TEXT).token_nll, whole, atol=1e-5)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lminf import LM, checkpoints
-from lminf.generation import Sampling, generate_tokens
+from lminf.lm.generate import Sampling, generate_tokens
 from lminf.models import decoder
 
 from .test_goldens import CASES, LOGITS

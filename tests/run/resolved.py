@@ -11,7 +11,7 @@ STORED = Path(__file__).parent / "resolved"
 
 def forms(name: str) -> list[str]:
     """The variants of an experiment's config, the full form first."""
-    variants = getattr(importlib.import_module(f"configs.{name}"), "VARIANTS", ("tiny",))
+    variants = getattr(importlib.import_module(f"lminf.configs.{name}"), "VARIANTS", ("tiny",))
     return list(dict.fromkeys(("", *variants)))
 
 

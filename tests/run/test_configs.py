@@ -36,7 +36,7 @@ def test_an_unknown_variant_is_refused(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_experiment_is_a_run_and_a_plot(name):
-    module = importlib.import_module(f"experiments.{name}")
+    module = importlib.import_module(f"lminf.experiments.{name}")
     assert callable(module.run)
     assert callable(module.plot)
 

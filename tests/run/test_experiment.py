@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from experiments import _main
 from lminf.errors import InputError
+from lminf.experiments import _main
 from lminf.run import plots, request, tables
 
 CONFIG = '''"""Squares, by power.
@@ -18,7 +18,7 @@ Command    python -m experiments.demo
 Time       an instant
 """
 
-from configs import base
+from lminf.configs import base
 from lminf.config import to_config
 from lminf.attention.policy import LMInfinite
 

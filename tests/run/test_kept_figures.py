@@ -147,4 +147,4 @@ def test_a_bad_figure_is_found_out():
 def test_every_experiment_that_is_kept_has_a_module():
     assert len(RUNS) > 10
     for run in RUNS:
-        importlib.import_module(f"experiments.{show.read(str(run)).experiment}")
+        importlib.import_module(f"lminf.experiments.{show.read(str(run)).experiment}")

@@ -5,7 +5,7 @@ import tomllib
 
 import pytest
 
-from lminf.run.header import ROOT
+from tests.test_layers import ROOT
 
 
 def planned(target: str) -> str:

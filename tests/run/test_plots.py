@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lminf import lm  # noqa: F401 -- with all policies
 from lminf.attention import policy as policies
 from lminf.errors import InputError
+from lminf.lm import lm  # noqa: F401 -- with all policies
 from lminf.run import labels, plots, style
 
 ROWS = [

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import _tables
 from lminf import cli, scaling
 from lminf.commands.scaling import _arguments
 from lminf.errors import InputError
+from lminf.experiments import _tables
 from lminf.scaling import synthetic
 from tests import cases
 from tests.scaling import data

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from lminf.atomic import atomic_write
 from lminf.errors import InputError
 from lminf.run import folder
 from lminf.scaling import collect as tables
@@ -24,10 +25,9 @@ def collect(args):
     if args.subject == "vocab":  # `fit vocab` needs it to tell tokens from characters
         measured = json.dumps(tables.fertility(rows).to_json(), indent=2) + "\n"
         files[target.with_suffix(".fertility.json")] = measured
-    with folder.writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
     for path, content in files.items():
-        folder.write_whole(path, content)
+        with atomic_write(path) as temporary:
+            temporary.write_text(content)
     result = {"rows": text.count("\n") - 1, "written": [str(path) for path in files]}
 
     def say(console):

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from configs import step_sweep, vocab_sweep
-from experiments import _corpus, _small
+from lminf.atomic import atomic_write
+from lminf.configs import step_sweep, vocab_sweep
 from lminf.errors import InputError
-from lminf.run import devices, folder
+from lminf.experiments import _corpus, _small
+from lminf.run import devices
 from lminf.run import tables as show
 from lminf.scaling import plan as plans
 
@@ -57,9 +58,8 @@ def plan(args):
     }
     command = f"lminf sweep {kind} --config={args.out or 'FILE.py'}"
     if args.out:
-        with folder.writing(Path(args.out)):
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        folder.write_whole(Path(args.out), file)
+        with atomic_write(Path(args.out)) as temporary:
+            temporary.write_text(file)
 
     def say(console):
         console.print(
@@ -163,7 +163,7 @@ def config_file(kind: str, planned: plans.Plan) -> str:
         f'"""{title} for {planned.flops:.3g} FLOPs, by lminf scaling plan.\n\n'
         f"Question   As {kind}_sweep asks\n"
         f'"""\n\n'
-        f"from configs import {kind}_sweep\n"
+        f"from lminf.configs import {kind}_sweep\n"
         f"from lminf.run.sweep import cross, grid\n\n"
         f"GROUPS = (\n{groups})\n\n\n"
         f'def get_config(arg: str = ""):\n'

@@ -6,10 +6,10 @@ import random
 from pathlib import Path
 from typing import Any
 
-from experiments import _training
 from lminf.attention.policy import POLICIES
 from lminf.config import CLASS, parse_choice
 from lminf.data.loader import parse_plan
+from lminf.experiments import _training
 from lminf.run import header, request
 from tests.fuzz import mutate as damage
 from tests.run.resolved import forms

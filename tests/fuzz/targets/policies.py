@@ -14,7 +14,7 @@ from lminf.attention.parsing import parse_policy
 from lminf.attention.policy import POLICIES
 from lminf.config import parse_choice
 from lminf.data.tokenizers import ByteTokenizer
-from lminf.lm import LM
+from lminf.lm.lm import LM
 from tests.fuzz import mutate as damage
 from tests.models import specs
 

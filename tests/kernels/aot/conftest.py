@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from kernels.common import aot
+from lminf.kernels.common import aot
 
 HERE = Path(__file__).parent
 # Of the TPU's compiler for each kernel: instruction bundles, the words that a core issues.

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import kernels
-from kernels.common import aot
+from lminf import kernels
+from lminf.kernels.common import aot
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import kernels
-from kernels.common import aot, compat, launch
-from kernels.lambda_attention import mosaic_gpu
+from lminf import kernels
+from lminf.kernels.common import aot, compat, launch
+from lminf.kernels.lambda_attention import mosaic_gpu
 
 
 class Report(NamedTuple):

@@ -13,10 +13,10 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import kernels
-from kernels import SegmentIds
-from kernels.decode import cache as caches
-from kernels.lambda_attention import mosaic_tpu
+from lminf import kernels
+from lminf.kernels import SegmentIds
+from lminf.kernels.decode import cache as caches
+from lminf.kernels.lambda_attention import mosaic_tpu
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
 LENGTH = 131072

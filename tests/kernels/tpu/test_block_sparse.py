@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kernels
-from kernels import SegmentIds
+from lminf import kernels
+from lminf.kernels import SegmentIds
 from tests.kernels import test_block_sparse as shared
 
 TOKENS, WIDTH, VALUE_WIDTH, BLOCK = 300, 16, 24, 128  # three blocks, the last incomplete

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kernels
-from kernels.cross_entropy.mosaic_tpu import Config
+from lminf import kernels
+from lminf.kernels.cross_entropy.mosaic_tpu import Config
 from tests.kernels import test_cross_entropy as shared
 
 SMALL = Config(block_rows=8, block_vocab=16)  # 22 rows and 53 entries are no multiples

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kernels
-from kernels import RollingCache
-from kernels.decode.mosaic_tpu import Config
+from lminf import kernels
+from lminf.kernels import RollingCache
+from lminf.kernels.decode.mosaic_tpu import Config
 from tests.kernels import test_decode as shared
 
 SMALL = Config(block=8)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-import kernels
-from kernels import SegmentIds
-from kernels.lambda_attention import mosaic_tpu, tpu_spans
-from kernels.lambda_attention.operands import Rules
+from lminf import kernels
+from lminf.kernels import SegmentIds
+from lminf.kernels.lambda_attention import mosaic_tpu, tpu_spans
+from lminf.kernels.lambda_attention.operands import Rules
 from tests.kernels import test_lambda_attention as shared
 
 # Small blocks: some of the window's are clear, some on its edges, and the last ones incomplete.

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from kernels import SegmentIds
-from kernels.common import masks
-from kernels.lambda_attention import tpu_packing, tpu_spans
-from kernels.lambda_attention.operands import Branch, Operands, Places, Rules
+from lminf.kernels import SegmentIds
+from lminf.kernels.common import masks
+from lminf.kernels.lambda_attention import tpu_packing, tpu_spans
+from lminf.kernels.lambda_attention.operands import Branch, Operands, Places, Rules
 from tests.kernels.tpu.test_lambda_attention import plans, walk
 
 

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import kernels
-from kernels import SegmentIds
-from kernels.cross_entropy import triton as loss_triton
-from kernels.decode import triton as decode_triton
-from kernels.lambda_attention import triton as lambda_triton
+from lminf import kernels
+from lminf.kernels import SegmentIds
+from lminf.kernels.cross_entropy import triton as loss_triton
+from lminf.kernels.decode import triton as decode_triton
+from lminf.kernels.lambda_attention import triton as lambda_triton
 from tests.kernels import test_block_sparse as blocks
 from tests.kernels.test_lambda_attention import listed, normal
 

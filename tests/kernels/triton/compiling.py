@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from kernels.common.launch import Launch
+from lminf.kernels.common.launch import Launch
 
 NAMES = {
     "float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32", "int8": "*i8",
@@ -86,7 +86,7 @@ def _ptxas(capability: int) -> str:
 
 def launches_of(function, *shapes) -> list[Launch]:
     """The launches that tracing `function` asks for."""
-    from kernels.common import launch
+    from lminf.kernels.common import launch
 
     with launch.recording() as found:
         jax.eval_shape(lambda *x: function(*x), *shapes)

@@ -15,7 +15,7 @@ Errors = dict[str, float]
 
 def answer(checks: dict[str, Callable[[], Errors]]) -> None:
     """Serves until the input ends."""
-    from kernels.common import interpret, launch
+    from lminf.kernels.common import interpret, launch
 
     for line in sys.stdin:
         try:

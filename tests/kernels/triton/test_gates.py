@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import kernels
-from kernels import SegmentIds
-from kernels.common import compat
+from lminf import kernels
+from lminf.kernels import SegmentIds
+from lminf.kernels.common import compat
 from tests.kernels.triton import compiling
 
 pytestmark = pytest.mark.aot

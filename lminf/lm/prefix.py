@@ -14,10 +14,10 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from lminf import generation
 from lminf.attention import cache
-from lminf.generation import GREEDY, Sampling
-from lminf.lm import LM
+from lminf.lm import generate as decoding
+from lminf.lm.generate import GREEDY, Sampling
+from lminf.lm.lm import LM
 
 Chunk = tuple[Int[np.ndarray, "P C"], Int[np.ndarray, "P C"]]  # tokens, positions
 
@@ -38,20 +38,20 @@ def generate(
     its own beside the trunk's. `progress` is told of the tokens of prompts as they are done.
     """
     encoded = lm.encode_prompts(prompts)
-    generation.check_new_tokens(max_new_tokens)
-    lm.check_room(max(map(len, encoded), default=0) + max_new_tokens)
-    chunks = list(generation.pieces(lm, encoded))
+    decoding.check_new_tokens(max_new_tokens)
+    lm.check_length(max(map(len, encoded), default=0) + max_new_tokens)
+    chunks = list(decoding.pieces(lm, encoded))
     lengths = np.array([len(ids) for ids in encoded], np.int32)
     texts = [""] * len(encoded)
     empty = partial(
-        generation.empty_caches, lm, rows=1, longest=int(lengths.max()), room=max_new_tokens
+        decoding.empty_caches, lm, rows=1, longest=int(lengths.max()), room=max_new_tokens
     )
     for members, begun, caches in _branches(lm, chunks, empty, rows):
-        written = generation.go_on(
+        written = decoding.decode_loop(
             lm, _of_rows(chunks[begun:], members), caches, lengths=lengths[members],
             sampling=sampling, max_new_tokens=max_new_tokens, key=jax.random.key(seed),
         )  # fmt: skip
-        for row, piece in lm.shown(written, rows=len(members)):
+        for row, piece in lm.detokenize(written, rows=len(members)):
             texts[members[row]] += piece
         if progress:
             progress(int(lengths[members].sum()))
@@ -79,7 +79,7 @@ def _branches(
             if begun < last:
                 (chunk,) = _of_rows(chunks[begun : begun + 1], [trunk])
                 # As a prompt is read that an answer follows, so that one program serves both.
-                _, caches = generation.advance(
+                _, caches = decoding.decode_step(
                     lm.decoder, lm.params, *chunk, caches, GREEDY, jax.random.key(0)
                 )
 

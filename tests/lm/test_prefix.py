@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from lminf import generation, shared_prefix
 from lminf.attention.policies.eviction import SirLLM
 from lminf.attention.policies.infllm import InfLLM
 from lminf.attention.policy import LMInfinite
 from lminf.errors import InputError
+from lminf.lm import generate, prefix
 
 BOOK = "It was the best of times, it was the worst of times, it was the age of wisdom."  # 78 bytes
 # Two leave the trunk at one place, one leaves it later, one is shorter, one begins otherwise.
@@ -25,14 +25,14 @@ NEW = 6
 @pytest.fixture
 def chunks_read(monkeypatch):
     """Rows of every chunk that is read."""
-    found, advance = [], generation.advance
+    found, advance = [], generate.decode_step
 
     def counted(module, params, tokens, *rest):
         if tokens.shape[1] > 1:
             found.append(len(tokens))
         return advance(module, params, tokens, *rest)
 
-    monkeypatch.setattr(generation, "advance", counted)
+    monkeypatch.setattr(generate, "decode_step", counted)
     return found
 
 
@@ -51,18 +51,18 @@ def test_every_answer_is_that_of_the_prompt_alone(lm, small_steps, policy, rows)
     lm = lm if policy is None else lm.with_policy(policy)
     alone = [lm.generate(prompt, max_new_tokens=NEW) for prompt in PROMPTS]
     assert len(set(alone)) > 1
-    assert shared_prefix.generate(lm, PROMPTS, max_new_tokens=NEW, rows=rows) == alone
+    assert prefix.generate(lm, PROMPTS, max_new_tokens=NEW, rows=rows) == alone
 
 
 def test_what_prompts_share_is_read_once(lm, small_steps, chunks_read):
     first, *twins = PROMPTS[:3]
     assert [len(prompt) for prompt in (first, *twins)] == [83, 83, 83]  # six chunks, padded by 13
     done = []
-    shared_prefix.generate(lm, twins, max_new_tokens=2, rows=2, progress=done.append)
+    prefix.generate(lm, twins, max_new_tokens=2, rows=2, progress=done.append)
     assert chunks_read == [1, 1, 1, 2, 2, 2]
     assert done == [166]
     chunks_read.clear()
-    shared_prefix.generate(lm, [first, *twins], max_new_tokens=2)
+    prefix.generate(lm, [first, *twins], max_new_tokens=2)
     assert chunks_read == [1] * (3 + 3 + 3 + 3)
 
 
@@ -70,13 +70,13 @@ def test_the_trunk_is_what_agrees_longest_with_the_others():
     letters = [np.frombuffer(text.encode(), np.uint8) for text in ("aabb", "aabc", "aacc", "dddd")]
     tokens = np.stack(letters)
     chunks = [(tokens[:, i : i + 1], np.zeros((4, 1))) for i in range(4)]
-    assert shared_prefix.common_chunks(chunks).tolist() == [
+    assert prefix.common_chunks(chunks).tolist() == [
         [3, 3, 2, 0], [3, 3, 2, 0], [2, 2, 3, 0], [0, 0, 0, 3],
     ]  # fmt: skip
 
 
 def test_prompts_that_cannot_be_are_refused(lm):
     with pytest.raises(InputError, match="a prompt has no tokens; give at least one"):
-        shared_prefix.generate(lm, [], max_new_tokens=3)
+        prefix.generate(lm, [], max_new_tokens=3)
     with pytest.raises(InputError, match="max_new_tokens=0: give at least 1"):
-        shared_prefix.generate(lm, ["abc"], max_new_tokens=0)
+        prefix.generate(lm, ["abc"], max_new_tokens=0)

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import kernels
-from lminf import generation
+from lminf import kernels
 from lminf.attention.policy import LMInfinite, SelfExtend
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
-from lminf.generation import GREEDY, Sampling, TextStream, generate_tokens
+from lminf.lm import generate
+from lminf.lm.generate import GREEDY, Sampling, TextStream, generate_tokens
 from lminf.models import decoder
 from tests.attention import cases
 from tests.models import specs
@@ -57,14 +57,14 @@ def test_prompts_of_unequal_length_are_each_alone(lm, small_steps):
 
 def test_decoding_compiles_once_for_all_lengths(lm, small_steps):
     tokens_after(lm, PROMPTS[:1])
-    before = generation.advance._cache_size()
+    before = generate.decode_step._cache_size()
     for prompt, new in (("a prompt", 11), ("another prompt, longer", 9), ("another", 24)):
         assert len(prompt) + new in range(17, 33)  # the same room for layers that keep everything
         tokens_after(lm, [prompt], new=new)
-    assert generation.advance._cache_size() == before
+    assert generate.decode_step._cache_size() == before
     for temperature in (0.5, 2.0):  # greedy was the first
         list(lm.stream(PROMPTS[:1], max_new_tokens=3, sampling=Sampling(temperature)))
-    assert generation.advance._cache_size() == before
+    assert generate.decode_step._cache_size() == before
     rows = tokens_after(lm, PROMPTS[:1], new=1)
     assert rows.shape == (1, 1)
 
@@ -120,7 +120,7 @@ def test_a_prompt_that_the_policy_cannot_place_is_refused(lm):
     with pytest.raises(InputError, match=r"places at most 56 tokens within the 32 .* take 57"):
         extended.generate("x" * 47, max_new_tokens=10)
     for policy in (LMInfinite(8, 2), lm.policy):
-        lm.with_policy(policy).check_room(10**9)
+        lm.with_policy(policy).check_length(10**9)
 
 
 def test_caches_that_the_device_cannot_hold_are_refused(lm, monkeypatch):
@@ -129,7 +129,7 @@ def test_caches_that_the_device_cannot_hold_are_refused(lm, monkeypatch):
     assert forgets.init_caches(batch=1, capacity=10**9)[0].k.shape[2] == 10
     for act in (
         lambda: lm.generate("abc", max_new_tokens=200_000),
-        lambda: list(lm.read([], longest=200_000)),
+        lambda: list(lm.stream_nll([], longest=200_000)),
     ):
         with pytest.raises(InputError, match=r"the caches of 20\d{4} tokens take .* 0.0 GB; read"):
             act()

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from lminf.errors import InputError
-from lminf.language_model import Score
+from lminf.lm.protocol import Score
 
 BYTES = 256
 SCRIPTED = 0.99  # probability of the byte that the script has next; the others share the rest

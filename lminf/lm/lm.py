@@ -8,10 +8,8 @@ lm.with_policy(Full())             the same weights, attended otherwise
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -27,50 +25,22 @@ from lminf.attention.parsing import parse_policy
 from lminf.attention.policy import FULL, AnyPolicy
 from lminf.data.tokenizers import Special
 from lminf.errors import InputError
-from lminf.generation import (
+from lminf.lm.generate import (
     GREEDY,
     Sampling,
     TextStream,
     generate_tokens,
     mean_hidden,
     next_logits,
-    prepare_decoding,
 )
-from lminf.language_model import Score
+from lminf.lm.nll import CONTEXT, NLL, stream_nll
+from lminf.lm.protocol import Score
 from lminf.models import cost, decoder
 from lminf.models.spec import ModelSpec
-from lminf.objectives import cross_entropy
 from lminf.parallel import hardware
 from lminf.types import Params
 
 Progress: TypeAlias = Callable[[int, int], None]  # (done, of), in tokens
-
-CONTEXT = "context"  # the mesh axis that the tokens of a chunk are spread over
-CHUNK = 2048  # tokens read at a time: wide enough for full-speed products, small beside a window
-AFTER_PROMPT = 128  # the same, once a prompt is condensed: scores of a chunk are held whole
-
-
-@dataclass(frozen=True)
-class NLL:
-    """How well a text was predicted."""
-
-    token_nll: Float32[np.ndarray, " T-1"]  # nats of tokens 1.. given all before them
-    token_bytes: Int[np.ndarray, " T-1"]  # UTF-8 bytes of those tokens
-
-    @property
-    def mean(self) -> float:
-        """Nats per token."""
-        return float(self.token_nll.mean(dtype=np.float64))
-
-    @property
-    def bits_per_byte(self) -> float:
-        return float(self.token_nll.sum(dtype=np.float64) / np.log(2) / self.token_bytes.sum())
-
-    def blocks(self, block: int) -> list[float]:
-        """Mean nats per token over each `block` positions of the text; the first token has none."""
-        starts = range(0, len(self.token_nll) + 1, block)
-        parts = (self.token_nll[max(start - 1, 0) : start - 1 + block] for start in starts)
-        return [float(part.mean(dtype=np.float64)) for part in parts if len(part)]
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,7 +52,7 @@ class LM:
     tokenizer: Any  # lminf.data.tokenizers.Tokenizer or ByteTokenizer
     policy: AnyPolicy = FULL
     dtype: Any = jnp.float32
-    # Its axis "context" shares out the tokens of each chunk that `read` takes. None: one device.
+    # Its axis "context" shares out the tokens of each chunk that are read. None: one device.
     mesh: Mesh | None = None
     # Mesh -> (params, the same on all of its devices), for every model made from this one.
     _placed: dict[Mesh, tuple[Params, Params]] = dataclasses.field(
@@ -90,7 +60,7 @@ class LM:
     )
 
     def __post_init__(self):
-        policies.check_trained(self.policy, self.reach)
+        policies.check_trained(self.policy, self.context_length)
         policies.check_rotary(self.policy, self.spec.encoding)
         self._by_layer()  # refuses a mix that does not fit the layers or heads
 
@@ -133,9 +103,9 @@ class LM:
         )
 
     @property
-    def reach(self) -> int:
+    def context_length(self) -> int:
         """Tokens apart that the model can place, as trained and scaled."""
-        return reach_of(self.spec)
+        return self.spec.context_length
 
     @property
     def decoder(self) -> decoder.Decoder:
@@ -170,8 +140,8 @@ class LM:
         return dataclasses.replace(self, spec=dataclasses.replace(self.spec, encoding=encoding))
 
     @property
-    def _params_everywhere(self) -> Params:
-        """The parameters where `read` wants them."""
+    def replicated_params(self) -> Params:
+        """The parameters where texts are read."""
         if self.mesh is None:
             return self.params
         held = self._placed.get(self.mesh)
@@ -215,82 +185,25 @@ class LM:
         if total < 1:
             raise InputError(f"{len(ids)} tokens: nothing to predict; give at least 2")
         losses, done = [], 0
-        for loss in self.read([ids], longest=len(ids), prompt=prompt):
+        for loss in self.stream_nll([ids], longest=len(ids), prompt=prompt):
             losses.append(loss)
             done += len(loss)
             if progress:
                 progress(done, total)
         return np.concatenate(losses)
 
-    def read(
+    def stream_nll(
         self,
         pieces: Iterable[Int[np.ndarray, " _"]],
         *,
         longest: int | None = None,
         prompt: int | None = None,
     ) -> Iterator[Float32[np.ndarray, " _"]]:
-        """NLL of the tokens 1.. of a stream, in order, some at a time; what was read is forgotten
-        as the policy says. `longest` is the most tokens that may come: policies that keep
-        everything need it, and a short one saves work. `prompt` is as for `token_nll`.
+        """NLL of the tokens 1.. of a stream, nats, in order, some at a time; what was read is
+        forgotten as the policy says. `longest` is the most tokens that may come: policies that
+        keep everything need it, and a short one saves work. `prompt` is as for `token_nll`.
         """
-        if self.mesh is not None and not all(p.context_parallel for p in self.decoder.policies):
-            # Which tokens are selected follows from all that came before: one device reads them.
-            alone = dataclasses.replace(self, mesh=None)
-            yield from alone.read(pieces, longest=longest, prompt=prompt)
-            return
-        module, mesh = self.decoder, self.mesh
-        bounded = all(policy.bounded for policy in module.policies)
-        if longest is None and not bounded:
-            raise InputError(
-                f"{self.policy.name} keeps every token, so a stream needs longest=, the tokens to "
-                f"make room for; or read it under a policy with a window"
-            )
-        # No wider than the text, in powers of two, so that few shapes are compiled.
-        chunk = CHUNK if longest is None else min(CHUNK, max(16, _power_of_two(longest - 1)))
-        chunk = policies.chunk_within(policies.common_eviction(module.policies), chunk)
-        prompt = self._prompt_within(longest, prompt)
-        chunk = policies.chunk_within(prompt, chunk)
-        caches = self.init_caches(batch=1, capacity=-(-(longest or 0) // chunk) * chunk)
-        if mesh is not None:
-            caches = jax.device_put(caches, NamedSharding(mesh, P()))
-        held, start = np.zeros(0, np.int32), 0
-        for piece in itertools.chain(pieces, [None]):
-            last = piece is None
-            held = held if last else np.concatenate([held, np.asarray(piece, np.int32)])
-            # A chunk needs the token after it; the last one is filled up with what is not scored.
-            while len(held) > chunk or (last and len(held) > 1):
-                scored = min(chunk, len(held) - 1)
-                if not bounded and longest is not None and start + scored >= longest:
-                    raise InputError(
-                        f"more than longest={longest} tokens came, and {self.policy.name} keeps "
-                        f"every one; give the length of the stream"
-                    )
-                tokens = np.pad(held[: chunk + 1], (0, max(chunk + 1 - len(held), 0)))
-                loss, caches = _score(
-                    module, mesh, self._params_everywhere, tokens[None], np.int32(start), caches
-                )
-                yield np.asarray(loss[0, :scored])
-                held, start = held[scored:], start + scored
-                if start == prompt:
-                    chunk = policies.chunk_within(chunk, AFTER_PROMPT)
-                    room = -(-((longest or 0) - start) // chunk) * chunk
-                    caches = prepare_decoding(module, caches, length=start, room=room)
-
-    def _prompt_within(self, longest: int | None, prompt: int | None) -> int | None:
-        """The tokens of a prompt, where the policy asks for them."""
-        name = next((p.name for p in self.decoder.policies if p.needs_prompt), None)
-        if name is None:
-            return None
-        if prompt is None:
-            raise InputError(
-                f"{name} acts at the end of a prompt, and a text has none; say how many of its "
-                f"tokens are one with prompt="
-            )
-        if longest is not None and not 1 <= prompt < longest:
-            raise InputError(
-                f"prompt={prompt} of a text of {longest} tokens; give at least 1, and not all"
-            )
-        return prompt
+        return stream_nll(self, pieces, longest=longest, prompt=prompt)
 
     def nll(
         self,
@@ -409,14 +322,14 @@ class LM:
             yield piece
 
     def _write(self, prompts, max_new_tokens, sampling, stop, seed) -> Iterator[tuple[int, str]]:
-        self.check_room(max((len(ids) for ids in prompts), default=0) + max_new_tokens)
+        self.check_length(max((len(ids) for ids in prompts), default=0) + max_new_tokens)
         written = generate_tokens(
             self, prompts, sampling=sampling, max_new_tokens=max_new_tokens,
             key=jax.random.key(seed),
         )  # fmt: skip
-        yield from self.shown(written, rows=len(prompts), stop=stop)
+        yield from self.detokenize(written, rows=len(prompts), stop=stop)
 
-    def shown(
+    def detokenize(
         self, written: Iterable[Int[np.ndarray, " B"]], *, rows: int, stop: Sequence[str] = ()
     ) -> Iterator[tuple[int, str]]:
         """(row, text) of tokens that come for all rows at once, until every row has ended."""
@@ -431,14 +344,14 @@ class LM:
             if piece := text.finish():
                 yield row, piece
 
-    def check_room(self, tokens: int) -> None:
+    def check_length(self, tokens: int) -> None:
         """Refuses more tokens than the policy can place within what the model was trained on."""
-        most = policies.max_length(self.policy, self.reach)
+        most = policies.max_length(self.policy, self.context_length)
         if most is not None and tokens > most:
             raise InputError(
-                f"{self.policy.name} places at most {most} tokens within the {self.reach} this "
-                f"model was trained on, but prompt and answer take {tokens}; "
-                f"shorten the prompt or raise its group or stretch"
+                f"{self.policy.name} places at most {most} tokens within the "
+                f"{self.context_length} this model was trained on, but prompt and answer take "
+                f"{tokens}; shorten the prompt or raise its group or stretch"
             )
 
     def encode_prompts(
@@ -472,50 +385,3 @@ class LM:
                 )
             ids, ends = ids[:length], ends[:length]
         return ids, ends
-
-
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
-def _score(module: decoder.Decoder, mesh, params, tokens: Int[jax.Array, "B C+1"], start, caches):
-    """Losses [B, C] of the tokens after each, and the caches with the first C read."""
-    chunk = tokens.shape[1] - 1
-    positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32), (len(tokens), chunk))
-    shared = mesh is not None and chunk % mesh.size == 0
-    module = module.clone(context_axis=CONTEXT if shared else None)
-
-    def score(params, tokens, targets, positions, caches):
-        hidden, caches = module.apply(
-            {"params": params}, tokens, positions=positions, caches=caches
-        )
-        return cross_entropy.token_nll(module.spec, params, hidden, targets), caches
-
-    if shared:
-        shares = P(None, CONTEXT)
-        score = jax.shard_map(
-            score,
-            mesh=mesh,
-            in_specs=(P(), shares, shares, shares, P()),
-            out_specs=(shares, P()),
-            # That all devices end with the same caches, jax cannot know: it follows from the
-            # gathered keys and values that each of them writes.
-            check_vma=False,
-        )
-    return score(params, tokens[:, :-1], tokens[:, 1:], positions, caches)
-
-
-def _power_of_two(least: int) -> int:
-    return 1 << max(least - 1, 0).bit_length()
-
-
-def reach_of(spec: ModelSpec) -> int:
-    """Tokens apart that the model can place: its trained length, times what a scaling stretches.
-
-    YaRN names the length before stretching itself; a checkpoint's own is the one after.
-    """
-    scaling = spec.encoding.scaling if isinstance(spec.encoding, rope.Rotary) else None
-    if isinstance(scaling, rope.YaRN):
-        return int(scaling.trained_length * scaling.factor)
-    if isinstance(scaling, rope.Linear):
-        return int(spec.trained_length * scaling.factor)
-    if isinstance(scaling, rope.NTKAware | rope.DynamicNTK):
-        return int(spec.trained_length * scaling.alpha)
-    return spec.trained_length

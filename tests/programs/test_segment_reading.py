@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lminf import segment_reading
 from lminf.attention import rope
 from lminf.attention.policy import Full
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
-from lminf.lm import LM
-from lminf.segment_reading import SegmentReading, Threshold, TopK
+from lminf.lm.lm import LM
+from lminf.programs import segment_reading
+from lminf.programs.segment_reading import SegmentReading, Threshold, TopK
 from tests.models import specs
 
 NEW = 4

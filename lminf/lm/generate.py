@@ -96,7 +96,7 @@ def generate_tokens(
     check_new_tokens(max_new_tokens)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     caches = empty_caches(lm, rows=len(prompts), longest=int(lengths.max()), room=max_new_tokens)
-    yield from go_on(
+    yield from decode_loop(
         lm, chunks, caches, lengths=lengths, sampling=sampling, max_new_tokens=max_new_tokens,
         key=key,
     )  # fmt: skip
@@ -107,7 +107,7 @@ def check_new_tokens(max_new_tokens: int) -> None:
         raise InputError(f"max_new_tokens={max_new_tokens}: give at least 1")
 
 
-def go_on(
+def decode_loop(
     lm: Any,
     chunks: Sequence[tuple[Int[np.ndarray, "B C"], Int[np.ndarray, "B C"]]],
     caches: tuple[Any, ...],
@@ -123,12 +123,12 @@ def go_on(
     module, keys = lm.decoder, jax.random.split(key, max_new_tokens)
     token = None
     for tokens, positions in chunks:
-        token, caches = advance(module, lm.params, tokens, positions, caches, sampling, keys[0])
+        token, caches = decode_step(module, lm.params, tokens, positions, caches, sampling, keys[0])
     caches = prepare_decoding(module, caches, length=int(lengths.max()), room=max_new_tokens)
     for count in range(max_new_tokens):
         yield np.asarray(token)
         if count + 1 < max_new_tokens:
-            token, caches = advance(
+            token, caches = decode_step(
                 module, lm.params, token[:, None], (lengths + count)[:, None], caches, sampling,
                 keys[count + 1],
             )  # fmt: skip
@@ -197,7 +197,9 @@ def empty_caches(lm: Any, *, rows: int, longest: int, room: int):
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)
-def advance(module: decoder.Decoder, params, tokens, positions, caches, sampling: Sampling, key):
+def decode_step(
+    module: decoder.Decoder, params, tokens, positions, caches, sampling: Sampling, key
+):
     """The token after these [B, C], which stand at `positions` [B, C]; and the caches."""
     hidden, caches = module.apply({"params": params}, tokens, positions=positions, caches=caches)
     last = hidden[jnp.arange(len(hidden)), positions.argmax(1)]

@@ -20,8 +20,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lminf.errors import InputError
-from lminf.generation import GREEDY, Sampling
-from lminf.lm import LM
+from lminf.lm.generate import GREEDY, Sampling
+from lminf.lm.lm import LM
 
 TOGETHER = 8192  # tokens of segments read side by side: more of them is no faster on a CPU
 
@@ -123,7 +123,7 @@ def key_context(
     A prompt that fits is kept whole, without a pass over its segments.
     """
     ids = lm.encode(prompt)[0] if isinstance(prompt, str) else np.asarray(prompt, np.int32)
-    room, cut = lm.reach - max_new_tokens, len(ids) - how.question_len
+    room, cut = lm.context_length - max_new_tokens, len(ids) - how.question_len
     fixed = how.head_len + how.question_len
     if cut < how.head_len:
         raise InputError(
@@ -133,10 +133,10 @@ def key_context(
     if fixed + how.segment_len > room:
         raise InputError(
             f"head, segment and question take {fixed + how.segment_len} tokens, but this model was "
-            f"trained at {lm.reach} and the answer takes {max_new_tokens}; use segment_len<="
-            f"{room - fixed}" if room > fixed else
-            f"head and question take {fixed} tokens, but this model was trained at {lm.reach} and "
-            f"the answer takes {max_new_tokens}; shorten them"
+            f"trained at {lm.context_length} and the answer takes {max_new_tokens}; use "
+            f"segment_len<={room - fixed}" if room > fixed else
+            f"head and question take {fixed} tokens, but this model was trained at "
+            f"{lm.context_length} and the answer takes {max_new_tokens}; shorten them"
         )  # fmt: skip
     spans = tuple(
         (how.head_len + start, how.head_len + stop)

@@ -15,17 +15,17 @@ from pathlib import Path
 
 from lminf.errors import InputError
 
-# Of a place, not of the disk: no rights, or something else stands in the path.
-REFUSALS = (
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Of a path, not of the disk: no rights, or something else stands in the path.
+REFUSED = (
     errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EEXIST,
-    errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTEMPTY,
+    errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTEMPTY, errno.ELOOP, errno.EIO,
 )  # fmt: skip
-
 PROBE = 1 << 16  # bytes: a full disk still makes empty files
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A name to write a file or folder under; becomes `path` if the block ends well."""
     temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part"
     with disk_errors(path):
@@ -42,7 +42,7 @@ def whole(path: Path) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
 
 
-def check_room(path: Path, needed: int) -> None:
+def check_space(path: Path, needed: int) -> None:
     """Refuses a place for `path` that cannot be written, or has not `needed` bytes free: a run
     learns of it before its work and not after."""
     with disk_errors(path):
@@ -55,27 +55,23 @@ def check_room(path: Path, needed: int) -> None:
     if free < needed:
         raise InputError(
             f"{path} needs {needed / 2**20:.0f} MiB and its disk has {free / 2**20:.0f} MiB free; "
-            f"make room, or choose another place"
+            f"free some space, or name another folder"
         )
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns a disk that is full or may not be written into one sentence."""
+    """Turns a disk that is full, or a path that may not be written, into one sentence."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(_existing(path)).free
-            raise InputError(
-                f"the disk is full: {path} could not be written with {free / 2**20:.0f} MiB free; "
-                f"make room, or choose another place"
-            ) from error
-        if error.errno in REFUSALS:
-            raise InputError(
-                f"{path} may not be written ({error.strerror}); choose another place"
-            ) from error
-        raise
+        if error.errno not in (*FULL, *REFUSED):
+            raise
+        full = error.errno in FULL
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}; "
+            f"{'free some space, or ' if full else ''}name another folder"
+        ) from error
 
 
 def _existing(path: Path) -> Path:

@@ -1,0 +1,1 @@
+"""Language models for people: LM with its verbs, generation, and what stands behind both."""

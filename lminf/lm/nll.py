@@ -1,0 +1,149 @@
+"""How well a text is predicted: its tokens, read in chunks through the caches."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float32, Int
+
+from lminf.attention import policy as policies
+from lminf.errors import InputError
+from lminf.lm.generate import prepare_decoding
+from lminf.models import decoder
+from lminf.objectives import cross_entropy
+
+CONTEXT = "context"  # the mesh axis that the tokens of a chunk are spread over
+CHUNK = 2048  # tokens read at a time: wide enough for full-speed products, small beside a window
+AFTER_PROMPT = 128  # the same, once a prompt is compressed: scores of a chunk are held whole
+
+
+@dataclass(frozen=True)
+class NLL:
+    """How well a text was predicted."""
+
+    token_nll: Float32[np.ndarray, " T-1"]  # nats of tokens 1.. given all before them
+    token_bytes: Int[np.ndarray, " T-1"]  # UTF-8 bytes of those tokens
+
+    @property
+    def mean(self) -> float:
+        """Nats per token."""
+        return float(self.token_nll.mean(dtype=np.float64))
+
+    @property
+    def bits_per_byte(self) -> float:
+        return float(self.token_nll.sum(dtype=np.float64) / np.log(2) / self.token_bytes.sum())
+
+    def blocks(self, block: int) -> list[float]:
+        """Mean nats per token over each `block` positions of the text; the first token has none."""
+        starts = range(0, len(self.token_nll) + 1, block)
+        parts = (self.token_nll[max(start - 1, 0) : start - 1 + block] for start in starts)
+        return [float(part.mean(dtype=np.float64)) for part in parts if len(part)]
+
+
+def stream_nll(
+    lm: Any,
+    pieces: Iterable[Int[np.ndarray, " _"]],
+    *,
+    longest: int | None = None,
+    prompt: int | None = None,
+) -> Iterator[Float32[np.ndarray, " _"]]:
+    """LM.stream_nll: the chunks of a stream, read through the caches of `lm`, an lminf.LM."""
+    if lm.mesh is not None and not all(p.context_parallel for p in lm.decoder.policies):
+        # Which tokens are selected follows from all that came before: one device reads them.
+        alone = dataclasses.replace(lm, mesh=None)
+        yield from stream_nll(alone, pieces, longest=longest, prompt=prompt)
+        return
+    module, mesh = lm.decoder, lm.mesh
+    bounded = all(policy.bounded for policy in module.policies)
+    if longest is None and not bounded:
+        raise InputError(
+            f"{lm.policy.name} keeps every token, so a stream needs longest=, the tokens to "
+            f"make room for; or read it under a policy with a window"
+        )
+    # No wider than the text, in powers of two, so that few shapes are compiled.
+    chunk = CHUNK if longest is None else min(CHUNK, max(16, _power_of_two(longest - 1)))
+    chunk = policies.chunk_within(policies.common_eviction(module.policies), chunk)
+    prompt = _prompt_within(lm, longest, prompt)
+    chunk = policies.chunk_within(prompt, chunk)
+    caches = lm.init_caches(batch=1, capacity=-(-(longest or 0) // chunk) * chunk)
+    if mesh is not None:
+        caches = jax.device_put(caches, NamedSharding(mesh, P()))
+    held, start = np.zeros(0, np.int32), 0
+    for piece in itertools.chain(pieces, [None]):
+        last = piece is None
+        held = held if last else np.concatenate([held, np.asarray(piece, np.int32)])
+        # A chunk needs the token after it; the last one is filled up with what is not scored.
+        while len(held) > chunk or (last and len(held) > 1):
+            scored = min(chunk, len(held) - 1)
+            if not bounded and longest is not None and start + scored >= longest:
+                raise InputError(
+                    f"more than longest={longest} tokens came, and {lm.policy.name} keeps "
+                    f"every one; give the length of the stream"
+                )
+            tokens = np.pad(held[: chunk + 1], (0, max(chunk + 1 - len(held), 0)))
+            loss, caches = _score(
+                module, mesh, lm.replicated_params, tokens[None], np.int32(start), caches
+            )
+            yield np.asarray(loss[0, :scored])
+            held, start = held[scored:], start + scored
+            if start == prompt:
+                chunk = policies.chunk_within(chunk, AFTER_PROMPT)
+                room = -(-((longest or 0) - start) // chunk) * chunk
+                caches = prepare_decoding(module, caches, length=start, room=room)
+
+
+def _prompt_within(lm: Any, longest: int | None, prompt: int | None) -> int | None:
+    """The tokens of a prompt, where the policy asks for them."""
+    name = next((p.name for p in lm.decoder.policies if p.needs_prompt), None)
+    if name is None:
+        return None
+    if prompt is None:
+        raise InputError(
+            f"{name} acts at the end of a prompt, and a text has none; say how many of its "
+            f"tokens are one with prompt="
+        )
+    if longest is not None and not 1 <= prompt < longest:
+        raise InputError(
+            f"prompt={prompt} of a text of {longest} tokens; give at least 1, and not all"
+        )
+    return prompt
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+def _score(module: decoder.Decoder, mesh, params, tokens: Int[jax.Array, "B C+1"], start, caches):
+    """Losses [B, C] of the tokens after each, and the caches with the first C read."""
+    chunk = tokens.shape[1] - 1
+    positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32), (len(tokens), chunk))
+    shared = mesh is not None and chunk % mesh.size == 0
+    module = module.clone(context_axis=CONTEXT if shared else None)
+
+    def score(params, tokens, targets, positions, caches):
+        hidden, caches = module.apply(
+            {"params": params}, tokens, positions=positions, caches=caches
+        )
+        return cross_entropy.token_nll(module.spec, params, hidden, targets), caches
+
+    if shared:
+        shares = P(None, CONTEXT)
+        score = jax.shard_map(
+            score,
+            mesh=mesh,
+            in_specs=(P(), shares, shares, shares, P()),
+            out_specs=(shares, P()),
+            # That all devices end with the same caches, jax cannot know: it follows from the
+            # gathered keys and values that each of them writes.
+            check_vma=False,
+        )
+    return score(params, tokens[:, :-1], tokens[:, 1:], positions, caches)
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << max(least - 1, 0).bit_length()

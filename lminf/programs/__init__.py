@@ -1,0 +1,1 @@
+"""Programs over language models: several calls that together answer."""

@@ -15,12 +15,14 @@ Choosing   --config=:choosing times the policies by content, with about 1,024 to
 Tiny       --config=:tiny trains a byte model at 64 tokens first: under 2 minutes
 """
 
+from ml_collections import ConfigDict
+
 from lminf.configs import base
 
 VARIANTS = ("tiny", "choosing")
 
 
-def get_config(arg: str = ""):
+def get_config(arg: str = "") -> ConfigDict:
     c = base.get_config(arg, variants=VARIANTS)
     c.model = "smollm2-135m-instruct"
     c.positions = (1024, 4096, 5000, 16384, 100_000)  # tokens already read

@@ -11,10 +11,12 @@ Expected   the mean entropy of attention jumps past 8,192 tokens under Full, to 
 Tiny       --config=:tiny trains a byte model at 64 tokens and looks at 512: under 2 minutes
 """
 
+from ml_collections import ConfigDict
+
 from lminf.configs import base
 
 
-def get_config(arg: str = ""):
+def get_config(arg: str = "") -> ConfigDict:
     c = base.get_config(arg)
     c.model = "smollm2-135m-instruct"  # a name of the table, a folder, a .gguf file, owner/name
     c.text = ""  # a UTF-8 file; "" is the interpreter's reference documentation

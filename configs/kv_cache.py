@@ -14,10 +14,12 @@ Expected   at 256 of 1,024 tokens SnapKV is 0.05 nats above Full and the policie
 Tiny       --config=:tiny trains a byte model at 64 tokens first, which answers nothing
 """
 
+from ml_collections import ConfigDict
+
 from lminf.configs import base
 
 
-def get_config(arg: str = ""):
+def get_config(arg: str = "") -> ConfigDict:
     c = base.get_config(arg)
     c.model = "smollm2-135m-instruct"
     # One entry a cell: {c} is each of the capacities (tokens), {w} the same less the sinks and the

@@ -12,10 +12,12 @@ Tiny       --config=:tiny trains a byte model at 64 tokens and reads 1,024: unde
            window: so small a model has no sinks to lose
 """
 
+from ml_collections import ConfigDict
+
 from lminf.configs import base
 
 
-def get_config(arg: str = ""):
+def get_config(arg: str = "") -> ConfigDict:
     c = base.get_config(arg)
     c.model = "smollm2-135m-instruct"  # a name of the table, a folder, a .gguf file, owner/name
     c.text = ""  # a UTF-8 file; "" is the interpreter's reference documentation

@@ -21,6 +21,8 @@ Loss       --config=:loss reads 32,768 tokens under policies that go past the tr
 Tiny       --config=:tiny trains a byte model at 64 tokens, which answers nothing: under 2 minutes
 """
 
+from ml_collections import ConfigDict
+
 from lminf.configs import base
 
 VARIANTS = ("tiny", "long", "all", "loss")
@@ -46,7 +48,7 @@ ALL = (
 )
 
 
-def get_config(arg: str = ""):
+def get_config(arg: str = "") -> ConfigDict:
     c = base.get_config(arg, variants=VARIANTS)
     c.model = "smollm2-135m-instruct"  # prompted raw, not through its chat template
     c.generator = "landmark"  # or lm_infinite: lminf.evals.passkey says how they differ

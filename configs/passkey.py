@@ -11,10 +11,12 @@ Expected   Full answers up to about the 8,192 tokens it was trained at and not a
 Tiny       --config=:tiny trains a byte model at 64 tokens, which answers nothing: under 2 minutes
 """
 
+from ml_collections import ConfigDict
+
 from lminf.configs import base
 
 
-def get_config(arg: str = ""):
+def get_config(arg: str = "") -> ConfigDict:
     c = base.get_config(arg)
     c.model = "smollm2-135m-instruct"  # prompted raw, not through its chat template
     c.generator = "landmark"  # or lm_infinite: lminf.evals.passkey says how they differ

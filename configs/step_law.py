@@ -9,10 +9,12 @@ Expected   per mille, mean of 14 groups: step 1.2, deepseek 8.4, porian 7.7; a f
 Tiny       --config=:tiny draws grids from the published law: seconds
 """
 
+from ml_collections import ConfigDict
+
 from lminf.configs import base
 
 
-def get_config(arg: str = ""):
+def get_config(arg: str = "") -> ConfigDict:
     c = base.get_config(arg)
     c.data = "../shared/data/steplaw/dense_lr_bs_loss.csv"  # "" draws synthetic grids
     c.seq_len = 2048  # tokens, for files without the column

@@ -32,7 +32,7 @@ MIXTURES = ((1, 89, 352, 352), (2, 88, 352, 704), (1, 8, 3528, 3528), (3, 8, 288
 MIXED_TOKENS = (2_000_000_000, 4_000_000_000, 8_000_000_000, 20_000_000_000)
 
 
-def get_config(arg: str = ""):
+def get_config(arg: str = "") -> ConfigDict:
     c = base.get_config(arg, variants=VARIANTS)
     c.data = ConfigDict()
     c.data.corpus = "library"  # or prose: the docstrings and the reference alone
@@ -57,7 +57,7 @@ def get_config(arg: str = ""):
     return c
 
 
-def get_sweep(c, arg: str = ""):
+def get_sweep(c: ConfigDict, arg: str = ""):
     if arg == "pod":
         return published()
     if arg == "h100":

@@ -20,7 +20,7 @@ from lminf.parallel.mesh import MeshShape
 VARIANTS = ("tiny", "10m", "125m", "1b", "7b")
 
 
-def get_config(arg: str = ""):
+def get_config(arg: str = "") -> ConfigDict:
     c = base.get_config(arg, variants=VARIANTS)
     c.init = ""  # a model to go on from (a table name, folder, .gguf); "" starts afresh
     c.lora = ""  # lora:rank=16,alpha=32 trains adapters of it, "" all of it

@@ -14,7 +14,7 @@ from lminf.configs import base
 from lminf.configs.train_lm import shape
 
 
-def get_config(arg: str = ""):
+def get_config(arg: str = "") -> ConfigDict:
     c = base.get_config(arg)
     c.peer = ""  # a Python with torch; "" measures lminf alone
     c.model = shape(width=320, layers=7, heads=5, kv_heads=5, hidden=864)

@@ -10,10 +10,12 @@ Tiny       --config=:tiny draws a small sweep from the published law, too little
            7B: seconds
 """
 
+from ml_collections import ConfigDict
+
 from lminf.configs import base
 
 
-def get_config(arg: str = ""):
+def get_config(arg: str = "") -> ConfigDict:
     c = base.get_config(arg)
     c.data = "../shared/data/scaling_vocab/exp_data.csv"  # "" draws a synthetic sweep
     c.draws = 300  # bootstrap draws over runs

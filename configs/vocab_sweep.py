@@ -29,7 +29,7 @@ PUBLISHED = (
 PUBLISHED_SIZES = (4096, 6144, 8192, 10240, 16384, 24576, 32768, 48128, 64512, 96256)
 
 
-def get_config(arg: str = ""):
+def get_config(arg: str = "") -> ConfigDict:
     c = base.get_config(arg, variants=VARIANTS)
     c.data = ConfigDict()
     c.data.corpus = "library"  # or prose
@@ -57,7 +57,7 @@ def get_config(arg: str = ""):
     return c
 
 
-def get_sweep(c, arg: str = ""):
+def get_sweep(c: ConfigDict, arg: str = ""):
     sizes = grid({"data.vocab": c.data.vocabs})
     return cross(families(arg), sizes) if arg in ("h100", "pod") else sizes
 

@@ -21,7 +21,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 # --- This side: no torch --------------------------------------------------------------------------
@@ -39,7 +39,7 @@ class Peers:
         )
         self.versions = self.ask()
 
-    def ask(self, **request) -> dict[str, Any]:
+    def ask(self, **request: Any) -> dict[str, Any]:
         """The answer to one request; without one, what the process says of itself at its start."""
         process = self.process
         assert process.stdin is not None
@@ -90,7 +90,9 @@ def _with_backward(torch, forward, inputs, grad: bool):
     return both
 
 
-def flex_attention(torch, case, dtype, device, grad):
+def flex_attention(
+    torch: Any, case: Mapping[str, Any], dtype: Any, device: str, grad: bool
+) -> Callable:
     """The same visible pairs, through one set of operands: it knows no second one."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -115,7 +117,7 @@ def flex_attention(torch, case, dtype, device, grad):
     return _with_backward(torch, forward, inputs, grad)
 
 
-def sdpa(torch, case, dtype, device, grad):
+def sdpa(torch: Any, case: Mapping[str, Any], dtype: Any, device: str, grad: bool) -> Callable:
     """Dense causal attention: what one runs who has no Λ kernel."""
     attend = torch.nn.functional.scaled_dot_product_attention
     inputs = _attention_inputs(torch, case, dtype, device, grad)
@@ -127,7 +129,7 @@ def sdpa(torch, case, dtype, device, grad):
     return _with_backward(torch, forward, inputs, grad)
 
 
-def blockwise(torch, case, dtype, device, grad):
+def blockwise(torch: Any, case: Mapping[str, Any], dtype: Any, device: str, grad: bool) -> Callable:
     """The formulation of LM-Infinite's authors, written anew: blocks of w queries, each paired with
     its own and the preceding block of keys, and with the first g keys in the global branch.
     """
@@ -182,7 +184,9 @@ def _loss_with_backward(torch, loss, inputs, grad):
     return lambda: torch.autograd.grad(loss(*inputs), (embeddings, classifier))
 
 
-def dense_loss(torch, case, dtype, device, grad):
+def dense_loss(
+    torch: Any, case: Mapping[str, Any], dtype: Any, device: str, grad: bool
+) -> Callable:
     """All logits, in float32."""
 
     def loss(embeddings, classifier, labels):
@@ -192,7 +196,14 @@ def dense_loss(torch, case, dtype, device, grad):
     return _loss_with_backward(torch, loss, inputs, grad)
 
 
-def cut_cross_entropy(torch, case, dtype, device, grad, implementation="cce"):
+def cut_cross_entropy(
+    torch: Any,
+    case: Mapping[str, Any],
+    dtype: Any,
+    device: str,
+    grad: bool,
+    implementation: str = "cce",
+) -> Callable:
     from cut_cross_entropy import linear_cross_entropy
 
     if implementation == "cce" and device == "cpu":
@@ -205,11 +216,13 @@ def cut_cross_entropy(torch, case, dtype, device, grad, implementation="cce"):
     return _loss_with_backward(torch, loss, inputs, grad)
 
 
-def cut_cross_entropy_compiled(torch, case, dtype, device, grad):
+def cut_cross_entropy_compiled(
+    torch: Any, case: Mapping[str, Any], dtype: Any, device: str, grad: bool
+) -> Callable:
     return cut_cross_entropy(torch, case, dtype, device, grad, "torch_compile")
 
 
-def liger(torch, case, dtype, device, grad):
+def liger(torch: Any, case: Mapping[str, Any], dtype: Any, device: str, grad: bool) -> Callable:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     if device == "cpu":

@@ -1,12 +1,16 @@
 """Imports point down: the table of docs/architecture.md, checked against every file's imports."""
 
 import ast
+import inspect
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from lminf import kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 # Import name -> folder: those beside lminf/ in the repository are linked to from inside it.
@@ -120,6 +124,65 @@ def test_the_table_points_down():
     for layer, allowed in LAYERS.items():
         above = listed[: listed.index(layer)]
         assert all(within(other, above) for other in allowed - {layer}), layer
+
+
+LONGEST = 450  # lines of a module that can be read in one sitting
+# Modules above it: path -> why.
+LONG: dict[str, str] = {}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_module_is_read_in_one_sitting(name):
+    lines = len(FILES[name].read_text().splitlines())
+    assert lines <= LONGEST or name in LONG, f"{name} has {lines} lines; divide it"
+
+
+def test_long_modules_are_still_long():
+    assert not [name for name in LONG if len(FILES[name].read_text().splitlines()) <= LONGEST]
+
+
+def public(tree: ast.AST) -> Iterator[ast.FunctionDef]:
+    """Functions and methods that others may call; what is defined inside one is its own."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef):
+            if not node.name.startswith("_"):
+                yield node
+        elif isinstance(node, ast.ClassDef | ast.If):
+            yield from public(node)
+
+
+# Triton reads the annotations of its kernels' arguments, which are traced pointers and numbers.
+TRACED = (".triton_kernels", ".triton_math")
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if not name.endswith(TRACED)])
+def test_public_functions_are_annotated(name):
+    for function in public(ast.parse(FILES[name].read_text())):
+        given = function.args
+        arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+        bare = [a.arg for a in arguments if a and not a.annotation and a.arg not in ("self", "cls")]
+        assert not bare, f"{name}.{function.name}: annotate {', '.join(bare)}"
+        assert function.returns, f"{name}.{function.name}: annotate what it returns"
+
+
+def names_in(path: Path) -> set[str]:
+    """Every name and attribute that a file's code uses."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    return {node.id for node in nodes if isinstance(node, ast.Name)} | {
+        node.attr for node in nodes if isinstance(node, ast.Attribute)
+    }
+
+
+def test_every_kernel_operation_has_a_caller_in_the_library():
+    """An operation is a function that `lminf.kernels` offers in its own name."""
+    offered = {name for name in kernels.__all__ if inspect.isfunction(getattr(kernels, name))}
+    library = [
+        path for name, path in FILES.items()
+        if not name.startswith(("lminf.kernels", "lminf.experiments", "lminf.configs"))
+    ]  # fmt: skip
+    used = set().union(*(names_in(path) for path in library))
+    assert offered
+    assert offered <= used, f"no caller in lminf: {', '.join(sorted(offered - used))}"
 
 
 def test_importing_starts_no_device_and_makes_no_array():

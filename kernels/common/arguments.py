@@ -1,7 +1,9 @@
 """Checks of what callers pass: errors that name the argument, what it is and what it must be."""
 
+from typing import Any
 
-def shape(name: str, x, letters: str, expected: tuple[int | None, ...]) -> tuple[int, ...]:
+
+def shape(name: str, x: Any, letters: str, expected: tuple[int | None, ...]) -> tuple[int, ...]:
     """The shape of an argument; ValueError if it is not the one expected (None: any)."""
     fits = x.ndim == len(expected) and all(
         e is None or e == n for e, n in zip(expected, x.shape, strict=True)

@@ -79,7 +79,7 @@ def chained(fn: Callable, inputs: list[tuple]) -> Callable[[int], Any]:
     return lambda repeat: jax.block_until_ready(compiled(inputs))
 
 
-def gemm_tflops(dtype, size: int, *, repeats: int = 5) -> float:
+def gemm_tflops(dtype: Any, size: int, *, repeats: int = 5) -> float:
     """The best rate of a square matrix product of this dtype, TFLOP/s."""
     rng = np.random.default_rng(0)
     inputs = [

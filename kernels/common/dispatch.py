@@ -50,7 +50,7 @@ def recording() -> Iterator[list[Decision]]:
         _record.reset(token)
 
 
-def explain(fn: Callable, *args, **kwargs) -> list[Decision]:
+def explain(fn: Callable, *args: Any, **kwargs: Any) -> list[Decision]:
     """One Decision for each kernel that `fn(*args, **kwargs)` would call; nothing is computed."""
     with recording() as decisions:
         # A fresh wrapper: an already traced `fn` would come from jax's cache and decide nothing.
@@ -88,9 +88,9 @@ def run(
     implementations: Mapping[str, Callable[..., Any]],
     order: Mapping[str, Sequence[str]],
     choice: Choice,
-    *args,
-    **kwargs,
-):
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """The result of the first implementation in the order that supports the call.
 
     `choice` None means `order[platform]`; a name or a sequence of names is tried as given. Raises

@@ -1,6 +1,7 @@
 """The dtypes, sentinel values and exponential that every softmax in this package shares."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ MASK_VALUE = float(-0.7 * np.finfo(np.float32).max)
 EMPTY_MAX = MASK_VALUE / 2
 
 
-def statistics_dtype(dtype) -> jnp.dtype:
+def statistics_dtype(dtype: Any) -> jnp.dtype:
     """The dtype of logits, maxima, sums and accumulators: float32, float64 for float64 inputs."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 

@@ -5,6 +5,7 @@ heads of all batch rows in one axis, padded to whole blocks.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -53,7 +54,7 @@ def heads_first(x: Float[Array, "B T N X"], block: int) -> Float[Array, "BN Tp X
     return x.reshape(-1, *x.shape[2:])
 
 
-def heads_last(x: Float[Array, "BN Tp X"], like: Float[Array, "B T N _"]):
+def heads_last(x: Float[Array, "BN Tp X"], like: Float[Array, "B T N _"]) -> Array:
     batch, length, heads, _ = like.shape
     x = x.reshape(batch, heads, *x.shape[1:])[:, :, :length]
     return x.transpose(0, 2, 1, 3)
@@ -66,7 +67,7 @@ def like(x: Array) -> jax.ShapeDtypeStruct:
 # --- Calls ----------------------------------------------------------------------------------------
 
 
-def block_of(x: Array | jax.ShapeDtypeStruct, rows: int, index) -> pl.BlockSpec:
+def block_of(x: Array | jax.ShapeDtypeStruct, rows: int, index: Callable) -> pl.BlockSpec:
     """Blocks of `rows` rows of a [heads, rows, X] array, or columns of a [heads, 1, rows] one;
     `index` maps the grid to (head, block).
     """
@@ -75,11 +76,22 @@ def block_of(x: Array | jax.ShapeDtypeStruct, rows: int, index) -> pl.BlockSpec:
     return pl.BlockSpec((None, rows, x.shape[2]), lambda *at: (*index(*at), 0))
 
 
-def statistics_blocks(block_q: int, statistics: Statistics, query_at) -> Any:
+def statistics_blocks(block_q: int, statistics: Statistics, query_at: Callable) -> Any:
     return jax.tree.map(lambda x: block_of(x, block_q, query_at), statistics)
 
 
-def call(kernel, grid, scalars, inputs, in_specs, outputs, out_specs, scratch, name, flops):
+def call(
+    kernel: Callable,
+    grid: tuple[int, ...],
+    scalars: Sequence[Array],
+    inputs: Sequence[Array],
+    in_specs: Sequence[Any],
+    outputs: Sequence[Any],
+    out_specs: Sequence[Any],
+    scratch: Sequence[Any],
+    name: str,
+    flops: int,
+) -> Any:
     """A pallas_call whose grid is parallel in its first two axes and sequential in the others."""
     return pl.pallas_call(
         kernel,
@@ -106,21 +118,21 @@ def call(kernel, grid, scalars, inputs, in_specs, outputs, out_specs, scratch, n
 # --- Inside a kernel ------------------------------------------------------------------------------
 
 
-def rows_and_columns(rows: int, columns: int):
+def rows_and_columns(rows: int, columns: int) -> tuple[Array, Array]:
     return (jax.lax.broadcasted_iota(jnp.int32, (rows, columns), axis) for axis in (0, 1))
 
 
-def at_first(*axes: int):
+def at_first(*axes: int) -> Any:
     """Runs what it decorates at the first step of these axes of the grid."""
     return pl.when(functools.reduce(jnp.logical_and, [pl.program_id(a) == 0 for a in axes]))
 
 
-def at_last(*axes: int):
+def at_last(*axes: int) -> Any:
     ends = [pl.program_id(a) == pl.num_programs(a) - 1 for a in axes]
     return pl.when(functools.reduce(jnp.logical_and, ends))
 
 
-def dot(scoring: Scoring, a, b, contract: tuple[int, int]) -> Float[Array, "X Y"]:
+def dot(scoring: Scoring, a: Array, b: Array, contract: tuple[int, int]) -> Float[Array, "X Y"]:
     dims = (((contract[0],), (contract[1],)), ((), ()))
     precision = scoring.precision
     if precision is None and a.dtype == jnp.float32:
@@ -128,7 +140,9 @@ def dot(scoring: Scoring, a, b, contract: tuple[int, int]) -> Float[Array, "X Y"
     return jax.lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)
 
 
-def logits(scoring: Scoring, query, key, visible) -> tuple[Array, Array | None]:
+def logits(
+    scoring: Scoring, query: Array, key: Array, visible: Array | None
+) -> tuple[Array, Array | None]:
     """Exponents of 2 [W, C], and d(logit)/d(score) where a soft cap bends it."""
     scores, cap = dot(scoring, key, query, (1, 1)), scoring.soft_cap
     bend = None
@@ -142,7 +156,7 @@ def logits(scoring: Scoring, query, key, visible) -> tuple[Array, Array | None]:
     return scores, bend
 
 
-def gradient(scoring: Scoring, branch, statistics, visible):
+def gradient(scoring: Scoring, branch: Any, statistics: Any, visible: Array | None) -> Any:
     """Weights p and d(scores) [W, C] of one block."""
     exponents, bend = logits(scoring, branch.query[...], branch.key[...], visible)
     weights = jnp.exp2(exponents - statistics.lse2[...])

@@ -16,6 +16,7 @@ import pathlib
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -45,7 +46,7 @@ class Table:
     def put(self, key: Key, implementation: str, chosen: Any) -> None:
         self.entries.setdefault(str(key), {})[implementation] = config.to_json(chosen)
 
-    def dump(self, path) -> None:
+    def dump(self, path: str | Path) -> None:
         pathlib.Path(path).write_text(json.dumps(self.entries, indent=1, sort_keys=True) + "\n")
 
     def __enter__(self) -> "Table":
@@ -56,7 +57,7 @@ class Table:
         self._contexts.pop().__exit__(*error)
 
 
-def load(path) -> Table:
+def load(path: str | Path) -> Table:
     """A table that `Table.dump` wrote."""
     return Table(json.loads(pathlib.Path(path).read_text()))
 
@@ -120,7 +121,7 @@ def tuned(implementations: Mapping[str, Callable], key: Key) -> dict[str, Callab
     return {name: wrapped(name, fn) for name, fn in implementations.items()}
 
 
-def autotune(fn: Callable, *args, repeats: int = 5, rounds: int = 3) -> Table:
+def autotune(fn: Callable, *args: Any, repeats: int = 5, rounds: int = 3) -> Table:
     """Configs that make `fn(*args)` faster than the heuristic does, for each kernel it calls.
 
     From each implementation's default config, one number at a time is halved or doubled, as long as

@@ -101,8 +101,10 @@ class Call(NamedTuple):
 
 
 def prepare(
-    embeddings, classifier, labels, *, bias, logits_soft_cap, ignore_index, label_smoothing,
-    z_loss, reduction, shift, filter_eps, sort_vocab, accum_dtype, deterministic,
+    embeddings: Array, classifier: Array, labels: Array, *, bias: Array | None,
+    logits_soft_cap: float | None, ignore_index: int, label_smoothing: float, z_loss: float,
+    reduction: str, shift: int, filter_eps: float | str | None, sort_vocab: bool,
+    accum_dtype: Any, deterministic: bool,
 ) -> Call:  # fmt: skip
     """The arguments as implementations take them; ValueError names what does not fit."""
     width = embeddings.shape[-1]

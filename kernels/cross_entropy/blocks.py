@@ -4,10 +4,11 @@ The classifier may be a shard: entries [first, first + valid) of a vocabulary of
 past `valid` that count for nothing. Labels are numbers in the whole vocabulary.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lminf.kernels.common import numerics, platforms
@@ -61,34 +62,36 @@ class Walk:
         wide = self.dtype == jnp.float64
         self.accumulator = self.dtype if wide else jnp.dtype(rules.accum_dtype)
 
-    def start(self, index):
+    def start(self, index: ArrayLike) -> Array:
         return jnp.minimum(index * self.width, self.entries - self.width)
 
-    def fresh(self, index) -> Bool[Array, "1 W"]:
+    def fresh(self, index: ArrayLike) -> Bool[Array, "1 W"]:
         """Which entries of the block no earlier block had and the shard really holds."""
         entries = self.start(index) + jnp.arange(self.width, dtype=jnp.int32)
         return ((entries >= index * self.width) & (entries < self.shard.valid))[None]
 
-    def cut(self, x, index):
+    def cut(self, x: Array, index: ArrayLike) -> Array:
         return jax.lax.dynamic_slice_in_dim(x, self.start(index), self.width)
 
-    def rows(self, x, index):
+    def rows(self, x: Array, index: ArrayLike) -> Array:
         """The rows of one block of an array with one row for each token."""
         return jax.lax.dynamic_slice_in_dim(x, index * self.block_rows, self.block_rows)
 
-    def logits(self, embeddings, classifier, index):
+    def logits(
+        self, embeddings: Array, classifier: Array, index: ArrayLike
+    ) -> tuple[Array, Array | None]:
         """[rows, W] logits, and d(logit)/d(product) where a soft cap bends it."""
         logits = dot(embeddings, classifier, (1, 1), self.dtype)
         if self.operands.bias is not None:
             logits += self.cut(self.operands.bias, index).astype(self.dtype)[None]
         return self.capped(logits)
 
-    def owned(self, labels) -> tuple[Array, Array]:
+    def owned(self, labels: Array) -> tuple[Array, Array]:
         """Labels counted from the shard's first entry, and which of them it holds."""
         local = labels - self.shard.first
         return jnp.clip(local, 0, self.entries - 1), (local >= 0) & (local < self.shard.valid)
 
-    def wanted(self, embeddings, labels):
+    def wanted(self, embeddings: Array, labels: Array) -> tuple[Array, Array | None]:
         """The label's logit of every row (0 where another shard has it), and its bend."""
         local, ours = self.owned(labels)
         rows = self.operands.classifier[local]
@@ -98,7 +101,7 @@ class Walk:
         logits, bend = self.capped(logits)
         return jnp.where(ours, logits, 0), bend
 
-    def capped(self, logits) -> tuple[Array, Array | None]:
+    def capped(self, logits: Array) -> tuple[Array, Array | None]:
         cap = self.rules.soft_cap
         if cap is None:
             return logits, None
@@ -106,7 +109,7 @@ class Walk:
         return cap * bent, 1 - bent * bent
 
 
-def dot(a, b, contract: tuple[int, int], dtype) -> Float[Array, "X Y"]:
+def dot(a: Array, b: Array, contract: tuple[int, int], dtype: Any) -> Float[Array, "X Y"]:
     """Matrix product over axis contract[0] of a and contract[1] of b, accumulated in `dtype`."""
     dims = (((contract[0],), (contract[1],)), ((), ()))
     if a.dtype != b.dtype:
@@ -142,14 +145,21 @@ def statistics(walk: Walk, labels: Int[Array, " rows"]) -> Statistics:
     return Statistics(*(x.reshape(-1) for x in jax.lax.map(of_rows, by_block)))
 
 
-def loss_and_lse(rules: Rules, found: Statistics, vocab: int):
+def loss_and_lse(rules: Rules, found: Statistics, vocab: int) -> tuple[Array, Array]:
     """Loss and LSE of every row from the statistics over the whole vocabulary."""
     lse = found.top + jnp.log(found.total)
     loss = lse - (1 - rules.label_smoothing) * found.wanted
     return loss + rules.z_loss * lse * lse - rules.label_smoothing * found.summed / vocab, lse
 
 
-def gradients(walk: Walk, labels, lse, d_loss, d_lse, classifier_dtype) -> Gradients:
+def gradients(
+    walk: Walk,
+    labels: Array,
+    lse: Array,
+    d_loss: Array,
+    d_lse: Array,
+    classifier_dtype: Any,
+) -> Gradients:
     """Gradients of every operand; one block of the classifier after the other, each finished before
     the next, so that its sum over the rows is wide and the whole is not.
     """

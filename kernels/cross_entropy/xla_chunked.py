@@ -16,7 +16,7 @@ Vocabulary is taken in its own order: `sort_vocab` changes nothing here.
 
 import functools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ def losses(rules: Rules, operands: Operands, labels: Int[Array, " rows"], config
     return Losses(*(x[:rows] for x in found))
 
 
-def padded(config: Config, operands: Operands, *each_row):
+def padded(config: Config, operands: Operands, *each_row: Array) -> tuple[Any, ...]:
     """Operands and arrays of one number a row, with rows padded to whole blocks."""
     padding = -operands.embeddings.shape[0] % config.block_rows
     embeddings = jnp.pad(operands.embeddings, ((0, padding), (0, 0)))

@@ -4,7 +4,7 @@ Position p is kept in ring slot p % w; while p < g it is also kept among the glo
 head-major, so that one head's keys are one contiguous matrix for whoever reads them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ class Seen(NamedTuple):
 
 def empty(
     batch: int, key_heads: int, width: int, *,
-    num_global: int, window_size: int, value_width: int | None = None, dtype=jnp.bfloat16,
+    num_global: int, window_size: int, value_width: int | None = None, dtype: Any = jnp.bfloat16,
 ) -> RollingCache:  # fmt: skip
     """A cache that has read nothing."""
     arguments.count("num_global", num_global, least=0)

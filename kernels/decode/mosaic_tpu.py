@@ -61,7 +61,7 @@ class Side:
     def blocks(self) -> int:
         return pl.cdiv(self.slots, self.block)
 
-    def at(self, step, seen):
+    def at(self, step: Any, seen: Any) -> Any:
         """The block at this step of a walk over the first `seen` slots; then the last one."""
         last = jax.lax.div(jnp.clip(seen, 1, self.slots) - 1, self.block)
         return jnp.clip(step, 0, last)

@@ -5,6 +5,8 @@ copied never. Both branches share one maximum and one sum; bytes read are those 
 whatever the length of the text.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -64,7 +66,7 @@ def decode(
     return DecodeResiduals(out.reshape(batch, heads, -1), lse.reshape(batch, heads))
 
 
-def gradients(rules: Rules, saved, cotangents: DecodeResiduals):
+def gradients(rules: Rules, saved: Any, cotangents: DecodeResiduals) -> tuple[Any, ...]:
     """Those of queries, cache and places, for whichever forward: nobody decodes for their speed."""
     queries, cache, places = saved
     _, pull = jax.vjp(lambda q, c: decode(rules, q, c, places, None), queries, cache)

@@ -9,6 +9,8 @@ Dense, O(T * S) memory, differentiated by JAX; in float64 wherever that is switc
 implementation is tested against this one.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
@@ -25,7 +27,7 @@ def attention(rules: Rules, operands: Operands, places: Places, config: object) 
     return dense(rules, operands, places, jax.dtypes.canonicalize_dtype(jnp.float64))
 
 
-def dense(rules: Rules, operands: Operands, places: Places, dtype) -> Residuals:
+def dense(rules: Rules, operands: Operands, places: Places, dtype: Any) -> Residuals:
     """The definition, computed in `dtype`."""
     near, far, sinks = jax.tree.map(lambda x: x.astype(dtype), operands)
     heads = near.query.shape[2]

@@ -7,7 +7,7 @@ between is seen by all rows of the block and walked in wide tiles without one.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,9 @@ from lminf.kernels.common import masks, numerics
 from lminf.kernels.lambda_attention.operands import Branch, Operands, Places, Rules
 
 
-def dot(a, b, contract: tuple[int, int], dtype, precision) -> Float[Array, "X Y"]:
+def dot(
+    a: Array, b: Array, contract: tuple[int, int], dtype: Any, precision: Any
+) -> Float[Array, "X Y"]:
     """Matrix product over axis contract[0] of a and contract[1] of b, accumulated in `dtype`."""
     dims = (((contract[0],), (contract[1],)), ((), ()))
     if a.dtype != b.dtype:
@@ -249,7 +251,7 @@ class Program:
         """One value for each query head, repeated for the block's rows."""
         return jnp.repeat(self.head.group(x), self.plan.block_q)[:, None]
 
-    def walk(self, side: Side, visit: Callable, carry):
+    def walk(self, side: Side, visit: Callable, carry: Any) -> Any:
         """Carry after `visit(carry, tile)` of all tiles of a branch."""
         span = self._near_span() if side is self.plan.near else self._far_span()
         width, edge = side.width, side.edge
@@ -287,7 +289,7 @@ class Program:
         carry = jax.lax.fori_loop(0, before + tiles(span.end - after, edge), edges, carry)
         return jax.lax.fori_loop(0, count, interior, carry)
 
-    def logits(self, scores: Float[Array, "..."], tile: Tile, *, keys_first: bool):
+    def logits(self, scores: Float[Array, "..."], tile: Tile, *, keys_first: bool) -> Array:
         """Exponents of 2 of raw scores [rows, W] ([W, rows] with keys first), and d(logit)/d(score)
         where a soft cap bends it, both in the shape of `scores`.
         """

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from lminf.kernels.common import tpu_blocks
@@ -69,12 +70,12 @@ class Span(NamedTuple):
     first: Any
     last: Any
 
-    def block(self, step, size: int, count: int):
+    def block(self, step: ArrayLike, size: int, count: int) -> Array:
         """The block of `size` rows at this step of a walk; the last one when the walk is over."""
         first, last = (jax.lax.div(jnp.clip(x, 0, count * size - 1), size) for x in self)
         return jnp.minimum(first + jnp.maximum(step, 0), jnp.maximum(first, last))
 
-    def visits(self, step, size: int):
+    def visits(self, step: ArrayLike, size: int) -> Array:
         """Whether the walk has a block at this step."""
         first, last = (jax.lax.div(jnp.maximum(x, 0), size) for x in self)
         return (step >= 0) & (self.first <= self.last) & (first + step <= last)
@@ -110,13 +111,13 @@ class Near:
         blocks = touched(first, length, self.plan.block_q, every=self.block)
         return min(self.plan.query_blocks, blocks)
 
-    def keys_of(self, scalars, batch, i) -> Span:
+    def keys_of(self, scalars: Any, batch: ArrayLike, i: ArrayLike) -> Span:
         """Rows of keys that some query of block i sees."""
         at, start = scalars[0] + i * self.plan.block_q, scalars[batch + 1]
         first = jnp.maximum(jnp.maximum(at - self.window + 1, -start), 0)
         return Span(first, jnp.minimum(at + self.plan.block_q, self.rows) - 1)
 
-    def queries_of(self, scalars, batch, j) -> Span:
+    def queries_of(self, scalars: Any, batch: ArrayLike, j: ArrayLike) -> Span:
         """Rows of queries that see some key of block j."""
         offset, start = scalars[0], scalars[batch + 1]
         first = jnp.maximum(j * self.block, -start)
@@ -124,13 +125,20 @@ class Near:
         last = jnp.where(first < end, end + self.window - 2 - offset, -1)
         return Span(jnp.maximum(first - offset, 0), jnp.minimum(last, self.plan.queries - 1))
 
-    def clear(self, scalars, batch, i, j):
+    def clear(self, scalars: Any, batch: ArrayLike, i: ArrayLike, j: ArrayLike) -> Array:
         """Whether all queries of block i see all keys of block j."""
         at, first = scalars[0] + i * self.plan.block_q, j * self.block
         seen = (first + self.block - 1 <= at) & (at + self.plan.block_q - first <= self.window)
         return seen & (first >= -scalars[batch + 1]) & (first + self.block <= self.rows)
 
-    def visible(self, scalars, batch, i, j, ranges=None):
+    def visible(
+        self,
+        scalars: Any,
+        batch: ArrayLike,
+        i: ArrayLike,
+        j: ArrayLike,
+        ranges: "Ranges | None" = None,
+    ) -> Array:  # fmt: skip
         """Which pairs of the two blocks see each other, keys first; only `Packed` has ranges."""
         key, query = tpu_blocks.rows_and_columns(self.block, self.plan.block_q)
         key += j * self.block
@@ -168,19 +176,26 @@ class Far:
         """Globals up to this one are beyond the window of block i's first query."""
         return scalars[0] + i * self.plan.block_q + scalars[batch + 1] - self.window
 
-    def keys_of(self, scalars, batch, i) -> Span:
+    def keys_of(self, scalars: Any, batch: ArrayLike, i: ArrayLike) -> Span:
         last = self._beyond(scalars, batch, i) + self.plan.block_q - 1
         return Span(jnp.int32(0), jnp.minimum(last, self.rows - 1))
 
-    def queries_of(self, scalars, batch, j) -> Span:
+    def queries_of(self, scalars: Any, batch: ArrayLike, j: ArrayLike) -> Span:
         first = j * self.block + self.window - scalars[batch + 1] - scalars[0]
         return Span(jnp.maximum(first, 0), jnp.int32(self.plan.queries - 1))
 
-    def clear(self, scalars, batch, i, j):
+    def clear(self, scalars: Any, batch: ArrayLike, i: ArrayLike, j: ArrayLike) -> Array:
         end = (j + 1) * self.block
         return (end <= self.rows) & (end - 1 <= self._beyond(scalars, batch, i))
 
-    def visible(self, scalars, batch, i, j, ranges=None):
+    def visible(
+        self,
+        scalars: Any,
+        batch: ArrayLike,
+        i: ArrayLike,
+        j: ArrayLike,
+        ranges: "Ranges | None" = None,
+    ) -> Array:  # fmt: skip
         row, query = tpu_blocks.rows_and_columns(self.block, self.plan.block_q)
         row += j * self.block
         return (row <= self._beyond(scalars, batch, i) + query) & (row < self.rows)
@@ -225,19 +240,21 @@ class Packed:
         assert self.plan.packed is not None
         return self._keys_at + 2 * self.plan.packed * self.blocks
 
-    def keys_of(self, scalars, batch, i) -> Span:
+    def keys_of(self, scalars: Any, batch: ArrayLike, i: ArrayLike) -> Span:
         at = self.at + 4 * (batch * self.plan.query_blocks + i)
         return Span(scalars[at], scalars[at + 1])
 
-    def queries_of(self, scalars, batch, j) -> Span:
+    def queries_of(self, scalars: Any, batch: ArrayLike, j: ArrayLike) -> Span:
         at = self._keys_at + 2 * (batch * self.blocks + j)
         return Span(scalars[at], scalars[at + 1])
 
-    def clear(self, scalars, batch, i, j):
+    def clear(self, scalars: Any, batch: ArrayLike, i: ArrayLike, j: ArrayLike) -> Array:
         at = self.at + 4 * (batch * self.plan.query_blocks + i)
         return (scalars[at + 2] <= j * self.block) & ((j + 1) * self.block <= scalars[at + 3])
 
-    def visible(self, scalars, batch, i, j, ranges):
+    def visible(
+        self, scalars: Any, batch: ArrayLike, i: ArrayLike, j: ArrayLike, ranges: "Ranges | None"
+    ) -> Array:
         """As Near; `ranges` are those of block i."""
         first, end = ranges.first[...], ranges.end[...]
         row, _ = tpu_blocks.rows_and_columns(self.block, self.plan.block_q)

@@ -37,7 +37,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"(?:^|\s|/)(lminf|python -m|make) (.*)")
 # What other programs are given in a console block: nothing here can check it.
-FOREIGN = ("gcloud", "git clone", "cd ", "pip install", "pre-commit", "sed ")
+FOREIGN = ("gcloud", "git clone", "cd ", "pip install", "pre-commit", "sed ", "export ")
 
 
 def name_of(path):

@@ -311,6 +311,18 @@ def imported(layer: str) -> set[str]:
     return {str(within(name, LAYERS)) for name in found} - {layer}
 
 
+def test_the_map_of_additions_names_files_that_exist():
+    """NAME stands for that of the addition, so the folder above it is what must exist."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    section = text[text.index("## Where does my thing go?") :].split("\n## ")[0]
+    paths = [path for path in re.findall(r"`([\w/.]+)`", section) if "/" in path]
+    assert len(paths) > 20
+    for path in paths:
+        before, name, _ = path.partition("NAME")
+        assert ((ROOT / f"{before}NAME").parent if name else ROOT / path).exists(), path
+    assert len(re.findall(r"^\| (?!to add)\w", section, re.MULTILINE)) == 10
+
+
 def test_the_diagram_has_every_layer():
     layers = {within(name, LAYERS) for name in FILES} - {"lminf"}
     assert set().union(*(names for _, names in drawn())) == layers

@@ -9,6 +9,7 @@ cluster or hours resolve; links lead somewhere; the diagram is what the imports 
 
 import inspect
 import os
+import pkgutil
 import re
 import shlex
 import shutil
@@ -274,6 +275,13 @@ def test_the_index_of_experiments_is_what_configs_and_results_say():
 def test_every_page_is_in_the_site():
     listed = re.findall(r"^  - .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
+def test_the_reference_is_of_names_that_exist():
+    names = re.findall(r"^::: (\S+)$", (ROOT / "docs/reference.md").read_text(), re.MULTILINE)
+    assert len(names) > 20
+    for name in names:
+        assert pkgutil.resolve_name(name).__doc__, name
 
 
 @pytest.mark.parametrize("name", policies.POLICIES)

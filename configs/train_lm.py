@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 
 from lminf.config import to_config
 from lminf.configs import base
+from lminf.parallel.distributed import Distributed
 from lminf.parallel.mesh import MeshShape
-from lminf.parallel.processes import Processes
 
 VARIANTS = ("tiny", "10m", "125m", "1b", "7b")
 
@@ -41,13 +41,13 @@ def get_config(arg: str = ""):
     c.schedule = "cosine:peak=2e-3,floor=2e-4,warmup=50"
     c.clip = 1.0  # of the gradient's norm
     c.z_loss = 0.0  # weight of the squared log-partition
-    c.accumulate = 1  # pieces of a batch, one after another
-    c.dtype = "float32"  # of the computation; masters, norms and losses are float32 always
+    c.grad_accum_steps = 1  # pieces of a batch, one after another
+    c.dtype = "float32"  # of the computation; master weights, norms and losses are float32
     c.remat = "none"  # none, dots, full: what the backward finds in memory
     c.not_finite = "stop"  # or skip: count the step and go on
     c.mesh = to_config(MeshShape())
     c.strategy = "data"  # data, zero1, zero2, zero3, tensor, context, expert, or name+name
-    c.processes = to_config(Processes())
+    c.processes = to_config(Distributed())
     c.evaluate = ConfigDict()
     c.evaluate.every = 250  # steps; the state is saved each time
     c.evaluate.batches = 16  # at most

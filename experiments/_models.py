@@ -16,7 +16,7 @@ from lminf.train import batches
 from lminf.train.loop import fit
 from lminf.train.optim import AdamW
 from lminf.train.schedules import Cosine
-from lminf.train.step import Program
+from lminf.train.step import TrainStep
 
 TINY = "tiny"
 # A byte model that learns to spell in under a minute on two cores, at 64 bytes of context.
@@ -46,7 +46,7 @@ def train_tiny(*, seed: int) -> LM:
         hidden_dim=384, trained_length=TINY_LENGTH,
     )  # fmt: skip
     schedule = Cosine(TINY_RATE, 1e-4, warmup=20)
-    program = Program(
+    program = TrainStep(
         shape,
         LM(shape, {}, tokenizer).decoder.policies,
         mesh.single(),

@@ -20,10 +20,10 @@ from lminf.objectives import terms
 from lminf.parallel import mesh, partition
 from lminf.run.progress import Progress
 from lminf.scaling import accounting
-from lminf.train.many import Copies
+from lminf.train.ensemble import Replicas
 from lminf.train.optim import OPTIMIZERS
 from lminf.train.schedules import SCHEDULES
-from lminf.train.step import Program
+from lminf.train.step import TrainStep
 
 EVALUATED = 2048  # held-out tokens of one batch; the rest of the text that fills none is left out
 
@@ -69,18 +69,18 @@ def train(
             f"smaller budget: no token is read twice"
         )
     schedule = parse_choice(c.schedule, SCHEDULES, what="schedule")
-    program = Program(
+    program = TrainStep(
         shape,
         (policies.FULL,) * shape.num_layers,
         mesh.make(mesh.MeshShape(), jax.devices()[:1]),
         partition.parse("data"),
         parse_choice(c.optimizer, OPTIMIZERS, what="optimizer").build(),
-        rate=lambda step: step,  # every copy has its own
+        learning_rate=lambda step: step,  # every copy has its own
         clip=c.clip or None,
         objective=terms.language_modeling(shape),
     )
     seeds = tuple(range(c.seed, c.seed + c.replicates))
-    copies = Copies(program, schedule, seeds, tuple(c.rates), stops[-1])
+    copies = Replicas(program, schedule, seeds, tuple(c.rates), stops[-1])
     data = [Once(tokens, c.data.length, c.data.batch, seed) for seed in seeds]
     rows = max(1, EVALUATED // c.data.length)
     measured = windows.consecutive(held_out, length=c.data.length, rows=rows, at_most=len(held_out))

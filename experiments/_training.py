@@ -20,12 +20,12 @@ from lminf.models import spec
 from lminf.models.spec import ModelSpec, MoESpec
 from lminf.objectives import terms
 from lminf.parallel import mesh, partition
-from lminf.run import watchers
+from lminf.run import trackers
 from lminf.surgery.lora import LoRA
-from lminf.train.batches import Batches, Share
+from lminf.train.batches import Batches, HostShard
 from lminf.train.optim import OPTIMIZERS
 from lminf.train.schedules import SCHEDULES
-from lminf.train.step import REMAT, Program
+from lminf.train.step import REMAT, TrainStep
 from lminf.types import Params
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -41,7 +41,7 @@ MAY_CHANGE = (
 
 def check(c) -> None:
     """Refuses settings whose harm would show only later in the run; ranges are checked before."""
-    watchers.named(c.watch)
+    trackers.named(c.watch)
     known(c.not_finite, {"stop": None, "skip": None}, "not_finite")
     if c.experts.count and (c.init or c.export):
         raise InputError(
@@ -114,7 +114,7 @@ def shape_to_plan(c) -> ModelSpec:
 
 def program_of(
     c, shape: ModelSpec, policy: AnyPolicy | None = None, *, absent: int | None = None
-) -> Program:
+) -> TrainStep:
     """The step of this config on all devices, or planned for so many that are `absent`."""
     strategy = partition.parse(c.strategy)
     sizes = from_config(c.mesh, mesh.MeshShape)
@@ -123,7 +123,7 @@ def program_of(
     schedule = parse_choice(c.schedule, SCHEDULES, what="schedule")
     policy = policy_of(c, None) if policy is None else policy
     steps = c.steps
-    return Program(
+    return TrainStep(
         shape,
         policies.by_layer(policy, windows=shape.windows, num_kv_heads=shape.num_kv_heads),
         laid_out,
@@ -132,7 +132,7 @@ def program_of(
         lambda step: schedule(step, steps),
         dtype=DTYPES[known(c.dtype, DTYPES, "dtype")],
         remat=known(c.remat, REMAT, "remat policy"),
-        accumulate=c.accumulate,
+        grad_accum_steps=c.grad_accum_steps,
         clip=c.clip or None,
         objective=terms.language_modeling(shape, z_loss=c.z_loss),
         lora=parse_choice(c.lora, {"lora": LoRA}, what="adapter") if c.lora else None,
@@ -152,7 +152,7 @@ class Data:
     held_out: list[Mapping[str, np.ndarray]]  # batches, for evaluation
 
 
-def data_of(c, tokenizer, share: Share) -> Data:
+def data_of(c, tokenizer, share: HostShard) -> Data:
     """Batches of the stores or texts by the plan; the end of each is held out, in every process."""
     size = {"length": c.data.length, "rows": c.data.batch}
     plan = loader.parse_plan(c.data.plan)
@@ -174,13 +174,13 @@ def token_bytes(tokenizer) -> np.ndarray:
     return sizes
 
 
-def export_bytes(program: Program) -> int:
+def export_bytes(program: TrainStep) -> int:
     """Of the finished model's parameters, float32."""
     model = program.shapes.params if program.lora is None else program.shapes.frozen
     return 4 * sum(leaf.size for leaf in jax.tree.leaves(model))
 
 
-def state_bytes(program: Program) -> int:
+def state_bytes(program: TrainStep) -> int:
     """Of a checkpoint of the training state."""
     leaves = jax.tree.leaves(program.shapes)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

@@ -25,13 +25,13 @@ from lminf.experiments import _training
 from lminf.experiments._main import leads, main
 from lminf.lm.lm import LM
 from lminf.parallel import hardware
-from lminf.parallel.processes import Processes
-from lminf.run import environment, lock, memory, plots, request, watchers
-from lminf.run.clock import Split
+from lminf.parallel.distributed import Distributed
+from lminf.run import environment, lock, memory, plots, request, trackers
+from lminf.run.clock import PhaseTimer
 from lminf.run.folder import difference
 from lminf.run.metrics import Smoothed
+from lminf.run.preemption import Preemption
 from lminf.run.progress import Progress
-from lminf.run.stopping import Stopping
 from lminf.train import batches, planning
 from lminf.train.loop import Hook, fit, refuse
 
@@ -49,14 +49,14 @@ def run(c, out):
     data = _training.data_of(c, start.tokenizer, share)
     for shape in data.shapes:
         example = dict.fromkeys(("tokens", "targets"), np.zeros(shape, np.int32))
-        batches.check(example, accumulate=c.accumulate, arrays=program.arrays, **place)
+        batches.check(example, grad_accum_steps=c.grad_accum_steps, arrays=program.arrays, **place)
     lm = LM(start.spec, {}, start.tokenizer, start.policy)
     if not ended:
         check_ending(c, program, lm)
     facts = {"config": c.to_json(), "source": environment.commit()}
     folder_of = c.checkpoint.folder or str(out / "checkpoints")
     store = native.Store(absolute(folder_of), last=c.checkpoint.last, facts=facts)
-    say, stopping = Speaker(), Stopping()
+    say, stopping = Speaker(), Preemption()
     if start.policy != FULL and not c.attention:
         say(f"attending as {c.init} was trained, by {start.policy.name} (lminf.json)")
     # Several processes must stop after the same step, which JAX settles: signals are left to it.
@@ -74,7 +74,7 @@ def run(c, out):
             out.keep_until(done)
             out.keep(lambda row: row["part"] not in AT_THE_END)
         watch = Watch(c, program, data, out, done, skipped=int(state.skipped))
-        watch.shown = watchers.opened(c.watch if leads() else "", out.path, c.to_dict())
+        watch.shown = trackers.opened(c.watch if leads() else "", out.path, c.to_dict())
         meter = Meter(program, data.held_out, _training.token_bytes(start.tokenizer), place)
         with contextlib.ExitStack() as stack:
             stack.enter_context(watch.progress)
@@ -251,7 +251,7 @@ class Watch:
         self.c, self.data, self.out, self.skipped = c, data, out, skipped
         self.tokens_per_step = c.data.batch * c.data.length
         earlier = out.metrics()[-1:] if leads() else []
-        self.split = Split(*earlier)
+        self.split = PhaseTimer(*earlier)
         self.progress = Progress(c.steps, label="training", start=done)
         self.average, self.smoothed = Smoothed(half_life=20), None
         flops = planning.flops_per_token(program, c.data.length) * self.tokens_per_step
@@ -259,7 +259,7 @@ class Watch:
         self.step_share = flops / peak  # seconds of a step at full speed
         self.last = (done, self.split.seconds()["seconds_train"])
         self.traced = None
-        self.shown: Sequence[watchers.Watcher] = ()
+        self.shown: Sequence[trackers.Tracker] = ()
 
     def __call__(self, done, metrics):
         loss = float(metrics.loss)
@@ -276,7 +276,7 @@ class Watch:
         values = {
             "loss": loss if math.isfinite(loss) else None,
             "grad_norm": float(metrics.grad_norm) if metrics.finite else None,
-            "rate": float(metrics.rate),
+            "rate": float(metrics.learning_rate),
             "skipped": self.skipped,
             "tokens_per_second": speed * self.tokens_per_step,
             "mfu": speed * self.step_share,
@@ -375,7 +375,7 @@ def plot(rows):
 
 
 def join(c):
-    from_config(c.processes, Processes).join()
+    from_config(c.processes, Distributed).join()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from lminf.run import memory, plots
 from lminf.run.progress import Progress
 from lminf.train import batches, planning
 from lminf.train.optim import AdamW
-from lminf.train.step import Program
+from lminf.train.step import TrainStep
 
 PEER = Path(__file__).resolve().parent.parent / "benchmarks" / "peer_torch_training.py"
 
@@ -97,7 +97,7 @@ def ceiling(timed, length):
 
 def program(model, vocab_size, length, laid_out):
     shape = spec.llama(vocab_size=vocab_size, trained_length=length, **model.to_dict())
-    return Program(
+    return TrainStep(
         shape, (policies.FULL,) * shape.num_layers, laid_out, partition.STRATEGIES["data"],
         AdamW().build(), lambda step: np.float32(1e-4),
     )  # fmt: skip

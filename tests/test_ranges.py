@@ -13,15 +13,15 @@ from lminf import ranges
 from lminf.config import parse_choice
 from lminf.data.loader import PLANS
 from lminf.errors import InputError
+from lminf.parallel.distributed import Distributed
 from lminf.parallel.mesh import MeshShape
-from lminf.parallel.processes import Processes
 from lminf.ranges import Range
 from lminf.run import header, request, settings, sweep
 from lminf.surgery.lora import LoRA
-from lminf.train.many import Copies
+from lminf.train.ensemble import Replicas
 from lminf.train.optim import OPTIMIZERS
 from lminf.train.schedules import SCHEDULES
-from lminf.train.step import Program
+from lminf.train.step import TrainStep
 from tests import stated_ranges
 from tests.run.resolved import forms
 
@@ -74,8 +74,8 @@ def test_numbers_without_a_range_are_found():
 # --- Training and experiments ---------------------------------------------------------------------
 
 TRAINING = (
-    *PLANS.values(), *OPTIMIZERS.values(), *SCHEDULES.values(), LoRA, MeshShape, Processes,
-    Program, Copies,
+    *PLANS.values(), *OPTIMIZERS.values(), *SCHEDULES.values(), LoRA, MeshShape, Distributed,
+    TrainStep, Replicas,
 )  # fmt: skip
 VALID = {
     "Cosine": {"floor": 1e-5, "warmup": 1},

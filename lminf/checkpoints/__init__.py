@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lminf.attention.policy import FULL, AnyPolicy
 from lminf.checkpoints import fetch, gguf, gguf_tokenizer, hf, hf_tokenizer
-from lminf.checkpoints.trees import Progress
+from lminf.checkpoints.tensors import Progress
 from lminf.data.tokenizers import Tokenizer
 from lminf.errors import InputError, refusing
 from lminf.models.spec import ModelSpec

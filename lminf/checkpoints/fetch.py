@@ -26,7 +26,7 @@ from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 
 from lminf.atomic import atomic_write, disk_errors
-from lminf.checkpoints.trees import Progress
+from lminf.checkpoints.tensors import Progress
 from lminf.errors import InputError
 
 HUB_FILES = ("*.safetensors", "*.json", "chat_template.jinja")

@@ -17,8 +17,8 @@ from lminf.attention.rope import (
     Unscaled,
     YaRN,
 )  # fmt: skip
-from lminf.checkpoints import gguf_tokenizer, maps, trees
-from lminf.checkpoints.fields import Fields, Meaningless
+from lminf.checkpoints import gguf_tokenizer, tensors, weight_maps
+from lminf.checkpoints.config_fields import Fields, Meaningless
 from lminf.checkpoints.gguf_file import GGUFFile, open_gguf
 from lminf.data.tokenizers import Tokenizer
 from lminf.errors import InputError
@@ -117,15 +117,15 @@ LLAMA3_SCHEDULES = tuple(Llama3(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0
 
 
 def load(
-    path: Path, *, dtype: Any = np.float32, progress: trees.Progress | None = None
+    path: Path, *, dtype: Any = np.float32, progress: tensors.Progress | None = None
 ) -> tuple[ModelSpec, dict[str, Any], Tokenizer]:
     """Spec, parameters (numpy, of `dtype`) and tokenizer of a GGUF file."""
     file = open_gguf(path)
     spec = read_spec(file)
     tokenizer = gguf_tokenizer.from_metadata(file.metadata, str(path))
-    params = trees.read(
+    params = tensors.read(
         spec,
-        maps.GGUF[file.metadata["general.architecture"]],
+        weight_maps.GGUF[file.metadata["general.architecture"]],
         shapes={name: t.shape for name, t in file.tensors.items() if name != ROPE_FACTORS},
         tensor=file.read,
         dtype=dtype,

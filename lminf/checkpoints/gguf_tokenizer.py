@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from lminf.checkpoints.fields import Fields, Meaningless, TokenId
+from lminf.checkpoints.config_fields import Fields, Meaningless, TokenId
 from lminf.data.tokenizers import SPACE, Tokenizer
 from lminf.errors import InputError
 from lminf.ranges import shown

@@ -18,7 +18,7 @@ import safetensors
 
 from lminf.atomic import atomic_write, check_space
 from lminf.attention.policy import FULL, POLICIES, AnyPolicy, Window
-from lminf.checkpoints import hf_config, hf_tokenizer, maps, trees
+from lminf.checkpoints import hf_config, hf_tokenizer, tensors, weight_maps
 from lminf.checkpoints.files import read_json, write_json
 from lminf.config import parse_choice
 from lminf.data.tokenizers import Tokenizer
@@ -43,14 +43,14 @@ def refuse_pickle(path: Path) -> None:
 
 
 def load(
-    folder: Path, *, dtype: Any = np.float32, progress: trees.Progress | None = None
+    folder: Path, *, dtype: Any = np.float32, progress: tensors.Progress | None = None
 ) -> tuple[ModelSpec, dict[str, Any], Tokenizer | None]:
     """Spec, parameters (numpy, of `dtype`) and, where the folder has one, tokenizer."""
     spec = read_spec(folder)
     with _tensors(folder) as (shapes, tensor):
-        params = trees.read(
+        params = tensors.read(
             spec,
-            maps.HF[spec.family],
+            weight_maps.HF[spec.family],
             shapes=shapes,
             tensor=tensor,
             dtype=dtype,
@@ -87,7 +87,7 @@ def _tensors(
                     f"{path} is not a whole safetensors file ({error}); fetch it again"
                 ) from None
             for name in shard.keys():  # noqa: SIM118 (no mapping: a handle with keys)
-                if name.endswith(maps.HF_DERIVED):
+                if name.endswith(weight_maps.HF_DERIVED):
                     continue
                 if name in shards:
                     raise InputError(f"{folder} holds {name} twice; remove one of the files")
@@ -221,8 +221,8 @@ def save(
     """
     must_be_new(folder)
     config, attends = _described(spec, policy)
-    tensors = list(trees.write(spec, maps.HF[spec.family], params))
-    dtype = str(np.dtype(next(iter(trees.flattened(params).values())).dtype))
+    stored = list(tensors.write(spec, weight_maps.HF[spec.family], params))
+    dtype = str(np.dtype(next(iter(tensors.flattened(params).values())).dtype))
     if dtype not in DTYPE_NAMES:
         raise InputError(f"parameters of type {dtype} have no place in a checkpoint; cast them")
     config |= {"torch_dtype": dtype, "use_cache": True}
@@ -242,11 +242,11 @@ def save(
         if attends is not None:
             write_json(temporary / POLICY_FILE, attends)
         with (temporary / WEIGHTS).open("wb") as file:
-            _write_safetensors(file, tensors, dtype)
+            _write_safetensors(file, stored, dtype)
 
 
 def _write_safetensors(
-    file: BinaryIO, tensors: list[tuple[trees.Stored, Callable[[], np.ndarray]]], dtype: str
+    file: BinaryIO, stored: list[tuple[tensors.Stored, Callable[[], np.ndarray]]], dtype: str
 ) -> None:
     """The format by hand, so that one tensor at a time is in memory instead of a second model.
 
@@ -254,7 +254,7 @@ def _write_safetensors(
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end, width = 0, np.dtype(dtype).itemsize
-    for item, _ in tensors:
+    for item, _ in stored:
         start, end = end, end + width * int(np.prod(item.shape))
         header[item.name] = {
             "dtype": DTYPE_NAMES[dtype],
@@ -264,5 +264,5 @@ def _write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data is aligned
     file.write(struct.pack("<Q", len(text)) + text)
-    for _, make in tensors:
+    for _, make in stored:
         file.write(make().astype(dtype, copy=False).reshape(-1).view(np.uint8).data)

@@ -11,7 +11,7 @@ from typing import Any
 
 from lminf.attention import rope
 from lminf.checkpoints import hf_rotary
-from lminf.checkpoints.fields import ACTIVATION_NAMES, Fields
+from lminf.checkpoints.config_fields import ACTIVATION_NAMES, Fields
 from lminf.checkpoints.hf_fields import ATTENTION_SHAPE, MEANINGLESS, SHAPE
 from lminf.errors import InputError
 from lminf.models.spec import MLPSpec, ModelSpec, NormSpec

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from lminf.attention.rope import Length
 from lminf.checkpoints import hf_rotary
-from lminf.checkpoints.fields import Meaningless
+from lminf.checkpoints.config_fields import Meaningless
 from lminf.models.spec import Cap, Epsilon, Layers, Multiplier, Size
 from lminf.ranges import Range
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from lminf.attention import rope
 from lminf.attention.rope import Base, Factor, Length, Temperature
-from lminf.checkpoints.fields import Fields, Meaningless
+from lminf.checkpoints.config_fields import Fields, Meaningless
 from lminf.errors import InputError
 from lminf.ranges import Range
 

@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 from tokenizers import processors
 
-from lminf.checkpoints.fields import Fields, TokenId
+from lminf.checkpoints.config_fields import Fields, TokenId
 from lminf.checkpoints.files import read_json, read_text, write_json
 from lminf.data.tokenizers import Tokenizer
 from lminf.errors import InputError, refusing

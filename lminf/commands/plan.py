@@ -23,11 +23,11 @@ from lminf.attention import policy as policies
 from lminf.attention.parsing import parse_policy
 from lminf.errors import InputError
 from lminf.models import cost
-from lminf.parallel import absent, hardware
+from lminf.parallel import hardware, topology
 from lminf.parallel.hardware import Devices
 from lminf.run import request, sweep, tables
 from lminf.train import compiled, planning
-from lminf.train.step import Program
+from lminf.train.step import TrainStep
 
 SWEEPS = ("vocab_sweep", "step_sweep")
 DEFAULT = ("full", "window:window={w}", "lm_infinite:window={w},sinks=10")
@@ -135,9 +135,11 @@ def plan_training(args: argparse.Namespace) -> None:
     show(args, facts, {"sharding": planning.table(program)})
 
 
-def compiled_facts(program: Program, devices: Devices, *, rows: int, length: int) -> dict[str, Any]:
+def compiled_facts(
+    program: TrainStep, devices: Devices, *, rows: int, length: int
+) -> dict[str, Any]:
     """What the compiler of these devices says; nothing, with a line that says why, without one."""
-    reason = absent.missing(devices)
+    reason = topology.missing(devices)
     if reason is not None:
         print(f"bytes are of the formula only: {reason}", file=sys.stderr)
         return {}

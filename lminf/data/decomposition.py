@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Int
 
 from lminf import ranges
-from lminf.data import layouts
-from lminf.data.layouts import Documents, Pieces, Sequences
+from lminf.data import packing
+from lminf.data.packing import Documents, Sequences, Spans
 from lminf.data.permutation import uniform
-from lminf.data.plans import Taken, epochs, joined
+from lminf.data.plans import Selection, epochs, joined
 from lminf.errors import InputError
 from lminf.ranges import Range
 
@@ -75,7 +75,7 @@ class Decomposition:
         buckets = [Sequences(found[k], length=1 << k) for k in range(self.shortest, longest + 1)]
         taken = self._rows(buckets, of_step=rows * length)
         return Curricular(
-            buckets, [Taken(b, n) for b, n in zip(buckets, taken, strict=True)],
+            buckets, [Selection(b, n) for b, n in zip(buckets, taken, strict=True)],
             odds=self._odds(len(buckets)), by_batches=self.by == "odds_and_batches",
             cycles=self.cycles, tokens=rows * length, seed=seed,
         )  # fmt: skip
@@ -139,7 +139,7 @@ def cut(
     for k in range(longest, shortest - 1, -1):
         size = (1 << k) + 1
         count = np.maximum(left, 0) // size  # 0 or 1, save for the longest
-        owner, place = layouts.ragged(count)
+        owner, place = packing.ragged(count)
         starts[k].append(at[owner] + place * size)
         at += count * size
         left -= count * size
@@ -149,13 +149,13 @@ def cut(
 class Curricular:
     """Steps of one length each, drawn without replacement by the odds of a curriculum."""
 
-    apart = False
+    document_mask = False
     padded = True  # the last rows of a length in an epoch may be too few for a step
 
     def __init__(
         self,
         buckets: Sequence[Sequences],
-        taken: Sequence[Taken],
+        taken: Sequence[Selection],
         *,
         odds: Sequence[float],
         by_batches: bool,
@@ -182,7 +182,7 @@ class Curricular:
         self.steps = float(self._steps)
         self.epoch = functools.lru_cache(maxsize=2)(self._epoch)
 
-    def at(self, step: int) -> Pieces:
+    def at(self, step: int) -> Spans:
         epoch, place = divmod(step, self._steps)
         bucket_of, ordinal_of = self.epoch(epoch)
         number = int(bucket_of[place])
@@ -192,7 +192,7 @@ class Curricular:
         # Where an epoch takes only a part of the bucket, the next ones go on with the others.
         stream = epoch * taken + index
         chosen = epochs(stream, bucket.count, seed=(self._seed, 4, number))
-        return bucket.pieces(np.where(index < taken, chosen, -1))
+        return bucket.spans(np.where(index < taken, chosen, -1))
 
     def _epoch(self, epoch: int) -> tuple[Int[np.ndarray, " steps"], Int[np.ndarray, " steps"]]:
         """(bucket, which of its batches) of every step of an epoch."""

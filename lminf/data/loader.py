@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Int
 
 from lminf.config import parse_choice
-from lminf.data import layouts
+from lminf.data import packing
 from lminf.data.decomposition import Decomposition
-from lminf.data.layouts import Documents, Pieces
+from lminf.data.packing import Documents, Spans
 from lminf.data.plans import BestFit, Concat, Mixture, Plan, Schedule, Windows
 from lminf.data.store import TokenStore
 from lminf.errors import InputError
@@ -46,7 +46,7 @@ class Loader:
         self._stores = stores
         self._first = np.cumsum([0, *(store.tokens for store in stores)])  # token of each store
         corpora = [
-            Documents(*(part + first for part in layouts.documents(store.ends)))
+            Documents(*(part + first for part in packing.documents(store.ends)))
             for store, first in zip(stores, self._first[:-1].tolist(), strict=True)
         ]
         self._ends = np.concatenate([found.ends for found in corpora])
@@ -60,7 +60,7 @@ class Loader:
         """
         pieces = self.schedule.at(step)
         if processes != 1:
-            pieces = _share(pieces, process, processes)
+            pieces = _host_rows(pieces, process, processes)
         return self._filled(pieces)
 
     def documents(self, step: int) -> list[int]:
@@ -68,13 +68,13 @@ class Loader:
         pieces = self.schedule.at(step)
         last = pieces.start + pieces.size - 1
         first, last = (np.searchsorted(self._ends, x, side="right") for x in (pieces.start, last))
-        owner, place = layouts.ragged(last - first + 1)
+        owner, place = packing.ragged(last - first + 1)
         return np.unique(first[owner] + place).tolist()
 
-    def _filled(self, pieces: Pieces) -> dict[str, np.ndarray]:
+    def _filled(self, pieces: Spans) -> dict[str, np.ndarray]:
         shape = (pieces.rows, pieces.length)
         read = np.concatenate([np.empty(0, np.int32), *self._read(pieces.start, pieces.size + 1)])
-        owner, place = layouts.ragged(pieces.size)
+        owner, place = packing.ragged(pieces.size)
         source = place + (np.cumsum(pieces.size + 1) - pieces.size - 1)[owner]
         # Where a piece begins in its row: what stands before it there.
         before = np.cumsum(pieces.size) - pieces.size
@@ -93,7 +93,7 @@ class Loader:
         }
         if self.schedule.padded:
             batch["weights"] = arranged(np.ones(len(at)), np.float32)
-        if self.schedule.apart:
+        if self.schedule.document_mask:
             number = np.arange(len(pieces.row))
             in_order = number - np.maximum.accumulate(np.where(new_row, number, 0)) + 1
             batch["positions"] = arranged(place, np.int32)
@@ -118,7 +118,7 @@ class Loader:
         return found
 
 
-def _share(pieces: Pieces, process: int, processes: int) -> Pieces:
+def _host_rows(pieces: Spans, process: int, processes: int) -> Spans:
     rows, left = divmod(pieces.rows, processes)
     if left:
         raise InputError(
@@ -127,7 +127,7 @@ def _share(pieces: Pieces, process: int, processes: int) -> Pieces:
         )
     own = pieces.row // rows == process
     row, start, size = (part[own] for part in (pieces.row, pieces.start, pieces.size))
-    return Pieces(rows, pieces.length, row - process * rows, start, size)
+    return Spans(rows, pieces.length, row - process * rows, start, size)
 
 
 def _same_tokenizer(stores: Sequence[TokenStore]) -> None:

@@ -19,9 +19,9 @@ import numpy as np
 from jaxtyping import Int
 
 from lminf import ranges
-from lminf.data import layouts
-from lminf.data.layouts import BestFit as BestFitLayout
-from lminf.data.layouts import Concatenated, Documents, Layout, Pieces
+from lminf.data import packing
+from lminf.data.packing import BestFit as BestFitLayout
+from lminf.data.packing import Concatenated, Documents, Layout, Spans
 from lminf.data.permutation import Seed, shuffled
 from lminf.errors import InputError
 from lminf.ranges import Range
@@ -29,7 +29,7 @@ from lminf.ranges import Range
 MIXED_ROWS = 1 << 14  # in which each corpus has its share exactly
 
 
-class Taken(NamedTuple):
+class Selection(NamedTuple):
     """How much of a layout one epoch takes."""
 
     layout: Layout
@@ -39,13 +39,13 @@ class Taken(NamedTuple):
 class Schedule(Protocol):
     """The steps of a plan."""
 
-    apart: bool  # several documents stand in a row and must not see each other
+    document_mask: bool  # several documents stand in a row and must not see each other
     padded: bool  # rows may be short
     shapes: tuple[tuple[int, int], ...]  # every (rows, length) that a batch may have
     steps: float  # of an epoch
-    taken: tuple[Taken, ...]  # in an epoch, for statistics
+    taken: tuple[Selection, ...]  # in an epoch, for statistics
 
-    def at(self, step: int) -> Pieces: ...
+    def at(self, step: int) -> Spans: ...
 
 
 class Plan(Protocol):
@@ -67,7 +67,7 @@ class Windows:
 class Places:
     """Rows that begin anywhere."""
 
-    apart = padded = False
+    document_mask = padded = False
 
     def __init__(self, found: Documents, *, length: int, rows: int, seed: int):
         self._tokens = int(found.ends[-1])
@@ -80,13 +80,13 @@ class Places:
         self.shapes = ((rows, length),)
         self.steps = self._tokens / (rows * length)  # as many tokens as there are
         layout = Concatenated(Documents(found.starts[:1], found.ends[-1:]), length=length)
-        self.taken = (Taken(layout, layout.count),)
+        self.taken = (Selection(layout, layout.count),)
 
-    def at(self, step: int) -> Pieces:
+    def at(self, step: int) -> Spans:
         rng = np.random.default_rng((self._seed, step))
         start = rng.integers(0, self._tokens - self._length, self._rows)
         size = np.full(self._rows, self._length)
-        return Pieces(self._rows, self._length, np.arange(self._rows), start, size)
+        return Spans(self._rows, self._length, np.arange(self._rows), start, size)
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ class Concat:
         return Concatenated(whole, length=length)
 
     def schedule(self, corpora, *, length, rows, seed) -> "RowSchedule":
-        apart = self.documents == "apart"
+        document_mask = self.documents == "apart"
         layout = self.layout(joined(corpora), length)
-        return RowSchedule([layout], [1], rows=rows, seed=seed, apart=apart)
+        return RowSchedule([layout], [1], rows=rows, seed=seed, document_mask=document_mask)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class BestFit:
 
     def schedule(self, corpora, *, length, rows, seed) -> "RowSchedule":
         layout = self.layout(joined(corpora), length)
-        return RowSchedule([layout], [1], rows=rows, seed=seed, apart=True)
+        return RowSchedule([layout], [1], rows=rows, seed=seed, document_mask=True)
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,10 @@ class Mixture:
                 f"{len(self.weights)} weights for {len(corpora)} corpora; give one weight for each"
             )
         parts = [self.plan.layout(found, length) for found in corpora]
-        apart = self.plan.documents == "apart"
-        return RowSchedule(parts, shares(self.weights), rows=rows, seed=seed, apart=apart)
+        document_mask = self.plan.documents == "apart"
+        return RowSchedule(
+            parts, shares(self.weights), rows=rows, seed=seed, document_mask=document_mask
+        )
 
 
 def joined(corpora: Sequence[Documents]) -> Documents:
@@ -181,11 +183,11 @@ class RowSchedule:
         *,
         rows: int,
         seed: int,
-        apart: bool,
+        document_mask: bool,
     ):
         for part in parts:
-            layouts.require_rows(part, "a corpus")
-        self._parts, self._rows, self._seed, self.apart = parts, rows, seed, apart
+            packing.require_rows(part, "a corpus")
+        self._parts, self._rows, self._seed, self.document_mask = parts, rows, seed, document_mask
         self._shares = np.array(of_each)
         self._until = np.cumsum(self._shares)
         self._length = parts[0].length
@@ -195,22 +197,23 @@ class RowSchedule:
         longest = max(p.count / s for p, s in zip(parts, of_each, strict=True))
         self.steps = longest * period / rows
         self.taken = tuple(
-            Taken(p, min(p.count, round(longest * s))) for p, s in zip(parts, of_each, strict=True)
+            Selection(p, min(p.count, round(longest * s)))
+            for p, s in zip(parts, of_each, strict=True)
         )
 
-    def at(self, step: int) -> Pieces:
+    def at(self, step: int) -> Spans:
         part, index = self._places(step * self._rows + np.arange(self._rows))
         found = []
         for number, layout in enumerate(self._parts):
             at = np.flatnonzero(part == number)
             rows = epochs(index[at], layout.count, seed=(self._seed, 1, number))
-            pieces = layout.pieces(rows)
+            pieces = layout.spans(rows)
             found.append(pieces._replace(row=at[pieces.row]))
         row, start, size = (
             np.concatenate([getattr(p, name) for p in found]) for name in ("row", "start", "size")
         )
         order = np.argsort(row, kind="stable")
-        return Pieces(self._rows, self._length, row[order], start[order], size[order])
+        return Spans(self._rows, self._length, row[order], start[order], size[order])
 
     def _places(self, rows: Int[np.ndarray, " R"]) -> tuple[np.ndarray, np.ndarray]:
         """(layout, how many rows of it come before) of the rows of the endless stream.

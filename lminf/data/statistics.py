@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from lminf.data.plans import Taken
+from lminf.data.plans import Selection
 
 AT_ONCE = 1 << 16  # rows
 
@@ -26,7 +26,7 @@ class Statistics:
     attention_pairs: int  # of a query and a key that it sees: what exact attention costs
 
 
-def statistics(taken: Sequence[Taken], *, ends: Int[np.ndarray, " documents"]) -> Statistics:
+def statistics(taken: Sequence[Selection], *, ends: Int[np.ndarray, " documents"]) -> Statistics:
     """Of the rows that an epoch takes: where that is a part of a layout, by its share of the whole.
 
     Cut and left-out documents are those of the whole layout.
@@ -39,7 +39,7 @@ def statistics(taken: Sequence[Taken], *, ends: Int[np.ndarray, " documents"]) -
         rows += count
         places += count * layout.length
         for first in range(0, layout.count, AT_ONCE):
-            found = layout.pieces(np.arange(first, min(first + AT_ONCE, layout.count)))
+            found = layout.spans(np.arange(first, min(first + AT_ONCE, layout.count)))
             size = found.size.astype(np.float64)
             tokens += share * size.sum()
             pieces += share * len(size)

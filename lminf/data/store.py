@@ -22,7 +22,7 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Int
 
-from lminf.data.places import Place
+from lminf.data.storage import Storage
 from lminf.errors import InputError
 
 FORMAT = "lminf-tokens-1"
@@ -62,7 +62,7 @@ class TokenStore:
         facts: Facts | None,
         tokens: ts.TensorStore,
         ends: ts.TensorStore,
-        place: Place | None = None,
+        place: Storage | None = None,
     ):
         self.facts, self._place = facts, place
         self._tokens, self._ends = tokens, ends
@@ -112,7 +112,7 @@ def open_store(
     url: str, *, tokenizer_digest: str | None = None, memory: ts.Context | None = None
 ) -> TokenStore:
     """The finished store at a place; refused where another tokenizer wrote it."""
-    place = Place(url, memory=memory)
+    place = Storage(url, memory=memory)
     facts = read_facts(place)
     if facts is None:
         progress, _ = read_progress(place)
@@ -142,7 +142,7 @@ def open_store(
     return TokenStore(facts, tokens, ends, place)
 
 
-def read_facts(place: Place) -> Facts | None:
+def read_facts(place: Storage) -> Facts | None:
     """The store's Facts; None where no finished store lies."""
     found, _ = place.json(FACTS)
     if found is None:
@@ -160,7 +160,7 @@ def read_facts(place: Place) -> Facts | None:
     return Facts(**{**found, "sources": tuple(found["sources"])})
 
 
-def read_progress(place: Place) -> tuple[dict[str, Any] | None, bytes]:
+def read_progress(place: Storage) -> tuple[dict[str, Any] | None, bytes]:
     """What an unfinished store says of itself, None where there is none; and its generation."""
     found, generation = place.json(PROGRESS)
     if found is not None:
@@ -184,7 +184,7 @@ _FITS: dict[Any, Callable[[Any], bool]] = {
 }
 
 
-def check_shape(place: Place, name: str, shape: Mapping[str, Any], found: Any) -> None:
+def check_shape(place: Storage, name: str, shape: Mapping[str, Any], found: Any) -> None:
     """Refuses an object of a store that lacks an entry, or has one of another name or type."""
     if not isinstance(found, dict):
         raise InputError(f"{place.url}/{name} is damaged: it holds no object; name another place")
@@ -198,7 +198,7 @@ def check_shape(place: Place, name: str, shape: Mapping[str, Any], found: Any) -
 class Writer:
     """Appends tokens and ends to a store; what `commit` has returned from is never lost."""
 
-    def __init__(self, place: Place, *, request: Mapping[str, Any], dtype: str):
+    def __init__(self, place: Storage, *, request: Mapping[str, Any], dtype: str):
         """Goes on with the unfinished store of the same request, if one lies there."""
         self._place, self._request = place, request
         found, generation = read_progress(place)

@@ -17,7 +17,7 @@ from jaxtyping import Int
 
 from lminf.data import documents, store
 from lminf.data.documents import Piece, Source, Split
-from lminf.data.places import Place
+from lminf.data.storage import Storage
 from lminf.data.store import Facts
 from lminf.data.tokenizers import Special, Tokenizer
 from lminf.errors import InputError
@@ -66,7 +66,7 @@ def tokenize(
     where the finished store lies there already.
     """
     sources = documents.find(patterns)
-    place = Place(out, memory=memory)
+    place = Storage(out, memory=memory)
     end_id = _end_id(tokenizer, end, name)
     bos_id = tokenizer.bos_id if tokenizer.add_bos else None
     listing = [(str(s.path), s.bytes, s.modified) for s in sources]

@@ -5,8 +5,9 @@ Beside the model, parameter path -> logical axes (`decoder.AXES`); here, by stra
 of the second are tried in order: each gives a mesh axis to the first dimension that it divides, and
 no array uses a mesh axis twice.
 
-A strategy says which of weights, gradients and optimiser state (with the float32 masters) are
-sliced. That is all that ZeRO's stages differ in. Source: Rajbhandari et al. 2020, arXiv:1910.02054.
+A strategy says which of weights, gradients and optimiser state (with the float32
+master parameters) are sliced. That is all that ZeRO's stages differ in.
+Source: Rajbhandari et al. 2020, arXiv:1910.02054.
 """
 
 import math
@@ -46,22 +47,22 @@ class Strategy:
 
 # Any axis that divides will do; the width comes first, because every matrix has it. Layers are
 # never sliced: the scan over them reads one at a time.
-EVERYTHING: Rules = tuple(
+FSDP_RULES: Rules = tuple(
     (axis, "fsdp") for axis in ("embed", "mlp", "heads", "kv_heads", "vocab", "head_dim")
 )
-WITHIN: Rules = tuple((axis, "tensor") for axis in ("heads", "kv_heads", "mlp", "vocab"))
+TENSOR_RULES: Rules = tuple((axis, "tensor") for axis in ("heads", "kv_heads", "mlp", "vocab"))
 STRATEGIES: dict[str, Strategy] = {
     "data": Strategy(),
-    "zero1": Strategy(opt=EVERYTHING),
-    "zero2": Strategy(opt=EVERYTHING, grads=EVERYTHING),
-    "zero3": Strategy(opt=EVERYTHING, grads=EVERYTHING, params=EVERYTHING),
+    "zero1": Strategy(opt=FSDP_RULES),
+    "zero2": Strategy(opt=FSDP_RULES, grads=FSDP_RULES),
+    "zero3": Strategy(opt=FSDP_RULES, grads=FSDP_RULES, params=FSDP_RULES),
     "tensor": Strategy(
-        params=WITHIN,
-        grads=WITHIN,
-        opt=WITHIN,
+        params=TENSOR_RULES,
+        grads=TENSOR_RULES,
+        opt=TENSOR_RULES,
         # Between products, where norms and residuals work row by row, positions are sliced
         # instead. Source: Korthikanti et al. 2022, arXiv:2205.05198.
-        activations=(*Strategy.activations, *WITHIN, ("residual_length", "tensor")),
+        activations=(*Strategy.activations, *TENSOR_RULES, ("residual_length", "tensor")),
     ),
     "context": Strategy(
         activations=(
@@ -71,9 +72,14 @@ STRATEGIES: dict[str, Strategy] = {
         )
     ),
 }
-OWN = (("expert", "expert"),)
+EXPERT_RULES = (("expert", "expert"),)
 # Outside of the experts their devices hold other rows, as `data` would have it.
-STRATEGIES["expert"] = Strategy(OWN, OWN, OWN, (*Strategy.activations, ("batch", "expert"), *OWN))
+STRATEGIES["expert"] = Strategy(
+    EXPERT_RULES,
+    EXPERT_RULES,
+    EXPERT_RULES,
+    (*Strategy.activations, ("batch", "expert"), *EXPERT_RULES),
+)
 STRATEGIES["fsdp"] = STRATEGIES["zero3"]
 
 
@@ -153,7 +159,7 @@ def shardings(params: Any, table: AxisTable, rules: Rules, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def following(state: Any, params: Any, laid_out: Any, mesh: Mesh) -> Any:
+def optimizer_shardings(state: Any, params: Any, laid_out: Any, mesh: Mesh) -> Any:
     """A NamedSharding for every array of an optimiser's state: that of the parameter it is about.
 
     `0/mu/layers/attention/wq` lies as `layers/attention/wq` does, if it has its shape. What has

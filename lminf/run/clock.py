@@ -9,10 +9,10 @@ PARTS = ("compile", "train", "eval", "save")
 _PREFIX = "seconds_"
 
 
-class Split:
+class PhaseTimer:
     """Seconds by part. What nobody claims is training.
 
-    split = Split(earlier)                  # {"seconds_train": 12.5, …} of an interrupted run
+    split = PhaseTimer(earlier)                  # {"seconds_train": 12.5, …} of an interrupted run
     with split.part("eval"): …
     split.seconds()                         # the same, now
     """

@@ -21,8 +21,8 @@ RANGES = {
     **dict.fromkeys(
         (
             # training
-            "steps", "accumulate", "every", "last", "batches", "log_every", "batch", "replicates",
-            "rounds",
+            "steps", "grad_accum_steps", "every", "last", "batches", "log_every", "batch",
+            "replicates", "rounds",
             # shapes
             "width", "num_layers", "num_heads", "num_kv_heads", "hidden_dim", "per_token", "vocab",
             "vocabs", "vocab_size", "seq_len",

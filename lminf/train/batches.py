@@ -35,17 +35,17 @@ class Batches(Protocol):
         ...
 
 
-class Share(NamedTuple):
+class HostShard(NamedTuple):
     """Part number `process` of `processes` equal parts of a batch's rows."""
 
     process: int
     processes: int
 
 
-WHOLE = Share(0, 1)
+WHOLE = HostShard(0, 1)
 
 
-def share(mesh: Mesh, strategy: Strategy) -> Share:
+def share(mesh: Mesh, strategy: Strategy) -> HostShard:
     """The rows that this process's devices work on, which are all that it must read."""
     copies = _copies(mesh, strategy)
     where = partition.spec(("batch",), (copies,), strategy.activations, mesh)
@@ -59,11 +59,11 @@ def share(mesh: Mesh, strategy: Strategy) -> Share:
     return _enclosing(rows, copies)
 
 
-def _enclosing(rows: Set[int], of: int) -> Share:
+def _enclosing(rows: Set[int], of: int) -> HostShard:
     """The smallest equal part of `of` rows that holds these."""
     first, last = min(rows), max(rows)
     size = next(n for n in range(1, of + 1) if of % n == 0 and first // n == last // n)
-    return Share(first // size, of // size)
+    return HostShard(first // size, of // size)
 
 
 def _copies(mesh: Mesh, strategy: Strategy) -> int:
@@ -80,7 +80,7 @@ def check(
     *,
     mesh: Mesh,
     strategy: Strategy,
-    accumulate: int,
+    grad_accum_steps: int,
     arrays: Sequence[str] = ("tokens", "targets"),
 ) -> None:
     """Refuses a batch that lacks one of `arrays`, or that the mesh cannot divide evenly."""
@@ -95,11 +95,11 @@ def check(
     copies = _copies(mesh, strategy)
     for name, array in batch.items():
         rows, *rest = array.shape
-        if rows % (copies * accumulate):
+        if rows % (copies * grad_accum_steps):
             raise InputError(
-                f"a batch of {rows} rows does not divide into {accumulate} x {copies} (accumulate "
-                f"x {' and '.join(_axes(strategy))} devices); make the batch a multiple of "
-                f"{copies * accumulate}"
+                f"a batch of {rows} rows does not divide into {grad_accum_steps} x {copies} "
+                f"(grad_accum_steps x {' and '.join(_axes(strategy))} devices); make the batch a "
+                f"multiple of {copies * grad_accum_steps}"
             )
         if name.endswith(("tokens", "targets")) and rest[0] % mesh.shape["context"]:
             raise InputError(
@@ -108,7 +108,9 @@ def check(
             )
 
 
-def put(batch: Batch, *, mesh: Mesh, strategy: Strategy, share: Share = WHOLE) -> dict[str, Array]:
+def put(
+    batch: Batch, *, mesh: Mesh, strategy: Strategy, share: HostShard = WHOLE
+) -> dict[str, Array]:
     """The whole batch on the mesh, of which `batch` is this process's share."""
 
     def one(x):

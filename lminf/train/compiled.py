@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from lminf.kernels.common import platforms
-from lminf.parallel import absent, mesh, partition
+from lminf.parallel import mesh, partition, topology
 from lminf.parallel.hardware import Devices
 from lminf.parallel.mesh import MeshShape
-from lminf.train.step import Program
+from lminf.train.step import TrainStep
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Memory:
         return self.held + self.working
 
 
-def memory(program: Program, devices: Devices, *, rows: int, length: int) -> Memory:
-    """What a step over `rows` x `length` tokens takes; `absent.missing` says where it cannot."""
-    chips = absent.devices(devices)
+def memory(program: TrainStep, devices: Devices, *, rows: int, length: int) -> Memory:
+    """What a step over `rows` x `length` tokens takes; `topology.missing` says where it cannot."""
+    chips = topology.devices(devices)
     sizes = MeshShape(**program.mesh.shape)
     program = replace(program, mesh=mesh.make(sizes, chips))
     arguments = shapes_of(program, rows, length)
@@ -39,7 +39,7 @@ def memory(program: Program, devices: Devices, *, rows: int, length: int) -> Mem
     return Memory(found.argument_size_in_bytes, found.temp_size_in_bytes + max(fresh, 0))
 
 
-def shapes_of(program: Program, rows: int, length: int) -> tuple[Any, Any]:
+def shapes_of(program: TrainStep, rows: int, length: int) -> tuple[Any, Any]:
     """What the step is called with: the state and a batch, as shapes on the program's mesh."""
 
     def placed(leaf, sharding):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from lminf.models import cost, decoder
 from lminf.models.spec import ModelSpec
 from lminf.parallel import partition
-from lminf.train.step import Program
+from lminf.train.step import TrainStep
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Bytes:
 
     params: int  # what the forward pass reads
     grads: int
-    optimizer: int  # with the float32 masters
+    optimizer: int  # with the float32 master parameters
     activations: int  # that the backward finds in memory: a formula, within what XLA makes of it
 
     @property
@@ -27,28 +27,28 @@ class Bytes:
         return self.params + self.grads + self.optimizer + self.activations
 
 
-def device_bytes(program: Program, *, rows: int, length: int) -> Bytes:
+def device_bytes(program: TrainStep, *, rows: int, length: int) -> Bytes:
     """What one device holds in a step over `rows` x `length` tokens."""
     state, laid_out = program.shapes, program.shardings
     gradient = state.params
-    if program.accumulate > 1:  # pieces are added in float32
+    if program.grad_accum_steps > 1:  # pieces are added in float32
         gradient = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), gradient)
     return Bytes(
         partition.planned_bytes((state.params, state.frozen), (laid_out.params, laid_out.frozen)),
         partition.planned_bytes(gradient, program.gradient_shardings),
         partition.planned_bytes(
-            (state.masters, state.optimizer), (laid_out.masters, laid_out.optimizer)
+            (state.master_params, state.optimizer), (laid_out.master_params, laid_out.optimizer)
         ),
         activation_bytes(program, rows=rows, length=length),
     )
 
 
-def activation_bytes(program: Program, *, rows: int, length: int) -> int:
+def activation_bytes(program: TrainStep, *, rows: int, length: int) -> int:
     """Kept for the backward, and the largest layer's own work while it is computed again."""
     s, sizes = program.spec, program.mesh.shape
     rules = {axis for _, axis in program.strategy.activations}
     over = {axis for logical, axis in program.strategy.activations if logical == "batch"}
-    tokens = rows * length / (math.prod(sizes[axis] for axis in over) * program.accumulate)
+    tokens = rows * length / (math.prod(sizes[axis] for axis in over) * program.grad_accum_steps)
     tokens /= sizes["context"] if "context" in rules else 1
     slices = sizes["tensor"] if "tensor" in rules else 1
     heads, wide = s.num_heads * s.head_dim, hidden_width(s)
@@ -72,13 +72,13 @@ def hidden_width(spec: ModelSpec) -> float:
     return places * m.hidden_dim + m.shared_dim
 
 
-def flops_per_token(program: Program, length: int) -> float:
+def flops_per_token(program: TrainStep, length: int) -> float:
     """Of forward and backward, which is twice forward. What remat computes again does not count."""
     attention = cost.attention_flops(program.spec, program.policies, length)
     return 3 * (cost.matmul_flops_per_token(program.spec) + attention / length)
 
 
-def table(program: Program) -> list[dict[str, Any]]:
+def table(program: TrainStep) -> list[dict[str, Any]]:
     """Every parameter: its shape, its logical axes, where its slices lie, and bytes on a device."""
     rows = []
     at = "params" if program.lora is None else "frozen"

@@ -17,7 +17,9 @@ from lminf.models import decoder
 from lminf.models.spec import ModelSpec
 from lminf.objectives import terms
 from lminf.objectives.terms import CrossEntropy, Term
-from lminf.parallel import context, partition, vocab
+from lminf.parallel import partition
+from lminf.parallel.attention import Sharded
+from lminf.parallel.loss import token_loss
 from lminf.parallel.partition import Strategy
 from lminf.ranges import Range
 from lminf.surgery.lora import LoRA
@@ -36,7 +38,7 @@ class State(NamedTuple):
     """What training changes."""
 
     params: Params  # what the forward pass reads, in the dtype of the computation
-    masters: Params | None  # the float32 parameters, where `params` are something shorter
+    master_params: Params | None  # the float32 parameters, where `params` are something shorter
     optimizer: Any
     step: Any  # int32, batches seen
     skipped: Any  # int32, those that changed nothing because they gave no finite gradient
@@ -44,9 +46,9 @@ class State(NamedTuple):
     references: Mapping[str, Params] | None = None  # frozen models that the objective asks
 
     @property
-    def exact(self) -> Params:
+    def params_f32(self) -> Params:
         """What is trained, in float32."""
-        return self.params if self.masters is None else self.masters
+        return self.params if self.master_params is None else self.master_params
 
 
 class Metrics(NamedTuple):
@@ -54,24 +56,24 @@ class Metrics(NamedTuple):
 
     loss: Float[Array, ""]  # the term of that name: nats per token, or per pair
     grad_norm: Float[Array, ""]
-    rate: Float[Array, ""]
+    learning_rate: Float[Array, ""]
     finite: Array  # bool; otherwise the step changed nothing
     reported: Mapping[str, Float[Array, ""]]  # what else the terms of the objective report
 
 
 @dataclass(frozen=True)
-class Program:
+class TrainStep:
     """A model, where it lies and how it learns: all that a compiled step depends on."""
 
     spec: ModelSpec
     policies: tuple[LayerPolicy, ...]  # [L]
     mesh: Mesh
     strategy: Strategy
-    optimizer: optax.GradientTransformation  # for a rate of 1
-    rate: Callable[[Array], Array]  # of the step
+    optimizer: optax.GradientTransformation  # for a learning rate of 1
+    learning_rate: Callable[[Array], Array]  # of the step
     dtype: Any = jnp.float32  # of the computation
     remat: str = "none"
-    accumulate: Annotated[int, Range(min=1)] = 1  # pieces of a batch, one after another
+    grad_accum_steps: Annotated[int, Range(min=1)] = 1  # pieces of a batch, one after another
     clip: Annotated[float, Range(above=0)] | None = 1.0  # of the gradient's norm
     objective: tuple[Term, ...] = (CrossEntropy(),)  # what is minimised: the sum of these
     lora: LoRA | None = None  # adapters to train, instead of the model
@@ -86,7 +88,7 @@ class Program:
             self.policies,
             dtype=self.dtype,
             remat=REMAT[self.remat],
-            prefill=context.Sharded(self.mesh, self.strategy),
+            prefill=Sharded(self.mesh, self.strategy),
             place=partition.Placed(self.mesh, self.strategy),
         )
 
@@ -144,11 +146,13 @@ class Program:
             return everywhere._replace(frozen=frozen, references=references)
         laid_out = partial(self._laid_out, self.shapes.params)
         opt = laid_out(self.strategy.opt)
-        exact = laid_out(self.strategy.params) if self.shapes.masters is None else opt
+        exact = laid_out(self.strategy.params) if self.shapes.master_params is None else opt
         return State(
-            exact if self.shapes.masters is None else laid_out(self.strategy.params),
-            None if self.shapes.masters is None else opt,
-            partition.following(self.shapes.optimizer, self.shapes.params, opt, self.mesh),
+            exact if self.shapes.master_params is None else laid_out(self.strategy.params),
+            None if self.shapes.master_params is None else opt,
+            partition.optimizer_shardings(
+                self.shapes.optimizer, self.shapes.params, opt, self.mesh
+            ),
             whole,
             whole,
             None,
@@ -194,7 +198,7 @@ class Program:
     def finished(self, state: State) -> Params:
         """The trained model: with its adapters merged, if it has any."""
         if state.frozen is None:
-            return state.exact
+            return state.params_f32
         return jax.jit(self.weights, out_shardings=self.shardings.frozen)(
             state.params, state.frozen
         )
@@ -206,7 +210,7 @@ class Program:
         return self._model(self.weights(params, frozen), batch).token_loss()
 
     def _model(self, params: Params, batch: Batch) -> terms.Model:
-        score = partial(vocab.token_loss, self.spec, mesh=self.mesh, strategy=self.strategy)
+        score = partial(token_loss, self.spec, mesh=self.mesh, strategy=self.strategy)
         return terms.Model(self.module, params, batch, score=score)
 
     def loss_fn(
@@ -239,7 +243,7 @@ class Program:
             gradient, reported = jax.grad(loss, has_aux=True)(params)
             return reported, jax.lax.with_sharding_constraint(gradient, laid_out)
 
-        if self.accumulate == 1:
+        if self.grad_accum_steps == 1:
             return one(batch)
 
         def add(carry, piece):
@@ -260,8 +264,8 @@ class Program:
         return reported, summed
 
     def _pieces(self, x):
-        """[B, ...] -> [accumulate, B / accumulate, ...]; every device cuts its own rows."""
-        rows = x.reshape(x.shape[0] // self.accumulate, self.accumulate, *x.shape[1:])
+        """[B, ...] -> [A, B / A, ...] of A accumulation steps; every device cuts its own rows."""
+        rows = x.reshape(x.shape[0] // self.grad_accum_steps, self.grad_accum_steps, *x.shape[1:])
         rows = rows.swapaxes(0, 1)
         axes = (None, "batch", "length", *[None] * x.ndim)[: rows.ndim]
         where = partition.spec(axes, rows.shape, self.strategy.activations, self.mesh)
@@ -277,16 +281,18 @@ class Program:
         if self.clip is not None:
             factor = jnp.minimum(1.0, self.clip / jnp.maximum(norm, 1e-12))
             gradient = jax.tree.map(lambda g: g * factor, gradient)
-        rate = self.rate(state.step)
-        changes, optimizer = self.optimizer.update(gradient, state.optimizer, state.exact)
-        exact = jax.tree.map(lambda p, change: p + rate * change, state.exact, changes)
+        learning_rate = self.learning_rate(state.step)
+        changes, optimizer = self.optimizer.update(gradient, state.optimizer, state.params_f32)
+        exact = jax.tree.map(
+            lambda p, change: p + learning_rate * change, state.params_f32, changes
+        )
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         def kept(new, old):
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
-        exact = kept(exact, state.exact)
-        short = state.masters is not None
+        exact = kept(exact, state.params_f32)
+        short = state.master_params is not None
         state = State(
             jax.tree.map(self._short, exact) if short else exact,
             exact if short else None,
@@ -296,7 +302,7 @@ class Program:
             state.frozen,
             state.references,
         )
-        return state, Metrics(loss, norm, rate, finite, reported)
+        return state, Metrics(loss, norm, learning_rate, finite, reported)
 
     @cached_property
     def step(self) -> Callable[[State, Batch], tuple[State, Metrics]]:

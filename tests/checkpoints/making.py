@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from lminf.attention import rope
-from lminf.checkpoints import maps, trees
+from lminf.checkpoints import tensors, weight_maps
 from lminf.data.tokenizers import Tokenizer
 from lminf.models.spec import MLPSpec, ModelSpec, NormSpec
 
@@ -110,17 +110,17 @@ GGUF_SPECS = {
 def random_params(spec: ModelSpec, seed: int = 0) -> dict:
     """A tree of the spec's shapes, float32."""
     rng = np.random.default_rng(seed)
-    return trees.nested(
+    return tensors.nested(
         {
             path: rng.standard_normal(shape, np.float32)
-            for path, shape in maps.tree_shapes(spec).items()
+            for path, shape in weight_maps.tree_shapes(spec).items()
         }
     )
 
 
 def assert_same(a: dict, b: dict) -> None:
     """The two trees are equal, bit for bit."""
-    flat_a, flat_b = trees.flattened(a), trees.flattened(b)
+    flat_a, flat_b = tensors.flattened(a), tensors.flattened(b)
     assert set(flat_a) == set(flat_b)
     for path, value in flat_a.items():
         np.testing.assert_array_equal(np.asarray(value), np.asarray(flat_b[path]), err_msg=path)
@@ -206,7 +206,8 @@ def write_gguf(
     spec = GGUF_SPECS[architecture]
     params = random_params(spec) if params is None else params
     written = {
-        item.name: make() for item, make in trees.write(spec, maps.GGUF[architecture], params)
+        item.name: make()
+        for item, make in tensors.write(spec, weight_maps.GGUF[architecture], params)
     }
     pairs = gguf_metadata(architecture) | tokenizer_metadata(tiny_tokenizer()) | (metadata or {})
     quantisation = gguf.GGMLQuantizationType[kind]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lminf import checkpoints
-from lminf.checkpoints import fetch, gguf, hf, maps, trees
+from lminf.checkpoints import fetch, gguf, hf, tensors, weight_maps
 from tests.checkpoints import making
 
 pytestmark = pytest.mark.parity
@@ -36,7 +36,7 @@ def assert_same_model(model, spec, params, folder) -> None:
     model.save_pretrained(folder)
     again, params_again, _ = hf.load(folder)
     assert again == spec
-    ours, theirs = trees.flattened(params), trees.flattened(params_again)
+    ours, theirs = tensors.flattened(params), tensors.flattened(params_again)
     for path, value in ours.items():
         np.testing.assert_allclose(theirs[path], value, atol=1e-6, err_msg=path)
 
@@ -79,7 +79,7 @@ def test_transformers_reads_the_same_weights_from_gguf(architecture, transformer
     spec, params, _ = gguf.load(path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf")
     theirs = model.state_dict()
-    for item, make in trees.write(spec, maps.HF[spec.family], params):
+    for item, make in tensors.write(spec, weight_maps.HF[spec.family], params):
         np.testing.assert_allclose(theirs[item.name], make(), atol=1e-6, err_msg=item.name)
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lminf.data import layouts, loader, plans, store
+from lminf.data import loader, packing, plans, store
 from lminf.data.decomposition import CURRICULA, Decomposition, cut
 from lminf.data.loader import Loader, Prefetched, parse_plan
 from lminf.data.permutation import shuffled, uniform
@@ -115,8 +115,8 @@ def test_concat_uses_every_token_but_the_last_once(lengths, seed):
 
 @given(LENGTHS)
 def test_best_fit_cuts_no_document_that_fits_a_row(lengths):
-    found = layouts.BestFit(layouts.documents(np.cumsum(lengths)), length=16)
-    pieces = found.pieces(np.arange(found.count))
+    found = packing.BestFit(packing.documents(np.cumsum(lengths)), length=16)
+    pieces = found.spans(np.arange(found.count))
     whole = dict(zip(pieces.start, pieces.size, strict=True))
     for start, n in zip(np.cumsum(lengths) - lengths, lengths, strict=True):
         if 1 < n <= 17:
@@ -136,7 +136,7 @@ def test_packing_is_best_fit_decreasing(sizes):
             rows.append(32 - size)
         else:
             rows[at] -= size
-    groups = layouts.pack(np.bincount(sizes, minlength=32), 32)
+    groups = packing.pack(np.bincount(sizes, minlength=32), 32)
     free = [32 - sum(size * times for size, times in held) for held, bins in groups
             for _ in range(bins)]  # fmt: skip
     assert sorted(free) == sorted(rows)
@@ -145,7 +145,7 @@ def test_packing_is_best_fit_decreasing(sizes):
 @given(LENGTHS, st.sampled_from(["take", "draw"]), st.integers(0, 2))
 def test_decomposition_cuts_prefixes_of_documents_into_powers_of_two(lengths, beyond, seed):
     ends = np.cumsum(lengths)
-    found = cut(layouts.documents(ends), shortest=2, longest=4, beyond=beyond, seed=seed)
+    found = cut(packing.documents(ends), shortest=2, longest=4, beyond=beyond, seed=seed)
     of_document = {i: [] for i in range(len(lengths))}
     for k, starts in found.items():
         for start in starts:
@@ -169,7 +169,7 @@ def test_decomposition_uses_each_token_of_its_rows_once(lengths, seed, cycles):
     plan = Decomposition(shortest=2, longest=4, cycles=cycles)
     loaded = Loader([corpus(lengths)], plan, length=16, rows=2, seed=seed)
     ends = np.cumsum(lengths)
-    found = cut(layouts.documents(ends), shortest=2, longest=4, beyond="take", seed=seed)
+    found = cut(packing.documents(ends), shortest=2, longest=4, beyond="take", seed=seed)
     expected = Counter(
         token
         for k, starts in found.items()

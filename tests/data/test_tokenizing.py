@@ -13,8 +13,8 @@ import tensorstore as ts
 
 from lminf import cli
 from lminf.commands import tokenize as command
-from lminf.data import documents, places, store, tokenizing
-from lminf.data.places import Place
+from lminf.data import documents, storage, store, tokenizing
+from lminf.data.storage import Storage
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
 
@@ -93,7 +93,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, monkeypatch, at):
     sources = corpus(tmp_path)
     whole = tokenizing.tokenize(sources, BYTES, str(tmp_path / "whole"), name="bytes")
     out = str(tmp_path / "killed")
-    original = Place.put_json, store.Writer._extend
+    original = Storage.put_json, store.Writer._extend
 
     def run(count):
         """Runs until the `count`-th time, then dies."""
@@ -119,7 +119,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, monkeypatch, at):
             return stop
 
         with monkeypatch.context() as patch:
-            patch.setattr(Place, "put_json", put_json)
+            patch.setattr(Storage, "put_json", put_json)
             patch.setattr(store.Writer, "_extend", extend)
             tokenizing.tokenize(sources, BYTES, out, name="bytes", commit_tokens=150)
 
@@ -141,10 +141,10 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, monkeypatch, at):
 
 
 def test_the_second_of_two_writers_is_told(tmp_path):
-    place = Place(str(tmp_path / "s"))
+    place = Storage(str(tmp_path / "s"))
     first = store.Writer(place, request={"x": 1}, dtype="uint16")
     first.append(np.arange(5), ends_document=True)
-    second = store.Writer(Place(str(tmp_path / "s")), request={"x": 1}, dtype="uint16")
+    second = store.Writer(Storage(str(tmp_path / "s")), request={"x": 1}, dtype="uint16")
     with pytest.raises(InputError, match=r"another process writes"):
         first.commit(None)
     second.append(np.arange(5), ends_document=True)
@@ -162,7 +162,7 @@ def test_wrong_tokenizers_and_places_are_refused_by_name(tmp_path):
         tokenizing.tokenize(sources[:1], BYTES, out, name="bytes")
     with pytest.raises(InputError, match=r"has no token '<end>'.*--end"):
         tokenizing.tokenize(sources, BYTES, str(tmp_path / "t"), name="bytes", end="<end>")
-    store.Writer(Place(str(tmp_path / "u")), request={"tokenizer": "other"}, dtype="uint16")
+    store.Writer(Storage(str(tmp_path / "u")), request={"tokenizer": "other"}, dtype="uint16")
     with pytest.raises(InputError, match=r"beginning of another store: its tokenizer differs"):
         tokenizing.tokenize(sources, BYTES, str(tmp_path / "u"), name="bytes")
     (tmp_path / "file").write_text("x")
@@ -183,7 +183,7 @@ def test_wrong_tokenizers_and_places_are_refused_by_name(tmp_path):
 )
 def test_addresses_choose_the_driver(url, expected):
     """No bucket can be reached from a test; what TensorStore is asked for can be seen."""
-    spec = places.spec(url, "tokens")
+    spec = storage.spec(url, "tokens")
     assert {name: spec[name] for name in expected} == expected
 
 
@@ -202,7 +202,7 @@ def test_a_disk_that_refuses_is_one_sentence_and_nothing_is_lost(tmp_path, monke
             tokenizing.tokenize(sources, BYTES, out, **given)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert store.Place(out).json(store.PROGRESS)[0]["tokens"] >= 20_000
+    assert store.Storage(out).json(store.PROGRESS)[0]["tokens"] >= 20_000
     tokenizing.tokenize(sources, BYTES, out, **given)
     assert contents(store.open_store(out)) == expected([noise.tobytes().decode()])
 
@@ -269,7 +269,7 @@ def test_damaged_progress_of_a_store_is_named(tmp_path, progress):
 def test_ends_that_do_not_rise_to_the_last_token_are_damage(tmp_path):
     out = str(tmp_path / "s")
     facts = tokenizing.tokenize(corpus(tmp_path), BYTES, out, name="bytes")
-    array = Place(out).array("ends", write=True)
+    array = Storage(out).array("ends", write=True)
     array[3:4].write(np.array([facts.tokens * 2])).result()
     with pytest.raises(InputError, match=r"ends of documents in .*/s do not rise"):
         assert store.open_store(out).ends is None
@@ -330,7 +330,7 @@ def test_workers_give_the_same_store_and_survive_kill_9(tmp_path):
     )
     (tmp_path / "run.py").write_text(code)
     process = subprocess.Popen([sys.executable, str(tmp_path / "run.py")], start_new_session=True)
-    place, deadline = Place(out[2]), time.monotonic() + 60
+    place, deadline = Storage(out[2]), time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         progress, _ = place.json(store.PROGRESS)
         if progress and progress["tokens"] > 2 * 10**6:

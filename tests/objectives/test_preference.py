@@ -91,7 +91,7 @@ def test_training_widens_the_margin_and_leaves_the_reference():
     [
         ("zero3", {"fsdp": 4, "data": 2}),
         ("tensor", {"tensor": 2, "data": 2}),
-        ("data", {"accumulate": 2}),
+        ("data", {"grad_accum_steps": 2}),
     ],
 )
 def test_on_a_mesh_and_in_pieces_it_is_the_same(strategy, changes):
@@ -123,7 +123,12 @@ def test_terms_are_added_by_their_scale():
 
 def test_a_batch_without_the_arrays_of_its_objective_is_refused():
     made = program()
-    place = {"mesh": made.mesh, "strategy": made.strategy, "accumulate": 1, "arrays": made.arrays}
+    place = {
+        "mesh": made.mesh,
+        "strategy": made.strategy,
+        "grad_accum_steps": 1,
+        "arrays": made.arrays,
+    }
     batches.check(pairs(), **place)
     with pytest.raises(InputError, match="it must hold chosen_tokens, chosen_targets"):
         batches.check(making.tokens(), **place)

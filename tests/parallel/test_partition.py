@@ -30,7 +30,7 @@ def test_each_strategy_slices_what_it_says():
 
 def test_what_does_not_divide_is_sliced_along_another_axis_or_not_at_all():
     eight = mesh.make(mesh.MeshShape(fsdp=8, data=1))
-    rules = partition.EVERYTHING
+    rules = partition.FSDP_RULES
     assert partition.spec(("layers", "embed", "mlp"), (2, 12, 32), rules, eight) == P(
         None, None, "fsdp"
     )

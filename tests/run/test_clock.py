@@ -1,9 +1,9 @@
-from lminf.run.clock import Split
+from lminf.run.clock import PhaseTimer
 
 
 def test_time_is_split_and_goes_on_after_a_restart():
     now = [0.0]
-    split = Split({"seconds_train": 10.0, "seconds_save": 1.0}, clock=lambda: now[0])
+    split = PhaseTimer({"seconds_train": 10.0, "seconds_save": 1.0}, clock=lambda: now[0])
     now[0] = 2.0
     with split.part("eval"):
         now[0] = 5.0
@@ -22,7 +22,7 @@ def test_only_the_first_call_of_a_shape_compiles():
         now[0] += 1
         return x
 
-    split = Split(clock=lambda: now[0])
+    split = PhaseTimer(clock=lambda: now[0])
     call = split.compiling(slow, key=lambda x: x)
     for x in (1, 1, 2, 1):
         call(x)

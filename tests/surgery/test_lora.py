@@ -42,7 +42,7 @@ def test_what_cannot_be_adapted_is_named():
 
 @pytest.mark.slow
 def test_only_adapters_learn_and_a_mesh_changes_nothing():
-    settings = {"lora": LoRA(rank=4), "rate": lambda step: np.float32(1e-2)}
+    settings = {"lora": LoRA(rank=4), "learning_rate": lambda step: np.float32(1e-2)}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         made = making.program(**settings)
         state, losses = making.train(made, steps=6, batch_of=lambda _: making.tokens())

@@ -10,7 +10,7 @@ from lminf.models import spec
 from lminf.parallel import mesh, partition
 from lminf.train import batches
 from lminf.train.optim import AdamW
-from lminf.train.step import Program
+from lminf.train.step import TrainStep
 from tests.models import specs
 
 SPEC = spec.llama(
@@ -22,7 +22,7 @@ ROWS, LENGTH = 8, 16
 ATOL = 2e-6
 
 
-def program(*, strategy="data", shape=SPEC, policy=policies.FULL, **changes) -> Program:
+def program(*, strategy="data", shape=SPEC, policy=policies.FULL, **changes) -> TrainStep:
     """A program on a mesh of these sizes; on one device if none are given."""
     sizes = {axis: changes.pop(axis) for axis in mesh.AXES if axis in changes}
     laid_out = mesh.make(mesh.MeshShape(**{"data": 1, **sizes})) if sizes else mesh.single()
@@ -30,8 +30,8 @@ def program(*, strategy="data", shape=SPEC, policy=policies.FULL, **changes) -> 
     partition.check(chosen, laid_out)
     by_layer = policies.by_layer(policy, windows=shape.windows, num_kv_heads=shape.num_kv_heads)
     optimizer = changes.pop("optimizer", AdamW()).build()
-    settings = {"rate": lambda step: np.float32(1e-2), **changes}
-    return Program(shape, by_layer, laid_out, chosen, optimizer, **settings)
+    settings = {"learning_rate": lambda step: np.float32(1e-2), **changes}
+    return TrainStep(shape, by_layer, laid_out, chosen, optimizer, **settings)
 
 
 def tokens(step=0, rows=ROWS, length=LENGTH):
@@ -41,7 +41,7 @@ def tokens(step=0, rows=ROWS, length=LENGTH):
     return {"tokens": text[:, :-1], "targets": text[:, 1:]}
 
 
-def put(made: Program, batch):
+def put(made: TrainStep, batch):
     return batches.put(batch, mesh=made.mesh, strategy=made.strategy)
 
 
@@ -50,11 +50,11 @@ def params():
     return host(specs.parameters(SPEC))
 
 
-def start(made: Program):
+def start(made: TrainStep):
     return made.start(params())
 
 
-def train(made: Program, steps=2, batch_of=tokens):
+def train(made: TrainStep, steps=2, batch_of=tokens):
     """(state, losses) after some steps from the same start."""
     state, losses = start(made), []
     for index in range(steps):

@@ -6,7 +6,7 @@ import pytest
 
 from lminf import cli
 from lminf.commands import plan
-from lminf.parallel import absent, hardware
+from lminf.parallel import hardware, topology
 
 TINY = ("plan", "--config=train_lm:tiny", "--devices=v5e-4")
 
@@ -22,7 +22,7 @@ def test_the_step_compiled_for_a_tpu_holds_what_the_formula_says(capsys):
 
 
 def test_a_plan_without_a_compiler_says_so_and_speaks_in_units(capsys, monkeypatch):
-    monkeypatch.setattr(absent.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
     cli.main(list(TINY))
     out, err = capsys.readouterr()
     lines = dict(line.split(maxsplit=1) for line in out.splitlines() if line[:1].islower())
@@ -42,11 +42,11 @@ def test_values_have_units_that_leave_few_digits(key, value, text):
 
 
 def test_slices_of_chips_are_even_grids():
-    assert absent.grid_of(256, 2) == (16, 16)
-    assert absent.grid_of(8, 2) == (2, 4)
-    assert absent.grid_of(4, 3) == (2, 2, 1)
-    assert absent.grid_of(16, 3) == (2, 2, 4)
+    assert topology.grid_of(256, 2) == (16, 16)
+    assert topology.grid_of(8, 2) == (2, 4)
+    assert topology.grid_of(4, 3) == (2, 2, 1)
+    assert topology.grid_of(16, 3) == (2, 2, 4)
 
 
 def test_what_cannot_be_compiled_for_says_why():
-    assert "described" in absent.missing(hardware.parse("a100x8"))
+    assert "described" in topology.missing(hardware.parse("a100x8"))

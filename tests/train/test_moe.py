@@ -27,7 +27,7 @@ def test_on_a_mesh_of_experts_it_trains_as_on_one_device(sizes, strategy, change
     for made in (
         making.program(**asked),
         making.program(**asked, strategy=strategy, **sizes),
-        making.program(**asked, accumulate=2),
+        making.program(**asked, grad_accum_steps=2),
     ):
         state = made.start(making.host(decoder.init(shape, key=jax.random.key(0))))
         for step in range(2):

@@ -72,7 +72,7 @@ def test_fresh_parameters_are_the_same_on_any_mesh():
 
 @pytest.mark.slow
 def test_two_pieces_of_a_batch_are_the_batch(alone):
-    made = making.program(accumulate=2)
+    made = making.program(grad_accum_steps=2)
     found = gradients(made)
     assert found["loss"] == pytest.approx(alone["loss"], abs=making.ATOL)
     assert making.largest_difference(found["gradient"], alone["gradient"]) < making.ATOL
@@ -116,8 +116,8 @@ def test_bfloat16_keeps_float32_masters():
     made = making.program(dtype=jnp.bfloat16)
     state, losses = making.train(made, steps=3, batch_of=lambda _: making.tokens())
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.masters)} == {jnp.dtype(jnp.float32)}
-    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.masters)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.master_params)} == {jnp.dtype(jnp.float32)}
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.master_params)
     assert making.largest_difference(state.params, rounded) == 0
     assert losses[-1] < losses[0]
 
@@ -162,7 +162,7 @@ def test_a_step_without_a_finite_loss_changes_nothing_but_its_count(plain):
 @pytest.mark.parametrize("optimizer", [AdamW(), Lion(), Adafactor(), Muon()], ids=str)
 def test_every_optimizer_learns_and_is_sliced(optimizer):
     rate = 3e-3 if isinstance(optimizer, Lion) else 1e-2
-    settings = {"optimizer": optimizer, "rate": lambda step: np.float32(rate)}
+    settings = {"optimizer": optimizer, "learning_rate": lambda step: np.float32(rate)}
     alone = making.train(making.program(**settings), steps=8, batch_of=lambda _: making.tokens())[1]
     assert alone[-1] < alone[0] - 0.3
     made = making.program(strategy="zero3", fsdp=4, data=2, **settings)
@@ -201,7 +201,10 @@ def test_a_batch_that_does_not_fit_is_one_sentence(changes, message):
     made = making.program(strategy="data+context", data=4, context=2)
     with pytest.raises(InputError, match=message):
         batches.check(
-            {**making.tokens(), **changes}, mesh=made.mesh, strategy=made.strategy, accumulate=1
+            {**making.tokens(), **changes},
+            mesh=made.mesh,
+            strategy=made.strategy,
+            grad_accum_steps=1,
         )
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from lminf.data import store, tokenizing
-from lminf.data.places import Place
+from lminf.data.storage import Storage
 from lminf.data.tokenizers import ByteTokenizer
 
 
@@ -17,7 +17,7 @@ def seeds(folder: Path) -> None:
         text.write_text("".join(json.dumps({"text": "some words " * n}) + "\n" for n in range(9)))
         tokenizing.tokenize([str(text)], ByteTokenizer(), str(path / "s"), name="bytes")
     # An unfinished store is one whose facts are not written yet.
-    place = Place(str(folder / "unfinished" / "s"))
+    place = Storage(str(folder / "unfinished" / "s"))
     facts, _ = place.json(store.FACTS)
     progress = {"request": {}, "tokens": facts["tokens"], "documents": facts["documents"],
                 "state": {**tokenizing.START, "pieces": 9}}  # fmt: skip
@@ -29,9 +29,9 @@ def read(path: Path) -> None:
     """Reads the whole store; of an unfinished one, what its writer goes on with."""
     url = str(path / "s")
     if path.name == "unfinished":
-        progress, _ = store.read_progress(Place(url))
+        progress, _ = store.read_progress(Storage(url))
         if progress is not None:
-            store.Writer(Place(url), request=progress["request"], dtype="uint16")
+            store.Writer(Storage(url), request=progress["request"], dtype="uint16")
         return
     found = store.open_store(url)
     found.read([0, *found.ends[:-1]], [1] * len(found.ends))

@@ -1,4 +1,4 @@
-"""Stored tensors -> parameter tree and back, through one table of lminf/checkpoints/maps.py.
+"""Stored tensors -> parameter tree and back, through one table of lminf/checkpoints/weight_maps.py.
 
 Every tensor is used exactly once, every place is filled exactly once, and one tensor at a time is
 in memory beside the tree it fills.
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from lminf.checkpoints import maps
+from lminf.checkpoints import weight_maps
 from lminf.errors import InputError
 from lminf.models.spec import ModelSpec
 from lminf.types import Params
@@ -23,20 +23,20 @@ class Stored(NamedTuple):
 
     name: str
     layer: int | None
-    row: maps.Row
+    row: weight_maps.Row
     shape: tuple[int, ...]
 
 
-def stored(spec: ModelSpec, rows: Iterable[maps.Row]) -> Iterator[Stored]:
+def stored(spec: ModelSpec, rows: Iterable[weight_maps.Row]) -> Iterator[Stored]:
     """Every tensor that a file of this spec holds, embedding first, then layer by layer."""
-    places, length = maps.tree_axes(spec), maps.sizes(spec)
+    places, length = weight_maps.tree_axes(spec), weight_maps.sizes(spec)
     used = [row for row in rows if all(place in places for place in row.places)]
     if lost := set(places) - {place for row in used for place in row.places}:
         raise InputError(
             f"a {spec.family} checkpoint has no tensor for {_some(lost)}; the specification and "
             f"the family do not fit each other"
         )
-    shape = {row.name: maps.shape_of(row.axes.partition("->")[0], length) for row in used}
+    shape = {row.name: weight_maps.shape_of(row.axes.partition("->")[0], length) for row in used}
     for row in used:
         if "{}" not in row.name:
             yield Stored(row.name, None, row, shape[row.name])
@@ -48,7 +48,7 @@ def stored(spec: ModelSpec, rows: Iterable[maps.Row]) -> Iterator[Stored]:
 
 def read(
     spec: ModelSpec,
-    rows: Iterable[maps.Row],
+    rows: Iterable[weight_maps.Row],
     *,
     shapes: Mapping[str, tuple[int, ...]],
     tensor: Callable[[str], np.ndarray],
@@ -68,10 +68,10 @@ def read(
     wanted = list(stored(spec, rows))
     shapes = _without_copies(spec, shapes, tensor, source)
     check(spec, wanted, shapes, source)
-    flat = {path: _aligned(shape, dtype) for path, shape in maps.tree_shapes(spec).items()}
-    length = maps.sizes(spec)
+    flat = {path: _aligned(shape, dtype) for path, shape in weight_maps.tree_shapes(spec).items()}
+    length = weight_maps.sizes(spec)
     for done, item in enumerate(wanted, 1):
-        moved = maps.rearrange(tensor(item.name), item.row.axes, length)
+        moved = weight_maps.rearrange(tensor(item.name), item.row.axes, length)
         if item.row.offset:
             with np.errstate(all="ignore"):  # of weights that are no numbers, in damaged files
                 moved = moved.astype(np.float32) - np.float32(item.row.offset)
@@ -94,7 +94,7 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 def _heads(spec: ModelSpec) -> set[str]:
     """What the family's formats call the head."""
-    rows = maps.HF.get(spec.family, ())
+    rows = weight_maps.HF.get(spec.family, ())
     return {row.name for row in rows if row.places == ("head",)} | {"output.weight"}
 
 
@@ -107,7 +107,7 @@ def _without_copies(
     """The shapes without a head that is the embedding it is tied to, stored again."""
     copies = _heads(spec) & set(shapes) if spec.tied else set()
     embedding = next(
-        (row.name for row in maps.HF.get(spec.family, ()) if row.places == ("embed",)), ""
+        (row.name for row in weight_maps.HF.get(spec.family, ()) if row.places == ("embed",)), ""
     )
     for copy in copies:
         if embedding not in shapes or not _same(tensor(copy), tensor(embedding)):
@@ -157,11 +157,11 @@ def check(
 
 
 def write(
-    spec: ModelSpec, rows: Iterable[maps.Row], params: Params
+    spec: ModelSpec, rows: Iterable[weight_maps.Row], params: Params
 ) -> Iterator[tuple[Stored, Callable[[], np.ndarray]]]:
     """Every tensor of the checkpoint, each made only when its function is called."""
     flat = flattened(params)
-    shapes = maps.tree_shapes(spec)
+    shapes = weight_maps.tree_shapes(spec)
     if set(flat) != set(shapes):
         odd = set(flat) ^ set(shapes)
         raise InputError(
@@ -174,14 +174,14 @@ def write(
                 f"parameter {path} has shape {tuple(flat[path].shape)} where the specification "
                 f"asks for {shape}; save a tree together with the specification it was made for"
             )
-    length = maps.sizes(spec)
+    length = weight_maps.sizes(spec)
 
     def make(item: Stored) -> np.ndarray:
         parts = [np.asarray(flat[place]) for place in item.row.places]
         if item.layer is not None:
             parts = [part[item.layer] for part in parts]
         whole = np.stack(parts) if len(parts) > 1 else parts[0]
-        moved = maps.rearrange(whole, maps.backwards(item.row.axes), length)
+        moved = weight_maps.rearrange(whole, weight_maps.backwards(item.row.axes), length)
         if item.row.offset:
             moved = moved + np.asarray(item.row.offset, moved.dtype)
         return np.ascontiguousarray(moved)

@@ -18,20 +18,20 @@ from jaxtyping import Array, Float
 from lminf import ranges
 from lminf.ranges import Range
 from lminf.train.batches import Batches
-from lminf.train.step import Program, State
+from lminf.train.step import State, TrainStep
 from lminf.types import Params
 
 AT_ONCE = 32  # steps of one call
 
 
 @dataclass(frozen=True)
-class Copies:
+class Replicas:
     """One program for every seed and peak rate.
 
     Copies of one seed start alike and see the same batches.
     """
 
-    program: Program  # on one device; `rate` is not read
+    program: TrainStep  # on one device; `learning_rate` is not read
     schedule: Any  # of lminf.train.schedules; each copy has its own `peak`
     seeds: tuple[Annotated[int, Range(min=0)], ...]
     peaks: tuple[Annotated[float, Range(above=0)], ...]
@@ -90,7 +90,7 @@ class Copies:
         def one(state: State, batch, peak):
             schedule = dataclasses.replace(self.schedule, peak=peak)
             program = dataclasses.replace(
-                self.program, rate=lambda step: schedule(step, self.steps)
+                self.program, learning_rate=lambda step: schedule(step, self.steps)
             )
             state, metrics = program.update(state, batch)
             return state, metrics.loss

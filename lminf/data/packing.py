@@ -21,7 +21,7 @@ class Documents(NamedTuple):
     ends: Int[np.ndarray, " D"]
 
 
-class Pieces(NamedTuple):
+class Spans(NamedTuple):
     """What the rows of a batch hold, ordered by row; what they do not fill is padding."""
 
     rows: int
@@ -37,7 +37,7 @@ class Layout(Protocol):
     count: int
     length: int
 
-    def pieces(self, rows: Int[np.ndarray, " R"]) -> Pieces:
+    def spans(self, rows: Int[np.ndarray, " R"]) -> Spans:
         """The contents of those rows, of which the first is row 0 of the answer; none for -1."""
         ...
 
@@ -64,7 +64,7 @@ class Concatenated:
         self.inputs = int(self._until[-1]) if len(self._until) else 0
         self.count = -(-self.inputs // length)
 
-    def pieces(self, rows):
+    def spans(self, rows):
         filled = np.flatnonzero(rows >= 0)
         begin = rows[filled] * self.length
         end = np.minimum(begin + self.length, self.inputs)
@@ -76,7 +76,7 @@ class Concatenated:
         begin, end = np.maximum(begin[row], before), np.minimum(end[row], self._until[document])
         some = end > begin  # documents of one token have no input
         start = self._starts[document] + begin - before
-        return Pieces(len(rows), self.length, filled[row][some], start[some], (end - begin)[some])
+        return Spans(len(rows), self.length, filled[row][some], start[some], (end - begin)[some])
 
 
 class BestFit:
@@ -114,7 +114,7 @@ class BestFit:
         self._rows_until = self._whole + np.cumsum([bins for _, bins in groups], dtype=np.int64)
         self.count = int(self._rows_until[-1]) if groups else self._whole
 
-    def pieces(self, rows):
+    def spans(self, rows):
         whole = np.flatnonzero((rows >= 0) & (rows < self._whole))
         document = np.searchsorted(self._whole_until, rows[whole], side="right")
         before = self._whole_until[document - 1] * (document > 0)
@@ -134,7 +134,7 @@ class BestFit:
         start = np.concatenate([starts, rest_starts])
         size = np.concatenate([np.full(len(whole), self.length), self._rest[rest_of]])
         order = np.argsort(row, kind="stable")
-        return Pieces(len(rows), self.length, row[order], start[order], size[order])
+        return Spans(len(rows), self.length, row[order], start[order], size[order])
 
 
 Group = tuple[tuple[tuple[int, int], ...], int]  # ((size, times), …) in each of so many rows
@@ -185,10 +185,10 @@ class Sequences:
     def __init__(self, starts: Int[np.ndarray, " N"], *, length: int):
         self._starts, self.length, self.count = starts, length, len(starts)
 
-    def pieces(self, rows):
+    def spans(self, rows):
         filled = np.flatnonzero(rows >= 0)
         size = np.full(len(filled), self.length)
-        return Pieces(len(rows), self.length, filled, self._starts[rows[filled]], size)
+        return Spans(len(rows), self.length, filled, self._starts[rows[filled]], size)
 
 
 def require_rows(layout: Layout, what: str) -> None:

@@ -11,10 +11,10 @@ from lminf.attention.policy import FULL
 from lminf.data.windows import RandomWindows
 from lminf.models import spec
 from lminf.parallel import mesh, partition
-from lminf.train.many import Copies
+from lminf.train.ensemble import Replicas
 from lminf.train.optim import AdamW
 from lminf.train.schedules import Cosine
-from lminf.train.step import Program
+from lminf.train.step import TrainStep
 
 PEAKS = (1e-3, 3e-2)
 SEEDS = (0, 3)
@@ -26,8 +26,13 @@ def program():
     shape = spec.llama(vocab_size=32, width=16, num_layers=1, num_heads=2, num_kv_heads=1,
                        hidden_dim=24, trained_length=8)  # fmt: skip
     one = mesh.make(mesh.MeshShape(), jax.devices()[:1])
-    return Program(
-        shape, (FULL,), one, partition.parse("data"), AdamW().build(), rate=lambda step: step
+    return TrainStep(
+        shape,
+        (FULL,),
+        one,
+        partition.parse("data"),
+        AdamW().build(),
+        learning_rate=lambda step: step,
     )
 
 
@@ -39,9 +44,9 @@ def data():
 
 @pytest.mark.slow
 def test_copies_are_the_separate_runs(program, data, monkeypatch):
-    monkeypatch.setattr("lminf.train.many.AT_ONCE", 3)  # then 1 at a time
+    monkeypatch.setattr("lminf.train.ensemble.AT_ONCE", 3)  # then 1 at a time
     schedule = Cosine(1.0, 1e-5, 2)
-    copies = Copies(program, schedule, SEEDS, PEAKS, STEPS)
+    copies = Replicas(program, schedule, SEEDS, PEAKS, STEPS)
     found = list(copies.train(copies.init(), data, (1, STEPS)))
     assert [done for done, _, _ in found] == [1, STEPS]
     losses = np.concatenate([losses for *_, losses in found])
@@ -49,7 +54,7 @@ def test_copies_are_the_separate_runs(program, data, monkeypatch):
     nll = np.asarray(copies.nll(found[-1][1].params, data[0].batch(0)))
     for (s, seed), (p, peak) in itertools.product(enumerate(SEEDS), enumerate(PEAKS)):
         own = dataclasses.replace(schedule, peak=peak)
-        alone = dataclasses.replace(program, rate=lambda step, own=own: own(step, STEPS))
+        alone = dataclasses.replace(program, learning_rate=lambda step, own=own: own(step, STEPS))
         state = alone.init(key=jax.random.key(seed))
         for step in range(STEPS):
             state, metrics = alone.step(state, data[s].batch(step))

@@ -12,7 +12,7 @@ from lminf.ranges import Range
 
 
 @dataclass(frozen=True)
-class Processes:
+class Distributed:
     """Who takes part. A count of 1 is this process alone; 0 asks the cluster (TPU pod, SLURM, GKE,
     Open MPI), which JAX recognises by its environment."""
 

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from lminf.errors import InputError
-from lminf.run import watchers
+from lminf.run import trackers
 
 
 @pytest.fixture
@@ -43,14 +43,14 @@ def said(monkeypatch):
 
 
 def test_tensorboard_is_shown_the_numbers(said, tmp_path):
-    (watcher,) = watchers.opened("tensorboard", tmp_path, {})
+    (watcher,) = trackers.opened("tensorboard", tmp_path, {})
     watcher.add(3, {"loss": 2.5, "grad_norm": None})
     watcher.close()
     assert said == [("open", str(tmp_path / "tensorboard")), ("loss", 2.5, 3), ("close",)]
 
 
 def test_wandb_is_shown_the_numbers_and_the_config(said, tmp_path):
-    (watcher,) = watchers.opened("wandb", tmp_path, {"steps": 2})
+    (watcher,) = trackers.opened("wandb", tmp_path, {"steps": 2})
     watcher.add(3, {"loss": 2.5, "grad_norm": None})
     watcher.close()
     assert said == [("open", tmp_path.name, {"steps": 2}), ({"loss": 2.5}, 3), ("close",)]
@@ -59,6 +59,6 @@ def test_wandb_is_shown_the_numbers_and_the_config(said, tmp_path):
 def test_what_is_missing_or_unknown_is_one_sentence(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs wandb, .*pip install 'lminf\[watch\]'"):
-        watchers.named("wandb, tensorboard")
+        trackers.named("wandb, tensorboard")
     with pytest.raises(InputError, match="no watcher 'tensorbord'; did you mean 'tensorboard'"):
-        watchers.named("tensorbord")
+        trackers.named("tensorbord")

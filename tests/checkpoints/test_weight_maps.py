@@ -3,27 +3,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lminf.checkpoints import maps, trees
+from lminf.checkpoints import tensors, weight_maps
 from lminf.errors import InputError
 from tests.checkpoints import making
 
 LENGTH = {"v": 7, "d": 6, "n": 4, "k": 2, "h": 8, "p": 4, "f": 5, "two": 2, "three": 3}
-TABLES = [*maps.HF.values(), *maps.GGUF.values()]
+TABLES = [*weight_maps.HF.values(), *weight_maps.GGUF.values()]
 PATTERNS = sorted({row.axes for rows in TABLES for row in rows})
 
 
 @given(axes=st.sampled_from(PATTERNS))
 def test_every_pattern_is_undone_by_itself_read_backwards(axes):
-    shape = maps.shape_of(axes.partition("->")[0], LENGTH)
+    shape = weight_maps.shape_of(axes.partition("->")[0], LENGTH)
     x = np.arange(np.prod(shape)).reshape(shape)
-    moved = maps.rearrange(x, axes, LENGTH)
-    assert moved.shape == maps.shape_of(axes.rpartition("->")[2], LENGTH)
-    np.testing.assert_array_equal(maps.rearrange(moved, maps.backwards(axes), LENGTH), x)
+    moved = weight_maps.rearrange(x, axes, LENGTH)
+    assert moved.shape == weight_maps.shape_of(axes.rpartition("->")[2], LENGTH)
+    np.testing.assert_array_equal(
+        weight_maps.rearrange(moved, weight_maps.backwards(axes), LENGTH), x
+    )
 
 
 def test_heads_are_split_off_the_rows():
     w = np.arange(4 * 8 * 6).reshape(32, 6)
-    moved = maps.rearrange(w, "(n h) d -> d n h", LENGTH)
+    moved = weight_maps.rearrange(w, "(n h) d -> d n h", LENGTH)
     assert moved[5, 3, 2] == w[3 * 8 + 2, 5]
 
 
@@ -32,30 +34,30 @@ def test_pairs_stored_side_by_side_become_two_halves():
     second."""
     plain = np.arange(4 * 8 * 6).reshape(32, 6)
     as_stored = plain.reshape(4, 2, 4, 6).swapaxes(1, 2).reshape(32, 6)
-    ours = maps.rearrange(as_stored, "(n p two) d -> d n (two p)", LENGTH)
+    ours = weight_maps.rearrange(as_stored, "(n p two) d -> d n (two p)", LENGTH)
     np.testing.assert_array_equal(ours, plain.reshape(4, 8, 6).transpose(2, 0, 1))
 
 
 def test_fused_heads_are_taken_apart():
     w = np.arange(4 * 3 * 8 * 6).reshape(96, 6)
-    q, k, v = maps.rearrange(w, "(n three h) d -> three d n h", LENGTH)
+    q, k, v = weight_maps.rearrange(w, "(n three h) d -> three d n h", LENGTH)
     assert (q[0, 1, 2], k[0, 1, 2], v[0, 1, 2]) == tuple(w[24 + i * 8 + 2, 0] for i in range(3))
 
 
 @pytest.mark.parametrize(
     ("table", "name", "spec"),
-    [(maps.HF, spec.family, spec) for spec in making.SPECS.values()]
-    + [(maps.GGUF, name, spec) for name, spec in making.GGUF_SPECS.items()],
+    [(weight_maps.HF, spec.family, spec) for spec in making.SPECS.values()]
+    + [(weight_maps.GGUF, name, spec) for name, spec in making.GGUF_SPECS.items()],
 )
 def test_import_of_export_is_the_same_tree(table, name, spec):
     params = making.random_params(spec)
-    if name == "gemma2" and table is maps.GGUF:  # adds 1 to norms, which rounds
+    if name == "gemma2" and table is weight_maps.GGUF:  # adds 1 to norms, which rounds
         params = making.random_params(spec)
-        for path, value in trees.flattened(params).items():
+        for path, value in tensors.flattened(params).items():
             if path.endswith("scale"):
                 value[...] = np.round(value * 64) / 64
-    written = {item.name: make() for item, make in trees.write(spec, table[name], params)}
-    again = trees.read(
+    written = {item.name: make() for item, make in tensors.write(spec, table[name], params)}
+    again = tensors.read(
         spec,
         table[name],
         shapes={name: value.shape for name, value in written.items()},
@@ -70,11 +72,11 @@ def test_progress_counts_tensors():
     spec, seen = making.BASE, []
     written = {
         item.name: make()
-        for item, make in trees.write(spec, maps.HF["llama"], making.random_params(spec))
+        for item, make in tensors.write(spec, weight_maps.HF["llama"], making.random_params(spec))
     }
-    trees.read(
+    tensors.read(
         spec,
-        maps.HF["llama"],
+        weight_maps.HF["llama"],
         shapes={name: value.shape for name, value in written.items()},
         tensor=written.__getitem__,
         dtype=np.float32,
@@ -88,13 +90,13 @@ def test_a_tree_that_is_not_the_specs_is_not_written():
     params = making.random_params(making.BASE)
     del params["head"]
     with pytest.raises(InputError, match="differ in head"):
-        list(trees.write(making.BASE, maps.HF["llama"], params))
+        list(tensors.write(making.BASE, weight_maps.HF["llama"], params))
     params = making.random_params(making.BASE) | {"head": np.zeros((3, 3), np.float32)}
     with pytest.raises(InputError, match=r"head has shape \(3, 3\)"):
-        list(trees.write(making.BASE, maps.HF["llama"], params))
+        list(tensors.write(making.BASE, weight_maps.HF["llama"], params))
 
 
 def test_a_family_without_a_place_for_a_parameter_is_refused():
     spec = making.SPECS["gptj"]
     with pytest.raises(InputError, match="no tensor for head_bias"):
-        list(trees.stored(spec, maps.HF["llama"]))
+        list(tensors.stored(spec, weight_maps.HF["llama"]))

@@ -15,7 +15,7 @@ from lminf.errors import InputError
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
-class Watcher(Protocol):
+class Tracker(Protocol):
     def add(self, step: int, values: Mapping[str, Any]) -> None:
         """Shows the numbers of a step; what is None is left out."""
         ...
@@ -56,7 +56,7 @@ class WandB:
         self._run.finish()
 
 
-WATCHERS: Mapping[str, Callable[[Path, Mapping[str, Any]], Watcher]] = {
+TRACKERS: Mapping[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
     "tensorboard": TensorBoard,
     "wandb": WandB,
 }
@@ -66,8 +66,8 @@ def named(text: str) -> list[str]:
     """The names between commas; a name that is none, or lacks its package, is refused."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name not in WATCHERS:
-            raise InputError(f"there is no watcher {name!r}; {closest(name, WATCHERS)}")
+        if name not in TRACKERS:
+            raise InputError(f"there is no tracker {name!r}; {closest(name, TRACKERS)}")
         if importlib.util.find_spec(PACKAGES[name]) is None:
             raise InputError(
                 f"--config.watch={name} needs {PACKAGES[name]}, which is not installed: "
@@ -76,9 +76,9 @@ def named(text: str) -> list[str]:
     return names
 
 
-def opened(text: str, folder: Path, config: Mapping[str, Any]) -> list[Watcher]:
+def opened(text: str, folder: Path, config: Mapping[str, Any]) -> list[Tracker]:
     """The named watchers of a run's folder."""
-    return [WATCHERS[name](folder, config) for name in named(text)]
+    return [TRACKERS[name](folder, config) for name in named(text)]
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from lminf.errors import InputError
 CACHE_BYTES = 128 << 20  # of decoded pieces, by array
 
 
-class Place:
+class Storage:
     """A folder of objects, each of which appears whole or not at all."""
 
     def __init__(self, url: str, *, memory: ts.Context | None = None):

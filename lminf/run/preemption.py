@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from lminf.run.exits import Terminated
 
 
-class Stopping:
+class Preemption:
     """Whether a signal has come."""
 
     def __init__(self):

@@ -30,8 +30,8 @@ the machine, the versions and the configuration of its run.
 Every experiment takes `--config=:tiny`, `--config.FIELD=VALUE` and `--out=DIR`, and writes a folder
 with its configuration, environment, `rows.jsonl`, figures and `report.md`. An experiment that is
 interrupted by Ctrl-C or SIGTERM keeps its rows. `train_lm`, `long_context_eval`, `passkey`,
-`kv_cache` and sweeps resume when the same command is run again with the same `--out`. `lminf list
-NAME` prints the question, command, time and expected result of one experiment.
+`kv_cache` and sweeps resume when the same command is run again with the same `--out`.
+`lminf list NAME` prints the question, command, time and expected result of one experiment.
 """
 
 
@@ -350,6 +350,7 @@ is in [studies](studies/step_sweep/report.md).
 
 `python -m experiments.train_throughput` ([report](results/train_throughput/report.md)): the median
 of three rounds, beside a plain torch loop of the same shape on the same machine.
+`benchmarks/compare.py` times reading and decoding beside transformers.
 
 {training}
 {targets}"""

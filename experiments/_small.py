@@ -8,6 +8,7 @@ from functools import cached_property
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from lminf.attention import policy as policies
 from lminf.config import parse_choice
@@ -40,7 +41,7 @@ class Measured:
     targets: np.ndarray  # [held-out tokens]
 
 
-def shape_of(c, vocab_size: int) -> ModelSpec:
+def shape_of(c: ConfigDict, vocab_size: int) -> ModelSpec:
     return spec.llama(
         vocab_size=vocab_size,
         trained_length=c.data.length,
@@ -55,7 +56,12 @@ def parameters(shape: ModelSpec, *, active: bool = False) -> int:
 
 
 def train(
-    c, shape: ModelSpec, tokens: np.ndarray, held_out: np.ndarray, *, budgets: Sequence[int]
+    c: ConfigDict,
+    shape: ModelSpec,
+    tokens: np.ndarray,
+    held_out: np.ndarray,
+    *,
+    budgets: Sequence[int],
 ) -> Iterator[Measured]:
     """Every copy at each of `budgets` (tokens, rising); c.rates and c.replicates side by side.
 

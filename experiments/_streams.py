@@ -10,17 +10,20 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from lminf.attention import cache
 from lminf.attention.policies.eviction import EvictionPolicy
+from lminf.attention.policy import AnyPolicy
 from lminf.lm import generate
 from lminf.lm.generate import GREEDY
+from lminf.lm.lm import LM
 
 
 class Stream:
     """One policy after `position` tokens, which count as a prompt, with room for some more."""
 
-    def __init__(self, lm, position: int, *, room: int):
+    def __init__(self, lm: LM, position: int, *, room: int) -> None:
         self.lm, self.position = lm, position
         # As generation does: caches that keep everything grow by this many tokens at a time.
         self.capacity = -(-(position + room) // generate.STEP) * generate.STEP
@@ -51,7 +54,7 @@ class Stream:
         np.asarray(self.advance(np.zeros((1, chunk), np.int32), self.position))
         return time.perf_counter() - started
 
-    def advance(self, tokens, position):
+    def advance(self, tokens: Int[np.ndarray, "1 C"], position: int) -> Int[jax.Array, " 1"]:
         """The token after these, greedily."""
         key = jax.random.key(0)  # greedy: not used
         token, self.caches = generate.decode_step(
@@ -61,7 +64,7 @@ class Stream:
         return token
 
 
-def as_if_read(empty: cache.Cache, policy, tokens: int) -> cache.Cache:
+def as_if_read(empty: cache.Cache, policy: AnyPolicy, tokens: int) -> cache.Cache:
     """The cache as it would say it is after `tokens` tokens; keys and values stay zero."""
     if isinstance(policy, EvictionPolicy):
         filled = int(policy.position_in_cache(jnp.int32(tokens - 1))) + 1

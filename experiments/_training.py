@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from lminf import checkpoints
 from lminf.attention import policy as policies
@@ -14,7 +15,7 @@ from lminf.attention.parsing import parse_policy
 from lminf.attention.policy import FULL, AnyPolicy
 from lminf.config import closest, from_config, parse_choice
 from lminf.data import corpus, loader, windows
-from lminf.data.tokenizers import ByteTokenizer
+from lminf.data.tokenizers import ByteTokenizer, Tokenizer
 from lminf.errors import InputError
 from lminf.models import spec
 from lminf.models.spec import ModelSpec, MoESpec
@@ -39,7 +40,7 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-def check(c) -> None:
+def check(c: ConfigDict) -> None:
     """Refuses settings whose harm would show only later in the run; ranges are checked before."""
     trackers.named(c.watch)
     known(c.not_finite, {"stop": None, "skip": None}, "not_finite")
@@ -64,7 +65,7 @@ class Start:
     policy: AnyPolicy  # that it is trained with
 
 
-def start_of(c) -> Start:
+def start_of(c: ConfigDict) -> Start:
     """The model to train: another's, or a new one in the shape of the config."""
     if c.init:
         loaded = checkpoints.load(c.init, dtype=jnp.float32)
@@ -76,18 +77,18 @@ def start_of(c) -> Start:
     return Start(shape_of(c, tokenizer.vocab_size), None, tokenizer, policy_of(c, None))
 
 
-def policy_of(c, own: AnyPolicy | None) -> AnyPolicy:
+def policy_of(c: ConfigDict, own: AnyPolicy | None) -> AnyPolicy:
     """The policy of the config; where it names none, the model's own."""
     return parse_policy(c.attention) if c.attention else own or FULL
 
 
-def tokenizer_of(name: str):
+def tokenizer_of(name: str) -> Tokenizer | ByteTokenizer:
     if name == "bytes":
         return ByteTokenizer()
     return checkpoints.read_tokenizer(name)
 
 
-def shape_of(c, vocab_size: int) -> ModelSpec:
+def shape_of(c: ConfigDict, vocab_size: int) -> ModelSpec:
     sizes = {"vocab_size": vocab_size, "trained_length": c.data.length, **c.model.to_dict()}
     try:
         return spec.llama(**sizes, moe=experts_of(c.experts))
@@ -95,7 +96,7 @@ def shape_of(c, vocab_size: int) -> ModelSpec:
         raise InputError(f"--config.model is no shape ({error}); choose other sizes") from error
 
 
-def experts_of(c) -> MoESpec | None:
+def experts_of(c: ConfigDict) -> MoESpec | None:
     """The mixture in the MLP's place; None where these fields are missing or count none."""
     if c is None or not c.count:
         return None
@@ -105,7 +106,7 @@ def experts_of(c) -> MoESpec | None:
     )  # fmt: skip
 
 
-def shape_to_plan(c) -> ModelSpec:
+def shape_to_plan(c: ConfigDict) -> ModelSpec:
     """The shape of the model to train, reading no parameters."""
     if c.init:
         return checkpoints.read_spec(c.init)
@@ -113,7 +114,7 @@ def shape_to_plan(c) -> ModelSpec:
 
 
 def program_of(
-    c, shape: ModelSpec, policy: AnyPolicy | None = None, *, absent: int | None = None
+    c: ConfigDict, shape: ModelSpec, policy: AnyPolicy | None = None, *, absent: int | None = None
 ) -> TrainStep:
     """The step of this config on all devices, or planned for so many that are `absent`."""
     strategy = partition.parse(c.strategy)
@@ -152,7 +153,7 @@ class Data:
     held_out: list[Mapping[str, np.ndarray]]  # batches, for evaluation
 
 
-def data_of(c, tokenizer, share: HostShard) -> Data:
+def data_of(c: ConfigDict, tokenizer: Tokenizer | ByteTokenizer, share: HostShard) -> Data:
     """Batches of the stores or texts by the plan; the end of each is held out, in every process."""
     size = {"length": c.data.length, "rows": c.data.batch}
     plan = loader.parse_plan(c.data.plan)
@@ -167,7 +168,7 @@ def data_of(c, tokenizer, share: HostShard) -> Data:
     )
 
 
-def token_bytes(tokenizer) -> np.ndarray:
+def token_bytes(tokenizer: Tokenizer | ByteTokenizer) -> np.ndarray:
     """UTF-8 bytes of every token id; none of those that end documents, which are no text."""
     sizes = np.array([len(token) for token in tokenizer.token_bytes], np.int64)
     sizes[list(tokenizer.eos_ids)] = 0
@@ -186,7 +187,7 @@ def state_bytes(program: TrainStep) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
-def rates_moved(c, before: int, done: int) -> str | None:
+def rates_moved(c: ConfigDict, before: int, done: int) -> str | None:
     """What is to be said of a run of `before` steps that is given another length after `done`."""
     schedule = parse_choice(c.schedule, SCHEDULES, what="schedule")
     steps = np.arange(done)

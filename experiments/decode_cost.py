@@ -5,8 +5,12 @@ each, so that a busy moment of the machine falls on all of them alike.
 """
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
 from lminf.attention.parsing import parse_policy
 from lminf.experiments import _models
@@ -14,6 +18,7 @@ from lminf.experiments._main import main
 from lminf.experiments._streams import Stream
 from lminf.models import cost
 from lminf.run import plots, tables
+from lminf.run.folder import Row, RunFolder
 from lminf.run.progress import Progress
 
 # What a token that is written has to visit after n others, in keys; settings by their names, of
@@ -34,7 +39,7 @@ VISITED = {
 }
 
 
-def run(c, out):
+def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     lm = _models.load(c.model, seed=c.seed)
     policies = [parse_policy(text) for text in c.policies]
     cells = [
@@ -71,7 +76,7 @@ def run(c, out):
         }
 
 
-def read_times(cells, chunk):
+def read_times(cells: Sequence[Stream], chunk: int) -> Float[np.ndarray, " cells"]:
     """Seconds that each takes to read a chunk, the better of two."""
     with Progress(3, label="reading", unit="chunks of each") as progress:
         chunks = []
@@ -81,7 +86,7 @@ def read_times(cells, chunk):
     return np.min(chunks[1:], axis=0)  # the first of each compiles
 
 
-def plot(rows):
+def plot(rows: list[Row]) -> Mapping[str, Figure]:
     shown = [{**row, "cache_mib": row["cache_bytes"] / 2**20} for row in rows]
     common = {"x": "position", "by": "policy", "log_x": True, "log_y": True,
               "x_label": "text before the token (tokens)"}  # fmt: skip
@@ -96,7 +101,7 @@ def plot(rows):
     }  # fmt: skip
 
 
-def table(rows):
+def table(rows: list[Row]) -> list[Row]:
     """Milliseconds per token, then MiB of cache; a policy a line, a position a column. Beside them
     what a token visits, and the exponent of n between the two farthest positions.
     """
@@ -114,7 +119,7 @@ def table(rows):
     ]
 
 
-def exponent(rows, policy, value):
+def exponent(rows: list[Row], policy: str, value: str) -> float | None:
     """b of value = a n^b through the two farthest positions that were measured; None with one."""
     points = sorted((r["position"], r[value]) for r in rows
                     if r["policy"] == policy and r.get(value) is not None)  # fmt: skip

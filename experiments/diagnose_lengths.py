@@ -1,11 +1,14 @@
 """Attention logits by distance, attention entropy by length, and where the first tokens lie."""
 
 import itertools
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
 from lminf.attention import reference
 from lminf.attention.parsing import parse_policy
@@ -15,6 +18,7 @@ from lminf.experiments import _models
 from lminf.experiments._main import main
 from lminf.models.decoder import score_config
 from lminf.run import plots
+from lminf.run.folder import Row, RunFolder
 from lminf.run.progress import Progress
 
 LOGITS, ENTROPY, FEATURES = "logits", "entropy", "features"  # the rows' `factor`
@@ -22,7 +26,7 @@ FIRST = 4  # tokens at the start that are told apart from the rest
 SHOWN = 256  # later tokens in the picture of features
 
 
-def run(c, out):
+def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     policies = [parse_policy(text) for text in c.policies]
     _models.check_length(c.length)
     text = sources.text_of(c.text)
@@ -79,7 +83,7 @@ def _logits(scoring, queries, keys, q_pos, policy):
     return reference.logits(policy, scoring, queries, keys, q_pos=q_pos, k_pos=k_pos)
 
 
-def by_distance(logits: np.ndarray, q_pos: np.ndarray):
+def by_distance(logits: np.ndarray, q_pos: np.ndarray) -> Iterator[Row]:
     """Rows of the mean, smallest and largest logit [N, T, S] at distances between powers of two."""
     distance = q_pos[:, None] - np.arange(logits.shape[2])[None]
     edges = [0, *(2**n for n in range(1, int(np.log2(distance.max())) + 2))]
@@ -96,7 +100,7 @@ def by_distance(logits: np.ndarray, q_pos: np.ndarray):
                 }
 
 
-def entropies(logits: np.ndarray, q_pos: np.ndarray):
+def entropies(logits: np.ndarray, q_pos: np.ndarray) -> Iterator[Row]:
     """Rows of the entropy of attention, nats, mean over heads, by the query's position."""
     top = logits.max(-1, keepdims=True)
     weights = np.exp(logits - top)
@@ -113,7 +117,7 @@ def entropies(logits: np.ndarray, q_pos: np.ndarray):
         }
 
 
-def features(hidden: np.ndarray, seed: int):
+def features(hidden: np.ndarray, seed: int) -> Iterator[Row]:
     """Rows of the first tokens and some later ones [T, D] on the two main axes of all of them."""
     rest = np.random.default_rng(seed).choice(
         np.arange(FIRST, len(hidden)), min(SHOWN, len(hidden) - FIRST), replace=False
@@ -136,7 +140,7 @@ def features(hidden: np.ndarray, seed: int):
         }
 
 
-def plot(rows):
+def plot(rows: list[Row]) -> Mapping[str, Figure]:
     mark = rows[0]["trained_length"]
     layers = sorted({row["layer"] for row in rows})
     logits = [
@@ -174,7 +178,7 @@ def plot(rows):
     }  # fmt: skip
 
 
-def table(rows):
+def table(rows: list[Row]) -> list[Row]:
     """For each layer: logits near and far, entropy at the trained length and the end, norms."""
     lines = []
     for layer in sorted({row["layer"] for row in rows}):

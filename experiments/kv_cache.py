@@ -7,25 +7,32 @@ tokens had been read, with zeros for keys and values.
 """
 
 import time
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
+from jaxtyping import Int
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
 from lminf.attention.parsing import parse_policy
 from lminf.attention.policies.prompt_compression import SnapKV, ThinK
+from lminf.attention.policy import AnyPolicy
 from lminf.data import sources
 from lminf.evals import passkey, score
 from lminf.experiments import _models
 from lminf.experiments._main import main
 from lminf.experiments._streams import Stream
+from lminf.lm.lm import LM
 from lminf.models import decoder
 from lminf.run import plots, tables
+from lminf.run.folder import Row, RunFolder
 from lminf.run.progress import Progress
 
 TOGETHER = 8192  # prompt tokens read side by side: more of them is no faster on a CPU
 
 
-def run(c, out):
+def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     lm = _models.load(c.model, seed=c.seed)
     cells = [(family, lm.with_policy(policy)) for family, policy in choices(c)]
     done = {(row["measured"], row["policy"], row.get("position")) for row in out.rows()}
@@ -82,7 +89,7 @@ def run(c, out):
         }
 
 
-def choices(c):
+def choices(c: ConfigDict) -> Iterator[tuple[str, AnyPolicy]]:
     """(family, policy) of every cell: a text with places for a capacity is one for each."""
     for text in c.policies:
         for capacity in c.capacities if "{" in text else c.capacities[:1]:
@@ -96,7 +103,9 @@ def choices(c):
             yield family, policy
 
 
-def quality(c, lm, ids, samples):
+def quality(
+    c: ConfigDict, lm: LM, ids: Int[np.ndarray, " T"], samples: Sequence[passkey.Sample]
+) -> Row:
     started = time.perf_counter()
     nll = lm.token_nll(ids, prompt=c.prompt)[c.prompt - 1 :]
     together = max(1, TOGETHER // c.passkey_length)
@@ -126,7 +135,7 @@ def quality(c, lm, ids, samples):
     }
 
 
-def held_bytes(lm, tokens: int) -> dict[str, int]:
+def held_bytes(lm: LM, tokens: int) -> dict[str, int]:
     """Bytes after a prompt of so many tokens with room for one more: of keys and values, and of
     what else is held."""
 
@@ -142,7 +151,7 @@ def held_bytes(lm, tokens: int) -> dict[str, int]:
     return found
 
 
-def plot(rows):
+def plot(rows: list[Row]) -> Mapping[str, Figure]:
     shown = [{**row, "cache_mib": row["cache_bytes"] / 2**20} for row in rows]
     measured = [row for row in shown if row["measured"] == "quality"]
     cost = [row for row in shown if row["measured"] == "cost"]
@@ -164,7 +173,7 @@ def plot(rows):
     }  # fmt: skip
 
 
-def table(rows):
+def table(rows: list[Row]) -> list[Row]:
     """A policy and capacity a line; the time of a token where it was measured."""
     measured = [row for row in rows if row["measured"] == "quality"]
     full = {row["policy"]: row["nll"] for row in measured}.get("full")

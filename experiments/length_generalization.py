@@ -1,8 +1,11 @@
 """NLL by position under several policies, beside the costly re-reading that they replace."""
 
 import time
+from collections.abc import Iterator, Mapping
 
 import numpy as np
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
 from lminf.attention.parsing import parse_policy
 from lminf.attention.policy import FULL
@@ -11,12 +14,13 @@ from lminf.evals import perplexity, reread
 from lminf.experiments import _models
 from lminf.experiments._main import main
 from lminf.run import plots, tables
+from lminf.run.folder import Row, RunFolder
 from lminf.run.progress import Progress
 
 REREAD = "re-read"
 
 
-def run(c, out):
+def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     policies = [parse_policy(text) for text in c.policies]
     _models.check_length(c.length)
     text = sources.text_of(c.text)
@@ -69,7 +73,7 @@ def run(c, out):
             }
 
 
-def plot(rows):
+def plot(rows: list[Row]) -> Mapping[str, Figure]:
     mark = rows[0]["trained_length"]
     return {
         "length_generalization": plots.curves(
@@ -84,7 +88,7 @@ def plot(rows):
     }  # fmt: skip
 
 
-def table(rows):
+def table(rows: list[Row]) -> list[Row]:
     """Loss and excess by block; a policy a line."""
     named = [{**row, "tokens": f"{row['start']}–{row['stop']}"} for row in rows]
     loss = tables.pivot(named, index="policy", columns="tokens", value="nll")

@@ -6,9 +6,12 @@ same before: each policy reads what they share once (`lminf.lm.prefix`).
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
+
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
 from lminf.attention.parsing import parse_policy
 from lminf.attention.policy import chunk_within, common_eviction
@@ -16,6 +19,7 @@ from lminf.config import parse_choice
 from lminf.data import sources
 from lminf.errors import InputError
 from lminf.evals import key_value, passkey, perplexity, reread, score
+from lminf.evals.passkey import Sample
 from lminf.experiments import _models
 from lminf.experiments._main import main
 from lminf.experiments._streams import Stream
@@ -26,17 +30,19 @@ from lminf.models import cost
 from lminf.programs import segment_reading
 from lminf.programs.segment_reading import SegmentReading
 from lminf.run import plots, style
+from lminf.run.folder import Row, RunFolder
 from lminf.run.progress import Progress
 
 REREAD = "re-read"
 SEGMENTS = {"segments": SegmentReading}
 TASKS = ("passkey", "key_value")
+Cells: TypeAlias = Sequence[tuple[float, Sequence[Sample]]]  # (depth, prompts)
 CELL = ("task", "policy", "length", "depth")  # what tells one measured cell from another
 CHUNK, STEPS = 512, 9  # tokens read and tokens written, to time them
 TOGETHER = 2  # prompts read side by side once they differ: more are no faster on a CPU
 
 
-def run(c, out):
+def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     lm = _models.load(c.model, seed=c.seed)
     readers = [reader(lm, text) for text in c.policies]  # refuses bad windows at once
     for task, prompts, lengths in zip(
@@ -70,11 +76,11 @@ def run(c, out):
             yield {"model": c.model, "trained_length": lm.spec.trained_length, **speed(one, after)}
 
 
-def cell_of(row):
+def cell_of(row: Row) -> tuple[Any, ...]:
     return tuple(row[name] for name in CELL)
 
 
-def tokens_of(cells):
+def tokens_of(cells: Cells) -> int:
     """Of all prompts, asked one by one."""
     return sum(sample.tokens for _, group in cells for sample in group)
 
@@ -89,7 +95,7 @@ class Reader:
     answer: Callable[..., list[str]]  # (prompts, progress=) -> texts
     attended: int | None  # tokens that a query sees at most; None: all
 
-    def in_window(self, sample) -> bool:
+    def in_window(self, sample: Sample) -> bool:
         return self.policy is not None and in_window(self.policy, sample)
 
     def cache_bytes(self, tokens: int) -> int:
@@ -130,7 +136,7 @@ def longest_context(lm: LM, how: SegmentReading) -> int:
     return min(lm.context_length, kept + passkey.ANSWER_TOKENS)
 
 
-def questions(c, lm):
+def questions(c: ConfigDict, lm: LM) -> Iterator[tuple[str, int, Cells]]:
     """(task, length, [(depth, samples)]), the same for every policy."""
 
     def encode(text):
@@ -157,7 +163,9 @@ def questions(c, lm):
         )
 
 
-def answered(reader, task, length, cells, progress, before):
+def answered(
+    reader: Reader, task: str, length: int, cells: Cells, progress: Progress, before: int
+) -> Iterator[Row]:
     """The cells of one policy: a task at one length, at several depths."""
     samples = [sample for _, group in cells for sample in group]
     read = before
@@ -191,7 +199,9 @@ def answered(reader, task, length, cells, progress, before):
         }
 
 
-def losses(c, lm, readers, done):
+def losses(
+    c: ConfigDict, lm: LM, readers: Sequence[Reader], done: Container[tuple[Any, ...]]
+) -> Iterator[Row]:
     """Loss by position of one text, and how far it lies above re-reading."""
     tokens, _ = lm.encode(sources.text_of(c.text), length=c.nll_length)
 
@@ -223,7 +233,7 @@ def losses(c, lm, readers, done):
             )
 
 
-def speed(reader, after):
+def speed(reader: Reader, after: int) -> Row:
     """Time of reading a chunk, and of a token that is written, after so many tokens."""
     chunk = chunk_within(common_eviction(reader.lm.decoder.policies), CHUNK)
     stream = Stream(reader.lm, after, room=chunk + STEPS)
@@ -246,7 +256,7 @@ def speed(reader, after):
 # --- What is shown --------------------------------------------------------------------------------
 
 
-def plot(rows):
+def plot(rows: list[Row]) -> Mapping[str, Figure]:
     """Heat maps of what was found by depth, a line for each policy and length; loss by position.
 
     Where every policy found all, or none, the table says so and there is nothing to draw.
@@ -282,7 +292,7 @@ def plot(rows):
     return figures
 
 
-def above_reread(rows):
+def above_reread(rows: list[Row]) -> list[Row]:
     """The rows of losses that have a re-read one beside them, with their excess over it."""
     nll = [row for row in rows if row["task"] == "nll"]
     base = {row["length"]: row["nll"] for row in nll if row["policy"] == REREAD}
@@ -293,7 +303,7 @@ def above_reread(rows):
     ]
 
 
-def table(rows):
+def table(rows: list[Row]) -> list[Row]:
     """A policy a line: what it found inside and outside its window, its loss, speed and memory."""
     beyond = [row for row in above_reread(rows) if row["start"] >= row["trained_length"]]
     groups = dict.fromkeys((r["task"], r["length"]) for r in rows if r["task"] in TASKS)
@@ -323,7 +333,7 @@ def table(rows):
     return lines
 
 
-def share(cells):
+def share(cells: list[Row]) -> str:
     """`19/20 = 0.95 (0.76–0.99)`, with the Wilson interval."""
     prompts, correct = (sum(row[name] for row in cells) for name in ("prompts", "correct"))
     if not prompts:

@@ -1,23 +1,30 @@
 """Passkey retrieval by prompt length, depth of the key and policy."""
 
 import time
+from collections.abc import Iterator
 from typing import get_args
 
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
 from lminf.attention.parsing import parse_policy
+from lminf.attention.policy import AnyPolicy
 from lminf.config import closest
 from lminf.data import sources
 from lminf.errors import InputError
 from lminf.evals import passkey, score
+from lminf.evals.passkey import Sample
 from lminf.experiments import _models
 from lminf.experiments._main import main
 from lminf.lm import prefix
 from lminf.run import plots, tables
+from lminf.run.folder import Row, RunFolder
 from lminf.run.progress import Progress
 
 TOGETHER = 8192  # prompt tokens read side by side: more of them is no faster on a CPU
 
 
-def run(c, out):
+def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     policies = [parse_policy(text) for text in c.policies]
     if len(c.prompts) != len(c.lengths):
         raise InputError(
@@ -92,13 +99,13 @@ def run(c, out):
             }
 
 
-def in_window(policy, sample) -> bool:
+def in_window(policy: AnyPolicy, sample: Sample) -> bool:
     """Whether the line with the key is seen at its true distance until the answer is given."""
     width = policy.window
     return width is None or sample.tokens + passkey.ANSWER_TOKENS - sample.key_at <= width
 
 
-def plot(rows):
+def plot(rows: list[Row]) -> Figure:
     """Share found by length, with Wilson intervals: keys a policy's window reaches, and others."""
     lines = over_depths(rows)
     # Most values are 0 or 1: a little sideways, no interval hides another.
@@ -120,7 +127,7 @@ def plot(rows):
     )  # fmt: skip
 
 
-def table(rows):
+def table(rows: list[Row]) -> list[Row]:
     """Keys found with the interval of their share; a policy and place of the key a line, a length
     a column.
     """
@@ -144,7 +151,7 @@ def table(rows):
 INSIDE, OUTSIDE = "inside what the policy sees", "outside its window"
 
 
-def over_depths(rows):
+def over_depths(rows: list[Row]) -> list[Row]:
     """Rows of one policy and length as one, but keys inside and outside its window apart."""
     groups: dict = {}
     for row in rows:

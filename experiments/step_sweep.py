@@ -1,20 +1,24 @@
 """Learning rate x batch: bowls of the held-out loss, and where each law's point falls in them."""
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
 from lminf.experiments import _corpus, _noise, _small
 from lminf.experiments._main import main
 from lminf.experiments.step_law import BATCH, RATE, contours, explain
 from lminf.run import plots, style
+from lminf.run.folder import Row, RunFolder
 from lminf.scaling import accounting, collect, rivals
 
 LAWS = ("step", "deepseek", "porian")
 
 
-def run(c, out):
+def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     study = _corpus.corpus(c.data.corpus)
     tokenizer = study.tokenizers([c.data.vocab])[c.data.vocab]
     shape = _small.shape_of(c, c.data.vocab)
@@ -32,7 +36,7 @@ def run(c, out):
         }  # fmt: skip
 
 
-def planned(c):
+def planned(c: ConfigDict) -> Row:
     """What a cell costs: a row of its counts, FLOPs with attention as the law counts them."""
     shape = _small.shape_of(c, c.data.vocab)
     n, active = _small.parameters(shape), _small.parameters(shape, active=True)
@@ -47,7 +51,7 @@ def planned(c):
     }  # fmt: skip
 
 
-def groups(rows):
+def groups(rows: list[Row]) -> dict[str, list[Row]]:
     """Rows of each (corpus, shape, D) by a title; replicates of other seeds stay together."""
     found: dict[str, list] = {}
     for row in rows:
@@ -60,25 +64,25 @@ def groups(rows):
     return found
 
 
-def cells_of(rows) -> dict[tuple, list[float]]:
+def cells_of(rows: list[Row]) -> dict[tuple, list[float]]:
     """Held-out losses of each (learning rate, batch), one for each seed."""
     return _noise.settings(rows, ("lr", "batch_tokens"), "loss")
 
 
-def least(rows) -> tuple:
+def least(rows: list[Row]) -> tuple:
     """(learning rate, batch) of the least mean loss."""
     cells = cells_of(rows)
     return min(cells, key=lambda key: np.mean(cells[key]))
 
 
-def along_rates(rows, batch) -> _noise.Curve:
+def along_rates(rows: list[Row], batch: float) -> _noise.Curve:
     """The bowl at one batch."""
     own = {lr: v for (lr, tokens), v in cells_of(rows).items() if tokens == batch}
     rates = sorted(own)
     return _noise.Curve(np.array(rates), tuple(own[lr] for lr in rates))
 
 
-def along_batches(rows) -> _noise.Curve:
+def along_batches(rows: list[Row]) -> _noise.Curve:
     """Of each batch the loss at its best rate."""
     best: dict[int, list[float]] = {}
     for (_, batch), values in cells_of(rows).items():
@@ -88,7 +92,7 @@ def along_batches(rows) -> _noise.Curve:
     return _noise.Curve(np.array(batches), tuple(best[batch] for batch in batches))
 
 
-def table(rows):
+def table(rows: list[Row]) -> list[Row]:
     """The best cell of each group, the noise between seeds there, and each law's point."""
     lines = []
     for title, own in groups(rows).items():
@@ -105,7 +109,7 @@ def table(rows):
     return lines
 
 
-def noise(rows):
+def noise(rows: list[Row]) -> float | None:
     """Standard deviation between seeds of one setting; None: one seed.
 
     Of settings within 5 % of the least loss: at rates that hardly train, seeds differ by more.
@@ -115,7 +119,7 @@ def noise(rows):
     return _noise.pooled([v for v in cells.values() if np.mean(v) < 1.05 * lowest])
 
 
-def plateau(rows):
+def plateau(rows: list[Row]) -> str | None:
     """The cells that noise cannot tell from the best one."""
     cells, sigma = cells_of(rows), noise(rows)
     if sigma is None:
@@ -131,7 +135,7 @@ def plateau(rows):
     return f"{len(same)} of {len(cells)}"
 
 
-def interior(rows, best):
+def interior(rows: list[Row], best: Mapping[str, float]) -> str:
     """In which directions the best cell is not at the edge of the grid."""
     inside = [
         name
@@ -141,13 +145,13 @@ def interior(rows, best):
     return " and ".join({"lr": "lr", "batch_tokens": "batch"}[name] for name in inside) or "neither"
 
 
-def point(name, row):
+def point(name: str, row: Row) -> str:
     query = rivals.Query(row["n"], row["d"], row["loss"], None)
     lr, batch = rivals.rule(name).setting(query)
     return f"{lr:.2g}, {batch:,.0f}" if batch is not None else f"{lr:.2g}"
 
 
-def findings(rows):
+def findings(rows: list[Row]) -> str:
     """What the rows say, in sentences; a difference within its noise is called none."""
     titled = groups(rows)
     first = rows[0]
@@ -175,12 +179,12 @@ def findings(rows):
     return "\n\n".join(lines)
 
 
-def steady(curve, sigma) -> _noise.Curve:
+def steady(curve: _noise.Curve, sigma: float | None) -> _noise.Curve:
     """The curve with the noise near the least loss in place of its own points' alone."""
     return dataclasses.replace(curve, noise=sigma)
 
 
-def priced(name, rows) -> str:
+def priced(name: str, rows: list[Row]) -> str:
     """What a law's point costs: the loss of the cell nearest to it."""
     cells, sigma = cells_of(rows), noise(rows)
     best = least(rows)
@@ -203,7 +207,7 @@ def priced(name, rows) -> str:
     return f"{text}, {'told apart' if _noise.told_apart(above, 0, error) else 'not told apart'}."
 
 
-def compared(base, other) -> str:
+def compared(base: tuple[str, list[Row]], other: tuple[str, list[Row]]) -> str:
     """The best rate and loss of a change beside those of the group it changes, at its batch."""
     (title, rows), (other_title, changed) = base, other
     batch = least(changed)[1]
@@ -227,13 +231,13 @@ def compared(base, other) -> str:
     return f"{text}; its least loss differs by {gap:+.3f}, {'' if apart else 'not '}told apart."
 
 
-def files(rows):
+def files(rows: list[Row]) -> dict[str, str]:
     """What stands beside the report: the table that `lminf scaling fit step` takes."""
     first = rows[0]["corpus"]
     return {"table.csv": collect.step([row for row in rows if row["corpus"] == first])}
 
 
-def plot(rows):
+def plot(rows: list[Row]) -> Mapping[str, Figure]:
     titled = {  # a contour needs an area
         title: own for title, own in groups(rows).items() if len(along_batches(own).x) > 2
     } or groups(rows)
@@ -256,7 +260,7 @@ def plot(rows):
 OTHERS = "Other text and shapes"
 
 
-def bowls(rows):
+def bowls(rows: list[Row]) -> Figure:
     """The loss by learning rate: a panel for each shape and D with a line for each batch, and one
     for all those that were measured at a single batch, beside the first of the others.
     """
@@ -284,17 +288,17 @@ def bowls(rows):
     )  # fmt: skip
 
 
-def short_title(own):
+def short_title(own: list[Row]) -> str:
     row = own[0]
     return f"{shape_of(row)}, D = {style.length(row['d'])}"
 
 
-def shape_of(row):
+def shape_of(row: Row) -> str:
     mixed = f", {row['experts']} experts" if row["experts"] else ""
     return f"{row['corpus']}, {row['layers']} × {row['width']}{mixed}"
 
 
-def points(rows):
+def points(rows: list[Row]) -> list[Row]:
     """Each law's point and the best cell, where a figure can show them."""
     lr, batch = least(rows)
     best = {**rows[0], "loss": float(np.mean(cells_of(rows)[lr, batch]))}

@@ -7,13 +7,16 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
 from lminf import checkpoints
 from lminf.atomic import check_space, disk_errors
@@ -28,15 +31,17 @@ from lminf.parallel import hardware
 from lminf.parallel.distributed import Distributed
 from lminf.run import environment, lock, memory, plots, request, trackers
 from lminf.run.clock import PhaseTimer
-from lminf.run.folder import difference
+from lminf.run.folder import Row, RunFolder, difference
 from lminf.run.metrics import Smoothed
 from lminf.run.preemption import Preemption
 from lminf.run.progress import Progress
 from lminf.train import batches, planning
 from lminf.train.loop import Hook, fit, refuse
+from lminf.train.step import Metrics, State, TrainStep
+from lminf.types import Params
 
 
-def run(c, out):
+def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     memory.keep_pages()
     _training.check(c)
     ended = finished(c, out)
@@ -125,7 +130,7 @@ AT_THE_END = ("position", "sample")  # parts that are measured once all steps ar
 EIGHTHS = 8  # of the window, whose losses are told apart
 
 
-def finished(c, out) -> bool:
+def finished(c: ConfigDict, out: RunFolder) -> bool:
     """Whether an earlier call of the command did all that this one would; the process that has the
     rows tells the others.
     """
@@ -142,11 +147,11 @@ def finished(c, out) -> bool:
     return found
 
 
-def as_checkpoint(lm):
+def as_checkpoint(lm: LM) -> checkpoints.Checkpoint:
     return checkpoints.Checkpoint(lm.spec, lm.params, lm.tokenizer, "", lm.policy)
 
 
-def check_ending(c, program, lm):
+def check_ending(c: ConfigDict, program: TrainStep, lm: LM) -> None:
     """Refuses what could not be done with the finished model, before the first step."""
     if c.evaluate.sample:
         lm.check_length(len(lm.encode(PROMPT)[0]) + c.evaluate.sample)
@@ -160,7 +165,7 @@ def absolute(folder: str) -> str:
 
 
 @contextlib.contextmanager
-def owned(store, c, *, needed):
+def owned(store: native.Store, c: ConfigDict, *, needed: int) -> Iterator[int]:
     """Holds the folder of checkpoints, which must be nobody's or this run's; the steps that the run
     was given before.
     """
@@ -194,7 +199,14 @@ def owned(store, c, *, needed):
         yield steps
 
 
-def begin(program, start, store, say, *, seed):
+def begin(
+    program: TrainStep,
+    start: _training.Start,
+    store: native.Store,
+    say: Callable[[str], None],
+    *,
+    seed: int,
+) -> State:
     """The state of the latest checkpoint, or the first one."""
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -209,13 +221,21 @@ def begin(program, start, store, say, *, seed):
     return program.init(key=jax.random.key(seed))
 
 
-def save(store, watch, done, state, *, loss=None, unless=None):
+def save(
+    store: native.Store,
+    watch: "Watch",
+    done: int,
+    state: State,
+    *,
+    loss: float | None = None,
+    unless: int | None = None,
+) -> None:
     if done != unless:  # that one is saved with its loss
         with watch.split.part("save"):
             store.save(done, state, loss=loss)
 
 
-def asked_to_stop(stopping, done):
+def asked_to_stop(stopping: Preemption, done: int) -> bool:
     """Whether every process should stop after this step."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -224,11 +244,11 @@ def asked_to_stop(stopping, done):
     return stopping.signal is not None
 
 
-def shapes(batch):
+def shapes(batch: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(sorted((name, x.shape) for name, x in batch.items()))
 
 
-def whole(program, tree):
+def whole(program: TrainStep, tree: Params) -> Params:
     """The arrays in the memory of every process."""
     if jax.process_count() > 1:  # a process can fetch only what lies on its own devices
         everywhere = NamedSharding(program.mesh, PartitionSpec())
@@ -287,11 +307,11 @@ class Watch:
         self.out.append_metrics(done, values)
         self.show(done, values)
 
-    def show(self, done, values):
+    def show(self, done: int, values: Mapping[str, Any]) -> None:
         for watcher in self.shown:
             watcher.add(done, values)
 
-    def not_finite(self, done, metrics):
+    def not_finite(self, done: int, metrics: Metrics) -> None:
         if self.c.not_finite == "skip":
             self.skipped += 1
             return
@@ -305,7 +325,7 @@ class Watch:
                 f"--config.not_finite=skip leaves out such steps"
             ) from None
 
-    def trace(self, done):
+    def trace(self, done: int) -> None:
         if not self.c.profile:
             return
         first, last = self.c.profile
@@ -327,7 +347,7 @@ class Found:
         }
 
     @property
-    def by_position(self):
+    def by_position(self) -> Iterator[tuple[int, int, float]]:
         """(first, one past the last, nats per token) over eighths of the window."""
         length = self.nll.shape[1]
         edges = [length * i // EIGHTHS for i in range(EIGHTHS + 1)]
@@ -349,13 +369,13 @@ class Meter:
         return Found(np.concatenate(nll), self.token_bytes[targets])
 
 
-def table(rows):
+def table(rows: list[Row]) -> list[Row]:
     """The loss over time."""
     keys = ("step", "tokens", "train_loss", "loss", "bits_per_byte", "seconds_train")
     return [{key: row[key] for key in keys} for row in rows if row["part"] == "loss"]
 
 
-def plot(rows):
+def plot(rows: list[Row]) -> Mapping[str, Figure]:
     curve = [
         {"step": row["step"], "loss": row[key], "text": name}
         for row in rows
@@ -374,7 +394,7 @@ def plot(rows):
     return figures
 
 
-def join(c):
+def join(c: ConfigDict) -> None:
     from_config(c.processes, Distributed).join()
 
 

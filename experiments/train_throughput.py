@@ -3,10 +3,14 @@
 import json
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
 from lminf.attention import policy as policies
 from lminf.errors import InputError
@@ -15,6 +19,7 @@ from lminf.kernels.common import bench
 from lminf.models import cost, spec
 from lminf.parallel import mesh, partition
 from lminf.run import memory, plots
+from lminf.run.folder import Row, RunFolder
 from lminf.run.progress import Progress
 from lminf.train import batches, planning
 from lminf.train.optim import AdamW
@@ -23,7 +28,7 @@ from lminf.train.step import TrainStep
 PEER = Path(__file__).resolve().parent.parent / "benchmarks" / "peer_torch_training.py"
 
 
-def run(c, out):
+def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     memory.keep_pages()
     ours = Timed(c, c.model)
     facts = {"parameters": cost.parameters(ours.program.spec), "batch": c.data.batch,
@@ -56,15 +61,15 @@ class Timed:
         self.state = self.program.init(key=jax.random.key(c.seed))
         self.step()
 
-    def batch(self):
+    def batch(self) -> dict[str, jax.Array]:
         noise = {"tokens": self.noise[:, :-1], "targets": self.noise[:, 1:]}
         return batches.put(noise, mesh=self.program.mesh, strategy=self.program.strategy)
 
-    def step(self):
+    def step(self) -> float:
         self.state, metrics = self.program.step(self.state, self.batch())
         return float(metrics.loss)
 
-    def speed(self, steps):
+    def speed(self, steps: int) -> dict[str, float]:
         self.step()
         started = time.perf_counter()
         for _ in range(steps):
@@ -72,7 +77,7 @@ class Timed:
         seconds = (time.perf_counter() - started) / steps
         return {"seconds": seconds, "tokens_per_second": self.tokens / seconds, "loss": loss}
 
-    def dispatch(self, steps):
+    def dispatch(self, steps: int) -> float:
         """Share of a step's time in which Python's thread works.
 
         Its processor time, because on a CPU a step begins while its call is still returning, and
@@ -88,14 +93,14 @@ class Timed:
         return float(np.median(spent) / seconds)
 
 
-def ceiling(timed, length):
+def ceiling(timed: TrainStep, length: int) -> dict[str, float]:
     """Tokens/s if a step did nothing but its products, at the rate of a large one."""
     flops = planning.flops_per_token(timed, length)
     rate = bench.gemm_tflops(np.float32, 2048) * 1e12
     return {"flops_per_token": flops, "flops_per_second": rate, "tokens_per_second": rate / flops}
 
 
-def program(model, vocab_size, length, laid_out):
+def program(model: ConfigDict, vocab_size: int, length: int, laid_out: Mesh) -> TrainStep:
     shape = spec.llama(vocab_size=vocab_size, trained_length=length, **model.to_dict())
     return TrainStep(
         shape, (policies.FULL,) * shape.num_layers, laid_out, partition.STRATEGIES["data"],
@@ -103,7 +108,7 @@ def program(model, vocab_size, length, laid_out):
     )  # fmt: skip
 
 
-def loss_bytes(c, vocab_size):
+def loss_bytes(c: ConfigDict, vocab_size: int) -> int:
     """Temporary bytes of loss and gradient, beyond the gradient of the embedding itself."""
     small = program(c.small, vocab_size, c.data.length, mesh.single())
     shapes = {
@@ -115,7 +120,7 @@ def loss_bytes(c, vocab_size):
     return max(compiled.memory_analysis().temp_size_in_bytes - table, 0)
 
 
-def peer(c):
+def peer(c: ConfigDict) -> Row:
     """The same steps by torch, in a process of its own."""
     model = {**c.model.to_dict(), **c.data.to_dict(), "steps": c.steps, "seed": c.seed}
     done = subprocess.run(
@@ -126,7 +131,7 @@ def peer(c):
     return json.loads(done.stdout)
 
 
-def table(rows):
+def table(rows: list[Row]) -> list[Row]:
     """Medians over the rounds, and how many times torch's speed."""
     by_side = {}
     for row in rows:
@@ -150,7 +155,7 @@ def table(rows):
     return shown
 
 
-def plot(rows):
+def plot(rows: list[Row]) -> Figure:
     """The median speed of each side, and its rounds as dots."""
     speeds = [row for row in rows if row["part"] == "speed"]
     return plots.bars(speeds, x="side", y="tokens_per_second",

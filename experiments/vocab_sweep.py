@@ -1,21 +1,25 @@
 """Vocabulary sizes at equal FLOPs: two losses of small models, and the best size by each."""
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
 from lminf.config import closest
 from lminf.errors import InputError
 from lminf.experiments import _corpus, _noise, _small
 from lminf.experiments._main import main
 from lminf.run import plots, style
+from lminf.run.folder import Row, RunFolder
 from lminf.scaling import accounting, collect, losses, published
 
 MODES = ("checkpoints", "runs")
 METRICS = {"loss_u": "L_u (nats/token)", "bits_per_character": "bits per character"}
 
 
-def run(c, out):
+def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     if c.budget_mode not in MODES:
         raise InputError(
             f"there is no budget mode {c.budget_mode!r}; {closest(c.budget_mode, MODES)}"
@@ -47,7 +51,7 @@ def run(c, out):
             }  # fmt: skip
 
 
-def planned(c):
+def planned(c: ConfigDict) -> Row:
     """What a cell costs: a row of its counts, FLOPs as the law counts them, without attention."""
     shape = _small.shape_of(c, c.data.vocab)
     n_nv, n_v = _small.parameters(shape), c.data.vocab * shape.width
@@ -61,11 +65,11 @@ def planned(c):
     }  # fmt: skip
 
 
-def nearest(values, value):
+def nearest(values: Sequence[float], value: float) -> float:
     return min(values, key=lambda v: abs(v - value))
 
 
-def curve(rows, n_nv, budget, metric) -> _noise.Curve:
+def curve(rows: list[Row], n_nv: int, budget: float, metric: str) -> _noise.Curve:
     """Of each size the mean over seeds of `metric` at its best rate, by rising size."""
     at = [row for row in rows if (row["n_nv"], row["budget"]) == (n_nv, budget)]
     settings = _noise.settings(at, ("vocab_size", "lr"), metric)
@@ -79,11 +83,11 @@ def curve(rows, n_nv, budget, metric) -> _noise.Curve:
     )
 
 
-def budgets_of(rows):
+def budgets_of(rows: list[Row]) -> list[tuple[int, float]]:
     return list(dict.fromkeys((row["n_nv"], row["budget"]) for row in rows))
 
 
-def table(rows):
+def table(rows: list[Row]) -> list[Row]:
     """The best vocabulary of each budget by both metrics, beside the published law's."""
     lines = []
     for n_nv, budget in budgets_of(rows):
@@ -100,12 +104,12 @@ def table(rows):
     return lines
 
 
-def published_optimum(rows, n_nv, budget) -> float:
+def published_optimum(rows: list[Row], n_nv: int, budget: float) -> float:
     width = next(row["width"] for row in rows if row["n_nv"] == n_nv)
     return published.ISOFLOP.optimum(n_nv=n_nv, d=width, flops=budget).vocab_size
 
 
-def findings(rows):
+def findings(rows: list[Row]) -> str:
     """What the rows say, in sentences; a difference within its noise is called none."""
     first = rows[0]
     corpus = (
@@ -142,7 +146,7 @@ def findings(rows):
     return "\n\n".join(lines)
 
 
-def moved(curves, label) -> str:
+def moved(curves: Mapping[tuple[int, float], _noise.Curve], label: str) -> str:
     """Whether the optimum rises with the budget: the exponent of V in FLOPs over draws."""
     inside = {key: found for key, found in curves.items() if _noise.optimum(found)[0] is not None}
     if len(inside) < 2:
@@ -165,7 +169,7 @@ def moved(curves, label) -> str:
     )
 
 
-def plot(rows):
+def plot(rows: list[Row]) -> Mapping[str, Figure]:
     figures = {metric: bowls(rows, metric) for metric in METRICS}
     return figures | {"optimum": optima(rows)}
 
@@ -173,7 +177,7 @@ def plot(rows):
 LOSSES = {"loss_u": "L_u (nats/token)", "bits_per_character": "loss (bits/character)"}
 
 
-def bowls(rows, metric):
+def bowls(rows: list[Row], metric: str) -> Figure:
     """Every seed's loss at its size's best rate, and 95 % of the optimum of each budget."""
     shown = []
     for n_nv, budget in budgets_of(rows):
@@ -198,7 +202,7 @@ def bowls(rows, metric):
     return figure
 
 
-def optima(rows):
+def optima(rows: list[Row]) -> Figure:
     """The optimum by budget, with its interval, beside the published law."""
     shown = []
     for n_nv, budget in budgets_of(rows):
@@ -215,7 +219,7 @@ def optima(rows):
     )  # fmt: skip
 
 
-def files(rows):
+def files(rows: list[Row]) -> dict[str, str]:
     """What stands beside the report: the table that `lminf scaling fit vocab` takes, and the
     tokens per character of its tokenizers."""
     measured = json.dumps(collect.fertility(rows).to_json(), indent=2) + "\n"

@@ -281,7 +281,7 @@ class Store:
         )
 
 
-def load(path, abstract: Any) -> Any:
+def load(path: Any, abstract: Any) -> Any:
     """The state in a checkpoint's folder, laid out as `abstract` says."""
     flat = _flat(abstract)
     with warnings.catch_warnings():

@@ -4,8 +4,11 @@ import argparse
 import itertools
 import json
 import time
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
+from jaxtyping import Int
 from rich.console import Console
 
 from lminf.commands import _model
@@ -17,6 +20,8 @@ from lminf.run import memory, tables
 from lminf.run.progress import Progress
 
 STREAM_CHUNK = 128_000  # tokens; that of the 200-million-token run
+# Of each text the tokens, and the byte where each of them ends.
+Encoded: TypeAlias = Sequence[tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"]]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +78,9 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def by_document(lm: LM, encoded, args) -> tuple[list[perplexity.Block], float, int]:
+def by_document(
+    lm: LM, encoded: Encoded, args: argparse.Namespace
+) -> tuple[list[perplexity.Block], float, int]:
     """Blocks of positions averaged over the texts, bits per byte, tokens read."""
     losses, token_bytes, total = [], [], sum(len(ids) for ids, _ in encoded)
     with Progress(total, label=lm.policy.name, unit="tokens") as progress:
@@ -92,7 +99,9 @@ def by_document(lm: LM, encoded, args) -> tuple[list[perplexity.Block], float, i
     return perplexity.by_position(losses, block=args.block), bits, total
 
 
-def along_stream(lm: LM, encoded, args) -> tuple[list[perplexity.Block], float, int]:
+def along_stream(
+    lm: LM, encoded: Encoded, args: argparse.Namespace
+) -> tuple[list[perplexity.Block], float, int]:
     """Blocks along one stream of all texts, bits per byte of the whole, tokens read."""
     skip = int(lm.tokenizer.add_bos)  # the stream has one BOS, at its start
     documents = [ids[skip:] for ids, _ in encoded]

@@ -58,7 +58,9 @@ class Decomposition:
     def __post_init__(self):
         ranges.check(self)
 
-    def schedule(self, corpora, *, length, rows, seed) -> "Curricular":
+    def schedule(
+        self, corpora: Sequence[Documents], *, length: int, rows: int, seed: int
+    ) -> "Curricular":
         longest = self.longest
         if longest is None:
             longest = int(length).bit_length() - 1

@@ -64,7 +64,7 @@ class Concatenated:
         self.inputs = int(self._until[-1]) if len(self._until) else 0
         self.count = -(-self.inputs // length)
 
-    def spans(self, rows):
+    def spans(self, rows: Int[np.ndarray, " R"]) -> Spans:
         filled = np.flatnonzero(rows >= 0)
         begin = rows[filled] * self.length
         end = np.minimum(begin + self.length, self.inputs)
@@ -114,7 +114,7 @@ class BestFit:
         self._rows_until = self._whole + np.cumsum([bins for _, bins in groups], dtype=np.int64)
         self.count = int(self._rows_until[-1]) if groups else self._whole
 
-    def spans(self, rows):
+    def spans(self, rows: Int[np.ndarray, " R"]) -> Spans:
         whole = np.flatnonzero((rows >= 0) & (rows < self._whole))
         document = np.searchsorted(self._whole_until, rows[whole], side="right")
         before = self._whole_until[document - 1] * (document > 0)
@@ -185,7 +185,7 @@ class Sequences:
     def __init__(self, starts: Int[np.ndarray, " N"], *, length: int):
         self._starts, self.length, self.count = starts, length, len(starts)
 
-    def spans(self, rows):
+    def spans(self, rows: Int[np.ndarray, " R"]) -> Spans:
         filled = np.flatnonzero(rows >= 0)
         size = np.full(len(filled), self.length)
         return Spans(len(rows), self.length, filled, self._starts[rows[filled]], size)

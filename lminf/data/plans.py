@@ -60,7 +60,9 @@ class Plan(Protocol):
 class Windows:
     """Rows at random places of the corpus, some tokens never and some often: no epochs."""
 
-    def schedule(self, corpora, *, length, rows, seed) -> "Places":
+    def schedule(
+        self, corpora: Sequence[Documents], *, length: int, rows: int, seed: int
+    ) -> "Places":
         return Places(joined(corpora), length=length, rows=rows, seed=seed)
 
 
@@ -101,7 +103,9 @@ class Concat:
         whole = Documents(found.starts[:1], found.ends[-1:])  # as if it were one document
         return Concatenated(whole, length=length)
 
-    def schedule(self, corpora, *, length, rows, seed) -> "RowSchedule":
+    def schedule(
+        self, corpora: Sequence[Documents], *, length: int, rows: int, seed: int
+    ) -> "RowSchedule":
         document_mask = self.documents == "apart"
         layout = self.layout(joined(corpora), length)
         return RowSchedule([layout], [1], rows=rows, seed=seed, document_mask=document_mask)
@@ -118,7 +122,9 @@ class BestFit:
     def layout(self, found: Documents, length: int) -> Layout:
         return BestFitLayout(found, length=length)
 
-    def schedule(self, corpora, *, length, rows, seed) -> "RowSchedule":
+    def schedule(
+        self, corpora: Sequence[Documents], *, length: int, rows: int, seed: int
+    ) -> "RowSchedule":
         layout = self.layout(joined(corpora), length)
         return RowSchedule([layout], [1], rows=rows, seed=seed, document_mask=True)
 
@@ -137,7 +143,9 @@ class Mixture:
     def __post_init__(self):
         ranges.check(self)
 
-    def schedule(self, corpora, *, length, rows, seed) -> "RowSchedule":
+    def schedule(
+        self, corpora: Sequence[Documents], *, length: int, rows: int, seed: int
+    ) -> "RowSchedule":
         if len(corpora) != len(self.weights):
             raise InputError(
                 f"{len(self.weights)} weights for {len(corpora)} corpora; give one weight for each"

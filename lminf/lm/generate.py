@@ -14,6 +14,7 @@ from lminf.attention import cache
 from lminf.attention.policy import chunk_within, common_eviction
 from lminf.errors import InputError
 from lminf.models import decoder
+from lminf.types import Params
 
 ROUND = 64  # tokens: what is kept of a prompt, and the room after it, grow by this
 STEP = 512  # tokens: unbounded caches and padded prompts grow by this, so few shapes are compiled
@@ -52,7 +53,7 @@ jax.tree_util.register_pytree_node(
 )
 
 
-def sample(logits: Float[Array, "B V"], sampling: Sampling, *, key) -> Int[Array, " B"]:
+def sample(logits: Float[Array, "B V"], sampling: Sampling, *, key: jax.Array) -> Int[Array, " B"]:
     """The next token of each row."""
     return jax.lax.cond(
         sampling.temperature == 0,
@@ -168,7 +169,9 @@ def _hidden_states(
         yield np.asarray(hidden, np.float32), positions
 
 
-def pieces(lm: Any, prompts) -> Iterator[tuple[Int[np.ndarray, "B C"], Int[np.ndarray, "B C"]]]:
+def pieces(
+    lm: Any, prompts: Sequence[Int[np.ndarray, " _"]]
+) -> Iterator[tuple[Int[np.ndarray, "B C"], Int[np.ndarray, "B C"]]]:
     """(tokens, positions) of one chunk after another. All rows end together; where the policy
     evicts every so many tokens, all begin with a chunk, and end within the last.
     """
@@ -191,23 +194,31 @@ def pieces(lm: Any, prompts) -> Iterator[tuple[Int[np.ndarray, "B C"], Int[np.nd
         yield padded[:, start : start + chunk], positions[:, start : start + chunk]
 
 
-def empty_caches(lm: Any, *, rows: int, longest: int, room: int):
+def empty_caches(lm: Any, *, rows: int, longest: int, room: int) -> tuple[cache.Cache, ...]:
     """Caches of prompts of at most `longest` tokens, and `room` more after each."""
     return lm.init_caches(batch=rows, capacity=-(-(longest + room) // STEP) * STEP)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)
 def decode_step(
-    module: decoder.Decoder, params, tokens, positions, caches, sampling: Sampling, key
-):
+    module: decoder.Decoder,
+    params: Params,
+    tokens: Int[Array, "B C"],
+    positions: Int[Array, "B C"],
+    caches: tuple[cache.Cache, ...],
+    sampling: Sampling,
+    key: jax.Array,
+) -> tuple[Int[Array, " B"], Any]:
     """The token after these [B, C], which stand at `positions` [B, C]; and the caches."""
-    hidden, caches = module.apply({"params": params}, tokens, positions=positions, caches=caches)
+    hidden, after = module.apply({"params": params}, tokens, positions=positions, caches=caches)
     last = hidden[jnp.arange(len(hidden)), positions.argmax(1)]
     scores = decoder.logits(module.spec, params, last)
-    return sample(scores, sampling, key=key), caches
+    return sample(scores, sampling, key=key), after
 
 
-def prepare_decoding(module: decoder.Decoder, caches, *, length: int, room: int):
+def prepare_decoding(
+    module: decoder.Decoder, caches: tuple[cache.Cache, ...], *, length: int, room: int
+) -> tuple[cache.Cache, ...]:
     """The caches at the end of prompts: decoder.prepare_decoding, compiled for few lengths."""
     if not any(policy.needs_prompt for policy in module.policies):
         # Of caches that keep every token, which may fill the memory, no copy is made.

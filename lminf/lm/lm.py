@@ -19,8 +19,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float32, Int
 
+from lminf.attention import cache, rope
 from lminf.attention import policy as policies
-from lminf.attention import rope
 from lminf.attention.parsing import parse_policy
 from lminf.attention.policy import FULL, AnyPolicy
 from lminf.data.tokenizers import Special
@@ -150,7 +150,7 @@ class LM:
             held = self._placed[self.mesh] = self.params, placed
         return held[1]
 
-    def init_caches(self, *, batch: int, capacity: int):
+    def init_caches(self, *, batch: int, capacity: int) -> tuple[cache.Cache, ...]:
         """Empty caches; `capacity` (tokens) is what policies that keep everything can hold.
 
         Refuses what the device has no memory for.

@@ -1,10 +1,12 @@
 """Preferences between two answers to one prompt."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from lminf import ranges
 from lminf.objectives.terms import token_weights
@@ -31,7 +33,7 @@ class DPO:
     def __post_init__(self):
         ranges.check(self)
 
-    def weight(self, batch):
+    def weight(self, batch: Mapping[str, Array]) -> Array:
         return jnp.float32(len(batch["chosen_tokens"]))
 
     def __call__(self, model, references):

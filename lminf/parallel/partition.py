@@ -12,7 +12,7 @@ Source: Rajbhandari et al. 2020, arXiv:1910.02054.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
@@ -113,7 +113,7 @@ def check(strategy: Strategy, mesh: Mesh) -> None:
             )
 
 
-def path_of(key_path) -> str:
+def path_of(key_path: Sequence[Any]) -> str:
     """`layers/attention/wq` for the path of a leaf."""
     return "/".join(
         str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in key_path
@@ -131,7 +131,9 @@ def logical_axes(path: str, table: AxisTable) -> tuple[str, ...]:
     return found[0]
 
 
-def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules, mesh: Mesh):
+def spec(
+    axes: tuple[str | None, ...], shape: tuple[int, ...], rules: Rules, mesh: Mesh
+) -> PartitionSpec:
     """The PartitionSpec of an array of this shape."""
     sliced: list[tuple[str, ...]] = [()] * len(shape)
     used: set[str] = set()

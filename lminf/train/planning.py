@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from lminf.models import cost, decoder
 from lminf.models.spec import ModelSpec
@@ -103,7 +104,7 @@ def table(program: TrainStep) -> list[dict[str, Any]]:
     return rows
 
 
-def spell(spec) -> str:
+def spell(spec: PartitionSpec) -> str:
     """`- fsdp tensor`: the mesh axes of each dimension."""
     names = ("-" if part is None else part if isinstance(part, str) else "*".join(part)
              for part in spec)  # fmt: skip

@@ -1,18 +1,18 @@
-"""Time per token and memory of decoding, far into a stream.
+"""Time per token and memory of decoding, by number of preceding tokens.
 
 Question   What does the next token cost after 1,000 tokens, and after 100,000?
-Paper      LM-Infinite (Han et al. 2024, arXiv:2308.16137), efficiency; StreamingLLM
-           (Xiao et al. 2023, arXiv:2309.17453)
+Paper      LM-Infinite (Han et al. 2024, arXiv:2308.16137), efficiency; StreamingLLM (Xiao et al.
+           2023, arXiv:2309.17453)
 Command    python -m experiments.decode_cost
 Time       about 2 minutes on two CPU cores
-Expected   with a window of 4,096, the token after 100,000 costs what the one after 5,000 costs
+Expected   with a window of 4,096, the token after 100,000 costs as much as the token after 5,000
            (69 ms both); Full costs more than twice as much at 16,384 as at 4,096
-Choosing   --config=:choosing times the policies by content, with about 1,024 tokens attended to,
-           after 1,024 to 32,768, in 2 minutes. From 4,096 to 32,768 tokens InfLLM takes a tenth
-           longer and LongHeads a fifth, InfiniteHiP and those that evict no longer at all; top-k,
-           which scores every key, takes 4.5 times as long and Full 5.1 times; HiP, searching for
-           every token here, 3.3 times: its first three layers see everything
-Tiny       --config=:tiny trains a byte model at 64 tokens first: under 2 minutes
+Choosing   --config=:choosing times the policies by content, with about 1,024 attended tokens, after
+           1,024 to 32,768 tokens, in 2 minutes. From 4,096 to 32,768 tokens InfLLM slows down by a
+           tenth, LongHeads by a fifth, InfiniteHiP and the evicting policies not at all. Top-k,
+           which scores every key, takes 4.5 times as long and Full 5.1 times. HiP takes 3.3 times
+           as long: it searches for every token here, and its first three layers are dense
+Tiny       --config=:tiny first trains a byte model at 64 tokens: under 2 minutes
 """
 
 from ml_collections import ConfigDict

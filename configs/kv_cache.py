@@ -1,17 +1,17 @@
-"""What a smaller cache costs in quality, and saves in bytes and time, by policy.
+"""Quality, memory and time of smaller caches, by policy.
 
-Question   With so many bytes of keys and values, which policy predicts and remembers best?
-Paper      SirLLM (arXiv:2405.12528), H2O (arXiv:2306.14048), TOVA (arXiv:2401.06104),
-           SnapKV (arXiv:2404.14469), ThinK (arXiv:2407.21018); beside LM-Infinite and StreamingLLM
+Question   At a given size of the cache in bytes, which policy has the least loss and retrieves
+           most?
+Paper      SirLLM (arXiv:2405.12528), H2O (arXiv:2306.14048), TOVA (arXiv:2401.06104), SnapKV
+           (arXiv:2404.14469), ThinK (arXiv:2407.21018); beside LM-Infinite and StreamingLLM
 Command    python -m experiments.kv_cache
-Time       10 minutes on two CPU cores; the same command with the same --out goes on where it was
-           stopped
-Expected   at 256 of 1,024 tokens SnapKV is 0.05 nats above Full and the policies that evict while
-           they read 0.25 to 0.32. SirLLM finds 18 of 20 keys with 128 tokens and all with 256.
-           SnapKV finds 2: its 32 last tokens, most of them filler, vote against the digits after
-           the first (with window=8 it finds as many as SirLLM). ThinK at 0.4 finds all, with a
+Time       10 minutes on two CPU cores; the same command with the same --out resumes
+Expected   with 256 of 1,024 tokens SnapKV is 0.05 nats above Full, and the policies that evict
+           while reading are 0.25 to 0.32 above. SirLLM finds 18 of 20 keys with 128 tokens and all
+           with 256. SnapKV finds 2: its last 32 tokens, mostly filler, vote against the digits
+           after the first (with window=8 it finds as many as SirLLM). ThinK at 0.4 finds all with a
            fifth fewer bytes
-Tiny       --config=:tiny trains a byte model at 64 tokens first, which answers nothing
+Tiny       --config=:tiny first trains a byte model at 64 tokens, which retrieves nothing
 """
 
 from ml_collections import ConfigDict

@@ -1,15 +1,15 @@
 """Loss by position, far past the training length.
 
-Question   Does a policy keep a model fluent at lengths it never saw?
+Question   Does a policy keep a model fluent at lengths beyond those of training?
 Paper      LM-Infinite (Han et al. 2024, arXiv:2308.16137)
 Command    python -m experiments.length_generalization
 Time       3 minutes on two CPU cores
-Expected   nats/token by position: past 8,192 tokens Full rises to 4.4 above re-reading in
-           the last 2,048, LM-Infinite stays within 0.04 of it. From 6,144 to 8,192 the text
-           repeats what a window of 4,096 tokens has lost: 0.31 above
-Tiny       --config=:tiny trains a byte model at 64 tokens and reads 1,024: under 2 minutes; Full
-           rises by more than 1 bit per byte, LM-Infinite does not rise, and nor does a plain
-           window: so small a model has no sinks to lose
+Expected   nats/token by position: past 8,192 tokens Full rises, to 4.4 above re-reading in the last
+           2,048; LM-Infinite stays within 0.04 of it. From 6,144 to 8,192 the text repeats passages
+           that have left a window of 4,096 tokens: 0.31 above
+Tiny       --config=:tiny trains a byte model at 64 tokens and reads 1,024: under 2 minutes. Full
+           rises by more than 1 bit per byte. LM-Infinite does not rise, and neither does a plain
+           window: such a small model has no attention sinks
 """
 
 from ml_collections import ConfigDict

@@ -1,24 +1,25 @@
-"""What is found outside the window: policies that choose by content beside those that forget.
+"""Retrieval from outside the window: policies that select by content, and those that do not.
 
-Question   Which policies read what has left their window, at equal attended length?
+Question   Which policies use tokens that have left the window, at equal numbers of attended tokens?
 Paper      LM-Infinite (Han et al. 2024, arXiv:2308.16137); InfLLM (Xiao et al. 2024,
            arXiv:2402.04617)
 Command    python -m experiments.long_context_eval
-Time       about an hour on two CPU cores: nearly all of it reads the long prompts; the same
-           command with the same --out goes on where it was stopped
+Time       about an hour on two CPU cores, mostly prefill of the long prompts; the same command with
+           the same --out resumes
 Expected   InfLLM and reading in segments find every key in 16,384 tokens; LM-Infinite and
-           StreamingLLM none that has left their window; its top-k, placed 8 tokens away, 11 of 18.
-           Nobody finds values by their keys in 4,096 tokens, which is beyond this model
-Long       --config=:long asks at 32,768 tokens: InfLLM finds 20 of 20, top-k 7 of 18, LM-Infinite
-           and StreamingLLM none outside their windows; an hour
-All        --config=:all asks ten ways to read at 4,096 tokens with 1,034 attended to. SirLLM,
-           top-k, InfLLM and segments find all outside their windows; top-k placed as in the paper,
-           half a window away, 4 of 24, TOVA 7, H2O and InfiniteHiP none; half an hour
-Loss       --config=:loss reads 32,768 tokens under policies that go past the trained length, with
-           about 4,106 attended to where a policy chooses: past 8,192 tokens all are on average at
-           most 0.02 nats above re-reading, and LongHeads alone is 0.1 above it in some block; 50
-           minutes
-Tiny       --config=:tiny trains a byte model at 64 tokens, which answers nothing: under 2 minutes
+           StreamingLLM find none that has left the window; LM-Infinite with top-k, placed 8 tokens
+           away, finds 11 of 18. No policy retrieves values by their keys in 4,096 tokens: the task
+           is beyond this model
+Long       --config=:long uses prompts of 32,768 tokens: InfLLM finds 20 of 20 keys, top-k 7 of 18,
+           LM-Infinite and StreamingLLM none outside their windows; an hour
+All        --config=:all compares ten methods at 4,096 tokens with 1,034 attended tokens. SirLLM,
+           top-k, InfLLM and segments find all keys outside their windows; top-k placed as in the
+           paper, half a window away, finds 4 of 24, TOVA 7, H2O and InfiniteHiP none; half an hour
+Loss       --config=:loss reads 32,768 tokens under policies that extend beyond the training length,
+           with about 4,106 attended tokens where a policy selects. Past 8,192 tokens all are on
+           average at most 0.02 nats above re-reading, and only LongHeads is 0.1 above it in some
+           block; 50 minutes
+Tiny       --config=:tiny trains a byte model at 64 tokens, which retrieves nothing: under 2 minutes
 """
 
 from ml_collections import ConfigDict

@@ -1,14 +1,14 @@
 """Passkey retrieval at prompt lengths below and past the training length.
 
-Question   Up to what length does a model find a number hidden in its prompt, and where?
+Question   Up to which prompt length, and at which depths, does a model retrieve a passkey?
 Paper      LM-Infinite (Han et al. 2024, arXiv:2308.16137)
 Command    python -m experiments.passkey
-Time       an hour on two CPU cores: nearly all of it reads the long prompts; the
-           same command with the same --out goes on where it was stopped
-Expected   Full answers up to about the 8,192 tokens it was trained at and not at 10,000;
-           LM-Infinite cannot answer where the key has left its window. Two prompts in a cell are
-           few: at 8,000 tokens neither finds the late key, at 10,000 LM-Infinite finds it twice
-Tiny       --config=:tiny trains a byte model at 64 tokens, which answers nothing: under 2 minutes
+Time       an hour on two CPU cores, mostly prefill of the long prompts; the same command with the
+           same --out resumes
+Expected   Full answers up to about 8,192 tokens, its training length, and not at 10,000;
+           LM-Infinite does not answer if the key has left its window. Two prompts per cell are few:
+           at 8,000 tokens neither finds the late key, at 10,000 LM-Infinite finds it twice
+Tiny       --config=:tiny trains a byte model at 64 tokens, which retrieves nothing: under 2 minutes
 """
 
 from ml_collections import ConfigDict

@@ -1,12 +1,12 @@
-"""Learning rate and batch: the step law, its competitors, and what a miss costs.
+"""Learning rate and batch size: the step law, competing laws, and the cost of their errors.
 
-Question   How far above the best of an exhaustive grid does each law's setting end?
+Question   How far above the least loss of an exhaustive grid is each law's setting?
 Paper      Step Law (Li et al. 2025, arXiv:2503.04715)
 Command    python -m experiments.step_law --config.data=../shared/data/steplaw/dense_lr_bs_loss.csv
-Data       dense_lr_bs_loss.csv of github.com/step-law/steplaw; --config.data= draws small grids
+Data       dense_lr_bs_loss.csv of github.com/step-law/steplaw; --config.data= generates small grids
 Time       a few seconds on two CPU cores
 Expected   per mille, mean of 14 groups: step 1.2, deepseek 8.4, porian 7.7; a fit 74 N^-0.82 D^0.24
-Tiny       --config=:tiny draws grids from the published law: seconds
+Tiny       --config=:tiny generates grids from the published law: seconds
 """
 
 from ml_collections import ConfigDict

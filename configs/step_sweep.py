@@ -1,13 +1,13 @@
-"""Learning rate and batch, measured: the bowl of a small model, and the laws' points in it.
+"""Learning rate and batch size of a small model, measured, with the predictions of the laws.
 
-Question   Which learning rate and batch give the least loss, and do the laws find them?
+Question   Which learning rate and batch size give the least loss, and do the laws predict them?
 Paper      Step law (Li et al. 2025, arXiv:2503.04715)
 Command    lminf sweep step --config=step_sweep:laptop
-Time       :laptop took 1,200 s of processor time beside other work: two idle cores need 10 minutes
-Expected   a bowl whose minimum is interior in the learning rate; after 524,288 tokens of training
-           in the batch too
+Time       :laptop took 1,200 s of processor time beside other work; 10 minutes on two idle cores
+Expected   a minimum that is interior in the learning rate; after 524,288 tokens of training in the
+           batch size too
 Tiny       --config=:tiny: two batches, a minute
-Pod        --config=:pod: the shapes, tokens and grids of the paper's dense and mixed models
+Pod        --config=:pod: the shapes, tokens and grids of the paper's dense and MoE models
 """
 
 from ml_collections import ConfigDict

@@ -1,12 +1,11 @@
-"""Training a language model, on one laptop or a pod.
+"""Training a language model, on a laptop or a pod.
 
-Question   What loss does a model of this shape reach on this text, and how fast?
+Question   Which loss does a model of this shape reach on this text, and how fast?
 Command    python -m experiments.train_lm
 Time       about 15 minutes on two CPU cores
-Expected   the default byte model: 1.4 bits per byte on held-out Python documentation, and from
-           step 750 on it learns the rest by heart
-Tiny       --config=:tiny trains 4 layers on 64 bytes of context: under a minute; 2.0 bits per
-           byte
+Expected   the default byte model: 1.4 bits per byte on held-out Python documentation; it overfits
+           from step 750 on
+Tiny       --config=:tiny trains 4 layers on 64 bytes of context: under a minute; 2.0 bits per byte
 Sizes      --config=:125m, :1b, :7b on tokens of a fetched model's tokenizer
 """
 

@@ -1,10 +1,10 @@
 """Training speed on this machine, beside a plain torch loop of the same shape.
 
-Question   How many tokens a second does a step train on, and what does Python cost it?
+Question   How many tokens per second does a train step process, and what share of it is Python?
 Command    python -m experiments.train_throughput --config.peer=.venv-parity/bin/python
 Time       2 minutes on two CPU cores
-Expected   0.85 of torch 2.13.0's speed there; its products alone, at the rate of XLA's, would leave
-           1.5. Python works less than 1 % of a step of 1M parameters
+Expected   0.85 of the speed of torch 2.13.0; matrix products alone, at the rate of XLA, would give
+           1.5. Python takes less than 1 % of a step of 1M parameters
 Tiny       --config=:tiny measures a small shape without the peer: under a minute
 """
 

@@ -1,12 +1,14 @@
-"""Which vocabulary at which budget: three approaches, two metrics, and how sure each is.
+"""Vocabulary size by budget: three approaches, two metrics, and their uncertainty.
 
-Question   Do the three approaches to the optimal vocabulary agree, and with the curves themselves?
+Question   Do the three approaches to the optimal vocabulary agree with each other and with the
+           data?
 Paper      Scaling Laws with Vocabulary (Tao et al. 2024, arXiv:2407.13623)
 Command    python -m experiments.vocab_law --config.data=../shared/data/scaling_vocab/exp_data.csv
-Data       exp_data.csv of github.com/sail-sg/scaling-with-vocab; --config.data= draws a small sweep
+Data       exp_data.csv of github.com/sail-sg/scaling-with-vocab; --config.data= generates a small
+           sweep
 Time       about a minute on two CPU cores
 Expected   approach 1 N_v ~ F^0.43; approach 3 puts alpha2 on its bound: not identified
-Tiny       --config=:tiny draws a small sweep from the published law, too little to recover it at
+Tiny       --config=:tiny generates a small sweep from the published law, too small to recover it at
            7B: seconds
 """
 

@@ -1,9 +1,9 @@
-"""Vocabulary sizes at equal FLOPs, measured: where the least loss lies, and how it moves.
+"""Loss by vocabulary size at equal FLOPs, measured: the optimum and its shift with the budget.
 
 Question   How large should the vocabulary of a model be for its budget?
 Paper      Scaling laws with vocabulary (Tao et al. 2024, arXiv:2407.13623)
 Command    lminf sweep vocab --config=vocab_sweep:laptop
-Time       :laptop took 1,360 s of processor time beside other work: two idle cores need 11 minutes
+Time       :laptop took 1,360 s of processor time beside other work; 11 minutes on two idle cores
 Expected   an interior minimum of L_u that moves to larger vocabularies with the budget
 Tiny       --config=:tiny: two sizes, a minute
 Pod        --config=:pod: the seven families and ten sizes of the paper

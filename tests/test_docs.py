@@ -9,6 +9,7 @@ cluster or hours resolve; links lead somewhere; the diagram is what the imports 
 
 import inspect
 import os
+import pkgutil
 import re
 import shlex
 import shutil
@@ -36,8 +37,8 @@ from tests.test_layers import FILES, LAYERS, ROOT, imports, within
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"(?:^|\s|/)(lminf|python -m|make) (.*)")
-# What other programs are given in a console block: nothing here can check it.
-FOREIGN = ("gcloud", "git clone", "cd ", "pip install", "pre-commit", "sed ")
+# Commands of other programs in a console block, which are not checked.
+FOREIGN = ("gcloud", "git clone", "cd ", "pip install", "pre-commit", "sed ", "export ")
 
 
 def name_of(path):
@@ -45,19 +46,19 @@ def name_of(path):
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return [text for found, text in FENCE.findall(page.read_text()) if found == language]
+    return [text for name, text in FENCE.findall(page.read_text()) if name == language]
 
 
 def lines(language: str) -> list[str]:
     """The commands of all pages, each once."""
-    found = [
+    commands = [
         line
         for page in PAGES
         for block in blocks(page, language)
         for line in block.splitlines()
         if line and not line.startswith("#")
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(commands))
 
 
 def run(words, folder):
@@ -76,8 +77,8 @@ def run(words, folder):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_block_says_what_it_is(page):
-    found = [language for language, _ in FENCE.findall(page.read_text())]
-    assert set(found) <= {"python", "sh", "console", "text"}
+    languages = {language for language, _ in FENCE.findall(page.read_text())}
+    assert languages <= {"python", "sh", "console", "text"}
     for text in blocks(page, "text"):
         assert not re.search(r"^(lminf|python|make) ", text, re.MULTILINE)
 
@@ -94,9 +95,9 @@ def test_a_command_that_is_too_long_to_run_resolves(command):
     if command.startswith(FOREIGN):
         assert shlex.split(command)
         return
-    found = COMMAND.search(command)
-    assert found, f"what should be checked of `{command}`?"
-    check(found[1], shlex.split(found[2]))
+    match = COMMAND.search(command)
+    assert match, f"what should be checked of `{command}`?"
+    check(match[1], shlex.split(match[2]))
 
 
 def check(program, words):
@@ -105,10 +106,10 @@ def check(program, words):
     elif program == "lminf" and words[0] == "run":
         assert request.parse(words[1], words[2:])
     elif program == "lminf" and words[0] == "sweep":
-        own = [word for word in words[2:] if not re.match("--(shard|submit|jobs|minutes)=", word)]
-        # A config file that another command writes is not there yet.
-        own = [word for word in own if not word.startswith("--config=plan.py")]
-        assert request.parse(sweep.experiment_of(words[1]), own)
+        flags = [word for word in words[2:] if not re.match("--(shard|submit|jobs|minutes)=", word)]
+        # plan.py is written by another command of the page.
+        flags = [word for word in flags if not word.startswith("--config=plan.py")]
+        assert request.parse(sweep.experiment_of(words[1]), flags)
     elif program == "lminf":
         assert cli.parse(words)
     elif words[0] == "lminf.kernels.suite":
@@ -266,14 +267,35 @@ def test_links_lead_to_files_that_are_there(page):
             assert not path or (page.parent / path).exists(), target
 
 
+def headings(page: Path) -> set[str]:
+    """The anchors that the site gives the page's headings."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    plain = [re.sub(r"[^\w\s-]", "", title).strip().lower() for title in titles]
+    return {re.sub(r"[\s-]+", "-", title) for title in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_into_a_page_lead_to_a_heading_of_it(page):
+    for path, anchor in re.findall(r"\]\(([\w/]+\.md)?#([\w-]+)\)", page.read_text()):
+        target = page.parent / path if path else page
+        assert anchor in headings(target), f"{path}#{anchor}"
+
+
 def test_the_index_of_experiments_is_what_configs_and_results_say():
-    written = (ROOT / "docs/experiments.md").read_text()
-    assert written == make_tables.experiments(), "run: python docs/make_tables.py"
+    page = (ROOT / "docs/experiments.md").read_text()
+    assert page == make_tables.experiments(), "run: python docs/make_tables.py"
 
 
 def test_every_page_is_in_the_site():
     listed = re.findall(r"^  - .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
+def test_the_reference_is_of_names_that_exist():
+    names = re.findall(r"^::: (\S+)$", (ROOT / "docs/reference.md").read_text(), re.MULTILINE)
+    assert len(names) > 20
+    for name in names:
+        assert pkgutil.resolve_name(name).__doc__, name
 
 
 @pytest.mark.parametrize("name", policies.POLICIES)
@@ -294,21 +316,33 @@ def test_every_source_named_in_the_code_is_cited():
 
 def drawn() -> list[tuple[int, set[str]]]:
     """Depth and layers of each line of the diagram."""
-    found = []
+    levels = []
     for line in blocks(ROOT / "docs/architecture.md", "text")[0].splitlines():
         names = re.split(r" {2,}", line.strip())[0].replace(".py", "").split(", ")
         # A folder beside lminf/ is the subpackage that links to it.
         modules = [name.removeprefix("lminf/").replace("/", ".") for name in names]
-        whole = [f"lminf.{module}" for module in modules]
-        found.append(((len(line) - len(line.lstrip())) // 3, set(whole)))
-    return found
+        depth = (len(line) - len(line.lstrip())) // 3
+        levels.append((depth, {f"lminf.{module}" for module in modules}))
+    return levels
 
 
 def imported(layer: str) -> set[str]:
     """The other layers that a layer's files import."""
-    names = [name for name in FILES if within(name, LAYERS) == layer]
-    found = {i for name in names for i in imports(name) if i.split(".")[0] == "lminf"}
-    return {str(within(name, LAYERS)) for name in found} - {layer}
+    files = [name for name in FILES if within(name, LAYERS) == layer]
+    names = {i for name in files for i in imports(name) if i.split(".")[0] == "lminf"}
+    return {str(within(name, LAYERS)) for name in names} - {layer}
+
+
+def test_the_map_of_additions_names_files_that_exist():
+    """NAME stands for that of the addition, so the folder above it is what must exist."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    section = text[text.index("## Where does my thing go?") :].split("\n## ")[0]
+    paths = [path for path in re.findall(r"`([\w/.]+)`", section) if "/" in path]
+    assert len(paths) > 20
+    for path in paths:
+        before, name, _ = path.partition("NAME")
+        assert ((ROOT / f"{before}NAME").parent if name else ROOT / path).exists(), path
+    assert len(re.findall(r"^\| (?!to add)\w", section, re.MULTILINE)) == 10
 
 
 def test_the_diagram_has_every_layer():

@@ -1,53 +1,158 @@
-"""The README's numbers are those of the committed rows that they link to."""
+"""The numbers of README.md and docs/results.md are those of the committed rows; addresses agree."""
 
 import json
 import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
 
 from docs import make_tables
 from tests.test_layers import ROOT
 
-TEXT = (ROOT / "README.md").read_text()
-TARGETS = dict(re.findall(r"^\[(\w+)\]: (\S+)$", TEXT, re.MULTILINE))
-ROW = re.compile(r"(docs/results/\w+/rows\.jsonl)#L(\d+)")
-LINKS = [
-    (shown, *ROW.fullmatch(TARGETS[label]).groups())
-    for shown, label in re.findall(r"\[([^\]]+)\]\[(\w+)\]", TEXT)
-]
+README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "docs/results.md").read_text()
+TARGETS = dict(re.findall(r"^\[(\w+)\]: (\S+)$", RESULTS, re.MULTILINE))
+ROW = re.compile(r"(results/\w+/rows\.jsonl)#L(\d+)")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def row_of(label: str) -> dict:
+    """The committed row that a link of docs/results.md leads to."""
+    match = ROW.fullmatch(TARGETS[label])
+    assert match
+    return json.loads((ROOT / "docs" / match[1]).read_text().splitlines()[int(match[2]) - 1])
+
+
+def table_after(text: str, head: str) -> list[list[str]]:
+    """The cells of the table whose first line begins with `head`, without its rule."""
+    lines = text[text.index(head) :].partition("\n\n")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
+    return [cells[0], *cells[2:]]
+
+
+# --- docs/results.md ------------------------------------------------------------------------------
 
 
 def test_the_tables_are_what_the_rows_give():
-    assert make_tables.readme() == TEXT, "run: python docs/make_tables.py"
+    assert make_tables.results() == RESULTS, "run: python docs/make_tables.py"
+    assert make_tables.readme() == README, "run: python docs/make_tables.py"
 
 
 def test_every_number_of_a_table_stands_in_the_row_it_links_to():
     """Read with no help from what wrote them."""
-    assert len(LINKS) > 50
-    for shown, file, line in LINKS:
-        row = json.loads((ROOT / file).read_text().splitlines()[int(line) - 1])
-        values = [v for v in row.values() if isinstance(v, int | float)]
+    links = re.findall(r"\[([^\]]+)\]\[(\w+)\]", RESULTS)
+    assert len(links) > 50
+    for text, label in links:
+        values = [v for v in row_of(label).values() if isinstance(v, int | float)]
         values += [v / 2**20 for v in values]
-        for number in re.findall(r"[\d.,]+", shown):
+        for number in re.findall(r"[\d.,]+", text):
             digits = len(number.partition(".")[2])
-            found = float(number.replace(",", ""))
-            assert any(round(v, digits) == found for v in values), (shown, file, line)
+            value = float(number.replace(",", ""))
+            assert any(round(v, digits) == value for v in values), (text, TARGETS[label])
 
 
 def test_a_tables_rows_and_columns_say_what_their_numbers_are():
-    table = TEXT[TEXT.index("| nats/token") :].partition("\n\n")[0].splitlines()
-    heads, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    policies = {name: policy for policy, name in make_tables.NAMES.items()}
+    heads, *lines = table_after(RESULTS, "| nats/token |")
+    policies = {name: policy for policy, name in make_tables.POLICIES.items()}
     assert len(lines) == len(policies)
     for name, *cells in lines:
         for head, cell in zip(heads[1:], cells, strict=True):
-            label = re.search(r"\]\[(\w+)\]", cell)[1]
-            file, line = ROW.fullmatch(TARGETS[label]).groups()
-            row = json.loads((ROOT / file).read_text().splitlines()[int(line) - 1])
+            label = re.search(r"\]\[(\w+)\]", cell)
+            assert label
+            row = row_of(label[1])
             assert row["policy"] == policies[name]
             if head != "seconds":
-                assert row["start"] == 1024 * int(head.partition("–")[0])
+                assert row["start"] == 1024 * int(head.partition("k")[0])
+
+
+# --- README ---------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_one_page():
+    assert len(README.splitlines()) <= 90
+    assert not re.search(r"^\[\w+\]: ", README, re.MULTILINE)  # no definition for a number
+
+
+def test_the_readmes_table_is_four_by_four_and_says_what_the_rows_say():
+    path = ROOT / "docs/results/length_generalization/rows.jsonl"
+    assert f"({path.relative_to(ROOT)})" in README
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    nll = {(row["policy"], row["start"]): row["nll"] for row in rows}
+    policies = {name: policy for policy, name in make_tables.POLICIES.items()}
+    heads, *lines = table_after(README, "| nats/token at positions")
+    assert [len(lines), *map(len, lines)] == [4, 5, 5, 5, 5]
+    for name, *cells in lines:
+        for head, cell in zip(heads[1:], cells, strict=True):
+            start, stop = (1024 * int(bound) for bound in re.findall(r"\d+", head))
+            assert stop - start == 2048
+            assert cell == f"{nll[policies[name], start]:.3f}"
 
 
 def test_it_has_six_commands_more_and_a_program():
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
-    assert sum(len(text.splitlines()) for language, text in blocks if language == "sh") >= 6
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    assert sum(len(text.splitlines()) for language, text in blocks if language == "sh") == 6
     assert any(language == "python" for language, _ in blocks)
+
+
+def test_the_tree_names_every_folder():
+    tree = re.findall(r"^```text\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)[0]
+    heads = [re.split(r" {2,}", line)[0] for line in tree.splitlines()]
+    names = set(re.findall(r"[a-z]+", "\n".join(heads)))
+    folders = [path.parent.name for path in ROOT.glob("lminf/*/__init__.py")]
+    folders += [path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "."]
+    ignored = {"build", "dist", "runs", "shared"}
+    folders = {name for name in folders if not name.endswith((".egg-info", "__"))} - ignored
+    assert names == folders
+
+
+# --- Addresses ------------------------------------------------------------------------------------
+
+PAGES = [
+    ROOT / "README.md", ROOT / "CITATION.cff", *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "notebooks").glob("*.ipynb")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_the_address_of_the_repository_is_that_of_pyproject(page: Path):
+    """[project.urls] defines it; pages that a reader copies from repeat it."""
+    repository = PROJECT["urls"]["Repository"]
+    text = page.read_text()
+    for address in re.findall(r"REPOSITORY *= *\W*(https?://[^\s\"'\\]+)", text):
+        assert address == repository
+    for address in re.findall(r"https?://[^\s\"'\\)]*/lminf\b[^\s\"'\\)]*", text):
+        assert address.startswith(repository.removesuffix(".git"))
+    for address in PROJECT["urls"].values():
+        assert address.startswith(repository.removesuffix(".git"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_extras_that_a_page_installs_exist(page: Path):
+    extras = set(PROJECT["optional-dependencies"])
+    for names in re.findall(r"lminf\[([\w,-]+)\]", page.read_text()):
+        assert set(names.split(",")) <= extras
+
+
+def test_the_citation_file_is_valid():
+    """The keys that the Citation File Format 1.2.0 requires, and this version and licence."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["type"] == "software"
+    assert {"message", "title", "authors"} <= set(citation)
+    assert str(citation["version"]) == PROJECT["version"]
+    assert citation["license"] == PROJECT["license"]
+    assert citation["repository-code"] == PROJECT["urls"]["Repository"]
+    assert len(citation["references"]) == 3
+    for reference in [*citation["references"], citation]:
+        assert {"authors", "title", "type"} <= set(reference)
+        assert all(author.keys() <= {"given-names", "family-names", "name"}
+                   for author in reference["authors"])  # fmt: skip
+    identifiers = re.findall(r"\d{4}\.\d{5}", json.dumps(citation["references"]))
+    assert set(identifiers) == {"2308.16137", "2407.13623", "2503.04715"}
+
+
+def test_the_changelog_describes_this_version():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(rf"^## \[{re.escape(PROJECT['version'])}\]", text, re.MULTILINE)

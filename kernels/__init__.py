@@ -3,7 +3,6 @@
 from lminf.kernels.block_sparse.api import block_sparse_attention
 from lminf.kernels.common.dispatch import Decision, explain
 from lminf.kernels.common.masks import GlobalDistance, SegmentIds
-from lminf.kernels.common.rope import LambdaOperands, rope_lambda
 from lminf.kernels.cross_entropy.api import LossAndLse, linear_cross_entropy
 from lminf.kernels.cross_entropy.sharded import sharded_linear_cross_entropy
 from lminf.kernels.decode.api import lambda_decode
@@ -16,7 +15,6 @@ __all__ = [
     "Decision",
     "DecodeResiduals",
     "GlobalDistance",
-    "LambdaOperands",
     "LossAndLse",
     "Residuals",
     "RollingCache",
@@ -26,6 +24,5 @@ __all__ = [
     "lambda_attention",
     "lambda_decode",
     "linear_cross_entropy",
-    "rope_lambda",
     "sharded_linear_cross_entropy",
 ]

@@ -5,7 +5,7 @@ heads of all batch rows in one axis, padded to whole blocks.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -82,13 +82,13 @@ def statistics_blocks(block_q: int, statistics: Statistics, query_at: Callable) 
 
 def call(
     kernel: Callable,
-    grid: tuple[int, ...],
-    scalars: Sequence[Array],
-    inputs: Sequence[Array],
-    in_specs: Sequence[Any],
-    outputs: Sequence[Any],
-    out_specs: Sequence[Any],
-    scratch: Sequence[Any],
+    grid: Any,
+    scalars: Any,
+    inputs: Any,
+    in_specs: Any,
+    outputs: Any,
+    out_specs: Any,
+    scratch: Any,
     name: str,
     flops: int,
 ) -> Any:
@@ -118,7 +118,7 @@ def call(
 # --- Inside a kernel ------------------------------------------------------------------------------
 
 
-def rows_and_columns(rows: int, columns: int) -> tuple[Array, Array]:
+def rows_and_columns(rows: int, columns: int) -> list[Array]:
     return (jax.lax.broadcasted_iota(jnp.int32, (rows, columns), axis) for axis in (0, 1))
 
 

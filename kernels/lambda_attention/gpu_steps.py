@@ -118,7 +118,7 @@ def limits(plan: Plan, is_far: Any, place: Place) -> Limits:
     )
 
 
-def seen(of: Limits, query_rows: Array, key_rows: Array) -> Array:
+def seen(of: Limits, query_rows: Any, key_rows: Any) -> Any:
     """The mask of a block, from the absolute rows of its queries and keys."""
     return (key_rows >= jnp.maximum(query_rows + of.low, of.least)) & (
         key_rows <= jnp.minimum(query_rows + of.high, of.most)

@@ -289,7 +289,9 @@ class Program:
         carry = jax.lax.fori_loop(0, before + tiles(span.end - after, edge), edges, carry)
         return jax.lax.fori_loop(0, count, interior, carry)
 
-    def logits(self, scores: Float[Array, "..."], tile: Tile, *, keys_first: bool) -> Array:
+    def logits(
+        self, scores: Float[Array, "..."], tile: Tile, *, keys_first: bool
+    ) -> tuple[Array, Array | None]:
         """Exponents of 2 of raw scores [rows, W] ([W, rows] with keys first), and d(logit)/d(score)
         where a soft cap bends it, both in the shape of `scores`.
         """

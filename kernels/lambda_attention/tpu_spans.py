@@ -125,7 +125,7 @@ class Near:
         last = jnp.where(first < end, end + self.window - 2 - offset, -1)
         return Span(jnp.maximum(first - offset, 0), jnp.minimum(last, self.plan.queries - 1))
 
-    def clear(self, scalars: Any, batch: ArrayLike, i: ArrayLike, j: ArrayLike) -> Array:
+    def clear(self, scalars: Any, batch: ArrayLike, i: ArrayLike, j: ArrayLike) -> Any:
         """Whether all queries of block i see all keys of block j."""
         at, first = scalars[0] + i * self.plan.block_q, j * self.block
         seen = (first + self.block - 1 <= at) & (at + self.plan.block_q - first <= self.window)
@@ -184,7 +184,7 @@ class Far:
         first = j * self.block + self.window - scalars[batch + 1] - scalars[0]
         return Span(jnp.maximum(first, 0), jnp.int32(self.plan.queries - 1))
 
-    def clear(self, scalars: Any, batch: ArrayLike, i: ArrayLike, j: ArrayLike) -> Array:
+    def clear(self, scalars: Any, batch: ArrayLike, i: ArrayLike, j: ArrayLike) -> Any:
         end = (j + 1) * self.block
         return (end <= self.rows) & (end - 1 <= self._beyond(scalars, batch, i))
 
@@ -248,7 +248,7 @@ class Packed:
         at = self._keys_at + 2 * (batch * self.blocks + j)
         return Span(scalars[at], scalars[at + 1])
 
-    def clear(self, scalars: Any, batch: ArrayLike, i: ArrayLike, j: ArrayLike) -> Array:
+    def clear(self, scalars: Any, batch: ArrayLike, i: ArrayLike, j: ArrayLike) -> Any:
         at = self.at + 4 * (batch * self.plan.query_blocks + i)
         return (scalars[at + 2] <= j * self.block) & ((j + 1) * self.block <= scalars[at + 3])
 

@@ -119,7 +119,7 @@ def call(
 
 
 def rows_and_columns(rows: int, columns: int) -> list[Array]:
-    return (jax.lax.broadcasted_iota(jnp.int32, (rows, columns), axis) for axis in (0, 1))
+    return [jax.lax.broadcasted_iota(jnp.int32, (rows, columns), axis) for axis in (0, 1)]
 
 
 def at_first(*axes: int) -> Any:

@@ -67,7 +67,7 @@ docs: $(VENV)/.installed $(DOCS_VENV)/.installed-docs
 	JAX_PLATFORMS=cpu $(IN)python docs/make_tables.py
 	$(DOCS_VENV)/bin/zensical build --strict --clean
 
-# On whatever device there is; LMINF_TINY=tiny ARGS=--check only looks whether they run.
+# On whatever device there is; LMINF_TINY=FOLDER ARGS=--check only looks whether they run.
 notebooks: $(VENV)/.installed-dev
 	$(IN)python notebooks/execute.py $(ARGS)
 

@@ -3,7 +3,7 @@
     python notebooks/execute.py [--check] [NAME.ipynb …]
 
 Without names: all of them. `--check` writes nothing, and shows only whether they run. The model of
-every notebook is LMINF_TINY where that is set: `tiny`, or the folder of a small model.
+every notebook is LMINF_TINY where that is set: the folder of a small model.
 """
 
 import argparse

@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import re
 import subprocess
 import sys
 
@@ -65,6 +66,12 @@ def test_a_notebook_keeps_results_and_no_traces_of_the_machine(path):
     text = path.read_text()
     for trace in (str(ROOT), "/home/", "/root/", "/tmp/", "0x7f"):
         assert trace not in text
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_uses_public_names(path):
+    private = re.compile(r"(?:\.|import |, )(_[a-z]\w*)")
+    assert not [name for source in code_of(path) for name in private.findall(source)]
 
 
 def test_all_install_in_the_same_way():

@@ -9,10 +9,8 @@ from lminf import scaling
 from lminf.experiments import _tables
 from lminf.experiments._main import main
 from lminf.run import plots, style
-from lminf.scaling import gap, published, rivals, synthetic, validation
+from lminf.scaling import evidence, gap, published, rivals, synthetic
 from lminf.scaling.steps import StepLaw, fit_bowl
-
-LEVELS = (0.00125, 0.0025, 0.005, 0.01)  # relative excess: the plateau areas
 
 
 def run(c, out):
@@ -29,7 +27,7 @@ def run(c, out):
         yield {"part": "constant", "constant": name, "value": value, "low_groups": low,
                "high_groups": high, "low_rows": row_low, "high_rows": row_high,
                "published": published.STEP.constants[name]}  # fmt: skip
-    for level, share in gap.plateau(table, LEVELS).items():
+    for level, share in gap.plateau(table).items():
         yield {"part": "plateau", "excess": level, "share_of_cells": share}
     rules = [rivals.rule(name) for name in c.laws]
     rules.append(rivals.without_batch(rules[0]))
@@ -40,7 +38,7 @@ def run(c, out):
         for g in groups:
             yield {"part": "point", "law": name, "n": g.n, "d": g.d, "lr": g.lr,
                    "batch": g.batch, "gap": _finite(g.gap["linear"])}  # fmt: skip
-    for row in validation.leave_one_group_out(procedure, table):
+    for row in evidence.leave_one_group_out(procedure, table):
         yield {"part": "leave one group out", **row}
     for what, lr_factor, batch_factor in (
         ("lr x 2", 2, 1), ("lr / 2", 0.5, 1), ("batch x 2", 1, 2), ("batch / 2", 1, 0.5),
@@ -131,7 +129,7 @@ def contours(axes, key, cells, points):
     excess = np.clip([row["excess"] for row in own], 0, 0.05)
     axes.set_facecolor("#eeeeee")
     filled = axes.tricontourf(
-        Triangulation(x, y), excess, levels=(0, *LEVELS, 0.02), cmap="viridis_r", extend="max"
+        Triangulation(x, y), excess, levels=(0, *gap.PLATEAUS, 0.02), cmap="viridis_r", extend="max"
     )
     for row in (row for row in points if (row["n"], row["d"]) == key):
         mark = look(row["law"])

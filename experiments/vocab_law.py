@@ -10,11 +10,11 @@ from lminf.experiments import _tables
 from lminf.experiments._main import main
 from lminf.run import plots, style, tables
 from lminf.run.progress import track
-from lminf.scaling import evidence, published, synthetic, validation
+from lminf.scaling import engine, evidence, published, synthetic, vocab_loss
 from lminf.scaling import fertility as fertilities
-from lminf.scaling.vocab_derivative import VocabLaw2
+from lminf.scaling.vocab_derivative import PUBLISHED_SIZES, VocabLaw2
 from lminf.scaling.vocab_isoflop import VocabLaw1, envelope, measured
-from lminf.scaling.vocab_loss import VocabLaw3, profile
+from lminf.scaling.vocab_loss import VocabLaw3
 
 SEPARATE = ("calibration", "sensitivity", "leave one family out", "exponent by metric")
 
@@ -65,14 +65,14 @@ def measure(c, out):
             low, high = law.intervals.get(name, (None, None))
             yield {"part": "constant", "law": law.version, "constant": name, "value": value,
                    "low": low, "high": high}  # fmt: skip
-    for row in evidence.calibration(table, laws):
+    for row in calibration(table, laws):
         yield {"part": "calibration", **row}
-    for row in evidence.metric_exponents(table):
+    for row in metric_exponents(table):
         yield {"part": "exponent by metric", **row}
     for row in profile(VocabLaw3("tokens"), table, fertility=fertility, grid=c.profile):
         yield {"part": "profile of alpha2, tokens", **row}
     for procedure in (VocabLaw1(), VocabLaw3("reference"), VocabLaw3("tokens")):
-        for row in validation.leave_one_family_out(procedure, table, fertility=fertility):
+        for row in evidence.leave_one_family_out(procedure, table, fertility=fertility):
             name = getattr(procedure, "mode", "isoflop")
             keep = ("left_out_n_nv", "alpha_nv", "alpha2", "vocab", "rmse_left_out", "note")
             yield {"part": "leave one family out", "law": name,
@@ -81,12 +81,132 @@ def measure(c, out):
         sources = {"as_published": table}
         if c.data:
             sources["from_shapes"] = scaling.read_vocab(c.data, n_nv="from_shapes")
-        for row in evidence.sensitivity(sources, fertility, n_nv=7e9):
+        for row in sensitivity(sources, fertility, n_nv=7e9):
             yield {"part": "sensitivity", **row}
     kept = envelope(measured(table))
     for n, v, f, loss in zip(kept.n_nv, kept.n_v, kept.flops, kept.loss, strict=True):
         yield {"part": "envelope", "n_nv": n, "n_v": v, "flops": f, "loss": loss}
     yield from isoflop_rows(table)
+
+
+def calibration(table, laws):
+    """Per family, budget and metric: the optimum read off the curves beside every law's."""
+    rows = []
+    for family in np.unique(table.n_nv):
+        width = float(table.width[table.n_nv == family][0])
+        for share in (1.0, 0.5):
+            flops = evidence.common_budget(table, family) * share
+            for metric in evidence.METRICS:
+                curve = evidence.isoflop_curve(table, family, flops, metric)
+                row = {
+                    "n_nv": float(family), "flops": flops, "metric": metric,
+                    "measured_vocab": curve.optimum, "low": curve.low, "high": curve.high,
+                    "note": curve.note,
+                }  # fmt: skip
+                for law in laws:
+                    row[law.version] = predicted(law, family, width, flops)
+                rows.append(row)
+    return rows
+
+
+def predicted(law, n_nv, width, flops):
+    try:
+        return law.optimum(n_nv=float(n_nv), d=width, flops=flops).vocab_size
+    except InputError:  # this law has no optimum there; the table says so by a gap
+        return None
+
+
+def metric_exponents(table):
+    """N_v ~ F^e through the IsoFLOP optima of the families, per metric."""
+    rows = []
+    for metric in evidence.METRICS:
+        flops, n_v = [], []
+        for family in np.unique(table.n_nv):
+            budget = evidence.common_budget(table, family)
+            curve = evidence.isoflop_curve(table, family, budget, metric)
+            if np.isfinite(curve.optimum):
+                flops.append(budget)
+                n_v.append(curve.optimum * table.width[table.n_nv == family][0])
+        exponent = float("nan")
+        if len(flops) > 1:
+            exponent = float(np.polyfit(np.log(flops), np.log(n_v), 1)[0])
+        rows.append({"metric": metric, "families": len(flops), "exponent": exponent})
+    return rows
+
+
+def sensitivity(tables, fertility, *, n_nv):
+    """V at n_nv (compute-optimal) under each choice that a fit makes; no draws.
+
+    `tables`: the sweep by source of N_nv, "as_published" first.
+    """
+    table = next(iter(tables.values()))
+    cases = [
+        ("approach 1", VocabLaw1(), table, fertility),
+        ("approach 1, least squares", VocabLaw1("ols"), table, fertility),
+        ("approach 1, reference selector", VocabLaw1("reference"), table, fertility),
+        ("approach 1, no interpolation", VocabLaw1(densify="none"), table, fertility),
+        ("approach 1, converged interpolation", VocabLaw1(densify="converged"), table, fertility),
+        ("approach 1, exponents free", VocabLaw1(exponents="free"), table, fertility),
+        ("approach 2", VocabLaw2(), table, fertility),
+        ("approach 2, anchor 2.5e17", VocabLaw2(anchor_flops=2.55e17), table, fertility),
+        ("approach 2, anchor 3.0e17", VocabLaw2(anchor_flops=3.0e17), table, fertility),
+        ("approach 2, sizes to 1.13B", VocabLaw2(sizes=PUBLISHED_SIZES[:-1]), table, fertility),
+        ("approach 2, power-law fertility", VocabLaw2(), table, fertilities.POWERLAW),
+    ]
+    for name, other in list(tables.items())[1:]:
+        cases.append((f"approach 1, N_nv {name}", VocabLaw1(), other, fertility))
+        cases.append((f"approach 3 tokens, N_nv {name}", VocabLaw3("tokens"), other, fertility))
+    for mode in ("reference", "consistent-reference", "tokens"):
+        for limit in (2.18e17, 0.0, 1e18, 3e18):
+            case = VocabLaw3(mode, flops_limit=limit)
+            cases.append((f"approach 3 {mode}, F >= {limit:g}", case, table, fertility))
+        wide = VocabLaw3(mode, bounds="wide")
+        cases.append((f"approach 3 {mode}, no bounds", wide, table, fertility))
+    bits = evidence.with_metric(table, "bits_per_character")
+    cases.append(("approach 1 in bits per character", VocabLaw1(densify="none"), bits, fertility))
+    return [choice_row(name, procedure, data, f, n_nv) for name, procedure, data, f in cases]
+
+
+def choice_row(name, procedure, table, fertility, n_nv):
+    """V at n_nv by one procedure, and its exponent; a note where it has none."""
+    row = {"choice": name, "vocab": None, "exponent": None, "note": ""}
+    try:
+        law = procedure.fit(table, fertility=fertility, draws=0)
+        for key in ("alpha_nv", "gamma", "alpha2"):
+            if key in law.constants:
+                row["exponent"] = law.constants[key]
+        row["note"] = "; ".join(law.warnings)
+        row["vocab"] = law.optimum(n_nv=n_nv).vocab_size
+    except InputError as error:
+        row["note"] = str(error)
+    return row
+
+
+def profile(procedure, table, *, fertility, grid):
+    """Rows (alpha2, objective, log-likelihood ratio) with all other parameters re-fitted.
+
+    The ratio is 2 n ln(Q / Q_min) of Laplace errors with n the number of runs, not rows, since
+    checkpoints of a run share noise; below 3.84 a value of alpha2 is inside the 95 % interval.
+    """
+    kept = procedure.used(table)
+    lower, upper = (np.tile(np.array(b, float), (len(grid), 1)) for b in vocab_loss.BOUNDS["wide"])
+    lower[:, 4] = upper[:, 4] = grid
+    fits = engine.minimise(
+        vocab_loss.residual, procedure.columns(kept, fertility), starts=vocab_loss.STARTS,
+        lower=lower, upper=upper, weights=np.ones((len(grid), len(kept))),
+    )  # fmt: skip
+    runs = np.unique(kept.run).size
+    if not fits.converged.any():
+        raise InputError(
+            "no fit of the profile of alpha2 converged; the table does not determine it"
+        )
+    floor = 0.5 * len(kept) * engine.RESIDUAL_FLOOR**2  # at a perfect fit nothing is left
+    value = np.where(fits.converged, np.maximum(fits.objective, floor), np.nan)
+    ratio = 2 * runs * np.log(value / np.nanmin(value))
+    return [
+        {"alpha2": float(a), "objective": float(v), "likelihood_ratio": float(r)}
+        for a, v, r in zip(grid, value, ratio, strict=True)
+    ]
 
 
 def predictions(law, sizes):

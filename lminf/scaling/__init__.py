@@ -12,15 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from lminf.errors import InputError
-from lminf.scaling import fertility as _fertility
 from lminf.scaling import laws as _laws
-from lminf.scaling import tables as _tables
 from lminf.scaling.chinchilla import ChinchillaFit, ChinchillaLaw
 from lminf.scaling.density import DensityFit, DensityLaw
-from lminf.scaling.fertility import Fertility
+from lminf.scaling.fertility import PUBLISHED, Fertility
 from lminf.scaling.laws import Law
 from lminf.scaling.steps import StepLaw, StepPowerLaw
-from lminf.scaling.tables import CurveTable, StepTable, VocabTable
+from lminf.scaling.tables import (
+    CurveTable,
+    StepTable,
+    VocabTable,
+    read_curves,
+    read_step,
+    read_vocab,
+)
 from lminf.scaling.vocab_derivative import DerivativeLaw, VocabLaw2
 from lminf.scaling.vocab_isoflop import IsoflopLaw, VocabLaw1
 from lminf.scaling.vocab_loss import LossLaw, VocabLaw3
@@ -44,14 +49,14 @@ KINDS = {
     law.kind: law
     for law in (IsoflopLaw, DerivativeLaw, LossLaw, StepPowerLaw, ChinchillaFit, DensityFit)
 }
-VOCAB_PROCEDURES = (VocabLaw1, VocabLaw2, VocabLaw3)
+TABLES = {StepLaw: StepTable, ChinchillaLaw: CurveTable, DensityLaw: CurveTable}
 
 
 def fit(
     procedure: Any,
     table: VocabTable | StepTable | CurveTable,
     *,
-    fertility: Fertility = _fertility.PUBLISHED,
+    fertility: Fertility = PUBLISHED,
     draws: int = 300,
     cluster: str | None = None,
     seed: int = 0,
@@ -61,23 +66,21 @@ def fit(
     `cluster` is what is resampled: "run" (vocabulary, default), "group" (step, default), "family"
     or "row". InputError when the table does not determine the law.
     """
-    expected = {StepLaw: StepTable, ChinchillaLaw: CurveTable, DensityLaw: CurveTable}
-    wanted = expected.get(type(procedure), VocabTable)
-    if not isinstance(table, wanted):
+    needed = TABLES.get(type(procedure), VocabTable)
+    if not isinstance(table, needed):
         raise InputError(
-            f"{type(procedure).__name__} is fitted to a {wanted.__name__}, not to a "
+            f"{type(procedure).__name__} is fitted to a {needed.__name__}, not to a "
             f"{type(table).__name__}"
         )
     options: dict[str, Any] = {"draws": draws, "seed": seed}
     if cluster is not None:
         options["cluster"] = cluster
-    if isinstance(procedure, VOCAB_PROCEDURES):
+    if needed is VocabTable:
         options["fertility"] = fertility
-    data: Any = table  # checked above
-    return procedure.fit(data, **options)
+    return procedure.fit(table, **options)
 
 
-def load(path) -> Any:
+def load(path: Path | str) -> Any:
     """The law stored in a JSON file by `Law.save` or `lminf scaling fit`."""
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -90,20 +93,3 @@ def load(path) -> Any:
             f"{path}: no JSON ({error}); write one with `lminf scaling fit`"
         ) from error
     return _laws.from_json(data, KINDS, str(path))
-
-
-def read_vocab(
-    path, *, fertility: Fertility = _fertility.PUBLISHED, n_nv: str = "as_published"
-) -> VocabTable:
-    """Vocabulary sweep from a CSV file of the published schema."""
-    return _tables.read_vocab(path, fertility, n_nv)
-
-
-def read_step(path, *, seq_len: int = 2048) -> StepTable:
-    """Learning rate x batch grid from a CSV file; seq_len in tokens where it has no such column."""
-    return _tables.read_step(path, seq_len)
-
-
-def read_curves(path, *, needs_score: bool = False) -> CurveTable:
-    """Runs by N, D and loss (and score) from a CSV file."""
-    return _tables.read_curves(path, needs_score=needs_score)

@@ -4,11 +4,16 @@ N_nv  transformer blocks only (norms ignored)     N_v = V d, counted once even w
 N     the step law's count: non-embedding          M   FLOPs per token with attention
 """
 
+from typing import TypeVar
+
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import ArrayLike
 
 from lminf.errors import InputError
 from lminf.models.spec import ModelSpec
+
+Count = TypeVar("Count", int, float, np.ndarray)
 
 # Width d by non-vocabulary parameters, upper bounds inclusive. One table of the paper prints 12888
 # for the 130B row; 12288 is right. Source: arXiv:2407.13623, released code.
@@ -33,12 +38,12 @@ SWEEP_SHAPES = {
 }
 
 
-def ladder_width(n_nv) -> Float[np.ndarray, "..."]:
+def ladder_width(n_nv: ArrayLike) -> Float[np.ndarray, "..."]:
     """Embedding width d of the published ladder for N_nv raw parameters."""
     return LADDER_WIDTHS[np.searchsorted(LADDER_BOUNDS, np.asarray(n_nv, np.float64))]
 
 
-def block_parameters(layers, width, hidden):
+def block_parameters(layers: Count, width: Count, hidden: Count) -> Count:
     """N_nv of a Llama-style stack with multi-head attention and a gated MLP."""
     return layers * (4 * width**2 + 3 * width * hidden)
 
@@ -59,50 +64,31 @@ def spec_parameters(spec: ModelSpec, *, active: bool = False) -> int:
     return spec.num_layers * attention + matrices * spec.width * hidden
 
 
-def moe_parameters(
-    *, layers, width, dense_layers, dense_hidden, experts, expert_hidden, shared_hidden
-):
-    """Non-embedding parameters of a mixture of experts; the router is ignored.
-
-    With the number of experts per token in place of `experts`: the active parameters.
-    """
-    attention = layers * 4 * width**2
-    dense = dense_layers * 3 * width * dense_hidden
-    sparse = (layers - dense_layers) * 3 * width * (experts * expert_hidden + shared_hidden)
-    return attention + dense + sparse
-
-
-def flops_per_token(n, *, layers, width, seq_len):
+def flops_per_token(n: Count, *, layers: Count, width: Count, seq_len: Count) -> Count:
     """M = 6 (N + 2 seq_len layers width); for a mixture of experts give the active N."""
     return 6 * (n + 2 * seq_len * layers * width)
 
 
-def training_flops(n_nv, n_v, tokens):
-    """6 (N_nv + N_v) D."""
-    return 6 * (np.asarray(n_nv, np.float64) + n_v) * tokens
+def training_flops(n_nv: ArrayLike, n_v: ArrayLike, tokens: ArrayLike) -> Float[np.ndarray, "..."]:
+    """Training FLOPs, 6 (N_nv + N_v) D."""
+    return 6 * (np.asarray(n_nv, np.float64) + n_v) * tokens  # pyright: ignore
 
 
-def round_up(vocab_size: float, multiple: int) -> int:
-    return int(-(-vocab_size // multiple) * multiple)
-
-
-# Smallest value that can be a raw count. Below it the number was in millions or billions.
-RAW_MINIMUM = {
-    "n_nv": (1e4, "parameters"),
-    "n": (1e4, "parameters"),
-    "d": (2e3, "tokens"),  # runs of models of 1e4 parameters
-    "tokens": (1e5, "tokens"),
-    "flops": (1e9, "FLOPs"),
-    "width": (8, "channels"),
-    "seq_len": (8, "tokens"),
+# Smallest and largest value that can be a raw count; below it was in millions or billions.
+RAW = {
+    "n_nv": (1e4, 1e14, "parameters"),
+    "n": (1e4, 1e14, "parameters"),
+    "d": (2e3, 1e17, "tokens"),  # runs of models of 1e4 parameters
+    "tokens": (1e5, 1e17, "tokens"),
+    "flops": (1e9, 1e32, "FLOPs"),
+    "width": (8, 1e6, "channels"),
+    "seq_len": (8, np.inf, "tokens"),
 }
-RAW_MAXIMUM = {"n_nv": 1e14, "n": 1e14, "d": 1e17, "tokens": 1e17, "flops": 1e32, "width": 1e6}
 
 
 def require_raw(name: str, value: float, quantity: str) -> float:
-    """The value; InputError when it cannot be a raw count of `quantity` (a RAW_MINIMUM key)."""
-    minimum, unit = RAW_MINIMUM[quantity]
-    maximum = RAW_MAXIMUM.get(quantity, np.inf)
+    """The value; InputError when it cannot be a raw count of `quantity` (a key of RAW)."""
+    minimum, maximum, unit = RAW[quantity]
     if not np.isfinite(value) or value <= 0:
         raise InputError(f"{name}={value} is no positive number; give raw {unit}")
     if value < minimum:

@@ -107,7 +107,18 @@ def one_setting(
     if not rows:
         raise InputError("there are no finished cells to collect; run the sweep first")
     for number, row in enumerate(rows, start=1):
-        check_row(row, fields, f"row {number} of the rows", what)
+        where = f"row {number} of the rows"
+        if not isinstance(row, Mapping):
+            raise InputError(f"{where} is no row ({shown(row)}); delete it")
+        for name, allowed in fields.items():
+            if name not in row:
+                raise InputError(f"{where} has no {name!r}, so it is of no {what} sweep")
+            value = row[name]
+            text = None if isinstance(value, str) else "a text"
+            if problem := text if allowed is None else allowed.problem(value):
+                raise InputError(
+                    f"{where}: {name} is {shown(value)}, not {problem}; run that cell again"
+                )
     for name in ("corpus", "text_digest", "seq_len", "budget_mode"):
         values = sorted({str(row[name]) for row in rows if name in row})
         if len(values) > 1:
@@ -116,23 +127,6 @@ def one_setting(
                 f"--where {name}={values[0]}"
             )
     return rows
-
-
-def check_row(row: Row, fields: Mapping[str, Range | None], where: str, what: str) -> None:
-    if not isinstance(row, Mapping):
-        raise InputError(f"{where} is no row ({shown(row)}); delete it")
-    for name, allowed in fields.items():
-        if name not in row:
-            raise InputError(f"{where} has no {name!r}, so it is of no {what} sweep")
-        value = row[name]
-        if allowed is None:
-            problem = None if isinstance(value, str) else "a text"
-        else:
-            problem = allowed.problem(value)
-        if problem:
-            raise InputError(
-                f"{where}: {name} is {shown(value)}, not {problem}; run that cell again"
-            )
 
 
 def written(lines: Sequence[Mapping[str, Any]]) -> str:

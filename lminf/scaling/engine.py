@@ -8,7 +8,7 @@ explore   Gauss-Newton on reweighted squares with damping; a wide threshold is s
           basins. All starts take a few steps, the best SURVIVORS take the rest.
 polish    the best `keep` of those, then the best of all: steps with H + m M, the exact Hessian H
           regularised by the reweighted one M (which always descends), while the threshold falls to
-          the wanted one; monotone in the objective.
+          its value; monotone in the objective.
 accept    a draw has converged when the projected gradient is GRADIENT_TOLERANCE of its own scale
           (the same sum with absolute values, and RESIDUAL_FLOOR more in each: at a perfect fit the
           residuals are rounding errors, whose sum never is small beside itself). Everything else
@@ -22,7 +22,7 @@ published constants.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -31,17 +31,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-Columns = Mapping[str, Float[np.ndarray, " rows"]]
-Residual = Callable[[Array, Mapping[str, Array]], Array]  # (parameters, columns) -> [rows]
+from lminf.errors import InputError
+
+Numbers = Array | np.ndarray
+Columns = Mapping[str, np.ndarray]  # [rows], or [draws, rows]
+Residual = Callable[[Numbers, Mapping[str, Numbers]], Array]  # (parameters, columns) -> [rows]
 
 # Told how many fits of a stage are done, and of how many; commands show it.
 OBSERVER: ContextVar[Callable[[str, int, int], None] | None] = ContextVar("observer", default=None)
 
+THRESHOLD = 1e-3  # of Huber, as in every published fit
 LEVELS = 6  # thresholds in one call of the explorer
 FIRST_THRESHOLDS = (0.1,) * LEVELS  # every start
 SURVIVORS = 48
 SECOND_THRESHOLDS = (0.1,) * 4 + (0.02,) * 4 + (0.005,) * 4
-POLISH_THRESHOLDS = (0.02, 0.005)  # then the wanted one
+POLISH_THRESHOLDS = (0.02, 0.005)  # then THRESHOLD
 ROUGH_STEPS, FINE_STEPS = 8, 150  # Newton steps; fine ones end by themselves after 5 to 40
 MIXES = (0.0, 0.01, 0.1, 0.5, 2.0)  # m in H + m M, tried together: an objective is cheaper than H
 GRADIENT_TOLERANCE = 1e-6
@@ -67,33 +71,56 @@ class Solutions(NamedTuple):
     free: np.ndarray  # [draws, parameters] bool: not held fixed
 
 
-def huber(residual, threshold):
+def huber(residual: Numbers, threshold: float | Array) -> Array:
+    """The penalty of every residual: quadratic up to the threshold, linear beyond."""
     size = jnp.abs(residual)
     return jnp.where(
         size <= threshold, 0.5 * residual * residual, threshold * (size - 0.5 * threshold)
     )
 
 
-def objective(residual: Residual, theta, columns, weights, threshold):
+def objective(
+    residual: Residual,
+    theta: Numbers,
+    columns: Mapping[str, Numbers],
+    weights: Numbers | float,
+    threshold: float | Array,
+) -> Array:
     """Weighted sum of Huber(residual); traceable."""
     return jnp.sum(weights * huber(residual(theta, columns), threshold))
 
 
-def undetermined(residual: Residual, columns: Columns, found: Solutions) -> list[int]:
-    """Free parameters of the first draw that may move together without moving any residual."""
+def require_determined(
+    what: str, names: Sequence[str], residual: Residual, columns: Columns, solutions: Solutions
+) -> None:
+    """Error unless the first draw converged and the rows tell its free parameters apart: none of
+    them may move, alone or together, without moving a residual."""
+    theta = solutions.parameters[0]
+    if not np.all(np.isfinite(theta)):
+        raise InputError(f"{what}: the fit has no finite result; the table does not determine it")
     with jax.enable_x64(True):
         data = {name: np.asarray(column, np.float64) for name, column in columns.items()}
-        jacobian = np.asarray(jax.jacfwd(residual)(found.parameters[0], data))
+        jacobian = np.asarray(jax.jacfwd(residual)(theta, data))
     length = np.linalg.norm(jacobian, axis=0)
-    free = np.flatnonzero(found.free[0] & (found.bound[0] == 0))
-    still = [int(i) for i in free if length[i] < RANK_TOLERANCE * length.max()]
-    if still or not free.size:
-        return still
-    triangle = np.linalg.qr(jacobian[:, free] / length[free], mode="r")
-    _, size, direction = np.linalg.svd(triangle, full_matrices=True)
-    if len(size) == free.size and size[-1] > RANK_TOLERANCE * size[0]:
-        return []
-    return [int(i) for i, part in zip(free, direction[-1], strict=True) if abs(part) > 0.1]
+    free = np.flatnonzero(solutions.free[0] & (solutions.bound[0] == 0)).tolist()
+    loose = [names[i] for i in free if length[i] < RANK_TOLERANCE * length.max()]
+    if free and not loose:
+        triangle = np.linalg.qr(jacobian[:, free] / length[free], mode="r")
+        _, size, direction = np.linalg.svd(triangle, full_matrices=True)
+        if len(size) < len(free) or size[-1] <= RANK_TOLERANCE * size[0]:
+            loose = [
+                names[i] for i, part in zip(free, direction[-1], strict=True) if abs(part) > 0.1
+            ]
+    if loose:
+        raise InputError(
+            f"{what}: the table does not determine {', '.join(loose)}: other values of them fit it "
+            "as well; add rows with other values of what they belong to (three of each at least)"
+        )
+    if not solutions.converged[0]:
+        raise InputError(
+            f"{what}: the fit did not converge (projected gradient {solutions.gradient[0]:.1e} of "
+            "its scale), so there is no result; the table does not determine this law"
+        )
 
 
 def minimise(
@@ -104,7 +131,6 @@ def minimise(
     lower: Float[np.ndarray, " parameters"] | Float[np.ndarray, "draws parameters"],
     upper: Float[np.ndarray, " parameters"] | Float[np.ndarray, "draws parameters"],
     weights: Float[np.ndarray, "draws rows"],
-    threshold: float = 1e-3,
     keep: int = 8,
 ) -> Solutions:
     """Global minimum over the starts for every draw. `lower == upper` holds a parameter fixed.
@@ -112,26 +138,24 @@ def minimise(
     Columns are [rows], shared by all draws, or [draws, rows].
     """
     weights = np.asarray(weights, np.float64)
-    lanes = few = _Lanes(residual, columns, weights, lower, upper, threshold)
+    lanes = few = _Lanes(residual, columns, weights, lower, upper)
     (draws, rows), count = weights.shape, len(starts)
-    every = np.arange(draws)
     if rows > EXPLORED_ROWS:
         some = np.sort(np.random.default_rng(0).permutation(rows)[:EXPLORED_ROWS])
         part = {name: np.asarray(column)[..., some] for name, column in columns.items()}
-        few = _Lanes(residual, part, weights[:, some], lower, upper, threshold)
-    levels = [max(level, threshold) for level in (*POLISH_THRESHOLDS, threshold)]
+        few = _Lanes(residual, part, weights[:, some], lower, upper)
     with jax.enable_x64(True):
         theta = np.broadcast_to(np.asarray(starts, np.float64), (draws, *starts.shape))
         theta = np.clip(theta, lanes.lower[:, None], lanes.upper[:, None])
         theta = few.explore(theta, FIRST_THRESHOLDS)
         theta = few.best(theta, min(SURVIVORS, count))
         theta = few.best(few.explore(theta, SECOND_THRESHOLDS), min(keep, count))
-        for level in levels:
+        for level in (*POLISH_THRESHOLDS, THRESHOLD):
             theta = few.polish(theta, level, ROUGH_STEPS)
         theta = lanes.best(theta, 1)
-        theta = lanes.polish(theta, threshold, FINE_STEPS)
+        theta = lanes.polish(theta, THRESHOLD, FINE_STEPS)
         found, slope, decrease = (part[:, 0] for part in lanes.judge(theta))
-    theta = theta[every, 0]
+    theta = theta[:, 0]
     small = (slope <= GRADIENT_TOLERANCE) | (decrease <= DECREASE_TOLERANCE * found)
     free = lanes.lower < lanes.upper
     bound = np.where(free & (theta >= lanes.upper), 1, 0)
@@ -142,11 +166,13 @@ def minimise(
 class _Lanes:
     """The batch as flat lanes of fixed size: lane = (draw, candidate)."""
 
-    def __init__(self, residual, columns, weights, lower, upper, threshold):
+    def __init__(
+        self, residual: Residual, columns: Columns, weights: np.ndarray, lower: np.ndarray,
+        upper: np.ndarray,
+    ):  # fmt: skip
         draws, rows = weights.shape
         spare = -rows % ROW_MULTIPLE  # repeats of the last row with weight 0
         self.residual = residual
-        self.threshold = threshold
         self.weights = np.pad(weights, ((0, 0), (0, spare)))
         self.shared, self.own = {}, {}
         for name, column in columns.items():
@@ -163,11 +189,8 @@ class _Lanes:
         draws, count = theta.shape[:2]
         flat = theta.reshape(draws * count, -1)
         draw = np.repeat(np.arange(draws), count)
-        size, stage = (
-            (EXPLORE_LANES, "exploring")
-            if program is _explore_lanes
-            else (POLISH_LANES, "polishing")
-        )
+        exploring = program is _explore
+        size, stage = (EXPLORE_LANES, "exploring") if exploring else (POLISH_LANES, "polishing")
         observer = OBSERVER.get()
         pieces = []
         for begin in range(0, len(flat), size):
@@ -175,8 +198,15 @@ class _Lanes:
             of = draw[index]
             own = {name: column[of] for name, column in self.own.items()}
             box = (self.lower[of], self.upper[of])
-            piece = program(
-                self.residual, flat[index], self.shared, own, self.weights[of], *box, *extra
+            piece = _run_lanes(
+                program,
+                self.residual,
+                flat[index],
+                self.shared,
+                own,
+                self.weights[of],
+                *box,
+                *extra,
             )
             used = min(size, len(flat) - begin)
             if observer is not None:
@@ -190,15 +220,15 @@ class _Lanes:
     def explore(self, theta, thresholds):
         for begin in range(0, len(thresholds), LEVELS):
             levels = np.asarray(thresholds[begin : begin + LEVELS], np.float64)
-            (theta,) = self._map(_explore_lanes, theta, levels)
+            (theta,) = self._map(_explore, theta, levels)
         return theta
 
     def polish(self, theta, level, steps):
-        return self._map(_polish_lanes, theta, np.float64(level), np.int64(steps))[0]
+        return self._map(_polish, theta, np.float64(level), np.int64(steps))[0]
 
     def judge(self, theta):
         """Objective, relative gradient and predicted decrease of each lane."""
-        return self._map(_polish_lanes, theta, np.float64(self.threshold), np.int64(0))[1:]
+        return self._map(_polish, theta, np.float64(THRESHOLD), np.int64(0))[1:]
 
     def best(self, theta, count):
         found = self.judge(theta)[0]
@@ -206,18 +236,10 @@ class _Lanes:
         return np.take_along_axis(theta, order[:, :count, None], axis=1)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _explore_lanes(residual, theta, shared, own, weights, lower, upper, levels):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_lanes(program, residual, theta, shared, own, weights, lower, upper, *extra):
     def lane(theta, own, weight, low, high):
-        return (_explore(residual, theta, {**shared, **own}, weight, low, high, levels),)
-
-    return jax.vmap(lane)(theta, own, weights, lower, upper)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _polish_lanes(residual, theta, shared, own, weights, lower, upper, level, steps):
-    def lane(theta, own, weight, low, high):
-        return _polish(residual, theta, {**shared, **own}, weight, low, high, level, steps)
+        return program(residual, theta, {**shared, **own}, weight, low, high, *extra)
 
     return jax.vmap(lane)(theta, own, weights, lower, upper)
 
@@ -257,7 +279,7 @@ def _explore(residual, theta, data, weight, low, high, levels):
         return (theta, jnp.clip(jnp.where(better, damping * 0.2, damping * 5), 1e-9, 1e9)), None
 
     start = (theta, jnp.asarray(1e-2, theta.dtype))
-    return jax.lax.scan(body, start, jnp.asarray(levels, theta.dtype))[0][0]
+    return (jax.lax.scan(body, start, jnp.asarray(levels, theta.dtype))[0][0],)
 
 
 def _polish(residual, theta, data, weight, low, high, level, steps):

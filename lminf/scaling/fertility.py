@@ -5,8 +5,10 @@ high at 10K and 3.4 % low at 96K. A sweep with tokenizers of its own measures it
 Source: Tao et al. 2024, arXiv:2407.13623, appendix; pairs measured there on SlimPajama text.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -94,56 +96,11 @@ def from_json(data: Mapping[str, Any]) -> Fertility:
     )
 
 
-PUBLISHED = Fertility(
-    name="tao2024",
-    kind="quadlog",
-    constants=(0.00639222, -0.15811069, 1.20470122),
-    fitted_range=(1024, 1_024_000),
-    cap=200_000,
-)
-
-# (V, tokens) for H = 0.22326 characters in the same unit: BPE on SlimPajama, from the paper.
-PUBLISHED_CHARACTERS = 0.22326
-PUBLISHED_PAIRS = (
-    (1024, 0.09915),
-    (2048, 0.08441),
-    (3072, 0.07771),
-    (4096, 0.07380),
-    (5120, 0.07107),
-    (6144, 0.06894),
-    (7168, 0.06725),
-    (8192, 0.06593),
-    (9216, 0.06484),
-    (10240, 0.06387),
-    (12288, 0.06243),
-    (16384, 0.06034),
-    (20480, 0.05899),
-    (24576, 0.05801),
-    (28672, 0.05728),
-    (32768, 0.05668),
-    (48128, 0.05529),
-    (64512, 0.05447),
-    (78848, 0.05400),
-    (96256, 0.05364),
-    (128000, 0.05321),
-    (256000, 0.05242),
-    (512000, 0.05172),
-    (1024000, 0.05140),
-)
-# Measured ratios, not the parabola: bits per character need what was measured.
-MEASURED = Fertility(
-    name="tao2024-measured",
-    kind="table",
-    constants=tuple(x for v, t in PUBLISHED_PAIRS for x in (float(v), t / PUBLISHED_CHARACTERS)),
-    fitted_range=(1024, 1_024_000),
-    cap=np.inf,
-)
-# Within 1.5 % of all 24 pairs and never turns up.
-POWERLAW = Fertility(
-    name="tao2024-powerlaw",
-    kind="powerlaw",
-    constants=(9.49156, 0.53946, 0.22134),
-    fitted_range=(1024, 1_024_000),
-    cap=np.inf,
-)
-INSTANCES = {fertility.name: fertility for fertility in (PUBLISHED, MEASURED, POWERLAW)}
+_FILE = Path(__file__).with_name("fertility.json")
+INSTANCES = {
+    data["name"]: from_json(data) for data in json.loads(_FILE.read_text(encoding="utf-8"))
+}
+PUBLISHED = INSTANCES["tao2024"]
+# The 24 measured ratios, not the parabola: bits per character need what was measured.
+MEASURED = INSTANCES["tao2024-measured"]
+POWERLAW = INSTANCES["tao2024-powerlaw"]  # within 1.5 % of all 24 pairs; never turns up

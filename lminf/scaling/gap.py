@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lminf.errors import InputError
+from lminf.scaling import laws
 from lminf.scaling.rivals import Query, Rule
 from lminf.scaling.surfaces import Surface, merged
 from lminf.scaling.tables import StepTable
@@ -18,6 +19,7 @@ METHODS = ("linear", "nearest", "cubic")
 OTHER_DIAGONAL = "linear_other_diagonal"
 CUBIC_EXCESS = 0.10  # cells further off are left out: diverged runs bend a cubic everywhere
 BATCH_POINTS = 60
+PLATEAUS = (0.00125, 0.0025, 0.005, 0.01)  # relative excess
 # The four corners of a grid cell lie on one circle, so either of its diagonals is Delaunay and
 # rounding decides between them: 2 % of the dense file's mean gap, 12 % of the mixtures of experts'.
 # Linear: a shear of one part in a million splits every cell from (high lr, small batch) to (low lr,
@@ -40,24 +42,24 @@ class GroupGap(NamedTuple):
 class _Grid:
     """A group's cells as surfaces."""
 
-    def __init__(self, table: StepTable, rows: np.ndarray):
-        points = np.stack([np.log2(table.lr[rows]), np.log2(table.batch[rows])], axis=1)
-        points, loss = merged(points, table.loss[rows])  # of repeated cells the mean
-        self.best = float(table.loss[rows].min())
+    def __init__(self, group: StepTable):
+        points = np.stack([np.log2(group.lr), np.log2(group.batch)], axis=1)
+        points, loss = merged(points, group.loss)  # of repeated cells the mean
+        self.best = float(group.loss.min())
         near = loss < self.best * (1 + CUBIC_EXCESS)
         try:
             self.across = Surface(points @ ACROSS, loss)
             self.along = Surface(points @ ALONG, loss)
             self.near = Surface(points[near], loss[near])
         except InputError as error:
-            first = rows[0]
             raise InputError(
-                f"group N={table.n[first]:g}, D={table.d[first]:g} ({rows.size} rows) is no grid "
+                f"group N={group.n[0]:g}, D={group.d[0]:g} ({len(group)} rows) is no grid "
                 f"of learning rates and batches: {error}"
             ) from None
         self.low, self.high = points.min(0), points.max(0)
 
-    def at(self, method: str, points) -> np.ndarray:
+    def loss(self, method: str, points: np.ndarray) -> np.ndarray:
+        """Loss at points (log2 lr, log2 batch); NaN outside the hull of the cells."""
         if method == "nearest":
             return self.across.nearest(points @ ACROSS)
         if method == "linear":
@@ -69,22 +71,20 @@ class _Grid:
 
 def gaps(table: StepTable, rules: list[Rule], *, use_n: str = "total") -> dict[str, list[GroupGap]]:
     """Gap of every rule in every group. `use_n` for mixtures of experts: "total" or "active"."""
-    if use_n not in ("total", "active"):
-        raise InputError(f"n={use_n!r} is unknown; use total or active parameters")
-    found: dict[str, list[GroupGap]] = {rule.name: [] for rule in rules}
-    for group in np.unique(table.group):
-        rows = np.flatnonzero(table.group == group)
-        grid = _Grid(table, rows)
-        first = rows[0]
+    laws.require_choice("use_n", use_n, ("total", "active"))
+    costs: dict[str, list[GroupGap]] = {rule.name: [] for rule in rules}
+    for number in np.unique(table.group):
+        group = table.select(table.group == number)
+        grid = _Grid(group)
         query = Query(
-            n=float((table.n if use_n == "total" else table.n_active)[first]),
-            d=float(table.d[first]),
+            n=float((group.n if use_n == "total" else group.n_active)[0]),
+            d=float(group.d[0]),
             loss=grid.best,  # a favour to the rules that need the loss
-            flops_per_token=float(table.flops_per_token[first]),
+            flops_per_token=float(group.flops_per_token[0]),
         )
         for rule in rules:
-            found[rule.name].append(_group_gap(grid, rule, query, float(table.n_active[first])))
-    return found
+            costs[rule.name].append(_group_gap(grid, rule, query, float(group.n_active[0])))
+    return costs
 
 
 def _group_gap(grid: _Grid, rule: Rule, query: Query, n_active: float) -> GroupGap:
@@ -99,7 +99,7 @@ def _group_gap(grid: _Grid, rule: Rule, query: Query, n_active: float) -> GroupG
     inside = np.clip(points, grid.low, grid.high)
     gap, chosen = {}, 0
     for method in (*METHODS, OTHER_DIAGONAL):
-        loss = grid.at(method, inside)
+        loss = grid.loss(method, inside)
         if np.all(np.isnan(loss)):
             gap[method] = float("nan")
             continue
@@ -117,11 +117,11 @@ def mean_gap(groups: list[GroupGap], method: str) -> tuple[float, int]:
     return (float(values[good].mean()) if good.any() else float("nan")), int(good.sum())
 
 
-def plateau(table: StepTable, levels=(0.00125, 0.0025, 0.005, 0.01)) -> dict[float, float]:
+def plateau(table: StepTable) -> dict[float, float]:
     """Mean share of a group's cells within each relative excess of its best."""
     group, excess = table.group, table.excess
     ids = np.unique(group)
     return {
         level: float(np.mean([np.mean(excess[group == g] < level) for g in ids]))
-        for level in levels
+        for level in PLATEAUS
     }

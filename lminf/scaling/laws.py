@@ -5,15 +5,16 @@ the same intervals without the data.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
+from jaxtyping import Float
 
 from lminf.errors import InputError
-from lminf.scaling import engine, resample
+from lminf.scaling import resample
 
 FORMAT = 1
 MINIMUM_DRAWS = 20
@@ -41,38 +42,43 @@ class Law:
     warnings: tuple[str, ...] = ()
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
 
-    def parameter_interval(self, name: str, level: float = 0.95) -> Interval:
-        """Percentile interval of one constant over the draws."""
-        if name not in self.constants:
-            raise InputError(
-                f"{self.version} has no constant {name!r}; it has {', '.join(self.constants)}"
-            )
-        if name not in self.draws:
-            raise InputError(f"{self.version} carries no draws of {name!r}; fit with draws > 0")
-        return Interval(*resample.percentile_interval(self.draws[name], level), self.resampling)
+    def percentiles(self, values: Float[np.ndarray, " draws"]) -> Interval:
+        """95 % interval of a quantity that has a value for each of the law's draws."""
+        return Interval(*resample.percentile_interval(values), self.resampling)
+
+    def constant_draws(self) -> dict[str, Float[np.ndarray, " draws"]]:
+        """Every constant under each draw; what was not resampled is repeated."""
+        if not self.draws:
+            reason = self.procedure.get("no_draws", "fit with draws > 0")
+            raise InputError(f"{self.version} carries no draws, so no interval: {reason}")
+        count = len(next(iter(self.draws.values())))
+        return {
+            name: np.broadcast_to(np.asarray(self.draws.get(name, value), float), (count,))
+            for name, value in self.constants.items()
+        }
 
     def outside(self, query: Mapping[str, float]) -> list[str]:
         """One sentence for each quantity of the query that lies outside the fitted range."""
-        found = []
-        for name, value in query.items():
-            if name in self.fitted_range and np.isfinite(value):
-                low, high = self.fitted_range[name]
-                if not low * (1 - 1e-9) <= value <= high * (1 + 1e-9):
-                    factor = value / high if value > high else low / value
-                    side = "above" if value > high else "below"
-                    found.append(
-                        f"{name}={value:.3g} is {factor:.3g} times {side} the fitted range "
-                        f"{low:.3g}..{high:.3g}: an extrapolation"
-                    )
-        return found
+        sentences = []
+        for name, (low, high) in self.fitted_range.items():
+            value = query.get(name, np.nan)
+            if value < low * (1 - 1e-9) or value > high * (1 + 1e-9):
+                factor, side = (value / high, "above") if value > high else (low / value, "below")
+                sentences.append(
+                    f"{name}={value:.3g} is {factor:.3g} times {side} the fitted range "
+                    f"{low:.3g}..{high:.3g}: an extrapolation"
+                )
+        return sentences
 
     def to_json(self) -> dict[str, Any]:
+        """The law as plain values; nine digits of every draw."""
         data: dict[str, Any] = {"format": FORMAT, "kind": self.kind}
         for item in fields(self):
             data[item.name] = _plain(getattr(self, item.name))
         return data
 
-    def save(self, path) -> None:
+    def save(self, path: Path | str) -> None:
+        """Writes the law as JSON, which `lminf.scaling.load` reads."""
         Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
 
 
@@ -114,53 +120,62 @@ def from_json(data: Mapping[str, Any], kinds: Mapping[str, type[Law]], where: st
     return law(**values)
 
 
-def draw_summary(
-    draws: Mapping[str, np.ndarray], converged: np.ndarray, how: str
-) -> tuple[dict[str, np.ndarray], str, dict[str, tuple[float, float]], tuple[str, ...]]:
-    """(draws kept, how they were made, 95 % intervals, warnings); none where too few converged."""
-    good = int(np.sum(converged))
-    if good < max(MINIMUM_DRAWS, MINIMUM_CONVERGED * converged.size):
+class Resampled(NamedTuple):
+    """The fields of a law that its resampled fits fill."""
+
+    draws: Mapping[str, np.ndarray] = {}
+    resampling: str = ""
+    intervals: Mapping[str, tuple[float, float]] = {}
+    warnings: tuple[str, ...] = ()
+
+
+def resampled(draws: Mapping[str, np.ndarray], converged: np.ndarray, how: str) -> Resampled:
+    """The converged draws with their 95 % intervals; a warning alone where too few converged."""
+    count = int(np.sum(converged))
+    if count < max(MINIMUM_DRAWS, MINIMUM_CONVERGED * converged.size):
         warning = (
-            f"no interval: only {good} of {converged.size} resampled fits converged ({how}); the "
+            f"no interval: only {count} of {converged.size} resampled fits converged ({how}); the "
             "law is not identified by this table"
         )
-        return {}, "", {}, (warning,)
+        return Resampled(warnings=(warning,))
     kept = {name: np.asarray(values)[converged] for name, values in draws.items()}
-    spans = {name: resample.percentile_interval(values, 0.95) for name, values in kept.items()}
-    return kept, f"{how}, {good} of {converged.size} converged", spans, ()
+    intervals = {name: resample.percentile_interval(values) for name, values in kept.items()}
+    return Resampled(kept, f"{how}, {count} of {converged.size} converged", intervals)
 
 
-def require_determined(
-    what: str, names: Sequence[str], residual: engine.Residual, columns, found: engine.Solutions
-) -> None:
-    """Error unless the first draw converged and the rows tell its free parameters apart."""
-    if not np.all(np.isfinite(found.parameters[0])):
-        raise InputError(f"{what}: the fit has no finite result; the table does not determine it")
-    loose = [names[index] for index in engine.undetermined(residual, columns, found)]
-    if loose:
-        raise InputError(
-            f"{what}: the table does not determine {', '.join(loose)}: other values of them fit it "
-            "as well; add rows with other values of what they belong to (three of each at least)"
-        )
-    if not found.converged[0]:
-        raise InputError(
-            f"{what}: the fit did not converge (projected gradient {found.gradient[0]:.1e} of its "
-            "scale), so there is no result; the table does not determine this law"
-        )
+AnyLaw = TypeVar("AnyLaw", bound=Law)
 
 
-def require_spread(values, name: str, *, minimum: float = 1.02, instead: str = "") -> None:
-    """Error when a column hardly varies, so that nothing can be fitted to it."""
-    values = np.asarray(values, np.float64)
-    low, high = float(values.min()), float(values.max())
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        raise InputError(
-            f"the table has a single {name} ({low:g}), which determines no law; add rows with "
-            f"other values of it{instead}"
-        )
-    if low > 0 and high / low < minimum:
-        raise InputError(
-            f"{name} varies by only {100 * (high / low - 1):.2g} % ({low:g}..{high:g}), so its "
-            f"exponent is not determined; add rows with other values of {name}"
-            f"{instead}"
-        )
+def fitted(
+    law: type[AnyLaw],
+    name: str,
+    digest: str,
+    *,
+    constants: Mapping[str, float],
+    units: Mapping[str, str],
+    procedure: Mapping[str, Any],
+    columns: Mapping[str, np.ndarray],
+    draws: Resampled,
+    warnings: Sequence[str] = (),
+    diagnostics: Mapping[str, Any],
+) -> AnyLaw:
+    """The law of a table with that sha256; its fitted range is that of the table's `columns`."""
+    return law(
+        version=f"{name}-{digest[:8]}",
+        source=f"data sha256 {digest}",
+        constants={key: float(value) for key, value in constants.items()},
+        units=units,
+        procedure=procedure,
+        fitted_range={key: (float(v.min()), float(v.max())) for key, v in columns.items()},
+        draws=draws.draws,
+        resampling=draws.resampling,
+        intervals=draws.intervals,
+        warnings=(*draws.warnings, *warnings),
+        diagnostics=diagnostics,
+    )
+
+
+def require_choice(name: str, value: Any, valid: Collection[str]) -> None:
+    """Error unless the value is one of the valid ones."""
+    if value not in valid:
+        raise InputError(f"{name}={value!r} is unknown; use one of {', '.join(valid)}")

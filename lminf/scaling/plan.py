@@ -76,10 +76,6 @@ class Plan:
     replicates: int
 
     @property
-    def cells(self) -> int:
-        return len(self.groups) * len(self.sizes) * len(self.batches)
-
-    @property
     def flops(self) -> float:
         runs = len(self.sizes) * len(self.batches) * len(self.rates) * self.replicates
         return runs * sum(group.flops for group in self.groups)

@@ -5,11 +5,22 @@ independent gives intervals that are too narrow. Both are offered, the cluster o
 """
 
 import statistics
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from lminf.errors import InputError
+
+
+def cluster_ids(table: Any, cluster: str) -> Int[np.ndarray, " rows"]:
+    """The cluster of each row of a table: one of its CLUSTERS, each a column of ids, or "row"."""
+    valid = (*table.CLUSTERS, "row")
+    if cluster not in valid:
+        raise InputError(
+            f"cluster={cluster!r} is unknown for a {type(table).__name__}; use {', '.join(valid)}"
+        )
+    return np.arange(len(table)) if cluster == "row" else getattr(table, cluster)
 
 
 def bootstrap_weights(
@@ -26,22 +37,18 @@ def bootstrap_weights(
     return counts[:, member.ravel()].astype(np.float64)
 
 
-def percentile_interval(values: Float[np.ndarray, " draws"], level: float) -> tuple[float, float]:
-    tail = 50 * (1 - level)
-    low, high = np.percentile(np.asarray(values, np.float64), [tail, 100 - tail])
+def percentile_interval(values: Float[np.ndarray, " draws"]) -> tuple[float, float]:
+    """The 95 % interval of resampled values."""
+    low, high = np.percentile(np.asarray(values, np.float64), [2.5, 97.5])
     return float(low), float(high)
 
 
 def jackknife_interval(
-    point: float, left_out: Float[np.ndarray, " clusters"], level: float
+    point: float, left_out: Float[np.ndarray, " clusters"]
 ) -> tuple[float, float]:
-    """Normal interval from the delete-one-cluster estimates; wide when clusters are few."""
+    """Normal 95 % interval from the delete-one-cluster estimates; wide when clusters are few."""
     left_out = np.asarray(left_out, np.float64)
     count = left_out.size
     error = np.sqrt((count - 1) / count * np.sum((left_out - left_out.mean()) ** 2))
-    width = normal_quantile(0.5 + level / 2) * error
+    width = statistics.NormalDist().inv_cdf(0.975) * error
     return float(point - width), float(point + width)
-
-
-def normal_quantile(probability: float) -> float:
-    return statistics.NormalDist().inv_cdf(probability)

@@ -6,22 +6,20 @@ Fitted to all runs whose loss is within `threshold` of their group's best.
 Source: Li et al. 2025, arXiv:2503.04715.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from lminf import ranges
 from lminf.errors import InputError
 from lminf.ranges import Range
 from lminf.scaling import accounting, laws, resample
 from lminf.scaling.laws import Interval, Law
-from lminf.scaling.tables import StepTable
+from lminf.scaling.tables import StepTable, require_spread
 
-LR_NAMES = ("lr_ln_k", "lr_n", "lr_d")
-BATCH_NAMES = ("batch_ln_k", "batch_d")
 BOWL_EXCESS = 0.02  # cells of a group that its quadratic is fitted to
 BOWL_SCALE = 0.005
 
@@ -33,32 +31,23 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StepPowerLaw(Law):
+    """Peak learning rate and batch of a model's size and tokens."""
+
     kind = "step"
 
     def setting(self, *, n: float, d: float) -> Setting:
         """Learning rate and batch in tokens for N and D in raw units."""
         accounting.require_raw("n", n, "n")
         accounting.require_raw("d", d, "d")
-        lr, batch = self._at(self.constants, np.log(n), np.log(d))
+        lr, batch = _log_setting(self.constants, np.log(n), np.log(d))
         return Setting(float(np.exp(lr)), float(np.exp(batch)))
 
-    @staticmethod
-    def _at(constants: Mapping[str, Any], ln_n, ln_d):
-        lr = constants["lr_ln_k"] + constants["lr_n"] * ln_n + constants["lr_d"] * ln_d
-        batch = constants["batch_ln_k"] + constants["batch_d"] * ln_d
-        return lr, batch + constants["batch_n"] * ln_n
-
-    def interval(self, *, n: float, d: float, level: float = 0.95) -> dict[str, Interval]:
-        """Intervals of lr and batch (tokens) over the law's draws."""
-        if not self.draws:
-            reason = self.procedure.get("no_draws", "fit with draws > 0")
-            raise InputError(f"{self.version} carries no draws, so no interval: {reason}")
-        constants = {name: self.draws.get(name, v) for name, v in self.constants.items()}
+    def interval(self, *, n: float, d: float) -> dict[str, Interval]:
+        """95 % intervals of lr and batch (tokens) over the law's draws."""
+        settings = _log_setting(self.constant_draws(), np.log(n), np.log(d))
         return {
-            name: Interval(*resample.percentile_interval(np.exp(values), level), self.resampling)
-            for name, values in zip(
-                ("lr", "batch"), self._at(constants, np.log(n), np.log(d)), strict=True
-            )
+            name: self.percentiles(np.exp(values))
+            for name, values in zip(("lr", "batch"), settings, strict=True)
         }
 
     def excess(self, *, lr_factor: float, batch_factor: float) -> float:
@@ -70,6 +59,12 @@ class StepPowerLaw(Law):
         off = np.log2([lr_factor, batch_factor])
         matrix = np.array([[bowl["lr"], bowl["cross"]], [bowl["cross"], bowl["batch"]]])
         return float(0.5 * off @ matrix @ off)
+
+
+def _log_setting(constants: Mapping[str, Any], ln_n: float, ln_d: float) -> tuple[Any, Any]:
+    lr = constants["lr_ln_k"] + constants["lr_n"] * ln_n + constants["lr_d"] * ln_d
+    batch = constants["batch_ln_k"] + constants["batch_d"] * ln_d
+    return lr, batch + constants["batch_n"] * ln_n
 
 
 class Bowl(NamedTuple):
@@ -103,6 +98,12 @@ def fit_bowl(table: StepTable, group: int) -> Bowl | None:
     return Bowl(float(cx + step[0]), float(cy + step[1]), curvature)
 
 
+def fit_bowls(table: StepTable) -> dict[int, Bowl]:
+    """The bowl of every group that has one."""
+    bowls = {int(group): fit_bowl(table, int(group)) for group in np.unique(table.group)}
+    return {group: bowl for group, bowl in bowls.items() if bowl is not None}
+
+
 @dataclass(frozen=True)
 class StepLaw:
     """Procedure: threshold and what is regressed.
@@ -123,47 +124,37 @@ class StepLaw:
 
     def __post_init__(self):
         ranges.check(self)
-        for name, value, valid in (
-            ("estimator", self.estimator, ("ols", "reference")),
-            ("target", self.target, ("kept", "bowl")),
-            ("batch_n", self.batch_n, ("zero", "free")),
-        ):
-            if value not in valid:
-                raise InputError(f"step law: {name}={value!r} is unknown; use one of {valid}")
+        laws.require_choice("estimator", self.estimator, ("ols", "reference"))
+        laws.require_choice("target", self.target, ("kept", "bowl"))
+        laws.require_choice("batch_n", self.batch_n, ("zero", "free"))
 
     def kept(self, table: StepTable) -> dict[str, np.ndarray]:
         """Rows that are regressed: ln of N, D, lr, batch (tokens) and their group."""
-        if self.target == "bowl":
-            found = [(g, fit_bowl(table, g)) for g in np.unique(table.group)]
-            good = [(g, bowl) for g, bowl in found if bowl is not None]
-            if not good:
+        if self.target == "kept":
+            rows = np.flatnonzero(table.excess < self.threshold)
+            lr, batch = np.log(table.lr[rows]), np.log(table.batch[rows])
+        else:
+            bowls = fit_bowls(table)
+            if not bowls:
                 raise InputError(
                     "no group has a positive definite bowl of seven cells; use target='kept'"
                 )
-            first = [int(np.flatnonzero(table.group == g)[0]) for g, _ in good]
-            return {
-                "ln_n": np.log(table.n[first]),
-                "ln_d": np.log(table.d[first]),
-                "ln_lr": np.log(2) * np.array([bowl.log2_lr for _, bowl in good]),
-                "ln_batch": np.log(2) * np.array([bowl.log2_batch for _, bowl in good]),
-                "group": np.array([g for g, _ in good]),
-            }
-        near = table.excess < self.threshold
+            rows = np.array([np.flatnonzero(table.group == group)[0] for group in bowls])
+            lr = np.log(2) * np.array([bowl.log2_lr for bowl in bowls.values()])
+            batch = np.log(2) * np.array([bowl.log2_batch for bowl in bowls.values()])
         return {
-            "ln_n": np.log(table.n[near]),
-            "ln_d": np.log(table.d[near]),
-            "ln_lr": np.log(table.lr[near]),
-            "ln_batch": np.log(table.batch[near]),
-            "group": table.group[near],
-        }
+            "ln_n": np.log(table.n[rows]), "ln_d": np.log(table.d[rows]), "ln_lr": lr,
+            "ln_batch": batch, "group": table.group[rows],
+        }  # fmt: skip
 
     def fit(
         self, table: StepTable, *, draws: int = 1000, cluster: str = "group", seed: int = 0
     ) -> StepPowerLaw:
+        """The law of the table; InputError where the table does not determine it."""
         rows = self.kept(table)
-        laws.require_spread(table.d, "D")
+        require_spread(table.d, "D")
         if self.fix_n is None:
-            laws.require_spread(table.n, "N", instead=", or hold its exponent with --fix-n")
+            require_spread(table.n, "N", instead=", or hold its exponent with --fix-n")
         count = len(rows["ln_n"])
         point, sound = self._regress(rows, np.ones((1, count)))
         if not sound[0]:
@@ -171,105 +162,81 @@ class StepLaw:
                 f"N and D move together in the {count} kept rows, so their exponents cannot be "
                 "told apart; add groups or impose --fix-n"
             )
-        runs = np.bincount(table.group)
-        if runs.max() > 1 and table.excess.max() <= 1e-9:
+        if np.bincount(table.group).max() > 1 and table.excess.max() <= 1e-9:
             raise InputError(
                 "all runs of each group have one loss, so none is better than another; give the "
                 "measured losses"
             )
-        if cluster not in ("group", "row"):
-            raise InputError(f"cluster={cluster!r} is unknown for a step law; use group or row")
-        drawn, how, spans, notes, extra = {}, "", {}, (), {}
-        if draws:
-            names = {"group": rows["group"], "row": np.arange(count)}
-            samples = {
-                name: self._regress(rows, resample.bootstrap_weights(ids, draws=draws, seed=seed))
-                for name, ids in names.items()
-            }
-            for name, (values, good) in samples.items():
-                how_name = f"{draws} bootstrap draws over {name}s"
-                kept_draws, text, intervals, warnings = laws.draw_summary(values, good, how_name)
-                extra[f"{name}_intervals"] = intervals
-                extra[f"{name}_mean"] = {k: float(np.mean(v)) for k, v in kept_draws.items()}
-                if name == cluster:
-                    drawn, how, spans, notes = kept_draws, text, intervals, warnings
-        constants = {name: float(values[0]) for name, values in point.items()}
-        if self.estimator == "reference":
-            if not draws:
-                raise InputError("estimator='reference' averages bootstrap draws; give draws > 0")
-            constants = constants | extra["row_mean"]
-        bowls = [b for g in np.unique(table.group) if (b := fit_bowl(table, g)) is not None]
+        if self.estimator == "reference" and not draws:
+            raise InputError("estimator='reference' averages bootstrap draws; give draws > 0")
+        resample.cluster_ids(table, cluster)
+        constants = {name: values[0] for name, values in point.items()}
+        chosen, extra = laws.Resampled(), {}
+        for name in ("group", "row") if draws else ():
+            clusters = rows["group"] if name == "group" else np.arange(count)
+            weights = resample.bootstrap_weights(clusters, draws=draws, seed=seed)
+            sample = laws.resampled(
+                *self._regress(rows, weights), f"{draws} bootstrap draws over {name}s"
+            )
+            means = {key: float(np.mean(values)) for key, values in sample.draws.items()}
+            extra |= {f"{name}_intervals": sample.intervals, f"{name}_mean": means}
+            if name == cluster:
+                chosen = sample
+            if (name, self.estimator) == ("row", "reference"):
+                constants |= means
+        bowls = fit_bowls(table)
         if bowls:
-            middle = np.median([bowl.curvature for bowl in bowls], axis=0)
+            middle = np.median([bowl.curvature for bowl in bowls.values()], axis=0)
             extra["bowl"] = {
                 "lr": middle[0, 0], "batch": middle[1, 1], "cross": middle[0, 1],
                 "groups": len(bowls), "unit": "relative loss per factor of two, squared",
             }  # fmt: skip
-        return StepPowerLaw(
-            version=f"step-{self.estimator}-{table.digest[:8]}",
-            source=f"data sha256 {table.digest}",
+        return laws.fitted(
+            StepPowerLaw, f"step-{self.estimator}", table.digest,
             constants=constants,
             units={"N": "non-embedding parameters", "D": "tokens", "batch": "tokens", "lr": "peak"},
-            procedure={
-                "threshold": self.threshold,
-                "estimator": self.estimator,
-                "target": self.target,
-                "batch_n": self.batch_n,
-                "fix_n": self.fix_n,
-            },
-            fitted_range={
-                "n": (float(table.n.min()), float(table.n.max())),
-                "d": (float(table.d.min()), float(table.d.max())),
-            },
-            draws=drawn,
-            resampling=how,
-            intervals=spans,
-            warnings=notes,
+            procedure=vars(self),
+            columns={"n": table.n, "d": table.d},
+            draws=chosen,
             diagnostics={
                 "rows": len(table),
                 "kept": count,
                 "groups": int(np.unique(table.group).size),
                 **extra,
             },
+        )  # fmt: skip
+
+    def _regress(
+        self, rows: Mapping[str, np.ndarray], weights: Float[np.ndarray, "draws rows"]
+    ) -> tuple[dict[str, Float[np.ndarray, " draws"]], Bool[np.ndarray, " draws"]]:
+        """Constants of both regressions under each draw's weights, and which are sound."""
+        one, ln_n, ln_d = np.ones_like(rows["ln_n"]), rows["ln_n"], rows["ln_d"]
+        free_n = self.fix_n is None
+        target = rows["ln_lr"] - (0 if self.fix_n is None else self.fix_n * ln_n)
+        lr, lr_sound = _weighted_ols([one, ln_d] + [ln_n] * free_n, target, weights)
+        free_batch = self.batch_n == "free"
+        batch, batch_sound = _weighted_ols(
+            [one, ln_d] + [ln_n] * free_batch, rows["ln_batch"], weights
         )
-
-    def without_each_group(self, table: StepTable) -> Iterator[tuple[int, StepPowerLaw | None]]:
-        """(group, the law of the other groups' rows, None where they do not determine it)."""
-        rows = self.kept(table)
-        for group in np.unique(table.group):
-            values, sound = self._regress(rows, (rows["group"] != group).astype(float)[None])
-            law = StepPowerLaw(
-                version="refit", source="", units={}, procedure={}, fitted_range={},
-                constants={name: float(value[0]) for name, value in values.items()},
-            )  # fmt: skip
-            yield int(group), law if sound[0] else None
-
-    def _regress(self, rows, weights):
-        """Constants [draws] of both regressions under each draw's weights, and which are sound."""
-        one = np.ones_like(rows["ln_n"])
-        if self.fix_n is None:
-            lr, lr_sound = _weighted_ols(
-                np.stack([one, rows["ln_n"], rows["ln_d"]], axis=1), rows["ln_lr"], weights
-            )
-            k, n, d = lr.T
-        else:
-            lr, lr_sound = _weighted_ols(
-                np.stack([one, rows["ln_d"]], axis=1),
-                rows["ln_lr"] - self.fix_n * rows["ln_n"],
-                weights,
-            )
-            k, d = lr.T
-            n = np.full(len(weights), self.fix_n)
-        design = [one, rows["ln_d"]] + ([rows["ln_n"]] if self.batch_n == "free" else [])
-        batch, batch_sound = _weighted_ols(np.stack(design, axis=1), rows["ln_batch"], weights)
-        free = batch[:, 2] if self.batch_n == "free" else np.zeros(len(weights))
-        values = dict(zip(LR_NAMES, (k, n, d), strict=True))
-        values |= dict(zip(BATCH_NAMES, batch.T[:2], strict=True))
-        return values | {"batch_n": free}, lr_sound & batch_sound
+        constants = {
+            "lr_ln_k": lr[0],
+            "lr_n": lr[2] if free_n else np.full(len(weights), self.fix_n),
+            "lr_d": lr[1],
+            "batch_ln_k": batch[0],
+            "batch_d": batch[1],
+            "batch_n": batch[2] if free_batch else np.zeros(len(weights)),
+        }
+        return constants, lr_sound & batch_sound
 
 
-def _weighted_ols(design, target, weights):
-    """Coefficients [draws, terms] and whether each draw's design has full rank."""
+def _weighted_ols(
+    columns: list[Float[np.ndarray, " rows"]],
+    target: Float[np.ndarray, " rows"],
+    weights: Float[np.ndarray, "draws rows"],
+) -> tuple[Float[np.ndarray, "terms draws"], Bool[np.ndarray, " draws"]]:
+    """Coefficients of the columns, the first of them ones, and whether each draw's design has full
+    rank."""
+    design = np.stack(columns, axis=1)
     centre = design.mean(0)
     centre[0] = 0.0
     scale = np.where(np.ptp(design, axis=0) > 0, np.ptp(design, axis=0), 1.0)
@@ -278,6 +245,6 @@ def _weighted_ols(design, target, weights):
     right = np.einsum("bi,ij,i->bj", weights, scaled, target, optimize=True)
     sound = np.linalg.cond(matrix) < 1e8
     matrix[~sound] = np.eye(design.shape[1])
-    found = np.linalg.solve(matrix, right[..., None])[..., 0] / scale
-    found[:, 0] -= found[:, 1:] @ centre[1:]
-    return found, sound
+    coefficients = np.linalg.solve(matrix, right[..., None])[..., 0] / scale
+    coefficients[:, 0] -= coefficients[:, 1:] @ centre[1:]
+    return coefficients.T, sound

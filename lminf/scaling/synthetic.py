@@ -1,5 +1,7 @@
 """Small sweeps drawn from the published laws, for tiny runs that must work without data."""
 
+import dataclasses
+
 import numpy as np
 
 from lminf.scaling import fertility, published
@@ -23,12 +25,9 @@ def vocab_sweep(*, noise: float, seed: int, checkpoints: int = 8) -> VocabTable:
     ]
     size, width, n, tokens, factor = (np.array(column, float) for column in zip(*rows, strict=True))
     characters = tokens / fertility.PUBLISHED.tokens_per_character(size)
-    loss = factor * published.LOSS_TOKENS.loss(
-        n_nv=n, n_v=size * width, characters=characters, vocab_size=size, tokens=tokens
-    )
-    return VocabTable(
-        size, width, characters, n, 6 * (n + size * width) * tokens, loss, "synthetic"
-    )
+    flops = 6 * (n + size * width) * tokens
+    table = VocabTable(size, width, characters, n, flops, factor, "synthetic")
+    return dataclasses.replace(table, loss=factor * published.LOSS_TOKENS.loss(table))
 
 
 def step_grid(*, noise: float, seed: int) -> StepTable:

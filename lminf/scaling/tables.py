@@ -5,36 +5,80 @@ parameters, tokens, characters, FLOPs, batch in tokens, loss in nats per token.
 """
 
 import csv
+import dataclasses
 import hashlib
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from lminf.errors import InputError
-from lminf.scaling import accounting
-from lminf.scaling.fertility import Fertility
+from lminf.scaling import accounting, laws
+from lminf.scaling.fertility import PUBLISHED, Fertility
 
-VOCAB_COLUMNS = (
-    "vocab_size",
-    "embed_dim",
-    "num_characters",
-    "Non_vocab_parameters",
-    "FLOPs",
-    "Lossu",
-)
-STEP_COLUMNS = ("h", "numl", "lr", "bs", "ti", "smooth loss", "D", "N")
-CHINCHILLA_COLUMNS = ("N", "D", "loss")
-DENSITY_COLUMNS = ("N", "D", "loss", "score")
+# Columns of the files: lowest and highest value, and what it is.
+Schema = Mapping[str, tuple[float, float, str]]
+VOCAB_COLUMNS: Schema = {
+    "vocab_size": (16, 1e7, "a vocabulary size (entries)"),
+    "embed_dim": (8, 1e6, "an embedding width (channels)"),
+    "num_characters": (1e3, 1e17, "training characters"),
+    "Non_vocab_parameters": (1e4, 1e14, "non-vocabulary parameters"),
+    "FLOPs": (1e6, 1e32, "training FLOPs"),
+    "Lossu": (-30, 30, "a unigram-normalised loss (nats per token)"),
+}
+STEP_COLUMNS: Schema = {
+    "h": (8, 1e6, "a width (channels)"),
+    "numl": (1, 1e4, "a number of layers"),
+    "lr": (1e-8, 1.0, "a peak learning rate"),
+    "bs": (1, 1e6, "a batch in sequences"),
+    "ti": (1, 1e9, "a number of steps"),
+    "smooth loss": (1e-3, 30, "a loss (nats per token)"),
+    "D": (1e3, 1e17, "training tokens"),  # checked by bs and ti too
+    "N": (1e4, 1e14, "non-embedding parameters"),
+}
+STEP_EXTRA_COLUMNS: Schema = {
+    "seq_len": (1, 1e8, "a sequence length (tokens)"),
+    "Na": (1e4, 1e14, "active parameters"),
+    "ffnh": (1, 1e7, "a width of the MLP (channels)"),
+}
+CHINCHILLA_COLUMNS: Schema = {
+    "N": (1e4, 1e14, "parameters"),
+    "D": (1e5, 1e17, "training tokens"),
+    "loss": (1e-6, 100, "a loss (nats per token)"),
+}
+DENSITY_COLUMNS: Schema = CHINCHILLA_COLUMNS | {"score": (-1e6, 1e6, "a benchmark's score")}
+RUN_COLUMN: Schema = {"run": (-np.inf, np.inf, "a number of a run")}
+LN_N_UNIT, LN_D_UNIT = np.log(1e6), np.log(1e9)  # parameters and tokens inside the fits
+
+
+class _Table:
+    """Columns of equal length, and what identifies the file."""
+
+    loss: Float[np.ndarray, " rows"]
+
+    def select(self, rows: np.ndarray) -> Self:
+        """The table of these rows alone, by a mask or their numbers."""
+        columns = {
+            item.name: getattr(self, item.name)[rows]
+            for item in dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
+            if isinstance(getattr(self, item.name), np.ndarray)
+        }
+        return dataclasses.replace(self, **columns)  # pyright: ignore[reportArgumentType]
+
+    def __len__(self) -> int:
+        return len(self.loss)
 
 
 @dataclass(frozen=True)
-class VocabTable:
+class VocabTable(_Table):
     """One row per checkpoint of a vocabulary sweep."""
 
+    CLUSTERS = ("run", "family")
     vocab_size: Float[np.ndarray, " rows"]
     width: Float[np.ndarray, " rows"]
     characters: Float[np.ndarray, " rows"]
@@ -53,6 +97,11 @@ class VocabTable:
         return self.flops / (6 * (self.n_nv + self.n_v))
 
     @property
+    def ranged(self) -> dict[str, np.ndarray]:
+        """The columns whose range is a law's fitted range."""
+        return {"n_nv": self.n_nv, "flops": self.flops, "vocab": self.vocab_size}
+
+    @property
     def family(self) -> Int[np.ndarray, " rows"]:
         return np.unique(self.n_nv, return_inverse=True)[1].astype(np.int64)
 
@@ -62,23 +111,12 @@ class VocabTable:
         keys = np.stack([self.n_nv, self.width, self.vocab_size], axis=1)
         return np.unique(keys, axis=0, return_inverse=True)[1].ravel().astype(np.int64)
 
-    def select(self, keep) -> "VocabTable":
-        return VocabTable(
-            *(
-                getattr(self, name)[keep]
-                for name in ("vocab_size", "width", "characters", "n_nv", "flops", "loss")
-            ),
-            digest=self.digest,
-        )
-
-    def __len__(self) -> int:
-        return len(self.loss)
-
 
 @dataclass(frozen=True)
-class StepTable:
+class StepTable(_Table):
     """One row per run of a learning rate x batch grid; a group shares (N, N_active, D)."""
 
+    CLUSTERS = ("group",)
     n: Float[np.ndarray, " rows"]
     n_active: Float[np.ndarray, " rows"]  # equals n for dense models
     d: Float[np.ndarray, " rows"]
@@ -102,22 +140,12 @@ class StepTable:
         np.minimum.at(best, group, self.loss)
         return self.loss / best[group] - 1
 
-    def select(self, keep) -> "StepTable":
-        arrays = ("n", "n_active", "d", "lr", "batch", "loss", "flops_per_token")
-        return StepTable(
-            *(getattr(self, name)[keep] for name in arrays),
-            seq_len=self.seq_len,
-            digest=self.digest,
-        )
-
-    def __len__(self) -> int:
-        return len(self.loss)
-
 
 @dataclass(frozen=True)
-class CurveTable:
+class CurveTable(_Table):
     """Losses of runs by size and tokens, for the Chinchilla and density laws."""
 
+    CLUSTERS = ("run",)
     n: Float[np.ndarray, " rows"]
     d: Float[np.ndarray, " rows"]
     loss: Float[np.ndarray, " rows"]
@@ -125,37 +153,62 @@ class CurveTable:
     run: Int[np.ndarray, " rows"]  # rows of one run share noise
     digest: str
 
-    def __len__(self) -> int:
-        return len(self.loss)
+    def log_columns(self) -> dict[str, Float[np.ndarray, " rows"]]:
+        """ln of N in 1e6, of D in 1e9 and of the loss: what the parametric losses are fitted to."""
+        return {
+            "ln_n": np.log(self.n) - LN_N_UNIT,
+            "ln_d": np.log(self.d) - LN_D_UNIT,
+            "ln_loss": np.log(self.loss),
+        }
+
+    def require_spread(self) -> None:
+        """Error unless N, D and the loss vary."""
+        require_spread(self.n, "N")
+        require_spread(self.d, "D")
+        require_spread(self.loss, "loss", minimum=1)
+
+
+def require_spread(
+    values: Float[np.ndarray, " rows"], name: str, *, minimum: float = 1.02, instead: str = ""
+) -> None:
+    """Error when a column hardly varies, so that nothing can be fitted to it."""
+    values = np.asarray(values, np.float64)
+    low, high = float(values.min()), float(values.max())
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        raise InputError(
+            f"the table has a single {name} ({low:g}), which determines no law; add rows with "
+            f"other values of it{instead}"
+        )
+    if low > 0 and high / low < minimum:
+        raise InputError(
+            f"{name} varies by only {100 * (high / low - 1):.2g} % ({low:g}..{high:g}), so its "
+            f"exponent is not determined; add rows with other values of {name}{instead}"
+        )
 
 
 # --- reading ------------------------------------------------------------------------------------
 
 
-def read_columns(path, needed: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str], str]:
-    """Needed columns as float64 (and the header), or an error that names column and row."""
-    file = Path(path)
+def read_columns(
+    path: Path | str, needed: Schema, optional: Schema | None = None
+) -> tuple[dict[str, np.ndarray], str]:
+    """(needed columns and those optional ones that there are, as float64; sha256 of the file), or
+    an error that names column and row; "line" is the row's number in the file."""
     try:
-        raw = file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give a CSV file") from error
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8; give a CSV file") from error
-    try:
-        rows = list(csv.reader(io.StringIO(text, newline=None)))
-    except csv.Error as error:
-        raise InputError(f"{path}: is no CSV file ({error})") from error
+        raw = Path(path).read_bytes()
+        rows = list(csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=None)))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read as a CSV file ({reason})") from error
     if not rows:
         raise InputError(f"{path}: the file is empty; a header with {', '.join(needed)} is needed")
     header = [name.strip() for name in rows[0]]
     missing = [name for name in needed if name not in header]
     if missing:
-        shown = ascii(", ".join(header))[1:-1]
+        names = ascii(", ".join(header))[1:-1]
         raise InputError(
             f"{path}: column {', '.join(map(repr, missing))} is missing; needed are "
-            f"{', '.join(needed)}, found {shown[:200] or 'nothing'}"
+            f"{', '.join(needed)}, found {names[:200] or 'nothing'}"
         )
     twice = [name for name in needed if header.count(name) > 1]
     if twice:
@@ -163,46 +216,45 @@ def read_columns(path, needed: tuple[str, ...]) -> tuple[dict[str, np.ndarray], 
     body = [(line, row) for line, row in enumerate(rows[1:], start=2) if row]
     if not body:
         raise InputError(f"{path}: there is a header but no row")
-    columns = {}
-    for name in needed:
-        at = header.index(name)
-        columns[name] = np.array([_number(path, line, name, row, at) for line, row in body])
-    columns["line"] = np.array([line for line, _ in body], np.float64)
-    return columns, header, hashlib.sha256(raw).hexdigest()
+    schema = dict(needed) | {
+        name: bounds for name, bounds in (optional or {}).items() if name in header
+    }
+    columns = {"line": np.array([line for line, _ in body], np.float64)}
+    for name in schema:
+        index = header.index(name)
+        columns[name] = np.array([_number(path, line, name, row, index) for line, row in body])
+    for name, (low, high, unit) in schema.items():
+        bad = np.flatnonzero((columns[name] < low) | (columns[name] > high))
+        if bad.size:
+            raise InputError(
+                f"{path}: row {body[bad[0]][0]}, column {name!r}: {columns[name][bad[0]]:g} cannot "
+                f"be {unit} (expected {low:g}..{high:g}); give raw values, not thousands, millions "
+                "or billions"
+            )
+    return columns, hashlib.sha256(raw).hexdigest()
 
 
-def _number(path, line: int, name: str, row: list[str], at: int) -> float:
-    if at >= len(row):
+def _number(path: Path | str, line: int, name: str, row: list[str], index: int) -> float:
+    if index >= len(row):
         raise InputError(
-            f"{path}: row {line} has {len(row)} fields, column {name!r} is number {at + 1}"
+            f"{path}: row {line} has {len(row)} fields, column {name!r} is number {index + 1}"
         )
     try:
-        value = float(row[at])
+        value = float(row[index])
     except ValueError:
         raise InputError(
-            f"{path}: row {line}, column {name!r}: {row[at][:40]!r} is no number"
+            f"{path}: row {line}, column {name!r}: {row[index][:40]!r} is no number"
         ) from None
     if not np.isfinite(value):
         raise InputError(
-            f"{path}: row {line}, column {name!r}: {row[at][:40]} is not finite; repair the row"
+            f"{path}: row {line}, column {name!r}: {row[index][:40]} is not finite; repair the row"
         )
     return value
 
 
-def _require(path, columns, name: str, low: float, high: float, unit: str) -> np.ndarray:
-    """The column, every value in [low, high]; else an error naming row, column and unit."""
-    values = columns[name]
-    bad = np.flatnonzero((values < low) | (values > high))
-    if bad.size:
-        row = int(columns["line"][bad[0]])
-        raise InputError(
-            f"{path}: row {row}, column {name!r}: {values[bad[0]]:g} cannot be {unit} "
-            f"(expected {low:g}..{high:g}); give raw values, not thousands, millions or billions"
-        )
-    return values
-
-
-def _require_consistent(path, columns, name: str, ratio: np.ndarray, formula: str) -> None:
+def _require_consistent(
+    path: Path | str, columns: dict[str, np.ndarray], name: str, ratio: np.ndarray, formula: str
+) -> None:
     """Error for the first row whose `ratio` (column over formula) is off by more than 5 %."""
     bad = np.flatnonzero(np.abs(ratio - 1) > 0.05)
     if bad.size:
@@ -214,33 +266,28 @@ def _require_consistent(path, columns, name: str, ratio: np.ndarray, formula: st
         )
 
 
-def read_vocab(path, fertility: Fertility, n_nv: str = "as_published") -> VocabTable:
+def read_vocab(
+    path: Path | str, *, fertility: Fertility = PUBLISHED, n_nv: str = "as_published"
+) -> VocabTable:
     """Vocabulary sweep of the schema of arXiv:2407.13623's data file.
 
     n_nv="from_shapes" replaces the file's parameter counts, which are nominal, by those of the
     published shapes, and rescales the FLOPs; tokens stay.
     """
-    columns, _, digest = read_columns(path, VOCAB_COLUMNS)
-    vocab = _require(path, columns, "vocab_size", 16, 1e7, "a vocabulary size (entries)")
-    width = _require(path, columns, "embed_dim", 8, 1e6, "an embedding width (channels)")
-    characters = _require(path, columns, "num_characters", 1e3, 1e17, "training characters")
-    params = _require(path, columns, "Non_vocab_parameters", 1e4, 1e14, "non-vocabulary parameters")
-    flops = _require(path, columns, "FLOPs", 1e6, 1e32, "training FLOPs")
-    loss = _require(path, columns, "Lossu", -30, 30, "a unigram-normalised loss (nats per token)")
-    expected = 6 * (params + vocab * width) * characters * fertility.tokens_per_character(vocab)
+    laws.require_choice("n_nv", n_nv, ("as_published", "from_shapes"))
+    columns, digest = read_columns(path, VOCAB_COLUMNS)
+    vocab, width, characters, parameters, flops, loss = (columns[name] for name in VOCAB_COLUMNS)
+    expected = 6 * (parameters + vocab * width) * characters
+    expected = expected * fertility.tokens_per_character(vocab)
     _require_consistent(
         path, columns, "FLOPs", flops / expected,
         f"6 (N_nv + V d) H f(V) with fertility {fertility.name!r}",
     )  # fmt: skip
-    table = VocabTable(vocab, width, characters, params, flops, loss, digest)
-    if n_nv == "as_published":
-        return table
-    if n_nv == "from_shapes":
-        return _from_shapes(path, table)
-    raise InputError(f"n_nv={n_nv!r} is unknown; use 'as_published' or 'from_shapes'")
+    table = VocabTable(vocab, width, characters, parameters, flops, loss, digest)
+    return _from_shapes(path, table) if n_nv == "from_shapes" else table
 
 
-def _from_shapes(path, table: VocabTable) -> VocabTable:
+def _from_shapes(path: Path | str, table: VocabTable) -> VocabTable:
     counts = np.empty_like(table.n_nv)
     for value in np.unique(table.n_nv):
         if int(value) not in accounting.SWEEP_SHAPES:
@@ -251,39 +298,25 @@ def _from_shapes(path, table: VocabTable) -> VocabTable:
         shape = accounting.SWEEP_SHAPES[int(value)]
         counts[table.n_nv == value] = accounting.block_parameters(*shape)
     flops = 6 * (counts + table.n_v) * table.tokens
-    return VocabTable(
-        table.vocab_size, table.width, table.characters, counts, flops, table.loss, table.digest
-    )
+    return dataclasses.replace(table, n_nv=counts, flops=flops)
 
 
-def read_step(path, seq_len: int) -> StepTable:
+def read_step(path: Path | str, *, seq_len: int = 2048) -> StepTable:
     """Learning rate x batch grid of the schema of arXiv:2503.04715, dense or mixture of experts.
 
     `seq_len` in tokens serves files without a seq_len column.
     """
-    columns, header, digest = read_columns(path, STEP_COLUMNS)
-    extra = [name for name in ("seq_len", "Na", "ffnh") if name in header]
-    more, _, _ = read_columns(path, tuple(extra)) if extra else ({}, None, None)
-    columns.update(more)
-    n = _require(path, columns, "N", 1e4, 1e14, "non-embedding parameters")
-    d = _require(path, columns, "D", 1e3, 1e17, "training tokens")  # checked by bs and ti too
-    lr = _require(path, columns, "lr", 1e-8, 1.0, "a peak learning rate")
-    sequences = _require(path, columns, "bs", 1, 1e6, "a batch in sequences")
-    steps = _require(path, columns, "ti", 1, 1e9, "a number of steps")
-    loss = _require(path, columns, "smooth loss", 1e-3, 30, "a loss (nats per token)")
-    layers = _require(path, columns, "numl", 1, 1e4, "a number of layers")
-    width = _require(path, columns, "h", 8, 1e6, "a width (channels)")
-    columns.setdefault("seq_len", np.full(len(n), float(seq_len)))
-    lengths = _require(path, columns, "seq_len", 1, 1e8, "a sequence length (tokens)")
+    columns, digest = read_columns(path, STEP_COLUMNS, STEP_EXTRA_COLUMNS)
+    width, layers, lr, sequences, steps, loss, d, n = (columns[name] for name in STEP_COLUMNS)
+    lengths = columns.get("seq_len", np.full(len(n), float(seq_len)))
     if np.unique(lengths).size > 1:
         raise InputError(f"{path}: column 'seq_len' has several values; give one file for each")
     _require_consistent(
         path, columns, "D", d / (sequences * lengths * steps), "bs x seq_len x ti (tokens)"
     )
-    active = _require(path, columns, "Na", 1e4, 1e14, "active parameters") if "Na" in columns else n
+    active = columns.get("Na", n)
     if "Na" not in columns and "ffnh" in columns:
-        hidden = _require(path, columns, "ffnh", 1, 1e7, "a width of the MLP (channels)")
-        shapes = accounting.block_parameters(layers, width, hidden)
+        shapes = accounting.block_parameters(layers, width, columns["ffnh"])
         _require_consistent(path, columns, "N", n / shapes, "numl (4 h^2 + 3 h ffnh)")
     per_token = accounting.flops_per_token(active, layers=layers, width=width, seq_len=lengths)
     return StepTable(
@@ -291,17 +324,12 @@ def read_step(path, seq_len: int) -> StepTable:
     )
 
 
-def read_curves(path, *, needs_score: bool) -> CurveTable:
+def read_curves(path: Path | str, *, needs_score: bool = False) -> CurveTable:
     """Runs by N, D (raw) and loss; an optional column `run` names runs that share noise."""
     needed = DENSITY_COLUMNS if needs_score else CHINCHILLA_COLUMNS
-    columns, header, digest = read_columns(path, needed)
-    n = _require(path, columns, "N", 1e4, 1e14, "parameters")
-    d = _require(path, columns, "D", 1e5, 1e17, "training tokens")
-    loss = _require(path, columns, "loss", 1e-6, 100, "a loss (nats per token)")
-    score = None
-    if needs_score:
-        score = _require(path, columns, "score", -1e6, 1e6, "a benchmark's score")
+    columns, digest = read_columns(path, needed, RUN_COLUMN)
+    n, d, loss = (columns[name] for name in CHINCHILLA_COLUMNS)
     run = np.arange(len(n))
-    if "run" in header:
-        run = np.unique(read_columns(path, ("run",))[0]["run"], return_inverse=True)[1]
-    return CurveTable(n, d, loss, score, run.astype(np.int64), digest)
+    if "run" in columns:
+        run = np.unique(columns["run"], return_inverse=True)[1].astype(np.int64)
+    return CurveTable(n, d, loss, columns.get("score"), run, digest)

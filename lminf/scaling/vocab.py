@@ -3,8 +3,9 @@
 N_nv and N_v in raw parameters, D in raw tokens, F in raw FLOPs = 6 (N_nv + N_v) D.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -15,7 +16,8 @@ from lminf.scaling import fertility as fertilities
 from lminf.scaling.fertility import Fertility
 from lminf.scaling.laws import Interval, Law
 
-Constants = Mapping[str, Float[np.ndarray, " draws"]]
+Draws = Float[np.ndarray, " draws"]
+Constants = Mapping[str, Draws]
 SMALLEST_VOCAB = 64.0
 
 
@@ -34,45 +36,58 @@ class Optimum:
     warnings: tuple[str, ...]
 
     def rounded(self, multiple: int) -> int:
-        return accounting.round_up(self.vocab_size, multiple)
+        """V rounded up to a multiple (entries)."""
+        return int(-(-self.vocab_size // multiple) * multiple)
 
 
 @dataclass(frozen=True, kw_only=True)
 class VocabLaw(Law):
     """Common to the three approaches; each says how N_v follows from its constants."""
 
-    def n_v(
-        self, constants: Constants, *, n_nv: float, width: float, flops
-    ) -> Float[np.ndarray, " draws"]:
+    ignores_budget: ClassVar[bool] = False
+
+    def require_optimum(self) -> None:
+        """Error where no query of the law has an optimum."""
+
+    def n_v(self, constants: Constants, *, n_nv: float, width: float, flops: Draws) -> Draws:
         """Optimal N_v for each draw of the constants; NaN where there is none."""
         raise NotImplementedError
 
-    def budget(self, constants: Constants, n_nv: float) -> Float[np.ndarray, " draws"]:
+    def budget(self, constants: Constants, n_nv: float) -> Draws:
         """Compute-optimal FLOPs of N_nv: the envelope's (N_nv / k)^(1 / alpha)."""
         return np.exp((np.log(n_nv) - constants["ln_k_nnv"]) / constants["alpha_nnv"])
 
     @property
     def fertility(self) -> Fertility:
+        """Tokens per character that the law was fitted with."""
         return fertilities.from_json(self.procedure["fertility"])
 
-    def _solve(self, constants: Constants, n_nv, width, flops, tokens):
-        """(N_v, flops) for each draw; a token budget is met at the optimum by iteration."""
+    def _solve(
+        self, constants: Constants, n_nv: float, d: float | None, flops: float | None,
+        tokens: float | None,
+    ) -> tuple[float, Draws, Draws]:  # fmt: skip
+        """(width, N_v, FLOPs) of a query, the latter two for each draw; a token budget is met at
+        the optimum by iteration."""
+        if flops is not None and tokens is not None:
+            raise InputError("flops and tokens were both given; a budget is one of them")
+        accounting.require_raw("n_nv", n_nv, "n_nv")
+        width = float(accounting.ladder_width(n_nv)) if d is None else float(d)
+        accounting.require_raw("d", width, "width")
+        shape = np.shape(constants["ln_k_nnv"])
         if tokens is None:
-            used = self.budget(constants, n_nv) if flops is None else flops
-            used = np.broadcast_to(np.asarray(used, float), np.shape(constants["ln_k_nnv"]))
-            return self.n_v(constants, n_nv=n_nv, width=width, flops=used), used
-        used = np.full(np.shape(constants["ln_k_nnv"]), 6 * 1.05 * n_nv * tokens)
-        n_v = used
+            if flops is not None:
+                accounting.require_raw("flops", flops, "flops")
+            used = self.budget(constants, n_nv) if flops is None else np.full(shape, float(flops))
+            return width, self.n_v(constants, n_nv=n_nv, width=width, flops=used), used
+        accounting.require_raw("tokens", tokens, "tokens")
+        used = n_v = np.full(shape, 6 * 1.05 * n_nv * tokens)
         for _ in range(60):  # N_v ~ F^0.4 and N_v < N_nv: contracts by 5 or more each time
             n_v = self.n_v(constants, n_nv=n_nv, width=width, flops=used)
             new = 6 * (n_nv + n_v) * tokens
             if np.nanmax(np.abs(new / used - 1), initial=0) < 1e-12:
                 break
             used = new
-        return n_v, used
-
-    def _point(self) -> Constants:
-        return {name: np.array([value]) for name, value in self.constants.items()}
+        return width, n_v, used
 
     def optimum(
         self,
@@ -84,64 +99,53 @@ class VocabLaw(Law):
     ) -> Optimum:
         """Optimal vocabulary. Width `d` from the published ladder and FLOPs compute-optimal if
         not given; `tokens` instead of `flops` fixes the training tokens at the optimum."""
-        n_nv, width = self._checked(n_nv, d, flops, tokens)
-        n_v, used = (float(x[0]) for x in self._solve(self._point(), n_nv, width, flops, tokens))
+        self.require_optimum()
+        constants = {name: np.array([value]) for name, value in self.constants.items()}
+        width, *solution = self._solve(constants, n_nv, d, flops, tokens)
+        n_v, used = (float(draws[0]) for draws in solution)
         if not np.isfinite(n_v):
             raise InputError(
                 f"{self.version}: no loss-optimal vocabulary exists between {SMALLEST_VOCAB:g} and "
                 f"{self.fertility.cap:g} at N_nv={n_nv:g}, F={used:.3g}"
             )
         vocab = n_v / width
-        seen = used / (6 * (n_nv + n_v))
+        trained = used / (6 * (n_nv + n_v))
         notes = [*self.warnings, *self.outside({"n_nv": n_nv, "flops": used, "vocab": vocab})]
+        if self.ignores_budget and (flops is not None or tokens is not None):
+            notes.append(
+                f"approach {self.procedure['approach']} knows no budget: its V is the "
+                "compute-optimal one for any"
+            )
         per_character = float(self.fertility.tokens_per_character(vocab))
         return Optimum(
-            vocab, n_v, n_nv, width, used, seen, seen / per_character, n_v / (n_nv + n_v),
-            tuple(notes),
+            vocab, n_v, float(n_nv), width, used, trained, trained / per_character,
+            n_v / (n_nv + n_v), tuple(notes),
         )  # fmt: skip
 
-    def optimum_draws(
-        self, *, n_nv, d=None, flops=None, tokens=None
-    ) -> Float[np.ndarray, " draws"]:
-        """Optimal V under each draw of the constants (NaN: that draw has none)."""
-        n_nv, width = self._checked(n_nv, d, flops, tokens)
-        constants = {
-            name: np.asarray(self.draws.get(name, value), float)
-            for name, value in self.constants.items()
-        }
-        count = max(np.size(value) for value in constants.values())
-        constants = {name: np.broadcast_to(value, (count,)) for name, value in constants.items()}
-        return self._solve(constants, n_nv, width, flops, tokens)[0] / width
-
-    def interval(self, *, n_nv, d=None, flops=None, tokens=None, level: float = 0.95) -> Interval:
-        """Percentile interval of the optimal V over the law's draws."""
-        if not self.draws:
-            reason = self.procedure.get("no_draws", "fit with draws > 0")
-            raise InputError(f"{self.version} carries no draws, so no interval: {reason}")
-        sizes = self.optimum_draws(n_nv=n_nv, d=d, flops=flops, tokens=tokens)
+    def interval(
+        self,
+        *,
+        n_nv: float,
+        d: float | None = None,
+        flops: float | None = None,
+        tokens: float | None = None,
+    ) -> Interval:
+        """95 % interval of the optimal V (entries) over the law's draws."""
+        width, n_v, _ = self._solve(self.constant_draws(), n_nv, d, flops, tokens)
+        sizes = n_v / width
         none = ~np.isfinite(sizes)
-        # A draw without optimum wants the smallest vocabulary: keep it as such.
-        low, high = resample.percentile_interval(np.where(none, SMALLEST_VOCAB, sizes), level)
+        # The optimum of a draw that has none is taken to be the smallest vocabulary.
+        low, high = resample.percentile_interval(np.where(none, SMALLEST_VOCAB, sizes))
         note = f"; {none.sum()} of {none.size} draws have no optimum" if none.any() else ""
         return Interval(low, high, self.resampling + note)
 
-    def _checked(self, n_nv, d, flops, tokens):
-        if flops is not None and tokens is not None:
-            raise InputError("flops and tokens were both given; a budget is one of them")
-        if flops is not None:
-            accounting.require_raw("flops", flops, "flops")
-        if tokens is not None:
-            accounting.require_raw("tokens", tokens, "tokens")
-        n_nv = accounting.require_raw("n_nv", n_nv, "n_nv")
-        width = accounting.ladder_width(n_nv) if d is None else d
-        return n_nv, accounting.require_raw("d", float(width), "width")
 
-
-def bisect(function, low, high, steps: int = 80):
+def bisect(
+    function: Callable[[np.ndarray], np.ndarray], low: np.ndarray, high: np.ndarray
+) -> np.ndarray:
     """Root of an increasing function per draw in [low, high]; NaN where its sign is constant."""
-    low, high = np.array(low, float), np.array(high, float)
     valid = (function(low) < 0) & (function(high) > 0)
-    for _ in range(steps):
+    for _ in range(80):
         middle = 0.5 * (low + high)
         below = function(middle) < 0
         low, high = np.where(below, middle, low), np.where(below, high, middle)

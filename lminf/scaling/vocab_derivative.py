@@ -11,53 +11,50 @@ from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import ArrayLike
+from scipy import optimize
 
 from lminf import ranges
 from lminf.errors import InputError
 from lminf.ranges import Range
-from lminf.scaling import accounting, laws, surfaces, vocab, vocab_isoflop
+from lminf.scaling import accounting, laws, resample, surfaces, vocab, vocab_isoflop
 from lminf.scaling.fertility import Fertility
-from lminf.scaling.tables import VocabTable
+from lminf.scaling.tables import VocabTable, require_spread
+from lminf.scaling.vocab import Constants, Draws
 
 PUBLISHED_SIZES = (33e6, 85e6, 151e6, 302e6, 631e6, 1130e6, 2870e6)  # N_nv, parameters
 ANCHOR_FLOPS = 2.7e17
 ANCHOR_RANGE = 0.12  # the best size goes from 4096 to 10240 within +-12 % of the anchor budget
 
 
-def flops_slope(vocab_size, *, n_nv, width, fertility: Fertility):
-    """d/dV of (N_nv + V d) f(V): negative below the optimum, positive above."""
-    size = np.asarray(vocab_size, np.float64)
-    return (n_nv + size * width) * fertility.slope(size) + fertility.tokens_per_character(
-        size
-    ) * width
-
-
-def flops_root(n_nv, *, width, fertility: Fertility) -> Float[np.ndarray, " sizes"]:
+def flops_root(
+    n_nv: ArrayLike, *, width: ArrayLike, fertility: Fertility
+) -> Float[np.ndarray, " sizes"]:
     """V that minimises FLOPs at fixed text, in [64, the fertility's cap); NaN: no root."""
     n_nv, width = np.atleast_1d(np.asarray(n_nv, np.float64)), np.asarray(width, np.float64)
-    low = max(vocab.SMALLEST_VOCAB, 1.0)
-    cap = min(fertility.cap, 1e7)
+
+    def slope(log_v: np.ndarray) -> np.ndarray:
+        """d/dV of (N_nv + V d) f(V): negative below the optimum, positive above."""
+        size = np.exp(log_v)
+        per_character = fertility.tokens_per_character(size)
+        return (n_nv + size * width) * fertility.slope(size) + per_character * width
+
+    low, cap = vocab.SMALLEST_VOCAB, min(fertility.cap, 1e7)
     if fertility.kind == "table":
         low, cap = fertility.fitted_range
     inside = np.log(cap) - 1e-12  # at the cap itself f is constant and there is no root
-    found = vocab.bisect(
-        lambda log_v: flops_slope(np.exp(log_v), n_nv=n_nv, width=width, fertility=fertility),
-        np.full(n_nv.shape, np.log(low)),
-        np.full(n_nv.shape, inside),
-    )
-    return np.exp(found)
+    root = vocab.bisect(slope, np.full(n_nv.shape, np.log(low)), np.full(n_nv.shape, inside))
+    return np.exp(root)
 
 
-def fit_gamma(n_nv, n_v) -> float:
+def fit_gamma(n_nv: Float[np.ndarray, " sizes"], n_v: Float[np.ndarray, " sizes"]) -> float:
     """gamma of ln(N_v,i / N_v,0) = gamma ln(N_nv,i / N_nv,0), i > 0, by Huber(1e-3)."""
-    x, y = np.log(np.asarray(n_nv[1:]) / n_nv[0]), np.log(np.asarray(n_v[1:]) / n_v[0])
-    # One parameter and a convex objective whose derivative only rises: bisect it.
-    low, high = -5.0, 5.0
-    for _ in range(200):
-        middle = (low + high) / 2
-        rising = np.sum(x * np.clip(middle * x - y, -1e-3, 1e-3)) > 0
-        low, high = (low, middle) if rising else (middle, high)
-    return (low + high) / 2
+    x, y = np.log(n_nv[1:] / n_nv[0]), np.log(n_v[1:] / n_v[0])
+
+    def slope(gamma: float) -> float:  # of a convex objective, so it only rises
+        return float(np.sum(x * np.clip(gamma * x - y, -1e-3, 1e-3)))
+
+    return float(optimize.root_scalar(slope, bracket=(-5.0, 5.0), xtol=1e-14).root)
 
 
 def best_anchor(table: VocabTable, flops: float) -> tuple[float, float]:
@@ -73,8 +70,8 @@ def best_anchor(table: VocabTable, flops: float) -> tuple[float, float]:
         order = np.argsort(run.flops)
         if np.unique(run.flops).size < 3:
             continue
-        at = np.array([flops])
-        loss = float(surfaces.quadratic_spline(run.flops[order], run.loss[order], at)[0])
+        budget = np.array([flops])
+        loss = float(surfaces.quadratic_spline(run.flops[order], run.loss[order], budget)[0])
         best = min(best, (loss, float(size), float(size * run.width[0])))
     if not np.isfinite(best[1]):
         raise InputError(
@@ -89,18 +86,11 @@ class DerivativeLaw(vocab.VocabLaw):
     """N_v = N_v0 (N_nv / N_nv0)^gamma. It knows no budget: always the compute-optimal one."""
 
     kind = "vocab-derivative"
+    ignores_budget = True
 
-    def n_v(self, constants, *, n_nv, width, flops):
-        return np.exp(
-            constants["ln_n_v0"] + constants["gamma"] * (np.log(n_nv) - constants["ln_n_nv0"])
-        ) * np.ones_like(flops)
-
-    def optimum(self, *, n_nv, d=None, flops=None, tokens=None):
-        found = super().optimum(n_nv=n_nv, d=d, flops=flops, tokens=tokens)
-        if flops is None and tokens is None:
-            return found
-        note = "approach 2 knows no budget: its V is the compute-optimal one whatever was asked"
-        return vocab.Optimum(**{**vars(found), "warnings": (*found.warnings, note)})
+    def n_v(self, constants: Constants, *, n_nv: float, width: float, flops: Draws) -> Draws:
+        growth = constants["gamma"] * (np.log(n_nv) - constants["ln_n_nv0"])
+        return np.exp(constants["ln_n_v0"] + growth) * np.ones_like(flops)
 
 
 @dataclass(frozen=True)
@@ -113,12 +103,14 @@ class VocabLaw2:
     def __post_init__(self):
         ranges.check(self)
 
-    def roots(self, fertility: Fertility) -> Float[np.ndarray, "sizes"]:
+    def roots(self, fertility: Fertility) -> Float[np.ndarray, " sizes"]:
+        """V (entries) of least FLOPs for each of the sizes."""
         return flops_root(
             self.sizes, width=accounting.ladder_width(self.sizes), fertility=fertility
         )
 
     def gamma(self, fertility: Fertility, leave_out: int | None = None) -> float:
+        """Exponent of the roots, of all sizes or without one of them."""
         keep = [i for i in range(len(self.sizes)) if i != leave_out]
         sizes = np.asarray(self.sizes)[keep]
         roots = self.roots(fertility)[keep]
@@ -135,7 +127,7 @@ class VocabLaw2:
         *,
         fertility: Fertility,
         draws: int = 300,
-        cluster: str = "run",
+        cluster: str | None = None,
         seed: int = 0,
     ) -> DerivativeLaw:
         """gamma from the fertility alone, the anchor from the table's smallest family.
@@ -143,7 +135,12 @@ class VocabLaw2:
         Draws: anchor budgets within +-12 % times leaving one size out of the list. They show how
         fragile the anchor is; they are no sampling distribution.
         """
-        laws.require_spread(table.loss, "loss", minimum=1)
+        if cluster is not None:
+            raise InputError(
+                f"cluster={cluster!r}: approach 2 draws its anchor and its sizes and resamples no "
+                "rows; leave it out"
+            )
+        require_spread(table.loss, "loss", minimum=1)
         smallest = table.select(table.n_nv == table.n_nv.min())
         low, high = smallest.flops.min(), smallest.flops.max()
         if not low <= self.anchor_flops <= high:
@@ -152,16 +149,14 @@ class VocabLaw2:
                 f"family's {low:.3g}..{high:.3g}; give --anchor-flops inside it"
             )
         size, n_v0 = best_anchor(table, self.anchor_flops)
-        n_nv0 = float(self.sizes[0])
-        budget = budget_constant(table, fertility)
         constants = {
             "gamma": self.gamma(fertility),
             "ln_n_v0": float(np.log(n_v0)),
-            "ln_n_nv0": float(np.log(n_nv0)),
-            "ln_k_nnv": budget,
+            "ln_n_nv0": float(np.log(self.sizes[0])),
+            "ln_k_nnv": budget_constant(table, fertility),
             "alpha_nnv": 0.5,
         }
-        drawn, how, spans = {}, "", {}
+        resampled = laws.Resampled()
         if draws:
             random = np.random.default_rng(seed)
             factors = random.uniform(1 - ANCHOR_RANGE, 1 + ANCHOR_RANGE, draws)
@@ -169,15 +164,17 @@ class VocabLaw2:
             anchors = [np.log(best_anchor(table, self.anchor_flops * f)[1]) for f in grid]
             nearest = np.abs(factors[:, None] - grid).argmin(1)
             gammas = np.array([self.gamma(fertility, i) for i in range(1, len(self.sizes))])
-            drawn = {
+            values = {
                 "gamma": random.choice(gammas, draws),
                 "ln_n_v0": np.asarray(anchors)[nearest],
             }
-            how = f"{draws} draws of the anchor budget within 12 % and of the size list"
-            spans = {name: vocab.resample.percentile_interval(v, 0.95) for name, v in drawn.items()}
-        return DerivativeLaw(
-            version=f"derivative-{table.digest[:8]}",
-            source=f"data sha256 {table.digest}",
+            resampled = laws.Resampled(
+                values,
+                f"{draws} draws of the anchor budget within 12 % and of the size list",
+                {name: resample.percentile_interval(v) for name, v in values.items()},
+            )
+        return laws.fitted(
+            DerivativeLaw, "derivative", table.digest,
             constants=constants,
             units={"N_nv, N_v": "parameters", "F": "FLOPs"},
             procedure={
@@ -187,20 +184,18 @@ class VocabLaw2:
                 "anchor_vocab": size,
                 "fertility": fertility.to_json(),
             },
-            fitted_range=vocab_isoflop.fitted_range(table),
-            draws=drawn,
-            resampling=how,
-            intervals=spans,
-        )
+            columns=table.ranged,
+            draws=resampled,
+            diagnostics={},
+        )  # fmt: skip
 
 
 def budget_constant(table: VocabTable, fertility: Fertility) -> float:
     """ln k of N_nv = k F^0.5 on the table's envelope (approach 1, Huber): the default budget."""
-    kept = vocab_isoflop.VocabLaw1().envelope(table, fertility, np.ones(len(table), bool))
-    x, y, weights = vocab_isoflop._stack([kept])
-    k, _, converged, _ = vocab_isoflop.fit_lines(
-        x[:1], y[:1], weights[:1], np.array([0.5]), "huber"
-    )
+    densifier = vocab_isoflop.Densifier(table, fertility, converged=False)
+    kept = vocab_isoflop.kept_points(table, np.ones(len(table), bool), densifier)
+    of_n_nv = vocab_isoflop.LogPoints(*(part[:1] for part in vocab_isoflop.log_points([kept])))
+    k, _, converged, _ = vocab_isoflop.fit_lines(of_n_nv, np.array([0.5]), "huber")
     if not converged[0]:
         raise InputError("the compute-optimal budget: the fit of the envelope did not converge")
     return float(k[0])

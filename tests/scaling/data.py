@@ -8,7 +8,7 @@ import pytest
 
 from lminf import scaling
 from lminf.scaling import fertility
-from lminf.scaling.tables import CurveTable, StepTable, VocabTable
+from lminf.scaling.tables import CurveTable, StepTable, VocabTable, read_columns
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 VOCAB = SHARED / "scaling_vocab" / "exp_data.csv"
@@ -21,6 +21,11 @@ def shared(path: Path) -> Path:
     if not path.exists():
         pytest.skip(f"{path.name} is absent: expected at ../shared/data/{path.relative_to(SHARED)}")
     return path
+
+
+def columns(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Those columns of a shared file, whatever their values."""
+    return read_columns(shared(path), dict.fromkeys(names, (-np.inf, np.inf, "")))[0]
 
 
 # The specification's recomputed values are of fewer rows than the files now hold: without the

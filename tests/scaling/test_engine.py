@@ -7,15 +7,15 @@ import pytest
 from scipy import optimize
 
 from lminf import scaling
-from lminf.scaling import chinchilla, density, engine, resample, vocab_loss
-from lminf.scaling.vocab_isoflop import fit_lines, line_residual
+from lminf.scaling import chinchilla, density, engine, fertility, resample, vocab_loss
+from lminf.scaling.vocab_isoflop import LogPoints, fit_lines, line_residual
 from tests.scaling import data
 
 
 def small_columns():
     table = data.synthetic_vocab(0.01, 0)
     return vocab_loss.VocabLaw3("tokens").columns(
-        table.select(np.arange(0, len(table), 37)), scaling._fertility.PUBLISHED
+        table.select(np.arange(0, len(table), 37)), fertility.PUBLISHED
     )
 
 
@@ -67,7 +67,9 @@ def test_huber_lines_equal_scipy():
     random = np.random.default_rng(1)
     x = random.normal(size=(3, 40)) + 20
     y = 0.4 * x + 1 + 0.1 * random.standard_t(2, size=x.shape)
-    k, alpha, converged, objective = fit_lines(x, y, np.ones_like(x), np.full(3, np.nan), "huber")
+    k, alpha, converged, objective = fit_lines(
+        LogPoints(x, y, np.ones_like(x)), np.full(3, np.nan), "huber"
+    )
     assert converged.all()
     for i in range(3):
 
@@ -84,7 +86,7 @@ def test_huber_lines_equal_scipy():
 
 def test_the_rest_of_the_process_stays_in_single_precision():
     x = np.tile(np.arange(40.0), (3, 1))
-    fit_lines(x, x, np.ones_like(x), np.full(3, np.nan), "huber")
+    fit_lines(LogPoints(x, x, np.ones_like(x)), np.full(3, np.nan), "huber")
     assert jnp.ones(2).dtype == jnp.float32
 
 
@@ -99,7 +101,7 @@ def test_bootstrap_weights_keep_clusters_together():
 def test_approach_3_equals_scipy_from_many_starts():
     table = data.synthetic_vocab(0.01, 3)
     procedure = vocab_loss.VocabLaw3("tokens", flops_limit=0.0)
-    columns = procedure.columns(table, scaling._fertility.PUBLISHED)
+    columns = procedure.columns(table, fertility.PUBLISHED)
     law = scaling.fit(procedure, table, draws=0)
 
     def huber(theta):
@@ -122,7 +124,7 @@ def test_dropping_starts_early_loses_no_optimum():
     table = data.vocab_table()
     procedure = vocab_loss.VocabLaw3("tokens", bounds="wide")
     kept = procedure.used(table)
-    columns = procedure.columns(kept, scaling._fertility.PUBLISHED)
+    columns = procedure.columns(kept, fertility.PUBLISHED)
     lower, upper = (np.array(b) for b in vocab_loss.BOUNDS["wide"])
     weights = resample.bootstrap_weights(kept.run, draws=4, seed=5)
     few, all_starts = (

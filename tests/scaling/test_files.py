@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 
 from lminf import scaling
-from lminf.scaling import checks, gap, rivals, validation
+from lminf.scaling import evidence, gap, rivals
 from lminf.scaling import fertility as fertilities
-from lminf.scaling import tables as files
 from lminf.scaling.steps import StepLaw
 from lminf.scaling.vocab_derivative import best_anchor
 from lminf.scaling.vocab_isoflop import VocabLaw1
 from lminf.scaling.vocab_loss import VocabLaw3
-from tests.scaling import data
+from tests.scaling import data, expected
 
 
 def failed(rows):
@@ -26,14 +25,14 @@ def test_flops_identity_holds_in_every_row():
 
 
 def test_parameter_counts_hold_in_every_row():
-    dense, _, _ = files.read_columns(data.shared(data.DENSE), checks.DENSE_SHAPE_COLUMNS)
-    moe, _, _ = files.read_columns(data.shared(data.MOE), checks.MOE_SHAPE_COLUMNS)
-    assert failed([checks.dense_shapes(dense), *checks.moe_shapes(moe)]) == []
+    dense = data.columns(data.DENSE, expected.DENSE_SHAPE_COLUMNS)
+    moe = data.columns(data.MOE, expected.MOE_SHAPE_COLUMNS)
+    assert failed([expected.dense_shapes(dense), *expected.moe_shapes(moe)]) == []
 
 
 def test_means_of_the_released_bootstrap_rows():
-    columns, _, _ = files.read_columns(data.shared(data.BOOTSTRAP), tuple(checks.STEP_BOOTSTRAP))
-    assert failed(checks.bootstrap_file(columns)) == []
+    columns = data.columns(data.BOOTSTRAP, tuple(expected.STEP_BOOTSTRAP))
+    assert failed(expected.bootstrap_file(columns)) == []
 
 
 @pytest.mark.parametrize(
@@ -79,6 +78,14 @@ def test_the_reference_selector_is_no_minimum():
     assert abs(reference.constants["alpha_nv"] - least_squares) < 0.01
 
 
+@pytest.mark.slow
+def test_the_reference_selector_gives_the_published_line():
+    law = scaling.fit(VocabLaw1("reference"), data.whole_vocab_table(), draws=0)
+    assert law.constants["alpha_nv"] == pytest.approx(0.41636, abs=1e-3)
+    assert law.constants["ln_k_nv"] == pytest.approx(-1.5890313, abs=2e-2)
+    assert law.constants["ln_k_nnv"] == pytest.approx(-2.4846510, abs=2e-3)
+
+
 def test_the_anchor_of_approach_2_moves_with_its_budget():
     table = data.vocab_table()
     best = [best_anchor(table, flops)[0] for flops in (2.5e17, 2.7e17, 3.0e17)]
@@ -86,16 +93,16 @@ def test_the_anchor_of_approach_2_moves_with_its_budget():
 
 
 @pytest.mark.parametrize(
-    ("mode", "expected", "beta"),
+    ("mode", "constants", "beta"),
     [
         pytest.param("reference", (2.44, 0.21, 2.10, 5.25), 0.583, marks=pytest.mark.slow),
         pytest.param("tokens", (2.51, 0.06, 1.13, 5.26), 0.570, marks=pytest.mark.slow),
     ],
 )
-def test_approach_3_within_bounds(mode, expected, beta):
+def test_approach_3_within_bounds(mode, constants, beta):
     law = scaling.fit(VocabLaw3(mode), data.vocab_table(), draws=0)
     found = [np.exp(law.constants[name]) for name in ("ln_A1", "ln_A2", "ln_B", "ln_E")]
-    np.testing.assert_allclose(found, expected, atol=6e-3)
+    np.testing.assert_allclose(found, constants, atol=6e-3)
     assert law.constants["beta"] == pytest.approx(beta, abs=1e-3)
     assert law.diagnostics["on_bound"] == ["alpha2"]
     assert any("alpha2 is not identified" in note for note in law.warnings)
@@ -145,20 +152,20 @@ def test_step_law_refuses_to_fit_n_on_the_mixtures_of_experts():
 def test_gaps_on_the_dense_file():
     table = data.dense_table()
     rules = [rivals.rule(name) for name in ("step", "deepseek", "porian")]  # the others: slow
-    assert failed(checks._gaps(table, rules, checks.STEP_GAPS, "total", True)) == []
+    assert failed(expected.gaps(table, rules, expected.STEP_GAPS, "total")) == []
 
 
 @pytest.mark.slow
 def test_all_checks_on_all_files():
-    rows = [*checks.vocab_file(data.vocab_table()), *checks.step_file(data.dense_table())]
-    rows += checks.moe_file(scaling.read_step(data.shared(data.MOE)))
+    rows = [*expected.vocab_file(data.vocab_table()), *expected.step_file(data.dense_table())]
+    rows += expected.moe_file(scaling.read_step(data.shared(data.MOE)))
     assert len(rows) > 60
     assert failed(rows) == []
 
 
 @pytest.mark.slow
 def test_a_law_predicts_groups_that_it_never_saw():
-    rows = validation.leave_one_group_out(StepLaw(), data.dense_table())
+    rows = evidence.leave_one_group_out(StepLaw(), data.dense_table())
     assert np.mean([row["gap_per_mille"] for row in rows]) < 1.5
 
 

@@ -3,26 +3,33 @@
 import numpy as np
 import pytest
 
-from lminf.scaling import accounting, checks, chinchilla, fertility, losses, published, rivals
+from lminf.scaling import accounting, fertility, losses, published, rivals
+from tests.scaling import expected
 
 
 @pytest.mark.parametrize("number", ["1", "2", "4", "5"])
 def test_constants_give_the_published_values(number):
-    rows = [row for row in checks.constants() if row["check"] == number]
+    rows = [row for row in expected.constants() if row["check"] == number]
     assert rows
     assert [row for row in rows if not row["ok"]] == []
 
 
+def measured_pairs():
+    """(V, tokens per character) of the 24 published pairs."""
+    pairs = np.array(fertility.MEASURED.constants).reshape(24, 2)
+    assert pairs[0] == pytest.approx((1024, 0.09915 / 0.22326))
+    return pairs.T
+
+
 def test_fertility_power_law_fits_all_pairs_within_one_and_a_half_percent():
-    sizes, tokens = np.array(fertility.PUBLISHED_PAIRS).T
-    measured = tokens / fertility.PUBLISHED_CHARACTERS
+    sizes, measured = measured_pairs()
     fitted = fertility.POWERLAW.tokens_per_character(sizes)
     assert np.abs(fitted / measured - 1).max() < 0.0155
 
 
 def test_least_squares_on_the_pairs_is_not_the_published_parabola():
-    sizes, tokens = np.array(fertility.PUBLISHED_PAIRS).T
-    fit = np.polyfit(np.log(sizes), tokens / fertility.PUBLISHED_CHARACTERS, 2)
+    sizes, measured = measured_pairs()
+    fit = np.polyfit(np.log(sizes), measured, 2)
     np.testing.assert_allclose(fit, (0.00692627, -0.16992197, 1.26979104), rtol=2e-6)
 
 
@@ -96,7 +103,7 @@ def test_unigram_loss_is_zero_for_a_unigram_model():
 
 
 def test_chinchilla_exponents():
-    k = chinchilla.HOFFMANN.constants
+    k = published.HOFFMANN.constants
     assert k["beta"] / (k["alpha"] + k["beta"]) == pytest.approx(0.46, abs=5e-3)
-    assert chinchilla.HOFFMANN.optimum(flops=5.76e23).loss == pytest.approx(1.9150, abs=2e-4)
-    assert chinchilla.REFIT.optimum(flops=5.76e23).loss == pytest.approx(1.9744, abs=2e-4)
+    assert published.HOFFMANN.optimum(flops=5.76e23).loss == pytest.approx(1.9150, abs=2e-4)
+    assert published.REFIT.optimum(flops=5.76e23).loss == pytest.approx(1.9744, abs=2e-4)

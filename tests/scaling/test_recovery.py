@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lminf import scaling
-from lminf.scaling import chinchilla, density, engine, resample, vocab_loss
+from lminf.scaling import chinchilla, density, engine, fertility, resample, vocab_loss
 from tests.scaling import data
 
 DATASETS, DRAWS = 100, 200
@@ -14,7 +14,7 @@ REQUIRED = 90
 
 
 def interval(values):
-    return resample.percentile_interval(values, 0.95)
+    return resample.percentile_interval(values)
 
 
 def covered(truth, draws):
@@ -37,7 +37,7 @@ def test_the_vocabulary_law_is_recovered():
     results = []
     for seed in range(DATASETS):
         table = data.synthetic_vocab(0.01, seed, checkpoints=5)
-        columns = procedure.columns(table, scaling._fertility.PUBLISHED)
+        columns = procedure.columns(table, fertility.PUBLISHED)
         point = engine.minimise(
             vocab_loss.residual, columns, starts=vocab_loss.STARTS[::6], lower=lower, upper=upper,
             weights=np.ones((1, len(table))),
@@ -83,7 +83,7 @@ def test_the_chinchilla_law_is_recovered():
             chinchilla.residual, columns, starts=point.parameters, keep=1, **box,
             weights=resample.bootstrap_weights(table.run, draws=DRAWS, seed=seed),
         )  # fmt: skip
-        draws = chinchilla._raw(sample.parameters[sample.converged])
+        draws = chinchilla.raw_constants(sample.parameters[sample.converged])
         results.append(covered(data.CHINCHILLA_TRUTH, draws))
     assert_covered(results)
 

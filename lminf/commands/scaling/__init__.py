@@ -1,4 +1,4 @@
-"""lminf scaling: predict, fit, price and check scaling laws.
+"""lminf scaling: predict, fit and price scaling laws.
 
 predict vocab --n 7B [--width 4096] [--flops 2e22 | --tokens 1T] [--law a.json,...]
 predict step --n 1B --tokens 100B --seq-len 2048 [--law all]
@@ -8,7 +8,6 @@ gap step --data FILE --law step,deepseek [--method linear]
 loss vocab --law law.json --data FILE
 plan vocab|step [--flops 1e13] [--hours 0.25] [--out plan.py]
 collect vocab|step --runs DIR --out FILE.csv [--where corpus=library]
-check [--vocab FILE] [--step FILE] [--moe FILE] [--step-bootstrap FILE]
 
 `lminf scaling fit --help` and `lminf scaling predict vocab --help` list their flags.
 All quantities are raw: 3B, 3e9 and 3000000000 are the same number; 2^20 is read too.
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from lminf.commands.scaling import check, collect, fit, plan, predict_step, predict_vocab, price
+from lminf.commands.scaling import collect, fit, plan, predict_step, predict_vocab, price
 from lminf.commands.scaling._arguments import number, whole
 from lminf.errors import InputError
 from lminf.ranges import Range
@@ -32,7 +31,7 @@ from lminf.scaling import evidence, gap
 from lminf.scaling.vocab_isoflop import DENSIFY, SELECTORS
 from lminf.scaling.vocab_loss import BOUNDS, MODES
 
-VERBS = ("predict", "fit", "gap", "loss", "plan", "collect", "check")
+VERBS = ("predict", "fit", "gap", "loss", "plan", "collect")
 FLAGS: dict[str, dict[str, Any]] = {
     "n": {"type": number, "help": "parameters without the vocabulary's: 7B"},
     "width": {"type": number, "help": "channels of the embedding: 4096"},
@@ -81,10 +80,6 @@ FLAGS: dict[str, dict[str, Any]] = {
     "hours": {"type": number, "help": "hours on this machine, whose speed is measured"},
     "runs": {"help": "collect: folders of sweeps, separated by commas"},
     "where": {"help": "collect: only rows with field=value, separated by commas"},
-    "vocab": {"help": "check: vocabulary CSV"},
-    "step": {"help": "check: dense learning rate x batch CSV"},
-    "moe": {"help": "check: mixture-of-experts CSV"},
-    "step-bootstrap": {"help": "check: CSV of the released bootstrap constants"},
 }
 
 
@@ -237,5 +232,4 @@ ACTIONS: dict[tuple[str, str | None], Action] = {
     ("plan", "step"): (plan.plan, ("flops", "hours", "out"), ()),
     ("collect", "vocab"): (collect.collect, ("runs", "where", "out"), ("runs", "out")),
     ("collect", "step"): (collect.collect, ("runs", "where", "out"), ("runs", "out")),
-    ("check", None): (check.check, ("vocab", "step", "moe", "step-bootstrap"), ()),
 }  # fmt: skip

@@ -11,7 +11,7 @@ from lminf.commands.scaling._arguments import Row, fertility_of, options, resamp
 from lminf.errors import InputError
 from lminf.run import tables as show
 from lminf.run.progress import Progress, track
-from lminf.scaling import engine, evidence, validation
+from lminf.scaling import engine, evidence
 from lminf.scaling.laws import Law
 from lminf.scaling.steps import StepLaw
 from lminf.scaling.vocab_derivative import VocabLaw2
@@ -45,7 +45,7 @@ def vocab(args):
     sampling = resampling(args, 300, len(table))
     with shown(f"fit vocab, {len(table):,} rows"):
         law = scaling.fit(procedure, table, fertility=fertility, **sampling)
-        without = validation.leave_one_family_out(procedure, table, fertility=fertility)
+        without = evidence.leave_one_family_out(procedure, table, fertility=fertility)
     return _fitted(args, law, "left out: one family; V at N = 7e9", without)
 
 
@@ -82,9 +82,9 @@ def step(args):
     )  # fmt: skip
     sampling = resampling(args, 1000)
     law = scaling.fit(procedure, table, **sampling)
-    groups = min(np.unique(table.group).size, validation.MOST_GROUPS)
+    groups = min(np.unique(table.group).size, evidence.MOST_GROUPS)
     without = list(
-        track(validation.leave_one_group_out(procedure, table), total=groups,
+        track(evidence.leave_one_group_out(procedure, table), total=groups,
               label=f"fit step, {len(table):,} rows: leaving one group out", unit="groups")
     )  # fmt: skip
     gaps = [row["gap_per_mille"] for row in without if "gap_per_mille" in row]

@@ -28,7 +28,8 @@ def plan(args):
     seconds = planned.flops / speed / plans.SHARE
     factor = plans.interval(kind, planned.replicates)
     file = config_file(kind, planned)
-    runs = len(planned.sizes) * len(planned.batches) * len(planned.rates) * planned.replicates
+    cells = len(planned.sizes) * len(planned.batches)  # of a group
+    runs = cells * len(planned.rates) * planned.replicates
     rows = [
         {"layers": group.shape.layers, "width": group.shape.width, "N": group.shape.parameters,
          "D": group.tokens, "runs": runs, "FLOPs": f"{group.flops * runs:.3g}"}
@@ -63,7 +64,7 @@ def plan(args):
 
     def say(console):
         console.print(
-            f"{planned.cells} cells of {len(planned.rates)} rates "
+            f"{cells * len(planned.groups)} cells of {len(planned.rates)} rates "
             f"({', '.join(f'{rate:.2g}' for rate in planned.rates)}) each: vocabularies "
             f"{', '.join(map(str, planned.sizes))}, batches of "
             f"{', '.join(map(str, planned.batches))} sequences"

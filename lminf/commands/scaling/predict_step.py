@@ -7,6 +7,7 @@ from lminf.run import tables as show
 from lminf.scaling import (
     accounting,
     chinchilla,
+    published,
     rivals,
 )
 
@@ -18,7 +19,7 @@ def step(args):
     accounting.require_raw("seq-len", seq_len, "seq_len")
     loss, guessed = args.loss, False
     if loss is None:
-        loss, guessed = float(chinchilla.REFIT.loss(n=args.n, d=args.tokens)), True
+        loss, guessed = float(published.REFIT.loss(n=args.n, d=args.tokens)), True
     query = rivals.Query(args.n, args.tokens, loss, args.flops_per_token)
     rows = []
     for name in split_laws(args.law or "all"):
@@ -33,7 +34,7 @@ def step(args):
             "warnings": [],
         }
         if guessed and "loss" in rule.needs:
-            row["note"] += f"; loss {loss:.3f} predicted by {chinchilla.REFIT.version}, give --loss"
+            row["note"] += f"; loss {loss:.3f} predicted by {published.REFIT.version}, give --loss"
         if law is not None:
             spans = law.interval(n=args.n, d=args.tokens) if law.draws else {}
             row["intervals"] = {
@@ -109,7 +110,7 @@ def _pair(row, name, form) -> str:
 
 
 def chinchilla_shape(args):
-    laws = [chinchilla.HOFFMANN, chinchilla.REFIT]
+    laws = [published.HOFFMANN, published.REFIT]
     if args.law:
         laws = [load_kind(name, chinchilla.ChinchillaFit) for name in args.law.split(",")]
     rows = []

@@ -97,9 +97,9 @@ def _vocab_row(law: VocabLaw, query, multiple: int) -> Row:
         low, high, method = None, None, "none: the law was fitted without draws"
     costs = {}
     if isinstance(law, LossLaw):
-        at = {"n_nv": found.n_nv, "d": found.width, "flops": found.flops}
+        query = {"n_nv": found.n_nv, "width": found.width, "flops": found.flops}
         for what, factor in (("half of V", 0.5), ("twice V", 2.0)):
-            cost = evidence.mistake(law, vocab_size=factor * found.vocab_size, **at)
+            cost = evidence.mistake(law, vocab_size=factor * found.vocab_size, **query)
             costs[what] = cost._asdict()
     return {
         "law": law.version,

@@ -15,7 +15,7 @@ from lminf.run import tables as show
 from lminf.scaling import (
     gap,
 )
-from lminf.scaling.vocab_loss import LossLaw
+from lminf.scaling.vocab_loss import LossLaw, loss_of
 
 
 def gap_of_step_laws(args):
@@ -81,7 +81,7 @@ def loss_of_vocab_law(args):
     source = args.n_source or "as_published"
     fertility = fertility_of(args) if args.fertility else law.fertility
     table = scaling.read_vocab(args.data, fertility=fertility, n_nv=source)
-    predicted = law.table_loss(table)
+    predicted = law.loss(table)
     error = predicted - table.loss
     limit = float(law.procedure.get("flops_limit", 0.0))
     late = table.flops >= limit
@@ -98,7 +98,7 @@ def loss_of_vocab_law(args):
         "warnings": list(law.warnings),
     }
     if law.mode == "reference":
-        other = law._loss(law.constants, table.n_nv, table.n_v, table.tokens) - table.loss
+        other = loss_of(law.constants, table.n_nv, table.n_v, table.tokens) - table.loss
         summary["rmse_with_true_tokens"] = float(np.sqrt(np.mean(other**2)))
         summary["warnings"].append(
             "the loss uses the covariate that was fitted, H f(V/1000); the optimum of this mode "

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lminf import scaling
-from lminf.scaling import chinchilla, synthetic
+from lminf.scaling import published, synthetic
 from lminf.scaling.fertility import PUBLISHED
 from lminf.scaling.tables import STEP_COLUMNS, VOCAB_COLUMNS
 
@@ -31,7 +31,7 @@ def seeds(folder: Path) -> None:
     rows = (*shape, grid.lr, grid.batch / 2048, steps, grid.loss, grid.d, grid.n)
     _write(folder / "step.csv", STEP_COLUMNS, rows)
     n, d = (x.ravel() for x in np.meshgrid(np.geomspace(1e8, 1e10, 4), np.geomspace(1e9, 1e11, 4)))
-    loss = chinchilla.HOFFMANN.loss(n=n, d=d)
+    loss = published.HOFFMANN.loss(n=n, d=d)
     _write(folder / "chinchilla.csv", ("N", "D", "loss"), (n, d, loss))
     _write(folder / "density.csv", ("N", "D", "loss", "score"), (n, d, loss, 4 - loss))
 

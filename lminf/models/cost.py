@@ -21,7 +21,7 @@ def active_parameters(spec: ModelSpec) -> int:
     """Those of `parameters` that one token uses: not the experts that it does not go to."""
     if spec.moe is None:
         return parameters(spec)
-    idle = spec.moe.experts - spec.moe.per_token
+    idle = spec.moe.experts - spec.moe.top_k
     each = (3 if spec.mlp.gated else 2) * spec.width * spec.moe.hidden_dim
     return parameters(spec) - (spec.num_layers - spec.moe.dense_layers) * idle * each
 
@@ -34,7 +34,7 @@ def matmul_flops_per_token(spec: ModelSpec) -> int:
     hidden, routers = spec.num_layers * spec.mlp.hidden_dim, 0
     if spec.moe is not None:
         mixed = spec.num_layers - spec.moe.dense_layers
-        read = spec.moe.per_token * spec.moe.hidden_dim + spec.moe.shared_dim
+        read = spec.moe.top_k * spec.moe.hidden_dim + spec.moe.shared_dim
         hidden = spec.moe.dense_layers * spec.mlp.hidden_dim + mixed * read
         routers = mixed * spec.width * spec.moe.experts
     mlps = spec.width * hidden * (3 if spec.mlp.gated else 2)

@@ -54,11 +54,11 @@ AXES = {
     "layers/moe/down": ("layers", "expert", "mlp", "embed"),
 }
 
-# Over how many axes a product with a layer's matrix sums; they stand first, after the layers'.
-SUMMED = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w_gate": 1, "w_up": 1, "w_down": 1}
+# Of a layer's matrix, how many axes are contracted; they come first, after the axis of layers.
+CONTRACTED_AXES = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w_gate": 1, "w_up": 1, "w_down": 1}
 
 
-def product(
+def matmul(
     x: Float[Array, "B T *I"], w: Float[Array, "..."], *, contract: int = 1
 ) -> Float[Array, "B T *O"]:
     """x contracted with w over w's first `contract` axes: [B, T, *O].
@@ -71,14 +71,20 @@ def product(
     return out.reshape(*x.shape[:2], *w.shape[contract:])
 
 
-# Its backward computes again what lies between arguments and result. All that the scan over layers
-# keeps is zeroed, written and read: of a gated MLP two arrays of [B, T, F] instead of six.
-cheap = partial(jax.checkpoint, prevent_cse=False)
+# The backward recomputes what lies between arguments and result. Whatever the scan over layers
+# saves is zeroed, written and read: of a gated MLP two arrays of [B, T, F] instead of six.
+recompute = partial(jax.checkpoint, prevent_cse=False)
 
 
-def along(vector: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
+def broadcast_like(vector: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`vector` with leading axes of length 1, to be added to or multiplied with x."""
     return jax.lax.expand_dims(vector, range(x.ndim - vector.ndim))
+
+
+def add_bias(module: nn.Module, name: str, x: Float[Array, "B T *O"]) -> Float[Array, "B T *O"]:
+    """x plus the module's parameter `name` [*O], which is initialised to zero."""
+    bias = module.param(name, nn.initializers.zeros, x.shape[2:])
+    return x + broadcast_like(bias.astype(x.dtype), x)
 
 
 class Norm(nn.Module):
@@ -97,24 +103,24 @@ class Norm(nn.Module):
             if self.spec.kind == "layer":
                 y = y - y.mean(-1, keepdims=True)
             y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.spec.epsilon)
-            return y * along(scale.astype(jnp.float32) + offset, y)
+            return y * broadcast_like(scale.astype(jnp.float32) + offset, y)
 
-        y = cheap(scaled)(x, scale)
+        y = recompute(scaled)(x, scale)
         if self.spec.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.width,))
-            y = y + along(bias.astype(jnp.float32), y)
+            y = y + broadcast_like(bias.astype(jnp.float32), y)
         return y.astype(x.dtype)
 
 
-def unplaced(x: Float[Array, "..."], *axes: str | None) -> Float[Array, "..."]:
-    """x as it is. On a mesh, lminf.parallel says instead where an array with these axes lies."""
+def unconstrained(x: Float[Array, "..."], *axes: str | None) -> Float[Array, "..."]:
+    """x. On a mesh, lminf.parallel.partition.Constrain replaces this and shards x by its axes."""
     del axes
     return x
 
 
 class Attention(nn.Module):
     spec: ModelSpec
-    place: Any = unplaced
+    constrain: Any = unconstrained
 
     @nn.compact
     def __call__(self, x: Hidden, attend) -> tuple[Hidden, Any]:
@@ -126,72 +132,65 @@ class Attention(nn.Module):
         wk = self.param("wk", into, (s.width, s.num_kv_heads, s.head_dim))
         wv = self.param("wv", into, (s.width, s.num_kv_heads, s.head_dim))
         wo = self.param("wo", back, (s.num_heads, s.head_dim, s.width))
-        q, k, v = (product(x, w.astype(x.dtype)) for w in (wq, wk, wv))
+        q, k, v = (matmul(x, w.astype(x.dtype)) for w in (wq, wk, wv))
         if s.qkv_bias:
-            zeros = nn.initializers.zeros
-            q = q + along(self.param("bq", zeros, (s.num_heads, s.head_dim)).astype(x.dtype), q)
-            k = k + along(self.param("bk", zeros, (s.num_kv_heads, s.head_dim)).astype(x.dtype), k)
-            v = v + along(self.param("bv", zeros, (s.num_kv_heads, s.head_dim)).astype(x.dtype), v)
+            q, k, v = add_bias(self, "bq", q), add_bias(self, "bk", k), add_bias(self, "bv", v)
         if s.qkv_clip is not None:
             q, k, v = (jnp.clip(y, -s.qkv_clip, s.qkv_clip) for y in (q, k, v))
         if s.qk_norm:
             q = Norm(s.norm, s.head_dim, name="q_norm")(q)
             k = Norm(s.norm, s.head_dim, name="k_norm")(k)
-        q = self.place(q, "batch", "length", "heads", None)
-        k, v = (self.place(y, "batch", "length", "kv_heads", None) for y in (k, v))
+        q = self.constrain(q, "batch", "length", "heads", None)
+        k, v = (self.constrain(y, "batch", "length", "kv_heads", None) for y in (k, v))
         for name, value in (("q", q), ("k", k), ("v", v)):
             self.sow("intermediates", name, value)
         out, *rest = attend(q, k, v)
-        out = product(out, wo.astype(x.dtype), contract=2)
+        out = matmul(out, wo.astype(x.dtype), contract=2)
         if s.out_bias:
-            bias = self.param("bo", nn.initializers.zeros, (s.width,)).astype(x.dtype)
-            out = out + along(bias, out)
+            out = add_bias(self, "bo", out)
         return out, tuple(rest)
 
 
 class MLP(nn.Module):
     spec: MLPSpec
     width: int
-    place: Any = unplaced
+    constrain: Any = unconstrained
 
     @nn.compact
     def __call__(self, x: Hidden) -> Hidden:
         act, init = ACTIVATIONS[self.spec.activation], nn.initializers.lecun_normal()
         D, F = self.width, self.spec.hidden_dim
 
-        def weight(name, shape):
-            return self.param(name, init, shape).astype(x.dtype)
+        def project(x, name, size):
+            w = self.param(f"w_{name}", init, (x.shape[-1], size)).astype(x.dtype)
+            y = matmul(x, w)
+            return add_bias(self, f"b_{name}", y) if self.spec.bias else y
 
-        def bias(name, size):
-            if not self.spec.bias:
-                return jnp.zeros((), x.dtype)
-            return along(self.param(name, nn.initializers.zeros, (size,)).astype(x.dtype), x)
-
-        up = product(x, weight("w_up", (D, F))) + bias("b_up", F)
+        up = project(x, "up", F)
         if self.spec.gated:
-            gate = product(x, weight("w_gate", (D, F))) + bias("b_gate", F)
-            up = cheap(lambda gate, up: act(gate) * up)(gate, up)
+            gate = project(x, "gate", F)
+            up = recompute(lambda gate, up: act(gate) * up)(gate, up)
         else:
             up = act(up)
-        up = self.place(up, "batch", "length", "mlp")
-        return product(up, weight("w_down", (F, D))) + bias("b_down", D)
+        up = self.constrain(up, "batch", "length", "mlp")
+        return project(up, "down", D)
 
 
 class Block(nn.Module):
     """One layer. `attend(q, k, v)` returns the attention output first."""
 
     spec: ModelSpec
-    place: Any = unplaced
+    constrain: Any = unconstrained
 
     @nn.compact
     def __call__(self, x: Hidden, attend) -> tuple[Hidden, Any]:
         s = self.spec
-        attention = Attention(s, self.place, name="attention")
+        attention = Attention(s, self.constrain, name="attention")
         mlp = self.mlp()
 
         def norm(name):
-            read = Norm(s.norm, s.width, name=name)
-            return lambda y: self.place(read(y), "batch", "length", None)
+            module = Norm(s.norm, s.width, name=name)
+            return lambda y: self.constrain(module(y), "batch", "length", None)
 
         def post(name, y):
             if not s.post_norms:
@@ -199,18 +198,18 @@ class Block(nn.Module):
             return Norm(s.norm, s.width, name=name)(residual(y))
 
         def residual(y):
-            return self.place(y, "batch", "residual_length", None)
+            return self.constrain(y, "batch", "residual_length", None)
 
         normed = norm("attention_norm")(x)
-        seen, rest = attention(normed, attend)
-        seen = post("attention_post_norm", seen)
+        attn_out, rest = attention(normed, attend)
+        attn_out = post("attention_post_norm", attn_out)
         if s.residual == "sequential":
-            x = residual(x + seen)
+            x = residual(x + attn_out)
             x = residual(x + post("mlp_post_norm", mlp(norm("mlp_norm")(x))))
         else:
             shared = s.residual == "parallel_shared"
-            thought = mlp(normed if shared else norm("mlp_norm")(x))
-            x = residual(x + seen + post("mlp_post_norm", thought))
+            mlp_out = mlp(normed if shared else norm("mlp_norm")(x))
+            x = residual(x + attn_out + post("mlp_post_norm", mlp_out))
         self.sow("intermediates", "hidden", x)
         return x, rest
 
@@ -218,13 +217,13 @@ class Block(nn.Module):
         """The MLP, or the experts in its place."""
         s = self.spec
         if s.moe is None:
-            return MLP(s.mlp, s.width, self.place, name="mlp")
+            return MLP(s.mlp, s.width, self.constrain, name="mlp")
         act = ACTIVATIONS[s.mlp.activation]
-        experts = moe.Experts(s.moe, s.width, act, s.mlp.gated, self.place, name="moe")
+        experts = moe.Experts(s.moe, s.width, act, s.mlp.gated, self.constrain, name="moe")
         if not s.moe.shared_dim:
             return experts
         wide = dataclasses.replace(s.mlp, hidden_dim=s.moe.shared_dim)
-        shared = MLP(wide, s.width, self.place, name="shared")
+        shared = MLP(wide, s.width, self.constrain, name="shared")
         return lambda x: experts(x) + shared(x)
 
 
@@ -240,7 +239,7 @@ class Decoder(nn.Module):
     # device holds all of them.
     context_axis: str | None = None
     prefill: Any = attend.prefill  # how a text attends over itself
-    place: Any = unplaced  # where an array lies: place(x, *logical axes)
+    constrain: Any = unconstrained  # an array's sharding: constrain(x, *logical axes)
 
     @nn.compact
     def __call__(
@@ -265,10 +264,10 @@ class Decoder(nn.Module):
             for name, part in stages_of(s).items()
         }
         # Sliced by width it is gathered first: looked up in slices, every row would cross twice.
-        x = self.place(embed, "vocab", None)[tokens].astype(self.dtype) * jnp.asarray(
+        x = self.constrain(embed, "vocab", None)[tokens].astype(self.dtype) * jnp.asarray(
             s.embed_scale, self.dtype
         )
-        x = self.place(x, "batch", "residual_length", None)
+        x = self.constrain(x, "batch", "residual_length", None)
         if not s.tied:
             self.param("head", nn.initializers.normal(s.width**-0.5), (s.vocab_size, s.width))
         if s.head_bias:
@@ -281,7 +280,7 @@ class Decoder(nn.Module):
         x, caches, sown = self._run_layers(layers, x, positions, segments, caches, watched)
         for name, collected in sown.items():
             self.put_variable(name, "layers", collected)
-        x = self.place(Norm(s.norm, s.width, name="final_norm")(x), "batch", "length", None)
+        x = self.constrain(Norm(s.norm, s.width, name="final_norm")(x), "batch", "length", None)
         return x, None if caches is None else self._observed(caches, tokens, positions, x)
 
     def _observed(self, caches, tokens, positions, hidden):
@@ -373,7 +372,7 @@ class Decoder(nn.Module):
                 by_period = jax.tree.map(lambda w: w.reshape(-1, period, *w.shape[1:]), stacked)
             layer = jax.tree.map(itemgetter(slice(begin, begin + rounds)), layer_by_layer)
             (x, whole), (layer, sown) = jax.lax.scan(
-                partial(one_period, Block(part, self.place), stacked, begin),
+                partial(one_period, Block(part, self.constrain), stacked, begin),
                 (x, whole),
                 (by_period, jnp.arange(begin, begin + rounds, dtype=jnp.int32), layer),
             )
@@ -478,7 +477,7 @@ def logits(spec: ModelSpec, params: Params, hidden: Float[Array, "*B D"]) -> Flo
     head = head_of(params).astype(hidden.dtype)
     out = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
     if spec.head_bias:
-        out = out + along(params["head_bias"].astype(jnp.float32), out)
+        out = out + broadcast_like(params["head_bias"].astype(jnp.float32), out)
     if spec.final_soft_cap is not None:
         out = spec.final_soft_cap * jnp.tanh(out / spec.final_soft_cap)
     return out

@@ -87,7 +87,7 @@ class Program:
             dtype=self.dtype,
             remat=REMAT[self.remat],
             prefill=context.Sharded(self.mesh, self.strategy),
-            place=partition.Placed(self.mesh, self.strategy),
+            constrain=partition.Constrain(self.mesh, self.strategy),
         )
 
     # --- State ------------------------------------------------------------------------------------

@@ -12,13 +12,13 @@ from lminf.models.spec import ModelSpec
 
 
 def parameters(spec: ModelSpec) -> int:
-    """Numbers in the checkpoint; a tied head counts once."""
+    """The number of parameters; a tied head counts once."""
     shapes = jax.eval_shape(lambda: decoder.init(spec, key=jax.random.key(0)))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
 def active_parameters(spec: ModelSpec) -> int:
-    """Those of `parameters` that one token uses: not the experts that it does not go to."""
+    """The number of parameters that one token uses: all but the experts it is not sent to."""
     if spec.moe is None:
         return parameters(spec)
     idle = spec.moe.experts - spec.moe.top_k
@@ -69,9 +69,9 @@ def attended_tokens(policy: LayerPolicy) -> int | None:
 def cache_bytes(
     spec: ModelSpec, by_layer: Sequence[LayerPolicy], *, tokens: int, dtype=jnp.float32
 ) -> int:
-    """Keys, values and what else is held for one sequence of `tokens`, over all layers."""
+    """Bytes of keys, values and policy state of one sequence of `tokens`, over all layers."""
     caches = jax.eval_shape(
         lambda: decoder.init_caches(spec, by_layer, batch=1, capacity=tokens, dtype=dtype)
     )
-    held = jax.tree.leaves([stored.kv for stored in caches])
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in held)
+    arrays = jax.tree.leaves([layer.kv for layer in caches])
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)

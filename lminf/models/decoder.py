@@ -9,7 +9,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import flax.linen as nn
@@ -20,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from lminf.attention import attend, cache
 from lminf.attention.policy import FULL, LayerPolicy
 from lminf.attention.scores import ScoreConfig
-from lminf.models import moe
+from lminf.models import layer_scan, moe
 from lminf.models.spec import MLPSpec, ModelSpec, NormSpec
 from lminf.types import Hidden, Params, Positions, Tokens
 
@@ -124,7 +123,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Hidden, attend) -> tuple[Hidden, Any]:
-        """Output, and what else `attend(q, k, v)` returned beside its first result."""
+        """The output, and the keys and values that `attend(q, k, v)` returns beside its own."""
         s = self.spec
         into = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         back = nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
@@ -144,11 +143,11 @@ class Attention(nn.Module):
         k, v = (self.constrain(y, "batch", "length", "kv_heads", None) for y in (k, v))
         for name, value in (("q", q), ("k", k), ("v", v)):
             self.sow("intermediates", name, value)
-        out, *rest = attend(q, k, v)
+        out, kv = attend(q, k, v)
         out = matmul(out, wo.astype(x.dtype), contract=2)
         if s.out_bias:
             out = add_bias(self, "bo", out)
-        return out, tuple(rest)
+        return out, kv
 
 
 class MLP(nn.Module):
@@ -177,7 +176,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. `attend(q, k, v)` returns the attention output first."""
+    """One layer. `attend(q, k, v)` returns the attention output, and keys and values or None."""
 
     spec: ModelSpec
     constrain: Any = unconstrained
@@ -201,7 +200,7 @@ class Block(nn.Module):
             return self.constrain(y, "batch", "residual_length", None)
 
         normed = norm("attention_norm")(x)
-        attn_out, rest = attention(normed, attend)
+        attn_out, kv = attention(normed, attend)
         attn_out = post("attention_post_norm", attn_out)
         if s.residual == "sequential":
             x = residual(x + attn_out)
@@ -211,7 +210,7 @@ class Block(nn.Module):
             mlp_out = mlp(normed if shared else norm("mlp_norm")(x))
             x = residual(x + attn_out + post("mlp_post_norm", mlp_out))
         self.sow("intermediates", "hidden", x)
-        return x, rest
+        return x, kv
 
     def mlp(self):
         """The MLP, or the experts in its place."""
@@ -272,12 +271,12 @@ class Decoder(nn.Module):
             self.param("head", nn.initializers.normal(s.width**-0.5), (s.vocab_size, s.width))
         if s.head_bias:
             self.param("head_bias", nn.initializers.zeros, (s.vocab_size,))
-        watched = [
+        collections = [
             name
             for name in ("intermediates", moe.ROUTING)
             if self.is_mutable_collection(name) and not self.is_initializing()
         ]
-        x, caches, sown = self._run_layers(layers, x, positions, segments, caches, watched)
+        x, caches, sown = self._run_layers(layers, x, positions, segments, caches, collections)
         for name, collected in sown.items():
             self.put_variable(name, "layers", collected)
         x = self.constrain(Norm(s.norm, s.width, name="final_norm")(x), "batch", "length", None)
@@ -285,108 +284,62 @@ class Decoder(nn.Module):
 
     def _observed(self, caches, tokens, positions, hidden):
         """The caches, where their policies go by what the model made of the tokens."""
-        expected = partial(logits, self.spec, self.variables["params"])
+        head = partial(logits, self.spec, self.variables["params"])
         return tuple(
             policy.observe_hidden(
-                stored, tokens=tokens, positions=positions, hidden=hidden, logits=expected
+                layer, tokens=tokens, positions=positions, hidden=hidden, logits=head
             )
             if policy.needs_hidden
-            else stored
-            for policy, stored in zip(self.policies, caches, strict=False)  # caches: of one period
+            else layer
+            for policy, layer in zip(self.policies, caches, strict=False)  # caches: of one period
         )
 
-    def _run_layers(self, layers, x, positions, segments, caches, watched):
-        s, period = self.spec, period_of(self.policies)
-        config = score_config(s)
+    def _attentions(self, tokens, positions, segments, caches):
+        """How each layer of a period attends, and the positions that its cache then holds."""
+        config, options = score_config(self.spec), {
+            "context_axis": self.context_axis, "implementation": self.implementation,
+        }  # fmt: skip
+        policies = self.policies[: period_of(self.policies)]
         if caches is None:
-            attends = [
-                self.prefill(
-                    policy, config, positions, segments=segments,
-                    context_axis=self.context_axis, implementation=self.implementation,
-                )
-                for policy in self.policies[:period]
-            ]  # fmt: skip
-            pos = ()
-        else:
-            steps = [
-                attend.extend(
-                    policy, config, stored.layout, stored.pos, positions,
-                    context_axis=self.context_axis, implementation=self.implementation,
-                )
-                for policy, stored in zip(self.policies[:period], caches, strict=True)
-            ]  # fmt: skip
-            attends, pos = [step for step, _ in steps], [pos for _, pos in steps]
+            prefills = [
+                self.prefill(policy, config, positions, segments=segments, **options)
+                for policy in policies
+            ]
+            return [layer_scan.without_cache(prefill) for prefill in prefills], ()
+        extends = [
+            attend.extend(policy, config, layer.layout, layer.pos, positions, **options)
+            for policy, layer in zip(policies, caches, strict=True)
+        ]
+        attentions = [
+            layer_scan.with_cache(extend, layer, tokens)
+            for (extend, _), layer in zip(extends, caches, strict=True)
+        ]
+        return attentions, [new_positions for _, new_positions in extends]
 
-        def one_layer(x, params, attend_, stored, index, block) -> tuple[Hidden, Any, Any]:
-            def attended(q, k, v):
-                return (attend_(q, k, v),) if stored is None else attend_(q, k, v, stored, index)
+    def _run_layers(self, params, x, positions, segments, caches, collections):
+        """The hidden states after the layers, the caches and what was sown in `collections`."""
+        attentions, new_positions = self._attentions(x.shape[1], positions, segments, caches)
 
-            if watched:
-                (x, rest), sown = block.apply({"params": params}, x, attended, mutable=watched)
-                return x, rest, sown
-            x, rest = block.apply({"params": params}, x, attended)
-            return x, rest, {}
+        def run_layer(block, x, layer_params, attend_, kv, row) -> tuple[Hidden, Any, Any]:
+            def attend_layer(q, k, v):
+                return attend_(q, k, v, kv, row)
+
+            variables = {"params": layer_params}
+            if collections:
+                (x, kv), sown = block.apply(variables, x, attend_layer, mutable=collections)
+                return x, kv, sown
+            return *block.apply(variables, x, attend_layer), {}
 
         if self.remat is not None:
-            one_layer = jax.checkpoint(one_layer, policy=self.remat, static_argnums=(2, 5))
-
-        def weights_of(params, index, i, stacked):
-            if params is not None:  # sliced by the scan, which gradients need
-                return jax.tree.map(lambda leaf: leaf[i], params)
-            # Reshaped weights would be copied whole on every call: 425 MB a token in SmolLM2-135M.
-            return jax.tree.map(lambda w: w[index * period + i], stacked)
-
-        # One token is written into all layers' cache in place. A chunk that overwrites what it also
-        # reads would make XLA copy all layers in each of them: there the scan cuts each layer out.
-        held = [None if c is None else c.kv for c in caches or [None] * period]
-        cut = [x.shape[1] > 1 and not isinstance(c.layout, cache.LinearCache) for c in caches or ()]
-        cut = cut or [False] * period
-        whole = [None if now else kv for kv, now in zip(held, cut, strict=True)]
-        layer_by_layer = [kv if now else None for kv, now in zip(held, cut, strict=True)]
-
-        def one_period(block, stacked, begin, carry, scanned):
-            x, kept = carry
-            params, index, layer = scanned
-            kept, layer, sown = list(kept), list(layer), []
-            for i, attend_ in enumerate(attends):
-                stored, at = kept[i], index
-                if cut[i]:
-                    stored, at = jax.tree.map(lambda c: c[None], layer[i]), jnp.int32(0)
-                own = weights_of(params, index - begin, i, stacked)
-                x, rest, seen = one_layer(x, own, attend_, stored, at, block)
-                sown.append(seen)
-                if cut[i]:
-                    layer[i] = jax.tree.map(lambda c: c[0], rest[0])
-                elif stored is not None:
-                    kept[i] = rest[0]
-            return (x, kept), (layer, jax.tree.map(lambda *leaves: jnp.stack(leaves), *sown))
-
-        begin, cut_out, seen_in = 0, [], []
-        for name, part in stages_of(s).items():  # two scans where the first layers are dense
-            rounds, rest = divmod(part.num_layers, period)
-            if rest:
-                raise ValueError(f"{part.num_layers} {name} are no multiple of {period} policies")
-            stacked = layers[name]
-            by_period = None
-            if caches is None:
-                by_period = jax.tree.map(lambda w: w.reshape(-1, period, *w.shape[1:]), stacked)
-            layer = jax.tree.map(itemgetter(slice(begin, begin + rounds)), layer_by_layer)
-            (x, whole), (layer, sown) = jax.lax.scan(
-                partial(one_period, Block(part, self.constrain), stacked, begin),
-                (x, whole),
-                (by_period, jnp.arange(begin, begin + rounds, dtype=jnp.int32), layer),
-            )
-            cut_out.append(layer)
-            seen_in.append(jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), sown))
-            begin += rounds
-        layer_by_layer = joined(cut_out)
-        sown = {
-            name: joined([seen[name] for seen in seen_in if name in seen]) for name in seen_in[-1]
-        }
+            run_layer = jax.checkpoint(run_layer, policy=self.remat, static_argnums=(0, 3))
+        stages = [
+            (Block(stage, self.constrain), params[name])
+            for name, stage in stages_of(self.spec).items()
+        ]
+        x, kv, sown = layer_scan.scan_layers(run_layer, x, stages, attentions)
         if caches is not None:
-            stored = (one or other for one, other in zip(whole, layer_by_layer, strict=True))
             caches = tuple(
-                old.updated(kv, p) for kv, p, old in zip(stored, pos, caches, strict=True)
+                layer.updated(*new) for layer, *new in zip(caches, kv, new_positions, strict=True)
             )
         return x, caches, sown
 
@@ -402,13 +355,6 @@ def stages_of(spec: ModelSpec) -> dict[str, ModelSpec]:
         num_layers=spec.num_layers - first, windows=spec.windows[first:],
     )  # fmt: skip
     return {"first_layers": dense, "layers": mixed}
-
-
-def joined(parts: Sequence[Any]) -> Any:
-    """Trees of one structure, their arrays one after another along axis 0."""
-    if len(parts) == 1:
-        return parts[0]
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
 def score_config(spec: ModelSpec) -> ScoreConfig:
@@ -459,11 +405,13 @@ def prepare_decoding(
     length: int,
     room: int,
 ) -> tuple[cache.Cache, ...]:
-    """`attend.after_prompt` of every layer's cache. What it rotated wants `for_decoding` after."""
+    """Caches at the end of a prompt, by `attend.after_prompt`; what that rotates needs
+    `Cache.for_decoding` next.
+    """
     config = score_config(spec)
     return tuple(
-        attend.after_prompt(policy, config, stored, length=length, room=room)
-        for policy, stored in zip(by_layer, caches, strict=False)  # caches: of one period
+        attend.after_prompt(policy, config, layer, length=length, room=room)
+        for policy, layer in zip(by_layer, caches, strict=False)  # caches: of one period
     )
 
 
@@ -490,7 +438,7 @@ def init(spec: ModelSpec, *, key: jax.Array) -> Params:
     return Decoder(spec, by_layer).init(key, tokens, positions=tokens)["params"]
 
 
-def _init_layers(spec: ModelSpec, key):
+def _init_layers(spec: ModelSpec, key: jax.Array) -> Params:
     x = jnp.zeros((1, 1, spec.width))
-    each = jax.random.split(key, spec.num_layers)
-    return jax.vmap(lambda k: Block(spec).init(k, x, lambda q, k, v: (q,))["params"])(each)
+    keys = jax.random.split(key, spec.num_layers)
+    return jax.vmap(lambda k: Block(spec).init(k, x, lambda q, k, v: (q, None))["params"])(keys)

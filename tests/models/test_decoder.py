@@ -36,7 +36,8 @@ def said_out_loud(spec, params, by_layer, tokens, positions):
     for index, policy in enumerate(by_layer):
         layer = jax.tree.map(lambda w, index=index: w[index], params["layers"])
         dense = cases.reference(policy, decoder.score_config(spec), positions)
-        x, _ = decoder.Block(spec).apply({"params": layer}, x, lambda *qkv, f=dense: (f(*qkv),))
+        block = decoder.Block(spec)
+        x, _ = block.apply({"params": layer}, x, lambda *qkv, f=dense: (f(*qkv), None))
     final = decoder.Norm(spec.norm, spec.width)
     return final.apply({"params": params["final_norm"]}, x)
 

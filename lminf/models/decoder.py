@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from lminf.attention import attend, cache
 from lminf.attention.policy import FULL, LayerPolicy
 from lminf.attention.scores import ScoreConfig
-from lminf.models import layer_scan, moe
+from lminf.models import heads, layer_scan, moe
 from lminf.models.spec import MLPSpec, ModelSpec, NormSpec
 from lminf.types import Hidden, Params, Positions, Tokens
 
@@ -284,7 +284,7 @@ class Decoder(nn.Module):
 
     def _observed(self, caches, tokens, positions, hidden):
         """The caches, where their policies go by what the model made of the tokens."""
-        head = partial(logits, self.spec, self.variables["params"])
+        head = partial(heads.lm, self.spec, self.variables["params"])
         return tuple(
             policy.observe_hidden(
                 layer, tokens=tokens, positions=positions, hidden=hidden, logits=head
@@ -413,22 +413,6 @@ def prepare_decoding(
         attend.after_prompt(policy, config, layer, length=length, room=room)
         for policy, layer in zip(by_layer, caches, strict=False)  # caches: of one period
     )
-
-
-def head_of(params: Params) -> Float[Array, "V D"]:
-    """The classifier: the embedding where the model ties them."""
-    return params.get("head", params["embed"])
-
-
-def logits(spec: ModelSpec, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    """Next-token logits, float32."""
-    head = head_of(params).astype(hidden.dtype)
-    out = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
-    if spec.head_bias:
-        out = out + broadcast_like(params["head_bias"].astype(jnp.float32), out)
-    if spec.final_soft_cap is not None:
-        out = spec.final_soft_cap * jnp.tanh(out / spec.final_soft_cap)
-    return out
 
 
 def init(spec: ModelSpec, *, key: jax.Array) -> Params:

@@ -16,7 +16,7 @@ from lminf.attention.policy import (
     Streaming,
     Window,
 )
-from lminf.models import decoder
+from lminf.models import decoder, heads
 from tests.attention import cases
 from tests.models import specs
 
@@ -284,7 +284,7 @@ def test_logits_are_capped_biased_and_float32():
             expected += np.asarray(params["head_bias"])
         if spec.final_soft_cap:
             expected = spec.final_soft_cap * np.tanh(expected / spec.final_soft_cap)
-        found = cases.compiled(lambda p, h, spec=spec: decoder.logits(spec, p, h))(params, hidden)
+        found = cases.compiled(lambda p, h, spec=spec: heads.lm(spec, p, h))(params, hidden)
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, expected, atol=1e-5)
 

@@ -1,12 +1,11 @@
-"""A decoder-only transformer: tokens to hidden states. Heads are functions of hidden states.
+"""A transformer: tokens or embeddings to hidden states. Heads are functions of hidden states.
 
-Layers are one Block whose parameters are stacked on axis 0, scanned over. Which tokens a layer
-sees is not the model's business: every layer is handed the function that attends. A pattern of
-different policies (local and global layers in turn) makes the scan's step one period long.
+Layers are one Block whose parameters are stacked on axis 0 and scanned over (layer_scan.py). The
+model does not decide which tokens a layer sees: every layer is given the function that attends. A
+pattern of different policies (local and global layers in turn) makes one step of the scan a period.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -14,21 +13,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from lminf.attention import attend, cache
+from lminf.attention import attend, bidirectional, cache
 from lminf.attention.policy import FULL, LayerPolicy
 from lminf.attention.scores import ScoreConfig
-from lminf.models import heads, layer_scan, moe
-from lminf.models.spec import MLPSpec, ModelSpec, NormSpec
+from lminf.errors import InputError
+from lminf.models import heads, layer_scan, layers, moe
+from lminf.models.spec import ModelSpec
 from lminf.types import Hidden, Params, Positions, Tokens
 
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-}
 # Parameter path -> logical axes; lminf.parallel turns them into shardings.
 LAYERS = "(layers|first_layers)"
 AXES = {
@@ -57,177 +51,8 @@ AXES = {
 CONTRACTED_AXES = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w_gate": 1, "w_up": 1, "w_down": 1}
 
 
-def matmul(
-    x: Float[Array, "B T *I"], w: Float[Array, "..."], *, contract: int = 1
-) -> Float[Array, "B T *O"]:
-    """x contracted with w over w's first `contract` axes: [B, T, *O].
-
-    As one product of two matrices: with batch and time as separate axes, XLA's CPU backward of an
-    MLP takes three times as long.
-    """
-    inner = math.prod(w.shape[:contract])
-    out = x.reshape(-1, inner) @ w.reshape(inner, -1)
-    return out.reshape(*x.shape[:2], *w.shape[contract:])
-
-
-# The backward recomputes what lies between arguments and result. Whatever the scan over layers
-# saves is zeroed, written and read: of a gated MLP two arrays of [B, T, F] instead of six.
-recompute = partial(jax.checkpoint, prevent_cse=False)
-
-
-def broadcast_like(vector: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`vector` with leading axes of length 1, to be added to or multiplied with x."""
-    return jax.lax.expand_dims(vector, range(x.ndim - vector.ndim))
-
-
-def add_bias(module: nn.Module, name: str, x: Float[Array, "B T *O"]) -> Float[Array, "B T *O"]:
-    """x plus the module's parameter `name` [*O], which is initialised to zero."""
-    bias = module.param(name, nn.initializers.zeros, x.shape[2:])
-    return x + broadcast_like(bias.astype(x.dtype), x)
-
-
-class Norm(nn.Module):
-    """RMS or layer normalisation over the last axis, statistics in float32."""
-
-    spec: NormSpec
-    width: int
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        offset = self.spec.scale_offset
-        scale = self.param("scale", nn.initializers.constant(1.0 - offset), (self.width,))
-
-        def scaled(x, scale):
-            y = x.astype(jnp.float32)
-            if self.spec.kind == "layer":
-                y = y - y.mean(-1, keepdims=True)
-            y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.spec.epsilon)
-            return y * broadcast_like(scale.astype(jnp.float32) + offset, y)
-
-        y = recompute(scaled)(x, scale)
-        if self.spec.bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.width,))
-            y = y + broadcast_like(bias.astype(jnp.float32), y)
-        return y.astype(x.dtype)
-
-
-def unconstrained(x: Float[Array, "..."], *axes: str | None) -> Float[Array, "..."]:
-    """x. On a mesh, lminf.parallel.partition.Constrain replaces this and shards x by its axes."""
-    del axes
-    return x
-
-
-class Attention(nn.Module):
-    spec: ModelSpec
-    constrain: Any = unconstrained
-
-    @nn.compact
-    def __call__(self, x: Hidden, attend) -> tuple[Hidden, Any]:
-        """The output, and the keys and values that `attend(q, k, v)` returns beside its own."""
-        s = self.spec
-        into = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
-        back = nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
-        wq = self.param("wq", into, (s.width, s.num_heads, s.head_dim))
-        wk = self.param("wk", into, (s.width, s.num_kv_heads, s.head_dim))
-        wv = self.param("wv", into, (s.width, s.num_kv_heads, s.head_dim))
-        wo = self.param("wo", back, (s.num_heads, s.head_dim, s.width))
-        q, k, v = (matmul(x, w.astype(x.dtype)) for w in (wq, wk, wv))
-        if s.qkv_bias:
-            q, k, v = add_bias(self, "bq", q), add_bias(self, "bk", k), add_bias(self, "bv", v)
-        if s.qkv_clip is not None:
-            q, k, v = (jnp.clip(y, -s.qkv_clip, s.qkv_clip) for y in (q, k, v))
-        if s.qk_norm:
-            q = Norm(s.norm, s.head_dim, name="q_norm")(q)
-            k = Norm(s.norm, s.head_dim, name="k_norm")(k)
-        q = self.constrain(q, "batch", "length", "heads", None)
-        k, v = (self.constrain(y, "batch", "length", "kv_heads", None) for y in (k, v))
-        for name, value in (("q", q), ("k", k), ("v", v)):
-            self.sow("intermediates", name, value)
-        out, kv = attend(q, k, v)
-        out = matmul(out, wo.astype(x.dtype), contract=2)
-        if s.out_bias:
-            out = add_bias(self, "bo", out)
-        return out, kv
-
-
-class MLP(nn.Module):
-    spec: MLPSpec
-    width: int
-    constrain: Any = unconstrained
-
-    @nn.compact
-    def __call__(self, x: Hidden) -> Hidden:
-        act, init = ACTIVATIONS[self.spec.activation], nn.initializers.lecun_normal()
-        D, F = self.width, self.spec.hidden_dim
-
-        def project(x, name, size):
-            w = self.param(f"w_{name}", init, (x.shape[-1], size)).astype(x.dtype)
-            y = matmul(x, w)
-            return add_bias(self, f"b_{name}", y) if self.spec.bias else y
-
-        up = project(x, "up", F)
-        if self.spec.gated:
-            gate = project(x, "gate", F)
-            up = recompute(lambda gate, up: act(gate) * up)(gate, up)
-        else:
-            up = act(up)
-        up = self.constrain(up, "batch", "length", "mlp")
-        return project(up, "down", D)
-
-
-class Block(nn.Module):
-    """One layer. `attend(q, k, v)` returns the attention output, and keys and values or None."""
-
-    spec: ModelSpec
-    constrain: Any = unconstrained
-
-    @nn.compact
-    def __call__(self, x: Hidden, attend) -> tuple[Hidden, Any]:
-        s = self.spec
-        attention = Attention(s, self.constrain, name="attention")
-        mlp = self.mlp()
-
-        def norm(name):
-            module = Norm(s.norm, s.width, name=name)
-            return lambda y: self.constrain(module(y), "batch", "length", None)
-
-        def post(name, y):
-            if not s.post_norms:
-                return y
-            return Norm(s.norm, s.width, name=name)(residual(y))
-
-        def residual(y):
-            return self.constrain(y, "batch", "residual_length", None)
-
-        normed = norm("attention_norm")(x)
-        attn_out, kv = attention(normed, attend)
-        attn_out = post("attention_post_norm", attn_out)
-        if s.residual == "sequential":
-            x = residual(x + attn_out)
-            x = residual(x + post("mlp_post_norm", mlp(norm("mlp_norm")(x))))
-        else:
-            shared = s.residual == "parallel_shared"
-            mlp_out = mlp(normed if shared else norm("mlp_norm")(x))
-            x = residual(x + attn_out + post("mlp_post_norm", mlp_out))
-        self.sow("intermediates", "hidden", x)
-        return x, kv
-
-    def mlp(self):
-        """The MLP, or the experts in its place."""
-        s = self.spec
-        if s.moe is None:
-            return MLP(s.mlp, s.width, self.constrain, name="mlp")
-        act = ACTIVATIONS[s.mlp.activation]
-        experts = moe.Experts(s.moe, s.width, act, s.mlp.gated, self.constrain, name="moe")
-        if not s.moe.shared_dim:
-            return experts
-        wide = dataclasses.replace(s.mlp, hidden_dim=s.moe.shared_dim)
-        shared = MLP(wide, s.width, self.constrain, name="shared")
-        return lambda x: experts(x) + shared(x)
-
-
 class Decoder(nn.Module):
-    """Tokens to final hidden states [B, T, D], after the last norm."""
+    """Tokens or embeddings to final hidden states [B, T, D], after the last norm."""
 
     spec: ModelSpec
     policies: tuple[LayerPolicy, ...]  # [L]
@@ -238,35 +63,42 @@ class Decoder(nn.Module):
     # device holds all of them.
     context_axis: str | None = None
     prefill: Any = attend.prefill  # how a text attends over itself
-    constrain: Any = unconstrained  # an array's sharding: constrain(x, *logical axes)
+    constrain: Any = layers.unconstrained  # an array's sharding: constrain(x, *logical axes)
 
     @nn.compact
     def __call__(
         self,
-        tokens: Tokens,
+        tokens: Tokens | None = None,
         *,
+        embeds: Hidden | None = None,
         positions: Positions,
         segments: Int[Array, "B T"] | None = None,
         caches: tuple[cache.Cache, ...] | None = None,
+        bidirectional: bool = False,
     ) -> tuple[Hidden, tuple[cache.Cache, ...] | None]:
         """Hidden states, and the caches (one for each layer of a period) with these tokens in them.
 
-        Positions rise by one along each row (or segment); a row below 0 is padding. With
+        `embeds` replace the embeddings of tokens and are scaled as those are: `embed_tokens` of the
+        same tokens gives the same hidden states. Positions rise by one along each row (or segment);
+        tokens below 0 are padding. `bidirectional` lets every token see all tokens of its segment,
+        as an encoder does (lminf.attention.bidirectional says what memory that takes). With
         mutable=["intermediates"], `layers` holds what every layer computed: attention/q, k, v
         [L, B, T, heads, H] before rotation, and hidden [L, B, T, D] after it, each in a 1-tuple.
         With mutable=["routing"], what the routers of a mixture did: moe/balance, z, dropped [L].
         """
         s = self.spec
+        self._check_inputs(tokens, embeds, caches, bidirectional)
         embed = self.param("embed", nn.initializers.normal(s.width**-0.5), (s.vocab_size, s.width))
-        layers = {
+        stacked = {
             name: self.param(name, lambda key, part=part: _init_layers(part, key))
             for name, part in stages_of(s).items()
         }
-        # Sliced by width it is gathered first: looked up in slices, every row would cross twice.
-        x = self.constrain(embed, "vocab", None)[tokens].astype(self.dtype) * jnp.asarray(
-            s.embed_scale, self.dtype
-        )
-        x = self.constrain(x, "batch", "residual_length", None)
+        if embeds is None:
+            # A table that is sharded by width is gathered first: looked up in shards, every row
+            # would be sent twice.
+            table = {"embed": self.constrain(embed, "vocab", None)}
+            embeds = embed_tokens(s, table, tokens, dtype=self.dtype)
+        x = self.constrain(embeds.astype(self.dtype), "batch", "residual_length", None)
         if not s.tied:
             self.param("head", nn.initializers.normal(s.width**-0.5), (s.vocab_size, s.width))
         if s.head_bias:
@@ -276,14 +108,47 @@ class Decoder(nn.Module):
             for name in ("intermediates", moe.ROUTING)
             if self.is_mutable_collection(name) and not self.is_initializing()
         ]
-        x, caches, sown = self._run_layers(layers, x, positions, segments, caches, collections)
+        attentions, new_positions = self._attentions(
+            x.shape[1], positions, segments, caches, bidirectional
+        )
+        x, kv, sown = self._run_layers(stacked, x, attentions, collections)
         for name, collected in sown.items():
             self.put_variable(name, "layers", collected)
-        x = self.constrain(Norm(s.norm, s.width, name="final_norm")(x), "batch", "length", None)
-        return x, None if caches is None else self._observed(caches, tokens, positions, x)
+        x = self.constrain(
+            layers.Norm(s.norm, s.width, name="final_norm")(x), "batch", "length", None
+        )
+        if caches is None:
+            return x, None
+        updated = (
+            layer.updated(*new) for layer, *new in zip(caches, kv, new_positions, strict=True)
+        )
+        return x, self._observed(updated, tokens, positions, x)
+
+    def _check_inputs(self, tokens, embeds, caches, both_ways):
+        """Refuses inputs that have no meaning together."""
+        if (tokens is None) == (embeds is None):
+            raise InputError(
+                f"{'neither tokens nor' if tokens is None else 'both tokens and'} embeds are "
+                f"given; give one of the two"
+            )
+        observing = [policy.name for policy in self.policies if policy.needs_hidden]
+        if tokens is None and caches is not None and observing:
+            raise InputError(
+                f"{observing[0]} scores token ids, but embeds have none; give tokens, or use "
+                f"another policy"
+            )
+        if not both_ways:
+            return
+        causal = [policy.name for policy in self.policies if policy != FULL]
+        if caches is not None or causal or self.context_axis is not None:
+            what = "caches" if caches is not None else causal[0] if causal else "context_axis"
+            raise InputError(
+                f"bidirectional=True does not work with {what}: every token needs all tokens of "
+                f"its text at once; read the text without caches, on one device, under Full"
+            )
 
     def _observed(self, caches, tokens, positions, hidden):
-        """The caches, where their policies go by what the model made of the tokens."""
+        """The caches, updated by the policies that observe hidden states."""
         head = partial(heads.lm, self.spec, self.variables["params"])
         return tuple(
             policy.observe_hidden(
@@ -294,12 +159,15 @@ class Decoder(nn.Module):
             for policy, layer in zip(self.policies, caches, strict=False)  # caches: of one period
         )
 
-    def _attentions(self, tokens, positions, segments, caches):
+    def _attentions(self, tokens, positions, segments, caches, both_ways):
         """How each layer of a period attends, and the positions that its cache then holds."""
         config, options = score_config(self.spec), {
             "context_axis": self.context_axis, "implementation": self.implementation,
         }  # fmt: skip
         policies = self.policies[: period_of(self.policies)]
+        if both_ways:
+            run = bidirectional.prefill(config, positions, segments=segments)
+            return [layer_scan.without_cache(run)], ()
         if caches is None:
             prefills = [
                 self.prefill(policy, config, positions, segments=segments, **options)
@@ -316,9 +184,8 @@ class Decoder(nn.Module):
         ]
         return attentions, [new_positions for _, new_positions in extends]
 
-    def _run_layers(self, params, x, positions, segments, caches, collections):
-        """The hidden states after the layers, the caches and what was sown in `collections`."""
-        attentions, new_positions = self._attentions(x.shape[1], positions, segments, caches)
+    def _run_layers(self, params, x, attentions, collections):
+        """Hidden states after the layers, their keys and values, and what `collections` got."""
 
         def run_layer(block, x, layer_params, attend_, kv, row) -> tuple[Hidden, Any, Any]:
             def attend_layer(q, k, v):
@@ -333,15 +200,17 @@ class Decoder(nn.Module):
         if self.remat is not None:
             run_layer = jax.checkpoint(run_layer, policy=self.remat, static_argnums=(0, 3))
         stages = [
-            (Block(stage, self.constrain), params[name])
+            (layers.Block(stage, self.constrain), params[name])
             for name, stage in stages_of(self.spec).items()
         ]
-        x, kv, sown = layer_scan.scan_layers(run_layer, x, stages, attentions)
-        if caches is not None:
-            caches = tuple(
-                layer.updated(*new) for layer, *new in zip(caches, kv, new_positions, strict=True)
-            )
-        return x, caches, sown
+        return layer_scan.scan_layers(run_layer, x, stages, attentions)
+
+
+def embed_tokens(
+    spec: ModelSpec, params: Params, tokens: Tokens, *, dtype: Any = jnp.float32
+) -> Hidden:
+    """What the layers read of tokens: rows of the embedding, times the spec's embed_scale."""
+    return params["embed"][tokens].astype(dtype) * jnp.asarray(spec.embed_scale, dtype)
 
 
 def stages_of(spec: ModelSpec) -> dict[str, ModelSpec]:
@@ -425,4 +294,6 @@ def init(spec: ModelSpec, *, key: jax.Array) -> Params:
 def _init_layers(spec: ModelSpec, key: jax.Array) -> Params:
     x = jnp.zeros((1, 1, spec.width))
     keys = jax.random.split(key, spec.num_layers)
-    return jax.vmap(lambda k: Block(spec).init(k, x, lambda q, k, v: (q, None))["params"])(keys)
+    return jax.vmap(lambda k: layers.Block(spec).init(k, x, lambda q, k, v: (q, None))["params"])(
+        keys
+    )

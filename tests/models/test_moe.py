@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lminf.attention import policy as policies
-from lminf.models import cost, decoder, moe
+from lminf.models import cost, decoder, layers, moe
 from lminf.models.spec import MoESpec
 from lminf.objectives import terms
 from lminf.scaling import accounting
@@ -24,7 +24,7 @@ WIDTH = 16
 
 def experts(**changes):
     mix = dataclasses.replace(MIX, **changes)
-    return moe.Experts(mix, WIDTH, jax.nn.silu, True, decoder.unconstrained)
+    return moe.Experts(mix, WIDTH, jax.nn.silu, True, layers.unconstrained)
 
 
 @pytest.fixture(scope="module")

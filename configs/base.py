@@ -27,7 +27,7 @@ def experts(*, hidden: int) -> ConfigDict:
     return ConfigDict(
         {
             "count": 0,  # 0: an MLP
-            "per_token": 1,
+            "top_k": 1,
             "hidden_dim": hidden,  # of one expert
             "shared_dim": hidden,  # of the one that reads every token; 0: there is none
             "dense_layers": 0,  # layers at the start with an MLP instead

@@ -97,7 +97,7 @@ def published():
              "experts.dense_layers": 1, "rates": tuple(2.0 ** (-i / 2) for i in range(25, 16, -1)),
     }  # fmt: skip
     mixtures = zipped(dict(zip(
-        ("experts.per_token", "experts.count", "experts.hidden_dim", "experts.shared_dim"),
+        ("experts.top_k", "experts.count", "experts.hidden_dim", "experts.shared_dim"),
         zip(*MIXTURES, strict=True), strict=True,
     )))  # fmt: skip
     settings = grid({"tokens": MIXED_TOKENS, "data.batch": (32, 64, 128, 256, 512)})

@@ -101,8 +101,8 @@ def experts_of(c: ConfigDict) -> MoESpec | None:
     if c is None or not c.count:
         return None
     return MoESpec(
-        experts=c.count, per_token=c.per_token, hidden_dim=c.hidden_dim, shared_dim=c.shared_dim,
-        dense_layers=c.dense_layers, normalised=False, capacity=None,
+        experts=c.count, top_k=c.top_k, hidden_dim=c.hidden_dim, shared_dim=c.shared_dim,
+        dense_layers=c.dense_layers, normalised=False, capacity_factor=None,
     )  # fmt: skip
 
 

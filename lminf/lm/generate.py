@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Int
 from lminf.attention import cache
 from lminf.attention.policy import chunk_within, common_eviction
 from lminf.errors import InputError
-from lminf.models import decoder
+from lminf.models import decoder, heads
 from lminf.types import Params
 
 ROUND = 64  # tokens: what is kept of a prompt, and the room after it, grow by this
@@ -145,6 +145,7 @@ def next_logits(
         )
     states = np.zeros((len(prompts), last, lm.spec.width), np.float32)
     for hidden, positions in _hidden_states(lm, prompts):
+        hidden = np.asarray(hidden, np.float32)
         for row, position in enumerate(positions):
             states[row] = np.concatenate([states[row], hidden[row][position >= 0]])[-last:]
     return np.asarray(_logits(lm.spec, lm.params, jnp.asarray(states, lm.dtype)))
@@ -154,19 +155,20 @@ def mean_hidden(lm: Any, prompts: Sequence[Int[np.ndarray, " _"]]) -> Float32[np
     """The mean over every prompt's tokens of the final hidden states. `lm` is an lminf.LM."""
     total = np.zeros((len(prompts), lm.spec.width), np.float64)
     for hidden, positions in _hidden_states(lm, prompts):
-        total += np.where((positions >= 0)[..., None], hidden, 0).sum(1, dtype=np.float64)
+        mask = positions >= 0
+        total += np.asarray(_pool(hidden, jnp.asarray(mask))) * mask.sum(1, keepdims=True)
     return (total / [[len(prompt)] for prompt in prompts]).astype(np.float32)
 
 
 def _hidden_states(
     lm: Any, prompts: Sequence[Int[np.ndarray, " _"]]
-) -> Iterator[tuple[Float32[np.ndarray, "B C D"], Int[np.ndarray, "B C"]]]:
+) -> Iterator[tuple[Float[Array, "B C D"], Int[np.ndarray, "B C"]]]:
     """Final hidden states of one chunk after another, and the positions (below 0: padding)."""
     chunks = list(pieces(lm, prompts))
     caches = empty_caches(lm, rows=len(prompts), longest=max(map(len, prompts)), room=0)
     for tokens, positions in chunks:
         hidden, caches = _read(lm.decoder, lm.params, tokens, positions, caches)
-        yield np.asarray(hidden, np.float32), positions
+        yield hidden, positions
 
 
 def pieces(
@@ -212,7 +214,7 @@ def decode_step(
     """The token after these [B, C], which stand at `positions` [B, C]; and the caches."""
     hidden, after = module.apply({"params": params}, tokens, positions=positions, caches=caches)
     last = hidden[jnp.arange(len(hidden)), positions.argmax(1)]
-    scores = decoder.logits(module.spec, params, last)
+    scores = heads.lm(module.spec, params, last)
     return sample(scores, sampling, key=key), after
 
 
@@ -247,7 +249,8 @@ def _read(module: decoder.Decoder, params, tokens, positions, caches):
     return module.apply({"params": params}, tokens, positions=positions, caches=caches)
 
 
-_logits = jax.jit(decoder.logits, static_argnums=0)
+_logits = jax.jit(heads.lm, static_argnums=0)
+_pool = jax.jit(heads.embed)
 
 
 class TextStream:

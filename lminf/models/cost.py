@@ -12,16 +12,16 @@ from lminf.models.spec import ModelSpec
 
 
 def parameters(spec: ModelSpec) -> int:
-    """Numbers in the checkpoint; a tied head counts once."""
+    """The number of parameters; a tied head counts once."""
     shapes = jax.eval_shape(lambda: decoder.init(spec, key=jax.random.key(0)))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
 def active_parameters(spec: ModelSpec) -> int:
-    """Those of `parameters` that one token uses: not the experts that it does not go to."""
+    """The number of parameters that one token uses: all but the experts it is not sent to."""
     if spec.moe is None:
         return parameters(spec)
-    idle = spec.moe.experts - spec.moe.per_token
+    idle = spec.moe.experts - spec.moe.top_k
     each = (3 if spec.mlp.gated else 2) * spec.width * spec.moe.hidden_dim
     return parameters(spec) - (spec.num_layers - spec.moe.dense_layers) * idle * each
 
@@ -34,7 +34,7 @@ def matmul_flops_per_token(spec: ModelSpec) -> int:
     hidden, routers = spec.num_layers * spec.mlp.hidden_dim, 0
     if spec.moe is not None:
         mixed = spec.num_layers - spec.moe.dense_layers
-        read = spec.moe.per_token * spec.moe.hidden_dim + spec.moe.shared_dim
+        read = spec.moe.top_k * spec.moe.hidden_dim + spec.moe.shared_dim
         hidden = spec.moe.dense_layers * spec.mlp.hidden_dim + mixed * read
         routers = mixed * spec.width * spec.moe.experts
     mlps = spec.width * hidden * (3 if spec.mlp.gated else 2)
@@ -69,9 +69,9 @@ def attended_tokens(policy: LayerPolicy) -> int | None:
 def cache_bytes(
     spec: ModelSpec, by_layer: Sequence[LayerPolicy], *, tokens: int, dtype=jnp.float32
 ) -> int:
-    """Keys, values and what else is held for one sequence of `tokens`, over all layers."""
+    """Bytes of keys, values and policy state of one sequence of `tokens`, over all layers."""
     caches = jax.eval_shape(
         lambda: decoder.init_caches(spec, by_layer, batch=1, capacity=tokens, dtype=dtype)
     )
-    held = jax.tree.leaves([stored.kv for stored in caches])
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in held)
+    arrays = jax.tree.leaves([layer.kv for layer in caches])
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)

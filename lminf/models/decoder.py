@@ -1,35 +1,28 @@
-"""A decoder-only transformer: tokens to hidden states. Heads are functions of hidden states.
+"""A transformer: tokens or embeddings to hidden states. Heads are functions of hidden states.
 
-Layers are one Block whose parameters are stacked on axis 0, scanned over. Which tokens a layer
-sees is not the model's business: every layer is handed the function that attends. A pattern of
-different policies (local and global layers in turn) makes the scan's step one period long.
+Layers are one Block whose parameters are stacked on axis 0 and scanned over (layer_scan.py). The
+model does not decide which tokens a layer sees: every layer is given the function that attends. A
+pattern of different policies (local and global layers in turn) makes one step of the scan a period.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from lminf.attention import attend, cache
+from lminf.attention import attend, bidirectional, cache
 from lminf.attention.policy import FULL, LayerPolicy
 from lminf.attention.scores import ScoreConfig
-from lminf.models import moe
-from lminf.models.spec import MLPSpec, ModelSpec, NormSpec
+from lminf.errors import InputError
+from lminf.models import heads, layer_scan, layers, moe
+from lminf.models.spec import ModelSpec
 from lminf.types import Hidden, Params, Positions, Tokens
 
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-}
 # Parameter path -> logical axes; lminf.parallel turns them into shardings.
 LAYERS = "(layers|first_layers)"
 AXES = {
@@ -54,182 +47,12 @@ AXES = {
     "layers/moe/down": ("layers", "expert", "mlp", "embed"),
 }
 
-# Over how many axes a product with a layer's matrix sums; they stand first, after the layers'.
-SUMMED = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w_gate": 1, "w_up": 1, "w_down": 1}
-
-
-def product(
-    x: Float[Array, "B T *I"], w: Float[Array, "..."], *, contract: int = 1
-) -> Float[Array, "B T *O"]:
-    """x contracted with w over w's first `contract` axes: [B, T, *O].
-
-    As one product of two matrices: with batch and time as separate axes, XLA's CPU backward of an
-    MLP takes three times as long.
-    """
-    inner = math.prod(w.shape[:contract])
-    out = x.reshape(-1, inner) @ w.reshape(inner, -1)
-    return out.reshape(*x.shape[:2], *w.shape[contract:])
-
-
-# Its backward computes again what lies between arguments and result. All that the scan over layers
-# keeps is zeroed, written and read: of a gated MLP two arrays of [B, T, F] instead of six.
-cheap = partial(jax.checkpoint, prevent_cse=False)
-
-
-def along(vector: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`vector` with leading axes of length 1, to be added to or multiplied with x."""
-    return jax.lax.expand_dims(vector, range(x.ndim - vector.ndim))
-
-
-class Norm(nn.Module):
-    """RMS or layer normalisation over the last axis, statistics in float32."""
-
-    spec: NormSpec
-    width: int
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        offset = self.spec.scale_offset
-        scale = self.param("scale", nn.initializers.constant(1.0 - offset), (self.width,))
-
-        def scaled(x, scale):
-            y = x.astype(jnp.float32)
-            if self.spec.kind == "layer":
-                y = y - y.mean(-1, keepdims=True)
-            y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.spec.epsilon)
-            return y * along(scale.astype(jnp.float32) + offset, y)
-
-        y = cheap(scaled)(x, scale)
-        if self.spec.bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.width,))
-            y = y + along(bias.astype(jnp.float32), y)
-        return y.astype(x.dtype)
-
-
-def unplaced(x: Float[Array, "..."], *axes: str | None) -> Float[Array, "..."]:
-    """x as it is. On a mesh, lminf.parallel says instead where an array with these axes lies."""
-    del axes
-    return x
-
-
-class Attention(nn.Module):
-    spec: ModelSpec
-    place: Any = unplaced
-
-    @nn.compact
-    def __call__(self, x: Hidden, attend) -> tuple[Hidden, Any]:
-        """Output, and what else `attend(q, k, v)` returned beside its first result."""
-        s = self.spec
-        into = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
-        back = nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
-        wq = self.param("wq", into, (s.width, s.num_heads, s.head_dim))
-        wk = self.param("wk", into, (s.width, s.num_kv_heads, s.head_dim))
-        wv = self.param("wv", into, (s.width, s.num_kv_heads, s.head_dim))
-        wo = self.param("wo", back, (s.num_heads, s.head_dim, s.width))
-        q, k, v = (product(x, w.astype(x.dtype)) for w in (wq, wk, wv))
-        if s.qkv_bias:
-            zeros = nn.initializers.zeros
-            q = q + along(self.param("bq", zeros, (s.num_heads, s.head_dim)).astype(x.dtype), q)
-            k = k + along(self.param("bk", zeros, (s.num_kv_heads, s.head_dim)).astype(x.dtype), k)
-            v = v + along(self.param("bv", zeros, (s.num_kv_heads, s.head_dim)).astype(x.dtype), v)
-        if s.qkv_clip is not None:
-            q, k, v = (jnp.clip(y, -s.qkv_clip, s.qkv_clip) for y in (q, k, v))
-        if s.qk_norm:
-            q = Norm(s.norm, s.head_dim, name="q_norm")(q)
-            k = Norm(s.norm, s.head_dim, name="k_norm")(k)
-        q = self.place(q, "batch", "length", "heads", None)
-        k, v = (self.place(y, "batch", "length", "kv_heads", None) for y in (k, v))
-        for name, value in (("q", q), ("k", k), ("v", v)):
-            self.sow("intermediates", name, value)
-        out, *rest = attend(q, k, v)
-        out = product(out, wo.astype(x.dtype), contract=2)
-        if s.out_bias:
-            bias = self.param("bo", nn.initializers.zeros, (s.width,)).astype(x.dtype)
-            out = out + along(bias, out)
-        return out, tuple(rest)
-
-
-class MLP(nn.Module):
-    spec: MLPSpec
-    width: int
-    place: Any = unplaced
-
-    @nn.compact
-    def __call__(self, x: Hidden) -> Hidden:
-        act, init = ACTIVATIONS[self.spec.activation], nn.initializers.lecun_normal()
-        D, F = self.width, self.spec.hidden_dim
-
-        def weight(name, shape):
-            return self.param(name, init, shape).astype(x.dtype)
-
-        def bias(name, size):
-            if not self.spec.bias:
-                return jnp.zeros((), x.dtype)
-            return along(self.param(name, nn.initializers.zeros, (size,)).astype(x.dtype), x)
-
-        up = product(x, weight("w_up", (D, F))) + bias("b_up", F)
-        if self.spec.gated:
-            gate = product(x, weight("w_gate", (D, F))) + bias("b_gate", F)
-            up = cheap(lambda gate, up: act(gate) * up)(gate, up)
-        else:
-            up = act(up)
-        up = self.place(up, "batch", "length", "mlp")
-        return product(up, weight("w_down", (F, D))) + bias("b_down", D)
-
-
-class Block(nn.Module):
-    """One layer. `attend(q, k, v)` returns the attention output first."""
-
-    spec: ModelSpec
-    place: Any = unplaced
-
-    @nn.compact
-    def __call__(self, x: Hidden, attend) -> tuple[Hidden, Any]:
-        s = self.spec
-        attention = Attention(s, self.place, name="attention")
-        mlp = self.mlp()
-
-        def norm(name):
-            read = Norm(s.norm, s.width, name=name)
-            return lambda y: self.place(read(y), "batch", "length", None)
-
-        def post(name, y):
-            if not s.post_norms:
-                return y
-            return Norm(s.norm, s.width, name=name)(residual(y))
-
-        def residual(y):
-            return self.place(y, "batch", "residual_length", None)
-
-        normed = norm("attention_norm")(x)
-        seen, rest = attention(normed, attend)
-        seen = post("attention_post_norm", seen)
-        if s.residual == "sequential":
-            x = residual(x + seen)
-            x = residual(x + post("mlp_post_norm", mlp(norm("mlp_norm")(x))))
-        else:
-            shared = s.residual == "parallel_shared"
-            thought = mlp(normed if shared else norm("mlp_norm")(x))
-            x = residual(x + seen + post("mlp_post_norm", thought))
-        self.sow("intermediates", "hidden", x)
-        return x, rest
-
-    def mlp(self):
-        """The MLP, or the experts in its place."""
-        s = self.spec
-        if s.moe is None:
-            return MLP(s.mlp, s.width, self.place, name="mlp")
-        act = ACTIVATIONS[s.mlp.activation]
-        experts = moe.Experts(s.moe, s.width, act, s.mlp.gated, self.place, name="moe")
-        if not s.moe.shared_dim:
-            return experts
-        wide = dataclasses.replace(s.mlp, hidden_dim=s.moe.shared_dim)
-        shared = MLP(wide, s.width, self.place, name="shared")
-        return lambda x: experts(x) + shared(x)
+# Of a layer's matrix, how many axes are contracted; they come first, after the axis of layers.
+CONTRACTED_AXES = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w_gate": 1, "w_up": 1, "w_down": 1}
 
 
 class Decoder(nn.Module):
-    """Tokens to final hidden states [B, T, D], after the last norm."""
+    """Tokens or embeddings to final hidden states [B, T, D], after the last norm."""
 
     spec: ModelSpec
     policies: tuple[LayerPolicy, ...]  # [L]
@@ -240,156 +63,154 @@ class Decoder(nn.Module):
     # device holds all of them.
     context_axis: str | None = None
     prefill: Any = attend.prefill  # how a text attends over itself
-    place: Any = unplaced  # where an array lies: place(x, *logical axes)
+    constrain: Any = layers.unconstrained  # an array's sharding: constrain(x, *logical axes)
 
     @nn.compact
     def __call__(
         self,
-        tokens: Tokens,
+        tokens: Tokens | None = None,
         *,
+        embeds: Hidden | None = None,
         positions: Positions,
         segments: Int[Array, "B T"] | None = None,
         caches: tuple[cache.Cache, ...] | None = None,
+        bidirectional: bool = False,
     ) -> tuple[Hidden, tuple[cache.Cache, ...] | None]:
         """Hidden states, and the caches (one for each layer of a period) with these tokens in them.
 
-        Positions rise by one along each row (or segment); a row below 0 is padding. With
+        `embeds` replace the embeddings of tokens and are scaled as those are: `embed_tokens` of the
+        same tokens gives the same hidden states. Positions rise by one along each row (or segment);
+        tokens below 0 are padding. `bidirectional` lets every token see all tokens of its segment,
+        as an encoder does (lminf.attention.bidirectional says what memory that takes). With
         mutable=["intermediates"], `layers` holds what every layer computed: attention/q, k, v
         [L, B, T, heads, H] before rotation, and hidden [L, B, T, D] after it, each in a 1-tuple.
         With mutable=["routing"], what the routers of a mixture did: moe/balance, z, dropped [L].
         """
         s = self.spec
+        self._check_inputs(tokens, embeds, caches, bidirectional)
         embed = self.param("embed", nn.initializers.normal(s.width**-0.5), (s.vocab_size, s.width))
-        layers = {
+        stacked = {
             name: self.param(name, lambda key, part=part: _init_layers(part, key))
             for name, part in stages_of(s).items()
         }
-        # Sliced by width it is gathered first: looked up in slices, every row would cross twice.
-        x = self.place(embed, "vocab", None)[tokens].astype(self.dtype) * jnp.asarray(
-            s.embed_scale, self.dtype
-        )
-        x = self.place(x, "batch", "residual_length", None)
+        if embeds is None:
+            # A table that is sharded by width is gathered first: looked up in shards, every row
+            # would be sent twice.
+            table = {"embed": self.constrain(embed, "vocab", None)}
+            embeds = embed_tokens(s, table, tokens, dtype=self.dtype)
+        x = self.constrain(embeds.astype(self.dtype), "batch", "residual_length", None)
         if not s.tied:
             self.param("head", nn.initializers.normal(s.width**-0.5), (s.vocab_size, s.width))
         if s.head_bias:
             self.param("head_bias", nn.initializers.zeros, (s.vocab_size,))
-        watched = [
+        collections = [
             name
             for name in ("intermediates", moe.ROUTING)
             if self.is_mutable_collection(name) and not self.is_initializing()
         ]
-        x, caches, sown = self._run_layers(layers, x, positions, segments, caches, watched)
+        attentions, new_positions = self._attentions(
+            x.shape[1], positions, segments, caches, bidirectional
+        )
+        x, kv, sown = self._run_layers(stacked, x, attentions, collections)
         for name, collected in sown.items():
             self.put_variable(name, "layers", collected)
-        x = self.place(Norm(s.norm, s.width, name="final_norm")(x), "batch", "length", None)
-        return x, None if caches is None else self._observed(caches, tokens, positions, x)
+        x = self.constrain(
+            layers.Norm(s.norm, s.width, name="final_norm")(x), "batch", "length", None
+        )
+        if caches is None:
+            return x, None
+        updated = (
+            layer.updated(*new) for layer, *new in zip(caches, kv, new_positions, strict=True)
+        )
+        return x, self._observed(updated, tokens, positions, x)
+
+    def _check_inputs(self, tokens, embeds, caches, both_ways):
+        """Refuses inputs that have no meaning together."""
+        if (tokens is None) == (embeds is None):
+            raise InputError(
+                f"{'neither tokens nor' if tokens is None else 'both tokens and'} embeds are "
+                f"given; give one of the two"
+            )
+        observing = [policy.name for policy in self.policies if policy.needs_hidden]
+        if tokens is None and caches is not None and observing:
+            raise InputError(
+                f"{observing[0]} scores token ids, but embeds have none; give tokens, or use "
+                f"another policy"
+            )
+        if not both_ways:
+            return
+        causal = [policy.name for policy in self.policies if policy != FULL]
+        if caches is not None or causal or self.context_axis is not None:
+            what = "caches" if caches is not None else causal[0] if causal else "context_axis"
+            raise InputError(
+                f"bidirectional=True does not work with {what}: every token needs all tokens of "
+                f"its text at once; read the text without caches, on one device, under Full"
+            )
 
     def _observed(self, caches, tokens, positions, hidden):
-        """The caches, where their policies go by what the model made of the tokens."""
-        expected = partial(logits, self.spec, self.variables["params"])
+        """The caches, updated by the policies that observe hidden states."""
+        head = partial(heads.lm, self.spec, self.variables["params"])
         return tuple(
             policy.observe_hidden(
-                stored, tokens=tokens, positions=positions, hidden=hidden, logits=expected
+                layer, tokens=tokens, positions=positions, hidden=hidden, logits=head
             )
             if policy.needs_hidden
-            else stored
-            for policy, stored in zip(self.policies, caches, strict=False)  # caches: of one period
+            else layer
+            for policy, layer in zip(self.policies, caches, strict=False)  # caches: of one period
         )
 
-    def _run_layers(self, layers, x, positions, segments, caches, watched):
-        s, period = self.spec, period_of(self.policies)
-        config = score_config(s)
+    def _attentions(self, tokens, positions, segments, caches, both_ways):
+        """How each layer of a period attends, and the positions that its cache then holds."""
+        config, options = score_config(self.spec), {
+            "context_axis": self.context_axis, "implementation": self.implementation,
+        }  # fmt: skip
+        policies = self.policies[: period_of(self.policies)]
+        if both_ways:
+            run = bidirectional.prefill(config, positions, segments=segments)
+            return [layer_scan.without_cache(run)], ()
         if caches is None:
-            attends = [
-                self.prefill(
-                    policy, config, positions, segments=segments,
-                    context_axis=self.context_axis, implementation=self.implementation,
-                )
-                for policy in self.policies[:period]
-            ]  # fmt: skip
-            pos = ()
-        else:
-            steps = [
-                attend.extend(
-                    policy, config, stored.layout, stored.pos, positions,
-                    context_axis=self.context_axis, implementation=self.implementation,
-                )
-                for policy, stored in zip(self.policies[:period], caches, strict=True)
-            ]  # fmt: skip
-            attends, pos = [step for step, _ in steps], [pos for _, pos in steps]
+            prefills = [
+                self.prefill(policy, config, positions, segments=segments, **options)
+                for policy in policies
+            ]
+            return [layer_scan.without_cache(prefill) for prefill in prefills], ()
+        extends = [
+            attend.extend(policy, config, layer.layout, layer.pos, positions, **options)
+            for policy, layer in zip(policies, caches, strict=True)
+        ]
+        attentions = [
+            layer_scan.with_cache(extend, layer, tokens)
+            for (extend, _), layer in zip(extends, caches, strict=True)
+        ]
+        return attentions, [new_positions for _, new_positions in extends]
 
-        def one_layer(x, params, attend_, stored, index, block) -> tuple[Hidden, Any, Any]:
-            def attended(q, k, v):
-                return (attend_(q, k, v),) if stored is None else attend_(q, k, v, stored, index)
+    def _run_layers(self, params, x, attentions, collections):
+        """Hidden states after the layers, their keys and values, and what `collections` got."""
 
-            if watched:
-                (x, rest), sown = block.apply({"params": params}, x, attended, mutable=watched)
-                return x, rest, sown
-            x, rest = block.apply({"params": params}, x, attended)
-            return x, rest, {}
+        def run_layer(block, x, layer_params, attend_, kv, row) -> tuple[Hidden, Any, Any]:
+            def attend_layer(q, k, v):
+                return attend_(q, k, v, kv, row)
+
+            variables = {"params": layer_params}
+            if collections:
+                (x, kv), sown = block.apply(variables, x, attend_layer, mutable=collections)
+                return x, kv, sown
+            return *block.apply(variables, x, attend_layer), {}
 
         if self.remat is not None:
-            one_layer = jax.checkpoint(one_layer, policy=self.remat, static_argnums=(2, 5))
+            run_layer = jax.checkpoint(run_layer, policy=self.remat, static_argnums=(0, 3))
+        stages = [
+            (layers.Block(stage, self.constrain), params[name])
+            for name, stage in stages_of(self.spec).items()
+        ]
+        return layer_scan.scan_layers(run_layer, x, stages, attentions)
 
-        def weights_of(params, index, i, stacked):
-            if params is not None:  # sliced by the scan, which gradients need
-                return jax.tree.map(lambda leaf: leaf[i], params)
-            # Reshaped weights would be copied whole on every call: 425 MB a token in SmolLM2-135M.
-            return jax.tree.map(lambda w: w[index * period + i], stacked)
 
-        # One token is written into all layers' cache in place. A chunk that overwrites what it also
-        # reads would make XLA copy all layers in each of them: there the scan cuts each layer out.
-        held = [None if c is None else c.kv for c in caches or [None] * period]
-        cut = [x.shape[1] > 1 and not isinstance(c.layout, cache.LinearCache) for c in caches or ()]
-        cut = cut or [False] * period
-        whole = [None if now else kv for kv, now in zip(held, cut, strict=True)]
-        layer_by_layer = [kv if now else None for kv, now in zip(held, cut, strict=True)]
-
-        def one_period(block, stacked, begin, carry, scanned):
-            x, kept = carry
-            params, index, layer = scanned
-            kept, layer, sown = list(kept), list(layer), []
-            for i, attend_ in enumerate(attends):
-                stored, at = kept[i], index
-                if cut[i]:
-                    stored, at = jax.tree.map(lambda c: c[None], layer[i]), jnp.int32(0)
-                own = weights_of(params, index - begin, i, stacked)
-                x, rest, seen = one_layer(x, own, attend_, stored, at, block)
-                sown.append(seen)
-                if cut[i]:
-                    layer[i] = jax.tree.map(lambda c: c[0], rest[0])
-                elif stored is not None:
-                    kept[i] = rest[0]
-            return (x, kept), (layer, jax.tree.map(lambda *leaves: jnp.stack(leaves), *sown))
-
-        begin, cut_out, seen_in = 0, [], []
-        for name, part in stages_of(s).items():  # two scans where the first layers are dense
-            rounds, rest = divmod(part.num_layers, period)
-            if rest:
-                raise ValueError(f"{part.num_layers} {name} are no multiple of {period} policies")
-            stacked = layers[name]
-            by_period = None
-            if caches is None:
-                by_period = jax.tree.map(lambda w: w.reshape(-1, period, *w.shape[1:]), stacked)
-            layer = jax.tree.map(itemgetter(slice(begin, begin + rounds)), layer_by_layer)
-            (x, whole), (layer, sown) = jax.lax.scan(
-                partial(one_period, Block(part, self.place), stacked, begin),
-                (x, whole),
-                (by_period, jnp.arange(begin, begin + rounds, dtype=jnp.int32), layer),
-            )
-            cut_out.append(layer)
-            seen_in.append(jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), sown))
-            begin += rounds
-        layer_by_layer = joined(cut_out)
-        sown = {
-            name: joined([seen[name] for seen in seen_in if name in seen]) for name in seen_in[-1]
-        }
-        if caches is not None:
-            stored = (one or other for one, other in zip(whole, layer_by_layer, strict=True))
-            caches = tuple(
-                old.updated(kv, p) for kv, p, old in zip(stored, pos, caches, strict=True)
-            )
-        return x, caches, sown
+def embed_tokens(
+    spec: ModelSpec, params: Params, tokens: Tokens, *, dtype: Any = jnp.float32
+) -> Hidden:
+    """What the layers read of tokens: rows of the embedding, times the spec's embed_scale."""
+    return params["embed"][tokens].astype(dtype) * jnp.asarray(spec.embed_scale, dtype)
 
 
 def stages_of(spec: ModelSpec) -> dict[str, ModelSpec]:
@@ -403,13 +224,6 @@ def stages_of(spec: ModelSpec) -> dict[str, ModelSpec]:
         num_layers=spec.num_layers - first, windows=spec.windows[first:],
     )  # fmt: skip
     return {"first_layers": dense, "layers": mixed}
-
-
-def joined(parts: Sequence[Any]) -> Any:
-    """Trees of one structure, their arrays one after another along axis 0."""
-    if len(parts) == 1:
-        return parts[0]
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
 def score_config(spec: ModelSpec) -> ScoreConfig:
@@ -460,28 +274,14 @@ def prepare_decoding(
     length: int,
     room: int,
 ) -> tuple[cache.Cache, ...]:
-    """`attend.after_prompt` of every layer's cache. What it rotated wants `for_decoding` after."""
+    """Caches at the end of a prompt, by `attend.after_prompt`; what that rotates needs
+    `Cache.for_decoding` next.
+    """
     config = score_config(spec)
     return tuple(
-        attend.after_prompt(policy, config, stored, length=length, room=room)
-        for policy, stored in zip(by_layer, caches, strict=False)  # caches: of one period
+        attend.after_prompt(policy, config, layer, length=length, room=room)
+        for policy, layer in zip(by_layer, caches, strict=False)  # caches: of one period
     )
-
-
-def head_of(params: Params) -> Float[Array, "V D"]:
-    """The classifier: the embedding where the model ties them."""
-    return params.get("head", params["embed"])
-
-
-def logits(spec: ModelSpec, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    """Next-token logits, float32."""
-    head = head_of(params).astype(hidden.dtype)
-    out = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
-    if spec.head_bias:
-        out = out + along(params["head_bias"].astype(jnp.float32), out)
-    if spec.final_soft_cap is not None:
-        out = spec.final_soft_cap * jnp.tanh(out / spec.final_soft_cap)
-    return out
 
 
 def init(spec: ModelSpec, *, key: jax.Array) -> Params:
@@ -491,7 +291,9 @@ def init(spec: ModelSpec, *, key: jax.Array) -> Params:
     return Decoder(spec, by_layer).init(key, tokens, positions=tokens)["params"]
 
 
-def _init_layers(spec: ModelSpec, key):
+def _init_layers(spec: ModelSpec, key: jax.Array) -> Params:
     x = jnp.zeros((1, 1, spec.width))
-    each = jax.random.split(key, spec.num_layers)
-    return jax.vmap(lambda k: Block(spec).init(k, x, lambda q, k, v: (q,))["params"])(each)
+    keys = jax.random.split(key, spec.num_layers)
+    return jax.vmap(lambda k: layers.Block(spec).init(k, x, lambda q, k, v: (q, None))["params"])(
+        keys
+    )

@@ -1,7 +1,8 @@
-"""A mixture of experts: every token goes to the few MLPs that a router gives it.
+"""A mixture of experts: a router sends every token to a few of many MLPs.
 
-The router's softmax over all experts weighs what the chosen ones return. Two losses keep it sound:
-one is least when the experts share the tokens evenly, the other keeps the router's logits small.
+The router's softmax over all experts weights the outputs of the chosen ones. Two losses stabilise
+it: the balance loss is least when the experts share the tokens evenly, and the z-loss keeps the
+router's logits small.
 Source: Fedus et al. 2022, arXiv:2101.03961; z-loss: Zoph et al. 2022, arXiv:2202.08906.
 """
 
@@ -17,12 +18,12 @@ from jaxtyping import Array, Bool, Float, Int
 from lminf.models.spec import MoESpec
 from lminf.types import Hidden
 
-ROUTING = "routing"  # the collection of what routers did
-MEASURES = ("balance", "z", "dropped")  # in it, of each layer
+ROUTING = "routing"  # the Flax collection of router statistics
+MEASURES = ("balance", "z", "dropped")  # of each layer
 
 
 class Routed(NamedTuple):
-    """Of every token and each of its k experts, the heaviest first."""
+    """The experts of every token, the heaviest first, and the router's two losses."""
 
     expert: Int[Array, "T k"]
     weight: Float[Array, "T k"]  # float32
@@ -30,95 +31,101 @@ class Routed(NamedTuple):
     z: Float[Array, ""]  # mean squared log of the softmax's denominator
 
 
-def route(logits: Float[Array, "T E"], per_token: int, *, normalised: bool) -> Routed:
-    """Where every token goes; float32."""
+def route(logits: Float[Array, "T E"], top_k: int, *, normalised: bool) -> Routed:
+    """The top_k experts of every token, from the router's logits; float32."""
     experts = logits.shape[-1]
-    share = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    weight, expert = jax.lax.top_k(share, per_token)
+    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    weight, expert = jax.lax.top_k(probabilities, top_k)
     if normalised:
         weight = weight / weight.sum(-1, keepdims=True)
-    chosen = jax.nn.one_hot(expert, experts).mean((0, 1))  # share of the tokens: no gradient
+    load = jax.nn.one_hot(expert, experts).mean((0, 1))  # share of the tokens: no gradient
+    balance = experts * (load * probabilities.mean(0)).sum()
     lse = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
-    return Routed(expert, weight, experts * (chosen * share.mean(0)).sum(), jnp.square(lse).mean())
+    return Routed(expert, weight, balance, jnp.square(lse).mean())
 
 
-def seats(
+def expert_slots(
     expert: Int[Array, "T k"], experts: int, capacity: int
 ) -> tuple[Int[Array, "T k"], Bool[Array, "T k"]]:
-    """The place of every choice among its expert's, and whether that is within its capacity.
+    """Each choice's slot in its expert's buffer, and whether the buffer of `capacity` has it.
 
-    First choices of all tokens are seated before second ones; earlier tokens before later ones.
+    First choices of all tokens get slots before second ones; earlier tokens before later ones.
     """
-    order = jax.nn.one_hot(expert.T.reshape(-1), experts, dtype=jnp.int32)  # [k T, E]
-    before = jnp.cumsum(order, axis=0) - order
-    place = (before * order).sum(-1).reshape(expert.shape[::-1]).T
-    return place, place < capacity
+    chosen = jax.nn.one_hot(expert.T.reshape(-1), experts, dtype=jnp.int32)  # [k T, E]
+    before = jnp.cumsum(chosen, axis=0) - chosen
+    slot = (before * chosen).sum(-1).reshape(expert.shape[::-1]).T
+    return slot, slot < capacity
 
 
 class Experts(nn.Module):
-    """The routed experts, in an MLP's place."""
+    """The routed experts that replace an MLP."""
 
     spec: MoESpec
     width: int
-    act: Callable
+    act: Callable[[Array], Array]
     gated: bool
-    place: Any
+    constrain: Any
 
     @nn.compact
     def __call__(self, x: Hidden) -> Hidden:
         s, (B, T, D) = self.spec, x.shape
         router = self.param("router", nn.initializers.lecun_normal(), (D, s.experts))
         flat = x.reshape(B * T, D)
-        # float32: two experts that bfloat16 cannot tell apart would swap places.
+        # float32: two experts that bfloat16 cannot tell apart would swap ranks.
         logits = flat.astype(jnp.float32) @ router.astype(jnp.float32)
-        routed = route(logits, s.per_token, normalised=s.normalised)
-        if s.capacity is None:
-            out, dropped = self.everywhere(flat, routed), jnp.float32(0)
+        routed = route(logits, s.top_k, normalised=s.normalised)
+        if s.capacity_factor is None:
+            out, dropped = self.dense_dispatch(flat, routed), jnp.float32(0)
         else:
-            room = math.ceil(s.capacity * s.per_token * B * T / s.experts)
-            out, dropped = self.seated(flat, routed, min(room, B * T))
+            capacity = math.ceil(s.capacity_factor * s.top_k * B * T / s.experts)
+            out, dropped = self.capacity_dispatch(flat, routed, min(capacity, B * T))
         self.sow(ROUTING, "balance", routed.balance)
         self.sow(ROUTING, "z", routed.z)
         self.sow(ROUTING, "dropped", dropped)  # share of the choices
         return out.reshape(B, T, D)
 
-    def everywhere(self, x: Float[Array, "T D"], routed: Routed) -> Float[Array, "T D"]:
-        """Dropless: every expert reads every token, and weighs nothing where it was not chosen.
+    def dense_dispatch(self, x: Float[Array, "T D"], routed: Routed) -> Float[Array, "T D"]:
+        """Outputs without dropped tokens: every expert reads every token, and has weight 0 where it
+        was not chosen.
 
-        E / k times the work that is needed, in plain products that lie on any mesh.
+        E / k times the work that is needed, in plain products that shard over any mesh.
         """
         E = self.spec.experts
         weight = (jax.nn.one_hot(routed.expert, E) * routed.weight[..., None]).sum(1)  # [T, E]
         out = self.mlps(jnp.broadcast_to(x, (E, *x.shape)))
         return jnp.einsum("etd,te->td", out, weight.astype(x.dtype))
 
-    def seated(self, x: Float[Array, "T D"], routed: Routed, capacity: int):
-        """Every expert reads `capacity` tokens; for the rest of its tokens it returns nothing."""
+    def capacity_dispatch(
+        self, x: Float[Array, "T D"], routed: Routed, capacity: int
+    ) -> tuple[Float[Array, "T D"], Float[Array, ""]]:
+        """Outputs where every expert reads at most `capacity` tokens, and the share of dropped
+        choices; an expert adds nothing to a token that it dropped.
+        """
         E, (T, D) = self.spec.experts, x.shape
-        place, fits = seats(routed.expert, E, capacity)
-        slot = jnp.where(fits, routed.expert * capacity + place, E * capacity)  # the last: nobody's
-        read = jnp.broadcast_to(x[:, None], (T, self.spec.per_token, D))
-        held = jnp.zeros((E * capacity + 1, D), x.dtype).at[slot].set(read)[:-1]
-        out = self.mlps(held.reshape(E, capacity, D)).reshape(-1, D)
-        out = jnp.concatenate([out, jnp.zeros((1, D), out.dtype)])[slot]  # [T, k, D]
+        slot, fits = expert_slots(routed.expert, E, capacity)
+        row = jnp.where(fits, routed.expert * capacity + slot, E * capacity)  # the last: dropped
+        copies = jnp.broadcast_to(x[:, None], (T, self.spec.top_k, D))
+        buffers = jnp.zeros((E * capacity + 1, D), x.dtype).at[row].set(copies)[:-1]
+        out = self.mlps(buffers.reshape(E, capacity, D)).reshape(-1, D)
+        out = jnp.concatenate([out, jnp.zeros((1, D), out.dtype)])[row]  # [T, k, D]
         weight = jnp.where(fits, routed.weight, 0).astype(x.dtype)
         return jnp.einsum("tkd,tk->td", out, weight), 1 - fits.mean(dtype=jnp.float32)
 
     def mlps(self, x: Float[Array, "E C D"]) -> Float[Array, "E C D"]:
-        """What every expert makes of its own tokens."""
+        """Each expert's MLP of its tokens."""
         s = self.spec
         init = nn.initializers.lecun_normal(batch_axis=0)
 
         def weight(name, rows, columns):
             return self.param(name, init, (s.experts, rows, columns)).astype(x.dtype)
 
-        x = self.place(x, "expert", None, None)
+        x = self.constrain(x, "expert", None, None)
         up = jnp.einsum("ecd,edf->ecf", x, weight("up", self.width, s.hidden_dim))
         if self.gated:
             gate = jnp.einsum("ecd,edf->ecf", x, weight("gate", self.width, s.hidden_dim))
             up = self.act(gate) * up
         else:
             up = self.act(up)
-        up = self.place(up, "expert", None, "mlp")
+        up = self.constrain(up, "expert", None, "mlp")
         out = jnp.einsum("ecf,efd->ecd", up, weight("down", s.hidden_dim, self.width))
-        return self.place(out, "expert", None, None)
+        return self.constrain(out, "expert", None, None)

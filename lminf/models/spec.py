@@ -67,24 +67,24 @@ class MLPSpec:
 
 @dataclass(frozen=True)
 class MoESpec:
-    """Experts in the MLP's place; their activation and gating are the MLP's."""
+    """Experts that replace the MLP; their activation and gating are the MLP's."""
 
     experts: Size  # E
-    per_token: Size  # k, the experts that read a token
+    top_k: Size  # k, experts per token
     hidden_dim: Size  # of one expert
     # Hidden size of an MLP that reads every token beside them; 0: none.
     shared_dim: Annotated[int, Range(min=0, max=2**31 - 1)]
     # Layers at the start that have an MLP instead.
     dense_layers: Annotated[int, Range(min=0, max=2**12)]
     normalised: bool  # the weights of a token's experts sum to 1
-    # Tokens that an expert reads, as a multiple of its fair share; None: all that come.
-    capacity: Annotated[float, Range(above=0)] | None
+    # Most tokens that an expert reads, as a multiple of its even share; None: no token is dropped.
+    capacity_factor: Annotated[float, Range(above=0)] | None
 
     def __post_init__(self):
         ranges.check(self)
-        if self.per_token > self.experts:
+        if self.top_k > self.experts:
             raise InputError(
-                f"per_token={self.per_token} of {self.experts} experts; give at most all of them"
+                f"top_k={self.top_k} of {self.experts} experts; give at most all of them"
             )
 
 

@@ -6,7 +6,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from lminf import kernels
-from lminf.models import decoder
+from lminf.models import heads
 from lminf.models.spec import ModelSpec
 from lminf.types import Params
 
@@ -21,7 +21,7 @@ def token_nll(
     """-log p(target) of every position, nats, float32. `options` go to the kernel."""
     loss = kernels.linear_cross_entropy(
         hidden,
-        decoder.head_of(params).astype(hidden.dtype),
+        heads.classifier(params).astype(hidden.dtype),
         targets,
         bias=params["head_bias"] if spec.head_bias else None,
         logits_soft_cap=spec.final_soft_cap,

@@ -7,7 +7,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from lminf import kernels
-from lminf.models import decoder
+from lminf.models import heads
 from lminf.models.spec import ModelSpec
 from lminf.objectives.terms import TokenLoss
 from lminf.parallel import partition
@@ -27,7 +27,7 @@ def token_loss(
     """-log p(target) everywhere; no [B, T, V] array on any device, forward or backward."""
     rules = strategy.activations
     rows = partition.spec(("batch", "length"), targets.shape, rules, mesh)
-    classifier = decoder.head_of(params).astype(hidden.dtype)
+    classifier = heads.classifier(params).astype(hidden.dtype)
     bias = params["head_bias"].astype(jnp.float32) if spec.head_bias else None
     over = partition.spec(("vocab",), classifier.shape[:1], rules, mesh)[0]
 

@@ -200,8 +200,8 @@ def planned_bytes(shapes: Any, shardings: Any) -> int:
 
 
 @dataclass(frozen=True)
-class Placed:
-    """`place(x, *logical axes)` for a decoder: x, laid out as the strategy says."""
+class Constrain:
+    """`constrain(x, *logical axes)` of a decoder: x, sharded as the strategy says."""
 
     mesh: Mesh
     strategy: Strategy

@@ -24,7 +24,7 @@ RANGES = {
             "steps", "grad_accum_steps", "every", "last", "batches", "log_every", "batch",
             "replicates", "rounds",
             # shapes
-            "width", "num_layers", "num_heads", "num_kv_heads", "hidden_dim", "per_token", "vocab",
+            "width", "num_layers", "num_heads", "num_kv_heads", "hidden_dim", "top_k", "vocab",
             "vocabs", "vocab_size", "seq_len",
             # measuring
             "block", "capacities", "continuation", "draws", "key_value_lengths",

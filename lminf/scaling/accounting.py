@@ -56,7 +56,7 @@ def spec_parameters(spec: ModelSpec, *, active: bool = False) -> int:
     attention = 2 * spec.width * spec.head_dim * (spec.num_heads + spec.num_kv_heads)
     hidden = spec.num_layers * spec.mlp.hidden_dim
     if spec.moe is not None:
-        experts = spec.moe.per_token if active else spec.moe.experts
+        experts = spec.moe.top_k if active else spec.moe.experts
         mixed = experts * spec.moe.hidden_dim + spec.moe.shared_dim
         dense = spec.moe.dense_layers
         hidden = dense * spec.mlp.hidden_dim + (spec.num_layers - dense) * mixed

@@ -31,10 +31,10 @@ class LoRA:
 
     def __post_init__(self):
         ranges.check(self)
-        if not self.targets or set(self.targets) - set(decoder.SUMMED):
+        if not self.targets or set(self.targets) - set(decoder.CONTRACTED_AXES):
             raise InputError(
                 f"LoRA on {', '.join(self.targets) or 'nothing'}; give targets among "
-                f"{', '.join(decoder.SUMMED)}"
+                f"{', '.join(decoder.CONTRACTED_AXES)}"
             )
 
     def init(self, params: Params, *, key: jax.Array) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class LoRA:
                 if name in self.targets:
                     key, own = jax.random.split(key)
                     adapters.setdefault(group, {})[name] = self._pair(
-                        w.shape, decoder.SUMMED[name], own
+                        w.shape, decoder.CONTRACTED_AXES[name], own
                     )
         return {"layers": adapters}
 

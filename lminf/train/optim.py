@@ -125,7 +125,7 @@ def _matrices(params: Any) -> Any:
     """Of every matrix in the layers, which axes it sums over and which it gives."""
 
     def one(key_path, leaf):
-        count = decoder.SUMMED.get(partition.path_of(key_path).rpartition("/")[2])
+        count = decoder.CONTRACTED_AXES.get(partition.path_of(key_path).rpartition("/")[2])
         if count is None:
             return None
         axes = tuple(range(1, leaf.ndim))  # axis 0 counts the layers, each a matrix of its own

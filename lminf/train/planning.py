@@ -65,12 +65,12 @@ def activation_bytes(program: TrainStep, *, rows: int, length: int) -> int:
 
 
 def hidden_width(spec: ModelSpec) -> float:
-    """Channels between the matrices of an MLP, or of all places in which experts read a token."""
+    """Channels between the matrices of an MLP, or of all expert slots per token."""
     if spec.moe is None:
         return spec.mlp.hidden_dim
     m = spec.moe
-    places = m.experts if m.capacity is None else m.capacity * m.per_token
-    return places * m.hidden_dim + m.shared_dim
+    slots = m.experts if m.capacity_factor is None else m.capacity_factor * m.top_k
+    return slots * m.hidden_dim + m.shared_dim
 
 
 def flops_per_token(program: TrainStep, length: int) -> float:

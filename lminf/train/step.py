@@ -89,7 +89,7 @@ class TrainStep:
             dtype=self.dtype,
             remat=REMAT[self.remat],
             prefill=Sharded(self.mesh, self.strategy),
-            place=partition.Placed(self.mesh, self.strategy),
+            constrain=partition.Constrain(self.mesh, self.strategy),
         )
 
     # --- State ------------------------------------------------------------------------------------

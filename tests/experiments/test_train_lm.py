@@ -326,7 +326,7 @@ def test_a_plan_of_a_run_agrees_with_zeros_formula(capsys):
         ("checkpoint.every=0", "--config.checkpoint.every=0: give a .* at least 1"),
         ("data.batch=0", "--config.data.batch=0: give a .* at least 1"),
         ("not_finite=warn", "there is no not_finite 'warn'; use stop, skip"),
-        ("experts.per_token=9", "per_token=9 of 2 experts"),
+        ("experts.top_k=9", "top_k=9 of 2 experts"),
         ("init=smollm2-135m-instruct", "models with experts are neither read nor written"),
         ("export=README.md", "README.md exists and is not an empty folder"),
         ("model.num_heads=3", "num_heads=3 is no multiple of num_kv_heads=2"),

@@ -16,7 +16,7 @@ from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
 from lminf.lm import generate
 from lminf.lm.generate import GREEDY, Sampling, TextStream, generate_tokens
-from lminf.models import decoder
+from lminf.models import decoder, heads
 from tests.attention import cases
 from tests.models import specs
 
@@ -40,7 +40,7 @@ def test_greedy_decoding_is_the_argmax_of_the_whole_text(lm, small_steps):
     def following(params, tokens):
         at = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         hidden, _ = lm.decoder.apply({"params": params}, tokens, positions=at)
-        return decoder.logits(lm.spec, params, hidden[0]).argmax(-1)
+        return heads.lm(lm.spec, params, hidden[0]).argmax(-1)
 
     text = np.zeros((1, 32), np.int32)
     text[0, :20] = lm.tokenizer.encode(PROMPTS[0])

@@ -13,7 +13,7 @@ from lminf.attention.policy import Full, LMInfinite, PerHead, SelfExtend, Window
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
 from lminf.lm.lm import LM, NLL
-from lminf.models import decoder
+from lminf.models import heads
 from lminf.objectives import cross_entropy
 from tests.attention import cases
 from tests.models import specs
@@ -29,7 +29,7 @@ def one_shot(lm):
     def run(params, tokens):
         at = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         hidden, _ = lm.decoder.apply({"params": params}, tokens, positions=at)
-        log_p = jax.nn.log_softmax(decoder.logits(lm.spec, params, hidden))
+        log_p = jax.nn.log_softmax(heads.lm(lm.spec, params, hidden))
         return -jnp.take_along_axis(log_p[0, :-1], tokens[0, 1:, None], axis=1)[:, 0]
 
     ids = lm.tokenizer.encode(TEXT)
@@ -124,7 +124,7 @@ def test_losses_are_those_of_all_logits():
     params = {name: specs.parameters(spec)[name] for name in ("embed", "head", "head_bias")}
 
     def dense(params, hidden):
-        log_p = jax.nn.log_softmax(decoder.logits(spec, params, hidden))
+        log_p = jax.nn.log_softmax(heads.lm(spec, params, hidden))
         return -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
 
     def by_kernel(params, hidden):

@@ -79,8 +79,8 @@ ODD = change(
 MIXED = change(  # the rest of its kind: tests/models/test_moe.py
     LLAMA, family="mixed",
     moe=MoESpec(
-        experts=4, per_token=2, hidden_dim=12, shared_dim=6, dense_layers=1, normalised=True,
-        capacity=None,
+        experts=4, top_k=2, hidden_dim=12, shared_dim=6, dense_layers=1, normalised=True,
+        capacity_factor=None,
     ),
 )  # fmt: skip
 SPECS = {s.family: s for s in (LLAMA, GEMMA, QWEN, NEOX, GPTJ, MPT, ODD)}

@@ -16,7 +16,7 @@ from lminf.attention.policy import (
     Streaming,
     Window,
 )
-from lminf.models import decoder
+from lminf.models import decoder, heads, layers
 from tests.attention import cases
 from tests.models import specs
 
@@ -36,8 +36,9 @@ def said_out_loud(spec, params, by_layer, tokens, positions):
     for index, policy in enumerate(by_layer):
         layer = jax.tree.map(lambda w, index=index: w[index], params["layers"])
         dense = cases.reference(policy, decoder.score_config(spec), positions)
-        x, _ = decoder.Block(spec).apply({"params": layer}, x, lambda *qkv, f=dense: (f(*qkv),))
-    final = decoder.Norm(spec.norm, spec.width)
+        block = layers.Block(spec)
+        x, _ = block.apply({"params": layer}, x, lambda *qkv, f=dense: (f(*qkv), None))
+    final = layers.Norm(spec.norm, spec.width)
     return final.apply({"params": params["final_norm"]}, x)
 
 
@@ -219,7 +220,7 @@ def test_intermediates_are_sown_when_asked_for_and_cost_nothing_otherwise():
         (hidden, _), sown = module.apply(
             {"params": params}, tokens, positions=positions, mutable=["intermediates"]
         )
-        norm = decoder.Norm(spec.norm, spec.width)
+        norm = layers.Norm(spec.norm, spec.width)
         before = jax.tree.map(lambda w: w[0], params["layers"]["attention_norm"])
         first = norm.apply({"params": before}, params["embed"][tokens])
         q = jnp.einsum("btd,dnh->btnh", first, params["layers"]["attention"]["wq"][0])
@@ -283,7 +284,7 @@ def test_logits_are_capped_biased_and_float32():
             expected += np.asarray(params["head_bias"])
         if spec.final_soft_cap:
             expected = spec.final_soft_cap * np.tanh(expected / spec.final_soft_cap)
-        found = cases.compiled(lambda p, h, spec=spec: decoder.logits(spec, p, h))(params, hidden)
+        found = cases.compiled(lambda p, h, spec=spec: heads.lm(spec, p, h))(params, hidden)
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, expected, atol=1e-5)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lminf.attention import policy as policies
-from lminf.models import cost, decoder, moe
+from lminf.models import cost, decoder, layers, moe
 from lminf.models.spec import MoESpec
 from lminf.objectives import terms
 from lminf.scaling import accounting
@@ -17,14 +17,14 @@ from lminf.train.step import State
 from tests.attention import cases
 from tests.train import making
 
-MIX = MoESpec(experts=4, per_token=2, hidden_dim=24, shared_dim=8, dense_layers=0,
-              normalised=False, capacity=None)  # fmt: skip
+MIX = MoESpec(experts=4, top_k=2, hidden_dim=24, shared_dim=8, dense_layers=0,
+              normalised=False, capacity_factor=None)  # fmt: skip
 WIDTH = 16
 
 
 def experts(**changes):
     mix = dataclasses.replace(MIX, **changes)
-    return moe.Experts(mix, WIDTH, jax.nn.silu, True, decoder.unplaced)
+    return moe.Experts(mix, WIDTH, jax.nn.silu, True, layers.unconstrained)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def one(params, index, x):
 
 def test_all_experts_with_equal_weights_are_their_mean(x, params):
     even = params | {"router": jnp.zeros_like(params["router"])}
-    out, seen = ran(experts(per_token=4), even, x)
+    out, seen = ran(experts(top_k=4), even, x)
     wanted = sum(one(params, index, x) for index in range(4)) / 4
     np.testing.assert_allclose(out, wanted, atol=1e-6)
     assert seen["balance"] == pytest.approx(1.0)
@@ -75,9 +75,9 @@ def test_each_token_is_the_weighed_sum_of_its_experts(x, params):
 
 def test_with_room_for_all_nothing_is_dropped(x, params):
     out, _ = ran(experts(), params, x)
-    seated, seen = ran(experts(capacity=4.0), params, x)
+    capped, seen = ran(experts(capacity_factor=4.0), params, x)
     assert seen["dropped"] == 0
-    np.testing.assert_allclose(seated, out, atol=1e-6)
+    np.testing.assert_allclose(capped, out, atol=1e-6)
 
     def gradients(module):
         def loss(params, x):
@@ -85,7 +85,9 @@ def test_with_room_for_all_nothing_is_dropped(x, params):
 
         return jax.tree.leaves(cases.compiled(jax.grad(loss, (0, 1)))(params, x))
 
-    for mine, its in zip(gradients(experts(capacity=4.0)), gradients(experts()), strict=True):
+    for mine, its in zip(
+        gradients(experts(capacity_factor=4.0)), gradients(experts()), strict=True
+    ):
         np.testing.assert_allclose(mine, its, atol=1e-5)
         assert np.abs(mine).max() > 0
 
@@ -94,7 +96,7 @@ def test_tokens_beyond_an_experts_capacity_get_nothing_from_it(x, params):
     """All 12 tokens want expert 3 alone, which reads 12 / 4 = 3 of them: the first ones."""
     x = jnp.abs(x)
     towards = jnp.zeros_like(params["router"]).at[:, 3].set(9.0)
-    out, seen = ran(experts(per_token=1, capacity=1.0), params | {"router": towards}, x)
+    out, seen = ran(experts(top_k=1, capacity_factor=1.0), params | {"router": towards}, x)
     assert seen["dropped"] == pytest.approx(9 / 12)
     flat = out.reshape(12, WIDTH)
     np.testing.assert_allclose(flat[:3], one(params, 3, x.reshape(12, WIDTH)[:3]), atol=1e-5)
@@ -102,10 +104,10 @@ def test_tokens_beyond_an_experts_capacity_get_nothing_from_it(x, params):
     assert seen["balance"] == pytest.approx(4.0, rel=1e-3)  # as uneven as can be
 
 
-def test_first_choices_are_seated_before_second_ones():
+def test_first_choices_get_slots_before_second_ones():
     chosen = jnp.array([[1, 0], [0, 1], [0, 1]])
-    place, fits = moe.seats(chosen, 2, 2)
-    np.testing.assert_array_equal(place, [[0, 2], [0, 1], [1, 2]])
+    slot, fits = moe.expert_slots(chosen, 2, 2)
+    np.testing.assert_array_equal(slot, [[0, 2], [0, 1], [1, 2]])
     np.testing.assert_array_equal(fits, [[True, False], [True, True], [True, False]])
 
 
@@ -130,7 +132,7 @@ def fresh(shape):
 
 
 def test_one_expert_is_the_mlp():
-    shape = mixed(experts=1, per_token=1, hidden_dim=32, shared_dim=0)
+    shape = mixed(experts=1, top_k=1, hidden_dim=32, shared_dim=0)
     params = fresh(SHAPE)
     mlp = params["layers"]["mlp"]
     experts = {name: mlp[f"w_{name}"][:, None] for name in ("gate", "up", "down")}
@@ -163,8 +165,8 @@ def test_parameters_are_counted():
 def test_a_shape_that_leaves_no_mixture_is_refused():
     with pytest.raises(ValueError, match="dense_layers=2 leaves no layer"):
         mixed(dense_layers=2)
-    with pytest.raises(ValueError, match="per_token=5 of 4 experts"):
-        mixed(per_token=5)
+    with pytest.raises(ValueError, match="top_k=5 of 4 experts"):
+        mixed(top_k=5)
     mlp = dataclasses.replace(SHAPE.mlp, bias=True)
     with pytest.raises(ValueError, match="no biases"):
         dataclasses.replace(SHAPE, mlp=mlp, moe=MIX)

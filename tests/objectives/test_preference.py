@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lminf.errors import InputError
-from lminf.models import decoder
+from lminf.models import heads
 from lminf.objectives.preference import DPO
 from lminf.objectives.terms import CrossEntropy
 from lminf.train import batches
@@ -46,7 +46,7 @@ def log_probs(params, batch, answer):
     module, params = making.program().module, jax.tree.map(jnp.asarray, params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     hidden, _ = module.apply({"params": params}, tokens, positions=positions)
-    logits = np.asarray(decoder.logits(making.SPEC, params, hidden), np.float64)
+    logits = np.asarray(heads.lm(making.SPEC, params, hidden), np.float64)
     logits -= logits.max(-1, keepdims=True)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     chosen = np.take_along_axis(log_p, np.asarray(targets)[..., None], -1)[..., 0]

@@ -9,7 +9,7 @@ import pytest
 
 from lminf import checkpoints
 from lminf.attention import policy as policies
-from lminf.models import decoder
+from lminf.models import decoder, heads
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 CASES = sorted(config.parent.name for config in GOLDENS.glob("*/config.json"))
@@ -29,7 +29,7 @@ def run(spec, params, tokens):
             {"params": params}, tokens, positions=positions, mutable=["intermediates"]
         )
         (stream,) = sown["intermediates"]["layers"]["hidden"]
-        return decoder.logits(spec, params, hidden), stream
+        return heads.lm(spec, params, hidden), stream
 
     # Each case is compiled once and run once: an optimised program would not pay for itself.
     quickly = {"xla_backend_optimization_level": 0}

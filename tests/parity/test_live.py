@@ -12,7 +12,7 @@ import pytest
 
 from lminf import LM, checkpoints
 from lminf.lm.generate import Sampling, generate_tokens
-from lminf.models import decoder
+from lminf.models import heads
 
 from .test_goldens import CASES, LOGITS
 
@@ -49,7 +49,7 @@ def both(peer, tmp_path_factory):
 @partial(jax.jit, static_argnums=0)
 def read(module, params, tokens, positions, caches):
     hidden, caches = module.apply({"params": params}, tokens, positions=positions, caches=caches)
-    return decoder.logits(module.spec, params, hidden), caches
+    return heads.lm(module.spec, params, hidden), caches
 
 
 def our_logits(lm, tokens, positions, caches=None):

@@ -16,7 +16,7 @@ from tests.train import making
     ("sizes", "strategy", "changes"),
     [
         ({"expert": 4, "data": 2}, "expert", {}),
-        ({"expert": 4, "data": 2}, "expert", {"capacity": 1.0}),
+        ({"expert": 4, "data": 2}, "expert", {"capacity_factor": 1.0}),
         ({"expert": 2, "fsdp": 2, "tensor": 2}, "expert+zero3+tensor", {"dense_layers": 1}),
     ],
 )
@@ -38,5 +38,5 @@ def test_on_a_mesh_of_experts_it_trains_as_on_one_device(sizes, strategy, change
     assert "expert" in where
     assert losses[1] == pytest.approx(losses[0], abs=making.ATOL)
     assert making.largest_difference(states[0].params, states[1].params) < 1e-4
-    if "capacity" not in changes:  # balance is of a piece, so accumulating is another loss
+    if "capacity_factor" not in changes:  # balance is of a piece, so accumulating is another loss
         assert losses[2] == pytest.approx(losses[0], abs=1e-2)

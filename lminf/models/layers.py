@@ -1,0 +1,194 @@
+"""The layers of a decoder: normalisation, attention's projections, the MLP, and a block of them.
+
+Which tokens a layer sees is not decided here: a block is given the function that attends.
+"""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lminf.models import moe
+from lminf.models.spec import MLPSpec, ModelSpec, NormSpec
+from lminf.types import Hidden
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def matmul(
+    x: Float[Array, "B T *I"], w: Float[Array, "..."], *, contract: int = 1
+) -> Float[Array, "B T *O"]:
+    """x contracted with w over w's first `contract` axes: [B, T, *O].
+
+    As one product of two matrices: with batch and time as separate axes, XLA's CPU backward of an
+    MLP takes three times as long.
+    """
+    inner = math.prod(w.shape[:contract])
+    out = x.reshape(-1, inner) @ w.reshape(inner, -1)
+    return out.reshape(*x.shape[:2], *w.shape[contract:])
+
+
+# The backward recomputes what lies between arguments and result. Whatever the scan over layers
+# saves is zeroed, written and read: of a gated MLP two arrays of [B, T, F] instead of six.
+recompute = partial(jax.checkpoint, prevent_cse=False)
+
+
+def broadcast_like(vector: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`vector` with leading axes of length 1, to be added to or multiplied with x."""
+    return jax.lax.expand_dims(vector, range(x.ndim - vector.ndim))
+
+
+def add_bias(module: nn.Module, name: str, x: Float[Array, "B T *O"]) -> Float[Array, "B T *O"]:
+    """x plus the module's parameter `name` [*O], which is initialised to zero."""
+    bias = module.param(name, nn.initializers.zeros, x.shape[2:])
+    return x + broadcast_like(bias.astype(x.dtype), x)
+
+
+class Norm(nn.Module):
+    """RMS or layer normalisation over the last axis, statistics in float32."""
+
+    spec: NormSpec
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        offset = self.spec.scale_offset
+        scale = self.param("scale", nn.initializers.constant(1.0 - offset), (self.width,))
+
+        def scaled(x, scale):
+            y = x.astype(jnp.float32)
+            if self.spec.kind == "layer":
+                y = y - y.mean(-1, keepdims=True)
+            y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.spec.epsilon)
+            return y * broadcast_like(scale.astype(jnp.float32) + offset, y)
+
+        y = recompute(scaled)(x, scale)
+        if self.spec.bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.width,))
+            y = y + broadcast_like(bias.astype(jnp.float32), y)
+        return y.astype(x.dtype)
+
+
+def unconstrained(x: Float[Array, "..."], *axes: str | None) -> Float[Array, "..."]:
+    """x. On a mesh, lminf.parallel.partition.Constrain replaces this and shards x by its axes."""
+    del axes
+    return x
+
+
+class Attention(nn.Module):
+    spec: ModelSpec
+    constrain: Any = unconstrained
+
+    @nn.compact
+    def __call__(self, x: Hidden, attend) -> tuple[Hidden, Any]:
+        """The output, and the keys and values that `attend(q, k, v)` returns beside its own."""
+        s = self.spec
+        into = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+        back = nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
+        wq = self.param("wq", into, (s.width, s.num_heads, s.head_dim))
+        wk = self.param("wk", into, (s.width, s.num_kv_heads, s.head_dim))
+        wv = self.param("wv", into, (s.width, s.num_kv_heads, s.head_dim))
+        wo = self.param("wo", back, (s.num_heads, s.head_dim, s.width))
+        q, k, v = (matmul(x, w.astype(x.dtype)) for w in (wq, wk, wv))
+        if s.qkv_bias:
+            q, k, v = add_bias(self, "bq", q), add_bias(self, "bk", k), add_bias(self, "bv", v)
+        if s.qkv_clip is not None:
+            q, k, v = (jnp.clip(y, -s.qkv_clip, s.qkv_clip) for y in (q, k, v))
+        if s.qk_norm:
+            q = Norm(s.norm, s.head_dim, name="q_norm")(q)
+            k = Norm(s.norm, s.head_dim, name="k_norm")(k)
+        q = self.constrain(q, "batch", "length", "heads", None)
+        k, v = (self.constrain(y, "batch", "length", "kv_heads", None) for y in (k, v))
+        for name, value in (("q", q), ("k", k), ("v", v)):
+            self.sow("intermediates", name, value)
+        out, kv = attend(q, k, v)
+        out = matmul(out, wo.astype(x.dtype), contract=2)
+        if s.out_bias:
+            out = add_bias(self, "bo", out)
+        return out, kv
+
+
+class MLP(nn.Module):
+    spec: MLPSpec
+    width: int
+    constrain: Any = unconstrained
+
+    @nn.compact
+    def __call__(self, x: Hidden) -> Hidden:
+        act, init = ACTIVATIONS[self.spec.activation], nn.initializers.lecun_normal()
+        D, F = self.width, self.spec.hidden_dim
+
+        def project(x, name, size):
+            w = self.param(f"w_{name}", init, (x.shape[-1], size)).astype(x.dtype)
+            y = matmul(x, w)
+            return add_bias(self, f"b_{name}", y) if self.spec.bias else y
+
+        up = project(x, "up", F)
+        if self.spec.gated:
+            gate = project(x, "gate", F)
+            up = recompute(lambda gate, up: act(gate) * up)(gate, up)
+        else:
+            up = act(up)
+        up = self.constrain(up, "batch", "length", "mlp")
+        return project(up, "down", D)
+
+
+class Block(nn.Module):
+    """One layer. `attend(q, k, v)` returns the attention output, and keys and values or None."""
+
+    spec: ModelSpec
+    constrain: Any = unconstrained
+
+    @nn.compact
+    def __call__(self, x: Hidden, attend) -> tuple[Hidden, Any]:
+        s = self.spec
+        attention = Attention(s, self.constrain, name="attention")
+        mlp = self.mlp()
+
+        def norm(name):
+            module = Norm(s.norm, s.width, name=name)
+            return lambda y: self.constrain(module(y), "batch", "length", None)
+
+        def post(name, y):
+            if not s.post_norms:
+                return y
+            return Norm(s.norm, s.width, name=name)(residual(y))
+
+        def residual(y):
+            return self.constrain(y, "batch", "residual_length", None)
+
+        normed = norm("attention_norm")(x)
+        attn_out, kv = attention(normed, attend)
+        attn_out = post("attention_post_norm", attn_out)
+        if s.residual == "sequential":
+            x = residual(x + attn_out)
+            x = residual(x + post("mlp_post_norm", mlp(norm("mlp_norm")(x))))
+        else:
+            shared = s.residual == "parallel_shared"
+            mlp_out = mlp(normed if shared else norm("mlp_norm")(x))
+            x = residual(x + attn_out + post("mlp_post_norm", mlp_out))
+        self.sow("intermediates", "hidden", x)
+        return x, kv
+
+    def mlp(self):
+        """The MLP, or the experts in its place."""
+        s = self.spec
+        if s.moe is None:
+            return MLP(s.mlp, s.width, self.constrain, name="mlp")
+        act = ACTIVATIONS[s.mlp.activation]
+        experts = moe.Experts(s.moe, s.width, act, s.mlp.gated, self.constrain, name="moe")
+        if not s.moe.shared_dim:
+            return experts
+        wide = dataclasses.replace(s.mlp, hidden_dim=s.moe.shared_dim)
+        shared = MLP(wide, s.width, self.constrain, name="shared")
+        return lambda x: experts(x) + shared(x)

@@ -1,0 +1,92 @@
+"""Heads are functions of hidden states: pooled vectors, and probes that learn from them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lminf.attention.policy import FULL
+from lminf.models import decoder, heads
+from tests.attention import cases
+from tests.models import specs
+
+WIDTH = specs.LLAMA.width
+
+
+@pytest.fixture(scope="module")
+def hidden():
+    return jax.random.normal(jax.random.key(0), (3, 6, WIDTH))
+
+
+def test_pooling_reads_the_tokens_of_its_mask_alone(hidden):
+    mask = jnp.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]], bool)
+    mean, last = heads.embed(hidden, mask), heads.embed(hidden, mask, pooling="last")
+    np.testing.assert_allclose(mean[0], np.asarray(hidden)[0, 2:].mean(0), atol=1e-6)
+    np.testing.assert_allclose(mean[1], np.asarray(hidden)[1, :3].mean(0), atol=1e-6)
+    np.testing.assert_array_equal(last[:2], hidden[jnp.array([0, 1]), jnp.array([5, 2])])
+    assert not mean[2].any()
+    assert not last[2].any()
+
+
+def test_pooling_sums_in_float32(hidden):
+    mask = jnp.ones(hidden.shape[:2], bool)
+    short = hidden.astype(jnp.bfloat16)
+    found = heads.embed(short, mask)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, short.astype(jnp.float32).mean(1), atol=1e-6)
+
+
+# Each probe: its initial parameters, its loss, and how well it does on tokens it did not see.
+
+
+def scalar_loss(params, hidden, labels):
+    return jnp.square(heads.scalar(params, hidden) - jnp.where(labels == 1, 1.0, -1.0)).mean()
+
+
+def tags_loss(params, hidden, labels):
+    chosen = jnp.take_along_axis(heads.tags(params, hidden), labels[..., None], axis=-1)
+    return (jax.nn.logsumexp(heads.tags(params, hidden), axis=-1) - chosen[..., 0]).mean()
+
+
+PROBES = {
+    "scalar": (
+        heads.init_scalar(WIDTH, key=jax.random.key(1)), scalar_loss,
+        lambda params, hidden: heads.scalar(params, hidden) > 0,
+    ),
+    "tags": (
+        heads.init_tags(WIDTH, 2, key=jax.random.key(1)), tags_loss,
+        lambda params, hidden: heads.tags(params, hidden).argmax(-1) == 1,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    """Hidden states of random tokens, and whether each token is of the vocabulary's upper half."""
+    spec = specs.shallow(specs.LLAMA, 1)
+    tokens = jax.random.randint(jax.random.key(2), (2, 64), 0, spec.vocab_size, jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(64, dtype=jnp.int32), tokens.shape)
+    module, params = decoder.Decoder(spec, (FULL,)), specs.parameters(spec)
+    # Embeddings of the two halves lie apart along one direction.
+    apart = jnp.where(jnp.arange(spec.vocab_size) < spec.vocab_size // 2, -1.0, 1.0)
+    params = params | {"embed": params["embed"] + 0.5 * apart[:, None]}
+    run = cases.compiled(lambda p: module.apply({"params": p}, tokens, positions=positions)[0])
+    return run(params), (tokens >= spec.vocab_size // 2).astype(jnp.int32)
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_a_linear_probe_of_frozen_hidden_states_learns_in_a_few_steps(name, frozen):
+    (hidden, labels), (params, loss, predict) = frozen, PROBES[name]
+
+    @cases.compiled
+    def step(params):
+        value, gradient = jax.value_and_grad(loss)(params, hidden[:1], labels[:1])
+        return jax.tree.map(lambda p, g: p - 0.03 * g, params, gradient), value
+
+    losses = []
+    for _ in range(60):
+        params, value = step(params)
+        losses.append(float(value))
+    assert losses[-1] < 0.5 * losses[0]
+    right = (predict(params, hidden[1:]) == labels[1:].astype(bool)).mean()
+    assert float(right) > 0.9

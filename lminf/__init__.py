@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lminf.attention.arrays import attend, attend_stepwise
+    from lminf.attention.policies.block_topk import MoBA
     from lminf.attention.policies.eviction import H2O, TOVA, SirLLM
     from lminf.attention.policies.hip import HiP
     from lminf.attention.policies.infinite_hip import InfiniteHiP
@@ -43,6 +44,7 @@ __all__ = [
     "Lambda",
     "LeakyReRoPE",
     "LongHeads",
+    "MoBA",
     "NoEncoding",
     "PerHead",
     "PerLayer",
@@ -71,6 +73,7 @@ _HOMES = {
     "InfiniteHiP": "lminf.attention.policies.infinite_hip",
     "InfLLM": "lminf.attention.policies.infllm",
     "LongHeads": "lminf.attention.policies.longheads",
+    "MoBA": "lminf.attention.policies.block_topk",
     "TopK": "lminf.attention.policies.topk",
 }
 

@@ -9,7 +9,6 @@ from lminf.kernels.block_sparse import reference, xla_chunked
 from lminf.kernels.block_sparse.operands import Lists, Operands, Rules
 from lminf.kernels.common import arguments, dispatch, tuning
 from lminf.kernels.common.config import Key
-from lminf.kernels.common.masks import SegmentIds
 from lminf.kernels.lambda_attention.operands import Residuals
 
 IMPLEMENTATIONS = {
@@ -35,9 +34,6 @@ def block_sparse_attention(
     block_q: int,
     block_kv: int,
     causal: bool = True,
-    window_size: int | None = None,
-    num_global: int | None = None,
-    segment_ids: SegmentIds | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
     return_residuals: bool = False,
@@ -49,10 +45,9 @@ def block_sparse_attention(
     Queries [n * block_q, (n + 1) * block_q) see the keys of the blocks block_indices[b, l, n, :c],
     c = block_counts[b, l, n]: ascending, each once, -1 after them. L is K or 1 (one list for all
     heads). Row i of the queries stands at position i, as does row i of the keys; `causal` hides the
-    keys after a query. Within listed blocks, `window_size` hides the keys further back, except the
-    first `num_global` of the text, or of each segment. A row that sees nothing has output 0,
-    LSE -inf and no gradient. Lists that are not as they should be raise ValueError; inside
-    jit, where they cannot, the result is undefined.
+    keys after a query. A row that sees nothing has output 0, LSE -inf and no gradient. Lists that
+    are not as they should be raise ValueError; inside jit, where they cannot, the result is
+    undefined.
     """
     batch, queries, heads, width = arguments.shape("query", query, "B T N H", (None,) * 4)
     _, keys, key_heads, _ = arguments.shape("key", key, "B S K H", (batch, None, None, width))
@@ -61,30 +56,17 @@ def block_sparse_attention(
         raise ValueError(f"query has {heads} heads, not a multiple of the {key_heads} of key")
     arguments.count("block_q", block_q, least=1)
     arguments.count("block_kv", block_kv, least=1)
-    if window_size is None and num_global is not None:
-        raise ValueError(f"num_global={num_global} needs window_size: it counts keys beyond it")
-    if window_size is not None:
-        arguments.count("window_size", window_size, least=1)
-        if not causal:
-            raise ValueError(f"window_size={window_size} needs causal=True: it looks back")
-    arguments.count("num_global", num_global or 0, least=0)
-    if segment_ids is not None:
-        arguments.shape("segment_ids.q", segment_ids.q, "B T", (batch, queries))
-        arguments.shape("segment_ids.kv", segment_ids.kv, "B S", (batch, keys))
-        segment_ids = SegmentIds(*(x.astype(jnp.int32) for x in segment_ids))
-    rules = Rules(
-        block_q, block_kv, causal, window_size, num_global or 0,
-        width**-0.5 if scale is None else scale, logits_soft_cap,
-    )  # fmt: skip
+    scale = width**-0.5 if scale is None else scale
+    rules = Rules(block_q, block_kv, causal, scale, logits_soft_cap)
     lists = _lists(block_indices, block_counts, (batch, key_heads, -(-queries // block_q)))
     _check_lists(block_indices, block_counts, -(-keys // block_kv))
     key_ = Key(
         "block_sparse_attention", str(query.dtype), heads, key_heads, width, queries, keys,
-        keys if window_size is None else window_size, num_global or 0,
+        keys, 0,
     )  # fmt: skip
     result = dispatch.run(
         "block_sparse_attention", tuning.tuned(IMPLEMENTATIONS, key_), ORDER, implementation,
-        rules, Operands(query, key, value), lists, segment_ids, config,
+        rules, Operands(query, key, value), lists, config,
     )  # fmt: skip
     return result if return_residuals else result.out
 

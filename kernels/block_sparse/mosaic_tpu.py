@@ -23,21 +23,16 @@ from jaxtyping import Array, Float, Int
 from lminf.kernels.block_sparse import lists as lists_
 from lminf.kernels.block_sparse.operands import Lists, Operands, Rules
 from lminf.kernels.common import compat, numerics, tpu_blocks
-from lminf.kernels.common.masks import SegmentIds
 from lminf.kernels.common.tpu_blocks import LANES, SCALARS, HeadsFirst, Statistics
 from lminf.kernels.lambda_attention.operands import Residuals
 
 SCORES = 2**18  # of one pair of blocks: several arrays of this size must fit the vector memory
 
 
-def attention(
-    rules: Rules, operands: Operands, lists: Lists, segments: SegmentIds | None, config: object
-) -> Residuals:
+def attention(rules: Rules, operands: Operands, lists: Lists, config: object) -> Residuals:
     """Outputs and log-denominators; differentiable in `operands`, through the LSE too."""
     if config is not None:
         raise NotImplementedError("there is nothing to configure: the caller chooses the blocks")
-    if segments is not None:
-        raise NotImplementedError("segments: every block would need a mask of its own")
     dtypes = {str(x.dtype) for x in operands}
     if not dtypes <= {"bfloat16", "float32"} or len(dtypes) > 1:
         raise NotImplementedError(f"{sorted(dtypes)}; it takes all bfloat16 or all float32")
@@ -100,25 +95,18 @@ class Plan:
 
     def clear(self, i, j):
         """Whether all queries of block i see all keys of block j, if it is listed."""
-        first, end = j * self.block_k, (j + 1) * self.block_k
+        end = (j + 1) * self.block_k
         seen = end <= self.keys
         if self.rules.causal:
             seen &= end - 1 <= i * self.block_q
-        if self.rules.window is not None:
-            near = (i + 1) * self.block_q - 1 - first < self.rules.window
-            seen &= near | (end <= self.rules.num_global)
         return seen
 
     def visible(self, i, j):
         """Which pairs of the two blocks see each other, keys first."""
         key, query = tpu_blocks.rows_and_columns(self.block_k, self.block_q)
         key, query = key + j * self.block_k, query + i * self.block_q
-        distance, seen = query - key, key < self.keys
-        if self.rules.causal:
-            seen &= distance >= 0
-        if self.rules.window is not None:
-            seen &= (distance < self.rules.window) | (key < self.rules.num_global)
-        return seen
+        seen = key < self.keys
+        return seen & (query >= key) if self.rules.causal else seen
 
 
 def _plan(rules: Rules, operands: Operands, lists: Lists) -> Plan:

@@ -6,8 +6,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lminf.kernels.common import masks
-
 
 class Operands(NamedTuple):
     """The arrays that receive gradients."""
@@ -31,25 +29,12 @@ class Rules:
     block_q: int
     block_kv: int
     causal: bool
-    window: int | None  # keys; None: all of a listed block
-    num_global: int  # keys seen beyond the window, if listed
     scale: float
     soft_cap: float | None
 
 
 def visible(
-    rules: Rules, rows: Int[Array, "X 1"], columns: Int[Array, "1 Y"], first: Int[Array, "..."]
+    rules: Rules, rows: Int[Array, "X 1"], columns: Int[Array, "1 Y"]
 ) -> Bool[Array, "X Y"]:
-    """Which pairs of positions a listed block shows; `first` is where each key's segment starts."""
-    distance = rows - columns
-    shown = jnp.full(distance.shape, True)
-    if rules.causal:
-        shown = distance >= 0
-    if rules.window is not None:
-        shown &= (distance < rules.window) | (columns - first < rules.num_global)
-    return shown
-
-
-def same_segment(q: Int[Array, "..."], kv: Int[Array, "..."]) -> Bool[Array, "..."]:
-    """Which pairs of ids see each other; the caller lines up the axes."""
-    return (q == kv) & (q != masks.PADDING)
+    """Which pairs of positions a listed block shows."""
+    return rows >= columns if rules.causal else jnp.full((rows.size, columns.size), True)

@@ -1,8 +1,7 @@
 """Block-sparse attention by its definition: a dense mask from the lists, one masked softmax.
 
 Pair (i, j) is visible if block j // block_kv is listed for block i // block_q, and j <= i where
-causal, and i - j < window or j is one of its segment's first globals where there is a window.
-In float64 wherever that is switched on; differentiated by JAX.
+causal. In float64 wherever that is switched on; differentiated by JAX.
 """
 
 import jax
@@ -11,14 +10,11 @@ from jaxtyping import Array, Bool
 
 from lminf.kernels.block_sparse import operands as pairs
 from lminf.kernels.block_sparse.operands import Lists, Operands, Rules
-from lminf.kernels.common import masks, numerics
-from lminf.kernels.common.masks import SegmentIds
+from lminf.kernels.common import numerics
 from lminf.kernels.lambda_attention.operands import Residuals
 
 
-def attention(
-    rules: Rules, operands: Operands, lists: Lists, segments: SegmentIds | None, config: object
-) -> Residuals:
+def attention(rules: Rules, operands: Operands, lists: Lists, config: object) -> Residuals:
     """Outputs and log-denominators, computed densely."""
     if config is not None:
         raise NotImplementedError("there is nothing to configure")
@@ -26,7 +22,7 @@ def attention(
     query, key, value = (x.astype(dtype) for x in operands)
     group = query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x, group, 2) for x in (key, value))
-    seen = jnp.repeat(_mask(rules, operands, lists, segments), group, 1)
+    seen = jnp.repeat(_mask(rules, operands, lists), group, 1)
 
     logits = jnp.einsum("btnh,bsnh->bnts", query, key, precision="highest") * rules.scale
     if rules.soft_cap is not None:
@@ -42,9 +38,7 @@ def attention(
     return Residuals(out.astype(given), lse.astype(numerics.statistics_dtype(given)))
 
 
-def _mask(
-    rules: Rules, operands: Operands, lists: Lists, segments: SegmentIds | None
-) -> Bool[Array, "B K T S"]:
+def _mask(rules: Rules, operands: Operands, lists: Lists) -> Bool[Array, "B K T S"]:
     queries, keys = operands.query.shape[1], operands.key.shape[1]
     width, kv_blocks = lists.indices.shape[3], -(-keys // rules.block_kv)
 
@@ -59,10 +53,4 @@ def _mask(
 
     rows = jnp.arange(queries, dtype=jnp.int32)[:, None]
     columns = jnp.arange(keys, dtype=jnp.int32)[None]
-    if segments is None:
-        return listed & pairs.visible(rules, rows, columns, jnp.zeros_like(columns))[None, None]
-    shown = jax.vmap(lambda first: pairs.visible(rules, rows, columns, first[None]))(
-        masks.run_starts(segments.kv)
-    )
-    shown &= pairs.same_segment(segments.q[:, :, None], segments.kv[:, None, :])
-    return listed & shown[:, None]
+    return listed & pairs.visible(rules, rows, columns)[None, None]

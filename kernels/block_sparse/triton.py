@@ -12,7 +12,6 @@ what it writes and two runs agree bit for bit.
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +19,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lminf.kernels.block_sparse import lists as lists_
 from lminf.kernels.block_sparse.operands import Lists, Operands, Rules
-from lminf.kernels.common import dispatch, launch, masks, numerics
-from lminf.kernels.common.masks import SegmentIds
+from lminf.kernels.common import dispatch, launch, numerics
 from lminf.kernels.lambda_attention.operands import Residuals
 from lminf.kernels.lambda_attention.triton import Config, Tile, config_of
 
 
-def attention(
-    rules: Rules, operands: Operands, lists: Lists, segments: SegmentIds | None, config: object
-) -> Residuals:
+def attention(rules: Rules, operands: Operands, lists: Lists, config: object) -> Residuals:
     """Outputs and log-denominators; differentiable in `operands`, through the LSE too."""
     launch.require()
     _refuse(rules, operands)
-    config = dispatch.settled(Config, config, lambda: default_config(rules, operands, segments))
-    starts = None if segments is None else masks.run_starts(segments.kv)
-    return Residuals(*_attention(rules, config, operands, _Where(lists, segments, starts)))
+    config = dispatch.settled(Config, config, lambda: default_config(rules, operands))
+    return Residuals(*_attention(rules, config, operands, lists))
 
 
 def _refuse(rules: Rules, operands: Operands) -> None:
@@ -55,19 +50,18 @@ def _refuse(rules: Rules, operands: Operands) -> None:
         raise NotImplementedError(f"scale={rules.scale}: the running maximum needs a positive one")
 
 
-def default_config(rules: Rules, operands: Operands, segments: SegmentIds | None) -> Config:
+def default_config(rules: Rules, operands: Operands) -> Config:
     """Tiles that compile without spilling a register for sm_80, sm_90 and sm_100.
 
     Not tuned: no GPU has run them yet.
     """
     widest = max(operands.query.shape[3], operands.value.shape[3])
     config = _TILES[operands.query.dtype == jnp.float32, _padded(max(widest, 64))]
-    if segments is not None or rules.soft_cap is not None:  # ids and tanh take registers
+    if rules.soft_cap is not None:  # tanh takes registers
+        rows = min(64, config.forward_block_q)
         config = dataclasses.replace(
-            config, forward_block_q=min(64, config.forward_block_q), forward_stages=2
+            config, forward_block_q=rows, forward_stages=2, keys_block_q=16
         )
-    if rules.soft_cap is not None:
-        config = dataclasses.replace(config, keys_block_q=16)
     return config
 
 
@@ -79,20 +73,6 @@ _TILES = {
     (True, 64): config_of(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     (True, 128): config_of(Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
 }
-
-
-class _Where(NamedTuple):
-    """What places the operands, with the batch axis first."""
-
-    lists: Lists
-    segments: SegmentIds | None
-    starts: Int[Array, "B S"] | None  # of every key's run of equal ids
-
-    def or_stand_ins(self) -> tuple[Array, Array, Array]:
-        """(ids of queries, ids of keys, starts): a kernel never reads the ones missing."""
-        if self.segments is None or self.starts is None:
-            return self.lists.counts, self.lists.counts, self.lists.counts
-        return self.segments.q, self.segments.kv, self.starts
 
 
 def _padded(size: int) -> int:
@@ -155,7 +135,7 @@ def _transposed_spans(
 # --- Launches -------------------------------------------------------------------------------------
 
 
-def _constants(rules: Rules, operands: Operands, where: _Where, tile: Tile) -> dict:
+def _constants(rules: Rules, operands: Operands, tile: Tile) -> dict:
     unit = (rules.scale if rules.soft_cap is None else rules.soft_cap) * numerics.LOG2_E
     return {
         "HEADS": operands.query.shape[2],
@@ -175,43 +155,30 @@ def _constants(rules: Rules, operands: Operands, where: _Where, tile: Tile) -> d
         # float32 products on tensor cores: three of tf32 each, as exact as one of float32.
         "PRECISION": "tf32x3",
         "CAUSAL": rules.causal,
-        "WINDOW": rules.window is not None,
-        "SEGMENTS": where.segments is not None,
     }
-
-
-def _clear(rules: Rules, where: _Where, walked: int, tile: int) -> bool:
-    """Whether there can be tiles without a mask: whole ones, visible by the lists alone."""
-    return rules.window is None and where.segments is None and walked % tile == 0
-
-
-def _numbers(rules: Rules, operands: Operands, listed: int) -> list[int]:
-    """(queries, keys, length of a list, window, globals); positions are int32."""
-    window = 0 if rules.window is None else min(rules.window, 2**30)
-    return [operands.query.shape[1], operands.key.shape[1], listed, window, rules.num_global]
 
 
 def _programs(length: int, listed_block: int, tile: int, heads: int, batch: int) -> tuple[int]:
     return (math.ceil(length / listed_block) * math.ceil(listed_block / tile) * heads * batch,)
 
 
-def _attend(rules: Rules, config: Config, operands: Operands, where: _Where):
+def _attend(rules: Rules, config: Config, operands: Operands, lists: Lists):
     call = functools.partial(_launch_forward, rules, _fitted(rules, config, "forward"))
-    return launch.folding_batches(call)(operands, where)
+    return launch.folding_batches(call)(operands, lists)
 
 
-def _launch_forward(rules: Rules, tile: Tile, operands: Operands, where: _Where):
+def _launch_forward(rules: Rules, tile: Tile, operands: Operands, lists: Lists):
     from lminf.kernels.block_sparse import triton_kernels  # needs triton
 
     batch, queries, heads, _ = operands.query.shape
-    spans = _spans(rules, where.lists, operands.key.shape[1])
+    spans = _spans(rules, lists, operands.key.shape[1])
     return launch.run(
         launch.Launch(
             triton_kernels.forward,
             _programs(queries, rules.block_q, tile.block_q, heads, batch),
             [
-                *operands, where.lists.indices, spans, *where.or_stand_ins(),
-                *_numbers(rules, operands, where.lists.indices.shape[3]),
+                *operands, lists.indices, spans, queries, operands.key.shape[1],
+                lists.indices.shape[3],
             ],
             [
                 jax.ShapeDtypeStruct(
@@ -219,8 +186,8 @@ def _launch_forward(rules: Rules, tile: Tile, operands: Operands, where: _Where)
                 ),
                 jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
             ],
-            _constants(rules, operands, where, tile)
-            | {"CLEAR": _clear(rules, where, rules.block_kv, tile.block_k)},
+            _constants(rules, operands, tile)
+            | {"CLEAR": rules.block_kv % tile.block_k == 0},
             tile.warps,
             tile.stages,
             name="block_sparse_forward",
@@ -228,13 +195,13 @@ def _launch_forward(rules: Rules, tile: Tile, operands: Operands, where: _Where)
     )  # fmt: skip
 
 
-def _forward(rules: Rules, config: Config, operands: Operands, where: _Where):
-    out, lse = _attend(rules, config, operands, where)
-    return (out, lse), (operands, where, out, lse)
+def _forward(rules: Rules, config: Config, operands: Operands, lists: Lists):
+    out, lse = _attend(rules, config, operands, lists)
+    return (out, lse), (operands, lists, out, lse)
 
 
 def _backward(rules: Rules, config: Config, saved, cotangents):
-    operands, where, out, lse = saved
+    operands, lists, out, lse = saved
     d_out, d_lse = cotangents
     # d(lse) joins delta: ds = p * (do v^T - delta), and d(lse)/ds = p.
     delta = jnp.einsum("btnh,btnh->bnt", d_out, out, preferred_element_type=jnp.float32) - d_lse
@@ -242,7 +209,7 @@ def _backward(rules: Rules, config: Config, saved, cotangents):
     lse2 = jnp.where(jnp.isneginf(lse), -numerics.EMPTY_MAX, lse * numerics.LOG2_E)
     found = [
         launch.folding_batches(functools.partial(call, rules, _fitted(rules, config, kernel)))(
-            operands, d_out, lse2, delta, where
+            operands, d_out, lse2, delta, lists
         )
         for call, kernel in ((_launch_query_gradients, "queries"), (_launch_key_gradients, "keys"))
     ]
@@ -250,24 +217,24 @@ def _backward(rules: Rules, config: Config, saved, cotangents):
 
 
 def _launch_query_gradients(
-    rules: Rules, tile: Tile, operands: Operands, d_out, lse2, delta, where: _Where
+    rules: Rules, tile: Tile, operands: Operands, d_out, lse2, delta, lists: Lists
 ) -> tuple[Float[Array, "B T N H"]]:
     from lminf.kernels.block_sparse import triton_kernels  # needs triton
 
     batch, queries, heads, _ = operands.query.shape
-    spans = _spans(rules, where.lists, operands.key.shape[1])
+    spans = _spans(rules, lists, operands.key.shape[1])
     (d_query,) = launch.run(
         launch.Launch(
             triton_kernels.gradient_of_queries,
             _programs(queries, rules.block_q, tile.block_q, heads, batch),
             [
-                *operands, d_out, lse2, delta, where.lists.indices, spans, *where.or_stand_ins(),
-                *_numbers(rules, operands, where.lists.indices.shape[3]),
+                *operands, d_out, lse2, delta, lists.indices, spans, queries, operands.key.shape[1],
+                lists.indices.shape[3],
             ],
             [jax.ShapeDtypeStruct(operands.query.shape, operands.query.dtype)],
-            _constants(rules, operands, where, tile)
+            _constants(rules, operands, tile)
             | {
-                "CLEAR": _clear(rules, where, rules.block_kv, tile.block_k),
+                "CLEAR": rules.block_kv % tile.block_k == 0,
                 "SCALE": rules.scale,
             },
             tile.warps,
@@ -279,26 +246,25 @@ def _launch_query_gradients(
 
 
 def _launch_key_gradients(
-    rules: Rules, tile: Tile, operands: Operands, d_out, lse2, delta, where: _Where
+    rules: Rules, tile: Tile, operands: Operands, d_out, lse2, delta, lists: Lists
 ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
     from lminf.kernels.block_sparse import triton_kernels  # needs triton
 
     batch, queries = operands.query.shape[:2]
     keys, key_heads = operands.key.shape[1:3]
-    names, starts = lists_.transpose(where.lists, math.ceil(keys / rules.block_kv))
+    names, starts = lists_.transpose(lists, math.ceil(keys / rules.block_kv))
     d_key, d_value = launch.run(
         launch.Launch(
             triton_kernels.gradient_of_keys,
             _programs(keys, rules.block_kv, tile.block_k, key_heads, batch),
             [
                 *operands, d_out, lse2, delta, names,
-                _transposed_spans(rules, where.lists, starts, queries), *where.or_stand_ins(),
-                *_numbers(rules, operands, names.shape[2]),
+                _transposed_spans(rules, lists, starts, queries), queries, keys, names.shape[2],
             ],
             [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[1:]],
-            _constants(rules, operands, where, tile)
+            _constants(rules, operands, tile)
             | {
-                "CLEAR": _clear(rules, where, rules.block_q, tile.block_q),
+                "CLEAR": rules.block_q % tile.block_q == 0,
                 "SCALE": rules.scale,
             },
             tile.warps,

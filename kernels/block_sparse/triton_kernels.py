@@ -19,37 +19,11 @@ from lminf.kernels.common import triton_kernels as tiles
 
 
 @triton.jit
-def _shown(
-    shown, row, column, window, num_global, ids_row, ids_column, first,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr,
-):  # fmt: skip
+def _shown(shown, row, column, CAUSAL: tl.constexpr):
     """Which pairs of `shown` see each other; rows lie along one axis, columns along the other."""
-    distance = row - column
     if CAUSAL:
-        shown = shown & (distance >= 0)
-    if WINDOW:
-        shown = shown & ((distance < window) | (column - first < num_global))
-    if SEGMENTS:
-        shown = shown & (ids_row == ids_column) & (ids_row >= 0)
+        shown = shown & (row >= column)
     return shown
-
-
-@triton.jit
-def _masked_keys(
-    row, column, end, window, num_global, ids_row, ids_kv, starts, origin,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr,
-):  # fmt: skip
-    """[queries, keys] that see each other of a tile of keys that ends before `end`."""
-    inside = column < end
-    ids = column
-    first = column * 0
-    if SEGMENTS:
-        ids = tl.load(ids_kv + origin + column, mask=inside, other=-1)
-        first = tl.load(starts + origin + column, mask=inside, other=0)
-    return _shown(
-        inside[None, :], row[:, None], column[None, :], window, num_global,
-        ids_row[:, None], ids[None, :], first[None, :], CAUSAL, WINDOW, SEGMENTS,
-    )  # fmt: skip
 
 
 # --- Forward --------------------------------------------------------------------------------------
@@ -57,15 +31,15 @@ def _masked_keys(
 
 @triton.jit
 def forward(
-    query, key, value, indices, spans, ids_q, ids_kv, starts,
-    queries, keys, listed, window, num_global,
+    query, key, value, indices, spans,
+    queries, keys, listed,
     out, lse,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     LIST_Q: tl.constexpr, LIST_KV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr,
     UNIT: tl.constexpr, INNER: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    CLEAR: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr,
+    CLEAR: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Outputs [B, T, N, Hv] and LSE [B, N, T]; one program for each query head and BLOCK_Q rows of
     a block. `spans` [B, K, Q, 2]: how many blocks are listed, how many of them first are clear.
@@ -86,9 +60,6 @@ def forward(
     valid = row + rows < tl.minimum((block + 1) * LIST_Q, queries)
     first_query = (batch.to(tl.int64) * queries + row) * HEADS + head
     key_origin = batch.to(tl.int64) * keys
-    segments = rows
-    if SEGMENTS:
-        segments = tl.load(ids_q + batch.to(tl.int64) * queries + row + rows, mask=valid, other=-1)
     at_list = (batch.to(tl.int64) * KEY_HEADS + key_head) * blocks + block
     count = tl.load(spans + 2 * at_list)
     names = indices + at_list * listed
@@ -121,10 +92,7 @@ def forward(
             key, value, at_row, slots, inside,
             KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, True,
         )  # fmt: skip
-        visible = _masked_keys(
-            row + rows, column, end, window, num_global,
-            segments, ids_kv, starts, key_origin, CAUSAL, WINDOW, SEGMENTS,
-        )  # fmt: skip
+        visible = _shown(inside[None, :], (row + rows)[:, None], column[None, :], CAUSAL)
         top, total, sums = tiles.attend(
             q, k, v, visible, slots, top, total, sums, UNIT, INNER, MASK, PRECISION, False, True
         )  # fmt: skip
@@ -140,8 +108,8 @@ def forward(
 
 @triton.jit
 def gradient_of_queries(
-    query, key, value, d_out, lse2, delta, indices, spans, ids_q, ids_kv, starts,
-    queries, keys, listed, window, num_global,
+    query, key, value, d_out, lse2, delta, indices, spans,
+    queries, keys, listed,
     d_query,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
@@ -149,7 +117,7 @@ def gradient_of_queries(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr,
     SCALE: tl.constexpr,
     UNIT: tl.constexpr, INNER: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    CLEAR: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr,
+    CLEAR: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Gradients [B, T, N, H], by the walk of the forward."""
     PARTS: tl.constexpr = (LIST_Q + BLOCK_Q - 1) // BLOCK_Q
@@ -168,9 +136,6 @@ def gradient_of_queries(
     valid = row + rows < tl.minimum((block + 1) * LIST_Q, queries)
     first_query = (batch.to(tl.int64) * queries + row) * HEADS + head
     key_origin = batch.to(tl.int64) * keys
-    segments = rows
-    if SEGMENTS:
-        segments = tl.load(ids_q + batch.to(tl.int64) * queries + row + rows, mask=valid, other=-1)
     at_list = (batch.to(tl.int64) * KEY_HEADS + key_head) * blocks + block
     count = tl.load(spans + 2 * at_list)
     names = indices + at_list * listed
@@ -205,10 +170,7 @@ def gradient_of_queries(
             key, value, at_row, slots, inside,
             KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, True,
         )  # fmt: skip
-        visible = _masked_keys(
-            row + rows, column, end, window, num_global,
-            segments, ids_kv, starts, key_origin, CAUSAL, WINDOW, SEGMENTS,
-        )  # fmt: skip
+        visible = _shown(inside[None, :], (row + rows)[:, None], column[None, :], CAUSAL)
         gradient = tiles.query_gradient(
             q, k, v, do, lse2_rows, delta_rows, visible, slots, gradient,
             UNIT, INNER, MASK, PRECISION, False, True,
@@ -224,8 +186,8 @@ def gradient_of_queries(
 
 @triton.jit
 def gradient_of_keys(
-    query, key, value, d_out, lse2, delta, names, spans, ids_q, ids_kv, starts,
-    queries, keys, listed, window, num_global,
+    query, key, value, d_out, lse2, delta, names, spans,
+    queries, keys, listed,
     d_key, d_value,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
@@ -233,7 +195,7 @@ def gradient_of_keys(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr,
     SCALE: tl.constexpr,
     UNIT: tl.constexpr, INNER: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    CLEAR: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr,
+    CLEAR: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Gradients [B, S, K, ...]; one program for each key head and BLOCK_K keys of a block, which
     owns what it writes. `names` [B, K, E] holds the transposed lists; `spans` [B, K, blocks, 4]
@@ -255,13 +217,7 @@ def gradient_of_keys(
     column = start + slots
     inside = column < tl.minimum((block + 1) * LIST_KV, keys)
     key_origin = batch.to(tl.int64) * keys
-    query_origin = batch.to(tl.int64) * queries
     at_key = (key_origin + start) * KEY_HEADS + key_head
-    ids = column
-    first = column * 0
-    if SEGMENTS:
-        ids = tl.load(ids_kv + key_origin + column, mask=inside, other=-1)
-        first = tl.load(starts + key_origin + column, mask=inside, other=0)
 
     at_head = batch.to(tl.int64) * KEY_HEADS + key_head
     at_span = spans + (at_head * blocks + block) * 4
@@ -308,13 +264,7 @@ def gradient_of_keys(
             query, d_out, lse2, delta, batch, row, head, queries, rows, asked,
             HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, True,
         )  # fmt: skip
-        ids_rows = rows
-        if SEGMENTS:
-            ids_rows = tl.load(ids_q + query_origin + row + rows, mask=asked, other=-1)
-        visible = _shown(
-            asked[None, :], (row + rows)[None, :], column[:, None], window, num_global,
-            ids_rows[None, :], ids[:, None], first[:, None], CAUSAL, WINDOW, SEGMENTS,
-        )  # fmt: skip
+        visible = _shown(asked[None, :], (row + rows)[None, :], column[:, None], CAUSAL)
         d_k, d_v = tiles.key_gradients(
             q, k, v, do, lse2_rows, delta_rows, visible, rows, d_k, d_v,
             UNIT, INNER, MASK, PRECISION, False, True,

@@ -18,24 +18,21 @@ from jaxtyping import Array, Float
 from lminf.kernels.block_sparse import lists as lists_
 from lminf.kernels.block_sparse import operands as pairs
 from lminf.kernels.block_sparse.operands import Lists, Operands, Rules
-from lminf.kernels.common import masks, numerics
-from lminf.kernels.common.masks import SegmentIds
+from lminf.kernels.common import numerics
 from lminf.kernels.lambda_attention.operands import Residuals
 
 
-def attention(
-    rules: Rules, operands: Operands, lists: Lists, segments: SegmentIds | None, config: object
-) -> Residuals:
+def attention(rules: Rules, operands: Operands, lists: Lists, config: object) -> Residuals:
     """Outputs and log-denominators; differentiable in `operands`, through the LSE too."""
     if config is not None:
         raise NotImplementedError("there is nothing to configure: the caller chooses the blocks")
-    return _attention(rules, operands, lists, segments)
+    return _attention(rules, operands, lists)
 
 
 class _Call:
     """One call laid out for programs: heads first, rows padded to whole blocks."""
 
-    def __init__(self, rules: Rules, operands: Operands, segments: SegmentIds | None):
+    def __init__(self, rules: Rules, operands: Operands):
         self.rules = rules
         self.batch, self.queries, self.heads, _ = operands.query.shape
         self.keys, self.key_heads = operands.key.shape[1:3]
@@ -45,16 +42,6 @@ class _Call:
         self.key, self.value = (self._keys_first(x) for x in operands[1:])
         self.q_blocks = self.query.shape[2] // rules.block_q
         self.kv_blocks = self.key.shape[1] // rules.block_kv
-        self.segments, self.first = None, None
-        if segments is not None:
-            first = masks.run_starts(segments.kv)
-            self.first = jnp.pad(first, ((0, 0), (0, -self.keys % rules.block_kv)))
-            self.segments = SegmentIds(
-                *(
-                    jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)), constant_values=masks.PADDING)
-                    for x, size in zip(segments, (rules.block_q, rules.block_kv), strict=True)
-                )
-            )
 
     def queries_first(self, x: Float[Array, "B T N X"]) -> Float[Array, "M G Tp X"]:
         x = jnp.pad(x, ((0, 0), (0, -self.queries % self.rules.block_q), (0, 0), (0, 0)))
@@ -88,34 +75,21 @@ class _Call:
         at = (head, block * self.rules.block_kv, jnp.int32(0))
         return jax.lax.dynamic_slice(x, at, size)[0]
 
-    def scores(self, query, key, head, q_block, kv_block):
+    def scores(self, query, key, q_block, kv_block):
         """[rows, W] logits with what is invisible at MASK_VALUE, and the soft cap's bend."""
         scores = _dot(query, key, (1, 1), self.dtype) * self.rules.scale
         bend = None
         if self.rules.soft_cap is not None:
             bent = jnp.tanh(scores / self.rules.soft_cap)
             scores, bend = self.rules.soft_cap * bent, 1 - bent * bent
-        shown = self._shown(head // self.key_heads, q_block, kv_block)
+        rows, columns = (
+            block * size + jnp.arange(size, dtype=jnp.int32)
+            for block, size in ((q_block, self.rules.block_q), (kv_block, self.rules.block_kv))
+        )
+        columns = columns[None]
+        shown = pairs.visible(self.rules, rows[:, None], columns) & (columns < self.keys)
         shown = jnp.tile(shown, (self.group, 1))
         return jnp.where(shown, scores, numerics.MASK_VALUE), bend
-
-    def _shown(self, batch, q_block, kv_block):
-        rules = self.rules
-        row, column = q_block * rules.block_q, kv_block * rules.block_kv
-        rows = (row + jnp.arange(rules.block_q, dtype=jnp.int32))[:, None]
-        columns = (column + jnp.arange(rules.block_kv, dtype=jnp.int32))[None]
-
-        def cut(x, at, size):
-            return jax.lax.dynamic_slice(x, (batch, at), (1, size))[0]
-
-        first = jnp.zeros_like(columns)
-        if self.first is not None:
-            first = cut(self.first, column, rules.block_kv)[None]
-        shown = pairs.visible(rules, rows, columns, first) & (columns < self.keys)
-        if self.segments is not None:
-            q = cut(self.segments.q, row, rules.block_q)[:, None]
-            shown &= pairs.same_segment(q, cut(self.segments.kv, column, rules.block_kv)[None])
-        return shown
 
     def programs(self, count: int):
         """Head and block of every program, [M * count] each."""
@@ -131,8 +105,8 @@ def _dot(a, b, contract: tuple[int, int], dtype) -> Float[Array, "X Y"]:
     return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype)
 
 
-def _compute(rules: Rules, operands: Operands, lists: Lists, segments) -> Residuals:
-    call = _Call(rules, operands, segments)
+def _compute(rules: Rules, operands: Operands, lists: Lists) -> Residuals:
+    call = _Call(rules, operands)
     indices, counts = _by_head(lists)
 
     def program(at):
@@ -143,7 +117,7 @@ def _compute(rules: Rules, operands: Operands, lists: Lists, segments) -> Residu
             top, total, out = carry
             kv_block = indices[head, q_block, t]
             key, value = (call.block(x, head, kv_block) for x in (call.key, call.value))
-            scores, _ = call.scores(query, key, head, q_block, kv_block)
+            scores, _ = call.scores(query, key, q_block, kv_block)
             new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
             shrink, weights = jnp.exp(top - new_top), jnp.exp(scores - new_top)
             total = total * shrink + weights.sum(-1, keepdims=True)
@@ -171,9 +145,9 @@ def _by_head(lists: Lists) -> Lists:
     return Lists(*(x.reshape(-1, *x.shape[2:]) for x in lists))
 
 
-def _forward(rules: Rules, operands: Operands, lists: Lists, segments):
-    found = _compute(rules, operands, lists, segments)
-    return found, (operands, lists, segments, found)
+def _forward(rules: Rules, operands: Operands, lists: Lists):
+    found = _compute(rules, operands, lists)
+    return found, (operands, lists, found)
 
 
 class _Rows(NamedTuple):
@@ -185,8 +159,8 @@ class _Rows(NamedTuple):
 
 
 def _backward(rules: Rules, saved, cotangents: Residuals):
-    operands, lists, segments, found = saved
-    call = _Call(rules, operands, segments)
+    operands, lists, found = saved
+    call = _Call(rules, operands)
     by_head = _by_head(lists)
     d_out = cotangents.out.astype(call.dtype)
     delta = (d_out * found.out.astype(call.dtype)).sum(-1) - cotangents.lse.swapaxes(1, 2)
@@ -200,7 +174,7 @@ def _backward(rules: Rules, saved, cotangents: Residuals):
         """p and ds of one pair of blocks, and what they were made of."""
         query, d_out, lse, delta = (call.rows(x, head, q_block) for x in (call.query, *rows))
         key, value = (call.block(x, head, kv_block) for x in (call.key, call.value))
-        scores, bend = call.scores(query, key, head, q_block, kv_block)
+        scores, bend = call.scores(query, key, q_block, kv_block)
         p = jnp.exp(scores - lse)
         ds = p * (_dot(d_out, value, (1, 1), call.dtype) - delta)
         if bend is not None:
@@ -240,7 +214,7 @@ def _backward(rules: Rules, saved, cotangents: Residuals):
     d_query_ = jax.lax.map(d_query, call.programs(call.q_blocks))
     d_key, d_value = jax.lax.map(d_key_value, call.programs(call.kv_blocks))
     grads = Operands(call.queries_last(d_query_), call.keys_last(d_key), call.keys_last(d_value))
-    return jax.tree.map(lambda g, x: g.astype(x.dtype), grads, operands), None, None
+    return jax.tree.map(lambda g, x: g.astype(x.dtype), grads, operands), None
 
 
 _attention = jax.custom_vjp(_compute, nondiff_argnums=(0,))

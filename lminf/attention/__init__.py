@@ -1,5 +1,6 @@
 """Attention; importing the package makes every policy known by its name."""
 
+from lminf.attention.policies import block_topk as block_topk
 from lminf.attention.policies import eviction as eviction
 from lminf.attention.policies import hip as hip
 from lminf.attention.policies import infinite_hip as infinite_hip

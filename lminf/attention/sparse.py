@@ -26,6 +26,8 @@ from lminf.attention.policy import FULL, Policy
 from lminf.attention.scores import Placement, ScoreConfig, by_head
 from lminf.errors import InputError
 
+WHOLE_CALL = 2**31 - 1  # a group of all tokens of a call: each selects by itself
+
 
 class SparsePolicy(Policy):
     """Selects among all earlier tokens. Subclasses say which, and what they remember."""
@@ -58,9 +60,16 @@ class SparsePolicy(Policy):
         assert isinstance(self.selected_distance, int)
         return self.selected_distance
 
-    def select(self, state: Any, query: "Query") -> "tuple[Selected | SelectedBlocks, Any]":
+    def select(self, state: Any, query: "Query") -> tuple[Any, Any]:
         """What these queries see, and the state."""
         raise NotImplementedError
+
+    def attend(self, query: "Query", selected: Any) -> tuple[Array, Callable[[], Array] | None]:
+        """Outputs [B, R, N, H] over what is selected; and what the window's keys received."""
+        if isinstance(selected, SelectedBlocks):
+            return _visit_blocks(query, selected), None
+        by_kernel = query.q.shape[1] > 1 and isinstance(self.selected_distance, int)
+        return (_by_kernel if by_kernel else _gathered)(self, query, selected)
 
     def observe(self, state: Any, query: "Query", selected: Any, received: Any) -> Any:
         """The state once they attended; `received()` [B, N, W] is what the window's keys got."""
@@ -154,7 +163,7 @@ class Groups:
             return group.put(out, part), state
 
         carry = jnp.zeros_like(q), state
-        if self.tokens == 1:
+        if self.tokens == 1 or self.size == WHOLE_CALL:
             return body(jnp.int32(0), carry)
         return jax.lax.fori_loop(jnp.int32(0), self.count.astype(jnp.int32), body, carry)
 
@@ -241,12 +250,7 @@ def reader(policy: SparsePolicy, config: ScoreConfig, layout, positions, over_po
             alone = groups.tokens == 1
             query = Query(group, q, kv, layer, alone, config, placement, table)
             selected, state = policy.select(state, query)
-            if isinstance(selected, SelectedBlocks):
-                out, received = _visit_blocks(query, selected), None
-            elif query.q.shape[1] > 1 and isinstance(policy.selected_distance, int):
-                out, received = _by_kernel(policy, query, selected)
-            else:
-                out, received = _gathered(policy, query, selected)
+            out, received = policy.attend(query, selected)
             return out, policy.observe(state, query, selected, received)
 
         def sparse():

@@ -251,3 +251,20 @@ def pruned(policy, scoring, q, k, head, stage, tokens):
     found = np.array([max(best(n, index) for n in heads) for index in range(len(chunks))])
     chosen = sorted(top(found, policy.topk[stage] // size)) if chunks else []
     return [token for index in chosen for token in chunks[index]]
+
+
+def moba(policy, scoring, q, k, v, calls):
+    """How `calls` divide the text makes no difference."""
+    out, share, size = np.zeros_like(q), q.shape[1] // k.shape[1], policy.block
+    encoding, positions = scoring.encoding, np.arange(len(q))
+    for n in range(q.shape[1]):
+        key, value = k[:, n // share], v[:, n // share]
+        queries, placed = (rotated(encoding, x, positions) for x in (q[:, n], key))
+        means = placed[: len(q) // size * size].reshape(-1, size, q.shape[2]).mean(1)
+        for i in range(len(q)):
+            earlier = top(means[: i // size] @ queries[i], policy.topk - 1)
+            at = np.array([j for j in range(i + 1) if j // size in {*earlier, i // size}])
+            out[i, n] = (
+                weights(score(scoring, q[i, n], key[at], (i - at).astype(float))) @ value[at]
+            )
+    return out

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lminf.attention import attend, cache
+from lminf.attention.policies.block_topk import MoBA
 from lminf.attention.policies.hip import HiP
 from lminf.attention.policies.infinite_hip import InfiniteHiP
 from lminf.attention.policies.infllm import InfLLM
@@ -43,6 +44,7 @@ POLICIES = {
     "infinite_hip": InfiniteHiP(
         chunk=(8, 2), topk=(16, 6), refresh=(6, 2), window=5, sinks=3, query_block=4,
     ),
+    "moba": MoBA(block=4, topk=3),
 }  # fmt: skip
 OTHERS = {
     "infllm": [
@@ -63,6 +65,7 @@ OTHERS = {
         InfiniteHiP((12, 6, 3), (24, 12, 6), (5, 3, 7), window=3, sinks=1, query_block=16,
                     ordered_layers=1),
     ],
+    "moba": [MoBA(block=3, topk=2), MoBA(block=64, topk=4), MoBA(block=1, topk=9)],
 }  # fmt: skip
 ORACLES = {
     "infllm": sparse_oracle.infllm,
@@ -70,6 +73,7 @@ ORACLES = {
     "longheads": sparse_oracle.long_heads,
     "hip": sparse_oracle.hip,
     "infinite_hip": sparse_oracle.infinite_hip,
+    "moba": sparse_oracle.moba,
 }
 # Sizes of the calls: at once; in chunks of whole groups; a prompt, and then token by token.
 CALLS = ((TOKENS,), (16, 16, 8), (16, *[1] * 24))
@@ -115,7 +119,7 @@ def check(name, policy, encoding, group, every):
         agree(found, expected(name, policy, scoring, arrays, calls))
 
 
-@lanes("infllm", "infinite_hip")
+@lanes("infllm", "infinite_hip", "moba")
 def test_reading_and_decoding_are_the_formulas(name):
     """The temperature of YaRN is in the channels that are rotated, and in no others."""
     check(name, POLICIES[name], "partial_yarn", 3, CALLS[2:])
@@ -151,6 +155,7 @@ SAME = [
     (HiP(4, 3, sinks=2, block=2, query_block=8, dense_layers=1), Full()),
     (InfiniteHiP((8, 2), (TOKENS, TOKENS), (1, 1), window=3, sinks=2, query_block=8), Full()),
     (InfiniteHiP((2,), (4,), (1,), window=3, sinks=2, query_block=8, dense_layers=1), Full()),
+    (MoBA(block=4, topk=TOKENS), Full()),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Block-sparse attention against its dense definition, and the choice of blocks."""
+"""Block-sparse attention against its dense definition."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from lminf import kernels
-from lminf.kernels import SegmentIds
-from lminf.kernels.block_sparse import lists, select
+from lminf.kernels.block_sparse import lists
 
 BATCH, TOKENS, HEADS, KEY_HEADS, WIDTH, VALUE_WIDTH = 2, 45, 6, 2, 16, 24
 BLOCK_Q, BLOCK_KV = 8, 12  # 6 blocks of queries, 4 of keys, neither whole
@@ -31,13 +30,6 @@ def everything():
     """Lists that name every block."""
     indices = jnp.broadcast_to(jnp.arange(4, dtype=jnp.int32), (BATCH, 1, 6, 4))
     return {"block_indices": indices, "block_counts": jnp.full((BATCH, 1, 6), 4, jnp.int32)}
-
-
-def packed():
-    ids = np.zeros((BATCH, TOKENS), np.int32)
-    ids[0, 5:23], ids[0, 23:40], ids[0, 40:] = 1, 2, -1
-    ids[1, :9], ids[1, 30:] = -1, 3
-    return SegmentIds(jnp.asarray(ids), jnp.asarray(ids))
 
 
 def operands(heads=HEADS):
@@ -83,15 +75,13 @@ def oracle(given, **options):
 
 CASES = {
     "a list for each head": lambda: drawn(KEY_HEADS) | {"logits_soft_cap": 2.0},
-    "one list, segments, window, globals": lambda: (
-        drawn(1) | {"segment_ids": packed(), "window_size": 9, "num_global": 3}
-    ),
+    "one list": lambda: drawn(1),
     "not causal": lambda: drawn(1) | {"causal": False, "scale": 0.3},
-    "window": lambda: everything() | {"window_size": 7, "num_global": 2},
+    "everything": everything,
 }
 
 
-@pytest.mark.parametrize("case", list(CASES)[1:2])
+@pytest.mark.parametrize("case", list(CASES)[:1])
 def test_values_and_gradients(case):
     options = CASES[case]()
     found = results(operands(), implementation="xla_chunked", **options)
@@ -111,20 +101,20 @@ def test_groups(case, group):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 1.5e-2), (jnp.float16, 2e-3)])
 def test_low_precision(dtype, tolerance):
     given = {name: jnp.asarray(x, dtype) for name, x in operands().items()}
-    options = CASES["window"]()
+    options = CASES["everything"]()
     found = results(given, implementation="xla_chunked", dtype=dtype, **options)
     exact = {name: np.asarray(x, np.float64) for name, x in given.items()}
     assert_close(found, oracle(exact, **options), tolerance)
 
 
 def test_all_blocks_listed_is_lambda_attention():
-    """Without a cap, window and globals over complete lists are the Λ shape."""
+    """Without a cap, complete lists are causal attention."""
 
     def both(given):
         listed = kernels.block_sparse_attention(
-            **given, **everything(), block_q=BLOCK_Q, block_kv=BLOCK_KV, window_size=7, num_global=2
+            **given, **everything(), block_q=BLOCK_Q, block_kv=BLOCK_KV
         )
-        return listed, kernels.lambda_attention(**given, window_size=7, num_global=2)
+        return listed, kernels.lambda_attention(**given, window_size=TOKENS, num_global=0)
 
     found, expected = jax.jit(both)({name: jnp.asarray(x) for name, x in operands().items()})
     np.testing.assert_allclose(found, expected, atol=2e-6)
@@ -141,38 +131,6 @@ def test_transposed_lists_hold_the_same_pairs():
             assert np.asarray(found.queries)[b, k, start:end].tolist() == expected
 
 
-def test_chosen_blocks():
-    """Forced blocks first, then the best; ties to the lower index; nothing in the future."""
-    scored = np.zeros((1, 1, 6, 4), np.float32)
-    scored[0, 0, 5, 1], scored[0, 0, 4, 3] = 1.0, 9.0
-    options = {"block_q": BLOCK_Q, "block_kv": BLOCK_KV, "global_blocks": 1, "local_blocks": 1}
-    found = jax.jit(lambda x: select.choose(x, 3, **options))(scored)
-    assert found.indices[0, 0].tolist() == [
-        [0, -1, -1],  # rows 0-7: only block 0 has begun
-        [0, 1, -1],
-        [0, 1, -1],
-        [0, 1, 2],
-        [0, 1, 3],  # rows 32-39: own is 3; 1 and 2 tie
-        [0, 1, 3],  # 1 scores best
-    ]
-    assert found.counts[0, 0].tolist() == [1, 2, 2, 3, 3, 3]
-
-
-def test_the_block_that_answers_is_chosen():
-    """A key that points where the queries point, in an otherwise quiet text."""
-    key = 0.01 * normal(1, 1, 48, 1, WIDTH)
-    query = 0.01 * normal(0, 1, 48, 2, WIDTH)
-    key[0, 17], query[0, 40:] = 1.0, 1.0
-
-    def chosen(query, key):
-        for kind, count in (("mean", 1), ("max_norm", 1), ("top_k", 3)):
-            scored = select.scores(query, key, block_q=8, block_kv=8, kind=kind, count=count)
-            yield select.choose(scored, 2, block_q=8, block_kv=8).indices[0, 0, 5]
-
-    for found in jax.jit(lambda *given: list(chosen(*given)))(query, key):
-        assert found.tolist() == [2, 5]
-
-
 BAD = [
     ({"block_q": 0}, "block_q"),
     ({"block_indices": jnp.zeros((BATCH, 3, 6, 4), jnp.int32)}, "block_indices has shape"),
@@ -180,9 +138,6 @@ BAD = [
     ({"block_counts": jnp.full((BATCH, 1, 6), 5)}, "block_counts runs to 5"),
     ({"block_indices": everything()["block_indices"] + 1}, "block_indices holds 4"),
     ({"block_indices": jnp.zeros((BATCH, 1, 6, 4), jnp.int32)}, "ascend"),
-    ({"num_global": 3}, "num_global=3 needs window_size"),
-    ({"window_size": 0}, "window_size"),
-    ({"window_size": 3, "causal": False}, "needs causal"),
     ({"key": jnp.zeros((BATCH, TOKENS, 4, WIDTH))}, "value has shape"),
 ]
 

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from lminf import kernels
-from lminf.kernels import SegmentIds
 from tests.kernels import test_block_sparse as shared
 
 TOKENS, WIDTH, VALUE_WIDTH, BLOCK = 300, 16, 24, 128  # three blocks, the last incomplete
@@ -42,7 +41,6 @@ CASES = {
     "causal": lambda: lists([0], [0, 1], [0, 2]),
     # A block of queries with an empty list, a block of keys that nobody lists, one in the future.
     "nothing listed": lambda: lists([], [1, 2], [1]) | {"logits_soft_cap": 2.0},
-    "window": lambda: lists([0], [0, 1], [0, 1, 2]) | {"window_size": 150, "num_global": 3},
     "not causal": lambda: lists([1, 2], [0], [0, 1]) | {"causal": False, "scale": 0.3},
 }  # fmt: skip
 
@@ -71,9 +69,7 @@ def test_bfloat16(interpreter):
 @pytest.mark.slow
 def test_refusals_name_the_reason():
     arrays = {name: jnp.asarray(x) for name, x in given().items()}
-    ids = jnp.zeros((1, TOKENS), jnp.int32)
     for changed, word in (
-        ({"segment_ids": SegmentIds(ids, ids)}, "segments"),
         ({"scale": -1.0}, "scale=-1.0"),
         ({"config": "wide"}, "nothing to configure"),
         ({"query": arrays["query"].astype(jnp.bfloat16)}, "bfloat16"),

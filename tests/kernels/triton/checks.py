@@ -481,13 +481,11 @@ def whole_tiles():
 
 # Blocks smaller than a tile, as large (some tiles need no mask), and of several tiles.
 SPARSE_CASES = {
-    "segments, window, globals": (blocks.CASES["one list, segments, window, globals"], UNEQUAL),
+    "one list": (blocks.CASES["one list"], UNEQUAL),
     "not causal": (lambda: of_size(16, 16, causal=False, scale=0.3), SQUARE),
     "soft cap, a list for each head": (whole_tiles, SQUARE),
     "several tiles a block": (lambda: of_size(32, 32), SQUARE),
-    "several tiles and a part, window": (
-        lambda: of_size(20, 40, window_size=7, num_global=2), SQUARE,
-    ),
+    "several tiles and a part": (lambda: of_size(20, 40), SQUARE),
 }  # fmt: skip
 SPARSE = {
     f"blocks: {name}": block_sparse(options, config=config)

@@ -56,23 +56,21 @@ def loss_launches(dtype, *, rows=8192, width=2304, vocab=256_000, **options):
     return compiling.launches_of(jax.grad(call, (0, 1)), *shapes)
 
 
-def sparse_launches(width, dtype, *, block=64, segments=False, **options):
+def sparse_launches(width, dtype, *, block=64, **options):
     """Forward, gradient of the queries, of keys and values; 64 blocks a list."""
     length, listed = 131_072, 64
     query = jax.ShapeDtypeStruct((1, length, 32, width), dtype)
     key = jax.ShapeDtypeStruct((1, length, 8, width), dtype)
-    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
     indices = jax.ShapeDtypeStruct((1, 8, length // block, listed), jnp.int32)
 
-    def loss(query, key, value, indices, ids):
+    def loss(query, key, value, indices):
         out = kernels.block_sparse_attention(
             query, key, value, block_indices=indices, block_counts=(indices >= 0).sum(-1),
-            block_q=block, block_kv=block, implementation="triton",
-            segment_ids=SegmentIds(ids, ids) if segments else None, **options,
+            block_q=block, block_kv=block, implementation="triton", **options,
         )  # fmt: skip
         return out.astype(jnp.float32).sum()
 
-    return compiling.launches_of(jax.grad(loss, (0, 1, 2)), query, key, key, indices, ids)
+    return compiling.launches_of(jax.grad(loss, (0, 1, 2)), query, key, key, indices)
 
 
 def decode_launches(width, dtype, *, batch=1, layers=(), **options):
@@ -117,10 +115,7 @@ PROGRAMS = {
     "blocks of 64": (lambda: sparse_launches(128, BF16), 3, (80, 90, 100), True),
     "blocks of 128, 64 wide": (lambda: sparse_launches(64, BF16, block=128), 3, (90,), True),
     "blocks of 128, every option": (
-        lambda: sparse_launches(
-            128, BF16, block=128, segments=True, window_size=4096, num_global=100,
-            logits_soft_cap=50.0,
-        ),
+        lambda: sparse_launches(128, BF16, block=128, logits_soft_cap=50.0),
         3, (90,), True,
     ),
     "blocks of 64, soft cap": (

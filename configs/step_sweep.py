@@ -13,7 +13,7 @@ Pod        --config=:pod: the shapes, tokens and grids of the paper's dense and 
 from ml_collections import ConfigDict
 
 from lminf.configs import base
-from lminf.run.sweep import chain, cross, grid, zipped
+from lminf.run.sweep import Overrides, chain, cross, grid, zipped
 
 VARIANTS = ("tiny", "laptop", "h100", "pod")
 
@@ -57,7 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
     return c
 
 
-def get_sweep(c: ConfigDict, arg: str = ""):
+def get_sweep(c: ConfigDict, arg: str = "") -> tuple[Overrides, ...]:
     if arg == "pod":
         return published()
     if arg == "h100":

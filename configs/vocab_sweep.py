@@ -12,7 +12,7 @@ Pod        --config=:pod: the seven families and ten sizes of the paper
 from ml_collections import ConfigDict
 
 from lminf.configs import base
-from lminf.run.sweep import cross, grid
+from lminf.run.sweep import Overrides, cross, grid
 
 VARIANTS = ("tiny", "laptop", "h100", "pod")
 
@@ -57,7 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
     return c
 
 
-def get_sweep(c: ConfigDict, arg: str = ""):
+def get_sweep(c: ConfigDict, arg: str = "") -> tuple[Overrides, ...]:
     sizes = grid({"data.vocab": c.data.vocabs})
     return cross(families(arg), sizes) if arg in ("h100", "pod") else sizes
 

@@ -200,9 +200,9 @@ def write_gguf(
     params: dict | None = None,
     kind: str = "F32",
     metadata: dict | None = None,
-    tensors: dict | None = None,
+    changed: dict | None = None,
 ) -> Path:
-    """A GGUF file; `metadata` and `tensors` change what it would hold (None takes away)."""
+    """A GGUF file: of other metadata, and of other tensors where `changed` names some (None: no)."""
     spec = GGUF_SPECS[architecture]
     params = random_params(spec) if params is None else params
     written = {
@@ -223,7 +223,7 @@ def write_gguf(
             writer.add_float32(key, value)
         elif value is not None:
             writer.add_uint32(key, value)
-    for name, value in (written | (tensors or {})).items():
+    for name, value in (written | (changed or {})).items():
         if value is None:
             continue
         if value.ndim == 2 and kind != "F32":  # as llama.cpp does: vectors stay float32

@@ -77,9 +77,9 @@ def test_our_header_is_the_packages_header(tmp_path):
 # --- Facts ----------------------------------------------------------------------------------------
 
 
-def spec_with(tmp_path, *, tensors=None, **facts):
+def spec_with(tmp_path, *, changed=None, **facts):
     metadata = {f"llama.{name.replace('__', '.')}": value for name, value in facts.items()}
-    path = making.write_gguf(tmp_path / "m.gguf", metadata=metadata, tensors=tensors)
+    path = making.write_gguf(tmp_path / "m.gguf", metadata=metadata, changed=changed)
     return reader.load(path)[0]
 
 
@@ -104,10 +104,10 @@ def test_llama_3_schedules_are_recognised_by_their_factors(tmp_path):
     schedule = rope.Llama3(32.0, 1.0, 4.0, 8192)
     plain = rope.Unscaled().frequencies(5e5, 8)
     factors = (plain / schedule.frequencies(5e5, 8)).astype(np.float32)
-    spec = spec_with(tmp_path, tensors={"rope_freqs.weight": factors}, rope__freq_base=5e5)
+    spec = spec_with(tmp_path, changed={"rope_freqs.weight": factors}, rope__freq_base=5e5)
     assert spec.encoding.scaling == schedule
     with pytest.raises(InputError, match="those of no released Llama 3 model"):
-        spec_with(tmp_path, tensors={"rope_freqs.weight": factors * 1.1}, rope__freq_base=5e5)
+        spec_with(tmp_path, changed={"rope_freqs.weight": factors * 1.1}, rope__freq_base=5e5)
 
 
 @pytest.mark.parametrize(
@@ -162,13 +162,13 @@ def test_an_unknown_architecture_is_named(tmp_path):
     ],
 )
 def test_tensors_that_do_not_fit_are_refused_by_name(tensors, says, tmp_path):
-    path = making.write_gguf(tmp_path / "m.gguf", tensors=tensors)
+    path = making.write_gguf(tmp_path / "m.gguf", changed=tensors)
     with pytest.raises(InputError, match=says):
         checkpoints.load(path)
 
 
 def test_a_head_of_its_own_or_the_embeddings(tmp_path):
-    path = making.write_gguf(tmp_path / "m.gguf", tensors={"output.weight": None})
+    path = making.write_gguf(tmp_path / "m.gguf", changed={"output.weight": None})
     spec, params, _ = reader.load(path)
     assert spec.tied
     assert "head" not in params

@@ -33,7 +33,7 @@ def seeds(folder: Path) -> None:
     )
     making.write_gguf(folder / "q8.gguf", kind="Q8_0")
     factors = np.ones(4, np.float32)
-    making.write_gguf(folder / "factors.gguf", tensors={"rope_freqs.weight": factors})
+    making.write_gguf(folder / "factors.gguf", changed={"rope_freqs.weight": factors})
 
 
 def read(path: Path) -> None:

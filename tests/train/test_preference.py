@@ -45,7 +45,7 @@ def log_probs(params, batch, answer):
     tokens, targets = (jnp.asarray(batch[f"{answer}{name}"]) for name in ("tokens", "targets"))
     module, params = making.program().module, jax.tree.map(jnp.asarray, params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    hidden, _ = module.apply({"params": params}, tokens, positions=positions)
+    hidden, _ = jax.jit(module.apply)({"params": params}, tokens, positions=positions)
     logits = np.asarray(heads.lm(making.SPEC, params, hidden), np.float64)
     logits -= logits.max(-1, keepdims=True)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -112,11 +112,13 @@ def test_terms_are_added_by_their_scale():
     both = making.program(objective=(CrossEntropy(0.5), DPO(BETA, scale=2.0)))
     alone = making.program(objective=(CrossEntropy(),)), program()
     parts = [
-        made.gradients(making.params(), making.put(made, batch), made.start(making.params()))[1]
+        jax.jit(made.gradients)(
+            making.params(), making.put(made, batch), made.start(making.params())
+        )[1]
         for made in alone
     ]
     state = both.start(making.params())
-    _, found = both.gradients(making.params(), making.put(both, batch), state)
+    _, found = jax.jit(both.gradients)(making.params(), making.put(both, batch), state)
     expected = jax.tree.map(lambda one, two: 0.5 * one + 2.0 * two, *parts)
     assert making.largest_difference(found, expected) < 1e-5
 

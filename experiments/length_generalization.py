@@ -13,6 +13,7 @@ from lminf.data import sources
 from lminf.evals import perplexity, reread
 from lminf.experiments import _models
 from lminf.experiments._main import main
+from lminf.lm.nll import bits_per_byte
 from lminf.run import plots, tables
 from lminf.run.folder import Row, RunFolder
 from lminf.run.progress import Progress
@@ -68,7 +69,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
                 "stop": block.stop,
                 "nll": block.nll,
                 "excess_over_reread": block.nll - against.nll,
-                "bits_per_byte": perplexity.bits_per_byte(nll[scored], token_bytes[scored]),
+                "bits_per_byte": bits_per_byte(nll[scored], int(token_bytes[scored].sum())),
                 "seconds": took,
             }
 

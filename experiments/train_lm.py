@@ -27,6 +27,7 @@ from lminf.errors import InputError
 from lminf.experiments import _training
 from lminf.experiments._main import leads, main
 from lminf.lm.lm import LM
+from lminf.lm.nll import bits_per_byte
 from lminf.parallel import hardware
 from lminf.parallel.distributed import Distributed
 from lminf.run import environment, lock, memory, plots, request, trackers
@@ -343,7 +344,7 @@ class Found:
         self.nll = nll
         self.means = {
             "loss": float(nll.mean(dtype=np.float64)),
-            "bits_per_byte": float(nll.sum(dtype=np.float64) / np.log(2) / byte_counts.sum()),
+            "bits_per_byte": bits_per_byte(nll, int(byte_counts.sum())),
         }
 
     @property

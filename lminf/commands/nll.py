@@ -16,6 +16,7 @@ from lminf.data import sources
 from lminf.errors import InputError
 from lminf.evals import perplexity, stream
 from lminf.lm.lm import LM
+from lminf.lm.nll import bits_per_byte
 from lminf.run import memory, tables
 from lminf.run.progress import Progress
 
@@ -95,7 +96,7 @@ def by_document(
             )
             token_bytes.append(np.diff(ends))
             before += len(ids)
-    bits = perplexity.bits_per_byte(np.concatenate(losses), np.concatenate(token_bytes))
+    bits = bits_per_byte(np.concatenate(losses), int(np.concatenate(token_bytes).sum()))
     return perplexity.by_position(losses, block=args.block), bits, total
 
 
@@ -109,7 +110,7 @@ def along_stream(
     total = sum(len(ids) for ids in documents)
     # One token in a chunk is not scored: its bytes are its share of the whole.
     text_bytes = sum(int(ends[-1]) for _, ends in encoded) * len(nll) / total
-    bits = float(nll.sum(dtype=np.float64) / np.log(2) / text_bytes)
+    bits = bits_per_byte(nll, text_bytes)
     edges = np.arange(0, places[-1] + args.block + 1, args.block)
     blocks = [
         perplexity.Block(int(low), int(min(high, places[-1] + 1)), int(inside.sum()),

@@ -4,7 +4,6 @@ A token's NLL is in nats, given the tokens before it; the first token of a text 
 Sources of the protocols: Han et al. 2024, arXiv:2308.16137 (by position, streams).
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -94,16 +93,3 @@ def stream(
             held = held[chunk:]
     if len(held):
         yield held
-
-
-def bits_per_byte(nll: Float[np.ndarray, " T"], token_bytes: Int[np.ndarray, " T"]) -> float:
-    """Bits per byte of UTF-8 text, from the NLL of each scored token and the bytes it stands for.
-
-    Comparable between vocabularies, which NLL per token is not.
-    """
-    nll, token_bytes = np.asarray(nll, np.float64), np.asarray(token_bytes)
-    if nll.shape != token_bytes.shape:
-        raise ValueError(f"{nll.shape} losses for {token_bytes.shape} byte counts")
-    if token_bytes.sum() == 0:
-        raise InputError("the scored tokens stand for no text; give more than special tokens")
-    return float(nll.sum() / math.log(2) / token_bytes.sum())

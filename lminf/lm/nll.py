@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float32, Int
+from jaxtyping import Float, Float32, Int
 
 from lminf.attention import policy as policies
 from lminf.errors import InputError
@@ -23,6 +23,16 @@ from lminf.objectives import cross_entropy
 CONTEXT = "context"  # the mesh axis that the tokens of a chunk are spread over
 CHUNK = 2048  # tokens read at a time: wide enough for full-speed products, small beside a window
 AFTER_PROMPT = 128  # the same, once a prompt is compressed: scores of a chunk are held whole
+
+
+def bits_per_byte(token_nll: Float[np.ndarray, "..."], num_bytes: float) -> float:
+    """Bits per byte of UTF-8 text: of the NLL (nats) of tokens that stand for so many bytes.
+
+    Comparable between vocabularies, which NLL per token is not.
+    """
+    if not num_bytes > 0:
+        raise InputError("the scored tokens stand for no text; give more than special tokens")
+    return float(np.sum(token_nll, dtype=np.float64) / np.log(2) / num_bytes)
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ class NLL:
 
     @property
     def bits_per_byte(self) -> float:
-        return float(self.token_nll.sum(dtype=np.float64) / np.log(2) / self.token_bytes.sum())
+        return bits_per_byte(self.token_nll, int(self.token_bytes.sum()))
 
     def blocks(self, block: int) -> list[float]:
         """Mean nats per token over each `block` positions of the text; the first token has none."""

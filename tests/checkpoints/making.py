@@ -202,7 +202,7 @@ def write_gguf(
     metadata: dict | None = None,
     changed: dict | None = None,
 ) -> Path:
-    """A GGUF file: of other metadata, and of other tensors where `changed` names some (None: no)."""
+    """A GGUF file: of other metadata, and other tensors where `changed` names some (None: none)."""
     spec = GGUF_SPECS[architecture]
     params = random_params(spec) if params is None else params
     written = {

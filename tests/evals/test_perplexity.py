@@ -1,5 +1,3 @@
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -79,9 +77,3 @@ def test_the_order_of_a_stream_follows_its_seed():
 
     assert order(1) == order(1)
     assert order(1) != order(2)
-
-
-def test_bits_per_byte_of_uniform_bytes_is_eight():
-    assert perplexity.bits_per_byte(np.full(5, math.log(256)), np.ones(5, int)) == pytest.approx(8)
-    # Two tokens of 4 bytes at the price of 8 bytes each.
-    assert perplexity.bits_per_byte(np.full(2, 8 * math.log(2)), np.array([4, 4])) == 2.0

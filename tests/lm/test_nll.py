@@ -220,3 +220,11 @@ def test_a_model_prints_as_three_lines(lm):
     assert model.endswith(" in float32: 2 layers of width 16, 257 tokens")
     assert trained.startswith("  trained at 32 tokens, positions Rotary(base=100.0, dim=8")
     assert attends == "  policy window:window=8, on 1 device"
+
+
+def test_bits_per_byte_of_uniform_bytes_is_eight():
+    assert bits_per_byte(np.full(5, np.log(256)), 5) == pytest.approx(8)
+    # Two tokens of 4 bytes at the price of 8 bytes each.
+    assert bits_per_byte(np.full(2, 8 * np.log(2)), 8) == pytest.approx(2)
+    with pytest.raises(InputError, match="stand for no text"):
+        bits_per_byte(np.ones(1), 0)

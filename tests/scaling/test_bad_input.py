@@ -11,10 +11,10 @@ import pytest
 
 from lminf import cli, scaling
 from lminf.errors import InputError
-from lminf.scaling import published, rivals
-from lminf.scaling.steps import StepLaw
-from lminf.scaling.vocab_isoflop import VocabLaw1
-from lminf.scaling.vocab_loss import VocabLaw3
+from lminf.scaling import baselines, published
+from lminf.scaling.steps import StepFit
+from lminf.scaling.vocab_isoflop import IsoflopFit
+from lminf.scaling.vocab_loss import LossFit
 from tests.scaling import data
 
 COLUMNS = ("vocab_size", "embed_dim", "num_characters", "Non_vocab_parameters", "FLOPs", "Lossu")
@@ -72,7 +72,7 @@ def test_an_empty_table_is_refused(tmp_path, text):
         scaling.read_vocab(path)
 
 
-@pytest.mark.parametrize("procedure", [VocabLaw1(), VocabLaw3("tokens"), VocabLaw3("reference")])
+@pytest.mark.parametrize("procedure", [IsoflopFit(), LossFit("tokens"), LossFit("reference")])
 def test_a_single_n_is_refused(procedure):
     table = data.synthetic_vocab(0.01, 0)
     one = table.select(table.n_nv == table.n_nv.max())
@@ -83,14 +83,14 @@ def test_a_single_n_is_refused(procedure):
 def test_a_single_n_is_refused_by_the_step_law():
     table = data.synthetic_step(0.01, 0)
     with pytest.raises(InputError, match="single N"):
-        scaling.fit(StepLaw(), table.select(table.n == table.n.max()), draws=0)
+        scaling.fit(StepFit(), table.select(table.n == table.n.max()), draws=0)
 
 
 def test_n_and_d_that_move_together_are_refused_by_the_step_law():
     table = data.synthetic_step(0.01, 0)
     together = dataclasses.replace(table, d=20 * table.n)
     with pytest.raises(InputError, match="move together"):
-        scaling.fit(StepLaw(), together, draws=0)
+        scaling.fit(StepFit(), together, draws=0)
 
 
 @pytest.mark.parametrize(
@@ -109,9 +109,9 @@ def test_a_query_in_the_wrong_unit_is_refused(query, message):
 
 def test_an_unknown_law_names_the_valid_ones():
     with pytest.raises(InputError, match="'stepp' is unknown; use step, "):
-        rivals.rule("stepp")
+        baselines.rule("stepp")
     with pytest.raises(InputError, match="not published"):
-        rivals.rule("meituan")
+        baselines.rule("meituan")
 
 
 def test_predictions_do_not_depend_on_the_unit_of_batch_or_length():

@@ -11,8 +11,9 @@ import pytest
 
 from lminf import cli, scaling
 from lminf.errors import InputError
-from lminf.scaling import baselines, published
+from lminf.scaling import baselines, published, synthetic
 from lminf.scaling.steps import StepFit
+from lminf.scaling.tables import STEP_COLUMNS
 from lminf.scaling.vocab_isoflop import IsoflopFit
 from lminf.scaling.vocab_loss import LossFit
 from tests.scaling import data
@@ -169,6 +170,29 @@ def test_a_law_survives_its_file(tmp_path):
             assert again.interval(n_nv=7e9).low == pytest.approx(
                 law.interval(n_nv=7e9).low, rel=1e-6
             )
+
+
+def test_out_leaves_other_files_of_the_user_alone(tmp_path, capsys):
+    """The law was once written under the name X.partial before it became X."""
+    grid = synthetic.step_grid(noise=0.001, seed=0)
+    columns = (np.full(len(grid), 1024), np.full(len(grid), 8), grid.lr, grid.batch / 2048,
+               np.round(grid.d / grid.batch), grid.loss, grid.d, grid.n)  # fmt: skip
+    rows = [dict(zip(STEP_COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)]
+    table = write(tmp_path / "grid.csv", rows, tuple(STEP_COLUMNS))
+    notes, out = tmp_path / "law.json.partial", tmp_path / "law.json"
+    notes.write_text("mine")
+    cli.main(["scaling", "fit", "step", "--data", str(table), "--draws", "0", f"--out={out}"])
+    assert scaling.load(out).kind == "step"
+    assert notes.read_text() == "mine"
+    out.unlink()
+    out.mkdir()
+    (out / "full").touch()
+    with pytest.raises(SystemExit):
+        cli.main(["scaling", "fit", "step", "--data", str(table), "--draws", "0", f"--out={out}"])
+    assert "cannot write" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "grid.csv", "law.json", "law.json.partial",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from lminf import scaling
+from lminf.atomic import atomic_write
 from lminf.commands.scaling._arguments import Result, Row, fertility_of, options, resampling
 from lminf.errors import InputError
 from lminf.run import tables as show
@@ -121,7 +122,8 @@ def density(args: argparse.Namespace) -> Result:
 
 def _fitted(args: argparse.Namespace, law: Law, title: str, without: list[Row]) -> Result:
     if args.out:
-        _write(args.out, law)
+        with atomic_write(Path(args.out)) as temporary:
+            law.save(temporary)
     rows = []
     for name, value in law.constants.items():
         low, high = law.intervals.get(name, (None, None))
@@ -153,17 +155,3 @@ def _fitted(args: argparse.Namespace, law: Law, title: str, without: list[Row]) 
             console.print(f"written: {args.out}")
 
     return result, text
-
-
-def _write(path: str, law: Law) -> None:
-    """The law under its name only when it is complete."""
-    target = Path(path)
-    partial = target.with_name(target.name + ".partial")
-    try:
-        law.save(partial)
-        partial.replace(target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(
-            f"{path} cannot be written ({error.strerror}); choose another --out"
-        ) from error

@@ -9,8 +9,8 @@ from lminf import scaling
 from lminf.experiments import _tables
 from lminf.experiments._main import main
 from lminf.run import plots, style
-from lminf.scaling import evidence, gap, published, rivals, synthetic
-from lminf.scaling.steps import StepLaw, fit_bowl
+from lminf.scaling import baselines, diagnostics, published, regret, synthetic
+from lminf.scaling.steps import StepFit, fit_bowl
 
 
 def run(c, out):
@@ -18,7 +18,7 @@ def run(c, out):
         table = scaling.read_step(_tables.found(c.data, "step_law"), seq_len=c.seq_len)
     else:
         table = synthetic.step_grid(noise=0.001, seed=c.seed)
-    procedure = StepLaw(threshold=c.threshold)
+    procedure = StepFit(threshold=c.threshold)
     law = scaling.fit(procedure, table, draws=c.draws, seed=c.seed)
     law.save(out / f"{law.version}.json")
     for name, value in law.constants.items():
@@ -27,18 +27,20 @@ def run(c, out):
         yield {"part": "constant", "constant": name, "value": value, "low_groups": low,
                "high_groups": high, "low_rows": row_low, "high_rows": row_high,
                "published": published.STEP.constants[name]}  # fmt: skip
-    for level, share in gap.plateau(table).items():
+    for level, share in regret.plateau(table).items():
         yield {"part": "plateau", "excess": level, "share_of_cells": share}
-    rules = [rivals.rule(name) for name in c.laws]
-    rules.append(rivals.without_batch(rules[0]))
-    rules.append(rivals.from_law(law, "refit"))
-    for name, groups in gap.gaps(table, rules).items():
-        means = {method: _finite(gap.mean_gap(groups, method)[0]) for method in gap.METHODS}
+    rules = [baselines.rule(name) for name in c.laws]
+    rules.append(baselines.without_batch(rules[0]))
+    rules.append(baselines.from_law(law, "refit"))
+    for name, groups in regret.regrets(table, rules).items():
+        means = {
+            method: _finite(regret.mean_regret(groups, method)[0]) for method in regret.METHODS
+        }
         yield {"part": "gap", "law": name, **means, "clipped": sum(g.clipped for g in groups)}
         for g in groups:
             yield {"part": "point", "law": name, "n": g.n, "d": g.d, "lr": g.lr,
-                   "batch": g.batch, "gap": _finite(g.gap["linear"])}  # fmt: skip
-    for row in evidence.leave_one_group_out(procedure, table):
+                   "batch": g.batch, "gap": _finite(g.regret["linear"])}  # fmt: skip
+    for row in diagnostics.leave_one_group_out(procedure, table):
         yield {"part": "leave one group out", **row}
     for what, lr_factor, batch_factor in (
         ("lr x 2", 2, 1), ("lr / 2", 0.5, 1), ("batch x 2", 1, 2), ("batch / 2", 1, 0.5),
@@ -124,12 +126,16 @@ def contours(axes, key, cells, points):
     """One group's excess as filled contours at the plateau levels, with every law's point; what the
     grid does not reach is grey. Returns what a colour bar needs.
     """
-    own = [row for row in cells if (row["n"], row["d"]) == key]
-    x, y = (np.log2([row[name] for row in own]) for name in ("lr", "batch"))
-    excess = np.clip([row["excess"] for row in own], 0, 0.05)
+    group_cells = [row for row in cells if (row["n"], row["d"]) == key]
+    x, y = (np.log2([row[name] for row in group_cells]) for name in ("lr", "batch"))
+    excess = np.clip([row["excess"] for row in group_cells], 0, 0.05)
     axes.set_facecolor("#eeeeee")
     filled = axes.tricontourf(
-        Triangulation(x, y), excess, levels=(0, *gap.PLATEAUS, 0.02), cmap="viridis_r", extend="max"
+        Triangulation(x, y),
+        excess,
+        levels=(0, *regret.PLATEAUS, 0.02),
+        cmap="viridis_r",
+        extend="max",
     )
     for row in (row for row in points if (row["n"], row["d"]) == key):
         mark = look(row["law"])

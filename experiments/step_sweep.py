@@ -13,7 +13,7 @@ from lminf.experiments._main import main
 from lminf.experiments.step_law import BATCH, RATE, contours, explain
 from lminf.run import plots, style
 from lminf.run.folder import Row, RunFolder
-from lminf.scaling import accounting, collect, rivals
+from lminf.scaling import accounting, baselines, collect
 
 LAWS = ("step", "deepseek", "porian")
 
@@ -146,8 +146,8 @@ def interior(rows: list[Row], best: Mapping[str, float]) -> str:
 
 
 def point(name: str, row: Row) -> str:
-    query = rivals.Query(row["n"], row["d"], row["loss"], None)
-    lr, batch = rivals.rule(name).setting(query)
+    query = baselines.Query(row["n"], row["d"], row["loss"], None)
+    lr, batch = baselines.rule(name).setting(query)
     return f"{lr:.2g}, {batch:,.0f}" if batch is not None else f"{lr:.2g}"
 
 
@@ -189,7 +189,7 @@ def priced(name: str, rows: list[Row]) -> str:
     cells, sigma = cells_of(rows), noise(rows)
     best = least(rows)
     row = {**rows[0], "loss": float(np.mean(cells[best]))}
-    lr, batch = rivals.rule(name).setting(rivals.Query(row["n"], row["d"], row["loss"], None))
+    lr, batch = baselines.rule(name).setting(baselines.Query(row["n"], row["d"], row["loss"], None))
     if batch is None:
         return f"The {name} law names no batch here."
     near = min(cells, key=lambda c: np.hypot(np.log2(c[0] / lr), np.log2(c[1] / batch)))
@@ -304,8 +304,8 @@ def points(rows: list[Row]) -> list[Row]:
     best = {**rows[0], "loss": float(np.mean(cells_of(rows)[lr, batch]))}
     found = [{"n": best["n"], "d": best["d"], "law": "best cell", "lr": lr, "batch": batch}]
     for name in LAWS:
-        lr, batch = rivals.rule(name).setting(
-            rivals.Query(best["n"], best["d"], best["loss"], None)
+        lr, batch = baselines.rule(name).setting(
+            baselines.Query(best["n"], best["d"], best["loss"], None)
         )
         if batch is not None:
             found.append({"n": best["n"], "d": best["d"], "law": name, "lr": lr, "batch": batch})

@@ -10,11 +10,11 @@ from lminf.experiments import _tables
 from lminf.experiments._main import main
 from lminf.run import plots, style, tables
 from lminf.run.progress import track
-from lminf.scaling import engine, evidence, published, synthetic, vocab_loss
+from lminf.scaling import diagnostics, published, robust_fit, synthetic, vocab_loss
 from lminf.scaling import fertility as fertilities
-from lminf.scaling.vocab_derivative import PUBLISHED_SIZES, VocabLaw2
-from lminf.scaling.vocab_isoflop import VocabLaw1, envelope, measured
-from lminf.scaling.vocab_loss import VocabLaw3
+from lminf.scaling.vocab_derivative import PUBLISHED_SIZES, DerivativeFit
+from lminf.scaling.vocab_isoflop import IsoflopFit, envelope, measured
+from lminf.scaling.vocab_loss import LossFit
 
 SEPARATE = ("calibration", "sensitivity", "leave one family out", "exponent by metric")
 
@@ -44,7 +44,7 @@ def measure(c, out):
         if c.data
         else synthetic.vocab_sweep(noise=0.005, seed=c.seed)
     )
-    procedures = [VocabLaw1(), VocabLaw2(), VocabLaw3("reference"), VocabLaw3("tokens")]
+    procedures = [IsoflopFit(), DerivativeFit(), LossFit("reference"), LossFit("tokens")]
     laws = []
     for procedure in track(procedures, total=len(procedures), label="fitting", unit="approaches"):
         try:
@@ -69,10 +69,10 @@ def measure(c, out):
         yield {"part": "calibration", **row}
     for row in metric_exponents(table):
         yield {"part": "exponent by metric", **row}
-    for row in profile(VocabLaw3("tokens"), table, fertility=fertility, grid=c.profile):
+    for row in profile(LossFit("tokens"), table, fertility=fertility, grid=c.profile):
         yield {"part": "profile of alpha2, tokens", **row}
-    for procedure in (VocabLaw1(), VocabLaw3("reference"), VocabLaw3("tokens")):
-        for row in evidence.leave_one_family_out(procedure, table, fertility=fertility):
+    for procedure in (IsoflopFit(), LossFit("reference"), LossFit("tokens")):
+        for row in diagnostics.leave_one_family_out(procedure, table, fertility=fertility):
             name = getattr(procedure, "mode", "isoflop")
             keep = ("left_out_n_nv", "alpha_nv", "alpha2", "vocab", "rmse_left_out", "note")
             yield {"part": "leave one family out", "law": name,
@@ -95,9 +95,9 @@ def calibration(table, laws):
     for family in np.unique(table.n_nv):
         width = float(table.width[table.n_nv == family][0])
         for share in (1.0, 0.5):
-            flops = evidence.common_budget(table, family) * share
-            for metric in evidence.METRICS:
-                curve = evidence.isoflop_curve(table, family, flops, metric)
+            flops = diagnostics.common_budget(table, family) * share
+            for metric in diagnostics.METRICS:
+                curve = diagnostics.isoflop_curve(table, family, flops, metric)
                 row = {
                     "n_nv": float(family), "flops": flops, "metric": metric,
                     "measured_vocab": curve.optimum, "low": curve.low, "high": curve.high,
@@ -119,11 +119,11 @@ def predicted(law, n_nv, width, flops):
 def metric_exponents(table):
     """N_v ~ F^e through the IsoFLOP optima of the families, per metric."""
     rows = []
-    for metric in evidence.METRICS:
+    for metric in diagnostics.METRICS:
         flops, n_v = [], []
         for family in np.unique(table.n_nv):
-            budget = evidence.common_budget(table, family)
-            curve = evidence.isoflop_curve(table, family, budget, metric)
+            budget = diagnostics.common_budget(table, family)
+            curve = diagnostics.isoflop_curve(table, family, budget, metric)
             if np.isfinite(curve.optimum):
                 flops.append(budget)
                 n_v.append(curve.optimum * table.width[table.n_nv == family][0])
@@ -141,29 +141,29 @@ def sensitivity(tables, fertility, *, n_nv):
     """
     table = next(iter(tables.values()))
     cases = [
-        ("approach 1", VocabLaw1(), table, fertility),
-        ("approach 1, least squares", VocabLaw1("ols"), table, fertility),
-        ("approach 1, reference selector", VocabLaw1("reference"), table, fertility),
-        ("approach 1, no interpolation", VocabLaw1(densify="none"), table, fertility),
-        ("approach 1, converged interpolation", VocabLaw1(densify="converged"), table, fertility),
-        ("approach 1, exponents free", VocabLaw1(exponents="free"), table, fertility),
-        ("approach 2", VocabLaw2(), table, fertility),
-        ("approach 2, anchor 2.5e17", VocabLaw2(anchor_flops=2.55e17), table, fertility),
-        ("approach 2, anchor 3.0e17", VocabLaw2(anchor_flops=3.0e17), table, fertility),
-        ("approach 2, sizes to 1.13B", VocabLaw2(sizes=PUBLISHED_SIZES[:-1]), table, fertility),
-        ("approach 2, power-law fertility", VocabLaw2(), table, fertilities.POWERLAW),
+        ("approach 1", IsoflopFit(), table, fertility),
+        ("approach 1, least squares", IsoflopFit("ols"), table, fertility),
+        ("approach 1, reference selector", IsoflopFit("reference"), table, fertility),
+        ("approach 1, no interpolation", IsoflopFit(densify="none"), table, fertility),
+        ("approach 1, converged interpolation", IsoflopFit(densify="converged"), table, fertility),
+        ("approach 1, exponents free", IsoflopFit(exponents="free"), table, fertility),
+        ("approach 2", DerivativeFit(), table, fertility),
+        ("approach 2, anchor 2.5e17", DerivativeFit(anchor_flops=2.55e17), table, fertility),
+        ("approach 2, anchor 3.0e17", DerivativeFit(anchor_flops=3.0e17), table, fertility),
+        ("approach 2, sizes to 1.13B", DerivativeFit(sizes=PUBLISHED_SIZES[:-1]), table, fertility),
+        ("approach 2, power-law fertility", DerivativeFit(), table, fertilities.POWERLAW),
     ]
     for name, other in list(tables.items())[1:]:
-        cases.append((f"approach 1, N_nv {name}", VocabLaw1(), other, fertility))
-        cases.append((f"approach 3 tokens, N_nv {name}", VocabLaw3("tokens"), other, fertility))
+        cases.append((f"approach 1, N_nv {name}", IsoflopFit(), other, fertility))
+        cases.append((f"approach 3 tokens, N_nv {name}", LossFit("tokens"), other, fertility))
     for mode in ("reference", "consistent-reference", "tokens"):
         for limit in (2.18e17, 0.0, 1e18, 3e18):
-            case = VocabLaw3(mode, flops_limit=limit)
+            case = LossFit(mode, flops_limit=limit)
             cases.append((f"approach 3 {mode}, F >= {limit:g}", case, table, fertility))
-        wide = VocabLaw3(mode, bounds="wide")
+        wide = LossFit(mode, bounds="wide")
         cases.append((f"approach 3 {mode}, no bounds", wide, table, fertility))
-    bits = evidence.with_metric(table, "bits_per_character")
-    cases.append(("approach 1 in bits per character", VocabLaw1(densify="none"), bits, fertility))
+    bits = diagnostics.with_metric(table, "bits_per_character")
+    cases.append(("approach 1 in bits per character", IsoflopFit(densify="none"), bits, fertility))
     return [choice_row(name, procedure, data, f, n_nv) for name, procedure, data, f in cases]
 
 
@@ -188,10 +188,10 @@ def profile(procedure, table, *, fertility, grid):
     The ratio is 2 n ln(Q / Q_min) of Laplace errors with n the number of runs, not rows, since
     checkpoints of a run share noise; below 3.84 a value of alpha2 is inside the 95 % interval.
     """
-    kept = procedure.used(table)
+    kept = procedure.fitted_rows(table)
     lower, upper = (np.tile(np.array(b, float), (len(grid), 1)) for b in vocab_loss.BOUNDS["wide"])
     lower[:, 4] = upper[:, 4] = grid
-    fits = engine.minimise(
+    fits = robust_fit.minimise(
         vocab_loss.residual, procedure.columns(kept, fertility), starts=vocab_loss.STARTS,
         lower=lower, upper=upper, weights=np.ones((len(grid), len(kept))),
     )  # fmt: skip
@@ -200,7 +200,7 @@ def profile(procedure, table, *, fertility, grid):
         raise InputError(
             "no fit of the profile of alpha2 converged; the table does not determine it"
         )
-    floor = 0.5 * len(kept) * engine.RESIDUAL_FLOOR**2  # at a perfect fit nothing is left
+    floor = 0.5 * len(kept) * robust_fit.RESIDUAL_FLOOR**2  # at a perfect fit nothing is left
     value = np.where(fits.converged, np.maximum(fits.objective, floor), np.nan)
     ratio = 2 * runs * np.log(value / np.nanmin(value))
     return [
@@ -213,9 +213,9 @@ def predictions(law, sizes):
     for n_nv in sizes:
         row = {"part": "prediction", "law": law.version, "n_nv": n_nv}
         try:
-            found = law.optimum(n_nv=n_nv)
+            optimum = law.optimum(n_nv=n_nv)
             low, high = law.interval(n_nv=n_nv)[:2] if law.draws else (None, None)
-            row |= {"vocab": found.vocab_size, "low": low, "high": high, "flops": found.flops}
+            row |= {"vocab": optimum.vocab_size, "low": low, "high": high, "flops": optimum.flops}
         except InputError as error:
             row["note"] = str(error)
         yield row
@@ -223,9 +223,9 @@ def predictions(law, sizes):
 
 def isoflop_rows(table):
     for family in np.unique(table.n_nv):
-        budget = evidence.common_budget(table, family)
-        for metric in evidence.METRICS:
-            curve = evidence.isoflop_curve(table, family, budget, metric)
+        budget = diagnostics.common_budget(table, family)
+        for metric in diagnostics.METRICS:
+            curve = diagnostics.isoflop_curve(table, family, budget, metric)
             above = curve.loss - curve.loss.min()
             for v, loss in zip(curve.vocab_size, above, strict=True):
                 yield {"part": "isoflop", "n_nv": family, "flops": budget, "metric": metric,
@@ -251,8 +251,8 @@ def plot(rows):
     drawn = {"isoflop": isoflops, "prediction": approaches, "envelope": vocabularies}
     figures = {}
     for part, draw in drawn.items():
-        own = [row for row in rows if row["part"] == part]
-        figures |= draw(own) if own else {}
+        selected = [row for row in rows if row["part"] == part]
+        figures |= draw(selected) if selected else {}
     return figures
 
 
@@ -307,7 +307,7 @@ APPROACHES = {
 def approach(law):
     """The title of a law's approach, refitted or published."""
     name = law.removeprefix("tao2024-")
-    fits = [own for own in APPROACHES if name == own or name.startswith(f"{own}-")]
+    fits = [known for known in APPROACHES if name == known or name.startswith(f"{known}-")]
     return APPROACHES[max(fits, key=len)] if fits else name
 
 

@@ -1,7 +1,7 @@
 """Scaling laws from published measurements: vocabulary, learning rate and batch, loss, density.
 
 table = read_vocab("exp_data.csv")
-law = fit(VocabLaw3(mode="tokens"), table)
+law = fit(LossFit(mode="tokens"), table)
 law.optimum(n_nv=7e9, flops=2e22)
 law.interval(n_nv=7e9, flops=2e22)
 law.save("law.json")                       load("law.json") anywhere
@@ -17,7 +17,7 @@ from lminf.scaling.chinchilla import ChinchillaFit, ChinchillaLaw
 from lminf.scaling.density import DensityFit, DensityLaw
 from lminf.scaling.fertility import PUBLISHED, Fertility
 from lminf.scaling.laws import Law
-from lminf.scaling.steps import StepLaw, StepPowerLaw
+from lminf.scaling.steps import StepFit, StepLaw
 from lminf.scaling.tables import (
     CurveTable,
     StepTable,
@@ -26,18 +26,18 @@ from lminf.scaling.tables import (
     read_step,
     read_vocab,
 )
-from lminf.scaling.vocab_derivative import DerivativeLaw, VocabLaw2
-from lminf.scaling.vocab_isoflop import IsoflopLaw, VocabLaw1
-from lminf.scaling.vocab_loss import LossLaw, VocabLaw3
+from lminf.scaling.vocab_derivative import DerivativeFit, DerivativeLaw
+from lminf.scaling.vocab_isoflop import IsoflopFit, IsoflopLaw
+from lminf.scaling.vocab_loss import LossFit, LossLaw
 
 __all__ = [
-    "ChinchillaLaw",
-    "DensityLaw",
+    "ChinchillaFit",
+    "DensityFit",
+    "DerivativeFit",
+    "IsoflopFit",
     "Law",
-    "StepLaw",
-    "VocabLaw1",
-    "VocabLaw2",
-    "VocabLaw3",
+    "LossFit",
+    "StepFit",
     "fit",
     "load",
     "read_curves",
@@ -47,9 +47,9 @@ __all__ = [
 
 KINDS = {
     law.kind: law
-    for law in (IsoflopLaw, DerivativeLaw, LossLaw, StepPowerLaw, ChinchillaFit, DensityFit)
+    for law in (IsoflopLaw, DerivativeLaw, LossLaw, StepLaw, ChinchillaLaw, DensityLaw)
 }
-TABLES = {StepLaw: StepTable, ChinchillaLaw: CurveTable, DensityLaw: CurveTable}
+TABLES = {StepFit: StepTable, ChinchillaFit: CurveTable, DensityFit: CurveTable}
 
 
 def fit(

@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lminf.errors import InputError
-from lminf.scaling import accounting, engine, laws, resample
-from lminf.scaling.engine import Numbers
+from lminf.scaling import accounting, laws, resample, robust_fit
 from lminf.scaling.laws import Interval, Law
+from lminf.scaling.robust_fit import Columns, Numbers
 from lminf.scaling.tables import LN_D_UNIT, LN_N_UNIT, CurveTable
 
 PARAMETERS = ("ln_A", "ln_B", "ln_E", "alpha", "beta")  # N in 1e6 and D in 1e9 inside the fit
@@ -40,7 +40,7 @@ STARTS = _starts((0, 0.5, 1, 1.5, 2), (0, 5, 10, 15, 20, 25), (-1, -0.5, 0, 0.5,
 DRAW_STARTS = _starts((0.2, 0.5, 1.0), (0, 5, 10), (-0.5, 0.5))
 
 
-def residual(theta: Numbers, columns: Mapping[str, Numbers]) -> Array:
+def residual(theta: Numbers, columns: Columns) -> Array:
     """ln of predicted minus ln of observed loss; theta in the order of PARAMETERS."""
     a, b, e, alpha, beta = theta
     size, data = a - alpha * columns["ln_n"], b - beta * columns["ln_d"]
@@ -55,7 +55,7 @@ class Allocation(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChinchillaFit(Law):
+class ChinchillaLaw(Law):
     """The loss of N parameters trained on D tokens."""
 
     kind = "chinchilla"
@@ -99,12 +99,12 @@ def raw_constants(theta: Float[np.ndarray, "draws 5"]) -> dict[str, Float[np.nda
 
 
 @dataclass(frozen=True)
-class ChinchillaLaw:
+class ChinchillaFit:
     """Procedure 3, the parametric loss: Huber(1e-3) of ln L from 4,500 starts."""
 
     def fit(
         self, table: CurveTable, *, draws: int = 300, cluster: str = "run", seed: int = 0
-    ) -> ChinchillaFit:
+    ) -> ChinchillaLaw:
         """The law of the table; InputError where the table does not determine it."""
         table.require_spread()
         if len(table) < 2 * len(PARAMETERS):
@@ -112,18 +112,18 @@ class ChinchillaLaw:
                 f"{len(table)} rows do not determine five parameters; give ten or more"
             )
         columns = table.log_columns()
-        point = engine.minimise(
+        point = robust_fit.minimise(
             residual, columns, starts=STARTS, lower=LOWER, upper=UPPER,
             weights=np.ones((1, len(table))),
         )  # fmt: skip
-        engine.require_determined("Chinchilla", PARAMETERS, residual, columns, point)
+        robust_fit.require_determined("Chinchilla", PARAMETERS, residual, columns, point)
         resampled = laws.Resampled()
         if draws:
             weights = resample.bootstrap_weights(
                 resample.cluster_ids(table, cluster), draws=draws, seed=seed
             )
             starts = np.concatenate([point.parameters, DRAW_STARTS])
-            sample = engine.minimise(
+            sample = robust_fit.minimise(
                 residual, columns, starts=starts, lower=LOWER, upper=UPPER, weights=weights, keep=4
             )
             resampled = laws.resampled(
@@ -133,7 +133,7 @@ class ChinchillaLaw:
             )
         bound = [name for name, side in zip(PARAMETERS, point.bound[0], strict=True) if side]
         return laws.fitted(
-            ChinchillaFit, "chinchilla", table.digest,
+            ChinchillaLaw, "chinchilla", table.digest,
             constants={name: v[0] for name, v in raw_constants(point.parameters).items()},
             units={"N": "parameters", "D": "tokens", "L": "nats per token", "A, B": "raw units"},
             procedure={"approach": 3, "starts": len(STARTS)},

@@ -64,8 +64,8 @@ def vocab(rows: Sequence[Row]) -> str:
     lines = []
     for _, rates in sorted(tried.items()):
         most = max(map(len, rates.values()))  # a seed that diverged does not favour its rate
-        whole = [found for found in rates.values() if len(found) == most]
-        best = min(whole, key=lambda found: sum(row["loss_u"] for row in found))
+        complete = [runs for runs in rates.values() if len(runs) == most]
+        best = min(complete, key=lambda runs: sum(row["loss_u"] for row in runs))
         lines += [{column: row[name] for column, name in VOCAB.items()} for row in best]
     return written(lines)
 
@@ -130,6 +130,7 @@ def one_setting(
 
 
 def written(lines: Sequence[Mapping[str, Any]]) -> str:
+    """The lines as CSV."""
     file = io.StringIO()
     writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
     writer.writeheader()

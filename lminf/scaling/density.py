@@ -17,9 +17,9 @@ from jaxtyping import Array, Float
 from scipy import stats
 
 from lminf.errors import InputError
-from lminf.scaling import accounting, engine, laws, resample
-from lminf.scaling.engine import Numbers, Solutions
+from lminf.scaling import accounting, laws, resample, robust_fit
 from lminf.scaling.laws import Interval, Law
+from lminf.scaling.robust_fit import Columns, Numbers, Solutions
 from lminf.scaling.tables import LN_D_UNIT, LN_N_UNIT, CurveTable, require_spread
 
 REFERENCE_TOKENS = 1e12  # D0: density compares with references trained on this much
@@ -27,14 +27,14 @@ LOSS_PARAMETERS = ("ln_a", "ln_b", "alpha", "beta")  # N in 1e6 and D in 1e9 ins
 SCORE_PARAMETERS = ("ln_c", "ln_steepness", "l", "d")
 
 
-def loss_residual(theta: Numbers, columns: Mapping[str, Numbers]) -> Array:
+def loss_residual(theta: Numbers, columns: Columns) -> Array:
     """ln of predicted minus ln of observed conditional loss."""
     a, b, alpha, beta = theta
     size, data = a - alpha * columns["ln_n"], b - beta * columns["ln_d"]
     return jnp.logaddexp(size, data) - columns["ln_loss"]
 
 
-def score_residual(theta: Numbers, columns: Mapping[str, Numbers]) -> Array:
+def score_residual(theta: Numbers, columns: Columns) -> Array:
     """Predicted minus observed score."""
     c, steepness, middle, floor = theta
     falling = 1 / (1 + jnp.exp(jnp.exp(steepness) * (columns["loss"] - middle)))
@@ -50,7 +50,7 @@ class Density(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DensityFit(Law):
+class DensityLaw(Law):
     """Loss of a model by its size and tokens, and score by its loss."""
 
     kind = "density"
@@ -102,12 +102,12 @@ def _density(k: Mapping[str, float], n: float, score: float) -> Density:
 
 
 @dataclass(frozen=True)
-class DensityLaw:
+class DensityFit:
     """Procedure: both steps by Huber(1e-3), of ln L and of S."""
 
     def fit(
         self, table: CurveTable, *, draws: int = 300, cluster: str = "run", seed: int = 0
-    ) -> DensityFit:
+    ) -> DensityLaw:
         """The law of the table; InputError where the table does not determine it."""
         if table.score is None:
             raise InputError("column 'score' is missing; the density law needs N, D, loss, score")
@@ -124,10 +124,12 @@ class DensityLaw:
             weights = np.concatenate([weights, sampled])
         columns = table.log_columns()
         first = _fit_loss(columns, weights)
-        engine.require_determined("the loss step", LOSS_PARAMETERS, loss_residual, columns, first)
+        robust_fit.require_determined(
+            "the loss step", LOSS_PARAMETERS, loss_residual, columns, first
+        )
         columns = {"loss": table.loss, "score": np.asarray(table.score)}
         second = _fit_score(columns, weights)
-        engine.require_determined(
+        robust_fit.require_determined(
             "the performance step", SCORE_PARAMETERS, score_residual, columns, second
         )
         values = raw_constants(first.parameters, second.parameters)
@@ -139,7 +141,7 @@ class DensityLaw:
                 f"{draws} bootstrap draws over {cluster}s",
             )
         return laws.fitted(
-            DensityFit, "density", table.digest,
+            DensityLaw, "density", table.digest,
             constants={name: v[0] for name, v in values.items()},
             units={"N": "parameters", "D": "tokens", "L": "nats per token", "S": "as in the table"},
             procedure={"reference_tokens": REFERENCE_TOKENS},
@@ -156,7 +158,7 @@ class DensityLaw:
 def _fit_loss(columns: Mapping[str, np.ndarray], weights: np.ndarray) -> Solutions:
     grid = itertools.product((-2, 0, 2), (-2, 0, 2), (0.1, 0.5), (0.1, 0.5))
     starts = np.array(list(grid), float)
-    return engine.minimise(
+    return robust_fit.minimise(
         loss_residual, columns, starts=starts, lower=np.array([-60, -60, 0.005, 0.005]),
         upper=np.array([60, 60, 4.0, 4.0]), weights=weights, keep=4,
     )  # fmt: skip
@@ -174,7 +176,7 @@ def _fit_score(columns: Mapping[str, np.ndarray], weights: np.ndarray) -> Soluti
             for middle in np.percentile(loss, (20, 50, 80))
         ]
     )
-    return engine.minimise(
+    return robust_fit.minimise(
         score_residual, columns, starts=starts,
         lower=np.array([np.log(span) - 3, np.log(0.1 / loss_span), loss.min() - 5, low - 5 * span]),
         upper=np.array([np.log(span) + 3, np.log(1e3 / loss_span), loss.max() + 5, high]),

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import ArrayLike
 
 from lminf.errors import InputError
 
@@ -23,7 +24,7 @@ KINDS = ("quadlog", "powerlaw", "table")
 class Fertility:
     """f(V) in tokens per character.
 
-    quadlog   a ln(V)^2 + b ln V + c, with V held at `cap` above it (the parabola turns up)
+    quadlog   a ln(V)^2 + b ln V + c, constant above V = `cap` (the parabola turns up)
     powerlaw  k V^-g + f0
     table     linear in ln V between measured pairs; no value outside them
     """
@@ -38,7 +39,8 @@ class Fertility:
         if self.kind not in KINDS:
             raise InputError(f"fertility kind {self.kind!r} is unknown; use one of {KINDS}")
 
-    def tokens_per_character(self, vocab_size) -> Float[np.ndarray, "..."]:
+    def tokens_per_character(self, vocab_size: ArrayLike) -> Float[np.ndarray, "..."]:
+        """f(V); InputError outside a table."""
         size = np.asarray(vocab_size, np.float64)
         if self.kind == "quadlog":
             a, b, c = self.constants
@@ -52,12 +54,12 @@ class Fertility:
         if not np.all(inside):
             outside = np.asarray(size)[~inside].ravel()[0]
             raise InputError(
-                f"fertility {self.name!r} was measured at V={sizes[0]:g}..{sizes[-1]:g} and was "
-                f"asked for V={outside:g}; measure there or use a fitted kind"
+                f"fertility {self.name!r} was measured at V={sizes[0]:g}..{sizes[-1]:g}, not at "
+                f"V={outside:g}; measure there or use a fitted kind"
             )
         return np.interp(np.log(size), np.log(sizes), values)
 
-    def slope(self, vocab_size) -> Float[np.ndarray, "..."]:
+    def slope(self, vocab_size: ArrayLike) -> Float[np.ndarray, "..."]:
         """df/dV in tokens per character per vocabulary entry; 0 above the cap."""
         size = np.asarray(vocab_size, np.float64)
         if self.kind == "quadlog":
@@ -71,6 +73,7 @@ class Fertility:
         return (self.tokens_per_character(up) - self.tokens_per_character(down)) / (up - down)
 
     def to_json(self) -> dict[str, Any]:
+        """Plain values, which `from_json` reads."""
         return {
             "name": self.name,
             "kind": self.kind,
@@ -82,6 +85,7 @@ class Fertility:
 
 
 def from_json(data: Mapping[str, Any]) -> Fertility:
+    """The fertility that `to_json` stored."""
     missing = {"name", "kind", "constants", "fitted_range"} - set(data)
     if missing:
         raise InputError(f"fertility JSON lacks {sorted(missing)}; found {sorted(data)}")

@@ -97,6 +97,7 @@ def _plain(value):
 
 
 def from_json(data: Mapping[str, Any], kinds: Mapping[str, type[Law]], where: str) -> Law:
+    """The law that `Law.to_json` stored; `where` names the file in an error."""
     if not isinstance(data, Mapping) or "kind" not in data:
         raise InputError(f"{where}: this JSON holds no law; write one with `lminf scaling fit`")
     if data["kind"] not in kinds:

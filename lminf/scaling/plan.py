@@ -13,13 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from lminf.errors import InputError
-from lminf.scaling import accounting, published, rivals
+from lminf.scaling import accounting, baselines, published
 
 SMALLEST = 2e9  # FLOPs of one run: below it a model has learned little more than frequencies
 # What docs/studies measured on models of 1e5 parameters: standard deviation between seeds, and the
 # curvature of a bowl, d2 loss / d(ln x)2. They make the expected interval, nothing else.
 MEASURED = {"vocab": (0.03, 1.1), "step": (0.01, 0.5)}
 STEPS = 256  # of a run at least: with fewer, a small model does not get below word frequencies
+VOCAB_LENGTH, STEP_LENGTH = 128, 64  # tokens of a sequence
+STEP_VOCAB = 512  # entries
 SHARE = 0.8  # of the hours that training gets; the rest compiles and evaluates
 
 
@@ -32,14 +34,17 @@ class Shape:
 
     @property
     def heads(self) -> int:
+        """Attention heads."""
         return max(2, self.width // 64) if self.width >= 256 else self.width // 16
 
     @property
     def hidden(self) -> int:
+        """Width of the MLP (channels)."""
         return round(8 * self.width / 3)
 
     @property
     def parameters(self) -> int:
+        """N_nv."""
         return accounting.block_parameters(self.layers, self.width, self.hidden)
 
 
@@ -52,8 +57,8 @@ LADDER = tuple(
 def shape_for(flops: float) -> Shape:
     """The shape of a run of so many FLOPs: the one of the ladder next to the law's N."""
     law = published.ISOFLOP.constants
-    wanted = law["ln_k_nnv"] + law["alpha_nnv"] * math.log(flops)
-    return min(LADDER, key=lambda shape: abs(math.log(shape.parameters) - wanted))
+    ln_parameters = law["ln_k_nnv"] + law["alpha_nnv"] * math.log(flops)
+    return min(LADDER, key=lambda shape: abs(math.log(shape.parameters) - ln_parameters))
 
 
 @dataclass(frozen=True)
@@ -73,22 +78,21 @@ class Plan:
     sizes: tuple[int, ...]  # vocabularies; of a rate x batch study the one that it has
     rates: tuple[float, ...]
     batches: tuple[int, ...]  # sequences; of a vocabulary study the one that it has
-    replicates: int
+    replicates: int = 1
 
     @property
     def flops(self) -> float:
+        """FLOPs of all runs."""
         runs = len(self.sizes) * len(self.batches) * len(self.rates) * self.replicates
         return runs * sum(group.flops for group in self.groups)
 
 
-def vocab(
-    budget: float, *, text_tokens: float, length: int = 128, sizes: int = 4, replicates: int = 1
-) -> Plan:
+def vocab(budget: float, *, text_tokens: float) -> Plan:
     """Vocabularies in factors of two at equal FLOPs, for three shapes of as many tokens each; the
     text has `text_tokens` bytes to be read once, the most that the smallest vocabulary can take.
     """
-    rates = 2
-    shapes, flops = _shared(budget, sizes * rates * replicates, count=3, lengths=(1,))
+    sizes, rates = 4, 2
+    shapes, flops = _shared(budget, sizes * rates, count=3, lengths=(1,))
     top = shapes[0]
     law = published.ISOFLOP.optimum(n_nv=top.parameters, d=top.width, flops=flops).vocab_size
     # Two factors of two below the law's size, and no vocabulary has less than its 256 bytes.
@@ -101,42 +105,41 @@ def vocab(
         for shape in shapes
     )
     peak = 6e-3 * math.sqrt(64 / top.width)
-    fitting = 2.0 ** math.floor(math.log2(tokens / (length * STEPS)))
+    fitting = 2.0 ** math.floor(math.log2(tokens / (VOCAB_LENGTH * STEPS)))
     batch = int(min(8, max(1, fitting)))
-    return Plan(groups, chosen, (peak, 2 * peak), (batch,), replicates)
+    return Plan(groups, chosen, (peak, 2 * peak), (batch,))
 
 
-def step(
-    budget: float, *, text_tokens: float, vocab_size: int = 512, length: int = 64,
-    rates: int = 5, batches: int = 3, replicates: int = 1,
-) -> Plan:  # fmt: skip
+def step(budget: float, *, text_tokens: float, rates: int = 5, batches: int = 3) -> Plan:
     """Rates and batches in factors of two around the step law's point, for two shapes and three
     lengths of each."""
     lengths = (1, 0.5, 0.25)
-    shapes, flops = _shared(budget, rates * batches * replicates, count=2, lengths=lengths)
+    shapes, flops = _shared(budget, rates * batches, count=2, lengths=lengths)
     per_token = [
-        float(accounting.training_flops(shape.parameters, vocab_size * shape.width, 1))
+        float(accounting.training_flops(shape.parameters, STEP_VOCAB * shape.width, 1))
         for shape in shapes
     ]
     share = flops * sum(shape.parameters for shape in shapes) / shapes[0].parameters
     tokens = min(share / sum(per_token), text_tokens)
-    point = rivals.rule("step").setting(rivals.Query(shapes[0].parameters, tokens, None, None))
+    point = baselines.rule("step").setting(
+        baselines.Query(shapes[0].parameters, tokens, None, None)
+    )
     assert point.batch is not None
-    middle = max(2, round(math.log2(point.batch / length)))
+    middle = max(2, round(math.log2(point.batch / STEP_LENGTH)))
     lowest = max(0, middle - batches // 2)
     # Far below its range the law's rate is several times too high: more of the grid lies below it.
     peak = 2.0 ** round(math.log2(point.lr))
     grid = tuple(peak * 2.0 ** (i - rates + 3) for i in range(rates))
     chosen = tuple(2 ** (lowest + i) for i in range(batches))
     # Whole steps of the largest batch: a group is of one D, whatever its batches.
-    whole = chosen[-1] * length
+    whole = chosen[-1] * STEP_LENGTH
     counts = [max(1, int(tokens * part / whole)) * whole for part in lengths]
     groups = tuple(
         Group(shape, count, count * each)
         for shape, each in zip(shapes, per_token, strict=True)
         for count in counts
     )
-    return Plan(groups, (vocab_size,), grid, chosen, replicates)
+    return Plan(groups, (STEP_VOCAB,), grid, chosen)
 
 
 def _shared(
@@ -160,14 +163,14 @@ def _shared(
     return shapes, flops
 
 
-def interval(kind: str, replicates: int, *, spacing: float = math.log(2)) -> float:
+def interval(kind: str, replicates: int) -> float:
     """Half the width of the optimum's 95 % interval, as a factor: 1.2 means within 20 %.
 
-    Of the vertex of a parabola through three points `spacing` apart in ln x, whose losses have the
+    Of the vertex of a parabola through three points in factors of two, whose losses have the
     noise of MEASURED over `replicates` seeds.
     """
     sigma, curvature = MEASURED[kind]
-    error = math.sqrt(2) * sigma / math.sqrt(replicates) / (2 * curvature * spacing)
+    error = math.sqrt(2) * sigma / math.sqrt(replicates) / (2 * curvature * math.log(2))
     return float(np.exp(1.96 * error))
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lminf.scaling import KINDS, laws
-from lminf.scaling.chinchilla import ChinchillaFit
-from lminf.scaling.steps import StepPowerLaw
+from lminf.scaling.chinchilla import ChinchillaLaw
+from lminf.scaling.steps import StepLaw
 from lminf.scaling.vocab_derivative import DerivativeLaw
 from lminf.scaling.vocab_isoflop import IsoflopLaw
 from lminf.scaling.vocab_loss import LossLaw
@@ -37,9 +37,9 @@ LOSS_CONSISTENT = dataclasses.replace(
     procedure={**LOSS_REFERENCE.procedure, "mode": "consistent-reference"},
     warnings=LOSS_REFERENCE.warnings[:1],  # not that its two covariates differ
 )
-STEP: StepPowerLaw = LAWS["li2025-step"]
-HOFFMANN: ChinchillaFit = LAWS["hoffmann2022"]
-REFIT: ChinchillaFit = LAWS["besiroglu2024"]  # of the same data
+STEP: StepLaw = LAWS["li2025-step"]
+HOFFMANN: ChinchillaLaw = LAWS["hoffmann2022"]
+REFIT: ChinchillaLaw = LAWS["besiroglu2024"]  # of the same data
 
 VOCAB_LAWS = {
     law.version: law for law in (ISOFLOP, DERIVATIVE, LOSS_REFERENCE, LOSS_CONSISTENT, LOSS_TOKENS)

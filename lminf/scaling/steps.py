@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from lminf import ranges
 from lminf.errors import InputError
@@ -30,7 +30,7 @@ class Setting(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepPowerLaw(Law):
+class StepLaw(Law):
     """Peak learning rate and batch of a model's size and tokens."""
 
     kind = "step"
@@ -105,7 +105,7 @@ def fit_bowls(table: StepTable) -> dict[int, Bowl]:
 
 
 @dataclass(frozen=True)
-class StepLaw:
+class StepFit:
     """Procedure: threshold and what is regressed.
 
     estimator  "ols": the kept rows once; "reference": the average over row-bootstrap draws, as
@@ -149,7 +149,7 @@ class StepLaw:
 
     def fit(
         self, table: StepTable, *, draws: int = 1000, cluster: str = "group", seed: int = 0
-    ) -> StepPowerLaw:
+    ) -> StepLaw:
         """The law of the table; InputError where the table does not determine it."""
         rows = self.kept(table)
         require_spread(table.d, "D")
@@ -192,7 +192,7 @@ class StepLaw:
                 "groups": len(bowls), "unit": "relative loss per factor of two, squared",
             }  # fmt: skip
         return laws.fitted(
-            StepPowerLaw, f"step-{self.estimator}", table.digest,
+            StepLaw, f"step-{self.estimator}", table.digest,
             constants=constants,
             units={"N": "non-embedding parameters", "D": "tokens", "batch": "tokens", "lr": "peak"},
             procedure=vars(self),
@@ -206,9 +206,7 @@ class StepLaw:
             },
         )  # fmt: skip
 
-    def _regress(
-        self, rows: Mapping[str, np.ndarray], weights: Float[np.ndarray, "draws rows"]
-    ) -> tuple[dict[str, Float[np.ndarray, " draws"]], Bool[np.ndarray, " draws"]]:
+    def _regress(self, rows: Mapping[str, np.ndarray], weights: np.ndarray) -> tuple[Any, Any]:
         """Constants of both regressions under each draw's weights, and which are sound."""
         one, ln_n, ln_d = np.ones_like(rows["ln_n"]), rows["ln_n"], rows["ln_d"]
         free_n = self.fix_n is None
@@ -229,13 +227,9 @@ class StepLaw:
         return constants, lr_sound & batch_sound
 
 
-def _weighted_ols(
-    columns: list[Float[np.ndarray, " rows"]],
-    target: Float[np.ndarray, " rows"],
-    weights: Float[np.ndarray, "draws rows"],
-) -> tuple[Float[np.ndarray, "terms draws"], Bool[np.ndarray, " draws"]]:
-    """Coefficients of the columns, the first of them ones, and whether each draw's design has full
-    rank."""
+def _weighted_ols(columns, target, weights) -> tuple[np.ndarray, np.ndarray]:
+    """Coefficients [terms, draws] of the columns, the first of them ones, and whether each draw's
+    design has full rank."""
     design = np.stack(columns, axis=1)
     centre = design.mean(0)
     centre[0] = 0.0

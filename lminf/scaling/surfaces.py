@@ -33,18 +33,20 @@ class Surface:
                 "of each coordinate"
             ) from None
 
-    def _moved(self, at: Float[np.ndarray, "queries 2"]) -> Float[np.ndarray, "queries 2"]:
-        return at - self._centre
+    def _moved(self, queries: Float[np.ndarray, "queries 2"]) -> Float[np.ndarray, "queries 2"]:
+        return queries - self._centre
 
-    def linear(self, at: Float[np.ndarray, "queries 2"]) -> Float[np.ndarray, " queries"]:
-        return LinearNDInterpolator(self._mesh, self.values)(self._moved(at))
+    def linear(self, queries: Float[np.ndarray, "queries 2"]) -> Float[np.ndarray, " queries"]:
+        """Barycentric interpolation in the triangle of each query."""
+        return LinearNDInterpolator(self._mesh, self.values)(self._moved(queries))
 
-    def nearest(self, at: Float[np.ndarray, "queries 2"]) -> Float[np.ndarray, " queries"]:
-        distance = ((at[:, None, :] - self.points[None]) ** 2).sum(2)
+    def nearest(self, queries: Float[np.ndarray, "queries 2"]) -> Float[np.ndarray, " queries"]:
+        """Value of the nearest point."""
+        distance = ((queries[:, None, :] - self.points[None]) ** 2).sum(2)
         return self.values[np.argmin(distance, axis=1)]
 
     def cubic(
-        self, at: Float[np.ndarray, "queries 2"], *, converged: bool
+        self, queries: Float[np.ndarray, "queries 2"], *, converged: bool
     ) -> Float[np.ndarray, " queries"]:
         """Clough and Tocher's surface of least bending.
 
@@ -53,7 +55,7 @@ class Surface:
         densification is this, not the minimum. `converged` sweeps over slopes of order one, to the
         end.
         """
-        moved = self._moved(at)
+        moved = self._moved(queries)
         if not converged:
             return CloughTocher2DInterpolator(self._mesh, self.values)(moved)
         scale = np.ptp(self.points, axis=0).max()  # slopes of order one; the surface is linear
@@ -63,19 +65,19 @@ class Surface:
         return surface(moved) / scale
 
 
-def merged(points, values):
+def merged(points: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Points that differ, each with the mean of its values."""
-    found, which = np.unique(points, axis=0, return_inverse=True)
-    if len(found) == len(points):
+    unique, which = np.unique(points, axis=0, return_inverse=True)
+    if len(unique) == len(points):
         return np.asarray(points, np.float64), np.asarray(values, np.float64)
     which = which.ravel()
-    return found, np.bincount(which, values) / np.bincount(which)
+    return unique, np.bincount(which, values) / np.bincount(which)
 
 
 def quadratic_spline(
     x: Float[np.ndarray, " points"],
     y: Float[np.ndarray, " points"],
-    at: Float[np.ndarray, " queries"],
+    queries: Float[np.ndarray, " queries"],
 ) -> Float[np.ndarray, " queries"]:
     """Piecewise quadratic, C1, through all points, continued past the ends; knots midway between
     the points, without the two ends. With fewer than three points the polynomial through them.
@@ -88,4 +90,4 @@ def quadratic_spline(
     which = np.concatenate([[0], np.cumsum(apart)])
     count = np.bincount(which)
     x, y = np.bincount(which, x) / count, np.bincount(which, y) / count
-    return make_interp_spline(x, y, k=min(2, len(x) - 1))(at)
+    return make_interp_spline(x, y, k=min(2, len(x) - 1))(queries)

@@ -89,6 +89,7 @@ class VocabTable(_Table):
 
     @property
     def n_v(self) -> Float[np.ndarray, " rows"]:
+        """Parameters of one table of the vocabulary, V d."""
         return self.vocab_size * self.width
 
     @property
@@ -103,6 +104,7 @@ class VocabTable(_Table):
 
     @property
     def family(self) -> Int[np.ndarray, " rows"]:
+        """One id per N_nv."""
         return np.unique(self.n_nv, return_inverse=True)[1].astype(np.int64)
 
     @property
@@ -129,6 +131,7 @@ class StepTable(_Table):
 
     @cached_property
     def group(self) -> Int[np.ndarray, " rows"]:
+        """One id per (N, N_active, D)."""
         keys = np.stack([self.n, self.n_active, self.d], axis=1)
         return np.unique(keys, axis=0, return_inverse=True)[1].ravel().astype(np.int64)
 
@@ -252,9 +255,7 @@ def _number(path: Path | str, line: int, name: str, row: list[str], index: int) 
     return value
 
 
-def _require_consistent(
-    path: Path | str, columns: dict[str, np.ndarray], name: str, ratio: np.ndarray, formula: str
-) -> None:
+def _require_consistent(path, columns, name: str, ratio: np.ndarray, formula: str) -> None:
     """Error for the first row whose `ratio` (column over formula) is off by more than 5 %."""
     bad = np.flatnonzero(np.abs(ratio - 1) > 0.05)
     if bad.size:

@@ -62,10 +62,7 @@ class VocabLaw(Law):
         """Tokens per character that the law was fitted with."""
         return fertilities.from_json(self.procedure["fertility"])
 
-    def _solve(
-        self, constants: Constants, n_nv: float, d: float | None, flops: float | None,
-        tokens: float | None,
-    ) -> tuple[float, Draws, Draws]:  # fmt: skip
+    def _solve(self, constants: Constants, n_nv, d, flops, tokens) -> tuple[float, Draws, Draws]:
         """(width, N_v, FLOPs) of a query, the latter two for each draw; a token budget is met at
         the optimum by iteration."""
         if flops is not None and tokens is not None:
@@ -77,17 +74,17 @@ class VocabLaw(Law):
         if tokens is None:
             if flops is not None:
                 accounting.require_raw("flops", flops, "flops")
-            used = self.budget(constants, n_nv) if flops is None else np.full(shape, float(flops))
-            return width, self.n_v(constants, n_nv=n_nv, width=width, flops=used), used
+            budget = self.budget(constants, n_nv) if flops is None else np.full(shape, float(flops))
+            return width, self.n_v(constants, n_nv=n_nv, width=width, flops=budget), budget
         accounting.require_raw("tokens", tokens, "tokens")
-        used = n_v = np.full(shape, 6 * 1.05 * n_nv * tokens)
+        budget = n_v = np.full(shape, 6 * 1.05 * n_nv * tokens)
         for _ in range(60):  # N_v ~ F^0.4 and N_v < N_nv: contracts by 5 or more each time
-            n_v = self.n_v(constants, n_nv=n_nv, width=width, flops=used)
+            n_v = self.n_v(constants, n_nv=n_nv, width=width, flops=budget)
             new = 6 * (n_nv + n_v) * tokens
-            if np.nanmax(np.abs(new / used - 1), initial=0) < 1e-12:
+            if np.nanmax(np.abs(new / budget - 1), initial=0) < 1e-12:
                 break
-            used = new
-        return width, n_v, used
+            budget = new
+        return width, n_v, budget
 
     def optimum(
         self,
@@ -102,15 +99,15 @@ class VocabLaw(Law):
         self.require_optimum()
         constants = {name: np.array([value]) for name, value in self.constants.items()}
         width, *solution = self._solve(constants, n_nv, d, flops, tokens)
-        n_v, used = (float(draws[0]) for draws in solution)
+        n_v, budget = (float(draws[0]) for draws in solution)
         if not np.isfinite(n_v):
             raise InputError(
                 f"{self.version}: no loss-optimal vocabulary exists between {SMALLEST_VOCAB:g} and "
-                f"{self.fertility.cap:g} at N_nv={n_nv:g}, F={used:.3g}"
+                f"{self.fertility.cap:g} at N_nv={n_nv:g}, F={budget:.3g}"
             )
         vocab = n_v / width
-        trained = used / (6 * (n_nv + n_v))
-        notes = [*self.warnings, *self.outside({"n_nv": n_nv, "flops": used, "vocab": vocab})]
+        trained = budget / (6 * (n_nv + n_v))
+        notes = [*self.warnings, *self.outside({"n_nv": n_nv, "flops": budget, "vocab": vocab})]
         if self.ignores_budget and (flops is not None or tokens is not None):
             notes.append(
                 f"approach {self.procedure['approach']} knows no budget: its V is the "
@@ -118,7 +115,7 @@ class VocabLaw(Law):
             )
         per_character = float(self.fertility.tokens_per_character(vocab))
         return Optimum(
-            vocab, n_v, float(n_nv), width, used, trained, trained / per_character,
+            vocab, n_v, float(n_nv), width, budget, trained, trained / per_character,
             n_v / (n_nv + n_v), tuple(notes),
         )  # fmt: skip
 

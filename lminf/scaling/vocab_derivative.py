@@ -94,7 +94,7 @@ class DerivativeLaw(vocab.VocabLaw):
 
 
 @dataclass(frozen=True)
-class VocabLaw2:
+class DerivativeFit:
     """Procedure of approach 2: roots at `sizes` with the ladder's width, anchored on the table."""
 
     sizes: tuple[Annotated[float, Range(above=0)], ...] = PUBLISHED_SIZES

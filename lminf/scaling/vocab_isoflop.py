@@ -5,7 +5,6 @@ ln F for y in N_nv, N_v and characters H. Source: arXiv:2407.13623, section 4.1.
 """
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,9 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 from scipy import optimize
 
 from lminf.errors import InputError
-from lminf.scaling import accounting, engine, laws, resample, surfaces, vocab
-from lminf.scaling.engine import Numbers
+from lminf.scaling import accounting, laws, resample, robust_fit, surfaces, vocab
 from lminf.scaling.fertility import Fertility
+from lminf.scaling.robust_fit import Columns, Numbers
 from lminf.scaling.tables import VocabTable, require_spread
 from lminf.scaling.vocab import Constants, Draws
 
@@ -77,10 +76,7 @@ class Densifier:
                 parts.append(self._cache[key])
         return Points(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
-    def _points(
-        self, n_nv: np.ndarray, n_v: np.ndarray, vocab_size: Any, characters: np.ndarray,
-        loss: np.ndarray,
-    ) -> Points:  # fmt: skip
+    def _points(self, n_nv, n_v, vocab_size, characters, loss) -> Points:
         tokens = characters * self.fertility.tokens_per_character(vocab_size)
         return Points(n_nv, n_v, characters, 6 * (n_nv + n_v) * tokens, loss)
 
@@ -150,7 +146,7 @@ def kept_points(
     return envelope(points)
 
 
-def line_residual(theta: Numbers, columns: Mapping[str, Numbers]) -> Array:
+def line_residual(theta: Numbers, columns: Columns) -> Array:
     """K + alpha x - y."""
     return theta[0] + theta[1] * columns["x"] - columns["y"]
 
@@ -192,7 +188,7 @@ def fit_lines(points: LogPoints, slopes: Float[np.ndarray, " lines"], selector: 
     lower = np.stack([np.full(len(x), -200.0), np.where(free, -5.0, slopes)], axis=1)
     upper = np.stack([np.full(len(x), 200.0), np.where(free, 5.0, slopes)], axis=1)
     starts = np.array([[y[weights > 0].mean(), slope] for slope in (0.2, 0.5, 0.8)])
-    lines = engine.minimise(
+    lines = robust_fit.minimise(
         line_residual, {"x": shifted, "y": y}, starts=starts, lower=lower, upper=upper,
         weights=weights,
     )  # fmt: skip
@@ -211,20 +207,21 @@ def reference_line(
     """
     free = np.isnan(slope)
 
-    def residual(theta: np.ndarray) -> np.ndarray:
-        return theta[0] + (theta[1] if free else slope) * x - y
+    def residuals(theta: Float[np.ndarray, "ends parameters"]) -> Float[np.ndarray, "ends points"]:
+        return theta[:, :1] + (theta[:, 1:] if free else slope) * x - y
 
-    def objective(theta: np.ndarray) -> float:
-        size = np.abs(residual(theta))
-        return np.where(size <= 1e-3, size**2 / 2, 1e-3 * (size - 5e-4)).sum()
+    def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        """The Huber sum and its forward differences, which are SciPy's own, in one call."""
+        ahead = theta + 1e-8 * np.eye(theta.size)
+        size = np.abs(residuals(np.vstack([theta[None], ahead])))
+        values = np.where(size <= 1e-3, size**2 / 2, 1e-3 * (size - 5e-4)).sum(1)
+        return values[0], (values[1:] - values[0]) / (np.diag(ahead) - theta)
 
     grid = [np.linspace(-20, 15, 20)] + [np.linspace(0, 1, 20)] * int(free)
-    ends = [
-        optimize.minimize(objective, np.array(start), method="L-BFGS-B").x
-        for start in itertools.product(*grid)
-    ]
-    best = min(ends, key=lambda theta: np.mean(residual(theta) ** 2))
-    return float(best[0]), float(best[1]) if free else slope, objective(best)
+    starts = map(np.array, itertools.product(*grid))
+    ends = [optimize.minimize(objective, start, jac=True, method="L-BFGS-B").x for start in starts]
+    best = ends[np.argmin(np.mean(residuals(np.array(ends)) ** 2, axis=1))]
+    return float(best[0]), float(best[1]) if free else slope, float(objective(best)[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +235,7 @@ class IsoflopLaw(vocab.VocabLaw):
 
 
 @dataclass(frozen=True)
-class VocabLaw1:
+class IsoflopFit:
     """Procedure of approach 1. `selector`: huber (true optimum), ols, reference (as released)."""
 
     selector: str = "huber"
@@ -319,7 +316,7 @@ def log_points(kept: list[Points]) -> LogPoints:
     """Three lines for each draw, of N_nv, N_v and H; the weight is 0 where a draw has fewer points
     than another."""
     longest = max(len(points.loss) for points in kept)
-    longest += -longest % engine.ROW_MULTIPLE
+    longest += -longest % robust_fit.ROW_MULTIPLE
     x = np.zeros((len(kept), 3, longest))
     y, weights = np.zeros_like(x), np.zeros_like(x)
     for index, points in enumerate(kept):

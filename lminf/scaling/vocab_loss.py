@@ -28,9 +28,9 @@ from numpy.typing import ArrayLike
 from lminf import ranges
 from lminf.errors import InputError
 from lminf.ranges import Range
-from lminf.scaling import engine, laws, resample, vocab, vocab_derivative
-from lminf.scaling.engine import Numbers
+from lminf.scaling import laws, resample, robust_fit, vocab, vocab_derivative
 from lminf.scaling.fertility import Fertility
+from lminf.scaling.robust_fit import Columns, Numbers
 from lminf.scaling.tables import VocabTable, require_spread
 from lminf.scaling.vocab import Constants, Draws
 
@@ -48,7 +48,7 @@ BOUNDS = {
 }
 
 
-def residual(theta: Numbers, columns: Mapping[str, Numbers]) -> Array:
+def residual(theta: Numbers, columns: Columns) -> Array:
     """Predicted minus observed L_u; theta in the order of PARAMETERS."""
     a1, a2, b, e, alpha2, beta = theta
     size = jnp.exp(a1 - beta * columns["ln_n_nv"])
@@ -154,7 +154,7 @@ def loss_of(
 
 
 @dataclass(frozen=True)
-class VocabLaw3:
+class LossFit:
     """Procedure of approach 3: 486 starts, Huber 1e-3 on L_u, all draws at once."""
 
     mode: str = "tokens"
@@ -183,7 +183,7 @@ class VocabLaw3:
             return self.flops_limit
         return FLOPS_LIMIT if table.flops.max() >= FLOPS_LIMIT else 0.0
 
-    def used(self, table: VocabTable) -> VocabTable:
+    def fitted_rows(self, table: VocabTable) -> VocabTable:
         """The rows that are fitted; InputError where they determine nothing."""
         limit = self.limit(table)
         kept = table.select(table.flops >= limit)
@@ -208,14 +208,14 @@ class VocabLaw3:
         seed: int = 0,
     ) -> LossLaw:
         """The law of the table; InputError where the table does not determine it."""
-        kept = self.used(table)
+        kept = self.fitted_rows(table)
         columns = self.columns(kept, fertility)
         lower, upper = (np.array(bound, float) for bound in BOUNDS[self.bounds])
-        point = engine.minimise(
+        point = robust_fit.minimise(
             residual, columns, starts=STARTS, lower=lower, upper=upper,
             weights=np.ones((1, len(kept))),
         )  # fmt: skip
-        engine.require_determined("approach 3", PARAMETERS, residual, columns, point)
+        robust_fit.require_determined("approach 3", PARAMETERS, residual, columns, point)
         theta, bound = point.parameters[0], point.bound[0]
         if bound[1] < 0:
             raise InputError(
@@ -230,9 +230,9 @@ class VocabLaw3:
                 resample.cluster_ids(kept, cluster), draws=draws, seed=seed
             )
             starts = STARTS
-            if len(kept) > engine.EXPLORED_ROWS:  # all of them took half of the time
+            if len(kept) > robust_fit.EXPLORED_ROWS:  # all of them took half of the time
                 starts = np.concatenate([point.parameters, STARTS[::6]])
-            sample = engine.minimise(
+            sample = robust_fit.minimise(
                 residual, columns, starts=starts, lower=lower, upper=upper, weights=weights
             )
             resampled = laws.resampled(
@@ -273,9 +273,7 @@ class VocabLaw3:
         )  # fmt: skip
 
 
-def _unidentified(
-    alpha2: float, on_bound: Mapping[str, float], interval: Any, low: float, high: float
-) -> list[str]:
+def _unidentified(alpha2, on_bound, interval, low, high) -> list[str]:
     """One sentence for each sign that the table does not identify a constant."""
     notes = [
         f"{name} is not identified: the fit puts it on its bound {edge:g}"

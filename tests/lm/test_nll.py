@@ -12,7 +12,8 @@ from lminf.attention import rope
 from lminf.attention.policy import Full, LMInfinite, PerHead, SelfExtend, Window
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
-from lminf.lm.lm import LM, NLL
+from lminf.lm.lm import LM
+from lminf.lm.nll import NLL, bits_per_byte
 from lminf.models import heads
 from lminf.objectives import cross_entropy
 from tests.attention import cases

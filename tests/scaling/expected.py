@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from lminf.scaling import accounting, evidence, gap, published, rivals
+from lminf.scaling import accounting, baselines, diagnostics, published, regret
 from lminf.scaling import fertility as fertilities
-from lminf.scaling.steps import StepLaw
+from lminf.scaling.steps import StepFit
 from lminf.scaling.tables import StepTable, VocabTable
-from lminf.scaling.vocab_derivative import VocabLaw2, flops_root
-from lminf.scaling.vocab_isoflop import VocabLaw1
-from lminf.scaling.vocab_loss import VocabLaw3
+from lminf.scaling.vocab_derivative import DerivativeFit, flops_root
+from lminf.scaling.vocab_isoflop import IsoflopFit
+from lminf.scaling.vocab_loss import LossFit
 
 Row = dict[str, Any]
 
@@ -62,7 +62,7 @@ def constants() -> Iterator[Row]:
         for approach, (law, expected) in enumerate(zip(laws, sizes, strict=True), start=1):
             value = law.optimum(n_nv=n_nv).vocab_size
             yield row("2", f"V of approach {approach} at {n_nv:.3g}", value, expected, 2.0)
-    procedure = VocabLaw2()
+    procedure = DerivativeFit()
     for n_nv, root, expected in zip(
         procedure.sizes, procedure.roots(fertilities.PUBLISHED), ROOTS, strict=True
     ):
@@ -110,7 +110,7 @@ def vocab_file(table: VocabTable) -> Iterator[Row]:
         ("none", 99, (0.0530, 0.4469), (0.1062, 0.4315)),
     ):
         for selector, (k, alpha) in (("huber", huber), ("ols", ols)):
-            law = VocabLaw1(selector, densify).fit(table, fertility=f, draws=0)
+            law = IsoflopFit(selector, densify).fit(table, fertility=f, draws=0)
             name = f"approach 1, {densify}, {selector}:"
             k_nv = float(np.exp(law.constants["ln_k_nv"]))
             points = law.diagnostics["points_kept"]
@@ -122,14 +122,14 @@ def vocab_file(table: VocabTable) -> Iterator[Row]:
                 k_nnv, k_h = (float(np.exp(law.constants[f"ln_k_{n}"])) for n in ("nnv", "h"))
                 yield row("7", f"{name} k of N_nv", k_nnv, 0.0834, 5e-4)
                 yield row("7", f"{name} k of H", k_h, 6.41, 0.02)
-    free = VocabLaw1(exponents="free").fit(table, fertility=f, draws=0).constants
+    free = IsoflopFit(exponents="free").fit(table, fertility=f, draws=0).constants
     yield row("7", "free exponent of N_nv", free["alpha_nnv"], 0.4505, 2e-3)
     yield row("7", "free exponent of H", free["alpha_h"], 0.5871, 2e-3)
     for mode, expected in (
         ("reference", (2.44, 0.21, 2.10, 5.25, 0.583)),
         ("tokens", (2.51, 0.06, 1.13, 5.26, 0.570)),
     ):
-        law = VocabLaw3(mode).fit(table, fertility=f, draws=0)
+        law = LossFit(mode).fit(table, fertility=f, draws=0)
         names = ("ln_A1", "ln_A2", "ln_B", "ln_E", "beta")
         for name, value in zip(names, expected, strict=True):
             found = law.constants[name]
@@ -138,11 +138,11 @@ def vocab_file(table: VocabTable) -> Iterator[Row]:
             yield row("8", f"approach 3 {mode}: {name}", found, value, tolerance)
         on_bound = float("alpha2" in law.diagnostics["on_bound"])
         yield row("8", f"approach 3 {mode}: alpha2 on its bound", on_bound, 1, 0)
-    wide = VocabLaw3("tokens", bounds="wide").fit(table, fertility=f, draws=0)
+    wide = LossFit("tokens", bounds="wide").fit(table, fertility=f, draws=0)
     said = float(any("not identified" in warning for warning in wide.warnings))
     yield row("8", "approach 3 tokens, no bounds: says not identified", said, 1, 0)
     top = [
-        evidence.isoflop_curve(table, n, evidence.common_budget(table, n), "L_u").optimum
+        diagnostics.isoflop_curve(table, n, diagnostics.common_budget(table, n), "L_u").optimum
         for n in np.unique(table.n_nv)
     ]
     for n_nv, found, about in zip(
@@ -152,7 +152,7 @@ def vocab_file(table: VocabTable) -> Iterator[Row]:
         yield row("2.10", name, found / about, 1, 0.25)
 
 
-STEP_GAPS = {
+STEP_REGRETS = {
     "step": (1.21, 0.83, 0.79),
     "deepseek": (8.32, 7.71, 8.21),
     "deepseek-md": (8.76, 8.60, 8.66),
@@ -172,7 +172,7 @@ def step_file(table: StepTable) -> Iterator[Row]:
         (0.0025, 100, (74.2, -0.8198, 0.2441), (0.3417, 0.5916)),
         (0.005, 205, (46.2, -0.7652, 0.2126), (5.08, 0.4778)),
     ):
-        law = StepLaw(threshold=threshold).fit(table, draws=0)
+        law = StepFit(threshold=threshold).fit(table, draws=0)
         name = f"step law, {100 * threshold:g} %:"
         yield row("9", f"{name} rows kept", law.diagnostics["kept"], kept, 0)
         if lr is None or batch is None:
@@ -185,27 +185,27 @@ def step_file(table: StepTable) -> Iterator[Row]:
         yield row("9", f"{name} batch constant", batch_k, batch[0], 1e-3 * batch[0])
         yield row("9", f"{name} batch, exponent", k["batch_d"], batch[1], 1e-4)
     # 8,000 draws: the mean over 1,000 still scatters by 0.002 itself.
-    mean = StepLaw().fit(table, draws=8000).diagnostics["row_mean"]
+    mean = StepFit().fit(table, draws=8000).diagnostics["row_mean"]
     for name, expected in (("lr_n", -0.820), ("lr_d", 0.243), ("batch_d", 0.591)):
         yield row("9", f"row-bootstrap mean {name}", mean[name], expected, 2e-3)
-    rules = [rivals.rule(name) for name in STEP_GAPS if name in rivals.RULES]
-    rules.append(rivals.without_batch(rivals.rule("step")))
-    yield from gaps(table, rules, STEP_GAPS, "total")
+    rules = [baselines.rule(name) for name in STEP_REGRETS if name in baselines.RULES]
+    rules.append(baselines.without_batch(baselines.rule("step")))
+    yield from regrets(table, rules, STEP_REGRETS, "total")
 
 
 def moe_file(table: StepTable) -> Iterator[Row]:
     """Check 9 on the mixture-of-experts file."""
-    rules = [rivals.rule("step")]
-    yield from gaps(table, rules, {"step": (1.67, 1.59, 0.93)}, "total")
-    yield from gaps(table, rules, {"step": (10.4, None, None)}, "active")
+    rules = [baselines.rule("step")]
+    yield from regrets(table, rules, {"step": (1.67, 1.59, 0.93)}, "total")
+    yield from regrets(table, rules, {"step": (10.4, None, None)}, "active")
 
 
-def gaps(table, rules, expected, use_n) -> Iterator[Row]:
-    for name, groups in gap.gaps(table, rules, use_n=use_n).items():
-        for method, value in zip(gap.METHODS, expected[name], strict=True):
+def regrets(table, rules, expected, use_n) -> Iterator[Row]:
+    for name, groups in regret.regrets(table, rules, use_n=use_n).items():
+        for method, value in zip(regret.METHODS, expected[name], strict=True):
             if value is not None:
-                mean, _ = gap.mean_gap(groups, method)
-                what = f"mean gap of {name} ({use_n} N), {method}, per mille"
+                mean, _ = regret.mean_regret(groups, method)
+                what = f"mean regret of {name} ({use_n} N), {method}, per mille"
                 yield row("9", what, mean, value, 0.02 * value)
 
 

@@ -8,10 +8,10 @@ import re
 import sys
 
 from lminf.scaling import fertility, published, tables
-from lminf.scaling.steps import StepLaw
-from lminf.scaling.vocab_derivative import VocabLaw2
-from lminf.scaling.vocab_isoflop import VocabLaw1
-from lminf.scaling.vocab_loss import VocabLaw3
+from lminf.scaling.steps import StepFit
+from lminf.scaling.vocab_derivative import DerivativeFit
+from lminf.scaling.vocab_isoflop import IsoflopFit
+from lminf.scaling.vocab_loss import LossFit
 
 KEPT = 100
 CENTRED = ("tao2024-isoflop", "li2025-step")  # by the same procedure as the published constants
@@ -21,12 +21,12 @@ NOT_DRAWN = ("alpha_nnv", "alpha_h", "batch_n")  # imposed by the procedure
 def main(vocab_path: str, step_path: str) -> None:
     table = tables.read_vocab(vocab_path)
     options = {"fertility": fertility.PUBLISHED}
-    step = StepLaw().fit(tables.read_step(step_path))
+    step = StepFit().fit(tables.read_step(step_path))
     fits = {
-        "tao2024-isoflop": VocabLaw1().fit(table, **options),
-        "tao2024-derivative": VocabLaw2().fit(table, **options),
-        "tao2024-loss": VocabLaw3("reference").fit(table, **options),
-        "tao2024-loss-tokens": VocabLaw3("tokens").fit(table, **options),
+        "tao2024-isoflop": IsoflopFit().fit(table, **options),
+        "tao2024-derivative": DerivativeFit().fit(table, **options),
+        "tao2024-loss": LossFit("reference").fit(table, **options),
+        "tao2024-loss-tokens": LossFit("tokens").fit(table, **options),
         "li2025-step": step,
     }
     stored = json.loads(published.FILE.read_text(encoding="utf-8"))

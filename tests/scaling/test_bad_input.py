@@ -11,10 +11,11 @@ import pytest
 
 from lminf import cli, scaling
 from lminf.errors import InputError
-from lminf.scaling import published, rivals
-from lminf.scaling.steps import StepLaw
-from lminf.scaling.vocab_isoflop import VocabLaw1
-from lminf.scaling.vocab_loss import VocabLaw3
+from lminf.scaling import baselines, published, synthetic
+from lminf.scaling.steps import StepFit
+from lminf.scaling.tables import STEP_COLUMNS
+from lminf.scaling.vocab_isoflop import IsoflopFit
+from lminf.scaling.vocab_loss import LossFit
 from tests.scaling import data
 
 COLUMNS = ("vocab_size", "embed_dim", "num_characters", "Non_vocab_parameters", "FLOPs", "Lossu")
@@ -72,7 +73,7 @@ def test_an_empty_table_is_refused(tmp_path, text):
         scaling.read_vocab(path)
 
 
-@pytest.mark.parametrize("procedure", [VocabLaw1(), VocabLaw3("tokens"), VocabLaw3("reference")])
+@pytest.mark.parametrize("procedure", [IsoflopFit(), LossFit("tokens"), LossFit("reference")])
 def test_a_single_n_is_refused(procedure):
     table = data.synthetic_vocab(0.01, 0)
     one = table.select(table.n_nv == table.n_nv.max())
@@ -83,14 +84,14 @@ def test_a_single_n_is_refused(procedure):
 def test_a_single_n_is_refused_by_the_step_law():
     table = data.synthetic_step(0.01, 0)
     with pytest.raises(InputError, match="single N"):
-        scaling.fit(StepLaw(), table.select(table.n == table.n.max()), draws=0)
+        scaling.fit(StepFit(), table.select(table.n == table.n.max()), draws=0)
 
 
 def test_n_and_d_that_move_together_are_refused_by_the_step_law():
     table = data.synthetic_step(0.01, 0)
     together = dataclasses.replace(table, d=20 * table.n)
     with pytest.raises(InputError, match="move together"):
-        scaling.fit(StepLaw(), together, draws=0)
+        scaling.fit(StepFit(), together, draws=0)
 
 
 @pytest.mark.parametrize(
@@ -109,9 +110,9 @@ def test_a_query_in_the_wrong_unit_is_refused(query, message):
 
 def test_an_unknown_law_names_the_valid_ones():
     with pytest.raises(InputError, match="'stepp' is unknown; use step, "):
-        rivals.rule("stepp")
+        baselines.rule("stepp")
     with pytest.raises(InputError, match="not published"):
-        rivals.rule("meituan")
+        baselines.rule("meituan")
 
 
 def test_predictions_do_not_depend_on_the_unit_of_batch_or_length():
@@ -169,6 +170,29 @@ def test_a_law_survives_its_file(tmp_path):
             assert again.interval(n_nv=7e9).low == pytest.approx(
                 law.interval(n_nv=7e9).low, rel=1e-6
             )
+
+
+def test_out_leaves_other_files_of_the_user_alone(tmp_path, capsys):
+    """The law was once written under the name X.partial before it became X."""
+    grid = synthetic.step_grid(noise=0.001, seed=0)
+    columns = (np.full(len(grid), 1024), np.full(len(grid), 8), grid.lr, grid.batch / 2048,
+               np.round(grid.d / grid.batch), grid.loss, grid.d, grid.n)  # fmt: skip
+    rows = [dict(zip(STEP_COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)]
+    table = write(tmp_path / "grid.csv", rows, tuple(STEP_COLUMNS))
+    notes, out = tmp_path / "law.json.partial", tmp_path / "law.json"
+    notes.write_text("mine")
+    cli.main(["scaling", "fit", "step", "--data", str(table), "--draws", "0", f"--out={out}"])
+    assert scaling.load(out).kind == "step"
+    assert notes.read_text() == "mine"
+    out.unlink()
+    out.mkdir()
+    (out / "full").touch()
+    with pytest.raises(SystemExit):
+        cli.main(["scaling", "fit", "step", "--data", str(table), "--draws", "0", f"--out={out}"])
+    assert "cannot write" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "grid.csv", "law.json", "law.json.partial",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

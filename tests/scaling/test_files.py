@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from lminf import scaling
-from lminf.scaling import evidence, gap, rivals
+from lminf.scaling import baselines, diagnostics, regret
 from lminf.scaling import fertility as fertilities
-from lminf.scaling.steps import StepLaw
+from lminf.scaling.steps import StepFit
 from lminf.scaling.vocab_derivative import best_anchor
-from lminf.scaling.vocab_isoflop import VocabLaw1
-from lminf.scaling.vocab_loss import VocabLaw3
+from lminf.scaling.vocab_isoflop import IsoflopFit
+from lminf.scaling.vocab_loss import LossFit
 from tests.scaling import data, expected
 
 
@@ -38,10 +38,10 @@ def test_means_of_the_released_bootstrap_rows():
 @pytest.mark.parametrize(
     ("procedure", "points", "k", "alpha"),
     [
-        (VocabLaw1(), 112, 0.1167, 0.4285),
-        (VocabLaw1("ols"), 112, 0.2840, 0.4088),
-        (VocabLaw1(densify="none"), 99, 0.0530, 0.4469),
-        (VocabLaw1("ols", "none"), 99, 0.1062, 0.4315),
+        (IsoflopFit(), 112, 0.1167, 0.4285),
+        (IsoflopFit("ols"), 112, 0.2840, 0.4088),
+        (IsoflopFit(densify="none"), 99, 0.0530, 0.4469),
+        (IsoflopFit("ols", "none"), 99, 0.1062, 0.4315),
     ],
 )
 def test_approach_1(procedure, points, k, alpha):
@@ -49,14 +49,14 @@ def test_approach_1(procedure, points, k, alpha):
     assert law.diagnostics["points_kept"] == points
     assert law.constants["alpha_nv"] == pytest.approx(alpha, abs=2e-3)
     assert np.exp(law.constants["ln_k_nv"]) == pytest.approx(k, abs=1e-3)
-    if procedure == VocabLaw1():
+    if procedure == IsoflopFit():
         assert np.exp(law.constants["ln_k_nnv"]) == pytest.approx(0.0834, abs=5e-4)
         assert np.exp(law.constants["ln_k_h"]) == pytest.approx(6.41, abs=0.02)
 
 
 def test_approach_1_on_all_rows_keeps_the_published_number_of_points():
     """125 points and k_nnv are the paper's; the two sizes are of an independent recomputation."""
-    law = scaling.fit(VocabLaw1(), data.whole_vocab_table(), draws=0)
+    law = scaling.fit(IsoflopFit(), data.whole_vocab_table(), draws=0)
     assert law.diagnostics["points_kept"] == 125
     assert np.exp(law.constants["ln_k_nnv"]) == pytest.approx(np.exp(-2.4846510), abs=5e-4)
     sizes = [law.optimum(n_nv=n_nv).vocab_size for n_nv in (3e9, 70e9)]
@@ -64,23 +64,25 @@ def test_approach_1_on_all_rows_keeps_the_published_number_of_points():
 
 
 def test_approach_1_with_free_exponents():
-    law = scaling.fit(VocabLaw1(exponents="free"), data.vocab_table(), draws=0)
+    law = scaling.fit(IsoflopFit(exponents="free"), data.vocab_table(), draws=0)
     assert law.constants["alpha_nnv"] == pytest.approx(0.4505, abs=2e-3)
     assert law.constants["alpha_h"] == pytest.approx(0.5871, abs=2e-3)
 
 
 def test_the_reference_selector_is_no_minimum():
     table = data.vocab_table()
-    optimum, reference = (scaling.fit(VocabLaw1(s), table, draws=0) for s in ("huber", "reference"))
+    optimum, reference = (
+        scaling.fit(IsoflopFit(s), table, draws=0) for s in ("huber", "reference")
+    )
     key = "objective_n_v"
     assert reference.diagnostics[key] > optimum.diagnostics[key] * 1.001
-    least_squares = scaling.fit(VocabLaw1("ols"), table, draws=0).constants["alpha_nv"]
+    least_squares = scaling.fit(IsoflopFit("ols"), table, draws=0).constants["alpha_nv"]
     assert abs(reference.constants["alpha_nv"] - least_squares) < 0.01
 
 
 @pytest.mark.slow
 def test_the_reference_selector_gives_the_published_line():
-    law = scaling.fit(VocabLaw1("reference"), data.whole_vocab_table(), draws=0)
+    law = scaling.fit(IsoflopFit("reference"), data.whole_vocab_table(), draws=0)
     assert law.constants["alpha_nv"] == pytest.approx(0.41636, abs=1e-3)
     assert law.constants["ln_k_nv"] == pytest.approx(-1.5890313, abs=2e-2)
     assert law.constants["ln_k_nnv"] == pytest.approx(-2.4846510, abs=2e-3)
@@ -100,7 +102,7 @@ def test_the_anchor_of_approach_2_moves_with_its_budget():
     ],
 )
 def test_approach_3_within_bounds(mode, constants, beta):
-    law = scaling.fit(VocabLaw3(mode), data.vocab_table(), draws=0)
+    law = scaling.fit(LossFit(mode), data.vocab_table(), draws=0)
     found = [np.exp(law.constants[name]) for name in ("ln_A1", "ln_A2", "ln_B", "ln_E")]
     np.testing.assert_allclose(found, constants, atol=6e-3)
     assert law.constants["beta"] == pytest.approx(beta, abs=1e-3)
@@ -110,7 +112,7 @@ def test_approach_3_within_bounds(mode, constants, beta):
 
 @pytest.mark.slow
 def test_approach_3_without_bounds_says_not_identified():
-    law = scaling.fit(VocabLaw3("tokens", bounds="wide"), data.vocab_table(), draws=0)
+    law = scaling.fit(LossFit("tokens", bounds="wide"), data.vocab_table(), draws=0)
     assert law.constants["alpha2"] < 0
     assert any("not identified" in note for note in law.warnings)
     with pytest.raises(scaling.InputError, match="not identified"):
@@ -126,7 +128,7 @@ def test_approach_3_without_bounds_says_not_identified():
     ],
 )
 def test_step_law(threshold, kept, lr, batch):
-    law = scaling.fit(StepLaw(threshold=threshold), data.dense_table(), draws=0)
+    law = scaling.fit(StepFit(threshold=threshold), data.dense_table(), draws=0)
     assert law.diagnostics["kept"] == kept
     if lr is not None:
         k = law.constants
@@ -135,7 +137,7 @@ def test_step_law(threshold, kept, lr, batch):
 
 
 def test_row_bootstrap_mean_of_the_step_law():
-    law = scaling.fit(StepLaw(), data.dense_table(), draws=8000)
+    law = scaling.fit(StepFit(), data.dense_table(), draws=8000)
     mean = law.diagnostics["row_mean"]
     found = [mean[name] for name in ("lr_n", "lr_d", "batch_d")]
     np.testing.assert_allclose(found, (-0.820, 0.243, 0.591), atol=2e-3)
@@ -144,15 +146,15 @@ def test_row_bootstrap_mean_of_the_step_law():
 def test_step_law_refuses_to_fit_n_on_the_mixtures_of_experts():
     table = scaling.read_step(data.shared(data.MOE))
     with pytest.raises(scaling.InputError, match=r"N varies by only 0\.26 %"):
-        scaling.fit(StepLaw(), table, draws=0)
-    fixed = scaling.fit(StepLaw(fix_n=-0.713), table, draws=0)
+        scaling.fit(StepFit(), table, draws=0)
+    fixed = scaling.fit(StepFit(fix_n=-0.713), table, draws=0)
     assert 0 < fixed.constants["lr_d"] < 1
 
 
-def test_gaps_on_the_dense_file():
+def test_regrets_on_the_dense_file():
     table = data.dense_table()
-    rules = [rivals.rule(name) for name in ("step", "deepseek", "porian")]  # the others: slow
-    assert failed(expected.gaps(table, rules, expected.STEP_GAPS, "total")) == []
+    rules = [baselines.rule(name) for name in ("step", "deepseek", "porian")]  # the others: slow
+    assert failed(expected.regrets(table, rules, expected.STEP_REGRETS, "total")) == []
 
 
 @pytest.mark.slow
@@ -165,7 +167,7 @@ def test_all_checks_on_all_files():
 
 @pytest.mark.slow
 def test_a_law_predicts_groups_that_it_never_saw():
-    rows = evidence.leave_one_group_out(StepLaw(), data.dense_table())
+    rows = diagnostics.leave_one_group_out(StepFit(), data.dense_table())
     assert np.mean([row["gap_per_mille"] for row in rows]) < 1.5
 
 
@@ -173,4 +175,4 @@ def test_a_law_predicts_groups_that_it_never_saw():
 def test_a_single_group_can_be_priced():
     table = data.dense_table()
     one = table.select(table.group == 3)
-    assert np.isfinite(gap.gaps(one, [rivals.rule("step")])["step"][0].gap["linear"])
+    assert np.isfinite(regret.regrets(one, [baselines.rule("step")])["step"][0].regret["linear"])

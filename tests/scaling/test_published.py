@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lminf.scaling import accounting, fertility, losses, published, rivals
+from lminf.scaling import accounting, baselines, fertility, losses, published
 from tests.scaling import expected
 
 
@@ -47,7 +47,9 @@ def test_step_law_examples():
         found = published.STEP.setting(n=n, d=d)
         assert found.lr == pytest.approx(lr, rel=5e-3)
         assert found.batch == pytest.approx(batch, rel=5e-3)
-        assert rivals.rule("step").setting(rivals.Query(n, d, None, None)) == pytest.approx(found)
+        assert baselines.rule("step").setting(baselines.Query(n, d, None, None)) == pytest.approx(
+            found
+        )
 
 
 def test_off_optimum_vocabularies_of_approach_3():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lminf import scaling
-from lminf.scaling import chinchilla, density, engine, fertility, resample, vocab_loss
+from lminf.scaling import chinchilla, density, fertility, resample, robust_fit, vocab_loss
 from tests.scaling import data
 
 DATASETS, DRAWS = 100, 200
@@ -32,19 +32,19 @@ def assert_covered(results):
 @pytest.mark.slow
 def test_the_vocabulary_law_is_recovered():
     """Draws start at the point estimate: 100 fits from 486 starts each, 20,000 draws from one."""
-    procedure = vocab_loss.VocabLaw3("tokens", bounds="wide", flops_limit=0.0)
+    procedure = vocab_loss.LossFit("tokens", bounds="wide", flops_limit=0.0)
     lower, upper = (np.array(bound) for bound in vocab_loss.BOUNDS["wide"])
     results = []
     for seed in range(DATASETS):
         table = data.synthetic_vocab(0.01, seed, checkpoints=5)
         columns = procedure.columns(table, fertility.PUBLISHED)
-        point = engine.minimise(
+        point = robust_fit.minimise(
             vocab_loss.residual, columns, starts=vocab_loss.STARTS[::6], lower=lower, upper=upper,
             weights=np.ones((1, len(table))),
         )  # fmt: skip
         assert point.converged.all()
         weights = resample.bootstrap_weights(table.run, draws=DRAWS, seed=seed)
-        sample = engine.minimise(
+        sample = robust_fit.minimise(
             vocab_loss.residual, columns, starts=point.parameters, lower=lower, upper=upper,
             weights=weights, keep=1,
         )  # fmt: skip
@@ -59,7 +59,7 @@ def test_the_vocabulary_law_is_recovered():
 def test_the_step_law_is_recovered():
     results = []
     for seed in range(DATASETS):
-        law = scaling.fit(scaling.StepLaw(), data.synthetic_step(0.01, seed), draws=500, seed=seed)
+        law = scaling.fit(scaling.StepFit(), data.synthetic_step(0.01, seed), draws=500, seed=seed)
         results.append(covered(data.STEP_TRUTH, law.draws))
     assert_covered(results)
 
@@ -75,11 +75,11 @@ def test_the_chinchilla_law_is_recovered():
             "ln_loss": np.log(table.loss),
         }
         box = {"lower": chinchilla.LOWER, "upper": chinchilla.UPPER}
-        point = engine.minimise(
+        point = robust_fit.minimise(
             chinchilla.residual, columns, starts=chinchilla.DRAW_STARTS,
             weights=np.ones((1, len(table))), **box,
         )  # fmt: skip
-        sample = engine.minimise(
+        sample = robust_fit.minimise(
             chinchilla.residual, columns, starts=point.parameters, keep=1, **box,
             weights=resample.bootstrap_weights(table.run, draws=DRAWS, seed=seed),
         )  # fmt: skip
@@ -93,7 +93,7 @@ def test_the_density_law_is_recovered():
     results = []
     for seed in range(DATASETS):
         table = data.synthetic_density(0.01, seed)
-        drawn = density.DensityLaw().fit(table, draws=DRAWS, seed=seed).draws
+        drawn = density.DensityFit().fit(table, draws=DRAWS, seed=seed).draws
         draws = {name: np.asarray(drawn[name]) for name in ("a", "b", "alpha", "beta")}
         assert len(draws["a"]) > 0.8 * DRAWS
         truth = {name: data.DENSITY_TRUTH[name] for name in draws}
@@ -103,7 +103,7 @@ def test_the_density_law_is_recovered():
 
 def test_a_model_on_the_reference_curve_has_density_one():
     k = {name: float(value) for name, value in data.DENSITY_TRUTH.items()}
-    law = density.DensityFit(
+    law = density.DensityLaw(
         version="synthetic", source="test", constants=k, units={}, procedure={}, fitted_range={}
     )
     score = float(law.score(law.loss(n=3e9, d=density.REFERENCE_TOKENS)))
@@ -126,9 +126,9 @@ def test_the_trend_of_densities_counts_records_only():
 
 def test_the_step_law_does_not_depend_on_the_unit_of_the_batch():
     table = data.synthetic_step(0.01, 0)
-    law = scaling.fit(scaling.StepLaw(), table, draws=0)
+    law = scaling.fit(scaling.StepFit(), table, draws=0)
     other = dataclasses.replace(table, seq_len=512)  # the batch is in tokens whatever the length
-    again = scaling.fit(scaling.StepLaw(), other, draws=0)
+    again = scaling.fit(scaling.StepFit(), other, draws=0)
     assert law.setting(n=1e9, d=1e11) == again.setting(n=1e9, d=1e11)
 
 
@@ -136,9 +136,9 @@ def test_the_step_law_does_not_depend_on_the_unit_of_the_batch():
 def test_predictions_do_not_depend_on_the_unit_of_n_and_d():
     """A fit to N / 1000 and D / 1000 predicts the same losses from N / 1000 and D / 1000."""
     table = data.synthetic_curves(0.01, 0)
-    law = scaling.fit(scaling.ChinchillaLaw(), table, draws=0)
+    law = scaling.fit(scaling.ChinchillaFit(), table, draws=0)
     scaled = dataclasses.replace(table, n=table.n / 1000, d=table.d / 1000)
-    again = scaling.fit(scaling.ChinchillaLaw(), scaled, draws=0)
+    again = scaling.fit(scaling.ChinchillaFit(), scaled, draws=0)
     np.testing.assert_allclose(
         law.loss(n=table.n, d=table.d), again.loss(n=scaled.n, d=scaled.d), rtol=1e-6
     )

@@ -24,10 +24,10 @@ import numpy as np
 from rich.console import Console
 
 from lminf.commands.scaling import collect, fit, plan, predict_step, predict_vocab, price
-from lminf.commands.scaling._arguments import number, whole
+from lminf.commands.scaling._arguments import Result, number, whole
 from lminf.errors import InputError
 from lminf.ranges import Range
-from lminf.scaling import evidence, gap
+from lminf.scaling import diagnostics, regret
 from lminf.scaling.vocab_isoflop import DENSIFY, SELECTORS
 from lminf.scaling.vocab_loss import BOUNDS, MODES
 
@@ -64,7 +64,7 @@ FLAGS: dict[str, dict[str, Any]] = {
         "help": "approach 3: rows with fewer FLOPs are dropped (2.18e17 where rows reach it)",
     },
     "anchor-flops": {"type": number, "help": "approach 2: FLOPs of the anchor (2.7e17)"},
-    "metric": {"choices": evidence.METRICS, "help": "approach 1: loss that the envelope is of"},
+    "metric": {"choices": diagnostics.METRICS, "help": "approach 1: loss that the envelope is of"},
     "n-source": {"choices": ("as_published", "from_shapes"), "help": "of the parameter counts"},
     "threshold": {"type": number, "help": "step: relative excess of the runs kept (0.0025)"},
     "estimator": {"choices": ("ols", "reference"), "help": "step: reference averages row draws"},
@@ -75,7 +75,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "bootstrap": {"type": whole, "help": "the same as --draws"},
     "cluster": {"choices": ("run", "family", "group", "row"), "help": "what is resampled"},
     "seed": {"type": whole, "help": "of the resampling (default 0)"},
-    "method": {"choices": gap.METHODS, "help": "surface between the cells (default linear)"},
+    "method": {"choices": regret.METHODS, "help": "surface between the cells (default linear)"},
     "use-n": {"choices": ("total", "active"), "help": "gap: N of a mixture of experts"},
     "hours": {"type": number, "help": "hours on this machine, whose speed is measured"},
     "runs": {"help": "collect: folders of sweeps, separated by commas"},
@@ -100,6 +100,7 @@ RESAMPLE = ("draws", "bootstrap", "cluster", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb, its subject and the flags of all verbs."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__
     parser.add_argument("-h", "--help", action="store_true", help="help of a verb, or this")
@@ -130,14 +131,15 @@ def helped(args: argparse.Namespace) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Runs a verb and prints its result."""
     if args.help or args.verb is None:
         print(helped(args))
         raise SystemExit(0)
     key = (args.verb, args.subject)
     if key not in ACTIONS:
         valid = ", ".join(" ".join(filter(None, action)) for action in ACTIONS)
-        asked = " ".join(filter(None, key))
-        raise InputError(f"lminf scaling {asked!r} does not exist; use one of: {valid}")
+        command = " ".join(filter(None, key))
+        raise InputError(f"lminf scaling {command!r} does not exist; use one of: {valid}")
     action, allowed, needed = ACTIONS[key]
     for flag in FLAGS:
         given = getattr(args, flag.replace("-", "_")) is not None
@@ -148,29 +150,27 @@ def run(args: argparse.Namespace) -> None:
             )
         if given and flag in RANGES:
             value = getattr(args, flag.replace("-", "_"))
-            if wanted := RANGES[flag].problem(value):
-                raise InputError(f"--{flag}={value}: give {wanted}")
+            if problem := RANGES[flag].problem(value):
+                raise InputError(f"--{flag}={value}: give {problem}")
         if not given and flag in needed:
             raise InputError(
                 f"`{' '.join(filter(None, key))}` needs --{flag}: {_meaning(flag, args.subject)}"
             )
-    result, text, *complaint = action(args)
+    result, text = action(args)
     if args.json:
         print(json.dumps(_finite(result), allow_nan=False))
     else:
         text(Console(width=None if sys.stdout.isatty() else 160, highlight=False))
-    if complaint:
-        raise InputError(*complaint)
 
 
 def _meaning(flag: str, subject: str | None) -> str:
     """What a flag is, to this subject where it is something else to another."""
     meaning = FLAGS[flag]["help"]
-    own = [part for part in meaning.split("; ") if part.startswith(f"{subject}: ")]
-    return own[0].removeprefix(f"{subject}: ") if own else meaning
+    meanings = [part for part in meaning.split("; ") if part.startswith(f"{subject}: ")]
+    return meanings[0].removeprefix(f"{subject}: ") if meanings else meaning
 
 
-def _finite(value):
+def _finite(value: Any) -> Any:
     """JSON has no NaN: None says that there is no number."""
     if isinstance(value, dict):
         return {str(key): _finite(item) for key, item in value.items()}
@@ -183,9 +183,8 @@ def _finite(value):
     return value
 
 
-# (what runs, the flags it takes, the flags it needs); it gives (a result for --json, a function
-# that prints it) and, if the command must fail, a sentence that says why.
-Action = tuple[Callable[..., Any], tuple[str, ...], tuple[str, ...]]
+# (what runs, the flags it takes, the flags it needs)
+Action = tuple[Callable[[argparse.Namespace], Result], tuple[str, ...], tuple[str, ...]]
 
 
 ACTIONS: dict[tuple[str, str | None], Action] = {

@@ -4,32 +4,37 @@ import argparse
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rich.console import Console
+
 from lminf import scaling
 from lminf.errors import InputError
-from lminf.scaling import fertility as fertilities
 from lminf.scaling import (
+    baselines,
     published,
-    rivals,
 )
+from lminf.scaling import fertility as fertilities
 from lminf.scaling.laws import Law
-from lminf.scaling.steps import StepPowerLaw
+from lminf.scaling.steps import StepLaw
 from lminf.scaling.vocab import VocabLaw
 
 Row = dict[str, Any]
+# What a command gives: the object of --json, and what prints it.
+Result = tuple[Row, Callable[[Console], None]]
 LONG_TABLE = 4096  # rows
 SUFFIXES = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 def number(text: str) -> float:
     """A finite number: 3000000000, 3e9, 3B (K, M, B, T: powers of a thousand) or 2^30."""
-    found = re.fullmatch(r"(.*?)([KMBT]?)", text.strip(), re.IGNORECASE | re.DOTALL)
-    assert found is not None
+    match = re.fullmatch(r"(.*?)([KMBT]?)", text.strip(), re.IGNORECASE | re.DOTALL)
+    assert match is not None
     try:
-        base, power, exponent = found[1].replace(",", "_").partition("^")
-        value = float(base) * SUFFIXES[found[2].upper()]
+        base, power, exponent = match[1].replace(",", "_").partition("^")
+        value = float(base) * SUFFIXES[match[2].upper()]
         value = value ** float(exponent) if power else value
     except (ValueError, OverflowError, ZeroDivisionError):
         value = math.nan
@@ -49,8 +54,9 @@ def whole(text: str) -> int:
 AnyLaw = TypeVar("AnyLaw", bound=Law)
 
 
-def fertility_of(args) -> fertilities.Fertility:
-    """As asked, else as `collect` wrote it beside the data, else the published one."""
+def fertility_of(args: argparse.Namespace) -> fertilities.Fertility:
+    """The fertility of --fertility, else the one that `collect` wrote beside the data, else the
+    published one."""
     name = args.fertility
     beside = Path(args.data).with_suffix(".fertility.json")
     if name is None:
@@ -67,13 +73,13 @@ def fertility_of(args) -> fertilities.Fertility:
     return fertilities.from_json(data)
 
 
-def options(args, **names: str) -> dict[str, Any]:
+def options(args: argparse.Namespace, **names: str) -> dict[str, Any]:
     """Keyword arguments for those flags that were given."""
-    found = {name: getattr(args, flag) for name, flag in names.items()}
-    return {name: value for name, value in found.items() if value is not None}
+    given = {name: getattr(args, flag) for name, flag in names.items()}
+    return {name: value for name, value in given.items() if value is not None}
 
 
-def resampling(args, default: int, rows: int = 0) -> dict[str, Any]:
+def resampling(args: argparse.Namespace, default: int, rows: int = 0) -> dict[str, Any]:
     """Keyword arguments of a fit; a long table has a third of the draws by default."""
     default = default // 3 if rows > LONG_TABLE else default
     if args.draws is not None and args.bootstrap is not None:
@@ -86,6 +92,7 @@ def resampling(args, default: int, rows: int = 0) -> dict[str, Any]:
 
 
 def vocab_law(name: str) -> VocabLaw:
+    """The vocabulary law of a published version or of a JSON file."""
     if name in published.VOCAB_LAWS:
         return published.VOCAB_LAWS[name]
     law = scaling.load(name) if name.endswith(".json") else None
@@ -99,6 +106,7 @@ def vocab_law(name: str) -> VocabLaw:
 
 
 def load_kind(name: str, kind: type[AnyLaw]) -> AnyLaw:
+    """The law of a JSON file; InputError unless it is of that kind."""
     law = scaling.load(name)
     if not isinstance(law, kind):
         raise InputError(f"{name} holds a {law.kind} law; a {kind.kind} law is needed here")
@@ -106,18 +114,22 @@ def load_kind(name: str, kind: type[AnyLaw]) -> AnyLaw:
 
 
 def split_laws(text: str) -> list[str]:
+    """Names of the laws of --law, each once."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
-        raise InputError(f"--law is empty; use all, {', '.join(rivals.RULES)}, or law.json files")
-    return list(rivals.ALL) if names == ["all"] else names
+        raise InputError(
+            f"--law is empty; use all, {', '.join(baselines.RULES)}, or law.json files"
+        )
+    return list(baselines.ALL) if names == ["all"] else names
 
 
-def rule_and_law(name: str) -> tuple[rivals.Rule, StepPowerLaw | None]:
+def rule_and_law(name: str) -> tuple[baselines.Rule, StepLaw | None]:
+    """The rule of a name or JSON file, and the fitted or published law behind it."""
     if name.endswith(".json"):
         law = scaling.load(name)
-        if not isinstance(law, StepPowerLaw):
+        if not isinstance(law, StepLaw):
             raise InputError(f"{name} holds a {law.kind} law, which names no learning rate")
-        return rivals.from_law(law, Path(name).name), law
-    if name.endswith("-best-batch") and name.removesuffix("-best-batch") in rivals.RULES:
-        return rivals.without_batch(rivals.rule(name.removesuffix("-best-batch"))), None
-    return rivals.rule(name), published.STEP if name == "step" else None
+        return baselines.from_law(law, Path(name).name), law
+    if name.endswith("-best-batch") and name.removesuffix("-best-batch") in baselines.RULES:
+        return baselines.without_batch(baselines.rule(name.removesuffix("-best-batch"))), None
+    return baselines.rule(name), published.STEP if name == "step" else None

@@ -1,9 +1,13 @@
 """lminf scaling collect: finished sweeps as a table that `lminf scaling fit` takes."""
 
+import argparse
 import json
 from pathlib import Path
 
+from rich.console import Console
+
 from lminf.atomic import atomic_write
+from lminf.commands.scaling._arguments import Result
 from lminf.errors import InputError
 from lminf.run import folder
 from lminf.scaling import collect as tables
@@ -11,7 +15,8 @@ from lminf.scaling import collect as tables
 KINDS = {"vocab": tables.vocab, "step": tables.step}
 
 
-def collect(args):
+def collect(args: argparse.Namespace) -> Result:
+    """The table of finished sweeps, written to --out, and of a vocabulary study its fertility."""
     rows = [row for name in args.runs.split(",") for row in rows_of(Path(name))]
     for condition in (args.where or "").split(","):
         field, equals, value = condition.partition("=")
@@ -30,13 +35,14 @@ def collect(args):
             temporary.write_text(content)
     result = {"rows": text.count("\n") - 1, "written": [str(path) for path in files]}
 
-    def say(console):
+    def say(console: Console) -> None:
         console.print(f"{result['rows']} rows: {', '.join(result['written'])}")
 
     return result, say
 
 
 def rows_of(path: Path) -> list[folder.Row]:
+    """The rows of a folder of a sweep or a run."""
     if not (path / "rows.jsonl").is_file():
         raise InputError(f"{path} has no rows.jsonl; give the folder of a sweep or a run")
     try:

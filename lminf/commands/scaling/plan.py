@@ -1,12 +1,16 @@
 """lminf scaling plan: a sweep that fits a budget of FLOPs and hours on this machine."""
 
+import argparse
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from lminf.atomic import atomic_write
+from lminf.commands.scaling._arguments import Result
 from lminf.configs import step_sweep, vocab_sweep
 from lminf.errors import InputError
 from lminf.experiments import _corpus, _small
@@ -18,7 +22,7 @@ CONFIGS = {"vocab": vocab_sweep, "step": step_sweep}
 TIMED = 8  # steps, after as many that compile
 
 
-def plan(args):
+def plan(args: argparse.Namespace) -> Result:
     """The plan, its cost and run list; with --out also the list as a config file."""
     if args.flops is None and args.hours is None:
         raise InputError("give a budget: --flops, --hours or both")
@@ -62,7 +66,7 @@ def plan(args):
         with atomic_write(Path(args.out)) as temporary:
             temporary.write_text(file)
 
-    def say(console):
+    def say(console: Console) -> None:
         console.print(
             f"{cells * len(planned.groups)} cells of {len(planned.rates)} rates "
             f"({', '.join(f'{rate:.2g}' for rate in planned.rates)}) each: vocabularies "
@@ -84,7 +88,9 @@ def plan(args):
     return result, say
 
 
-def fitted(kind: str, flops: float | None, hours: float | None, text: int):
+def fitted(
+    kind: str, flops: float | None, hours: float | None, text: int
+) -> tuple[plans.Plan, float]:
     """(the plan, FLOP/s): of all the FLOPs, or of as many as the hours allow on this machine."""
     chosen = plans.vocab if kind == "vocab" else plans.step
     budget = math.inf if flops is None else flops
@@ -95,9 +101,9 @@ def fitted(kind: str, flops: float | None, hours: float | None, text: int):
         if hours is None:
             return first, speed
         affordable = speed * hours * 3600 * plans.SHARE
-        found = chosen(min(budget, affordable), text_tokens=text)
-        if found.groups[0].shape == first.groups[0].shape:
-            return found, speed
+        within = chosen(min(budget, affordable), text_tokens=text)
+        if within.groups[0].shape == first.groups[0].shape:
+            return within, speed
         budget = min(budget, affordable)
     return chosen(budget, text_tokens=text), speed
 
@@ -113,19 +119,20 @@ def measured_speed(kind: str, planned: plans.Plan) -> float:
     tokens = np.random.default_rng(0).integers(0, c.data.vocab, (2 * TIMED + 1) * per_step + 1)
     held_out = tokens[: _small.EVALUATED + 1]
     shape = _small.shape_of(c, c.data.vocab)
-    at, seen = [], set()
-    for found in _small.train(
+    times, token_counts = [], set()
+    for measured in _small.train(
         c, shape, tokens, held_out, budgets=[TIMED * per_step, 2 * TIMED * per_step]
     ):
-        if found.tokens not in seen:
-            seen.add(found.tokens)
-            at.append(time.monotonic())
+        if measured.tokens not in token_counts:
+            token_counts.add(measured.tokens)
+            times.append(time.monotonic())
     per_token = 6 * (_small.parameters(shape) + c.data.vocab * shape.width)
     copies = len(c.rates) * c.replicates
-    return TIMED * per_step * per_token * copies / (at[1] - at[0])
+    return TIMED * per_step * per_token * copies / (times[1] - times[0])
 
 
-def config_of(kind: str, planned: plans.Plan):
+def config_of(kind: str, planned: plans.Plan) -> Any:
+    """The laptop config with the plan's grid and first group."""
     c = CONFIGS[kind].get_config("laptop")
     for name, value in settings(kind, planned).items():
         c.update_from_flattened_dict({name: value})
@@ -134,24 +141,24 @@ def config_of(kind: str, planned: plans.Plan):
 
 def settings(kind: str, planned: plans.Plan) -> dict:
     """The fields of the laptop config that the plan sets: the grid, and the first group."""
-    found = {"rates": planned.rates, "replicates": planned.replicates}
-    found |= overrides(kind, planned.groups[0])
+    fields = {"rates": planned.rates, "replicates": planned.replicates}
+    fields |= overrides(kind, planned.groups[0])
     if kind == "vocab":
-        return found | {"data.vocabs": planned.sizes, "data.batch": planned.batches[0]}
-    return found | {"data.vocab": planned.sizes[0]}
+        return fields | {"data.vocabs": planned.sizes, "data.batch": planned.batches[0]}
+    return fields | {"data.vocab": planned.sizes[0]}
 
 
 def overrides(kind: str, group: plans.Group) -> dict:
     """The fields that differ between groups."""
     shape = group.shape
-    found = {
+    fields = {
         "model.width": shape.width, "model.num_layers": shape.layers,
         "model.num_heads": shape.heads, "model.num_kv_heads": shape.heads,
         "model.hidden_dim": shape.hidden,
     }  # fmt: skip
     if kind == "vocab":
-        return found | {"budgets": tuple(plans.budgets(group))}
-    return found | {"tokens": group.tokens}
+        return fields | {"budgets": tuple(plans.budgets(group))}
+    return fields | {"tokens": group.tokens}
 
 
 def config_file(kind: str, planned: plans.Plan) -> str:

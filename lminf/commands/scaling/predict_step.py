@@ -1,18 +1,22 @@
 """lminf scaling predict step and chinchilla: rates, batches and shapes by each law."""
 
+import argparse
 import math
 
-from lminf.commands.scaling._arguments import Row, load_kind, rule_and_law, split_laws
+from rich.console import Console
+
+from lminf.commands.scaling._arguments import Result, Row, load_kind, rule_and_law, split_laws
 from lminf.run import tables as show
 from lminf.scaling import (
     accounting,
+    baselines,
     chinchilla,
     published,
-    rivals,
 )
 
 
-def step(args):
+def step(args: argparse.Namespace) -> Result:
+    """Peak learning rate and batch (tokens) by each law."""
     accounting.require_raw("n", args.n, "n")
     accounting.require_raw("tokens", args.tokens, "tokens")
     seq_len = args.seq_len or 2048
@@ -20,7 +24,7 @@ def step(args):
     loss, guessed = args.loss, False
     if loss is None:
         loss, guessed = float(published.REFIT.loss(n=args.n, d=args.tokens)), True
-    query = rivals.Query(args.n, args.tokens, loss, args.flops_per_token)
+    query = baselines.Query(args.n, args.tokens, loss, args.flops_per_token)
     rows = []
     for name in split_laws(args.law or "all"):
         rule, law = rule_and_law(name)
@@ -50,7 +54,7 @@ def step(args):
         rows.append(row)
     named = [row["law"] for row in rows]
     excluded = (
-        [f"{k}: {v}" for k, v in rivals.NOT_IMPLEMENTED.items()]
+        [f"{k}: {v}" for k, v in baselines.NOT_IMPLEMENTED.items()]
         if args.law in (None, "all")
         else []
     )
@@ -64,7 +68,7 @@ def step(args):
         "not_evaluated": excluded,
     }  # fmt: skip
 
-    def text(console):
+    def text(console: Console) -> None:
         console.print(
             f"N = {args.n:.4g} non-embedding parameters, D = {args.tokens:.4g} tokens, sequences "
             f"of {seq_len} tokens; {len(named)} laws"
@@ -109,10 +113,11 @@ def _pair(row, name, form) -> str:
     return "none" if span is None else f"{span['low']:{form}} .. {span['high']:{form}}"
 
 
-def chinchilla_shape(args):
+def chinchilla_shape(args: argparse.Namespace) -> Result:
+    """Loss-optimal parameters and tokens at a budget of FLOPs."""
     laws = [published.HOFFMANN, published.REFIT]
     if args.law:
-        laws = [load_kind(name, chinchilla.ChinchillaFit) for name in args.law.split(",")]
+        laws = [load_kind(name, chinchilla.ChinchillaLaw) for name in args.law.split(",")]
     rows = []
     for law in laws:
         n, d, loss = law.optimum(flops=args.flops)

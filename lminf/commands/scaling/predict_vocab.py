@@ -1,11 +1,15 @@
 """lminf scaling predict vocab: the size that each law asks for, and what a mistake costs."""
 
-from lminf.commands.scaling._arguments import Row, options, vocab_law
+import argparse
+
+from rich.console import Console
+
+from lminf.commands.scaling._arguments import Result, Row, options, vocab_law
 from lminf.errors import InputError
 from lminf.run import tables as show
 from lminf.scaling import (
     accounting,
-    evidence,
+    diagnostics,
     published,
 )
 from lminf.scaling.vocab import VocabLaw
@@ -14,7 +18,8 @@ from lminf.scaling.vocab_loss import LossLaw
 SPREAD_WARNING = 1.25  # largest over smallest V of the approaches
 
 
-def predict(args):
+def predict(args: argparse.Namespace) -> Result:
+    """Loss-optimal vocabulary (entries) by each law, and what half or twice of it costs."""
     laws: list[VocabLaw] = list(published.VOCAB_LAWS.values())
     if args.law:
         laws = [vocab_law(name) for name in args.law.split(",")]
@@ -49,7 +54,7 @@ def predict(args):
         "warnings": warnings,
     }
 
-    def text(console):
+    def text(console: Console) -> None:
         console.print(
             f"Loss-optimal vocabulary for N = {args.n:.4g} parameters, width "
             f"{rows[0]['width']:g}; budgets in FLOPs, D in tokens; "
@@ -90,31 +95,31 @@ def predict(args):
 
 
 def _vocab_row(law: VocabLaw, query, multiple: int) -> Row:
-    found = law.optimum(**query)
+    optimum = law.optimum(**query)
     if law.draws:
         low, high, method = law.interval(**query)
     else:
         low, high, method = None, None, "none: the law was fitted without draws"
     costs = {}
     if isinstance(law, LossLaw):
-        query = {"n_nv": found.n_nv, "width": found.width, "flops": found.flops}
+        query = {"n_nv": optimum.n_nv, "width": optimum.width, "flops": optimum.flops}
         for what, factor in (("half of V", 0.5), ("twice V", 2.0)):
-            cost = evidence.mistake(law, vocab_size=factor * found.vocab_size, **query)
+            cost = diagnostics.mistake(law, vocab_size=factor * optimum.vocab_size, **query)
             costs[what] = cost._asdict()
     return {
         "law": law.version,
         "approach": law.procedure["approach"],
-        "vocab": found.vocab_size,
-        "vocab_rounded": found.rounded(multiple),
+        "vocab": optimum.vocab_size,
+        "vocab_rounded": optimum.rounded(multiple),
         "interval": {"low": low, "high": high, "level": 0.95, "method": method},
-        "n_v": found.n_v,
-        "width": found.width,
-        "flops": found.flops,
-        "tokens": found.tokens,
-        "characters": found.characters,
-        "head_share": found.head_share,
-        "inside_fitted_range": not any("extrapolation" in note for note in found.warnings),
-        "warnings": list(found.warnings),
+        "n_v": optimum.n_v,
+        "width": optimum.width,
+        "flops": optimum.flops,
+        "tokens": optimum.tokens,
+        "characters": optimum.characters,
+        "head_share": optimum.head_share,
+        "inside_fitted_range": not any("extrapolation" in note for note in optimum.warnings),
+        "warnings": list(optimum.warnings),
         **({"mistakes": costs} if costs else {}),
     }
 

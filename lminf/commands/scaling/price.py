@@ -1,9 +1,13 @@
 """lminf scaling gap and loss: what a law costs, or predicts, on runs that were measured."""
 
+import argparse
+
 import numpy as np
+from rich.console import Console
 
 from lminf import scaling
 from lminf.commands.scaling._arguments import (
+    Result,
     fertility_of,
     load_kind,
     rule_and_law,
@@ -13,12 +17,13 @@ from lminf.commands.scaling._arguments import (
 from lminf.errors import InputError
 from lminf.run import tables as show
 from lminf.scaling import (
-    gap,
+    regret,
 )
 from lminf.scaling.vocab_loss import LossLaw, loss_of
 
 
-def gap_of_step_laws(args):
+def gap_of_step_laws(args: argparse.Namespace) -> Result:
+    """Regret of each law's setting in every group of measured runs, per mille."""
     table = scaling.read_step(args.data, seq_len=args.seq_len or 2048)
     names = split_laws(args.law or "step")
     rules = [rule_and_law(name)[0] for name in names]
@@ -26,10 +31,12 @@ def gap_of_step_laws(args):
     if args.law == "all":
         rules = [rule for rule in rules if rule.lr is not None]
     method = args.method or "linear"
-    found = gap.gaps(table, rules, use_n=args.use_n or "total")
+    regrets = regret.regrets(table, rules, use_n=args.use_n or "total")
     laws, rows = {}, []
-    for name, groups in found.items():
-        means = {key: gap.mean_gap(groups, key) for key in (*gap.METHODS, gap.OTHER_DIAGONAL)}
+    for name, groups in regrets.items():
+        means = {
+            key: regret.mean_regret(groups, key) for key in (*regret.METHODS, regret.OTHER_DIAGONAL)
+        }
         laws[name] = {
             "mean_per_mille": means[method][0],
             "means": {key: value for key, (value, _) in means.items()},
@@ -37,7 +44,7 @@ def gap_of_step_laws(args):
             "groups": [
                 {
                     "n": g.n, "n_active": g.n_active, "d": g.d, "lr": g.lr, "batch_tokens": g.batch,
-                    "gap_per_mille": g.gap[method], "gaps": g.gap, "clipped": g.clipped,
+                    "gap_per_mille": g.regret[method], "gaps": g.regret, "clipped": g.clipped,
                 }
                 for g in groups
             ],
@@ -55,7 +62,7 @@ def gap_of_step_laws(args):
         "not_priced": unpriced if args.law == "all" else [],
     }
 
-    def text(console):
+    def text(console: Console) -> None:
         console.print(f"Loss above the group's best, per mille; mean of {result['groups']} groups")
         console.print(show.rich_table(rows))
         detail = [
@@ -71,7 +78,8 @@ def gap_of_step_laws(args):
     return result, text
 
 
-def loss_of_vocab_law(args):
+def loss_of_vocab_law(args: argparse.Namespace) -> Result:
+    """L_u that a law predicts for every row of a table, beside the measured one."""
     law = load_kind(args.law, LossLaw) if args.law.endswith(".json") else vocab_law(args.law)
     if not isinstance(law, LossLaw):
         raise InputError(
@@ -111,7 +119,7 @@ def loss_of_vocab_law(args):
         )
     ]
 
-    def text(console):
+    def text(console: Console) -> None:
         for key, value in summary.items():
             if key != "warnings":
                 console.print(
@@ -121,11 +129,12 @@ def loss_of_vocab_law(args):
             console.print(f"warning: {note}")
         runs = []
         for n, v in dict.fromkeys(zip(table.n_nv, table.vocab_size, strict=True)):
-            at = (table.n_nv == n) & (table.vocab_size == v)
+            of_run = (table.n_nv == n) & (table.vocab_size == v)
             runs.append({
-                "N_nv": f"{n:.4g}", "V": int(v), "rows": int(at.sum()),
-                "final loss": float(table.loss[at][-1]), "predicted": float(predicted[at][-1]),
-                "rmse": float(np.sqrt(np.mean(error[at] ** 2))),
+                "N_nv": f"{n:.4g}", "V": int(v), "rows": int(of_run.sum()),
+                "final loss": float(table.loss[of_run][-1]),
+                "predicted": float(predicted[of_run][-1]),
+                "rmse": float(np.sqrt(np.mean(error[of_run] ** 2))),
             })  # fmt: skip
         console.print(show.rich_table(runs, title="per run (all rows: --json)"))
 

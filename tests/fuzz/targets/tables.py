@@ -63,18 +63,18 @@ def _fit(path: Path, number: int) -> None:
     """The table under one of the procedures of its kind, which `number` chooses."""
     if path.stem == "vocab":
         procedures = (
-            scaling.VocabLaw1(), scaling.VocabLaw1("ols", "converged"), scaling.VocabLaw2(),
-            scaling.VocabLaw3(),
+            scaling.IsoflopFit(), scaling.IsoflopFit("ols", "converged"), scaling.DerivativeFit(),
+            scaling.LossFit(),
         )  # fmt: skip
         table = scaling.read_vocab(path)
         scaling.fit(procedures[number % 4], table, fertility=PUBLISHED, draws=0)
     elif path.stem == "step":
         target = ("kept", "bowl")[number % 2]
-        scaling.fit(scaling.StepLaw(target=target), scaling.read_step(path), draws=20)
+        scaling.fit(scaling.StepFit(target=target), scaling.read_step(path), draws=20)
     elif path.stem == "density":
-        scaling.fit(scaling.DensityLaw(), scaling.read_curves(path, needs_score=True), draws=0)
+        scaling.fit(scaling.DensityFit(), scaling.read_curves(path, needs_score=True), draws=0)
     else:
-        scaling.fit(scaling.ChinchillaLaw(), scaling.read_curves(path), draws=0)
+        scaling.fit(scaling.ChinchillaFit(), scaling.read_curves(path), draws=0)
 
 
 def mutate(rng: random.Random, path: Path) -> None:

@@ -24,7 +24,7 @@ published constants.
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,8 @@ from jaxtyping import Array, Float
 from lminf.errors import InputError
 
 Numbers = Array | np.ndarray
-Columns = Mapping[str, np.ndarray]  # [rows], or [draws, rows]
-Residual = Callable[[Numbers, Mapping[str, Numbers]], Array]  # (parameters, columns) -> [rows]
+Columns = Mapping[str, Numbers]  # [rows], or [draws, rows]
+Residual = Callable[[Numbers, Columns], Array]  # (parameters, columns) -> [rows]
 
 # Told how many fits of a stage are done, and of how many; commands show it.
 OBSERVER: ContextVar[Callable[[str, int, int], None] | None] = ContextVar("observer", default=None)
@@ -68,7 +68,7 @@ class Solutions(NamedTuple):
     converged: np.ndarray  # [draws] bool
     bound: np.ndarray  # [draws, parameters] -1 on the lower bound, 1 on the upper, else 0
     gradient: Float[np.ndarray, " draws"]  # projected gradient over its own scale
-    free: np.ndarray  # [draws, parameters] bool: not held fixed
+    free: np.ndarray  # [draws, parameters] bool: not fixed
 
 
 def huber(residual: Numbers, threshold: float | Array) -> Array:
@@ -80,14 +80,10 @@ def huber(residual: Numbers, threshold: float | Array) -> Array:
 
 
 def objective(
-    residual: Residual,
-    theta: Numbers,
-    columns: Mapping[str, Numbers],
-    weights: Numbers | float,
-    threshold: float | Array,
+    residual: Residual, theta: Numbers, columns: Columns, weights: Any, level: Any
 ) -> Array:
-    """Weighted sum of Huber(residual); traceable."""
-    return jnp.sum(weights * huber(residual(theta, columns), threshold))
+    """Weighted sum of Huber(residual) with threshold `level`; traceable."""
+    return jnp.sum(weights * huber(residual(theta, columns), level))
 
 
 def require_determined(
@@ -133,7 +129,7 @@ def minimise(
     weights: Float[np.ndarray, "draws rows"],
     keep: int = 8,
 ) -> Solutions:
-    """Global minimum over the starts for every draw. `lower == upper` holds a parameter fixed.
+    """Global minimum over the starts for every draw. `lower == upper` fixes a parameter.
 
     Columns are [rows], shared by all draws, or [draws, rows].
     """
@@ -154,31 +150,28 @@ def minimise(
             theta = few.polish(theta, level, ROUGH_STEPS)
         theta = lanes.best(theta, 1)
         theta = lanes.polish(theta, THRESHOLD, FINE_STEPS)
-        found, slope, decrease = (part[:, 0] for part in lanes.judge(theta))
+        values, slope, decrease = (part[:, 0] for part in lanes.judge(theta))
     theta = theta[:, 0]
-    small = (slope <= GRADIENT_TOLERANCE) | (decrease <= DECREASE_TOLERANCE * found)
+    small = (slope <= GRADIENT_TOLERANCE) | (decrease <= DECREASE_TOLERANCE * values)
     free = lanes.lower < lanes.upper
     bound = np.where(free & (theta >= lanes.upper), 1, 0)
     bound = np.where(free & (theta <= lanes.lower), -1, bound)
-    return Solutions(theta, found, np.isfinite(found) & small, bound, slope, free)
+    return Solutions(theta, values, np.isfinite(values) & small, bound, slope, free)
 
 
 class _Lanes:
     """The batch as flat lanes of fixed size: lane = (draw, candidate)."""
 
-    def __init__(
-        self, residual: Residual, columns: Columns, weights: np.ndarray, lower: np.ndarray,
-        upper: np.ndarray,
-    ):  # fmt: skip
+    def __init__(self, residual, columns, weights, lower, upper):
         draws, rows = weights.shape
         spare = -rows % ROW_MULTIPLE  # repeats of the last row with weight 0
         self.residual = residual
         self.weights = np.pad(weights, ((0, 0), (0, spare)))
-        self.shared, self.own = {}, {}
+        self.shared, self.per_draw = {}, {}
         for name, column in columns.items():
             column = np.asarray(column, np.float64)
             padding = ((0, 0),) * (column.ndim - 1) + ((0, spare),)
-            target = self.shared if column.ndim == 1 else self.own
+            target = self.shared if column.ndim == 1 else self.per_draw
             target[name] = np.pad(column, padding, mode="edge")
         shape = (draws, np.shape(lower)[-1])
         self.lower = np.broadcast_to(np.asarray(lower, np.float64), shape)
@@ -196,14 +189,14 @@ class _Lanes:
         for begin in range(0, len(flat), size):
             index = np.minimum(np.arange(begin, begin + size), len(flat) - 1)
             of = draw[index]
-            own = {name: column[of] for name, column in self.own.items()}
+            per_draw = {name: column[of] for name, column in self.per_draw.items()}
             box = (self.lower[of], self.upper[of])
             piece = _run_lanes(
                 program,
                 self.residual,
                 flat[index],
                 self.shared,
-                own,
+                per_draw,
                 self.weights[of],
                 *box,
                 *extra,
@@ -218,6 +211,7 @@ class _Lanes:
         ]
 
     def explore(self, theta, thresholds):
+        """The lanes after a step at every threshold."""
         for begin in range(0, len(thresholds), LEVELS):
             levels = np.asarray(thresholds[begin : begin + LEVELS], np.float64)
             (theta,) = self._map(_explore, theta, levels)
@@ -231,28 +225,29 @@ class _Lanes:
         return self._map(_polish, theta, np.float64(THRESHOLD), np.int64(0))[1:]
 
     def best(self, theta, count):
-        found = self.judge(theta)[0]
-        order = np.argsort(np.where(np.isfinite(found), found, np.inf), axis=1, kind="stable")
+        """The `count` lanes of least objective of every draw."""
+        values = self.judge(theta)[0]
+        order = np.argsort(np.where(np.isfinite(values), values, np.inf), axis=1, kind="stable")
         return np.take_along_axis(theta, order[:, :count, None], axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_lanes(program, residual, theta, shared, own, weights, lower, upper, *extra):
-    def lane(theta, own, weight, low, high):
-        return program(residual, theta, {**shared, **own}, weight, low, high, *extra)
+def _run_lanes(program, residual, theta, shared, per_draw, weights, lower, upper, *extra):
+    def lane(theta, per_draw, weight, low, high):
+        return program(residual, theta, {**shared, **per_draw}, weight, low, high, *extra)
 
-    return jax.vmap(lane)(theta, own, weights, lower, upper)
+    return jax.vmap(lane)(theta, per_draw, weights, lower, upper)
 
 
-def _held(theta, slope, low, high):
+def _fixed(theta, slope, low, high):
     """Parameters that cannot move: fixed, or on a bound with the slope pointing outwards."""
     return (low >= high) | ((theta <= low) & (slope > 0)) | ((theta >= high) & (slope < 0))
 
 
-def _step(matrix, slope, held):
+def _step(matrix, slope, fixed):
     """Newton step of the free parameters; at most 2 in each: they are logarithms or exponents."""
-    free = jnp.where(held, 0.0, 1.0)
-    matrix = matrix * free[:, None] * free[None, :] + jnp.diag(jnp.where(held, 1.0, 0.0))
+    free = jnp.where(fixed, 0.0, 1.0)
+    matrix = matrix * free[:, None] * free[None, :] + jnp.diag(jnp.where(fixed, 1.0, 0.0))
     step = -jnp.linalg.solve(matrix, slope * free)
     return jnp.clip(jnp.where(jnp.isfinite(step), step, 0.0), -2.0, 2.0)
 
@@ -270,8 +265,8 @@ def _explore(residual, theta, data, weight, low, high, levels):
         robust = weight * jnp.minimum(1.0, level / jnp.maximum(jnp.abs(r), 1e-300))
         slope = jacobian.T @ (robust * r)
         curvature = (jacobian * robust[:, None]).T @ jacobian
-        held = _held(theta, slope, low, high)
-        step = _step(curvature + _damping(curvature, damping), slope, held)
+        fixed = _fixed(theta, slope, low, high)
+        step = _step(curvature + _damping(curvature, damping), slope, fixed)
         new = jnp.clip(theta + step, low, high)
         before = jnp.sum(weight * huber(r, level))
         better = objective(residual, new, data, weight, level) < before
@@ -285,51 +280,51 @@ def _explore(residual, theta, data, weight, low, high, levels):
 def _polish(residual, theta, data, weight, low, high, level, steps):
     """Parameters, objective, relative projected gradient, predicted decrease after `steps`."""
 
-    def measure(at):
-        return objective(residual, at, data, weight, level)
+    def measure(point):
+        return objective(residual, point, data, weight, level)
 
     def local(theta):
-        """Slope, reweighted curvature, held parameters, slope over its scale, decrease."""
+        """Slope, reweighted curvature, fixed parameters, slope over its scale, decrease."""
         r = residual(theta, data)
         jacobian = jax.jacfwd(residual)(theta, data)
         influence = weight * jnp.clip(r, -level, level)
         slope = jacobian.T @ influence
         robust = weight * jnp.minimum(1.0, level / jnp.maximum(jnp.abs(r), 1e-300))
         majorant = (jacobian * robust[:, None]).T @ jacobian
-        held = _held(theta, slope, low, high)
+        fixed = _fixed(theta, slope, low, high)
         scale = jnp.abs(jacobian).T @ (jnp.abs(influence) + weight * RESIDUAL_FLOOR) + 1e-300
-        relative = jnp.max(jnp.where(held, 0.0, jnp.abs(slope) / scale))
-        step = _step(majorant + _damping(majorant, 1e-9), slope, held)
-        return slope, majorant, held, relative, -jnp.dot(jnp.where(held, 0.0, slope), step)
+        relative = jnp.max(jnp.where(fixed, 0.0, jnp.abs(slope) / scale))
+        step = _step(majorant + _damping(majorant, 1e-9), slope, fixed)
+        return slope, majorant, fixed, relative, -jnp.dot(jnp.where(fixed, 0.0, slope), step)
 
     def body(carry):
-        theta, found, damping, count, failures, (slope, majorant, held, _, _) = carry
+        theta, value, damping, count, failures, (slope, majorant, fixed, _, _) = carry
         exact = jax.hessian(measure)(theta)
 
         def attempt(mix):
             matrix = exact + mix * majorant + _damping(majorant, damping)
-            return jnp.clip(theta + _step(matrix, slope, held), low, high)
+            return jnp.clip(theta + _step(matrix, slope, fixed), low, high)
 
         tries = jax.vmap(attempt)(jnp.asarray(MIXES, theta.dtype))
         values = jax.vmap(measure)(tries)
         values = jnp.where(jnp.isfinite(values), values, jnp.inf)
         pick = jnp.argmin(values)
-        better = values[pick] < found
+        better = values[pick] < value
         theta = jnp.where(better, tries[pick], theta)
-        found = jnp.where(better, values[pick], found)
+        value = jnp.where(better, values[pick], value)
         damping = jnp.clip(jnp.where(better, damping * 0.1, damping * 30), 1e-9, 1e6)
         failures = jnp.where(better, 0, failures + 1)
-        return theta, found, damping, count + 1, failures, local(theta)
+        return theta, value, damping, count + 1, failures, local(theta)
 
     def unfinished(carry):
-        _, found, _, count, failures, (_, _, _, relative, decrease) = carry
+        _, value, _, count, failures, (_, _, _, relative, decrease) = carry
         finished = (relative <= 1e-2 * GRADIENT_TOLERANCE) | (
-            decrease <= 1e-2 * DECREASE_TOLERANCE * found
+            decrease <= 1e-2 * DECREASE_TOLERANCE * value
         )
         return (count < steps) & (failures < 5) & ~finished
 
     start = (theta, measure(theta), jnp.asarray(1e-6, theta.dtype), 0, 0, local(theta))
-    theta, found, _, _, _, (_, _, _, relative, decrease) = jax.lax.while_loop(
+    theta, value, _, _, _, (_, _, _, relative, decrease) = jax.lax.while_loop(
         unfinished, body, start
     )
-    return theta, found, relative, decrease
+    return theta, value, relative, decrease

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lminf.errors import InputError
-from lminf.scaling.steps import Setting, StepPowerLaw
+from lminf.scaling.steps import Setting, StepLaw
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def loss(query: Query) -> float:
 
 
 def openai_lr(query: Query) -> float:
+    """Peak learning rate of Kaplan et al. 2020, arXiv:2001.08361."""
     return 0.003239 - 0.0001395 * np.log(query.n)
 
 
@@ -137,7 +138,7 @@ def rule(name: str) -> Rule:
     return RULES[name]
 
 
-def from_law(law: StepPowerLaw, name: str) -> Rule:
+def from_law(law: StepLaw, name: str) -> Rule:
     """A fitted law as a rule."""
     return Rule(
         name,

@@ -1,4 +1,4 @@
-"""The fitting engine against SciPy, finite differences, and itself in other units."""
+"""The robust fits against SciPy, finite differences, and itself in other units."""
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +7,14 @@ import pytest
 from scipy import optimize
 
 from lminf import scaling
-from lminf.scaling import chinchilla, density, engine, fertility, resample, vocab_loss
+from lminf.scaling import chinchilla, density, fertility, resample, robust_fit, vocab_loss
 from lminf.scaling.vocab_isoflop import LogPoints, fit_lines, line_residual
 from tests.scaling import data
 
 
 def small_columns():
     table = data.synthetic_vocab(0.01, 0)
-    return vocab_loss.VocabLaw3("tokens").columns(
+    return vocab_loss.LossFit("tokens").columns(
         table.select(np.arange(0, len(table), 37)), fertility.PUBLISHED
     )
 
@@ -55,7 +55,7 @@ def test_automatic_gradients_equal_central_differences(residual, theta, columns)
 
         @jax.jit
         def at(point):
-            return engine.objective(residual, point, columns, 1.0, 0.05)
+            return robust_fit.objective(residual, point, columns, 1.0, 0.05)
 
         found = jax.jit(jax.grad(at))(theta)
         for i, unit in enumerate(np.eye(theta.size) * step):
@@ -100,7 +100,7 @@ def test_bootstrap_weights_keep_clusters_together():
 @pytest.mark.slow
 def test_approach_3_equals_scipy_from_many_starts():
     table = data.synthetic_vocab(0.01, 3)
-    procedure = vocab_loss.VocabLaw3("tokens", flops_limit=0.0)
+    procedure = vocab_loss.LossFit("tokens", flops_limit=0.0)
     columns = procedure.columns(table, fertility.PUBLISHED)
     law = scaling.fit(procedure, table, draws=0)
 
@@ -122,13 +122,13 @@ def test_approach_3_equals_scipy_from_many_starts():
 @pytest.mark.slow
 def test_dropping_starts_early_loses_no_optimum():
     table = data.vocab_table()
-    procedure = vocab_loss.VocabLaw3("tokens", bounds="wide")
-    kept = procedure.used(table)
+    procedure = vocab_loss.LossFit("tokens", bounds="wide")
+    kept = procedure.fitted_rows(table)
     columns = procedure.columns(kept, fertility.PUBLISHED)
     lower, upper = (np.array(b) for b in vocab_loss.BOUNDS["wide"])
     weights = resample.bootstrap_weights(kept.run, draws=4, seed=5)
     few, all_starts = (
-        engine.minimise(
+        robust_fit.minimise(
             vocab_loss.residual, columns, starts=vocab_loss.STARTS, lower=lower, upper=upper,
             weights=weights, keep=keep,
         )

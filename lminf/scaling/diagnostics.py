@@ -9,13 +9,13 @@ import numpy as np
 from jaxtyping import Float
 
 from lminf.errors import InputError
-from lminf.scaling import gap, laws, losses, resample, rivals
+from lminf.scaling import baselines, laws, losses, regret, resample
 from lminf.scaling.fertility import Fertility
-from lminf.scaling.steps import StepLaw
+from lminf.scaling.steps import StepFit
 from lminf.scaling.tables import StepTable, VocabTable
-from lminf.scaling.vocab_derivative import VocabLaw2
-from lminf.scaling.vocab_isoflop import VocabLaw1
-from lminf.scaling.vocab_loss import LossLaw, VocabLaw3
+from lminf.scaling.vocab_derivative import DerivativeFit
+from lminf.scaling.vocab_isoflop import IsoflopFit
+from lminf.scaling.vocab_loss import LossFit, LossLaw
 
 METRICS = ("L_u", "bits_per_character")
 MOST_FAMILIES = 24  # that are left out in turn: each is a fit
@@ -33,17 +33,13 @@ class IsoFlopCurve(NamedTuple):
     note: str
 
 
-def metric_values(table: VocabTable, metric: str) -> Float[np.ndarray, " rows"]:
-    """The table's losses as L_u (nats per token) or in bits per character."""
+def with_metric(table: VocabTable, metric: str) -> VocabTable:
+    """The table with its loss as L_u (nats per token) or in bits per character."""
     laws.require_choice("metric", metric, METRICS)
     if metric == "L_u":
-        return table.loss
-    return losses.published_bits_per_character(table.loss, table.vocab_size)
-
-
-def with_metric(table: VocabTable, metric: str) -> VocabTable:
-    """The table with another loss column."""
-    return dataclasses.replace(table, loss=metric_values(table, metric))
+        return table
+    bits = losses.published_bits_per_character(table.loss, table.vocab_size)
+    return dataclasses.replace(table, loss=bits)
 
 
 def common_budget(table: VocabTable, family: float) -> float:
@@ -61,7 +57,7 @@ def isoflop_curve(table: VocabTable, family: float, flops: float, metric: str) -
     Losses are linear in ln F between checkpoints. The interval is a jackknife over the bowl's
     sizes, each a run of its own: there is one run for each size, so no other replicate exists.
     """
-    values = metric_values(table, metric)
+    table = with_metric(table, metric)
     sizes, at_budget = [], []
     for size in np.unique(table.vocab_size[table.n_nv == family]):
         rows = np.flatnonzero((table.n_nv == family) & (table.vocab_size == size))
@@ -69,7 +65,7 @@ def isoflop_curve(table: VocabTable, family: float, flops: float, metric: str) -
         if not table.flops[rows[0]] <= flops <= table.flops[rows[-1]] * (1 + 1e-9):
             continue
         sizes.append(size)
-        at_budget.append(np.interp(np.log(flops), np.log(table.flops[rows]), values[rows]))
+        at_budget.append(np.interp(np.log(flops), np.log(table.flops[rows]), table.loss[rows]))
     x, y = np.log(np.array(sizes)), np.array(at_budget)
     nan = float("nan")
     curve = IsoFlopCurve(np.exp(x), y, nan, nan, nan, "")
@@ -120,7 +116,7 @@ def mistake(law: LossLaw, *, n_nv: float, vocab_size: float, width: float, flops
 
 
 def leave_one_family_out(
-    procedure: VocabLaw1 | VocabLaw2 | VocabLaw3, table: VocabTable, *, fertility: Fertility
+    procedure: IsoflopFit | DerivativeFit | LossFit, table: VocabTable, *, fertility: Fertility
 ) -> list[Row]:
     """Constants without each family, V at N_nv = 7e9, and approach 3's loss error on that family.
 
@@ -144,8 +140,8 @@ def leave_one_family_out(
     return rows
 
 
-def leave_one_group_out(procedure: StepLaw, table: StepTable) -> Iterator[Row]:
-    """Constants without each group, and the gap there of the law that never saw it.
+def leave_one_group_out(procedure: StepFit, table: StepTable) -> Iterator[Row]:
+    """Constants without each group, and the regret there of the law that never saw it.
 
     Of more than MOST_GROUPS the first ones are left out, one at a time.
     """
@@ -156,8 +152,8 @@ def leave_one_group_out(procedure: StepLaw, table: StepTable) -> Iterator[Row]:
         try:
             law = procedure.fit(table.select(table.group != group), draws=0)
             row |= law.constants
-            refit = gap.gaps(unseen, [rivals.from_law(law, "refit")])["refit"][0]
-            row["gap_per_mille"] = refit.gap["linear"]
+            refit = regret.regrets(unseen, [baselines.from_law(law, "refit")])["refit"][0]
+            row["gap_per_mille"] = refit.regret["linear"]
         except InputError as error:
             row["note"] = str(error)
         yield row

@@ -1,8 +1,8 @@
-"""What a rule's point costs: loss there above the best of an exhaustive grid, in per mille.
+"""Regret of a rule's setting: loss there above the best of an exhaustive grid, in per mille.
 
-    gap = 1000 (L(p) / L_min - 1),   p = (log2 lr, log2 batch in tokens)
+    regret = 1000 (L(p) / L_min - 1),   p = (log2 lr, log2 batch in tokens)
 
-L_min is the group's lowest measured loss, so a surface that dips under it gives a negative gap.
+L_min is the group's lowest measured loss, so a surface that dips under it gives a negative regret.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import numpy as np
 
 from lminf.errors import InputError
 from lminf.scaling import laws
-from lminf.scaling.rivals import Query, Rule
+from lminf.scaling.baselines import Query, Rule
 from lminf.scaling.surfaces import Surface, merged
 from lminf.scaling.tables import StepTable
 
@@ -21,7 +21,7 @@ CUBIC_EXCESS = 0.10  # cells further off are left out: diverged runs bend a cubi
 BATCH_POINTS = 60
 PLATEAUS = (0.00125, 0.0025, 0.005, 0.01)  # relative excess
 # The four corners of a grid cell lie on one circle, so either of its diagonals is Delaunay and
-# rounding decides between them: 2 % of the dense file's mean gap, 12 % of the mixtures of experts'.
+# rounding decides between them: 2 % of the dense file's mean, 12 % of the mixtures of experts'.
 # Linear: a shear of one part in a million splits every cell from (high lr, small batch) to (low lr,
 # large batch), across the valley, which flatters no law; the other diagonal is reported beside it.
 # Cubic: whatever Qhull makes of the cells.
@@ -29,13 +29,13 @@ ACROSS = np.array([[1.0, 0.0], [1e-6, 1.0]])
 ALONG = np.array([[1.0, 0.0], [-1e-6, 1.0]])
 
 
-class GroupGap(NamedTuple):
+class GroupRegret(NamedTuple):
     n: float
     n_active: float
     d: float
     lr: float
     batch: float  # tokens
-    gap: dict[str, float]  # per mille by method; NaN: outside the hull of the cells
+    regret: dict[str, float]  # per mille by method; NaN: outside the hull of the cells
     clipped: bool  # the point lay outside the measured box and was moved to its edge
 
 
@@ -69,10 +69,12 @@ class _Grid:
         return self.near.cubic(points, converged=True)
 
 
-def gaps(table: StepTable, rules: list[Rule], *, use_n: str = "total") -> dict[str, list[GroupGap]]:
-    """Gap of every rule in every group. `use_n` for mixtures of experts: "total" or "active"."""
+def regrets(
+    table: StepTable, rules: list[Rule], *, use_n: str = "total"
+) -> dict[str, list[GroupRegret]]:
+    """Regret of every rule in every group. `use_n` for mixtures of experts: "total" or "active"."""
     laws.require_choice("use_n", use_n, ("total", "active"))
-    costs: dict[str, list[GroupGap]] = {rule.name: [] for rule in rules}
+    costs: dict[str, list[GroupRegret]] = {rule.name: [] for rule in rules}
     for number in np.unique(table.group):
         group = table.select(table.group == number)
         grid = _Grid(group)
@@ -83,11 +85,11 @@ def gaps(table: StepTable, rules: list[Rule], *, use_n: str = "total") -> dict[s
             flops_per_token=float(group.flops_per_token[0]),
         )
         for rule in rules:
-            costs[rule.name].append(_group_gap(grid, rule, query, float(group.n_active[0])))
+            costs[rule.name].append(_group_regret(grid, rule, query, float(group.n_active[0])))
     return costs
 
 
-def _group_gap(grid: _Grid, rule: Rule, query: Query, n_active: float) -> GroupGap:
+def _group_regret(grid: _Grid, rule: Rule, query: Query, n_active: float) -> GroupRegret:
     lr, batch = rule.setting(query)
     if not np.isfinite(lr):
         raise InputError(f"law {rule.name!r} names no learning rate, so it has no point to price")
@@ -97,24 +99,24 @@ def _group_gap(grid: _Grid, rule: Rule, query: Query, n_active: float) -> GroupG
         batches = np.array([np.log2(batch)])
     points = np.stack([np.full(batches.size, np.log2(lr)), batches], axis=1)
     inside = np.clip(points, grid.low, grid.high)
-    gap, chosen = {}, 0
+    regret, chosen = {}, 0
     for method in (*METHODS, OTHER_DIAGONAL):
         loss = grid.loss(method, inside)
         if np.all(np.isnan(loss)):
-            gap[method] = float("nan")
+            regret[method] = float("nan")
             continue
         best = int(np.nanargmin(loss))
-        gap[method] = float(1000 * (loss[best] / grid.best - 1))
+        regret[method] = float(1000 * (loss[best] / grid.best - 1))
         chosen = best if method == "linear" else chosen
     moved = not np.allclose(points[chosen], inside[chosen], rtol=0, atol=1e-12)
-    return GroupGap(query.n, n_active, query.d, lr, float(2 ** inside[chosen, 1]), gap, moved)
+    return GroupRegret(query.n, n_active, query.d, lr, float(2 ** inside[chosen, 1]), regret, moved)
 
 
-def mean_gap(groups: list[GroupGap], method: str) -> tuple[float, int]:
+def mean_regret(groups: list[GroupRegret], method: str) -> tuple[float, int]:
     """(mean over the groups where the method gives a number, how many those are)."""
-    values = np.array([group.gap[method] for group in groups])
-    good = np.isfinite(values)
-    return (float(values[good].mean()) if good.any() else float("nan")), int(good.sum())
+    values = np.array([group.regret[method] for group in groups])
+    finite = np.isfinite(values)
+    return (float(values[finite].mean()) if finite.any() else float("nan")), int(finite.sum())
 
 
 def plateau(table: StepTable) -> dict[float, float]:

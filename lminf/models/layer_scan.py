@@ -19,7 +19,7 @@ from lminf.attention import attend, cache
 from lminf.errors import InputError
 from lminf.types import Hidden, Params
 
-KV: TypeAlias = cache.KVState | None  # None: no cache
+KV: TypeAlias = Any  # cache.KVState, of one layer or of all; None without a cache
 Attend: TypeAlias = Callable[[Array, Array, Array, KV, Any], tuple[Array, KV]]  # q, k, v, kv, row
 # (block, x, its parameters, attend, kv, row) -> x, kv, what the layer sowed
 RunLayer: TypeAlias = Callable[[Any, Hidden, Params, Attend, KV, Any], tuple[Hidden, KV, Any]]

@@ -1,5 +1,7 @@
 """A decoder that reads embeddings in place of tokens, and one that reads in both directions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from lminf.attention.policies.eviction import SirLLM
 from lminf.attention.policy import FULL, Window
 from lminf.errors import InputError
 from lminf.models import decoder
+from lminf.parallel import context, mesh, partition
 from tests.attention import cases
 from tests.models import specs
 
@@ -94,3 +97,26 @@ def test_inputs_without_a_meaning_together_are_refused():
         embeds=EMBEDS,
         caches=caches,
     )
+
+
+@pytest.mark.slow  # that packed texts are separate holds on one device in the fast lane
+@pytest.mark.parametrize(
+    ("strategy", "sizes"),
+    [("tensor", {"data": 2, "tensor": 2}), ("context", {"data": 2, "context": 4})],
+)
+def test_an_encoder_on_a_mesh_is_that_on_one_device(strategy, sizes):
+    tokens, positions, segments = (jnp.tile(x, (2, 1)) for x in (TOKENS, PACKED, SEGMENTS))
+    shape, rules = mesh.make(mesh.MeshShape(**{"data": 1, **sizes})), partition.parse(strategy)
+    laid_out = ENCODER.clone(
+        prefill=context.Sharded(shape, rules), constrain=partition.Constrain(shape, rules)
+    )
+
+    def encode(module, params):
+        return module.apply(
+            params, tokens, positions=positions, segments=segments, bidirectional=True
+        )[0]
+
+    alone = cases.compiled(functools.partial(encode, ENCODER))(PARAMS)
+    with jax.set_mesh(shape):
+        together = cases.compiled(functools.partial(encode, laid_out))(PARAMS)
+    np.testing.assert_allclose(together, alone, atol=1e-5)

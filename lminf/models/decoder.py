@@ -64,9 +64,8 @@ class Decoder(nn.Module):
     # device holds all of them.
     context_axis: str | None = None
     prefill: Callable[..., attend.Prefill] = attend.prefill  # how a text attends over itself
-    constrain: Callable[..., Array] = (
-        layers.unconstrained
-    )  # an array's sharding: constrain(x, *logical axes)
+    # constrain(x, *logical axes): x with the sharding that those axes have on a mesh.
+    constrain: Callable[..., Array] = layers.unconstrained
 
     @nn.compact
     def __call__(
@@ -219,7 +218,7 @@ def embed_tokens(
 
 
 def stages_of(spec: ModelSpec) -> dict[str, ModelSpec]:
-    """The parameters of layers that are alike, and the spec of those layers alone, in order."""
+    """Name of the stacked parameters -> spec of those layers, for each run of layers alike."""
     if spec.moe is None or not spec.moe.dense_layers:
         return {"layers": spec}
     first = spec.moe.dense_layers
@@ -238,11 +237,11 @@ def score_config(spec: ModelSpec) -> ScoreConfig:
 
 def period_of(pattern: Sequence[LayerPolicy]) -> int:
     """The shortest p that divides the layers and after which the policies repeat."""
-    layers = len(pattern)
+    count = len(pattern)
     return next(
         p
-        for p in range(1, layers + 1)
-        if layers % p == 0 and all(pattern[i] == pattern[i % p] for i in range(layers))
+        for p in range(1, count + 1)
+        if count % p == 0 and all(pattern[i] == pattern[i % p] for i in range(count))
     )
 
 

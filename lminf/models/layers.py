@@ -88,6 +88,8 @@ def unconstrained(x: Float[Array, "..."], *axes: str | None) -> Float[Array, "..
 
 
 class Attention(nn.Module):
+    """Projections into queries, keys and values, and of the attention output back to the width."""
+
     spec: ModelSpec
     constrain: Callable[..., Array] = unconstrained
 
@@ -121,6 +123,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """act(x w_up) w_down, or (act(x w_gate) * x w_up) w_down when gated."""
+
     spec: MLPSpec
     width: int
     constrain: Callable[..., Array] = unconstrained

@@ -74,8 +74,8 @@ def scan_layers(
         layers = jax.tree.leaves(params)[0].shape[0]
         if layers % len(period):
             raise InputError(
-                f"{layers} layers that are alike are no multiple of the {len(period)} policies "
-                f"that repeat over them; give a pattern whose length divides {layers}"
+                f"a pattern of {len(period)} policies does not divide the {layers} layers of one "
+                f"kind that it repeats over; give one whose length divides {layers}"
             )
         rows = slice(first, first := first + layers // len(period))
         step, scanned_params = _one_period(partial(run_layer, block), period, params, rows)

@@ -117,7 +117,7 @@ def test_a_pattern_that_does_not_divide_the_dense_layers_is_refused():
     module = decoder.Decoder(specs.MIXED, (Window(4), Full()) * 2)  # one dense layer, then three
     params, tokens = specs.parameters(specs.MIXED), jnp.zeros((1, 2), jnp.int32)
     with pytest.raises(InputError, match="2 policies does not divide the 1 layers of one kind"):
-        module.apply({"params": params}, tokens, positions=tokens)
+        jax.eval_shape(lambda p: module.apply({"params": p}, tokens, positions=tokens), params)
 
 
 def test_caches_are_one_for_each_layer_of_a_period():

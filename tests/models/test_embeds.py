@@ -79,24 +79,12 @@ def test_inputs_without_a_meaning_together_are_refused():
 
     refused("neither tokens nor embeds are given; give one of the two")
     refused("both tokens and embeds are given", tokens=TOKENS, embeds=EMBEDS)
-    caches = decoder.init_caches(SPEC, (FULL, FULL), batch=1, capacity=12, dtype=jnp.float32)
-    refused("does not work with caches", tokens=TOKENS, caches=caches, bidirectional=True)
-    windows = decoder.Decoder(SPEC, (Window(4), FULL))
-    refused(
-        "does not work with window:window=4: every token needs",
-        module=windows,
-        tokens=TOKENS,
-        bidirectional=True,
-    )
+    refused("does not work with caches", tokens=TOKENS, caches=(), bidirectional=True)
+    inputs = {"module": decoder.Decoder(SPEC, (Window(4), FULL)), "tokens": TOKENS}
+    refused("does not work with window:window=4: every token", **inputs, bidirectional=True)
     sirllm = (SirLLM(capacity=8, sinks=1, recent=2, turn=4),) * 2
-    caches = decoder.init_caches(SPEC, sirllm, batch=1, capacity=12, dtype=jnp.float32)
-    module = decoder.Decoder(SPEC, sirllm)
-    refused(
-        "sirllm:.* scores token ids, but embeds have none; give tokens",
-        module=module,
-        embeds=EMBEDS,
-        caches=caches,
-    )
+    inputs = {"module": decoder.Decoder(SPEC, sirllm), "embeds": EMBEDS}
+    refused("sirllm:.* scores token ids, but embeds have none; give tokens", **inputs, caches=())
 
 
 @pytest.mark.slow  # that packed texts are separate holds on one device in the fast lane

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def attended_tokens(policy: LayerPolicy) -> int | None:
 
 
 def cache_bytes(
-    spec: ModelSpec, by_layer: Sequence[LayerPolicy], *, tokens: int, dtype=jnp.float32
+    spec: ModelSpec, by_layer: Sequence[LayerPolicy], *, tokens: int, dtype: Any = jnp.float32
 ) -> int:
     """Bytes of keys, values and policy state of one sequence of `tokens`, over all layers."""
     caches = jax.eval_shape(

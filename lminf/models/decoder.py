@@ -6,7 +6,7 @@ pattern of different policies (local and global layers in turn) makes one step o
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from lminf.attention import attend, bidirectional, cache
+from lminf.attention import attend, cache
+from lminf.attention.bidirectional import prefill as bidirectional_prefill
 from lminf.attention.policy import FULL, LayerPolicy
 from lminf.attention.scores import ScoreConfig
 from lminf.errors import InputError
@@ -62,8 +63,9 @@ class Decoder(nn.Module):
     # Inside shard_map: the mesh axis that tokens of a row are spread over. Caches are not: every
     # device holds all of them.
     context_axis: str | None = None
-    prefill: Any = attend.prefill  # how a text attends over itself
-    constrain: Any = layers.unconstrained  # an array's sharding: constrain(x, *logical axes)
+    prefill: Callable[..., attend.Prefill] = attend.prefill  # how a text attends over itself
+    # constrain(x, *logical axes): x with the sharding that those axes have on a mesh.
+    constrain: Callable[..., Array] = layers.unconstrained
 
     @nn.compact
     def __call__(
@@ -94,6 +96,7 @@ class Decoder(nn.Module):
             for name, part in stages_of(s).items()
         }
         if embeds is None:
+            assert tokens is not None
             # A table that is sharded by width is gathered first: looked up in shards, every row
             # would be sent twice.
             table = {"embed": self.constrain(embed, "vocab", None)}
@@ -120,11 +123,12 @@ class Decoder(nn.Module):
         if caches is None:
             return x, None
         updated = (
-            layer.updated(*new) for layer, *new in zip(caches, kv, new_positions, strict=True)
+            layer.updated(layer_kv, layer_positions)
+            for layer, layer_kv, layer_positions in zip(caches, kv, new_positions, strict=True)
         )
         return x, self._observed(updated, tokens, positions, x)
 
-    def _check_inputs(self, tokens, embeds, caches, both_ways):
+    def _check_inputs(self, tokens, embeds, caches, bidirectional):
         """Refuses inputs that have no meaning together."""
         if (tokens is None) == (embeds is None):
             raise InputError(
@@ -137,14 +141,14 @@ class Decoder(nn.Module):
                 f"{observing[0]} scores token ids, but embeds have none; give tokens, or use "
                 f"another policy"
             )
-        if not both_ways:
+        if not bidirectional:
             return
         causal = [policy.name for policy in self.policies if policy != FULL]
         if caches is not None or causal or self.context_axis is not None:
             what = "caches" if caches is not None else causal[0] if causal else "context_axis"
             raise InputError(
                 f"bidirectional=True does not work with {what}: every token needs all tokens of "
-                f"its text at once; read the text without caches, on one device, under Full"
+                f"its text at once; read texts under Full, without caches and context_axis"
             )
 
     def _observed(self, caches, tokens, positions, hidden):
@@ -159,14 +163,14 @@ class Decoder(nn.Module):
             for policy, layer in zip(self.policies, caches, strict=False)  # caches: of one period
         )
 
-    def _attentions(self, tokens, positions, segments, caches, both_ways):
+    def _attentions(self, length, positions, segments, caches, bidirectional):
         """How each layer of a period attends, and the positions that its cache then holds."""
         config, options = score_config(self.spec), {
             "context_axis": self.context_axis, "implementation": self.implementation,
         }  # fmt: skip
         policies = self.policies[: period_of(self.policies)]
-        if both_ways:
-            run = bidirectional.prefill(config, positions, segments=segments)
+        if bidirectional:
+            run = bidirectional_prefill(config, positions, segments=segments)
             return [layer_scan.without_cache(run)], ()
         if caches is None:
             prefills = [
@@ -179,7 +183,7 @@ class Decoder(nn.Module):
             for policy, layer in zip(policies, caches, strict=True)
         ]
         attentions = [
-            layer_scan.with_cache(extend, layer, tokens)
+            layer_scan.with_cache(extend, layer, length)
             for (extend, _), layer in zip(extends, caches, strict=True)
         ]
         return attentions, [new_positions for _, new_positions in extends]
@@ -214,7 +218,7 @@ def embed_tokens(
 
 
 def stages_of(spec: ModelSpec) -> dict[str, ModelSpec]:
-    """The parameters of layers that are alike, and the spec of those layers alone, in order."""
+    """Name of the stacked parameters -> spec of those layers, for each run of layers alike."""
     if spec.moe is None or not spec.moe.dense_layers:
         return {"layers": spec}
     first = spec.moe.dense_layers
@@ -233,16 +237,16 @@ def score_config(spec: ModelSpec) -> ScoreConfig:
 
 def period_of(pattern: Sequence[LayerPolicy]) -> int:
     """The shortest p that divides the layers and after which the policies repeat."""
-    layers = len(pattern)
+    count = len(pattern)
     return next(
         p
-        for p in range(1, layers + 1)
-        if layers % p == 0 and all(pattern[i] == pattern[i % p] for i in range(layers))
+        for p in range(1, count + 1)
+        if count % p == 0 and all(pattern[i] == pattern[i % p] for i in range(count))
     )
 
 
 def init_caches(
-    spec: ModelSpec, by_layer: Sequence[LayerPolicy], *, batch: int, capacity: int, dtype
+    spec: ModelSpec, by_layer: Sequence[LayerPolicy], *, batch: int, capacity: int, dtype: Any
 ) -> tuple[cache.Cache, ...]:
     """Empty caches for `Decoder`; `capacity` (tokens) is what unbounded policies can hold."""
     period = period_of(by_layer)

@@ -19,7 +19,7 @@ from lminf.attention import attend, cache
 from lminf.errors import InputError
 from lminf.types import Hidden, Params
 
-KV: TypeAlias = cache.KVState | None  # None: no cache
+KV: TypeAlias = Any  # cache.KVState, of one layer or of all; None without a cache
 Attend: TypeAlias = Callable[[Array, Array, Array, KV, Any], tuple[Array, KV]]  # q, k, v, kv, row
 # (block, x, its parameters, attend, kv, row) -> x, kv, what the layer sowed
 RunLayer: TypeAlias = Callable[[Any, Hidden, Params, Attend, KV, Any], tuple[Hidden, KV, Any]]
@@ -74,8 +74,8 @@ def scan_layers(
         layers = jax.tree.leaves(params)[0].shape[0]
         if layers % len(period):
             raise InputError(
-                f"{layers} layers that are alike are no multiple of the {len(period)} policies "
-                f"that repeat over them; give a pattern whose length divides {layers}"
+                f"a pattern of {len(period)} policies does not divide the {layers} layers of one "
+                f"kind that it repeats over; give one whose length divides {layers}"
             )
         rows = slice(first, first := first + layers // len(period))
         step, scanned_params = _one_period(partial(run_layer, block), period, params, rows)

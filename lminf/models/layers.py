@@ -5,8 +5,9 @@ Which tokens a layer sees is not decided here: a block is given the function tha
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,7 @@ from lminf.models import moe
 from lminf.models.spec import MLPSpec, ModelSpec, NormSpec
 from lminf.types import Hidden
 
+Attend: TypeAlias = Callable[[Array, Array, Array], tuple[Array, Any]]  # (q, k, v) -> out, kv
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -86,11 +88,13 @@ def unconstrained(x: Float[Array, "..."], *axes: str | None) -> Float[Array, "..
 
 
 class Attention(nn.Module):
+    """Projections into queries, keys and values, and of the attention output back to the width."""
+
     spec: ModelSpec
-    constrain: Any = unconstrained
+    constrain: Callable[..., Array] = unconstrained
 
     @nn.compact
-    def __call__(self, x: Hidden, attend) -> tuple[Hidden, Any]:
+    def __call__(self, x: Hidden, attend: Attend) -> tuple[Hidden, Any]:
         """The output, and the keys and values that `attend(q, k, v)` returns beside its own."""
         s = self.spec
         into = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
@@ -119,9 +123,11 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """act(x w_up) w_down, or (act(x w_gate) * x w_up) w_down when gated."""
+
     spec: MLPSpec
     width: int
-    constrain: Any = unconstrained
+    constrain: Callable[..., Array] = unconstrained
 
     @nn.compact
     def __call__(self, x: Hidden) -> Hidden:
@@ -147,10 +153,10 @@ class Block(nn.Module):
     """One layer. `attend(q, k, v)` returns the attention output, and keys and values or None."""
 
     spec: ModelSpec
-    constrain: Any = unconstrained
+    constrain: Callable[..., Array] = unconstrained
 
     @nn.compact
-    def __call__(self, x: Hidden, attend) -> tuple[Hidden, Any]:
+    def __call__(self, x: Hidden, attend: Attend) -> tuple[Hidden, Any]:
         s = self.spec
         attention = Attention(s, self.constrain, name="attention")
         mlp = self.mlp()
@@ -180,8 +186,8 @@ class Block(nn.Module):
         self.sow("intermediates", "hidden", x)
         return x, kv
 
-    def mlp(self):
-        """The MLP, or the experts in its place."""
+    def mlp(self) -> Callable[[Hidden], Hidden]:
+        """The MLP, or the experts that replace it."""
         s = self.spec
         if s.moe is None:
             return MLP(s.mlp, s.width, self.constrain, name="mlp")

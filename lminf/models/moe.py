@@ -8,7 +8,7 @@ Source: Fedus et al. 2022, arXiv:2101.03961; z-loss: Zoph et al. 2022, arXiv:220
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -64,7 +64,7 @@ class Experts(nn.Module):
     width: int
     act: Callable[[Array], Array]
     gated: bool
-    constrain: Any
+    constrain: Callable[..., Array]
 
     @nn.compact
     def __call__(self, x: Hidden) -> Hidden:

@@ -1,4 +1,4 @@
-"""The decoder against one that says each layer out loud; causality, caches, remat, what is sown."""
+"""The decoder against one that runs layer after layer; causality, caches, remat, what is sown."""
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from lminf.attention.policy import (
     Streaming,
     Window,
 )
+from lminf.errors import InputError
 from lminf.models import decoder, heads, layers
 from tests.attention import cases
 from tests.models import specs
@@ -30,7 +31,7 @@ def tokens_of(spec, seed=1):
     return jnp.asarray(rng.integers(0, spec.vocab_size, (BATCH, TOKENS), np.int32))
 
 
-def said_out_loud(spec, params, by_layer, tokens, positions):
+def layer_after_layer(spec, params, by_layer, tokens, positions):
     """Layer after layer, each with its own policy through the dense reference."""
     x = params["embed"][tokens] * spec.embed_scale
     for index, policy in enumerate(by_layer):
@@ -94,7 +95,7 @@ def test_every_layer_attends_as_its_policy_says_at_once_and_through_caches(name)
     @cases.compiled
     def run(params, tokens):
         return (
-            said_out_loud(spec, params, by_layer, tokens, positions),
+            layer_after_layer(spec, params, by_layer, tokens, positions),
             module.apply({"params": params}, tokens, positions=positions)[0],
             read_in_pieces(module, params, tokens, positions, chunks=chunks),
         )
@@ -110,6 +111,13 @@ def test_the_period_is_the_shortest_that_repeats():
     for pattern, period in {(a,): 1, (a, a, a): 1, (a, b, a, b): 2, (a, b, a): 3, (a, a, b): 3,
                             (a, a, a, b): 4, (a, b, b, a, b, b): 3}.items():  # fmt: skip
         assert decoder.period_of(pattern) == period
+
+
+def test_a_pattern_that_does_not_divide_the_dense_layers_is_refused():
+    module = decoder.Decoder(specs.MIXED, (Window(4), Full()) * 2)  # one dense layer, then three
+    params, tokens = specs.parameters(specs.MIXED), jnp.zeros((1, 2), jnp.int32)
+    with pytest.raises(InputError, match="2 policies does not divide the 1 layers of one kind"):
+        jax.eval_shape(lambda p: module.apply({"params": p}, tokens, positions=tokens), params)
 
 
 def test_caches_are_one_for_each_layer_of_a_period():

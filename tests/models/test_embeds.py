@@ -1,5 +1,7 @@
 """A decoder that reads embeddings in place of tokens, and one that reads in both directions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from lminf.attention.policies.eviction import SirLLM
 from lminf.attention.policy import FULL, Window
 from lminf.errors import InputError
 from lminf.models import decoder
+from lminf.parallel import context, mesh, partition
 from tests.attention import cases
 from tests.models import specs
 
@@ -76,21 +79,32 @@ def test_inputs_without_a_meaning_together_are_refused():
 
     refused("neither tokens nor embeds are given; give one of the two")
     refused("both tokens and embeds are given", tokens=TOKENS, embeds=EMBEDS)
-    caches = decoder.init_caches(SPEC, (FULL, FULL), batch=1, capacity=12, dtype=jnp.float32)
-    refused("does not work with caches", tokens=TOKENS, caches=caches, bidirectional=True)
-    windows = decoder.Decoder(SPEC, (Window(4), FULL))
-    refused(
-        "does not work with window:window=4: every token needs",
-        module=windows,
-        tokens=TOKENS,
-        bidirectional=True,
-    )
+    refused("does not work with caches", tokens=TOKENS, caches=(), bidirectional=True)
+    inputs = {"module": decoder.Decoder(SPEC, (Window(4), FULL)), "tokens": TOKENS}
+    refused("does not work with window:window=4: every token", **inputs, bidirectional=True)
     sirllm = (SirLLM(capacity=8, sinks=1, recent=2, turn=4),) * 2
-    caches = decoder.init_caches(SPEC, sirllm, batch=1, capacity=12, dtype=jnp.float32)
-    module = decoder.Decoder(SPEC, sirllm)
-    refused(
-        "sirllm:.* scores token ids, but embeds have none; give tokens",
-        module=module,
-        embeds=EMBEDS,
-        caches=caches,
+    inputs = {"module": decoder.Decoder(SPEC, sirllm), "embeds": EMBEDS}
+    refused("sirllm:.* scores token ids, but embeds have none; give tokens", **inputs, caches=())
+
+
+@pytest.mark.slow  # that packed texts are separate holds on one device in the fast lane
+@pytest.mark.parametrize(
+    ("strategy", "sizes"),
+    [("tensor", {"data": 2, "tensor": 2}), ("context", {"data": 2, "context": 4})],
+)
+def test_an_encoder_on_a_mesh_is_that_on_one_device(strategy, sizes):
+    tokens, positions, segments = (jnp.tile(x, (2, 1)) for x in (TOKENS, PACKED, SEGMENTS))
+    shape, rules = mesh.make(mesh.MeshShape(**{"data": 1, **sizes})), partition.parse(strategy)
+    laid_out = ENCODER.clone(
+        prefill=context.Sharded(shape, rules), constrain=partition.Constrain(shape, rules)
     )
+
+    def encode(module, params):
+        return module.apply(
+            params, tokens, positions=positions, segments=segments, bidirectional=True
+        )[0]
+
+    alone = cases.compiled(functools.partial(encode, ENCODER))(PARAMS)
+    with jax.set_mesh(shape):
+        together = cases.compiled(functools.partial(encode, laid_out))(PARAMS)
+    np.testing.assert_allclose(together, alone, atol=1e-5)

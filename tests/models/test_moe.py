@@ -15,6 +15,7 @@ from lminf.objectives import terms
 from lminf.scaling import accounting
 from lminf.train.step import State
 from tests.attention import cases
+from tests.models import specs
 from tests.train import making
 
 MIX = MoESpec(experts=4, top_k=2, hidden_dim=24, shared_dim=8, dense_layers=0,
@@ -29,12 +30,16 @@ def experts(**changes):
 
 @pytest.fixture(scope="module")
 def x():
-    return jax.random.normal(jax.random.key(1), (2, 6, WIDTH))
+    return np.random.default_rng(1).normal(size=(2, 6, WIDTH)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
 def params(x):
-    return cases.compiled(lambda x: experts().init(jax.random.key(0), x))(x)["params"]
+    shapes = jax.eval_shape(experts().init, jax.random.key(0), x)["params"]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: (rng.normal(size=leaf.shape) * WIDTH**-0.5).astype(np.float32), shapes
+    )
 
 
 def ran(module, params, x):
@@ -47,13 +52,14 @@ def ran(module, params, x):
 
 
 def one(params, index, x):
-    """What expert `index` makes of every token."""
+    """Expert `index` of every token, in NumPy: x silu is x / (1 + exp(-x))."""
     up, gate, down = (params[name][index] for name in ("up", "gate", "down"))
-    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+    gated = x @ gate
+    return (gated / (1 + np.exp(-gated)) * (x @ up)) @ down
 
 
 def test_all_experts_with_equal_weights_are_their_mean(x, params):
-    even = params | {"router": jnp.zeros_like(params["router"])}
+    even = params | {"router": np.zeros_like(params["router"])}
     out, seen = ran(experts(top_k=4), even, x)
     wanted = sum(one(params, index, x) for index in range(4)) / 4
     np.testing.assert_allclose(out, wanted, atol=1e-6)
@@ -64,8 +70,10 @@ def test_all_experts_with_equal_weights_are_their_mean(x, params):
 
 def test_each_token_is_the_weighed_sum_of_its_experts(x, params):
     out, _ = ran(experts(), params, x)
-    share = jax.nn.softmax(x @ params["router"])
-    weight, chosen = jax.lax.top_k(share, 2)
+    share = np.exp(x @ params["router"])
+    share /= share.sum(-1, keepdims=True)
+    chosen = np.argsort(-share, axis=-1)[..., :2]
+    weight = np.take_along_axis(share, chosen, axis=-1)
     for b, t in ((0, 0), (1, 5)):
         wanted = sum(weight[b, t, i] * one(params, chosen[b, t, i], x[b, t]) for i in range(2))
         np.testing.assert_allclose(out[b, t], wanted, atol=1e-6)
@@ -94,8 +102,9 @@ def test_with_room_for_all_nothing_is_dropped(x, params):
 
 def test_tokens_beyond_an_experts_capacity_get_nothing_from_it(x, params):
     """All 12 tokens want expert 3 alone, which reads 12 / 4 = 3 of them: the first ones."""
-    x = jnp.abs(x)
-    towards = jnp.zeros_like(params["router"]).at[:, 3].set(9.0)
+    x = np.abs(x)
+    towards = np.zeros_like(params["router"])
+    towards[:, 3] = 9.0
     out, seen = ran(experts(top_k=1, capacity_factor=1.0), params | {"router": towards}, x)
     assert seen["dropped"] == pytest.approx(9 / 12)
     flat = out.reshape(12, WIDTH)
@@ -133,7 +142,7 @@ def fresh(shape):
 
 def test_one_expert_is_the_mlp():
     shape = mixed(experts=1, top_k=1, hidden_dim=32, shared_dim=0)
-    params = fresh(SHAPE)
+    params = specs.parameters(SHAPE)
     mlp = params["layers"]["mlp"]
     experts = {name: mlp[f"w_{name}"][:, None] for name in ("gate", "up", "down")}
     router = jax.random.normal(jax.random.key(2), (2, 16, 1))

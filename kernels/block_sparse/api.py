@@ -56,8 +56,9 @@ def block_sparse_attention(
         raise ValueError(f"query has {heads} heads, not a multiple of the {key_heads} of key")
     arguments.count("block_q", block_q, least=1)
     arguments.count("block_kv", block_kv, least=1)
-    scale = width**-0.5 if scale is None else scale
-    rules = Rules(block_q, block_kv, causal, scale, logits_soft_cap)
+    rules = Rules(
+        block_q, block_kv, causal, width**-0.5 if scale is None else scale, logits_soft_cap
+    )
     lists = _lists(block_indices, block_counts, (batch, key_heads, -(-queries // block_q)))
     _check_lists(block_indices, block_counts, -(-keys // block_kv))
     key_ = Key(

@@ -1,5 +1,7 @@
 """Tokens of a row that lie on several devices: what each of them gets from the others."""
 
+from typing import Any
+
 import jax
 from jaxtyping import Array
 
@@ -18,7 +20,7 @@ class ContextShards:
         return self.tokens * self.devices
 
     @property
-    def first(self):
+    def first(self) -> Any:
         """Where this device's tokens begin among those of all."""
         return self.index * self.tokens
 

@@ -99,7 +99,9 @@ def attend_stepwise(
     for count, size in _runs(chunks[:split], chunks[split:]):
         ready = layer.needs_prompt or set(chunks[split:]) == {1}
         if prompt is not None and start == prompt and ready:
-            cache = forms.after_prompt(layer, config, cache, length=prompt, room=tokens - prompt)
+            cache = forms.prepare_decoding(
+                layer, config, cache, length=prompt, room=tokens - prompt
+            )
             cache = cache.for_decoding()
 
         def read(carry, chunk, layout=cache.layout):

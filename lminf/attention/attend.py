@@ -1,16 +1,16 @@
 """Attention for any policy and any encoding, in the forms that models run.
 
-    prefill     a whole text: kernels.lambda_attention
-    extend      a chunk against a cache: kernels.lambda_attention, or for one token the slots
+    prefill     a whole sequence: kernels.lambda_attention
+    extend      a chunk with a cache: kernels.lambda_attention, or for one token the slots
 
-Both are asked once per forward pass, compute every rotation there, and return the function that
+Both are called once per forward pass, compute every rotation there, and return the function that
 each layer calls, so angles are not recomputed per layer. Policies that select, evict or compress
-read a text through their cache too, in one call, so that prefill and extend are one function.
+process a sequence through their cache, in one call, so that prefill and extend are one function.
 
-Both also run inside shard_map with a text's (or chunk's) tokens spread over a mesh axis,
-`context_axis`: each device attends from its own tokens to those of all. Of a whole text, a policy
-with a window fetches just the window's keys from its neighbours and the first keys from whoever has
-them; full attention passes keys round a ring; the others gather all keys, as packed rows do.
+Both also run inside shard_map with a sequence's (or chunk's) tokens sharded over a mesh axis,
+`context_axis`: each device attends from its queries to the keys of all. In a prefill, a policy with
+a window fetches only the window's keys from its neighbours (a halo) and the sinks from the device
+that has them; full attention is ring attention; the others gather all keys, as packed rows do.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ Extend: TypeAlias = Callable[[Array, Array, Array, caches.KVState, Any],
                              tuple[Array, caches.KVState]]  # fmt: skip
 
 
-# --- A whole text ---------------------------------------------------------------------------------
+# --- A whole sequence -----------------------------------------------------------------------------
 
 
 def prefill(
@@ -60,10 +60,10 @@ def prefill(
     def make(part: Policy):
         if context_axis is not None and segments is None:
             if part.bounded:
-                return _within_reach(part, config, positions, shards, implementation)
+                return _halo_attention(part, config, positions, shards, implementation)
             if part.window is None and part.num_sinks == 0:
-                return _round_a_ring(part, config, positions, shards, implementation)
-        return _over_text(part, config, positions, segments, shards, implementation)
+                return _ring_attention(part, config, positions, shards, implementation)
+        return _over_sequence(part, config, positions, segments, shards, implementation)
 
     return by_head(policy, config, make)
 
@@ -90,7 +90,7 @@ def _prefill_through_cache(policy, config, positions, segments, context_axis):
     return run
 
 
-def _over_text(policy, config, positions, segments, shards, implementation):
+def _over_sequence(policy, config, positions, segments, shards, implementation):
     key_pos = shards.all(positions)
     batch, tokens = key_pos.shape
     count = tokens if policy.num_sinks is None else min(policy.num_sinks, tokens)
@@ -116,8 +116,8 @@ def _over_text(policy, config, positions, segments, shards, implementation):
     )  # fmt: skip
 
 
-def _within_reach(policy, config, positions, shards, implementation):
-    """Of a text on several devices: the window's keys from the left, and the first of all."""
+def _halo_attention(policy, config, positions, shards, implementation):
+    """Of a sequence on several devices: the window's keys from the left, and the sinks."""
     batch, tokens = positions.shape
     reach = min(policy.window - 1, shards.total - tokens)  # keys that stand on other devices
     count = min(policy.num_sinks, shards.total)
@@ -131,7 +131,7 @@ def _within_reach(policy, config, positions, shards, implementation):
         return shards.sum(jnp.where(here, local, jnp.zeros((), x.dtype)))
 
     def keys(k, v):
-        return *(shards.with_left(x, reach) for x in (k, v)), sinks_of(k), sinks_of(v)
+        return *(shards.with_halo(x, reach) for x in (k, v)), sinks_of(k), sinks_of(v)
 
     return _attention(
         policy, config, Placement(config, shards.all(positions)), positions, key_pos, far_pos,
@@ -139,8 +139,8 @@ def _within_reach(policy, config, positions, shards, implementation):
     )  # fmt: skip
 
 
-def _round_a_ring(policy, config, positions, shards, implementation):
-    """Of a text on several devices: the keys of one device after another, as they come round."""
+def _ring_attention(policy, config, positions, shards, implementation):
+    """Ring attention: the keys of one device after another."""
     placement = Placement(config, shards.all(positions))
     branches = Branches(policy, placement, positions, positions, positions[:, :0])
 
@@ -203,7 +203,7 @@ def extend(
     """
     if context_axis is not None and not policy.context_parallel:
         raise InputError(
-            f"{policy.name} reads for itself, which needs all tokens of a row on one device; "
+            f"{policy.name} selects among all tokens of a row, which must be on one device; "
             f"spread rows over devices, or use a policy of positions"
         )
     if isinstance(layout, caches.PreRotated):
@@ -244,7 +244,7 @@ def extend(
     return step, new_pos
 
 
-def after_prompt(
+def prepare_decoding(
     policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache, *, length: int, room: int
 ) -> caches.Cache:
     """The cache as one token after another reads it fastest, at the end of a prompt of at most
@@ -348,7 +348,7 @@ def _attention(
 
 def _outputs(query: Array, key: Array, value: Array, **options: Any) -> Array:
     out = kernels.lambda_attention(query, key, value, **options)
-    assert isinstance(out, jax.Array)  # residuals are not asked for
+    assert isinstance(out, jax.Array)  # no residuals
     return out
 
 

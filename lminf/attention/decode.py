@@ -1,10 +1,10 @@
 """One token per row: over the slots of a cache as it was read, or by kernels.lambda_decode over one
 whose keys are rotated.
 
-Near keys seem where they are, and far ones where the policy says, whoever asks. So at the end of a
-prompt the last `window` keys are rotated to their positions, head by head as the kernel reads them,
-and the sinks, which may be all keys, to where they seem. Nothing is rotated again while a token is
-kept, which was a fifth of a decoding step on a CPU (SmolLM2-135M, 4,096 tokens).
+Where near and far keys seem to be does not depend on the query. So at the end of a prompt the last
+`window` keys are rotated to their positions, head by head as the kernel reads them, and the sinks,
+which may be all keys, to where they seem. Nothing is rotated again while a token is kept, which was
+a fifth of a decoding step on a CPU (SmolLM2-135M, 4,096 tokens).
 """
 
 from collections.abc import Callable
@@ -146,7 +146,7 @@ def extend(
         out = kernels.lambda_decode(
             near_query(q)[:, 0], cache, layer=layer, query_global=far_query(q)[:, 0], **options
         )
-        assert isinstance(out, jax.Array)  # residuals are not asked for
+        assert isinstance(out, jax.Array)  # no residuals
         ring, far = (cache.k_ring, cache.v_ring), (cache.k_global, cache.v_global)
         main, other = (ring, far) if layout.ring else (far, ring)
         return out[:, None], caches.KVState(main[0], main[1], {"k": other[0], "v": other[1]})

@@ -93,6 +93,15 @@ class Selected(NamedTuple):
         return self.window_start[:, None] + jnp.arange(self.window_len, dtype=jnp.int32)[None]
 
 
+def block_positions(
+    block_ids: Int[Array, "B P M"], size: int, *, first: int = 0
+) -> Int[Array, "B P X"]:
+    """Positions of the tokens of blocks that begin at `first`; -1 for those of block -1."""
+    block_ids = block_ids[..., None]
+    positions = first + block_ids * size + jnp.arange(size, dtype=jnp.int32)[None, None, None]
+    return jnp.where(block_ids >= 0, positions, -1).reshape(*block_ids.shape[:2], -1)
+
+
 # --- Groups of queries ----------------------------------------------------------------------------
 
 

@@ -460,10 +460,10 @@ def prepare_decoding(
     length: int,
     room: int,
 ) -> tuple[cache.Cache, ...]:
-    """`attend.after_prompt` of every layer's cache. What it rotated wants `for_decoding` after."""
+    """`attend.prepare_decoding` of every layer's cache; `for_decoding` follows where it rotated."""
     config = score_config(spec)
     return tuple(
-        attend.after_prompt(policy, config, stored, length=length, room=room)
+        attend.prepare_decoding(policy, config, stored, length=length, room=room)
         for policy, stored in zip(by_layer, caches, strict=False)  # caches: of one period
     )
 

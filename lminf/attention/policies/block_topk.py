@@ -70,11 +70,11 @@ class MoBA(sparse.SparsePolicy):
         state, tokens = {"sums": sums}, query.q.shape[1]
         if tokens > 1:
             return block_ids, state
-        inside = jnp.arange(self.block, dtype=jnp.int32)[None, None, None]
-        block_ids = block_ids.reshape(len(q), -1, block_ids.shape[-1], 1)  # [B, N, M, 1]
-        pos = jnp.where(block_ids >= 0, block_ids * self.block + inside, -1)
+        pos = sparse.block_positions(
+            block_ids.reshape(len(q), -1, block_ids.shape[-1]), self.block
+        )  # [B, N, X]
         start = jnp.maximum(group.base, 0) // self.block * self.block
-        return sparse.Selected(pos.reshape(*pos.shape[:2], -1), start, self.block), state
+        return sparse.Selected(pos, start, self.block), state
 
     def attend(self, query: sparse.Query, selected: Any) -> tuple[Array, Any]:
         if query.q.shape[1] == 1:

@@ -29,6 +29,7 @@ class HierarchicalSelect(sparse.SparsePolicy):
     """
 
     sinks: Any  # int: tokens at the start that stay visible
+    block: Any  # int: tokens of a block of the last stage
     query_block: Any  # int: tokens that see the same, where they are read together
     # tuple[int, ...]: of every stage, the tokens that are decoded before it searches again
     refreshes: Any
@@ -56,8 +57,9 @@ class HierarchicalSelect(sparse.SparsePolicy):
     def tokens(
         self, block_ids: Int[Array, "B K X"], start: Int[Array, " B"]
     ) -> Int[Array, "B K Y"]:
-        """Positions of the tokens of the last stage's blocks; -1 for those of none."""
-        raise NotImplementedError
+        """Positions of the tokens of the last stage's blocks before the window; -1 for none."""
+        pos = sparse.block_positions(block_ids, self.block, first=self.sinks)
+        return jnp.where(pos < start[:, None, None], pos, -1)
 
     def init_state(self, shape: caches.CacheShape) -> dict[str, Any]:
         stages = range(len(self.refreshes))
@@ -135,12 +137,6 @@ class HiP(HierarchicalSelect):
         blocks = jnp.maximum(first - self.window + 1 - self.sinks, 0) // self.block
         return self.sinks + blocks * self.block
 
-    def tokens(self, block_ids: Int[Array, "B K X"], start: Int[Array, " B"]) -> Array:
-        del start
-        inside = jnp.arange(self.block, dtype=jnp.int32)[None, None, None]
-        pos = self.sinks + block_ids[..., None] * self.block + inside
-        return jnp.where(block_ids[..., None] >= 0, pos, -1).reshape(*block_ids.shape[:2], -1)
-
     def search(
         self, stage: int, query: sparse.Query, start: Array, before: Array | None
     ) -> Int[Array, "B K kept"]:
@@ -167,7 +163,7 @@ class HiP(HierarchicalSelect):
 
         def score(first_block, size):
             """Of ranges of so many blocks that begin at `first_block`, [B, K, X]."""
-            pos = self.tokens(first_block, start)
+            pos = sparse.block_positions(first_block, self.block, first=self.sinks)
             k = query.placed(query.by_head(query.kv.k, pos), pos)
             products = jnp.einsum("bkrh,bksh->bkrs", flat, k, preferred_element_type=jnp.float32)
             products = products.reshape(*asking_q.shape[:4], -1)

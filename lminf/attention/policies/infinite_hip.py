@@ -37,6 +37,7 @@ class InfiniteHiP(hip.HierarchicalSelect):
 
     selected_distance = "packed"
     needs_rotary = True
+    block = property(lambda self: self.chunk[-1])
     refreshes = property(attrgetter("refresh"))
 
     def __post_init__(self):
@@ -81,12 +82,6 @@ class InfiniteHiP(hip.HierarchicalSelect):
 
     def window_start(self, first: Int[Array, " B"]) -> Int[Array, " B"]:
         return jnp.maximum(first - self.window + 1, self.sinks)
-
-    def tokens(self, block_ids: Int[Array, "B K X"], start: Int[Array, " B"]) -> Array:
-        inside = jnp.arange(self.chunk[-1], dtype=jnp.int32)[None, None, None]
-        pos = self.sinks + block_ids[..., None] * self.chunk[-1] + inside
-        valid = (block_ids[..., None] >= 0) & (pos < start[:, None, None, None])
-        return jnp.where(valid, pos, -1).reshape(*block_ids.shape[:2], -1)
 
     def table_size(self, slots: int, rows: int) -> int:
         stages = range(len(self.chunk))

@@ -77,9 +77,8 @@ class LongHeads(sparse.SparsePolicy):
             return (chosen, number.max() + 1), state
         every = jnp.arange(count, dtype=jnp.int32)[None, None]
         ids, _ = jax.lax.top_k(jnp.where(chosen[:, 0], every, -1), min(self.chunks, count))
-        ids = ids[..., ::-1, None]  # [B, N, M, 1] in order, -1 first
-        pos = jnp.where(ids >= 0, ids * w + jnp.arange(w, dtype=jnp.int32)[None, None, None], -1)
-        return sparse.Selected(pos.reshape(*pos.shape[:2], -1), query.group.base, 0), state
+        pos = sparse.block_positions(ids[..., ::-1], w)  # in order
+        return sparse.Selected(pos, query.group.base, 0), state
 
     def attend(self, query: sparse.Query, selected: Any) -> tuple[Array, Any]:
         if query.alone:

@@ -56,8 +56,8 @@ def block_sparse_attention(
         raise ValueError(f"query has {heads} heads, not a multiple of the {key_heads} of key")
     arguments.count("block_q", block_q, least=1)
     arguments.count("block_kv", block_kv, least=1)
-    scale = width**-0.5 if scale is None else scale
-    rules = Rules(block_q, block_kv, causal, scale, logits_soft_cap)
+    score_scale = width**-0.5 if scale is None else scale
+    rules = Rules(block_q, block_kv, causal, score_scale, logits_soft_cap)
     lists = _lists(block_indices, block_counts, (batch, key_heads, -(-queries // block_q)))
     _check_lists(block_indices, block_counts, -(-keys // block_kv))
     key_ = Key(
@@ -80,8 +80,7 @@ def _lists(indices, counts, expected: tuple[int, int, int]) -> Lists:
             f"[B={batch}, {key_heads} or 1, {q_blocks}, M]"
         )
     heads, width = indices.shape[1], indices.shape[3]
-    letters = "B L Q M"
-    arguments.shape("block_indices", indices, letters, (batch, heads, q_blocks, None))
+    arguments.shape("block_indices", indices, "B L Q M", (batch, heads, q_blocks, None))
     arguments.shape("block_counts", counts, "B L Q", (batch, heads, q_blocks))
     return Lists(
         jnp.broadcast_to(indices, (batch, key_heads, q_blocks, width)).astype(jnp.int32),
@@ -93,13 +92,13 @@ def _check_lists(indices, counts, kv_blocks: int) -> None:
     """ValueError unless the lists are what they say; nothing inside jit."""
     if isinstance(indices, Tracer) or isinstance(counts, Tracer):
         return
-    found, lengths = np.asarray(indices), np.asarray(counts)
-    width = found.shape[-1]
+    block_ids, lengths = np.asarray(indices), np.asarray(counts)
+    width = block_ids.shape[-1]
     if lengths.size and (lengths.min() < 0 or lengths.max() > width):
         raise ValueError(f"block_counts runs to {lengths.max()}; the lists hold 0 to {width}")
     used = np.arange(width) < lengths[..., None]
-    wrong = used & ((found < 0) | (found >= kv_blocks))
+    wrong = used & ((block_ids < 0) | (block_ids >= kv_blocks))
     if wrong.any():
-        raise ValueError(f"block_indices holds {found[wrong][0]}; there are {kv_blocks} blocks")
-    if (used[..., 1:] & (np.diff(found, axis=-1) <= 0)).any():
+        raise ValueError(f"block_indices holds {block_ids[wrong][0]}; there are {kv_blocks} blocks")
+    if (used[..., 1:] & (np.diff(block_ids, axis=-1) <= 0)).any():
         raise ValueError("block_indices must ascend, each block once, in every list")

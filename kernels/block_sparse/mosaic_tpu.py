@@ -140,10 +140,10 @@ class Walk:
 
     def block(self, scalars, head, i, step):
         """The block of keys at this step; the last one when the walk is over."""
-        plan, at = self.plan, self._list(head, i)
-        step = jnp.clip(scalars[at] - 1, 0, step)
+        plan, list_index = self.plan, self._list(head, i)
+        step = jnp.clip(scalars[list_index] - 1, 0, step)
         lists = plan.batch * plan.key_heads * plan.query_blocks
-        return jnp.clip(scalars[lists + at * plan.listed + step], 0, plan.key_blocks - 1)
+        return jnp.clip(scalars[lists + list_index * plan.listed + step], 0, plan.key_blocks - 1)
 
 
 class Entries:
@@ -170,9 +170,9 @@ class Entries:
     def blocks(self, scalars, head, entry):
         """(block of queries, block of keys) of an entry; of the last one where they are over."""
         plan = self.plan
-        at = head * plan.entries + jnp.clip(self.used(scalars, head) - 1, 0, entry)
-        j = scalars[plan.batch * plan.key_heads * plan.entries + at]
-        return scalars[at], jnp.minimum(j, plan.key_blocks - 1)
+        entry_index = head * plan.entries + jnp.clip(self.used(scalars, head) - 1, 0, entry)
+        j = scalars[plan.batch * plan.key_heads * plan.entries + entry_index]
+        return scalars[entry_index], jnp.minimum(j, plan.key_blocks - 1)
 
     def is_first(self, scalars, head, entry, j):
         return entry == self._start(scalars, head, j)
@@ -230,8 +230,8 @@ def _forward_kernel(plan: Plan, scalars, arrays, out, lse2, top, total, acc):
         empty = total[...] == 0
         denominator = jnp.where(empty, 1, total[...])
         out[...] = jnp.where(empty, 0, acc[...] / denominator).T.astype(out.dtype)
-        found = top[...] + jnp.log(denominator) * numerics.LOG2_E
-        lse2[...] = jnp.where(empty, -jnp.inf, found)
+        lse2_rows = top[...] + jnp.log(denominator) * numerics.LOG2_E
+        lse2[...] = jnp.where(empty, -jnp.inf, lse2_rows)
 
 
 def _d_query_kernel(plan: Plan, scalars, arrays, statistics, d_query, acc):
@@ -363,15 +363,18 @@ def _backward(plan: Plan, saved, cotangents: Saved):
     lse2 = jnp.where(jnp.isneginf(lse2), -numerics.EMPTY_MAX, lse2)
     statistics = Statistics(tpu_blocks.heads_first(d_out, plan.block_q), delta, lse2)
     arrays = _arrays(plan, operands)
-    found = (_d_queries(plan, lists, arrays, statistics), *_d_keys(plan, lists, arrays, statistics))
-    return Operands(*map(tpu_blocks.heads_last, found, operands)), None
+    gradients = (
+        _d_queries(plan, lists, arrays, statistics),
+        *_d_keys(plan, lists, arrays, statistics),
+    )
+    return Operands(*map(tpu_blocks.heads_last, gradients, operands)), None
 
 
 def _d_queries(plan: Plan, lists: Lists, arrays: HeadsFirst, statistics: Statistics):
     grid, query_at, specs = _by_queries(plan, arrays)
     output = tpu_blocks.like(arrays.query)
     width, value_width = arrays.query.shape[2], arrays.value.shape[2]
-    (found,) = tpu_blocks.call(
+    (d_query,) = tpu_blocks.call(
         functools.partial(_d_query_kernel, plan),
         grid,
         Walk.scalars(lists),
@@ -383,7 +386,7 @@ def _d_queries(plan: Plan, lists: Lists, arrays: HeadsFirst, statistics: Statist
         "block_sparse_d_query",
         _flops(plan, width, width, value_width),
     )
-    return found
+    return d_query
 
 
 def _d_keys(plan: Plan, lists: Lists, arrays: HeadsFirst, statistics: Statistics):
@@ -398,7 +401,7 @@ def _d_keys(plan: Plan, lists: Lists, arrays: HeadsFirst, statistics: Statistics
     outputs = tuple(tpu_blocks.like(x) for x in arrays[1:])
     width, value_width = arrays.key.shape[2], arrays.value.shape[2]
     scalars = entries.scalars(lists)
-    found = tpu_blocks.call(
+    gradients = tpu_blocks.call(
         functools.partial(_d_key_kernel, plan),
         # No two programs may hold one block of keys: one that is parallel has all of a head.
         (plan.batch * plan.key_heads, 1, plan.entries, plan.group),
@@ -417,7 +420,7 @@ def _d_keys(plan: Plan, lists: Lists, arrays: HeadsFirst, statistics: Statistics
     starts = scalars[2 * plan.batch * plan.key_heads * plan.entries :]
     listed = jnp.diff(starts.reshape(plan.batch * plan.key_heads, -1)) > 0
     listed = jnp.repeat(listed, plan.block_k, 1)[..., None]
-    return tuple(jnp.where(listed, x, jnp.zeros_like(x)) for x in found)
+    return tuple(jnp.where(listed, x, jnp.zeros_like(x)) for x in gradients)
 
 
 _attention = jax.custom_vjp(_attend, nondiff_argnums=(0,))

@@ -207,13 +207,13 @@ def _backward(rules: Rules, config: Config, saved, cotangents):
     delta = jnp.einsum("btnh,btnh->bnt", d_out, out, preferred_element_type=jnp.float32) - d_lse
     # A row that saw nothing weighs nothing: 2^(s - 1e38) is 0.
     lse2 = jnp.where(jnp.isneginf(lse), -numerics.EMPTY_MAX, lse * numerics.LOG2_E)
-    found = [
+    gradients = [
         launch.folding_batches(functools.partial(call, rules, _fitted(rules, config, kernel)))(
             operands, d_out, lse2, delta, lists
         )
         for call, kernel in ((_launch_query_gradients, "queries"), (_launch_key_gradients, "keys"))
     ]
-    return Operands(*found[0], *found[1]), None
+    return Operands(*gradients[0], *gradients[1]), None
 
 
 def _launch_query_gradients(

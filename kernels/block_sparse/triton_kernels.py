@@ -19,11 +19,11 @@ from lminf.kernels.common import triton_kernels as tiles
 
 
 @triton.jit
-def _shown(shown, row, column, CAUSAL: tl.constexpr):
-    """Which pairs of `shown` see each other; rows lie along one axis, columns along the other."""
+def _visible(inside, row, column, CAUSAL: tl.constexpr):
+    """Which pairs of `inside` see each other; rows lie along one axis, columns along the other."""
     if CAUSAL:
-        shown = shown & (row >= column)
-    return shown
+        inside = inside & (row >= column)
+    return inside
 
 
 # --- Forward --------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def forward(
             key, value, at_row, slots, inside,
             KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, True,
         )  # fmt: skip
-        visible = _shown(inside[None, :], (row + rows)[:, None], column[None, :], CAUSAL)
+        visible = _visible(inside[None, :], (row + rows)[:, None], column[None, :], CAUSAL)
         top, total, sums = tiles.attend(
             q, k, v, visible, slots, top, total, sums, UNIT, INNER, MASK, PRECISION, False, True
         )  # fmt: skip
@@ -170,7 +170,7 @@ def gradient_of_queries(
             key, value, at_row, slots, inside,
             KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, True,
         )  # fmt: skip
-        visible = _shown(inside[None, :], (row + rows)[:, None], column[None, :], CAUSAL)
+        visible = _visible(inside[None, :], (row + rows)[:, None], column[None, :], CAUSAL)
         gradient = tiles.query_gradient(
             q, k, v, do, lse2_rows, delta_rows, visible, slots, gradient,
             UNIT, INNER, MASK, PRECISION, False, True,
@@ -259,12 +259,12 @@ def gradient_of_keys(
         entry = t // TILES
         q_block = tl.load(names + tl.where(entry < before, begin + entry, after + entry - before))
         row = q_block * LIST_Q + t % TILES * BLOCK_Q
-        asked = row + rows < tl.minimum((q_block + 1) * LIST_Q, queries)
+        valid = row + rows < tl.minimum((q_block + 1) * LIST_Q, queries)
         q, do, lse2_rows, delta_rows = tiles.of_queries(
-            query, d_out, lse2, delta, batch, row, head, queries, rows, asked,
+            query, d_out, lse2, delta, batch, row, head, queries, rows, valid,
             HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, True,
         )  # fmt: skip
-        visible = _shown(asked[None, :], (row + rows)[None, :], column[:, None], CAUSAL)
+        visible = _visible(valid[None, :], (row + rows)[None, :], column[:, None], CAUSAL)
         d_k, d_v = tiles.key_gradients(
             q, k, v, do, lse2_rows, delta_rows, visible, rows, d_k, d_v,
             UNIT, INNER, MASK, PRECISION, False, True,

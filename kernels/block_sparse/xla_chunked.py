@@ -72,8 +72,8 @@ class _Call:
     def block(self, x: Float[Array, "M Sp X"], head, block) -> Float[Array, "W X"]:
         """One block of keys or values."""
         size = (1, self.rules.block_kv, x.shape[2])
-        at = (head, block * self.rules.block_kv, jnp.int32(0))
-        return jax.lax.dynamic_slice(x, at, size)[0]
+        start = (head, block * self.rules.block_kv, jnp.int32(0))
+        return jax.lax.dynamic_slice(x, start, size)[0]
 
     def scores(self, query, key, q_block, kv_block):
         """[rows, W] logits with what is invisible at MASK_VALUE, and the soft cap's bend."""
@@ -87,9 +87,9 @@ class _Call:
             for block, size in ((q_block, self.rules.block_q), (kv_block, self.rules.block_kv))
         )
         columns = columns[None]
-        shown = pairs.visible(self.rules, rows[:, None], columns) & (columns < self.keys)
-        shown = jnp.tile(shown, (self.group, 1))
-        return jnp.where(shown, scores, numerics.MASK_VALUE), bend
+        visible = pairs.visible(self.rules, rows[:, None], columns) & (columns < self.keys)
+        visible = jnp.tile(visible, (self.group, 1))
+        return jnp.where(visible, scores, numerics.MASK_VALUE), bend
 
     def programs(self, count: int):
         """Head and block of every program, [M * count] each."""
@@ -109,8 +109,8 @@ def _compute(rules: Rules, operands: Operands, lists: Lists) -> Residuals:
     call = _Call(rules, operands)
     indices, counts = _by_head(lists)
 
-    def program(at):
-        head, q_block = at
+    def program(index):
+        head, q_block = index
         query = call.rows(call.query, head, q_block)
 
         def visit(t, carry):
@@ -146,8 +146,8 @@ def _by_head(lists: Lists) -> Lists:
 
 
 def _forward(rules: Rules, operands: Operands, lists: Lists):
-    found = _compute(rules, operands, lists)
-    return found, (operands, lists, found)
+    result = _compute(rules, operands, lists)
+    return result, (operands, lists, result)
 
 
 class _Rows(NamedTuple):
@@ -159,12 +159,12 @@ class _Rows(NamedTuple):
 
 
 def _backward(rules: Rules, saved, cotangents: Residuals):
-    operands, lists, found = saved
+    operands, lists, result = saved
     call = _Call(rules, operands)
     by_head = _by_head(lists)
     d_out = cotangents.out.astype(call.dtype)
-    delta = (d_out * found.out.astype(call.dtype)).sum(-1) - cotangents.lse.swapaxes(1, 2)
-    lse = jnp.where(jnp.isneginf(found.lse), 0, found.lse).swapaxes(1, 2)
+    delta = (d_out * result.out.astype(call.dtype)).sum(-1) - cotangents.lse.swapaxes(1, 2)
+    lse = jnp.where(jnp.isneginf(result.lse), 0, result.lse).swapaxes(1, 2)
     rows = _Rows(
         call.queries_first(cotangents.out.astype(operands.query.dtype)),
         *(call.queries_first(x[..., None]) for x in (lse, delta)),
@@ -181,8 +181,8 @@ def _backward(rules: Rules, saved, cotangents: Residuals):
             ds = ds * bend
         return p, (ds * rules.scale).astype(query.dtype), query, key, d_out
 
-    def d_query(at):
-        head, q_block = at
+    def d_query(index):
+        head, q_block = index
 
         def visit(t, total):
             _, ds, _, key, _ = weights(head, q_block, by_head.indices[head, q_block, t])
@@ -195,8 +195,8 @@ def _backward(rules: Rules, saved, cotangents: Residuals):
     other = lists_.transpose(lists, call.kv_blocks)
     q_of, starts = (x.reshape(-1, x.shape[2]) for x in other)
 
-    def d_key_value(at):
-        head, kv_block = at
+    def d_key_value(index):
+        head, kv_block = index
 
         def visit(t, totals):
             p, ds, query, _, d_out = weights(head, q_of[head, t], kv_block)

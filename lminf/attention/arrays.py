@@ -93,13 +93,15 @@ def attend_stepwise(
         layout, layers=1, batch=batch, kv_heads=kv_heads, head_dim=width, dtype=k.dtype,
         state=layer.init_state(shape),
     )  # fmt: skip
-    at, outs, start = _positions(q, positions), [], 0
+    all_positions, outs, start = _positions(q, positions), [], 0
     # Before the prompt's end, then after it: chunks of one size in a row are one scan.
     split = 0 if prompt is None else ends.index(prompt) + 1
     for count, size in _runs(chunks[:split], chunks[split:]):
         ready = layer.needs_prompt or set(chunks[split:]) == {1}
         if prompt is not None and start == prompt and ready:
-            cache = forms.after_prompt(layer, config, cache, length=prompt, room=tokens - prompt)
+            cache = forms.prepare_decoding(
+                layer, config, cache, length=prompt, room=tokens - prompt
+            )
             cache = cache.for_decoding()
 
         def read(carry, chunk, layout=cache.layout):
@@ -114,7 +116,9 @@ def attend_stepwise(
             x = x[:, start : start + count * size]
             return x.reshape(batch, count, size, *x.shape[2:]).swapaxes(0, 1)
 
-        (kv, pos), out = jax.lax.scan(read, (cache.kv, cache.pos), [cut(x) for x in (at, q, k, v)])
+        (kv, pos), out = jax.lax.scan(
+            read, (cache.kv, cache.pos), [cut(x) for x in (all_positions, q, k, v)]
+        )
         cache = cache.updated(kv, pos)
         outs.append(out.swapaxes(0, 1).reshape(batch, count * size, *q.shape[2:]))
         start += count * size

@@ -1,16 +1,16 @@
 """Attention for any policy and any encoding, in the forms that models run.
 
-    prefill     a whole text: kernels.lambda_attention
-    extend      a chunk against a cache: kernels.lambda_attention, or for one token the slots
+    prefill     a whole sequence: kernels.lambda_attention
+    extend      a chunk with a cache: kernels.lambda_attention, or for one token the slots
 
-Both are asked once per forward pass, compute every rotation there, and return the function that
+Both are called once per forward pass, compute every rotation there, and return the function that
 each layer calls, so angles are not recomputed per layer. Policies that select, evict or compress
-read a text through their cache too, in one call, so that prefill and extend are one function.
+process a sequence through their cache, in one call, so that prefill and extend are one function.
 
-Both also run inside shard_map with a text's (or chunk's) tokens spread over a mesh axis,
-`context_axis`: each device attends from its own tokens to those of all. Of a whole text, a policy
-with a window fetches just the window's keys from its neighbours and the first keys from whoever has
-them; full attention passes keys round a ring; the others gather all keys, as packed rows do.
+Both also run inside shard_map with a sequence's (or chunk's) tokens sharded over a mesh axis,
+`context_axis`: each device attends from its queries to the keys of all. In a prefill, a policy with
+a window fetches only the window's keys from its neighbours (a halo) and the sinks from the device
+that has them; full attention is ring attention; the others gather all keys, as packed rows do.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ Extend: TypeAlias = Callable[[Array, Array, Array, caches.KVState, Any],
                              tuple[Array, caches.KVState]]  # fmt: skip
 
 
-# --- A whole text ---------------------------------------------------------------------------------
+# --- A whole sequence -----------------------------------------------------------------------------
 
 
 def prefill(
@@ -60,10 +60,10 @@ def prefill(
     def make(part: Policy):
         if context_axis is not None and segments is None:
             if part.bounded:
-                return _within_reach(part, config, positions, shards, implementation)
+                return _halo_attention(part, config, positions, shards, implementation)
             if part.window is None and part.num_sinks == 0:
-                return _round_a_ring(part, config, positions, shards, implementation)
-        return _over_text(part, config, positions, segments, shards, implementation)
+                return _ring_attention(part, config, positions, shards, implementation)
+        return _over_sequence(part, config, positions, segments, shards, implementation)
 
     return by_head(policy, config, make)
 
@@ -90,63 +90,57 @@ def _prefill_through_cache(policy, config, positions, segments, context_axis):
     return run
 
 
-def _over_text(policy, config, positions, segments, shards, implementation):
+def _over_sequence(policy, config, positions, segments, shards, implementation):
     key_pos = shards.all(positions)
     batch, tokens = key_pos.shape
     count = tokens if policy.num_sinks is None else min(policy.num_sinks, tokens)
-    placement = Placement(config, key_pos, segments)
     if segments is None:
         # Far keys are the tokens at positions 0.. of each row: behind the padding, if any.
-        far_pos = jnp.broadcast_to(jnp.arange(count, dtype=key_pos.dtype), (batch, count))
+        far_pos = _first_positions(batch, count)
         rows = jnp.clip(far_pos - key_pos[:, :1], 0, tokens - 1)
         key_start = key_pos[:, 0]
     else:
         # Every segment has first tokens of its own: the kernel picks them out of all.
-        far_pos, rows, key_start = key_pos, None, None
-        own = jnp.where(positions < 0, masks.PADDING, segments)
-        segments = kernels.SegmentIds(own, shards.all(own))
-    branches = Branches(policy, placement, positions, key_pos, far_pos)
+        far_pos, rows, key_start = key_pos, None, 0
+        ids = jnp.where(positions < 0, masks.PADDING, segments)
+        segments = kernels.SegmentIds(ids, shards.all(ids))
 
-    def attend(q, k, v, slopes):
+    def keys(k, v):
         k, v = shards.all(k), shards.all(v)
-        far_k, far_v = (k, v) if rows is None else (_rows(k, rows), _rows(v, rows))
-        return _lambda_attention(
-            config, branches, q, k, v, far_k, far_v, slopes, count,
-            key_start=key_start, query_offset=shards.first, segments=segments,
-            implementation=implementation,
-        )  # fmt: skip
+        return k, v, *((k, v) if rows is None else (_rows(k, rows), _rows(v, rows)))
 
-    return attend
+    return _attention(
+        policy, config, Placement(config, key_pos, segments), positions, key_pos, far_pos, count,
+        keys, key_start=key_start, query_offset=shards.first, segments=segments,
+        implementation=implementation,
+    )  # fmt: skip
 
 
-def _within_reach(policy, config, positions, shards, implementation):
-    """Of a text on several devices: the window's keys from the left, and the first of all."""
+def _halo_attention(policy, config, positions, shards, implementation):
+    """Of a sequence on several devices: the window's keys from the left, and the sinks."""
     batch, tokens = positions.shape
     reach = min(policy.window - 1, shards.total - tokens)  # keys that stand on other devices
     count = min(policy.num_sinks, shards.total)
     key_pos = positions[:, :1] + jnp.arange(-reach, tokens, dtype=positions.dtype)[None]
-    far_pos = jnp.broadcast_to(jnp.arange(count, dtype=positions.dtype), (batch, count))
-    placement = Placement(config, shards.all(positions))
-    branches = Branches(policy, placement, positions, key_pos, far_pos)
+    far_pos = _first_positions(batch, count)
     rows = far_pos - positions[:, :1]
     here = ((rows >= 0) & (rows < tokens))[..., None, None]
 
     def sinks_of(x):
-        own = _rows(x, jnp.clip(rows, 0, tokens - 1))
-        return shards.sum(jnp.where(here, own, jnp.zeros((), x.dtype)))
+        local = _rows(x, jnp.clip(rows, 0, tokens - 1))
+        return shards.sum(jnp.where(here, local, jnp.zeros((), x.dtype)))
 
-    def attend(q, k, v, slopes):
-        return _lambda_attention(
-            config, branches, q, shards.with_left(k, reach), shards.with_left(v, reach),
-            sinks_of(k), sinks_of(v), slopes, count, key_start=key_pos[:, 0], query_offset=reach,
-            segments=None, implementation=implementation,
-        )  # fmt: skip
+    def keys(k, v):
+        return *(shards.with_halo(x, reach) for x in (k, v)), sinks_of(k), sinks_of(v)
 
-    return attend
+    return _attention(
+        policy, config, Placement(config, shards.all(positions)), positions, key_pos, far_pos,
+        count, keys, key_start=key_pos[:, 0], query_offset=reach, implementation=implementation,
+    )  # fmt: skip
 
 
-def _round_a_ring(policy, config, positions, shards, implementation):
-    """Of a text on several devices: the keys of one device after another, as they come round."""
+def _ring_attention(policy, config, positions, shards, implementation):
+    """Ring attention: the keys of one device after another."""
     placement = Placement(config, shards.all(positions))
     branches = Branches(policy, placement, positions, positions, positions[:, :0])
 
@@ -209,7 +203,7 @@ def extend(
     """
     if context_axis is not None and not policy.context_parallel:
         raise InputError(
-            f"{policy.name} reads for itself, which needs all tokens of a row on one device; "
+            f"{policy.name} selects among all tokens of a row, which must be on one device; "
             f"spread rows over devices, or use a policy of positions"
         )
     if isinstance(layout, caches.PreRotated):
@@ -250,7 +244,7 @@ def extend(
     return step, new_pos
 
 
-def after_prompt(
+def prepare_decoding(
     policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache, *, length: int, room: int
 ) -> caches.Cache:
     """The cache as one token after another reads it fastest, at the end of a prompt of at most
@@ -264,13 +258,9 @@ def after_prompt(
 def _over_window(policy, config, layout, positions, shards, implementation):
     """A chunk over the last `window` stored tokens, itself, and the first `num_sinks`."""
     chunk = shards.all(positions)
-    batch = chunk.shape[0]
     width, count = policy.window, policy.num_sinks
     recent = chunk[:, :1] + jnp.arange(-width, 0, dtype=chunk.dtype)[None]
     recent_slots = jnp.clip(layout.slot(recent), 0, layout.slots - 1)
-    key_pos = jnp.concatenate([recent, chunk], 1)
-    far_pos = jnp.broadcast_to(jnp.arange(count, dtype=positions.dtype), (batch, count))
-    branches = Branches(policy, Placement(config, chunk), positions, key_pos, far_pos)
 
     def window_of(new, before, after):
         # Where nothing is overwritten all of it is read after the chunk is written: an array that
@@ -278,82 +268,92 @@ def _over_window(policy, config, layout, positions, shards, implementation):
         old = _rows(after if isinstance(layout, caches.LinearCache) else before, recent_slots)
         return jnp.concatenate([old.astype(new.dtype), new], 1)
 
-    def attend(q, k, v, before_k, before_v, after_k, after_v, slopes):
-        window_k, window_v = window_of(k, before_k, after_k), window_of(v, before_v, after_v)
+    def keys(k, v, before_k, before_v, after_k, after_v):
         far_k, far_v = after_k[:, :count].astype(k.dtype), after_v[:, :count].astype(v.dtype)
-        return _lambda_attention(
-            config, branches, q, window_k, window_v, far_k, far_v, slopes, count,
-            key_start=recent[:, 0], query_offset=width + shards.first, segments=None,
-            implementation=implementation,
-        )  # fmt: skip
+        return window_of(k, before_k, after_k), window_of(v, before_v, after_v), far_k, far_v
 
-    return attend
+    return _attention(
+        policy, config, Placement(config, chunk), positions, jnp.concatenate([recent, chunk], 1),
+        _first_positions(len(chunk), count), count, keys, key_start=recent[:, 0],
+        query_offset=width + shards.first, implementation=implementation,
+    )  # fmt: skip
 
 
 def _over_all(policy, config, layout, positions, shards, implementation):
     """A chunk over a cache that keeps everything in order."""
-    batch = positions.shape[0]
-    in_order = jnp.arange(layout.slots, dtype=positions.dtype)
-    slot_pos = jnp.broadcast_to(in_order, (batch, layout.slots))
+    slot_pos = _first_positions(len(positions), layout.slots)
     count = layout.slots if policy.num_sinks is None else policy.num_sinks
-    placement = Placement(config, shards.all(positions))
-    branches = Branches(policy, placement, positions, slot_pos, slot_pos[:, :count])
 
-    def attend(q, k, v, before_k, before_v, after_k, after_v, slopes):
+    def keys(k, v, before_k, before_v, after_k, after_v):
         del before_k, before_v
         all_k, all_v = after_k.astype(k.dtype), after_v.astype(v.dtype)
-        return _lambda_attention(
-            config, branches, q, all_k, all_v, all_k[:, :count], all_v[:, :count], slopes, count,
-            key_start=jnp.zeros(batch, positions.dtype), query_offset=positions[:, 0],
-            segments=None, implementation=implementation,
-        )  # fmt: skip
+        return all_k, all_v, all_k[:, :count], all_v[:, :count]
 
-    return attend
+    return _attention(
+        policy, config, Placement(config, shards.all(positions)), positions, slot_pos,
+        slot_pos[:, :count], count, keys, key_start=jnp.zeros(len(positions), jnp.int32),
+        query_offset=positions[:, 0], implementation=implementation,
+    )  # fmt: skip
 
 
 # --- The kernel -----------------------------------------------------------------------------------
 
 
-def _lambda_attention(
-    config, branches, q, k, v, far_k, far_v, slopes, count, *,
-    key_start, query_offset, segments, implementation,
-) -> Array:  # fmt: skip
-    near_q, near_k = branches.near(q, k)
-    fixed = {
-        "num_global": count,
-        "window_size": k.shape[1] if branches.window is None else branches.window,
-        "scale": config.scale,
-        "logits_soft_cap": config.soft_cap,
-        "implementation": implementation,
-    }
-    if slopes is not None:
-        fixed["alibi_slopes"] = slopes
-    by_row: dict = {"query": near_q, "key": near_k, "value": v}  # everything with a batch axis
-    if count:
-        by_row["query_global"], by_row["key_global"] = branches.far(q, far_k)
-        by_row["value_global"] = far_v
-    if slopes is not None and count:
-        by_row["global_distance"] = kernels.GlobalDistance(
-            branches.far_q_pos, branches.far_k_pos, branches.far_scale
-        )
-    if segments is not None:
-        return _outputs(**by_row, **fixed, segment_ids=segments, query_offset=query_offset)
-    if jnp.ndim(query_offset) == 0:
-        return _outputs(**by_row, **fixed, key_start=key_start, query_offset=query_offset)
-    # Rows of unequal length: each has its own offset, and the kernel takes one.
-    return jax.vmap(
-        lambda row, start, offset: _outputs(
-            **jax.tree.map(lambda x: x[None] if jnp.ndim(x) else x, row),
-            **fixed, key_start=start, query_offset=offset,
-        )[0],
-        in_axes=(jax.tree.map(lambda x: 0 if jnp.ndim(x) else None, by_row), 0, 0),
-    )(by_row, key_start, query_offset)  # fmt: skip
+def _attention(
+    policy, config, placement, positions, key_pos, far_pos, count, keys, *,
+    key_start, query_offset, implementation, segments=None,
+) -> Callable[..., Array]:  # fmt: skip
+    """The function of q, arrays and ALiBi's slopes that attends to `keys(*arrays)`, which are k and
+    v at `key_pos` and those of the `count` first tokens at `far_pos`.
+    """
+    branches = Branches(policy, placement, positions, key_pos, far_pos)
+
+    def attend(q, *arrays):
+        *arrays, slopes = arrays
+        k, v, far_k, far_v = keys(*arrays)
+        near_q, near_k = branches.near(q, k)
+        fixed = {
+            "num_global": count,
+            "window_size": k.shape[1] if policy.window is None else policy.window,
+            "scale": config.scale,
+            "logits_soft_cap": config.soft_cap,
+            "implementation": implementation,
+        }
+        if slopes is not None:
+            fixed["alibi_slopes"] = slopes
+        by_row: dict = {"query": near_q, "key": near_k, "value": v}  # everything with a batch axis
+        if count:
+            by_row["query_global"], by_row["key_global"] = branches.far(q, far_k)
+            by_row["value_global"] = far_v
+        if slopes is not None and count:
+            by_row["global_distance"] = kernels.GlobalDistance(
+                branches.far_q_pos, branches.far_k_pos, branches.far_scale
+            )
+        if jnp.ndim(query_offset) == 0:
+            return _outputs(
+                **by_row, **fixed, key_start=key_start, query_offset=query_offset,
+                segment_ids=segments,
+            )  # fmt: skip
+        # Rows of unequal length: each has its own offset, and the kernel takes one.
+        return jax.vmap(
+            lambda row, start, offset: _outputs(
+                **jax.tree.map(lambda x: x[None] if jnp.ndim(x) else x, row),
+                **fixed, key_start=start, query_offset=offset,
+            )[0],
+            in_axes=(jax.tree.map(lambda x: 0 if jnp.ndim(x) else None, by_row), 0, 0),
+        )(by_row, key_start, query_offset)  # fmt: skip
+
+    return attend
 
 
-def _outputs(query, key, value, **options) -> Array:
+def _outputs(query: Array, key: Array, value: Array, **options: Any) -> Array:
     out = kernels.lambda_attention(query, key, value, **options)
-    assert isinstance(out, jax.Array)  # residuals are not asked for
+    assert isinstance(out, jax.Array)  # no residuals
     return out
+
+
+def _first_positions(batch: int, count: int) -> Int[Array, "B R"]:
+    return jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (batch, count))
 
 
 def _rows(x: Array, rows: Int[Array, "B R"]) -> Array:

@@ -155,9 +155,9 @@ class Cache:
 
 def layout_for(policy: LayerPolicy, capacity: int) -> Layout:
     """The smallest layout that a policy can run on; `capacity` bounds the unbounded ones."""
-    own = policy.cache_layout(capacity)
-    if own is not None:
-        return own
+    layout = policy.cache_layout(capacity)
+    if layout is not None:
+        return layout
     sinks, window = 0, 0
     for part in head_policies(policy):
         if part.window is None or part.num_sinks is None:
@@ -167,7 +167,14 @@ def layout_for(policy: LayerPolicy, capacity: int) -> Layout:
 
 
 def empty(
-    layout: Layout, *, layers: int, batch: int, kv_heads: int, head_dim: int, dtype, state: Any = ()
+    layout: Layout,
+    *,
+    layers: int,
+    batch: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: Any,
+    state: Any = (),
 ) -> Cache:
     """A cache that has read nothing, with what a policy's `init_state` gives for one layer."""
     shape = (layers, batch, layout.slots, kv_heads, head_dim)
@@ -197,13 +204,19 @@ def destinations(layout: PositionLayout, pos: Int[Array, "B T"]) -> Int[Array, "
 
 
 def write(
-    stored: Float[Array, "L B S K H"], new: Float[Array, "B T K H"], layer, slots: Int[Array, "B T"]
+    stored: Float[Array, "L B S K H"],
+    new: Float[Array, "B T K H"],
+    layer: Any,
+    slots: Int[Array, "B T"],
 ) -> Float[Array, "L B S K H"]:
     """`stored` with layer `layer`'s new rows in place."""
     rows = jnp.arange(new.shape[0])[:, None]
     return stored.at[layer, rows, slots].set(new.astype(stored.dtype), mode="drop")
 
 
-def write_pos(stored: Int[Array, "B S"], pos: Int[Array, "B T"], slots) -> Int[Array, "B S"]:
+def write_pos(
+    stored: Int[Array, "B S"], pos: Int[Array, "B T"], slots: Int[Array, "B T"]
+) -> Int[Array, "B S"]:
+    """`stored` with the positions of new tokens in their slots."""
     rows = jnp.arange(pos.shape[0])[:, None]
     return stored.at[rows, slots].set(pos.astype(stored.dtype), mode="drop")

@@ -1,4 +1,6 @@
-"""Tokens of a row that lie on several devices: what each of them gets from the others."""
+"""Context parallelism: what each device gets of the tokens of a row on the others."""
+
+from typing import Any
 
 import jax
 from jaxtyping import Array
@@ -18,7 +20,7 @@ class ContextShards:
         return self.tokens * self.devices
 
     @property
-    def first(self):
+    def first(self) -> Any:
         """Where this device's tokens begin among those of all."""
         return self.index * self.tokens
 
@@ -34,7 +36,7 @@ class ContextShards:
         """The left neighbour's x; the first device gets the last one's."""
         return self._moved(x, [(i, (i + 1) % self.devices) for i in range(self.devices)])
 
-    def with_left(self, x: Array, count: int) -> Array:
+    def with_halo(self, x: Array, count: int) -> Array:
         """x [B, T, ...] behind the `count` tokens that stand before it, zeros before the first."""
         parts, hops = [x], 0
         while count > 0:

@@ -1,12 +1,13 @@
 """One token per row: over the slots of a cache as it was read, or by kernels.lambda_decode over one
 whose keys are rotated.
 
-Near keys seem where they are, and far ones where the policy says, whoever asks. So at the end of a
-prompt the last `window` keys are rotated to their positions, head by head as the kernel reads them,
-and the sinks, which may be all keys, to where they seem. Nothing is rotated again while a token is
-kept, which was a fifth of a decoding step on a CPU (SmolLM2-135M, 4,096 tokens).
+Where near and far keys seem to be does not depend on the query. So at the end of a prompt the last
+`window` keys are rotated to their positions, head by head as the kernel reads them, and the sinks,
+which may be all keys, to where they seem. Nothing is rotated again while a token is kept, which was
+a fifth of a decoding step on a CPU (SmolLM2-135M, 4,096 tokens).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,45 +16,26 @@ from jaxtyping import Array, Int
 
 from lminf import kernels
 from lminf.attention import cache as caches
-from lminf.attention import rope
+from lminf.attention import reference, rope
 from lminf.attention import scores as scores_
 from lminf.attention.policy import LayerPolicy, PerHead, Policy, head_policies
-from lminf.attention.scores import Branches, Placement, ScoreConfig
+from lminf.attention.scores import Placement, ScoreConfig
 from lminf.kernels.decode import cache as rolling
 
 
-def over_slots(policy: Policy, config, layout, slot_pos: Int[Array, "B S"], positions):
+def over_slots(
+    policy: Policy,
+    config: ScoreConfig,
+    layout: caches.PositionLayout,
+    slot_pos: Int[Array, "B S"],
+    positions: Int[Array, "B 1"],
+) -> Callable[..., Array]:
     """The function that reads all slots, of which one holds the token itself, for one layer."""
-    count = layout.slots if policy.num_sinks is None else policy.num_sinks
     # In both layouts the slots of the first positions are the first slots.
-    branches = Branches(
-        policy, Placement(config, positions), positions, slot_pos, slot_pos[:, :count]
+    attend = reference.dense(
+        policy, config, Placement(config, positions), positions, slot_pos, num_far=policy.num_sinks
     )
-    to, at = positions[:, :, None], slot_pos[:, None]
-    seen = (policy.visible(to, at) & (at >= 0))[:, None, None]
-    is_near = policy.in_window(to, at)[:, None, None, :, :count]
-
-    def biased(scores, slopes, q_at, k_at, scale):
-        if slopes is None:
-            return scores
-        key_heads = scores.shape[1]
-        return scores - scores_.alibi_bias(slopes, key_heads, q_at, k_at[:, None], scale)
-
-    def attend(q, k, v, before_k, before_v, stored_k, stored_v, slopes):
-        del k, v, before_k, before_v
-        scores = scores_.scaled(config, *branches.near(q, stored_k))
-        scores = biased(scores, slopes, positions, slot_pos, 1.0)
-        if count:
-            beyond = scores_.scaled(config, *branches.far(q, stored_k[:, :count]))
-            beyond = biased(
-                beyond, slopes, branches.far_q_pos, branches.far_k_pos, branches.far_scale
-            )
-            first = jnp.where(is_near, scores[..., :count], beyond)
-            scores = jnp.concatenate([first, scores[..., count:]], -1)
-        weights = scores_.softmax(config, scores, seen)
-        return scores_.mix(weights.astype(stored_v.dtype), stored_v)
-
-    return attend
+    return lambda q, k, v, before_k, before_v, *stored: attend(q, *stored)
 
 
 # --- Keys rotated once ----------------------------------------------------------------------------
@@ -81,22 +63,22 @@ def prerotate(policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache) -> 
     sinks = layout.slots if None in counts else max(counts)
     last = cache.pos.max(1, keepdims=True)  # [B, 1]
     ring_pos = last - (last - jnp.arange(window, dtype=jnp.int32)[None]) % window  # of slot p % w
-    held = jnp.clip(layout.slot(ring_pos), 0, layout.slots - 1)
+    ring_slots = jnp.clip(layout.slot(ring_pos), 0, layout.slots - 1)
     placement, row = Placement(config, last), jnp.arange(len(last))[:, None]
     by_ring = placement.rotation(ring_pos)
     sink_pos = jnp.broadcast_to(jnp.arange(sinks, dtype=jnp.int32)[None], (len(last), sinks))
     by_sinks = _by_part(policy, config, placement, sink_pos, "key")
 
     def ring_of(kv):
-        return placement.rotate(kv[0][row, held], by_ring), kv[1][row, held]
+        return placement.rotate(kv[0][row, ring_slots], by_ring), kv[1][row, ring_slots]
 
     def sinks_of(kv):
         return by_sinks(kv[0][:, :sinks]), kv[1][:, :sinks]
 
     def every_layer(part):
         """[L, B, K, X, H] of rows [B, X, K, H]."""
-        found = jax.lax.map(lambda kv: tuple(x.swapaxes(1, 2) for x in part(kv)), both)
-        return {"k": found[0], "v": found[1]}
+        stacked = jax.lax.map(lambda kv: tuple(x.swapaxes(1, 2) for x in part(kv)), both)
+        return {"k": stacked[0], "v": stacked[1]}
 
     both = (cache.k, cache.v)
     rotated = caches.PreRotated(window, sinks, ring=None not in counts)
@@ -113,8 +95,10 @@ def prerotate(policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache) -> 
 
         k, v = jax.lax.fori_loop(0, len(cache.k), change, both)
         return caches.Cache(k, v, cache.pos, rotated, state)
-    found = every_layer(main)
-    k, v = (found[name].reshape(*found[name].shape[:2], -1, *cache.k.shape[3:]) for name in "kv")
+    stacked = every_layer(main)
+    k, v = (
+        stacked[name].reshape(*stacked[name].shape[:2], -1, *cache.k.shape[3:]) for name in "kv"
+    )
     return caches.Cache(k, v, cache.pos, rotated, state)
 
 
@@ -123,7 +107,7 @@ def extend(
     config: ScoreConfig,
     layout: caches.PreRotated,
     positions: Int[Array, "B 1"],
-):
+) -> Callable[..., tuple[Array, caches.KVState]]:
     """The step of every layer, for one token per row, over a cache of rotated keys."""
     placement, parts = Placement(config, positions), head_policies(policy)
     by_position = placement.rotation(positions)
@@ -162,7 +146,7 @@ def extend(
         out = kernels.lambda_decode(
             near_query(q)[:, 0], cache, layer=layer, query_global=far_query(q)[:, 0], **options
         )
-        assert isinstance(out, jax.Array)  # residuals are not asked for
+        assert isinstance(out, jax.Array)  # no residuals
         ring, far = (cache.k_ring, cache.v_ring), (cache.k_global, cache.v_global)
         main, other = (ring, far) if layout.ring else (far, ring)
         return out[:, None], caches.KVState(main[0], main[1], {"k": other[0], "v": other[1]})
@@ -177,8 +161,8 @@ def _by_part(policy, config, placement, positions, of: str | None):
 
     def make(part: Policy):
         far, gain = part.far_positions(), part.query_gain(positions) if of != "key" else None
-        at, scale = (positions, 1.0) if of is None else (getattr(far, of)(positions), far.scale)
-        by = placement.rotation(at, scale)
+        pos, scale = (positions, 1.0) if of is None else (getattr(far, of)(positions), far.scale)
+        by = placement.rotation(pos, scale)
 
         def placed(x, slopes):
             del slopes

@@ -9,22 +9,12 @@ A policy of positions is two branches over absolute positions q (query) and k (k
 disjoint, so attention is one softmax over their union. A policy that bounds both is bounded in
 memory: first `num_sinks` and last `window` tokens are all it can ever see.
 
-| policy      | sees                  | far keys seem to be at          |
-|-------------|-----------------------|---------------------------------|
-| Full        | all earlier           | –                               |
-| Window      | last w                | –                               |
-| Lambda      | first g, last w       | where they are                  |
-| LMInfinite  | first g, last w       | distance w (or `distance`)      |
-| Streaming   | first g, last w       | their place in the cache        |
-| ReRoPE      | all earlier           | distance w                      |
-| LeakyReRoPE | all earlier           | distance w + (d - w) / stretch  |
-| SelfExtend  | all earlier           | floor-divided positions         |
-
 The policies that go by what tokens hold are in `lminf.attention.policies`. None computes attention:
 `attend` does, and `sparse` and `slots` for those that select or evict.
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple, TypeAlias
@@ -38,11 +28,11 @@ from lminf.errors import InputError
 from lminf.ranges import Range
 
 PositionMap: TypeAlias = Callable[[Int[Array, "..."]], Int[Array, "..."]]
-# Positions are 32 bits wide; what is held or chosen whatever the text has to fit in memory.
+# Positions are 32 bits wide; counts that are kept whatever the text have to fit in memory.
 Tokens: TypeAlias = Annotated[int, Range(min=1, max=2**30)]
 Distance: TypeAlias = Annotated[int, Range(min=0, max=2**30)]
-Held: TypeAlias = Annotated[int, Range(min=1, max=2**20)]
-HeldOrNone: TypeAlias = Annotated[int, Range(min=0, max=2**20)]
+Count: TypeAlias = Annotated[int, Range(min=1, max=2**20)]
+CountOrNone: TypeAlias = Annotated[int, Range(min=0, max=2**20)]
 Layers: TypeAlias = Annotated[int, Range(min=0, max=2**20)]
 
 
@@ -62,7 +52,7 @@ def _constant(value: int) -> PositionMap:
     return lambda positions: jnp.full_like(positions, value)
 
 
-def register(name: str):
+def register(name: str) -> Callable[[type], type]:
     """Makes a class of policies known by this name on command lines and in configs."""
 
     def known(kind):
@@ -116,7 +106,9 @@ class LayerPolicy(Named):
         del shape
         return ()
 
-    def observe_hidden(self, cache: Any, *, tokens, positions, hidden, logits: Callable) -> Any:
+    def observe_hidden(
+        self, cache: Any, *, tokens: Array, positions: Array, hidden: Array, logits: Callable
+    ) -> Any:
         """The cache once the model has read these tokens and come to these final states [B, T, D];
         `logits(hidden)` are what it expects after them.
         """
@@ -134,10 +126,11 @@ class Policy(LayerPolicy):
     What may be a field has no default here: a dataclass would take it for the field's own.
     """
 
-    # int | None, as fields or properties. Tokens seen at their true distance, the query's own
-    # included, and tokens at the start seen beyond those; None: all.
+    # int | None, as a field or property. Tokens seen at their true distance, the query's own
+    # included; None: all.
     window: Any
-    num_sinks: Any
+    # int | None. Tokens at the start seen beyond those, by default the field `sinks`; None: all.
+    num_sinks: Any = property(operator.attrgetter("sinks"))
 
     window_field = "window"  # the field that `window` comes from
     max_selected = 0  # tokens, at most, that are seen beside the near ones and the sinks
@@ -190,11 +183,9 @@ class Window(Policy):
 class Lambda(Window):
     """First `sinks` and last `window` tokens, where they are: the mask of LM-Infinite alone."""
 
-    sinks: HeldOrNone  # tokens at the start that stay visible
+    sinks: CountOrNone  # tokens at the start that stay visible
 
-    @property
-    def num_sinks(self) -> int:
-        return self.sinks
+    num_sinks = Policy.num_sinks
 
 
 @dataclass(frozen=True)
@@ -337,15 +328,15 @@ def by_layer(
     the attention of the layers that read everything, or of all layers where none does; a layer
     that was trained local in a model that also reads everything (Gemma 2) stays local.
     """
-    own = tuple(Full() if width is None else Window(width) for width in windows)
+    trained_policies = tuple(Full() if width is None else Window(width) for width in windows)
     pattern = policy.policies if isinstance(policy, PerLayer) else (policy,)
     if not pattern or len(windows) % len(pattern):
         raise InputError(
             f"{len(pattern)} policies do not divide {len(windows)} layers; "
             f"give one policy for each layer, or a pattern whose length divides {len(windows)}"
         )
-    wanted = pattern * (len(windows) // len(pattern))
-    for chosen in wanted:
+    requested = pattern * (len(windows) // len(pattern))
+    for chosen in requested:
         whole_layers = [p for p in head_policies(chosen) if not p.context_parallel]
         if isinstance(chosen, PerHead) and whole_layers:
             raise InputError(
@@ -360,7 +351,7 @@ def by_layer(
     mixed = any(width is None for width in windows)
     return tuple(
         trained if chosen == Full() or (mixed and width is not None) else chosen
-        for chosen, trained, width in zip(wanted, own, windows, strict=True)
+        for chosen, trained, width in zip(requested, trained_policies, windows, strict=True)
     )
 
 

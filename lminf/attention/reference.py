@@ -2,12 +2,14 @@
 on. `logits` is what that softmax is taken of, for looking at.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lminf.attention import scores as scores_
 from lminf.attention.policy import LayerPolicy, Policy
-from lminf.attention.scores import Placement, ScoreConfig
+from lminf.attention.scores import Branches, Placement, ScoreConfig, by_head
 from lminf.kernels.common import masks
 
 
@@ -27,22 +29,37 @@ def reference(
 
     A position below 0 marks an empty slot or padding, as the segment masks.PADDING does.
     """
-    to, at = q_pos[:, :, None], k_pos[:, None, :]
-    placement = Placement(config, q_pos, q_segments)
-    same_text = (at >= 0) & (to >= 0)
+    same_text = None
     if q_segments is not None and k_segments is not None:
-        same_text &= q_segments[:, :, None] == k_segments[:, None, :]
+        same_text = q_segments[:, :, None] == k_segments[:, None, :]
         same_text &= (q_segments != masks.PADDING)[:, :, None]
+    placement = Placement(config, q_pos, q_segments)
+    return by_head(
+        policy, config, lambda part: dense(part, config, placement, q_pos, k_pos, same_text)
+    )(q, k, v)
 
-    def dense(part: Policy):
-        def attend(q, k, v, slopes):
-            found = _policy_scores(part, config, placement, slopes, q, k, q_pos, k_pos)
-            seen = (part.visible(to, at) & same_text)[:, None, None]
-            return scores_.mix(scores_.softmax(config, found, seen).astype(v.dtype), v)
 
-        return attend
+def dense(
+    policy: Policy,
+    config: ScoreConfig,
+    placement: Placement,
+    q_pos: Int[Array, "B T"],
+    k_pos: Int[Array, "B S"],
+    same_text: Bool[Array, "B T S"] | None = None,
+    num_far: int | None = None,
+) -> Callable[[Array, Array, Array, Array | None], Array]:
+    """The function of q, k, v and ALiBi's slopes that attends under one softmax, every rotation
+    computed once. Only the first `num_far` keys are ever far; None: all may be.
+    """
+    scores_of = _scores_of(policy, config, placement, q_pos, k_pos, num_far)
+    seen = _seen(policy, q_pos, k_pos)
+    seen = (seen if same_text is None else seen & same_text)[:, None, None]
 
-    return scores_.by_head(policy, config, dense)(q, k, v)
+    def attend(q, k, v, slopes):
+        weights = scores_.softmax(config, scores_of(q, k, slopes), seen)
+        return scores_.mix(weights.astype(v.dtype), v)
+
+    return attend
 
 
 def logits(
@@ -55,28 +72,32 @@ def logits(
     k_pos: Int[Array, "B S"],
 ) -> Float[Array, "B N T S"]:
     """What the reference's softmax is taken of, -inf for what is not seen: for looking at."""
-    placement, slopes = Placement(config, q_pos), config.slopes(q.shape[2])
-    found = config.capped(_policy_scores(policy, config, placement, slopes, q, k, q_pos, k_pos))
-    to, at = q_pos[:, :, None], k_pos[:, None, :]
-    seen = policy.visible(to, at) & (at >= 0) & (to >= 0)
-    found = jnp.where(seen[:, None, None], found, -jnp.inf)
-    return found.reshape(found.shape[0], -1, *found.shape[3:])
+    scores_of = _scores_of(policy, config, Placement(config, q_pos), q_pos, k_pos)
+    scores = config.capped(scores_of(q, k, config.slopes(q.shape[2])))
+    scores = jnp.where(_seen(policy, q_pos, k_pos)[:, None, None], scores, -jnp.inf)
+    return scores.reshape(scores.shape[0], -1, *scores.shape[3:])
 
 
-def _policy_scores(part: Policy, config, placement, slopes, q, k, q_pos, k_pos):
-    """Scores of every pair, placed near or far as the policy says: [B, K, G, T, S]."""
-    gain = part.query_gain(q_pos)
-    if gain is not None:
-        q = q * gain[..., None, None].astype(q.dtype)
+def _seen(policy, q_pos, k_pos) -> Bool[Array, "B T S"]:
+    query_pos, key_pos = q_pos[:, :, None], k_pos[:, None, :]
+    return policy.visible(query_pos, key_pos) & (key_pos >= 0) & (query_pos >= 0)
 
-    def placed(q_at, k_at, scale):
-        found = scores_.scaled(config, placement.at(q, q_at, scale), placement.at(k, k_at, scale))
-        if slopes is None:
-            return found
-        return found - scores_.alibi_bias(slopes, k.shape[2], q_at, k_at[:, None], scale)
 
-    far = part.far_positions()
-    near = placed(q_pos, k_pos, 1.0)
-    beyond = placed(far.query(q_pos), far.key(k_pos), far.scale)
-    is_near = part.in_window(q_pos[:, :, None], k_pos[:, None, :])
-    return jnp.where(is_near[:, None, None], near, beyond)
+def _scores_of(policy, config, placement, q_pos, k_pos, num_far=None):
+    """The function to scores [B, K, G, T, S] of pairs that are near or far as the policy says."""
+    far_pos = k_pos[:, :num_far]
+    count, branches = far_pos.shape[1], Branches(policy, placement, q_pos, k_pos, far_pos)
+    is_near = policy.in_window(q_pos[:, :, None], far_pos[:, None, :])[:, None, None]
+
+    def scores_of(q, k, slopes):
+        near = scores_.scaled(config, *branches.near(q, k), slopes, q_pos, k_pos[:, None])
+        if not count:
+            return near
+        beyond = scores_.scaled(
+            config, *branches.far(q, k[:, :count]), slopes, branches.far_q_pos,
+            branches.far_k_pos[:, None], branches.far_scale,
+        )  # fmt: skip
+        first = jnp.where(is_near, near[..., :count], beyond)
+        return first if count == k.shape[1] else jnp.concatenate([first, near[..., count:]], -1)
+
+    return scores_of

@@ -37,46 +37,46 @@ def _powers(base, dim: int):
     return base ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
 
 
-@dataclass(frozen=True)
-class Unscaled:
-    """theta_m = base^(-2m/dim). Source: Su et al. 2021, arXiv:2104.09864."""
+class _Schedule:
+    @property
+    def temperature(self) -> float:
+        """Factor on cos and sin."""
+        return 1.0
 
-    temperature = 1.0
+    def __post_init__(self):
+        ranges.check(self)
+
+
+@dataclass(frozen=True)
+class Unscaled(_Schedule):
+    """theta_m = base^(-2m/dim). Source: Su et al. 2021, arXiv:2104.09864."""
 
     def frequencies(self, base: float, dim: int) -> np.ndarray:
         return _powers(base, dim)
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(_Schedule):
     """Positions divided by `factor`: interpolation. Source: Chen et al. 2023, arXiv:2306.15595."""
 
     factor: Factor
-    temperature = 1.0
-
-    def __post_init__(self):
-        ranges.check(self)
 
     def frequencies(self, base: float, dim: int) -> np.ndarray:
         return _powers(base, dim) / self.factor
 
 
 @dataclass(frozen=True)
-class NTKAware:
+class NTKAware(_Schedule):
     """Base times alpha^(dim/(dim-2)): the slowest channel slows by alpha, the fastest stays."""
 
     alpha: Factor
-    temperature = 1.0
-
-    def __post_init__(self):
-        ranges.check(self)
 
     def frequencies(self, base: float, dim: int) -> np.ndarray:
         return _powers(base * self.alpha ** (dim / (dim - 2)), dim)
 
 
 @dataclass(frozen=True)
-class DynamicNTK:
+class DynamicNTK(_Schedule):
     """NTK-aware with the base following the current length n once n exceeds the trained length.
 
     base' = base * (alpha*n/trained - (alpha - 1))^(dim/(dim-2)). All keys share the base of the
@@ -85,10 +85,6 @@ class DynamicNTK:
 
     alpha: Factor
     trained_length: Length
-    temperature = 1.0
-
-    def __post_init__(self):
-        ranges.check(self)
 
     def frequencies_at(
         self, base: float, dim: int, length: Int[Array, "*B"]
@@ -101,7 +97,7 @@ class DynamicNTK:
 
 
 @dataclass(frozen=True)
-class YaRN:
+class YaRN(_Schedule):
     """Interpolated and original frequencies blended by channel, cos and sin times a temperature.
 
     Channels that turn more than `beta_fast` times within the trained length keep their frequency,
@@ -117,7 +113,7 @@ class YaRN:
     truncate: bool = True  # round the ramp's ends outwards to whole channels
 
     def __post_init__(self):
-        ranges.check(self)
+        super().__post_init__()
         if self.beta_fast < self.beta_slow:
             raise InputError(
                 f"YaRN's beta_fast={self.beta_fast} is below beta_slow={self.beta_slow}; give the "
@@ -145,7 +141,7 @@ class YaRN:
 
 
 @dataclass(frozen=True)
-class Llama3:
+class Llama3(_Schedule):
     """Wavelengths past trained/low_freq_factor slowed by `factor`, short ones kept, a ramp between.
 
     Source: the Llama 3.1 release (Dubey et al. 2024, arXiv:2407.21783).
@@ -155,10 +151,9 @@ class Llama3:
     low_freq_factor: Factor
     high_freq_factor: Factor
     trained_length: Length
-    temperature = 1.0
 
     def __post_init__(self):
-        ranges.check(self)
+        super().__post_init__()
         if self.low_freq_factor >= self.high_freq_factor:
             raise InputError(
                 f"Llama 3's low_freq_factor={self.low_freq_factor} is not below "
@@ -300,9 +295,9 @@ def _split(turns_per_token: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _split_traced(turns_per_token: Float32[Array, "*B P"]):
     # A float32 has 24 bits, so both words are exact and every position uses the same frequency.
     high = turns_per_token * jnp.float32(2.0**32)
-    whole = jnp.floor(high)
-    low = (high - whole) * jnp.float32(2.0**32)
-    return whole.astype(jnp.uint32), low.astype(jnp.uint32)
+    high_word = jnp.floor(high)
+    low = (high - high_word) * jnp.float32(2.0**32)
+    return high_word.astype(jnp.uint32), low.astype(jnp.uint32)
 
 
 def _angle(positions: Int[Array, "..."], high, low) -> Float32[Array, "..."]:

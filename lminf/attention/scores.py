@@ -5,6 +5,7 @@ be. Key heads are named K, the G query heads of each N = K G; P key lists serve 
 (P is 1, K or N).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -67,12 +68,17 @@ class Placement:
             return None
         return rope.rotation(self.encoding, positions, scale=scale, length=self.length)
 
-    def rotate(self, x: Float[Array, "*B X N H"], by: rope.Rotation | None):
+    def rotate(
+        self, x: Float[Array, "*B X N H"], by: rope.Rotation | None
+    ) -> Float[Array, "*B X N H"]:
+        """x rotated; itself where the model does not rotate."""
         if not isinstance(self.encoding, rope.Rotary) or by is None:
             return x
         return rope.rotate(x, by, self.encoding.layout)
 
-    def at(self, x: Float[Array, "B X N H"], positions: Int[Array, "B X"], scale: float = 1.0):
+    def at(
+        self, x: Float[Array, "B X N H"], positions: Int[Array, "B X"], scale: float = 1.0
+    ) -> Float[Array, "B X N H"]:
         """x placed at these positions."""
         return self.rotate(x, self.rotation(positions, scale))
 
@@ -93,7 +99,12 @@ class Placement:
         every = jnp.arange(positions, dtype=jnp.int32)
         return self.rotation(jnp.broadcast_to(every, (batch, positions)))
 
-    def look_up(self, x: Float[Array, "B *X H"], table: rope.Rotation | None, positions):
+    def look_up(
+        self,
+        x: Float[Array, "B *X H"],
+        table: rope.Rotation | None,
+        positions: Array,
+    ) -> Float[Array, "B *X H"]:
         """x [B, ..., H] with each vector at a position of its own, [B, ...]."""
         if table is None:
             return x
@@ -119,10 +130,12 @@ class Branches:
             placement.rotation(pos, far.scale) for pos in (self.far_q_pos, self.far_k_pos)
         )
 
-    def near(self, q, k):
+    def near(self, q: Array, k: Array) -> tuple[Array, Array]:
+        """Both placed at their positions."""
         return self._placed(q, k, self._near)
 
-    def far(self, q, k):
+    def far(self, q: Array, k: Array) -> tuple[Array, Array]:
+        """Both placed where far pairs seem to be."""
         return self._placed(q, k, self._far)
 
     def _placed(self, q, k, by):
@@ -167,8 +180,8 @@ def mix(weights: Float[Array, "B K G T S"], v: Float[Array, "B S K H"]) -> Float
 def _dot_of_one(q: Float[Array, "B 1 N H"], k: Float[Array, "B S K H"]):
     """`dot` of one query per row: each head's query in its key head's columns of one wide row."""
     batch, slots, key_heads, _ = k.shape
-    own = np.repeat(np.eye(key_heads, dtype=bool), q.shape[2] // key_heads, axis=0)  # [N, K]
-    wide = jnp.where(own[None, :, :, None], q[:, 0, :, None], jnp.zeros((), q.dtype))
+    head_mask = np.repeat(np.eye(key_heads, dtype=bool), q.shape[2] // key_heads, axis=0)  # [N, K]
+    wide = jnp.where(head_mask[None, :, :, None], q[:, 0, :, None], jnp.zeros((), q.dtype))
     scores = jnp.einsum(
         "bnc,bsc->bns", wide.reshape(batch, q.shape[2], -1), k.reshape(batch, slots, -1),
         preferred_element_type=jnp.float32,
@@ -182,25 +195,27 @@ def _mix_of_one(weights: Float[Array, "B K G 1 S"], v: Float[Array, "B S K H"]):
     rows = weights.reshape(batch, -1, slots)
     out = jnp.einsum("bns,bsc->bnc", rows, v.reshape(batch, slots, -1))
     out = out.reshape(batch, key_heads, -1, key_heads, width)
-    own = jnp.stack([out[:, head, :, head] for head in range(key_heads)], 1)
-    return own.reshape(batch, 1, -1, width)
+    kept = jnp.stack([out[:, head, :, head] for head in range(key_heads)], 1)
+    return kept.reshape(batch, 1, -1, width)
 
 
-def scaled(config: ScoreConfig, q, k: Float[Array, "B S K H"]) -> Float[Array, "B K G T S"]:
-    """Scores of placed queries and keys, before ALiBi's bias and the soft cap."""
-    return dot(q, k) * jnp.float32(config.scale)
-
-
-def alibi_bias(
-    slopes: Float[Array, " N"],
-    key_heads: int,
-    q_at: Int[Array, "B T"],
-    k_at: Int[Array, "B P S"],
+def scaled(
+    config: ScoreConfig,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    slopes: Float[Array, " N"] | None = None,
+    q_pos: Int[Array, "B T"] | None = None,
+    k_pos: Int[Array, "B P S"] | None = None,
     scale: float = 1.0,
 ) -> Float[Array, "B K G T S"]:
-    """What ALiBi takes off the scores, with one list of keys or one for each key head."""
-    distance = (q_at[:, None, :, None] - k_at[:, :, None]).astype(jnp.float32) * scale
-    return slopes.reshape(1, key_heads, -1, 1, 1) * distance[:, :, None]
+    """Scores of placed queries and keys before the soft cap. ALiBi's slopes take off the distance
+    between their positions times `scale`; P is 1 or K.
+    """
+    products = dot(q, k) * jnp.float32(config.scale)
+    if slopes is None or q_pos is None or k_pos is None:
+        return products
+    distance = (q_pos[:, None, :, None] - k_pos[:, :, None]).astype(jnp.float32) * scale
+    return products - slopes.reshape(1, k.shape[2], -1, 1, 1) * distance[:, :, None]
 
 
 def softmax(
@@ -217,7 +232,9 @@ def softmax(
 # --- Heads that differ ----------------------------------------------------------------------------
 
 
-def by_head(policy: LayerPolicy, config: ScoreConfig, make):
+def by_head(
+    policy: LayerPolicy, config: ScoreConfig, make: Callable[[Policy], Callable]
+) -> Callable[..., Array]:
     """`run(q, *arrays)` calling `make(part)(q, *arrays, slopes)` for the heads of each part.
 
     `arrays` have their key/value heads on axis 2, as q has its query heads.

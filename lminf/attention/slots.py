@@ -2,8 +2,11 @@
 
 Which token a slot holds may differ by key head, so slots carry a position for each head (or one for
 all): where the token stands in the text or, under eviction, its number in the cache. A position of
--1 empties a slot; nothing moves. Everything that is held and not later is seen.
+-1 empties a slot; nothing moves. Every filled slot that is not later is seen.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,26 +18,29 @@ from lminf.attention.scores import Placement, ScoreConfig
 from lminf.errors import InputError
 
 
-def visible(to: Int[Array, "B T"], at: Int[Array, "B S P"]) -> Bool[Array, "B P 1 T S"]:
-    """Whether a query at `to` sees the slot of each head: it is held, and not of the future."""
-    at = at.swapaxes(1, 2)[:, :, None, None, :]
-    return (at >= 0) & (at <= to[:, None, None, :, None])
+def visible(q_pos: Int[Array, "B T"], k_pos: Int[Array, "B S P"]) -> Bool[Array, "B P 1 T S"]:
+    """Whether a query at `q_pos` sees the slot of each head: filled, and not later."""
+    k_pos = k_pos.swapaxes(1, 2)[:, :, None, None, :]
+    return (k_pos >= 0) & (k_pos <= q_pos[:, None, None, :, None])
 
 
 def scores(
-    config: ScoreConfig, q, k: Float[Array, "B S K H"], to: Int[Array, "B T"], at
+    config: ScoreConfig,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    q_pos: Int[Array, "B T"],
+    k_pos: Int[Array, "B S P"],
 ) -> Float[Array, "B K G T S"]:
     """Of queries and keys that are rotated already, at positions by head [B, S, P]."""
-    found, slopes = scores_.scaled(config, q, k), config.slopes(q.shape[2])
-    if slopes is None:
-        return found
-    return found - scores_.alibi_bias(slopes, k.shape[2], to, at.swapaxes(1, 2))
+    return scores_.scaled(config, q, k, config.slopes(q.shape[2]), q_pos, k_pos.swapaxes(1, 2))
 
 
 # --- Eviction -------------------------------------------------------------------------------------
 
 
-def extend(policy, config: ScoreConfig, layout: caches.SlotCache, positions: Int[Array, "B T"]):
+def extend(
+    policy: Any, config: ScoreConfig, layout: caches.SlotCache, positions: Int[Array, "B T"]
+) -> Callable[..., tuple[Array, caches.KVState]]:
     """The step of every layer under a policy that evicts. The tokens of a call lie between two
     evictions; before the first after one, `policy.evict` makes room.
     """
@@ -44,34 +50,34 @@ def extend(policy, config: ScoreConfig, layout: caches.SlotCache, positions: Int
             f"{policy.name} evicts before every {every} tokens, but {tokens} are to be read "
             f"at once; read them in chunks through the cache, or give turn>={tokens}"
         )
-    at = policy.position_in_cache(positions)  # [B, T]
-    starts = ((at >= 0) & (positions % every == 0)).any(1)
-    first = jnp.where(at >= 0, positions, jnp.iinfo(jnp.int32).max).min(1) - every
+    cache_pos = policy.position_in_cache(positions)  # [B, T]
+    starts = ((cache_pos >= 0) & (positions % every == 0)).any(1)
+    first = jnp.where(cache_pos >= 0, positions, jnp.iinfo(jnp.int32).max).min(1) - every
     since = policy.position_in_cache(jnp.maximum(first, 0))[:, None, None]
-    placement = Placement(config, at)
-    by_q, table = placement.rotation(at), placement.table(layout.slots, len(at))
+    placement = Placement(config, cache_pos)
+    by_q, table = placement.rotation(cache_pos), placement.table(layout.slots, len(cache_pos))
 
     def evicted(state):
         new = policy.evict(state, since)
         return {x: jnp.where(starts[:, None, None], new[x], state[x]) for x in new}
 
     def step(q, k, v, kv, layer):
-        own = {name: kv.state[name][layer] for name in ("pos", "score")}
+        layer_state = {name: kv.state[name][layer] for name in ("pos", "score")}
         # Sorting, which most steps of decoding need not do.
-        own = jax.lax.cond(starts.any(), evicted, lambda state: state, own)
-        slots = _free(own["pos"], tokens)  # [B, T, P]
-        slots = jnp.where((at >= 0)[:, :, None], slots, layout.slots)
+        layer_state = jax.lax.cond(starts.any(), evicted, lambda state: state, layer_state)
+        slots = _free(layer_state["pos"], tokens)  # [B, T, P]
+        slots = jnp.where((cache_pos >= 0)[:, :, None], slots, layout.slots)
         index = _rows(slots), slots, _heads(slots)
-        pos = own["pos"].at[index].set(at[:, :, None], mode="drop")
-        score = own["score"].at[index].set(0.0, mode="drop")
+        pos = layer_state["pos"].at[index].set(cache_pos[:, :, None], mode="drop")
+        score = layer_state["score"].at[index].set(0.0, mode="drop")
         stored_k = _write(kv.k, k, layer, slots)
         stored_v = _write(kv.v, v, layer, slots)
         all_k, all_v = stored_k[layer].astype(k.dtype), stored_v[layer].astype(v.dtype)
         placed = placement.look_up(all_k, table, jnp.maximum(pos, 0))
-        found = scores(config, placement.rotate(q, by_q), placed, at, pos)
-        weights = scores_.softmax(config, found, visible(at, pos))
+        logits = scores(config, placement.rotate(q, by_q), placed, cache_pos, pos)
+        weights = scores_.softmax(config, logits, visible(cache_pos, pos))
         out = scores_.mix(weights.astype(v.dtype), all_v)
-        new = {"pos": pos, "score": policy.observe_slots(score, weights, at)}
+        new = {"pos": pos, "score": policy.observe_slots(score, weights, cache_pos)}
         state = kv.state | {name: kv.state[name].at[layer].set(new[name]) for name in new}
         return out, caches.KVState(stored_k, stored_v, state)
 
@@ -103,14 +109,21 @@ def _heads(slots: Int[Array, "B T P"]):
 # --- Compressed prompts ---------------------------------------------------------------------------
 
 
-def last_queries(state, q: Float[Array, "B T N H"], layer):
+def last_queries(
+    state: dict[str, Array], q: Float[Array, "B T N H"], layer: Any
+) -> dict[str, Array]:
     """The state of a prompt that will be compressed, with its last queries, un-rotated."""
     before = state["q"]
     last = jnp.concatenate([before[layer], q.astype(before.dtype)], 1)[:, -before.shape[2] :]
     return {"q": before.at[layer].set(last)}
 
 
-def extend_compressed(config: ScoreConfig, layout, stored_pos, positions: Int[Array, "B T"]):
+def extend_compressed(
+    config: ScoreConfig,
+    layout: caches.CompressedPrompt,
+    stored_pos: Int[Array, "B S"],
+    positions: Int[Array, "B T"],
+) -> tuple[Callable[..., tuple[Array, caches.KVState]], Int[Array, "B S"]]:
     """`attend.extend` over what is left of a prompt, whose keys are rotated and may be narrower,
     and the tokens after it, under one softmax.
     """
@@ -132,12 +145,12 @@ def extend_compressed(config: ScoreConfig, layout, stored_pos, positions: Int[Ar
         q = placement.rotate(q, by_q)
         narrow = narrowed(q, old["channels"]) if "channels" in old else q
         mine = jnp.broadcast_to(new_pos[..., None], (*new_pos.shape, old["pos"].shape[2]))
-        found = jnp.concatenate(
+        logits = jnp.concatenate(
             [scores(config, narrow, old["k"].astype(q.dtype), positions, old["pos"]),
              scores(config, q, placement.rotate(new_k, by_k), positions, mine)], -1,
         )  # fmt: skip
         seen = visible(positions, jnp.concatenate([old["pos"], mine], 1))
-        weights = scores_.softmax(config, found, seen).astype(v.dtype)
+        weights = scores_.softmax(config, logits, seen).astype(v.dtype)
         older = old["pos"].shape[1]
         out = scores_.mix(weights[..., :older], old["v"].astype(v.dtype))
         return out + scores_.mix(weights[..., older:], new_v), kv

@@ -64,10 +64,10 @@ class SparsePolicy(Policy):
         """What these queries see, and the state."""
         raise NotImplementedError
 
-    def attend(self, query: "Query", selected: Any) -> tuple[Array, Callable[[], Array] | None]:
-        """Outputs [B, R, N, H] over what is selected; and what the window's keys received."""
-        if isinstance(selected, SelectedBlocks):
-            return _visit_blocks(query, selected), None
+    def attend(
+        self, query: "Query", selected: Any
+    ) -> tuple[Float[Array, "B R N H"], Callable[[], Array] | None]:
+        """Outputs over what is selected, and the function of what the window's keys received."""
         by_kernel = query.q.shape[1] > 1 and isinstance(self.selected_distance, int)
         return (_by_kernel if by_kernel else _gathered)(self, query, selected)
 
@@ -87,19 +87,19 @@ class Selected(NamedTuple):
     positions: Int[Array, "B P X"]  # rising, -1 for none; lists of P heads: 1, K or N
     window_start: Int[Array, " B"]
     window_len: int
-    kv: tuple[Array, Array] | None = None  # [B, X, K, H] at `positions`, where at hand already
 
     @property
     def window_positions(self) -> Int[Array, "B W"]:
         return self.window_start[:, None] + jnp.arange(self.window_len, dtype=jnp.int32)[None]
 
 
-class SelectedBlocks(NamedTuple):
-    """Blocks of `size` tokens that each query of each head sees up to itself, packed."""
-
-    chosen: Bool[Array, "B R N M"]  # of all M blocks of the text
-    size: int
-    visited: Int[Array, ""]  # of these the first so many are visited
+def block_positions(
+    block_ids: Int[Array, "B P M"], size: int, *, first: int = 0
+) -> Int[Array, "B P X"]:
+    """Positions of the tokens of blocks that begin at `first`; -1 for those of block -1."""
+    block_ids = block_ids[..., None]
+    positions = first + block_ids * size + jnp.arange(size, dtype=jnp.int32)[None, None, None]
+    return jnp.where(block_ids >= 0, positions, -1).reshape(*block_ids.shape[:2], -1)
 
 
 # --- Groups of queries ----------------------------------------------------------------------------
@@ -122,9 +122,9 @@ class Group(NamedTuple):
     def cut(self, x: Float[Array, "B T N H"]) -> Float[Array, "B R N H"]:
         return x[_each_row(self.columns), jnp.clip(self.columns, 0, x.shape[1] - 1)]
 
-    def put(self, out: Float[Array, "B T N H"], part) -> Float[Array, "B T N H"]:
-        at = jnp.where(self.pos >= 0, self.columns, out.shape[1])
-        return out.at[_each_row(at), at].set(part.astype(out.dtype), mode="drop")
+    def put(self, out: Float[Array, "B T N H"], part: Array) -> Float[Array, "B T N H"]:
+        columns = jnp.where(self.pos >= 0, self.columns, out.shape[1])
+        return out.at[_each_row(columns), columns].set(part.astype(out.dtype), mode="drop")
 
 
 class Groups:
@@ -137,7 +137,7 @@ class Groups:
         self.first = jnp.maximum(positions[:, 0], 0) // size
         self.count = jnp.max(positions[:, -1] // size - self.first) + 1
 
-    def at(self, index) -> Group:
+    def at(self, index: Any) -> Group:
         number = (self.first + index)[:, None]
         if self.tokens <= self.size:
             columns = jnp.arange(self.tokens, dtype=jnp.int32)
@@ -153,7 +153,7 @@ class Groups:
         first = jnp.where(pos >= 0, pos, end[:, None]).min(1)
         return Group(columns, rows_pos, pos, first, end)
 
-    def run(self, one: Callable, q: Float[Array, "B T N H"], state) -> tuple[Array, Any]:
+    def run(self, one: Callable, q: Float[Array, "B T N H"], state: Any) -> tuple[Array, Any]:
         """(out, state) after `one(group, its q, state)` gave those of every group in turn."""
 
         def body(index, carry):
@@ -168,8 +168,8 @@ class Groups:
         return jax.lax.fori_loop(jnp.int32(0), self.count.astype(jnp.int32), body, carry)
 
 
-def _each_row(at: Int[Array, "B R"]) -> Int[Array, "B 1"]:
-    return jnp.arange(at.shape[0], dtype=jnp.int32)[:, None]
+def _each_row(positions: Int[Array, "B R"]) -> Int[Array, "B 1"]:
+    return jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None]
 
 
 @dataclass(frozen=True)
@@ -198,27 +198,34 @@ class Query:
         """Where it begins and how long it is, from so many tokens before the first query on."""
         return self.group.base - before, before + self.q.shape[1]
 
-    def rows(self, stored: Float[Array, "L B S K H"], at: Int[Array, "B X"]):
+    def rows(self, stored: Float[Array, "L B S K H"], positions: Int[Array, "B X"]) -> Array:
         """[B, X, K, H] of this layer; positions that there are none of give any row."""
-        at = jnp.clip(at, 0, stored.shape[2] - 1)
-        return stored[self.layer, _each_row(at), at].astype(self.q.dtype)
+        positions = jnp.clip(positions, 0, stored.shape[2] - 1)
+        return stored[self.layer, _each_row(positions), positions].astype(self.q.dtype)
 
-    def by_head(self, stored: Float[Array, "L B S K H"], at: Int[Array, "B P X"]):
+    def by_head(self, stored: Float[Array, "L B S K H"], positions: Int[Array, "B P X"]) -> Array:
         """[B, P, X, H], with a list of positions for each of P heads: K or N."""
-        row = jnp.arange(at.shape[0], dtype=jnp.int32)[:, None, None]
-        head = jnp.arange(at.shape[1], dtype=jnp.int32)[None, :, None]
-        head = head // (at.shape[1] // stored.shape[3])
-        at = jnp.clip(at, 0, stored.shape[2] - 1)
-        return stored[self.layer, row, at, head].astype(self.q.dtype)
+        row = jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None, None]
+        head = jnp.arange(positions.shape[1], dtype=jnp.int32)[None, :, None]
+        head = head // (positions.shape[1] // stored.shape[3])
+        positions = jnp.clip(positions, 0, stored.shape[2] - 1)
+        return stored[self.layer, row, positions, head].astype(self.q.dtype)
 
-    def placed(self, x: Float[Array, "B P X H"], at: Int[Array, "B P X"]):
-        return self.placement.look_up(x, self.table, at)
+    def placed(self, x: Float[Array, "B P X H"], positions: Int[Array, "B P X"]) -> Array:
+        """x at these positions."""
+        return self.placement.look_up(x, self.table, positions)
 
 
 # --- One layer ------------------------------------------------------------------------------------
 
 
-def reader(policy: SparsePolicy, config: ScoreConfig, layout, positions, over_positions: Callable):
+def reader(
+    policy: SparsePolicy,
+    config: ScoreConfig,
+    layout: caches.Layout,
+    positions: Int[Array, "B T"],
+    over_positions: Callable[[Policy], Callable],
+) -> Callable[..., tuple[Array, Any]]:
     """(q, k, v, kv before, kv after the chunk is written, layer) -> out, state. `over_positions`
     makes the function that attends under a policy of positions.
     """
@@ -276,94 +283,93 @@ def _by_kernel(policy, query, selected):
     near_pos, sinks = selected.window_positions, _sinks(policy, len(query.q))
     k, v = query.rows(query.kv.k, near_pos), query.rows(query.kv.v, near_pos)
     near_q, near_k = placement.at(query.q, group.rows_pos), placement.at(k, near_pos)
-    far, listed = {}, selected.positions[:, 0]
-    at = jnp.concatenate([sinks, listed], 1)
-    if at.shape[1]:
-        far_k, far_v = selected.kv or (query.rows(query.kv.k, listed),
-                                       query.rows(query.kv.v, listed))  # fmt: skip
+    far, far_pos = {}, jnp.concatenate([sinks, selected.positions[:, 0]], 1)
+    if far_pos.shape[1]:
         far = {
             "query_global": placement.away(query.q, policy.selected_distance),
-            "key_global": jnp.concatenate([query.rows(query.kv.k, sinks), far_k], 1),
-            "value_global": jnp.concatenate([query.rows(query.kv.v, sinks), far_v], 1),
-            "global_positions": at,
+            "key_global": query.rows(query.kv.k, far_pos),
+            "value_global": query.rows(query.kv.v, far_pos),
+            "global_positions": far_pos,
         }
     out, lse = kernels.lambda_attention(
-        near_q, near_k, v, **far, num_global=at.shape[1], window_size=policy.window,
+        near_q, near_k, v, **far, num_global=far_pos.shape[1], window_size=policy.window,
         key_start=near_pos[:, 0], query_offset=selected.window_len - group.pos.shape[1],
         scale=config.scale, logits_soft_cap=config.soft_cap, return_residuals=True,
     )  # fmt: skip
 
     def received():
         return attention_received.by_key(
-            near_q, near_k, lse, q_pos=group.pos, k_pos=near_pos, seen=policy.in_window,
-            scale=config.scale, soft_cap=config.soft_cap,
-        )  # fmt: skip
+            config, near_q, near_k, lse, q_pos=group.pos, k_pos=near_pos, seen=policy.in_window
+        )
 
     return out, received
 
 
 def _gathered(policy, query, selected):
     """All that is seen, fetched and under one softmax; scores of all queries exist at once."""
-    group, placement, config, q = query.group, query.placement, query.config, query.q
-    to = group.pos[:, None, :, None]  # [B, 1, R, 1] beside keys [B, P, 1, X]
-    sinks = _sinks(policy, len(q))
-    near = selected.window_positions
     if not isinstance(policy.selected_distance, int):
-        return _attend_list(policy, query, sinks, selected.positions, near), None
+        return _attend_list(policy, query, selected), None
+    group, placement, config, q = query.group, query.placement, query.config, query.q
+    query_pos = group.pos[:, None, :, None]  # [B, 1, R, 1] beside keys [B, P, 1, X]
+    sinks, near, listed = _sinks(policy, len(q)), selected.window_positions, selected.positions
 
-    def shared(at, seen, placed_q, place=lambda k: k, kv=None):
+    def beyond(key_pos):
+        return query_pos - key_pos[:, :, None] >= policy.window
+
+    def shared(key_pos, seen, placed_q, rotation=None):
         """Scores and values of keys that all heads see or do not see."""
-        k, v = kv or (query.rows(query.kv.k, at), query.rows(query.kv.v, at))
-        scores = scores_.scaled(config, placed_q, place(k))
-        seen = (seen & (at >= 0)[:, None, None])[:, :, None]
-        return jnp.where(seen, config.capped(scores), scores_.MASKED), v
+        k = placement.rotate(query.rows(query.kv.k, key_pos), rotation)
+        scores = config.capped(scores_.scaled(config, placed_q, k))
+        seen = (seen & (key_pos >= 0)[:, None, None])[:, :, None]
+        return jnp.where(seen, scores, scores_.MASKED), query.rows(query.kv.v, key_pos)
 
-    def beyond(at):
-        return to - at[:, :, None] >= policy.window
-
-    near_at = near[:, None, None]
-    in_window = (near_at <= to) & (to - near_at < policy.window)
-    by_near = placement.rotation(near)
-    parts = [shared(near, in_window, placement.at(q, group.rows_pos),
-                    lambda k: placement.rotate(k, by_near))]  # fmt: skip
+    distance = query_pos - near[:, None, None]
+    in_window = (distance >= 0) & (distance < policy.window)
+    placed_q = placement.at(q, group.rows_pos)
+    parts = [shared(near, in_window, placed_q, placement.rotation(near))]
     if sinks.shape[1]:
         parts.append(shared(sinks, beyond(sinks[:, None]), placement.away(q, policy.sink_distance)))
-    scores, values = zip(*parts, strict=True)
     away = placement.away(q, policy.selected_distance)
-    listed = selected.positions
     if listed.shape[1] == 1:
-        more, v = shared(listed[:, 0], beyond(listed), away, kv=selected.kv)
-        scores, values = (*scores, more), (*values, v)
-    else:
-        more = _dot_lists(away, query.by_head(query.kv.k, listed)) * jnp.float32(config.scale)
-        seen = beyond(listed) & (listed >= 0)[:, :, None]
-        more = jnp.where(seen[:, :, None], config.capped(more), scores_.MASKED)
-        scores = (*scores, more.reshape(*scores[0].shape[:4], -1))
-    weights = _softmax(jnp.concatenate(scores, -1)).astype(q.dtype)
-    own, some = weights[..., : near.shape[1]], sum(v.shape[1] for v in values)
-    out = scores_.mix(weights[..., :some], jnp.concatenate(values, 1))
+        parts.append(shared(listed[:, 0], beyond(listed), away))
+    scores, values = map(list, zip(*parts, strict=True))
+    count = sum(v.shape[1] for v in values)
     if listed.shape[1] > 1:
-        out = out + _mix_lists(weights[..., some:], query.by_head(query.kv.v, listed))
-    return out, lambda: own.astype(jnp.float32).sum(3).reshape(len(q), -1, own.shape[-1])
+        seen = beyond(listed) & (listed >= 0)[:, :, None]
+        by_list = _list_scores(config, away, query.by_head(query.kv.k, listed), seen)
+        scores.append(by_list.reshape(*scores[0].shape[:4], -1))
+    weights = _softmax(jnp.concatenate(scores, -1)).astype(q.dtype)
+    out = scores_.mix(weights[..., :count], jnp.concatenate(values, 1))
+    if listed.shape[1] > 1:
+        out = out + _mix_lists(weights[..., count:], query.by_head(query.kv.v, listed))
+
+    def received():
+        return weights[..., : near.shape[1]].astype(jnp.float32).sum(3).reshape(
+            len(q), -1, near.shape[1]
+        )  # fmt: skip
+
+    return out, received
 
 
-def _attend_list(policy, query, sinks, selected: Int[Array, "B P X"], near):
+def _attend_list(policy, query, selected):
     """Of sinks, what is selected and the window, as one list for each of P heads."""
-    lists = selected.shape[:2]
-    sinks, near = (jnp.broadcast_to(x[:, None], (*lists, x.shape[1])) for x in (sinks, near))
-    at, to = jnp.concatenate([sinks, selected, near], 2), query.group.pos[:, None, :, None]
-    held, seen = at >= 0, (at >= 0)[:, :, None] & (at[:, :, None] <= to)  # [B, P, R, X]
-    k_at, q_at = at, query.group.rows_pos[:, None]
+    lists, q = selected.positions.shape[:2], query.q.swapaxes(1, 2)
+    sinks, near = (
+        jnp.broadcast_to(x[:, None], (*lists, x.shape[1]))
+        for x in (_sinks(policy, len(q)), selected.window_positions)
+    )
+    key_pos = jnp.concatenate([sinks, selected.positions, near], 2)
+    query_pos = query.group.pos[:, None, :, None]
+    seen = (key_pos >= 0)[:, :, None] & (key_pos[:, :, None] <= query_pos)  # [B, P, R, X]
+    as_if_key, as_if_query = key_pos, query.group.rows_pos[:, None]
     if policy.selected_distance == "packed":
-        k_at = jnp.cumsum(held, -1, dtype=jnp.int32) - 1
-        q_at = seen.sum(-1, dtype=jnp.int32) - 1
-    k = query.placed(query.by_head(query.kv.k, at), jnp.maximum(k_at, 0))
-    q = query.q.swapaxes(1, 2)
-    q_at = jnp.maximum(q_at, 0).repeat(q.shape[1] // q_at.shape[1], 1)
-    scores = _dot_lists(query.placed(q, q_at).swapaxes(1, 2), k) * jnp.float32(query.config.scale)
-    scores = jnp.where(seen[:, :, None], query.config.capped(scores), scores_.MASKED)
-    weights = _softmax(scores).astype(query.q.dtype)
-    return _mix_lists(weights, query.by_head(query.kv.v, at))
+        as_if_key = jnp.cumsum(key_pos >= 0, -1, dtype=jnp.int32) - 1
+        as_if_query = seen.sum(-1, dtype=jnp.int32) - 1
+    as_if_query = jnp.maximum(as_if_query, 0).repeat(q.shape[1] // as_if_query.shape[1], 1)
+    q = query.placed(q, as_if_query).swapaxes(1, 2)
+    k = query.placed(query.by_head(query.kv.k, key_pos), jnp.maximum(as_if_key, 0))
+    weights = _softmax(_list_scores(query.config, q, k, seen)).astype(q.dtype)
+    return _mix_lists(weights, query.by_head(query.kv.v, key_pos))
 
 
 def _sinks(policy, batch: int) -> Int[Array, "B G"]:
@@ -371,12 +377,18 @@ def _sinks(policy, batch: int) -> Int[Array, "B G"]:
     return jnp.broadcast_to(sinks, (batch, len(sinks)))
 
 
-def _dot_lists(q: Float[Array, "B R N H"], k: Float[Array, "B P X H"]):
-    """[B, P, N / P, R, X] of queries with the list of their head."""
+def _list_scores(
+    config: ScoreConfig,
+    q: Float[Array, "B R N H"],
+    k: Float[Array, "B P X H"],
+    seen: Bool[Array, "B P R X"],
+) -> Float[Array, "B P G R X"]:
+    """Of queries with the list of their head, MASKED where it is not seen."""
     rows = scores_.rows_of_key_heads(q, k.shape[1])
     flat = rows.reshape(*rows.shape[:2], -1, rows.shape[4])
     scores = jnp.einsum("bprh,bpxh->bprx", flat, k, preferred_element_type=jnp.float32)
-    return scores.reshape(*rows.shape[:4], -1)
+    scores = config.capped(scores.reshape(*rows.shape[:4], -1) * jnp.float32(config.scale))
+    return jnp.where(seen[:, :, None], scores, scores_.MASKED)
 
 
 def _mix_lists(weights: Float[Array, "B A G R X"], v: Float[Array, "B P X H"]):
@@ -393,43 +405,3 @@ def _softmax(scores: Float[Array, "B A G R X"]) -> Float[Array, "B A G R X"]:
     weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
     return weights / jnp.where(total == 0, 1.0, total)
-
-
-def _visit_blocks(query, blocks: SelectedBlocks):
-    """Every query of every head has a list of its own: all blocks, one after another, masked where
-    not chosen. Gathering would copy the listed blocks for each query and head.
-    """
-    group, q, size = query.group, query.q, blocks.size
-    inside = jnp.arange(size, dtype=jnp.int32)
-    after = blocks.chosen.astype(jnp.int32)
-    after = jnp.cumsum(after[..., ::-1], -1)[..., ::-1] - after  # chosen ones after each
-    offset = jnp.maximum(group.pos, 0) % size
-    shape = (len(q), query.kv_heads, q.shape[2] // query.kv_heads, q.shape[1])  # [B, K, G, R]
-
-    def visit(m, carry):
-        top, total, out = carry
-        pos = jnp.broadcast_to(m * size + inside[None], (len(q), size))
-        k, v = query.rows(query.kv.k, pos), query.rows(query.kv.v, pos)
-        k = query.placement.at(k, jnp.broadcast_to(inside, pos.shape))
-        apart = after[..., m] * size + offset[..., None]  # [B, R, N] of the block's first token
-        placed = query.placed(q, apart)
-        mine = blocks.chosen[..., m].transpose(0, 2, 1).reshape(shape)[..., None]
-        seen = mine & (pos[:, None] <= group.pos[:, :, None])[:, None, None]
-        scores = query.config.capped(scores_.scaled(query.config, placed, k))
-        scores = jnp.where(seen, scores, scores_.MASKED)
-        new_top = jnp.maximum(top, scores.max(-1))
-        weights = jnp.exp(scores - new_top[..., None])
-        shrink = jnp.exp(top - new_top)
-        rows = weights.astype(v.dtype).reshape(*shape[:2], -1, size)
-        part = jnp.einsum("bkrs,bskh->bkrh", rows, v, preferred_element_type=jnp.float32)
-        out = out * shrink[..., None] + part.reshape(out.shape)
-        return new_top, total * shrink + weights.sum(-1), out
-
-    start = (
-        jnp.full(shape, scores_.MASKED / 2, jnp.float32),
-        jnp.zeros(shape, jnp.float32),
-        jnp.zeros((*shape, q.shape[3]), jnp.float32),
-    )
-    _, total, out = jax.lax.fori_loop(jnp.int32(0), blocks.visited.astype(jnp.int32), visit, start)
-    out = out / jnp.where(total == 0, 1.0, total)[..., None]
-    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)

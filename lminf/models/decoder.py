@@ -278,12 +278,12 @@ def prepare_decoding(
     length: int,
     room: int,
 ) -> tuple[cache.Cache, ...]:
-    """Caches at the end of a prompt, by `attend.after_prompt`; what that rotates needs
+    """Caches at the end of a prompt, by `attend.prepare_decoding`; what that rotates needs
     `Cache.for_decoding` next.
     """
     config = score_config(spec)
     return tuple(
-        attend.after_prompt(policy, config, layer, length=length, room=room)
+        attend.prepare_decoding(policy, config, layer, length=length, room=room)
         for policy, layer in zip(by_layer, caches, strict=False)  # caches: of one period
     )
 

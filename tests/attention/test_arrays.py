@@ -55,15 +55,15 @@ def test_decoding_after_a_prompt_is_decoding_over_the_cache_as_it_was_read(name)
 
 
 def test_every_option_is_the_formulas():
-    q, k, v = cases.arrays(3, tokens=TOKENS)
     at, encoding = cases.padded((0, 5), TOKENS), lminf.Rotary(100.0, 4, "interleaved")
     config = ScoreConfig(encoding, 0.3, 2.0)
-    found = lminf.attend(
-        q, k, v, "lm_infinite:window=6,sinks=3", encoding=encoding, positions=jnp.asarray(at),
-        scale=0.3, soft_cap=2.0, implementation="xla",
+    found = run(
+        lminf.attend, "lm_infinite:window=6,sinks=3", encoding=encoding,
+        positions=jnp.asarray(at), scale=0.3, soft_cap=2.0, implementation="xla",
     )  # fmt: skip
     policy = POLICIES["lm_infinite"]
-    expected = oracle.attention(policy, config, q, k, v, q_pos=at, k_pos=at)
+    arrays = cases.arrays(3, tokens=TOKENS)
+    expected = oracle.attention(policy, config, *arrays, q_pos=at, k_pos=at)
     np.testing.assert_allclose(found, expected, atol=ATOL)
 
 

@@ -6,27 +6,28 @@ import numpy as np
 import pytest
 
 from lminf import kernels
-from lminf.attention import attention_received
+from lminf.attention import attention_received, rope, scores
 from lminf.attention.policy import Lambda
 from tests.attention import cases
 
 WINDOW = Lambda(window=9, sinks=2)
 
 
-def all_weights(q, k, lse, *, q_pos, k_pos, seen, scale, soft_cap=None, slopes=None):
+def scoring(soft_cap=None):
+    return scores.ScoreConfig(rope.NoEncoding(), 0.3, soft_cap)
+
+
+def all_weights(config, q, k, lse, *, q_pos, k_pos, seen):
     """`by_key` from all weights at once; O(T S) memory."""
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(q.shape[0], q.shape[2], q.shape[1], -1) * jnp.float32(scale)
+    products = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    products = products.reshape(q.shape[0], q.shape[2], q.shape[1], -1) * jnp.float32(config.scale)
     to, at = q_pos[:, :, None], k_pos[:, None, :]
-    if slopes is not None:
-        distance = (to - at).astype(jnp.float32)
-        scores = scores - slopes[None, :, None, None] * distance[:, None]
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    if config.soft_cap is not None:
+        products = config.soft_cap * jnp.tanh(products / config.soft_cap)
     visible = (seen(to, at) & (to >= 0) & (at >= 0))[:, None]
     # A query that sees nothing has lse = -inf.
-    weights = jnp.exp(scores - lse[..., None].astype(jnp.float32))
+    weights = jnp.exp(products - lse[..., None].astype(jnp.float32))
     return jnp.where(visible, weights, 0.0).sum(2)
 
 
@@ -44,19 +45,14 @@ def attended(q, k, v, at):
 def test_sums_over_blocks_of_keys_are_those_of_all_weights(block):
     q, k, v = cases.arrays(3)
     at = jnp.asarray(cases.padded((4, 4)))
-    slopes = jnp.linspace(0.1, 0.9, q.shape[2])
-    options = {"q_pos": at, "k_pos": at, "seen": WINDOW.visible, "scale": 0.3}
-    capped = options | {"soft_cap": 2.0, "slopes": slopes}
+    options = {"q_pos": at, "k_pos": at, "seen": WINDOW.visible}
 
     @cases.compiled
     def run(q, k, v):
         lse = attended(q, k, v, at)
         return [
-            (form(q, k, lse, **plain), form(q, k, lse, **capped))
-            for form, plain, capped in (
-                (attention_received.by_key, options | {"block": block}, capped | {"block": block}),
-                (all_weights, options, capped),
-            )
+            [form(scoring(cap), q, k, lse, **options, **more) for cap in (None, 2.0)]
+            for form, more in ((attention_received.by_key, {"block": block}), (all_weights, {}))
         ]
 
     for found, expected in zip(*run(q, k, v), strict=True):
@@ -70,7 +66,7 @@ def test_with_the_lse_of_all_keys_every_query_gives_one():
     @cases.compiled
     def run(q, k, v):
         return attention_received.by_key(
-            q, k, attended(q, k, v, at), q_pos=at, k_pos=at, seen=WINDOW.visible, scale=0.3
+            scoring(), q, k, attended(q, k, v, at), q_pos=at, k_pos=at, seen=WINDOW.visible
         )
 
     found = np.asarray(run(q, k, v))
@@ -83,7 +79,7 @@ def test_memory_is_one_block_of_weights():
     def temporary_bytes(keys):
         def run(q, k, lse, q_pos, k_pos):
             return attention_received.by_key(
-                q, k, lse, q_pos=q_pos, k_pos=k_pos, seen=lambda q, k: k <= q, scale=1.0
+                scoring(), q, k, lse, q_pos=q_pos, k_pos=k_pos, seen=lambda q, k: k <= q
             )
 
         shapes = ((1, 256, 4, 8), (1, keys, 2, 8), (1, 4, 256), (1, 256), (1, keys))

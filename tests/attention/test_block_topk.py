@@ -19,16 +19,16 @@ def dense(policy, config, positions, q, k, v):
     """The mask that the choice makes, [B, K, G, T, S], and one softmax under it."""
     placement = scores.Placement(config, positions)
     q, k = placement.at(q, positions), placement.at(k, positions)
-    blocks = TOKENS // policy.block
-    numbers = jnp.arange(blocks, dtype=jnp.int32)[None, None]
+    count = TOKENS // policy.block
+    numbers = jnp.arange(count, dtype=jnp.int32)[None, None]
     of_block = positions[..., None] // policy.block == numbers
     of_block = (of_block & (positions >= 0)[..., None]).astype(jnp.float32)
     means = jnp.einsum("bskh,bsn->bnkh", k, of_block) / policy.block
     gate = jax.lax.stop_gradient(scores.dot(q, means))
     own = positions // policy.block
     gate = jnp.where((numbers < own[..., None])[:, None, None], gate, -jnp.inf)
-    best, block_ids = jax.lax.top_k(gate, min(policy.topk - 1, blocks))
-    chosen = jax.nn.one_hot(jnp.where(jnp.isneginf(best), -1, block_ids), blocks).sum(-2)
+    best, block_ids = jax.lax.top_k(gate, min(policy.topk - 1, count))
+    chosen = jax.nn.one_hot(jnp.where(jnp.isneginf(best), -1, block_ids), count).sum(-2)
     seen = jnp.einsum("bkgtn,bsn->bkgts", chosen, of_block) > 0
     to, at = positions[:, :, None], positions[:, None]
     causal = (at >= 0) & (at <= to)
@@ -59,7 +59,8 @@ def test_a_text_and_its_gradients_are_the_dense_masked_softmax(policy):
 
 def test_rows_hold_every_pair_in_a_list_of_its_block():
     block_ids = jnp.asarray(np.random.default_rng(0).integers(-1, 5, (2, 3, 2, 7, 2)), jnp.int32)
-    routed = jax.tree.map(np.asarray, block_topk.route(block_ids, 5, 4))
+    routed = cases.compiled(lambda block_ids: block_topk.route(block_ids, 5, 4))(block_ids)
+    routed = jax.tree.map(np.asarray, routed)
     pairs = np.asarray(block_ids).reshape(2, 3, -1)
     for b, k in np.ndindex(2, 3):
         for pair, block in enumerate(pairs[b, k]):
@@ -77,4 +78,7 @@ def test_rotations_that_change_with_the_length_are_refused():
     )
     at = jnp.arange(16, dtype=jnp.int32)[None]
     with pytest.raises(InputError, match="DynamicNTK rotates keys anew as the text grows"):
-        attend.prefill(MoBA(block=4, topk=2), config, at)(*(jnp.zeros((1, 16, 2, WIDTH)),) * 3)
+        jax.eval_shape(
+            attend.prefill(MoBA(block=4, topk=2), config, at),
+            *(jax.ShapeDtypeStruct((1, 16, 2, WIDTH), jnp.float32),) * 3,
+        )

@@ -90,7 +90,7 @@ def turned(x, at, encoding):
 def expected(policy, scoring, q, k, v, pad):
     """Attention of one row [T, heads, H] with older keys and channels masked, not removed."""
     q, k, v = (x[pad:].astype(np.float64) for x in (q, k, v))
-    end, asking = PROMPT - pad, policy.asking
+    end, asking = PROMPT - pad, policy.observation_window
     at = np.arange(len(q))
     q, k = turned(q, at, scoring.encoding), turned(k, at, scoring.encoding)
     group = q.shape[1] // k.shape[1]

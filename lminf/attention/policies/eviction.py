@@ -1,20 +1,17 @@
 """Caches of a fixed size that keep the tokens with the best scores: SirLLM, H2O and TOVA.
 
-    kept = first `sinks`  +  best by score  +  the most recent          capacity tokens with a turn
+    kept = first `sinks`  +  best by score  +  the most recent          capacity - turn tokens
 
-Text is read in turns of `turn` tokens, [n turn, (n + 1) turn), and nothing is evicted within one.
-Before a turn, capacity - turn tokens are chosen from those held: the first `sinks`, the
-capacity - sinks - recent - turn best of all by score (of equals the oldest), and then the most
-recent of the others; under H2O the best are of those between the sinks and the last `recent`. With
-turn = 1 a token is evicted for each that is read, as papers define it.
-
-Positions are numbers in the cache, as StreamingLLM's are: tokens held are numbered 0, 1, … in the
-order of the text. A turn being read ends at capacity - 1, so no text is too long. What a row holds
-may differ head by head (H2O) or layer by layer: `pos` is the number of a slot's token.
+Text is read in turns of `turn` tokens, [n turn, (n + 1) turn), and tokens are evicted before a
+turn; with turn = 1 before each token, as papers define it. Positions are numbers in the cache, as
+StreamingLLM's are, so no text is too long. What a row keeps may differ head by head (H2O) or layer
+by layer: `pos` is the number of a slot's token.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Annotated, Any, Literal
 
 import jax
@@ -22,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lminf.attention import cache as caches
-from lminf.attention.policy import Held, HeldOrNone, Policy, register
+from lminf.attention.policy import Count, CountOrNone, Policy, register
 from lminf.errors import InputError
 from lminf.ranges import Range
 
@@ -33,14 +30,16 @@ LAST = jnp.iinfo(jnp.int32).max
 class EvictionPolicy(Policy):
     """What the policies that evict by a score share. Subclasses say what the score is."""
 
-    capacity: Held  # tokens held, those of the turn that is being read included
-    sinks: HeldOrNone = 4  # tokens at the start that are never evicted
+    capacity: Count  # tokens held, those of the turn that is being read included
+    sinks: CountOrNone = 4  # tokens at the start that are never evicted
     # Tokens kept because they are the last, at least; None: half of the rest.
-    recent: HeldOrNone | None = 0
-    turn: Held = 128  # tokens between evictions, and the most that are read at once
+    recent: CountOrNone | None = 0
+    turn: Count = 128  # tokens between evictions, and the most that are read at once
 
     num_sinks = 0
+    window = property(attrgetter("capacity"))
     window_field = "capacity"
+    evict_every = property(attrgetter("turn"))
     context_parallel = False
     by_head = False  # whether each key/value head keeps tokens of its own
     best_between = False  # whether sinks and recent tokens are kept apart from the best
@@ -56,14 +55,6 @@ class EvictionPolicy(Policy):
                 f"and turn={self.turn} together; give capacity>="
                 f"{self.capacity - self.best}"
             )
-
-    @property
-    def window(self) -> int:
-        return self.capacity
-
-    @property
-    def evict_every(self) -> int:
-        return self.turn
 
     @property
     def best(self) -> int:
@@ -92,29 +83,31 @@ class EvictionPolicy(Policy):
         self,
         score: Float[Array, "B S P"],
         weights: Float[Array, "B K G T S"],
-        at: Int[Array, "B T"],
+        cache_pos: Int[Array, "B T"],
     ) -> Float[Array, "B S P"]:
         """Scores of what is held, once tokens with these numbers attended with these weights."""
-        del weights, at
+        del weights, cache_pos
         return score
 
-    def end_of_turn(self, score: Float[Array, "B S P"], pos: Int[Array, "B S P"], since):
+    def end_of_turn(
+        self, score: Float[Array, "B S P"], pos: Int[Array, "B S P"], since: Any
+    ) -> Float[Array, "B S P"]:
         """Scores at the end of a turn whose first token has the number `since` [B, 1, 1]."""
         del pos, since
         return score
 
-    def evict(self, state: dict[str, Any], since) -> dict[str, Any]:
+    def evict(self, state: dict[str, Any], since: Any) -> dict[str, Any]:
         """The state with `kept` tokens at most, numbered anew, after a turn that began `since`."""
         pos, score = state["pos"], self.end_of_turn(state["score"], state["pos"], since)
-        held = scored = pos >= 0
+        filled = scored = pos >= 0
         if self.best_between:
             last = pos.max(1, keepdims=True) - (self.recent or 0)
-            scored = held & (pos >= self.sinks) & (pos <= last)
+            scored = filled & (pos >= self.sinks) & (pos <= last)
         by_score = _rank(jnp.lexsort((pos, -jnp.where(scored, score, -jnp.inf)), axis=1))
-        chosen = held & ((scored & (by_score < self.best)) | (pos < self.sinks))
+        chosen = filled & ((scored & (by_score < self.best)) | (pos < self.sinks))
         # Then by age: every chosen token is before every other one.
         by_age = _rank(jnp.lexsort((-pos, 1 - chosen.astype(jnp.int32)), axis=1))
-        stays = held & (by_age < self.kept)
+        stays = filled & (by_age < self.kept)
         number = _rank(jnp.argsort(jnp.where(stays, pos, LAST), axis=1))
         return {
             "pos": jnp.where(stays, number, caches.EMPTY),
@@ -137,14 +130,14 @@ class H2O(EvictionPolicy):
     what is kept is recent. Query heads that share a key head are summed.
     """
 
-    sinks: HeldOrNone = 0
-    recent: HeldOrNone | None = None
+    sinks: CountOrNone = 0
+    recent: CountOrNone | None = None
 
     by_head = True
     best_between = True
 
-    def observe_slots(self, score, weights, at):
-        del at
+    def observe_slots(self, score: Array, weights: Array, cache_pos: Array) -> Array:
+        del cache_pos
         return score + weights.sum((2, 3)).swapaxes(1, 2)
 
 
@@ -156,13 +149,13 @@ class TOVA(EvictionPolicy):
     Source: Oren et al. 2024, arXiv:2401.06104, which has neither sinks nor recent tokens.
     """
 
-    sinks: HeldOrNone = 0
+    sinks: CountOrNone = 0
 
-    def observe_slots(self, score, weights, at):
-        last = at.argmax(1)[:, None, None, None, None]
+    def observe_slots(self, score: Array, weights: Array, cache_pos: Array) -> Array:
+        last = cache_pos.argmax(1)[:, None, None, None, None]
         seen = jnp.take_along_axis(weights, last, axis=3)[:, :, :, 0].mean((1, 2))  # [B, S]
-        some = (at >= 0).any(1)[:, None, None]
-        return jnp.where(some, seen[:, :, None], score)
+        any_token = (cache_pos >= 0).any(1)[:, None, None]
+        return jnp.where(any_token, seen[:, :, None], score)
 
 
 @register("sirllm")
@@ -186,20 +179,28 @@ class SirLLM(EvictionPolicy):
         if self.score not in ("surprise", "reference"):
             raise InputError(f"score={self.score!r}; give 'surprise' or 'reference'")
 
-    def init_state(self, shape):
+    def init_state(self, shape: caches.CacheShape) -> dict[str, Any]:
         before = {
             "hidden": jnp.zeros((shape.batch, shape.width), shape.dtype),
             "token": jnp.zeros(shape.batch, jnp.int32),
         }
         return super().init_state(shape) | before  # of the token that was read last
 
-    def end_of_turn(self, score, pos, since):
+    def end_of_turn(self, score: Any, pos: Any, since: Any) -> Array:
         of_turn = jnp.where(pos > since, score, 0.0).max(1, keepdims=True)
         if self.turn > 1:
             score = jnp.where(pos == since, of_turn, score)
         return score * self.decay
 
-    def observe_hidden(self, cache, *, tokens, positions, hidden, logits):
+    def observe_hidden(
+        self,
+        cache: caches.Cache,
+        *,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        hidden: Float[Array, "B T D"],
+        logits: Callable[[Array], Array],
+    ) -> caches.Cache:
         """The cache with the surprise of the tokens that were just read."""
         before_hidden, before_token = cache.state["hidden"][0], cache.state["token"][0]
         earlier = jnp.concatenate([before_hidden[:, None].astype(hidden.dtype), hidden[:, :-1]], 1)
@@ -209,22 +210,24 @@ class SirLLM(EvictionPolicy):
         chosen = jnp.take_along_axis(expected, of[:, :, None], axis=2)[:, :, 0]
         surprise = jax.nn.logsumexp(expected, axis=-1) - chosen
         surprise = jnp.where(positions > 0, surprise, 0.0)  # nothing stands before the first
-        at, pos = self.position_in_cache(positions), cache.state["pos"]
+        cache_pos, pos = self.position_in_cache(positions), cache.state["pos"]
         # [L, B, S, 1, T]
-        here = (pos[..., None] == at[None, :, None, None, :]) & (at >= 0)[None, :, None, None, :]
+        here = (pos[..., None] == cache_pos[None, :, None, None, :]) & (cache_pos >= 0)[
+            None, :, None, None, :
+        ]
         new = jnp.where(here, surprise[None, :, None, None, :], 0.0).sum(-1)
-        some, last = (at >= 0).any(1), at.argmax(1)
+        any_token, last = (cache_pos >= 0).any(1), cache_pos.argmax(1)
         rows = jnp.arange(len(tokens))
         state = {
             "pos": pos,
             "score": jnp.where(here.any(-1), new, cache.state["score"]),
-            "hidden": _kept_where(some, hidden[rows, last], cache.state["hidden"]),
-            "token": _kept_where(some, tokens[rows, last], cache.state["token"]),
+            "hidden": _kept_where(any_token, hidden[rows, last], cache.state["hidden"]),
+            "token": _kept_where(any_token, tokens[rows, last], cache.state["token"]),
         }
         return dataclasses.replace(cache, state=state)
 
 
-def _kept_where(some: Bool[Array, " B"], new: Array, old: Array) -> Array:
+def _kept_where(any_token: Bool[Array, " B"], new: Array, old: Array) -> Array:
     """`old` [L, B, …] with the rows where there is something new."""
-    choose = some.reshape(1, -1, *(1,) * (old.ndim - 2))
+    choose = any_token.reshape(1, -1, *(1,) * (old.ndim - 2))
     return jnp.where(choose, new[None].astype(old.dtype), old)

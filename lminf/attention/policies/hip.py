@@ -1,20 +1,14 @@
 """HiP: the best keys of every block of queries, found by a search over a tree of key ranges.
 
-Source: Lee et al. 2024, arXiv:2406.09827. Queries of one `query_block` share what they see: the
-first `sinks` tokens, the last `window` of the block's first query and all after, and of the tokens
-between them `topk`, in blocks of `block`; all where they are. Neighbouring keys score alike, so the
-blocks between are cut into as many equal ranges as may be kept, and until each range is one block:
-
-    halve each range; score a half by its first block, the largest product of its keys with any of
-    the queries (the last of every `query_stride`); keep the best half of the halves
-
-which asks for O(log) of the blocks. The query heads of a key head share one search. Decoding keeps
-what it found for `refresh` tokens. The first `dense_layers` layers see everything. Positions are
-the model's own: this saves work, and does not reach past the trained length.
+Source: Lee et al. 2024, arXiv:2406.09827; docs/policies.md has the mathematics. The search asks for
+O(log) of the blocks, and the query heads of a key head share it. Decoding keeps what it found for
+`refresh` tokens. Positions are the model's: this saves work, and does not reach past the trained
+length.
 """
 
 import functools
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import jax
@@ -23,7 +17,7 @@ from jaxtyping import Array, Int
 
 from lminf.attention import cache as caches
 from lminf.attention import scores, sparse
-from lminf.attention.policy import Held, HeldOrNone, Layers, Tokens, register
+from lminf.attention.policy import Count, CountOrNone, Layers, Tokens, register
 from lminf.errors import InputError
 
 
@@ -35,23 +29,14 @@ class HierarchicalSelect(sparse.SparsePolicy):
     """
 
     sinks: Any  # int: tokens at the start that stay visible
+    block: Any  # int: tokens of a block of the last stage
     query_block: Any  # int: tokens that see the same, where they are read together
+    # tuple[int, ...]: of every stage, the tokens that are decoded before it searches again
+    refreshes: Any
 
     ranks_by_products = True
     window_slack = 0  # tokens that a window may have beyond its width
-
-    @property
-    def num_sinks(self) -> int:
-        return self.sinks
-
-    @property
-    def group(self) -> int:
-        return self.query_block
-
-    @property
-    def refreshes(self) -> tuple[int, ...]:
-        """Of every stage, the tokens that are decoded before it searches again."""
-        raise NotImplementedError
+    group = property(attrgetter("query_block"))
 
     def kept(self, stage: int, slots: int) -> int:
         """Blocks that a stage keeps of a text of so many tokens."""
@@ -61,17 +46,22 @@ class HierarchicalSelect(sparse.SparsePolicy):
         """Where the window of a block of queries begins."""
         raise NotImplementedError
 
-    def search(self, stage: int, query: sparse.Query, start, before) -> Int[Array, "B K kept"]:
+    def search(
+        self, stage: int, query: sparse.Query, start: Array, before: Array | None
+    ) -> Int[Array, "B K kept"]:
         """Numbers of the blocks that a stage keeps of those `before`, in order; first -1 for none.
         The first stage has `before` None, and everything from sinks to `start`.
         """
         raise NotImplementedError
 
-    def tokens(self, block_ids: Int[Array, "B K X"], start) -> Int[Array, "B K Y"]:
-        """Positions of the tokens of the last stage's blocks; -1 for those of none."""
-        raise NotImplementedError
+    def tokens(
+        self, block_ids: Int[Array, "B K X"], start: Int[Array, " B"]
+    ) -> Int[Array, "B K Y"]:
+        """Positions of the tokens of the last stage's blocks before the window; -1 for none."""
+        pos = sparse.block_positions(block_ids, self.block, first=self.sinks)
+        return jnp.where(pos < start[:, None, None], pos, -1)
 
-    def init_state(self, shape: caches.CacheShape):
+    def init_state(self, shape: caches.CacheShape) -> dict[str, Any]:
         stages = range(len(self.refreshes))
         kept = [(shape.batch, shape.kv_heads, self.kept(s, shape.slots)) for s in stages]
         return {  # what decoding found last: blocks, -1 for none, and where its window began
@@ -79,7 +69,7 @@ class HierarchicalSelect(sparse.SparsePolicy):
             "start": jnp.full((shape.batch,), -1, jnp.int32),
         }
 
-    def select(self, state, query):
+    def select(self, state: Any, query: sparse.Query) -> tuple[sparse.Selected, Any]:
         block_ids, start, state = self._block_ids(state, query)
         waited = self.refreshes[0] if query.q.shape[1] == 1 else 0
         length = self.window + query.q.shape[1] + self.window_slack + waited
@@ -116,14 +106,16 @@ class HiP(HierarchicalSelect):
 
     topk: Tokens = 512  # tokens found, a multiple of `block`
     window: Tokens = 256  # tokens, the query's own included
-    sinks: HeldOrNone = 16  # tokens at the start that stay visible
-    block: Held = 2  # tokens
+    sinks: CountOrNone = 16  # tokens at the start that stay visible
+    block: Count = 2  # tokens
     query_block: Tokens = 64  # tokens that see the same, where they are read together
     query_stride: Tokens = 2  # of so many of these the last asks
-    refresh: Held = 8  # tokens that are written before the next search
+    refresh: Count = 8  # tokens that are written before the next search
     dense_layers: Layers = 3  # layers at the start, of those with this policy, that see everything
 
     selected_distance = "true"
+    max_selected = property(attrgetter("topk"))
+    window_slack = property(attrgetter("block"))
 
     def __post_init__(self):
         super().__post_init__()
@@ -134,32 +126,20 @@ class HiP(HierarchicalSelect):
             )
 
     @property
-    def max_selected(self) -> int:
-        return self.topk
-
-    @property
-    def window_slack(self) -> int:
-        return self.block
-
-    @property
     def refreshes(self) -> tuple[int]:
         return (self.refresh,)
 
-    def kept(self, stage, slots):
+    def kept(self, stage: int, slots: int) -> int:
         return min(self.topk // self.block, max(slots - self.window - self.sinks, 0) // self.block)
 
-    def window_start(self, first):
+    def window_start(self, first: Int[Array, " B"]) -> Int[Array, " B"]:
         """After the last whole block before it."""
         blocks = jnp.maximum(first - self.window + 1 - self.sinks, 0) // self.block
         return self.sinks + blocks * self.block
 
-    def tokens(self, block_ids, start):
-        del start
-        inside = jnp.arange(self.block, dtype=jnp.int32)[None, None, None]
-        pos = self.sinks + block_ids[..., None] * self.block + inside
-        return jnp.where(block_ids[..., None] >= 0, pos, -1).reshape(*block_ids.shape[:2], -1)
-
-    def search(self, stage, query, start, before):
+    def search(
+        self, stage: int, query: sparse.Query, start: Array, before: Array | None
+    ) -> Int[Array, "B K kept"]:
         del before  # there is one stage
         group, q, kv_heads = query.group, query.q, query.kv_heads
         most = max(query.slots - self.window - self.sinks, 0) // self.block
@@ -172,34 +152,38 @@ class HiP(HierarchicalSelect):
         ask = -(group.first % self.query_block + 1) % self.query_stride
         ask = jnp.minimum(group.first + ask, group.end - 1) - group.base
         row = jnp.arange(0, q.shape[1], self.query_stride, dtype=jnp.int32)[None] + ask[:, None]
-        there = jnp.minimum(row, q.shape[1] - 1)
-        each = jnp.arange(len(q))[:, None]
-        asks = (row < q.shape[1]) & (group.pos[each, there] >= 0)
-        some = query.placement.at(q[each, there], jnp.maximum(group.base[:, None] + row, 0))
-        some = scores.rows_of_key_heads(some, kv_heads)
-        flat = some.reshape(*some.shape[:2], -1, some.shape[4])
+        columns = jnp.minimum(row, q.shape[1] - 1)
+        batch_row = jnp.arange(len(q))[:, None]
+        is_asking = (row < q.shape[1]) & (group.pos[batch_row, columns] >= 0)
+        asking_q = query.placement.at(
+            q[batch_row, columns], jnp.maximum(group.base[:, None] + row, 0)
+        )
+        asking_q = scores.rows_of_key_heads(asking_q, kv_heads)
+        flat = asking_q.reshape(*asking_q.shape[:2], -1, asking_q.shape[4])
 
-        def score(at, size):
-            """Of ranges of so many blocks that begin at block `at`, [B, K, X]."""
-            pos = self.tokens(at, start)
+        def score(first_block, size):
+            """Of ranges of so many blocks that begin at `first_block`, [B, K, X]."""
+            pos = sparse.block_positions(first_block, self.block, first=self.sinks)
             k = query.placed(query.by_head(query.kv.k, pos), pos)
             products = jnp.einsum("bkrh,bksh->bkrs", flat, k, preferred_element_type=jnp.float32)
-            products = products.reshape(*some.shape[:4], -1)
-            products = jnp.where(asks[:, None, None, :, None], products, -jnp.inf).max((2, 3))
-            return jnp.where(size > 0, products.reshape(*at.shape, self.block).max(-1), -jnp.inf)
+            products = products.reshape(*asking_q.shape[:4], -1)
+            products = jnp.where(is_asking[:, None, None, :, None], products, -jnp.inf).max((2, 3))
+            return jnp.where(
+                size > 0, products.reshape(*first_block.shape, self.block).max(-1), -jnp.inf
+            )
 
         ends = jnp.arange(kept + 1, dtype=jnp.int32)[None] * blocks[:, None] // kept
-        at = jnp.broadcast_to(ends[:, None, :-1], (len(q), kv_heads, kept))
-        size = jnp.broadcast_to(jnp.diff(ends)[:, None], at.shape)
+        first_block = jnp.broadcast_to(ends[:, None, :-1], (len(q), kv_heads, kept))
+        size = jnp.broadcast_to(jnp.diff(ends)[:, None], first_block.shape)
 
         def halve(_, ranges):
-            at, size = ranges
+            first_block, size = ranges
             left = size // 2
-            at = jnp.concatenate([at, at + left], -1)
+            first_block = jnp.concatenate([first_block, first_block + left], -1)
             size = jnp.concatenate([left, size - left], -1)
-            _, best = jax.lax.top_k(score(at, size), kept)
-            return jnp.take_along_axis(at, best, 2), jnp.take_along_axis(size, best, 2)
+            _, best = jax.lax.top_k(score(first_block, size), kept)
+            return jnp.take_along_axis(first_block, best, 2), jnp.take_along_axis(size, best, 2)
 
         rounds = (-(-most // kept) - 1).bit_length()
-        at, size = jax.lax.fori_loop(0, rounds, halve, (at, size))
-        return jnp.sort(jnp.where(size > 0, at, -1), axis=-1)
+        first_block, size = jax.lax.fori_loop(0, rounds, halve, (first_block, size))
+        return jnp.sort(jnp.where(size > 0, first_block, -1), axis=-1)

@@ -1,37 +1,23 @@
 """InfiniteHiP: the best keys of every block of queries, found by cutting down a list in stages.
 
-Source: Lee et al. 2025, arXiv:2502.08910. As in HiP, queries of one `query_block` share what they
-see: the first `sinks` tokens, the last `window` of the block's first query and all after, and of
-the tokens between them what a search finds. A stage cuts the tokens that the stage before left into
-chunks of `chunk` and leaves the `topk / chunk` best:
-
-    in each head, halve a chunk and go to the half whose first key has the larger product with any
-    of the queries, until it is one token; a chunk scores the largest product of that token in any
-    head that shares the keys
-
-The first stage looks at all of the text, so it takes O(text / chunk) for a block of queries. What
-is seen is packed as if nothing stood between it, so that no distance grows with the text:
-
-    δ(i, j) = d − tokens between them that were left out
-
-While searching keys have other places. In the first `ordered_layers` layers the last chunk of a
-list seems `window` tokens away and each one before it one token more. In the others all keys seem
-`window` away, and one more where they are the first of a left half.
-
-The source leaves open, and here: each list starts with the first token after the sinks, and its
-last chunk may be short; a half that ends up no better goes left; the token that stands for a chunk
-is scored once more as a right half, so stages of single tokens rank all at one distance; all layers
-keep as many (give PerLayer two policies to keep more in some).
+Source: Lee et al. 2025, arXiv:2502.08910; docs/policies.md has the mathematics. The first stage
+looks at all of the text, so it takes O(text / chunk) for a block of queries. What is seen is packed
+as if nothing stood between it, so that no distance grows with the text. The source leaves open, and
+here: each list starts with the first token after the sinks, and its last chunk may be short; a half
+that ends up no better goes left; the token that stands for a chunk is scored once more as a right
+half, so stages of single tokens rank all at one distance.
 """
 
 from dataclasses import dataclass
+from operator import attrgetter
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
-from lminf.attention import scores
+from lminf.attention import scores, sparse
 from lminf.attention.policies import hip
-from lminf.attention.policy import Held, HeldOrNone, Layers, Tokens, register
+from lminf.attention.policy import Count, CountOrNone, Layers, Tokens, register
 from lminf.errors import InputError
 
 
@@ -40,17 +26,19 @@ from lminf.errors import InputError
 class InfiniteHiP(hip.HierarchicalSelect):
     """Keys found in stages, packed. Source: Lee et al. 2025, arXiv:2502.08910."""
 
-    chunk: tuple[Held, ...] = (256, 32, 8)  # tokens of a chunk, by stage
+    chunk: tuple[Count, ...] = (256, 32, 8)  # tokens of a chunk, by stage
     topk: tuple[Tokens, ...] = (32_768, 8192, 2048)  # tokens that a stage leaves
-    refresh: tuple[Held, ...] = (16, 8, 4)  # tokens that are written before it searches again
+    refresh: tuple[Count, ...] = (16, 8, 4)  # tokens that are written before it searches again
     window: Tokens = 1024  # tokens, the query's own included
-    sinks: HeldOrNone = 256  # tokens at the start that stay visible
+    sinks: CountOrNone = 256  # tokens at the start that stay visible
     query_block: Tokens = 64  # tokens that see the same, where they are read together
     ordered_layers: Layers = 3  # layers at the start whose search tells chunks apart by place
     dense_layers: Layers = 0  # layers at the start that see everything, where it is
 
     selected_distance = "packed"
     needs_rotary = True
+    block = property(lambda self: self.chunk[-1])
+    refreshes = property(attrgetter("refresh"))
 
     def __post_init__(self):
         super().__post_init__()
@@ -83,35 +71,27 @@ class InfiniteHiP(hip.HierarchicalSelect):
     def max_selected(self) -> int:
         return self.topk[-1]
 
-    @property
-    def refreshes(self) -> tuple[int, ...]:
-        return self.refresh
-
     def _listed(self, stage: int, slots: int) -> int:
         """Chunks that a stage chooses from, at most."""
         if stage == 0:
             return -(-max(slots - self.window - self.sinks, 0) // self.chunk[0])
         return self.kept(stage - 1, slots) * (self.chunk[stage - 1] // self.chunk[stage])
 
-    def kept(self, stage, slots):
+    def kept(self, stage: int, slots: int) -> int:
         return min(self.topk[stage] // self.chunk[stage], self._listed(stage, slots))
 
-    def window_start(self, first):
+    def window_start(self, first: Int[Array, " B"]) -> Int[Array, " B"]:
         return jnp.maximum(first - self.window + 1, self.sinks)
 
-    def tokens(self, block_ids, start):
-        inside = jnp.arange(self.chunk[-1], dtype=jnp.int32)[None, None, None]
-        pos = self.sinks + block_ids[..., None] * self.chunk[-1] + inside
-        held = (block_ids[..., None] >= 0) & (pos < start[:, None, None, None])
-        return jnp.where(held, pos, -1).reshape(*block_ids.shape[:2], -1)
-
-    def table_size(self, slots, rows):
+    def table_size(self, slots: int, rows: int) -> int:
         stages = range(len(self.chunk))
         listed = self.kept(stages[-1], slots) * self.chunk[-1]
         seen = self.sinks + listed + self.window + rows + self.refresh[0]
         return max(seen, 2, *(self._listed(stage, slots) for stage in stages))
 
-    def search(self, stage, query, start, before):
+    def search(
+        self, stage: int, query: sparse.Query, start: Array, before: Array | None
+    ) -> Int[Array, "B K kept"]:
         size, slots, kv_heads = self.chunk[stage], query.slots, query.kv_heads
         listed, kept = self._listed(stage, slots), self.kept(stage, slots)
         number = self._list(stage, listed, kv_heads, start, before)
@@ -127,20 +107,20 @@ class InfiniteHiP(hip.HierarchicalSelect):
             """Of each chunk the largest product of the token it comes down to, [B, K, X]."""
 
             def descend(_, ranges):
-                at, left, as_left, as_right = ranges
+                token, left, as_left, as_right = ranges
                 half = left // 2
-                middle_as_left, middle_as_right = score(at + half)
+                middle_as_left, middle_as_right = score(token + half)
                 right = (middle_as_right > as_left) | (half == 0)
                 return (
-                    jnp.where(right, at + half, at),
+                    jnp.where(right, token + half, token),
                     jnp.where(right, left - half, half),
                     jnp.where(right, middle_as_left, as_left),
                     jnp.where(right, middle_as_right, as_right),
                 )
 
             start = (first, left, *score(first))
-            *_, found = jax.lax.fori_loop(0, (size - 1).bit_length(), descend, start)
-            return found.max(2)
+            *_, products = jax.lax.fori_loop(0, (size - 1).bit_length(), descend, start)
+            return products.max(2)
 
         # Two programs: where chunks are not told apart no key has to be turned.
         largest = jax.lax.cond(
@@ -156,12 +136,12 @@ class InfiniteHiP(hip.HierarchicalSelect):
         """The function of tokens [B, K, G, X] of the list's text to their largest products in each
         head, as first of a left half and of a right one: here the same.
         """
-        at = jnp.full_like(query.group.pos, self.window + listed - 1)
-        placed = query.placement.at(query.q, at)
+        token = jnp.full_like(query.group.pos, self.window + listed - 1)
+        placed = query.placement.at(query.q, token)
         place = jnp.arange(listed, dtype=jnp.int32)  # of chunks, the last one's listed - 1
 
-        def score(at):
-            (largest,) = self._largest(query, [placed], at, jnp.broadcast_to(place, at.shape))
+        def score(token):
+            (largest,) = self._largest(query, [placed], token, jnp.broadcast_to(place, token.shape))
             return largest, largest
 
         return score
@@ -169,15 +149,15 @@ class InfiniteHiP(hip.HierarchicalSelect):
     def _alike(self, query):
         """As `_ordered`, for keys that all seem equally far away, one token more on the left."""
         sides = [query.placement.away(query.q, self.window + more) for more in (1, 0)]
-        return lambda at: self._largest(query, sides, at, None)
+        return lambda token: self._largest(query, sides, token, None)
 
-    def _largest(self, query, placed, at, as_if_at):
+    def _largest(self, query, placed, token, as_if_pos):
         """The largest product [B, K, G, X] of a token with queries placed in each of these ways."""
-        flat = (*at.shape[:2], -1)
-        k = query.by_head(query.kv.k, self.sinks + at.reshape(flat))
-        if as_if_at is not None:
-            k = query.placed(k, as_if_at.reshape(flat))
-        k = k.reshape(*at.shape, k.shape[-1])
+        flat = (*token.shape[:2], -1)
+        k = query.by_head(query.kv.k, self.sinks + token.reshape(flat))
+        if as_if_pos is not None:
+            k = query.placed(k, as_if_pos.reshape(flat))
+        k = k.reshape(*token.shape, k.shape[-1])
         rows = [scores.rows_of_key_heads(q, query.kv_heads) for q in placed]
         products = jnp.einsum(
             "bkgth,bkgxh->bkgtx", jnp.concatenate(rows, 3), k, preferred_element_type=jnp.float32
@@ -196,5 +176,5 @@ class InfiniteHiP(hip.HierarchicalSelect):
             return jnp.broadcast_to(number, (len(start), kv_heads, listed))
         parts = self.chunk[stage - 1] // self.chunk[stage]
         number = before[..., None] * parts + jnp.arange(parts, dtype=jnp.int32)[None, None, None]
-        held = (before[..., None] >= 0) & (number * self.chunk[stage] < tokens[..., None])
-        return jnp.sort(jnp.where(held, number, -1).reshape(*before.shape[:2], -1), axis=-1)
+        valid = (before[..., None] >= 0) & (number * self.chunk[stage] < tokens[..., None])
+        return jnp.sort(jnp.where(valid, number, -1).reshape(*before.shape[:2], -1), axis=-1)

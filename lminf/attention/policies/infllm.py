@@ -1,30 +1,21 @@
 """InfLLM: a window, the first tokens, and blocks of the past that each group of tokens looks up.
 
-Source: Xiao et al. 2024, arXiv:2402.04617. With L = window, the query at i sees
-    i - j < L                                          at the true distance i - j
-    j < sinks, chosen blocks, and what fills no block  at the distance L - 1
-A block is `block` tokens in order, from `sinks` on; it is formed after the group that pushed the
-last of it out of the window; where topk = 0 nothing waits for a block. Of every block, the
-`repr_topk` tokens that attracted most attention while they were in the window stand for it: a
-summary is the mean of their keys, by query head. A group's mean query, placed at L - 1, times the
-summaries, summed over heads, ranks blocks.
-
-The branches are disjoint. (The reference implementation counts keys that leave the window within a
-group twice.) All blocks stay in one store on the device. With `resident` blocks are read from as
-many slots of their own, into which those that are missing are fetched from the store: what is
-fetched changes with it, and no result.
+Source: Xiao et al. 2024, arXiv:2402.04617; docs/policies.md has the mathematics. A block is formed
+after the group that pushed the last of it out of the window; where topk = 0 nothing waits for a
+block. The `repr_topk` tokens of a block that attracted most attention in the window stand for it.
 """
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from lminf.attention import block_cache, sparse
 from lminf.attention import cache as caches
-from lminf.attention.policy import Held, HeldOrNone, Tokens, register
+from lminf.attention import sparse
+from lminf.attention.policy import Count, CountOrNone, Tokens, register
 from lminf.errors import InputError
 
 
@@ -34,14 +25,14 @@ class InfLLM(sparse.SparsePolicy):
     """Window, sinks and looked-up blocks. Source: Xiao et al. 2024, arXiv:2402.04617."""
 
     window: Tokens  # tokens, the query's own included
-    sinks: HeldOrNone = 128  # tokens at the start that stay visible
-    topk: HeldOrNone = 16  # blocks that a group of tokens looks up
-    block: Held = 128  # tokens
-    repr_topk: Held = 4  # tokens that stand for a block
+    sinks: CountOrNone = 128  # tokens at the start that stay visible
+    topk: CountOrNone = 16  # blocks that a group of tokens looks up
+    block: Count = 128  # tokens
+    repr_topk: Count = 4  # tokens that stand for a block
     exec_block: Tokens = 512  # tokens that look up the same blocks, where they are read together
-    resident: Held | None = None  # blocks at hand, least recently used first to go; None: all
 
     needs_rotary = True
+    group = property(attrgetter("exec_block"))
 
     def __post_init__(self):
         super().__post_init__()
@@ -54,19 +45,6 @@ class InfLLM(sparse.SparsePolicy):
             raise InputError(
                 f"repr_topk={self.repr_topk} of block={self.block} tokens; give 1 to {self.block}"
             )
-        if self.resident is not None and self.resident < max(self.topk, 1):
-            raise InputError(
-                f"resident={self.resident} blocks cannot hold the topk={self.topk} that are looked "
-                f"up together; give resident>={max(self.topk, 1)}"
-            )
-
-    @property
-    def num_sinks(self) -> int:
-        return self.sinks
-
-    @property
-    def group(self) -> int:
-        return self.exec_block
 
     @property
     def max_selected(self) -> int:
@@ -95,22 +73,16 @@ class InfLLM(sparse.SparsePolicy):
         left = first - self.window - self.sinks + int(self.topk == 0)
         return jnp.maximum(left, 0) // self.block
 
-    def init_state(self, shape: caches.CacheShape):
+    def init_state(self, shape: caches.CacheShape) -> Any:
         blocks = self._max_blocks(shape.slots)
         if not blocks:
             return ()
-        state: dict[str, Any] = {
+        return {
             "summary": jnp.zeros((shape.batch, blocks, shape.heads, shape.head_dim), shape.dtype),
             "received": jnp.zeros((shape.batch, shape.slots, shape.heads)),
         }
-        if self.resident is not None and self.topk:
-            state["resident"] = block_cache.empty(
-                batch=shape.batch, slots=min(self.resident, blocks), block=self.block,
-                kv_heads=shape.kv_heads, head_dim=shape.head_dim, dtype=shape.dtype,
-            )  # fmt: skip
-        return state
 
-    def select(self, state, query):
+    def select(self, state: Any, query: sparse.Query) -> tuple[sparse.Selected, Any]:
         """The blocks that the group looks up, then what has left the window and fills no block."""
         start, length = query.window(self.window)
         batch, rows = query.group.pos.shape
@@ -124,50 +96,23 @@ class InfLLM(sparse.SparsePolicy):
         count = jnp.minimum(existing, most)[:, None]
         row = jnp.arange(max((most + 1) * self.block + rows - 1, 1), dtype=jnp.int32)[None]
         pos = self.sinks + row + (existing[:, None] - count) * self.block
-        in_block = row < count * self.block
         if most:
             number = jnp.broadcast_to(jnp.minimum(row // self.block, most - 1), pos.shape)
             first = self.sinks + jnp.take_along_axis(block_ids, number, 1) * self.block
-            pos = jnp.where(in_block, first + row % self.block, pos)
-        kv = None
-        if "resident" in state:
-            kv, resident = self._fetch(query, state["resident"], block_ids, count, pos, in_block)
-            state = {**state, "resident": resident}
-        return sparse.Selected(pos[:, None], start, length, kv), state
+            pos = jnp.where(row < count * self.block, first + row % self.block, pos)
+        return sparse.Selected(pos[:, None], start, length), state
 
     def _look_up(self, query, summary, existing) -> Int[Array, "B k"]:
         """Numbers of the best blocks, rising; where fewer exist, they stand first."""
         away = query.placement.away(query.q, self.window - 1)
         counted = (query.group.pos >= 0)[..., None, None]
         mean = jnp.where(counted, away, 0).astype(jnp.float32).sum(1)  # up to a positive factor
-        found = jnp.einsum("bnh,bmnh->bm", mean, summary.astype(jnp.float32))
+        block_scores = jnp.einsum("bnh,bmnh->bm", mean, summary.astype(jnp.float32))
         numbers = jnp.arange(summary.shape[1], dtype=jnp.int32)[None]
-        found = jnp.where(numbers < existing[:, None], found, -jnp.inf)
-        return jnp.sort(jax.lax.top_k(found, min(self.topk, summary.shape[1]))[1], axis=-1)
+        block_scores = jnp.where(numbers < existing[:, None], block_scores, -jnp.inf)
+        return jnp.sort(jax.lax.top_k(block_scores, min(self.topk, summary.shape[1]))[1], axis=-1)
 
-    def _fetch(self, query, resident, block_ids, count, pos, in_block):
-        """Keys and values at `pos`, of blocks from those at hand; and what is at hand then."""
-        store, size = query.kv, (1, 1, self.block, *query.kv.k.shape[3:])
-
-        def load(row, block):
-            start = (query.layer, row, self.sinks + block * self.block, 0, 0)
-            k, v = (jax.lax.dynamic_slice(x, start, size)[0, 0] for x in (store.k, store.v))
-            return k, v
-
-        rank = jnp.arange(block_ids.shape[1], dtype=jnp.int32)[None]
-        *blocks, resident = block_cache.ask(resident, query.layer, block_ids, rank < count, load)
-        row = jnp.minimum(jnp.arange(pos.shape[1]), block_ids.shape[1] * self.block - 1)
-        k, v = (
-            jnp.where(
-                in_block[..., None, None],
-                some.reshape(len(some), -1, *some.shape[3:])[:, row],
-                query.rows(stored, jnp.where(in_block, 0, pos)),
-            ).astype(query.q.dtype)
-            for some, stored in zip(blocks, (store.k, store.v), strict=True)
-        )
-        return (k, v), resident
-
-    def observe(self, state, query, selected, received):
+    def observe(self, state: Any, query: sparse.Query, selected: Any, received: Any) -> Any:
         """What the window's tokens received, and the summaries of blocks that now exist."""
         if not state:
             return state
@@ -175,18 +120,18 @@ class InfLLM(sparse.SparsePolicy):
         batch, rows = group.pos.shape
         every = jnp.arange(batch, dtype=jnp.int32)[:, None]
         near_pos = selected.window_positions
-        at = jnp.where((near_pos >= 0) & (near_pos < group.end[:, None]), near_pos, slots)
+        positions = jnp.where((near_pos >= 0) & (near_pos < group.end[:, None]), near_pos, slots)
         total = state["received"]
-        total = total.at[layer, every, at].add(received().swapaxes(1, 2), mode="drop")
+        total = total.at[layer, every, positions].add(received().swapaxes(1, 2), mode="drop")
         # The blocks that this group's tokens push out of the window.
         most = -(-rows // self.block)
         number = self._num_blocks(group.first)[:, None] + jnp.arange(most, dtype=jnp.int32)[None]
         pos = self.sinks + number[..., None] * self.block
         pos = (pos + jnp.arange(self.block, dtype=jnp.int32)[None, None]).reshape(batch, -1)
         heads = total.shape[3]
-        wanted = total[layer, every, jnp.clip(pos, 0, slots - 1)]
-        wanted = wanted.reshape(batch, most, self.block, heads).swapaxes(2, 3)
-        _, best = jax.lax.top_k(wanted, self.repr_topk)  # [B, blocks, N, tokens]
+        attention = total[layer, every, jnp.clip(pos, 0, slots - 1)]
+        attention = attention.reshape(batch, most, self.block, heads).swapaxes(2, 3)
+        _, best = jax.lax.top_k(attention, self.repr_topk)  # [B, blocks, N, tokens]
         k = query.rows(query.kv.k, pos)
         k = k.reshape(batch, most, self.block, *k.shape[2:]).transpose(0, 1, 3, 2, 4)
         k = jnp.repeat(k, heads // k.shape[2], axis=2)  # [B, blocks, N, tokens, H]
@@ -195,4 +140,4 @@ class InfLLM(sparse.SparsePolicy):
         exists = number < self._num_blocks(group.end)[:, None]
         row = jnp.where(exists, number, summary.shape[2])
         summary = summary.at[layer, every, row].set(mean.astype(summary.dtype), mode="drop")
-        return {**state, "summary": summary, "received": total}
+        return {"summary": summary, "received": total}

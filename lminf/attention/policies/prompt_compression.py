@@ -1,14 +1,9 @@
-"""Prompts that are read in full and then kept in less memory: SnapKV and ThinK.
+"""Prompts that are read in full and then kept in less memory, by what their last tokens looked for:
+SnapKV keeps the tokens they attended to, ThinK the channels of keys that their scores come from.
 
-Both act once, at the end of the prompt, by what its last tokens looked for:
-
-    SnapKV   keeps the tokens they attended to, by key/value head
-    ThinK    keeps the channels of keys that their scores come from, by key/value head
-
-so a text without an end of its prompt is full attention. The last `recent` tokens of the prompt,
-whose queries are the ones asked, and all that is written after them stay whole. What is older lies
-in arrays of its own, with fewer rows or narrower: keys there are rotated to their positions, once
-for all, so that channels may go one by one.
+A text without an end of its prompt is full attention. The last `recent` tokens of the prompt and
+all that is written after them stay. What is older lies in arrays of its own, with fewer rows or
+narrower: keys there are rotated to their positions once, so that channels may go one by one.
 """
 
 from dataclasses import dataclass
@@ -21,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from lminf.attention import cache as caches
 from lminf.attention import scores as scores_
 from lminf.attention import slots
-from lminf.attention.policy import Held, Policy, register
+from lminf.attention.policy import Count, Policy, register
 from lminf.attention.scores import Placement, ScoreConfig
 from lminf.errors import InputError
 from lminf.ranges import Range
@@ -40,22 +35,23 @@ class PromptCompression(Policy):
     capacity: Any
     pooling: Any  # int: neighbours over which attention is averaged before tokens are chosen
 
-    asking_field: str  # of tokens at the end of the prompt
+    observation_field: str  # of tokens at the end of the prompt
 
     def __post_init__(self):
         super().__post_init__()
         if self.pooling % 2 == 0:
             raise InputError(f"pooling={self.pooling}: give an odd number of tokens")
-        if self.capacity is not None and self.capacity <= self.asking:
+        observed = self.observation_window
+        if self.capacity is not None and self.capacity <= observed:
             raise InputError(
-                f"capacity={self.capacity} with {self.asking_field}={self.asking}: "
-                f"give capacity>={self.asking + 1}"
+                f"capacity={self.capacity} with {self.observation_field}={observed}: "
+                f"give capacity>={observed + 1}"
             )
 
     @property
-    def asking(self) -> int:
-        """Tokens at the end of the prompt that say what is kept, and stay whole."""
-        return getattr(self, self.asking_field)
+    def observation_window(self) -> int:
+        """Tokens at the end of the prompt that say what is kept, and stay."""
+        return getattr(self, self.observation_field)
 
     def channels_kept(self, head_dim: int) -> int:
         """Channels of older keys that stay."""
@@ -65,7 +61,7 @@ class PromptCompression(Policy):
         return caches.LinearCache(capacity)
 
     def init_state(self, shape: caches.CacheShape) -> dict[str, Any]:
-        queries = (shape.batch, self.asking, shape.heads, shape.head_dim)
+        queries = (shape.batch, self.observation_window, shape.heads, shape.head_dim)
         return {"q": jnp.zeros(queries, shape.dtype)}  # of the last tokens, un-rotated
 
     def compress_prompt(
@@ -77,33 +73,34 @@ class PromptCompression(Policy):
         slots_read = min(length, cache.layout.slots)
         pos = cache.pos[:, :slots_read]  # a token's slot is its position
         read = pos.max(1, keepdims=True) + 1  # [B, 1]
-        recent = read - self.asking + jnp.arange(self.asking, dtype=jnp.int32)[None]
+        observed = self.observation_window
+        recent = read - observed + jnp.arange(observed, dtype=jnp.int32)[None]
         placement = Placement(config, read - 1)
-        older = max(min(self.capacity or slots_read, slots_read) - self.asking, 1)
-        row, own = jnp.arange(len(pos))[:, None], jnp.maximum(recent, 0)
+        older = max(min(self.capacity or slots_read, slots_read) - observed, 1)
+        row, recent_pos = jnp.arange(len(pos))[:, None], jnp.maximum(recent, 0)
 
         def one(layer: caches.KVState) -> tuple[Array, Array, dict[str, Any]]:
             k, v = layer.k[:, :slots_read], layer.v[:, :slots_read]
             q, placed = placement.at(layer.state["q"], recent), placement.at(k, pos)
             chosen = self._chosen(config, q, placed, recent, pos, older)  # [B, O, K]
             index = row[..., None], jnp.maximum(chosen, 0), jnp.arange(k.shape[2])[None, None]
-            held = (chosen >= 0)[..., None]
-            old_k = jnp.where(held, placed[index], 0)
-            state = {"v": jnp.where(held, v[index], 0), "pos": chosen}
+            valid = (chosen >= 0)[..., None]
+            old_k = jnp.where(valid, placed[index], 0)
+            state = {"v": jnp.where(valid, v[index], 0), "pos": chosen}
             wide = self.channels_kept(k.shape[3])
             if wide < k.shape[3]:
-                lasting = jnp.where((recent >= 0)[..., None, None], placed[row, own], 0)
+                lasting = jnp.where((recent >= 0)[..., None, None], placed[row, recent_pos], 0)
                 state["channels"] = _channels(q, old_k, lasting, recent, wide)  # [B, K, D']
                 old_k = jnp.take_along_axis(old_k, state["channels"][:, None], axis=3)
             last_k, last_v = (
-                jnp.pad(x[row, own], ((0, 0), (0, room), (0, 0), (0, 0))) for x in (k, v)
+                jnp.pad(x[row, recent_pos], ((0, 0), (0, room), (0, 0), (0, 0))) for x in (k, v)
             )
             return last_k, last_v, state | {"k": old_k}
 
         k, v, state = jax.lax.map(one, cache.kv)
         new_pos = jnp.where(recent >= 0, recent, caches.EMPTY)
         new_pos = jnp.pad(new_pos, ((0, 0), (0, room)), constant_values=caches.EMPTY)
-        return caches.Cache(k, v, new_pos, caches.CompressedPrompt(self.asking + room), state)
+        return caches.Cache(k, v, new_pos, caches.CompressedPrompt(observed + room), state)
 
     def _chosen(self, config, q, k, recent, pos, count) -> Int[Array, "B O K"]:
         """Positions of the older tokens to keep, in order, by key/value head; -1 where there are
@@ -114,9 +111,9 @@ class PromptCompression(Policy):
         if self.capacity is None:
             votes = jnp.broadcast_to(old[..., None], (*old.shape, kv_heads)).astype(jnp.float32)
         else:
-            at = pos[..., None]
-            found = slots.scores(config, q, k, recent, at)
-            weights = scores_.softmax(config, found, slots.visible(recent, at))
+            k_pos = pos[..., None]
+            logits = slots.scores(config, q, k, recent, k_pos)
+            weights = scores_.softmax(config, logits, slots.visible(recent, k_pos))
             votes = jnp.where(old[..., None], weights.sum((2, 3)).swapaxes(1, 2), 0.0)
             votes = _pooled(votes, self.pooling)
         votes = jnp.where(old[..., None], votes, -1.0)  # attention is never below 0
@@ -137,8 +134,8 @@ def _channels(q, old_k, last_k, recent, wide: int) -> Int[Array, "B K D"]:
 
     Score of a channel: sum of q^2 over the queries that share a key head, times sum of k^2.
     """
-    asked = jnp.where((recent >= 0)[..., None, None], q, 0).astype(jnp.float32)
-    by_q = jnp.square(asked.reshape(*asked.shape[:2], old_k.shape[2], -1, asked.shape[3]))
+    recent_q = jnp.where((recent >= 0)[..., None, None], q, 0).astype(jnp.float32)
+    by_q = jnp.square(recent_q.reshape(*recent_q.shape[:2], old_k.shape[2], -1, recent_q.shape[3]))
     by_k = sum(jnp.square(k.astype(jnp.float32)).sum(1) for k in (old_k, last_k))
     _, best = jax.lax.top_k(by_q.sum((1, 3)) * by_k, wide)
     return jnp.sort(best, axis=2).astype(jnp.int32)
@@ -153,11 +150,11 @@ class SnapKV(PromptCompression):
     averaged over `pooling` neighbours before the window.
     """
 
-    capacity: Held  # tokens of the prompt that stay, the last `window` included
-    window: Held = 32  # tokens
+    capacity: Count  # tokens of the prompt that stay, the last `window` included
+    window: Count = 32  # tokens
     pooling: Neighbors = 5  # tokens, odd
 
-    asking_field = "window"
+    observation_field = "window"
 
 
 @register("think")
@@ -171,12 +168,12 @@ class ThinK(PromptCompression):
 
     # Of the channels of older keys, which go.
     ratio: Annotated[float, Range(min=0, below=1)] = 0.4
-    recent: Held = 32  # tokens that stay whole, and whose queries are asked
-    capacity: Held | None = None  # tokens of the prompt that stay; None: all
+    recent: Count = 32  # tokens that stay, and whose queries say what is kept
+    capacity: Count | None = None  # tokens of the prompt that stay; None: all
     pooling: Neighbors = 5
 
     window = None
-    asking_field = "recent"
+    observation_field = "recent"
 
     def channels_kept(self, head_dim: int) -> int:
         return head_dim - int(self.ratio * head_dim)

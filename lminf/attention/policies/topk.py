@@ -7,13 +7,23 @@ softmax. All keys must be kept, and decoding scans them.
 """
 
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lminf.attention import cache as caches
 from lminf.attention import scores, sparse
-from lminf.attention.policy import Distance, HeldOrNone, Layers, LMInfinite, Tokens, register
+from lminf.attention.policy import (
+    CountOrNone,
+    Distance,
+    FarPositions,
+    Layers,
+    LMInfinite,
+    Tokens,
+    register,
+)
 from lminf.errors import InputError
 
 
@@ -23,7 +33,7 @@ class TopK(sparse.SparsePolicy):
     """LM-Infinite with top-k middle tokens. Source: Han et al. 2024, arXiv:2308.16137."""
 
     window: Tokens  # tokens, the query's own included
-    sinks: HeldOrNone = 10  # tokens at the start that stay visible
+    sinks: CountOrNone = 10  # tokens at the start that stay visible
     topk: Tokens = 5  # tokens between them that a head takes
     at: Distance | None = None  # how far away those seem, tokens; None: half the window
     from_layer: Layers = 4  # the first layer, of those with this policy, that takes any
@@ -32,14 +42,7 @@ class TopK(sparse.SparsePolicy):
     group = 1
     last_only = True
     needs_rotary = True
-
-    @property
-    def num_sinks(self) -> int:
-        return self.sinks
-
-    @property
-    def max_selected(self) -> int:
-        return self.topk
+    max_selected = property(attrgetter("topk"))
 
     @property
     def selected_distance(self) -> int:
@@ -49,7 +52,7 @@ class TopK(sparse.SparsePolicy):
     def sink_distance(self) -> int:
         return self.window if self.distance is None else self.distance
 
-    def far_positions(self):
+    def far_positions(self) -> FarPositions:
         return LMInfinite(self.window, self.sinks, self.distance).far_positions()
 
     def cache_layout(self, capacity: int) -> caches.LinearCache:
@@ -60,16 +63,16 @@ class TopK(sparse.SparsePolicy):
             )
         return caches.LinearCache(capacity)
 
-    def select(self, state, query):
+    def select(self, state: Any, query: sparse.Query) -> tuple[sparse.Selected, Any]:
         """The best keys between sinks and window, of each head."""
         i, every = query.group.pos, jnp.arange(query.slots, dtype=jnp.int32)[None]
         between = (every >= self.sinks) & (every <= i - self.window)
         between &= query.layer >= self.from_layer
         q = query.placement.away(query.q, self.selected_distance)
-        found = scores.scaled(query.config, q, query.kv.k[query.layer].astype(q.dtype))
-        found = jnp.where(between[:, None, None, None], found, -jnp.inf)
-        best, at = jax.lax.top_k(found, min(self.topk, query.slots))  # [B, K, G, 1, k]
-        listed = jnp.where(jnp.isneginf(best), -1, at.astype(jnp.int32))
+        products = scores.scaled(query.config, q, query.kv.k[query.layer].astype(q.dtype))
+        products = jnp.where(between[:, None, None, None], products, -jnp.inf)
+        best, indices = jax.lax.top_k(products, min(self.topk, query.slots))  # [B, K, G, 1, k]
+        listed = jnp.where(jnp.isneginf(best), -1, indices.astype(jnp.int32))
         listed = jnp.sort(listed.reshape(len(i), -1, listed.shape[-1]), axis=-1)
         start, length = query.window(self.window - 1)
         return sparse.Selected(listed, start, length), state

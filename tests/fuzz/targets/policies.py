@@ -22,7 +22,7 @@ TEXTS = (
     "full", "window:window=5", "lambda:window=5,sinks=3", "lm_infinite:window=5,sinks=3,distance=7",
     "streaming:window=5,sinks=3", "rerope:window=5,log_from=9", "leaky_rerope:window=5,stretch=3",
     "self_extend:window=5,group=3", "topk:window=5,sinks=2,topk=3,from_layer=0",
-    "infllm:window=4,sinks=2,topk=1,block=2,repr_topk=1,exec_block=4,resident=2",
+    "infllm:window=4,sinks=2,topk=1,block=2,repr_topk=1,exec_block=4",
     "longheads:attended=12,chunk=4", "hip:topk=4,window=3,sinks=1,query_block=4,dense_layers=0",
     "infinite_hip:chunk=(4,2),topk=(8,4),refresh=(2,1),window=3,sinks=1,query_block=4",
     "h2o:capacity=9,turn=2", "tova:capacity=9,turn=2", "sirllm:capacity=9,turn=2,decay=0.5",

@@ -45,8 +45,9 @@ def prefill(
             q, q_positions, q_texts = args
             logits = scores.scaled(config, q, k)
             if slopes is not None:
-                bias = scores.alibi_bias(slopes, k.shape[2], q_positions, positions[:, None])
-                logits = logits - jnp.abs(bias)
+                distance = jnp.abs(q_positions[:, :, None] - positions[:, None])
+                bias = slopes.reshape(1, k.shape[2], -1, 1, 1) * distance[:, None, None]
+                logits = logits - bias.astype(logits.dtype)
             visible = (q_texts[:, :, None] == texts[:, None]) & (q_texts != masks.PADDING)[
                 ..., None
             ]

@@ -46,7 +46,8 @@ def prefill(
             logits = scores.scaled(config, q, k)
             if slopes is not None:
                 distance = jnp.abs(q_positions[:, :, None] - positions[:, None])
-                bias = slopes.reshape(1, k.shape[2], -1, 1, 1) * distance[:, None, None]
+                distance = distance.astype(slopes.dtype)[:, None, None]
+                bias = slopes.reshape(1, k.shape[2], -1, 1, 1) * distance
                 logits = logits - bias.astype(logits.dtype)
             visible = (q_texts[:, :, None] == texts[:, None]) & (q_texts != masks.PADDING)[
                 ..., None

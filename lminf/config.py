@@ -320,8 +320,8 @@ def _nested(hint: Any, outer: Mapping[str, type]) -> dict[str, type]:
     # A protocol says nothing about names: every outer choice may satisfy it.
     open_ended = not classes or any(getattr(member, "_is_protocol", False) for member in classes)
     fitting = {n: kind for n, kind in outer.items() if open_ended or issubclass(kind, (*classes,))}
-    own = {n: kind for n, kind in _candidates(hint).items() if kind not in fitting.values()}
-    return fitting | own
+    leftover = {n: kind for n, kind in _candidates(hint).items() if kind not in fitting.values()}
+    return fitting | leftover
 
 
 def _item_hints(hint: Any, count: int, where: str) -> Sequence[Any]:

@@ -82,9 +82,9 @@ class Range:
 def check(value: Any) -> None:
     """Raises InputError for the first field of a dataclass instance that is outside its range."""
     for name, hint in _hints(type(value)).items():
-        found = getattr(value, name)
-        if wanted := _problem(found, hint):
-            raise InputError(f"{type(value).__name__}.{name} is {shown(found)}; give {wanted}")
+        item = getattr(value, name)
+        if expectation := _problem(item, hint):
+            raise InputError(f"{type(value).__name__}.{name} is {shown(item)}; give {expectation}")
 
 
 def shown(value: Any) -> str:

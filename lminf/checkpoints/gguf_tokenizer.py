@@ -228,13 +228,13 @@ def _sentence_piece(facts: Fields, kinds: list[int], *, gemma: bool) -> tokenize
 
 def _merges(vocab: Mapping[str, int], rank: Mapping[str, float]) -> list[tuple[str, str]]:
     """Every way to make a token of two others, the best-ranked token first."""
-    found = []
+    merges = []
     lengths = {len(token) for token in vocab}
     for token in vocab:
         # A token may be as long as the file: only cuts into lengths that there are.
         places = (i for i in sorted(lengths) if len(token) - i in lengths)
         cuts = ((token[:i], token[i:]) for i in places)
         cuts = [(a, b) for a, b in cuts if a in vocab and b in vocab]
-        found += sorted(cuts, key=lambda cut: (vocab[cut[0]], vocab[cut[1]]))
-    found.sort(key=lambda cut: (rank[cut[0] + cut[1]], len(cut[0]), len(cut[1])), reverse=True)
-    return found
+        merges += sorted(cuts, key=lambda cut: (vocab[cut[0]], vocab[cut[1]]))
+    merges.sort(key=lambda cut: (rank[cut[0] + cut[1]], len(cut[0]), len(cut[1])), reverse=True)
+    return merges

@@ -108,18 +108,18 @@ def _files(folder: Path) -> list[Path]:
     index = folder / f"{WEIGHTS}.index.json"
     if index.exists():
         return _shards(folder, read_json(index).get("weight_map"), index)
-    found = sorted(path for path in folder.glob("*.safetensors") if not _other(path.name))
-    if len(found) > 1:
+    shards = sorted(path for path in folder.glob("*.safetensors") if not _other(path.name))
+    if len(shards) > 1:
         raise InputError(
-            f"{folder} holds {len(found)} safetensors files but no {index.name} that says how they "
-            f"belong together; fetch the index too"
+            f"{folder} holds {len(shards)} safetensors files but no {index.name} that says how "
+            f"they belong together; fetch the index too"
         )
-    if not found:
+    if not shards:
         pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
         if pickles:
             refuse_pickle(pickles[0])
         raise InputError(f"{folder} holds no safetensors file; fetch the checkpoint again, whole")
-    return [_plain(path) for path in found]
+    return [_plain(path) for path in shards]
 
 
 def _other(name: str) -> bool:

@@ -144,14 +144,14 @@ def _qwen(fields: Fields, family: str) -> ModelSpec:
     first = fields["max_window_layers"] if slides else fields.ignored("max_window_layers", layers)
     windows = tuple(window if layer >= first else None for layer in range(layers))
     fields.only("mlp_bias", False)
-    own: dict[str, Any] = {"windows": _by_type(fields, window) or windows}
+    extra: dict[str, Any] = {"windows": _by_type(fields, window) or windows}
     if family == "qwen2":
         fields.only("attention_bias", True)
-        own |= {"qkv_bias": True, "out_bias": False}
+        extra |= {"qkv_bias": True, "out_bias": False}
     else:
         fields["head_dim"]  # the default of its absence is one model's
-        own |= {"qk_norm": True}
-    return _llama_like(fields, family, **own)
+        extra |= {"qk_norm": True}
+    return _llama_like(fields, family, **extra)
 
 
 def _gemma2(fields: Fields, family: str) -> ModelSpec:
@@ -224,12 +224,16 @@ def _mistral_fields(spec: ModelSpec) -> dict[str, Any]:
 def _qwen_fields(spec: ModelSpec) -> dict[str, Any]:
     types = ["full_attention" if w is None else "sliding_attention" for w in spec.windows]
     window = next((w for w in spec.windows if w is not None), None)
-    own = {"use_sliding_window": window is not None, "sliding_window": window, "layer_types": types}
+    extra = {
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "layer_types": types,
+    }
     # transformers wants the number of the first layer that slides, whatever the types say.
-    own["max_window_layers"] = types.index("sliding_attention") if window else spec.num_layers
+    extra["max_window_layers"] = types.index("sliding_attention") if window else spec.num_layers
     if spec.family == "qwen3":
-        own["attention_bias"] = spec.qkv_bias
-    return _llama_fields(spec) | own
+        extra["attention_bias"] = spec.qkv_bias
+    return _llama_fields(spec) | extra
 
 
 def _gemma2_fields(spec: ModelSpec) -> dict[str, Any]:

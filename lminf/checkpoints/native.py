@@ -144,8 +144,8 @@ class Store:
             return []
         steps = [path for path in self.folder.iterdir() if STEP.fullmatch(path.name)]
         steps = [path for path in steps if path.is_dir() and not os.path.islink(path)]
-        found = [manifest.read(path) for path in steps]
-        return sorted((saved for saved in found if saved), key=lambda saved: saved.step)
+        manifests = [manifest.read(path) for path in steps]
+        return sorted((saved for saved in manifests if saved), key=lambda saved: saved.step)
 
     def save(self, step: int, state: Any, *, loss: float | None = None) -> None:
         """Copies the state and returns; it is written in the background. The state may change."""
@@ -218,9 +218,9 @@ class Store:
         believed, best = self._believed(), self.best()
         kept = {saved.step for saved in believed[-self.last :]} | ({best.step} if best else set())
         for saved in believed:
-            own = {*saved.files, manifest.NAME}
+            known_files = {*saved.files, manifest.NAME}
             names = {str(file.relative_to(saved.path)) for file in manifest.files_in(saved.path)}
-            if saved.step not in kept and names <= own:
+            if saved.step not in kept and names <= known_files:
                 _marker(saved.path).touch()
                 (saved.path / manifest.NAME).unlink()
                 saved.path.rmtree()
@@ -268,11 +268,11 @@ class Store:
     def _explained(self, path: epath.Path, error: BaseException) -> BaseException:
         """One sentence where the disk refused; else the error as it is."""
         # TensorStore reports what the system says as "...: REASON [os_error_code='28']".
-        told = re.search(r"([^:]+) \[os_error_code=", str(error))
+        code = re.search(r"([^:]+) \[os_error_code=", str(error))
         if isinstance(error, OSError):
             reason = error.strerror or str(error)
-        elif told:
-            reason = told[1].strip()
+        elif code:
+            reason = code[1].strip()
         else:
             return error
         return InputError(
@@ -288,14 +288,14 @@ def load(path: Any, abstract: Any) -> Any:
         # Orbax says that it lays arrays out anew, which is what was asked for.
         warnings.filterwarnings("ignore", module="orbax")
         try:
-            found = ocp.load(path, flat)
+            restored = ocp.load(path, flat)
         except (ValueError, KeyError, TypeError) as error:
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise InputError(
                 f"the checkpoint {path} does not fit this run ({reason}); give it the settings of "
                 f"the run that wrote it"
             ) from error
-    return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in flat])
+    return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in flat])
 
 
 def _flat(tree: Any) -> dict[str, Any]:
@@ -316,8 +316,8 @@ def _suffixes() -> Iterator[str]:
 
 def _only_orbax(path: epath.Path) -> bool:
     """Whether a folder holds nothing but what Orbax and this module put into a checkpoint."""
-    own = (manifest.NAME, f"{manifest.NAME}.writing")
-    return all(entry.name in own or ORBAX.fullmatch(entry.name) for entry in path.iterdir())
+    manifests = (manifest.NAME, f"{manifest.NAME}.writing")
+    return all(entry.name in manifests or ORBAX.fullmatch(entry.name) for entry in path.iterdir())
 
 
 def _filled(path: epath.Path) -> bool:

@@ -65,12 +65,12 @@ def read(
             f"{source} holds {len(shapes)} tensors for {spec.num_layers} layers; the weights and "
             f"the configuration belong to different models"
         )
-    wanted = list(stored(spec, rows))
+    entries = list(stored(spec, rows))
     shapes = _without_copies(spec, shapes, tensor, source)
-    check(spec, wanted, shapes, source)
+    check(spec, entries, shapes, source)
     flat = {path: _aligned(shape, dtype) for path, shape in weight_maps.tree_shapes(spec).items()}
     length = weight_maps.sizes(spec)
-    for done, item in enumerate(wanted, 1):
+    for done, item in enumerate(entries, 1):
         moved = weight_maps.rearrange(tensor(item.name), item.row.axes, length)
         if item.row.offset:
             with np.errstate(all="ignore"):  # of weights that are no numbers, in damaged files
@@ -80,7 +80,7 @@ def read(
             target = flat[place] if item.layer is None else flat[place][item.layer]
             target[...] = part
         if progress is not None:
-            progress(done, len(wanted))
+            progress(done, len(entries))
     return nested(flat)
 
 
@@ -180,8 +180,8 @@ def write(
         parts = [np.asarray(flat[place]) for place in item.row.places]
         if item.layer is not None:
             parts = [part[item.layer] for part in parts]
-        whole = np.stack(parts) if len(parts) > 1 else parts[0]
-        moved = weight_maps.rearrange(whole, weight_maps.backwards(item.row.axes), length)
+        tensor = np.stack(parts) if len(parts) > 1 else parts[0]
+        moved = weight_maps.rearrange(tensor, weight_maps.backwards(item.row.axes), length)
         if item.row.offset:
             moved = moved + np.asarray(item.row.offset, moved.dtype)
         return np.ascontiguousarray(moved)

@@ -307,16 +307,16 @@ def shape_of(side: str, length: Mapping[str, int]) -> tuple[int, ...]:
 
 def rearrange(x: np.ndarray, axes: str, length: Mapping[str, int]) -> np.ndarray:
     """x with its axes moved as `axes` says; a view where that is possible."""
-    before, _, after = axes.partition("->")
-    if not after:
+    source_axes, _, target_axes = axes.partition("->")
+    if not target_axes:
         return x
-    start = [a for group in _groups(before) for a in group]
-    end = [a for group in _groups(after) for a in group]
+    start = [a for group in _groups(source_axes) for a in group]
+    end = [a for group in _groups(target_axes) for a in group]
     split = x.reshape([length[a] for a in start])
-    return split.transpose([start.index(a) for a in end]).reshape(shape_of(after, length))
+    return split.transpose([start.index(a) for a in end]).reshape(shape_of(target_axes, length))
 
 
 def backwards(axes: str) -> str:
     """The pattern that undoes `axes`."""
-    before, _, after = axes.partition("->")
-    return f"{after.strip()} -> {before.strip()}" if after else axes
+    source_axes, _, target_axes = axes.partition("->")
+    return f"{target_axes.strip()} -> {source_axes.strip()}" if target_axes else axes

@@ -15,17 +15,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     console = Console(highlight=False, markup=False)
-    found = header.experiments(args.names)
+    headers = header.experiments(args.names)
     if not args.names:
         table = Table.grid(padding=(0, 2))
-        table.add_column(no_wrap=True, min_width=max(len(each.name) for each in found))
+        table.add_column(no_wrap=True, min_width=max(len(each.name) for each in headers))
         table.add_column(no_wrap=True, overflow="ellipsis")
-        for experiment in found:
+        for experiment in headers:
             table.add_row(experiment.name, experiment.title)
         console.print(table)
         print("\nlminf list NAME: question, command, time, what to expect")
         return
-    for experiment in found:
+    for experiment in headers:
         console.print(f"{experiment.name}: {experiment.title}", style="bold")
         for key, text in experiment.entries.items():
             console.print(Padding(f"{key:10} {text}", (0, 0, 0, 2)))

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     blocks, bits, tokens = (along_stream if args.protocol == "stream" else by_document)(
         lm, encoded, args
     )
-    found = {
+    result = {
         "blocks": [block.nll for block in blocks],
         "bits_per_byte": bits,
         "tokens": tokens,
@@ -69,13 +69,13 @@ def run(args: argparse.Namespace) -> None:
         "text_digests": [sources.digest(text) for text in texts],
     }
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps(result))
         return
     rows = [{"tokens": f"{b.start}–{b.stop}", "nats/token": b.nll} for b in blocks]
     Console(highlight=False).print(tables.rich_table(rows, title=lm.policy.name))
     print(
-        f"{bits:.4f} bits/byte  {tokens} tokens  {found['seconds']:.1f} s  "
-        f"{found['peak_memory_bytes'] / 2**20:.0f} MiB"
+        f"{bits:.4f} bits/byte  {tokens} tokens  {result['seconds']:.1f} s  "
+        f"{result['peak_memory_bytes'] / 2**20:.0f} MiB"
     )
 
 
@@ -85,17 +85,17 @@ def by_document(
     """Blocks of positions averaged over the texts, bits per byte, tokens read."""
     losses, token_bytes, total = [], [], sum(len(ids) for ids, _ in encoded)
     with Progress(total, label=lm.policy.name, unit="tokens") as progress:
-        before = 0
+        tokens_done = 0
         for ids, ends in encoded:
             losses.append(
                 lm.token_nll(
                     ids,
                     prompt=args.prompt,
-                    progress=lambda done, _, b=before: progress.update(b + done),
+                    progress=lambda done, _, b=tokens_done: progress.update(b + done),
                 )
             )
             token_bytes.append(np.diff(ends))
-            before += len(ids)
+            tokens_done += len(ids)
     bits = bits_per_byte(np.concatenate(losses), int(np.concatenate(token_bytes).sum()))
     return perplexity.by_position(losses, block=args.block), bits, total
 

@@ -65,9 +65,9 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--length={length}: give at least 1 token")
     half = spec.trained_length // 2
     chosen = args.policy or [text.format(w=half) for text in DEFAULT]
-    if not args.policy and (own := checkpoints.read_policy(args.model)) is not None:
-        print(f"attending as trained, by {own.name} (lminf.json)", file=sys.stderr)
-        chosen = [own.name, *chosen]
+    if not args.policy and (trained_policy := checkpoints.read_policy(args.model)) is not None:
+        print(f"attending as trained, by {trained_policy.name} (lminf.json)", file=sys.stderr)
+        chosen = [trained_policy.name, *chosen]
     products = cost.matmul_flops_per_token(spec)
     rows = []
     for text in chosen:
@@ -99,15 +99,15 @@ def run(args: argparse.Namespace) -> None:
 def plan_training(args: argparse.Namespace) -> None:
     from lminf.experiments import _training
 
-    asked = request.parse(
+    run_request = request.parse(
         "train_lm", [f"--config={args.config}", *(f"--config.{o}" for o in args.overrides)]
     )
-    assert asked is not None  # --help was this command's own
-    c: Any = asked.config
+    assert run_request is not None  # --help was this command's own
+    c: Any = run_request.config
     devices = hardware.parse(args.devices)
     start = _training.shape_to_plan(c)
     program = _training.program_of(c, start, absent=devices.count)
-    held = planning.device_bytes(program, rows=c.data.batch, length=c.data.length)
+    memory = planning.device_bytes(program, rows=c.data.batch, length=c.data.length)
     tokens = c.steps * c.data.batch * c.data.length
     flops = planning.flops_per_token(program, c.data.length) * tokens
     if not 0 < args.mfu <= 1:
@@ -123,14 +123,14 @@ def plan_training(args: argparse.Namespace) -> None:
         "flops": flops,
         "mfu": args.mfu,
         "hours": seconds / 3600,
-        "params_bytes": held.params,
-        "grads_bytes": held.grads,
-        "optimizer_bytes": held.optimizer,
-        "activation_bytes": held.activations,
-        "total_bytes": held.total,
+        "params_bytes": memory.params,
+        "grads_bytes": memory.grads,
+        "optimizer_bytes": memory.optimizer,
+        "activation_bytes": memory.activations,
+        "total_bytes": memory.total,
         **compiled_facts(program, devices, rows=c.data.batch, length=c.data.length),
         "device_memory_bytes": devices.kind.memory_bytes,
-        "fits": held.total <= devices.kind.memory_bytes,
+        "fits": memory.total <= devices.kind.memory_bytes,
     }
     show(args, facts, {"sharding": planning.table(program)})
 
@@ -144,22 +144,22 @@ def compiled_facts(
         print(f"bytes are of the formula only: {reason}", file=sys.stderr)
         return {}
     print(f"compiling the step for {devices.name}: a minute or two …", file=sys.stderr)
-    found = compiled.memory(program, devices, rows=rows, length=length)
+    analysis = compiled.memory(program, devices, rows=rows, length=length)
     return {
-        "compiled_state_bytes": found.held,
-        "compiled_working_bytes": found.working,
-        "compiled_total_bytes": found.total,
+        "compiled_state_bytes": analysis.held,
+        "compiled_working_bytes": analysis.working,
+        "compiled_total_bytes": analysis.total,
     }
 
 
 def plan_sweep(args: argparse.Namespace, name: str) -> None:
     """Every shape and length of a sweep, and what all its cells cost."""
     given = [f"--config={args.config}", *(f"--config.{o}" for o in args.overrides)]
-    asked = request.parse(name, given)
-    assert asked is not None  # --help was this command's own
+    run_request = request.parse(name, given)
+    assert run_request is not None  # --help was this command's own
     devices = hardware.parse(args.devices)
     module = importlib.import_module(f"lminf.experiments.{name}")
-    planned = [module.planned(cell.config) for cell in sweep.cells_of(asked)]
+    planned = [module.planned(cell.config) for cell in sweep.cells_of(run_request)]
     flops = sum(row["flops"] for row in planned)
     facts = {
         "config": args.config,
@@ -173,8 +173,13 @@ def plan_sweep(args: argparse.Namespace, name: str) -> None:
     # Cells that differ in their batch alone cost the same.
     alike: dict[tuple, dict[str, Any]] = {}
     for row in planned:
-        batch, own = row["batch"], {k: v for k, v in row.items() if k not in ("batch", "flops")}
-        line = alike.setdefault(tuple(own.values()), {**own, "batches": "", "flops": 0.0})
+        batch, shape_facts = (
+            row["batch"],
+            {k: v for k, v in row.items() if k not in ("batch", "flops")},
+        )
+        line = alike.setdefault(
+            tuple(shape_facts.values()), {**shape_facts, "batches": "", "flops": 0.0}
+        )
         line["batches"] = " ".join(filter(None, (line["batches"], str(batch))))
         line["flops"] += row["flops"]
     show(args, facts, {"shapes": list(alike.values())})

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    (found,) = header.experiments([args.name])
+    (experiment,) = header.experiments([args.name])
     debug = ["--debug"] if getattr(args, "debug", False) and "--debug" not in args.arguments else []
     sys.argv = [sys.argv[0], *args.arguments, *debug]
-    runpy.run_module(f"lminf.experiments.{found.name}", run_name="__main__", alter_sys=True)
+    runpy.run_module(f"lminf.experiments.{experiment.name}", run_name="__main__", alter_sys=True)

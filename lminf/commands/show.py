@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> None:
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
     together: dict[str, list[Reading]] = {}
     for name in args.runs:
-        found = read(name)
-        together.setdefault(found.experiment, []).append(found)
+        result = read(name)
+        together.setdefault(result.experiment, []).append(result)
     damage: list[str] = []
     for experiment, runs in together.items():
         console.print(printable(experiment) or "unnamed experiment", style="bold")
@@ -79,14 +79,14 @@ class Reading:
         if table is None or not self.rows:
             return self.rows
         try:
-            shown = table(self.rows)
+            lines = table(self.rows)
         except Exception as error:  # rows of another experiment, or damaged ones
             self.damage.append(
                 f"the rows of {self.run.path} are not those of {self.experiment} "
                 f"({_said(error)}); they are shown as they are"
             )
             return self.rows
-        return shown
+        return lines
 
     def figures(self) -> Mapping[str, Figure]:
         """The experiment's figures of the rows, by file stem."""
@@ -156,8 +156,8 @@ def combined(runs: Sequence[Reading], *, summarise: bool) -> list[Row]:
     """The runs' tables below each other, under a column that says which run a line is from."""
     parts = []
     for one in runs:
-        own = one.summary() if summarise else one.rows
-        parts += [{"run": one.title, **row} for row in own] if len(runs) > 1 else own
+        lines = one.summary() if summarise else one.rows
+        parts += [{"run": one.title, **row} for row in lines] if len(runs) > 1 else lines
     return parts
 
 

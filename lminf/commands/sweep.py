@@ -42,24 +42,24 @@ def run(args: argparse.Namespace) -> None:
     if (jobs or minutes) and not cluster:
         raise InputError("--jobs and --minutes belong to --submit=slurm or --submit=local")
     name = experiment_of(args.name)
-    asked = request.parse(name, arguments)
-    if asked is None:  # --help
+    run_request = request.parse(name, arguments)
+    if run_request is None:  # --help
         return
-    cells = sweep.cells_of(asked)
-    out = sweep.create(asked, cells, environment.command_line())
+    cells = sweep.cells_of(run_request)
+    out = sweep.create(run_request, cells, environment.command_line())
     if cluster:
         if shard:
             raise InputError("--submit makes the shards itself; leave --shard out")
         submit(name, arguments, out, cluster=cluster, jobs=_count("jobs", jobs or "1"),
                minutes=_count("minutes", minutes or "60"))  # fmt: skip
     else:
-        work(name, asked, cells, out, sweep.Shard.parse(shard or "0/1"))
-    conclude(name, asked, cells, out)
+        work(name, run_request, cells, out, sweep.Shard.parse(shard or "0/1"))
+    conclude(name, run_request, cells, out)
 
 
 def experiment_of(name: str) -> str:
     """The experiment's module name: `vocab` is experiments/vocab_sweep.py."""
-    known = [found.name for found in header.experiments()]
+    known = [entry.name for entry in header.experiments()]
     if name in known:
         return name
     sweeps = {one.removesuffix("_sweep"): one for one in known if one.endswith("_sweep")}
@@ -137,7 +137,7 @@ def conclude(name: str, asked: Request, cells: Sequence[sweep.Cell], out: RunFol
     main = importlib.import_module("lminf.experiments._main")
     module = experiment(name)
     table = getattr(module, "table", None)
-    shown = table(rows) if table else rows
+    lines = table(rows) if table else rows
     figures = plots.write(out, module.plot(rows), name)
     beside = module.files(rows) if hasattr(module, "files") else {}
     for file, text in beside.items():
@@ -145,13 +145,13 @@ def conclude(name: str, asked: Request, cells: Sequence[sweep.Cell], out: RunFol
     ended = [sweep.cell_folder(out, cell).read_json(sweep.DONE) for cell in cells]
     seconds, processor = (sum(cell[key] for cell in ended) for key in ("seconds", "cpu_seconds"))
     main.write_report(
-        out, asked, table=shown, figures=figures, seconds=seconds,
+        out, asked, table=lines, figures=figures, seconds=seconds,
         findings=module.findings(rows) if hasattr(module, "findings") else "",
         spent=f" in the cells, beside what else the machine did; {processor:.1f} s of processor "
         f"time, so at least {processor / (os.cpu_count() or 1):.0f} s on this machine when quiet",
     )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(
-        tables.rich_table(shown)
+        tables.rich_table(lines)
     )
     for path in [*figures, *beside, "report.md", "rows.jsonl"]:
         print(out / path)

@@ -42,14 +42,14 @@ def train(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
 
 def cut(backend: tokenizers.Tokenizer, vocab_size: int) -> Tokenizer:
     """The tokenizer of the first `vocab_size` entries."""
-    whole = json.loads(backend.to_str())["model"]
-    if not BYTES <= vocab_size <= len(whole["vocab"]):
+    model = json.loads(backend.to_str())["model"]
+    if not BYTES <= vocab_size <= len(model["vocab"]):
         raise InputError(
-            f"a vocabulary of {vocab_size} cannot be cut from one of {len(whole['vocab'])}; "
+            f"a vocabulary of {vocab_size} cannot be cut from one of {len(model['vocab'])}; "
             f"train at least that many"
         )
-    vocab = {token: index for token, index in whole["vocab"].items() if index < vocab_size}
-    merges = [tuple(pair) for pair in whole["merges"][: vocab_size - BYTES]]
+    vocab = {token: index for token, index in model["vocab"].items() if index < vocab_size}
+    merges = [tuple(pair) for pair in model["merges"][: vocab_size - BYTES]]
     return Tokenizer(_backend(models.BPE(vocab=vocab, merges=merges)), {}, False, (), None)
 
 

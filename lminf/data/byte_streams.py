@@ -200,19 +200,19 @@ def decoded(stream: Stream) -> Iterator[str]:
     for number in itertools.count():
         block = stream.read(BLOCK_BYTES)
         if b"\0" in block:
-            at = block.index(b"\0")
+            nul = block.index(b"\0")
             raise InputError(
-                f"{path} line {lines + block.count(10, 0, at) + 1} holds a zero byte (offset "
-                f"{before + at}): it is a binary file; leave it out"
+                f"{path} line {lines + block.count(10, 0, nul) + 1} holds a zero byte (offset "
+                f"{before + nul}): it is a binary file; leave it out"
             )
         try:
             text = decode(block, final=not block)
         except UnicodeDecodeError as error:
-            at = before - len(pending) + error.start
+            nul = before - len(pending) + error.start
             line = lines + (pending + block)[: error.start].count(10) + 1
             raise InputError(
                 f"{path} line {line} is not UTF-8 text: byte {(pending + block)[error.start]:#04x} "
-                f"at offset {at}; convert it to UTF-8 or leave it out"
+                f"at offset {nul}; convert it to UTF-8 or leave it out"
             ) from None
         if not block:
             break
@@ -229,6 +229,6 @@ def _unfinished(data: bytes) -> bytes:
     for size in range(1, min(3, len(data)) + 1):
         lead = data[-size]
         if lead >= 0xC0:
-            whole = 2 + (lead >= 0xE0) + (lead >= 0xF0)
-            return data[-size:] if size < whole else b""
+            char_bytes = 2 + (lead >= 0xE0) + (lead >= 0xF0)
+            return data[-size:] if size < char_bytes else b""
     return b""

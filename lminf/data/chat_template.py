@@ -25,7 +25,7 @@ Messages: TypeAlias = Sequence[Mapping[str, Any]]
 def render(template: str, variables: Sequence[Mapping[str, Any]]) -> list[str]:
     """The template's text for each set of variables, in a process that cannot run for ever."""
     try:
-        asked = json.dumps({"template": template, "variables": variables}).encode()
+        request = json.dumps({"template": template, "variables": variables}).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(
             f"these messages cannot be written as JSON ({error}); give texts, numbers, lists and "
@@ -34,7 +34,7 @@ def render(template: str, variables: Sequence[Mapping[str, Any]]) -> list[str]:
     try:
         done = subprocess.run(
             [sys.executable, "-P", render_template.__file__],
-            input=asked, capture_output=True, timeout=SECONDS, check=False,
+            input=request, capture_output=True, timeout=SECONDS, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise _refusal(f"it ran for more than {SECONDS:.0f} s") from None
@@ -84,17 +84,17 @@ def split(
     plainly = {hidden: chr(edge) for edge, hidden in disguise.items()}
 
     def lightly(text: str) -> str:
-        return spelled.sub(lambda found: found[0].translate(disguise), text)
+        return spelled.sub(lambda match: match[0].translate(disguise), text)
 
     def wholly(text: str) -> str:
         return text.translate(disguise)
 
     def pieces(text: str) -> list[str]:
-        found, start = [], 0
+        parts, start = [], 0
         for match in spelled.finditer(text):
-            found += [text[start : match.start()], match[0]]
+            parts += [text[start : match.start()], match[0]]
             start = match.end()
-        return [piece.translate(str.maketrans(plainly)) for piece in [*found, text[start:]]]
+        return [piece.translate(str.maketrans(plainly)) for piece in [*parts, text[start:]]]
 
     # Roles choose what a template does, and some write '<|' + role + '|>'.
     light, whole = (

@@ -72,9 +72,9 @@ class Decomposition:
                 f"{rows} rows of {length} tokens do not divide into rows of {1 << longest}; make "
                 f"rows x length a multiple of that"
             )
-        found = cut(joined(corpora), shortest=self.shortest, longest=longest, beyond=self.beyond,
+        pieces = cut(joined(corpora), shortest=self.shortest, longest=longest, beyond=self.beyond,
                     seed=seed)  # fmt: skip
-        buckets = [Sequences(found[k], length=1 << k) for k in range(self.shortest, longest + 1)]
+        buckets = [Sequences(pieces[k], length=1 << k) for k in range(self.shortest, longest + 1)]
         taken = self._rows(buckets, of_step=rows * length)
         return Curricular(
             buckets, [Selection(b, n) for b, n in zip(buckets, taken, strict=True)],
@@ -84,25 +84,30 @@ class Decomposition:
 
     def _rows(self, buckets: Sequence[Sequences], *, of_step: int) -> list[int]:
         """Of each length, in an epoch."""
-        held = {bucket.length: bucket.count * bucket.length for bucket in buckets}
+        bucket_tokens = {bucket.length: bucket.count * bucket.length for bucket in buckets}
         if self.tokens == "all":
             return [bucket.count for bucket in buckets]
         if self.tokens == "equal":
-            least = min(held.values())
+            least = min(bucket_tokens.values())
             least -= least % of_step if least > of_step else 0  # whole batches of every length
-            wanted = [least] * len(buckets)
+            bucket_shares = [least] * len(buckets)
         else:
-            wanted = list(self.tokens)
-        if len(wanted) != len(buckets):
-            raise InputError(f"{len(wanted)} numbers of tokens for {len(buckets)} lengths "
-                             f"({', '.join(map(str, held))}); give one for each")  # fmt: skip
-        for bucket, tokens in zip(buckets, wanted, strict=True):
-            if tokens > held[bucket.length]:
+            bucket_shares = list(self.tokens)
+        if len(bucket_shares) != len(buckets):
+            lengths = ", ".join(map(str, bucket_tokens))
+            raise InputError(
+                f"{len(bucket_shares)} numbers of tokens for {len(buckets)} lengths ({lengths}); give "
+                f"one for each"
+            )
+        for bucket, tokens in zip(buckets, bucket_shares, strict=True):
+            if tokens > bucket_tokens[bucket.length]:
                 raise InputError(
                     f"{tokens:,} tokens in rows of {bucket.length} were asked for, but the corpus "
-                    f"gives {held[bucket.length]:,}; ask for fewer"
+                    f"gives {bucket_tokens[bucket.length]:,}; ask for fewer"
                 )
-        return [tokens // bucket.length for bucket, tokens in zip(buckets, wanted, strict=True)]
+        return [
+            tokens // bucket.length for bucket, tokens in zip(buckets, bucket_shares, strict=True)
+        ]
 
     def _odds(self, lengths: int) -> list[float]:
         if isinstance(self.curriculum, str):
@@ -214,8 +219,8 @@ class Curricular:
         bucket_of = np.array(order, np.int16)
         ordinal_of = np.zeros(self._steps, np.int64)
         for number in range(len(self._buckets)):
-            at = bucket_of == number
-            ordinal_of[at] = np.arange(at.sum())
+            in_bucket = bucket_of == number
+            ordinal_of[in_bucket] = np.arange(in_bucket.sum())
         return bucket_of, ordinal_of
 
 

@@ -47,15 +47,15 @@ class Piece(NamedTuple):
 
 def find(patterns: Sequence[str]) -> list[Source]:
     """The files that are named, those in the folders and those that match, in that order."""
-    found: dict[Path, Source] = {}
+    sources: dict[Path, Source] = {}
     for pattern in patterns:
         for path in _matching(pattern):
             key = path.resolve()
-            if key in found:
+            if key in sources:
                 raise InputError(f"{path} is named twice among {', '.join(patterns)}; "
                                  f"name each file once")  # fmt: skip
-            found[key] = source_of(path)
-    return list(found.values())
+            sources[key] = source_of(path)
+    return list(sources.values())
 
 
 def source_of(path: Path) -> Source:
@@ -109,22 +109,22 @@ def read(source: Source, *, field: str = "text", split: Split = "file") -> Itera
 
 def pieces(blocks: Iterable[str], *, bytes_read: Callable[[], int]) -> Iterator[Piece]:
     """One document, given in blocks, cut where no token notices."""
-    held, first, searched = "", True, PIECE_CHARS
+    buffer, first, searched = "", True, PIECE_CHARS
     for number, block in enumerate(blocks):
         # Concatenated files and rows have marks of their own.
-        held += block if number else block.removeprefix("\ufeff")
-        while len(held) > PIECE_CHARS:
-            cut = CUT.search(held, searched)
+        buffer += block if number else block.removeprefix("\ufeff")
+        while len(buffer) > PIECE_CHARS:
+            cut = CUT.search(buffer, searched)
             # The last character of a block may be the letter before a cut: look there again.
-            searched = max(PIECE_CHARS, len(held) - 2)
-            if cut is None and len(held) < CUT_ANYWAY_CHARS:
+            searched = max(PIECE_CHARS, len(buffer) - 2)
+            if cut is None and len(buffer) < CUT_ANYWAY_CHARS:
                 break
             end = cut.start() if cut else CUT_ANYWAY_CHARS
-            yield Piece(held[:end], first, False, bytes_read())
-            held, first, searched = held[end:], False, PIECE_CHARS
-    if first and not held.strip():
-        held = ""
-    yield Piece(held, first, True, bytes_read())
+            yield Piece(buffer[:end], first, False, bytes_read())
+            buffer, first, searched = buffer[end:], False, PIECE_CHARS
+    if first and not buffer.strip():
+        buffer = ""
+    yield Piece(buffer, first, True, bytes_read())
 
 
 def _paragraphs(blocks: Iterator[str], bytes_read: Callable[[], int]) -> Iterator[Piece]:
@@ -132,28 +132,28 @@ def _paragraphs(blocks: Iterator[str], bytes_read: Callable[[], int]) -> Iterato
     breaks = re.compile(r"\n[ \t\r]*\n\s*")
 
     def until_blank() -> Iterator[str]:
-        nonlocal held, done
+        nonlocal buffer, done
         while True:
-            found = breaks.search(held)
+            match = breaks.search(buffer)
             # White space at the end of what is held may go on in the next block.
-            if found and found.end() < len(held):
-                text, held = held[: found.start()], held[found.end() :]
+            if match and match.end() < len(buffer):
+                text, buffer = buffer[: match.start()], buffer[match.end() :]
                 yield text
                 return
-            keep = len(held) - len(held.rstrip())
-            if found is None and len(held) - keep > BLOCK_CHARS:
-                yield held[: len(held) - keep]
-                held = held[len(held) - keep :]
+            keep = len(buffer) - len(buffer.rstrip())
+            if match is None and len(buffer) - keep > BLOCK_CHARS:
+                yield buffer[: len(buffer) - keep]
+                buffer = buffer[len(buffer) - keep :]
             more = next(blocks, None)
             if more is None:
-                yield held.rstrip()
-                held, done = "", True
+                yield buffer.rstrip()
+                buffer, done = "", True
                 return
-            held += more
+            buffer += more
 
-    held, done = "", False
+    buffer, done = "", False
     while not done:
-        held = held.lstrip("\r\n")
+        buffer = buffer.lstrip("\r\n")
         for piece in pieces(until_blank(), bytes_read=bytes_read):
             if piece.text or not piece.first:  # nothing stands between two blank lines
                 yield piece

@@ -62,8 +62,8 @@ def ending(path: Path) -> str:
     name = path.name.lower()
     for packed in byte_streams.ENDINGS:
         name = name.removesuffix(packed)
-    while found := NUMBER.search(name):
-        name = name[: found.start()]
+    while match := NUMBER.search(name):
+        name = name[: match.start()]
     return Path(name).suffix
 
 

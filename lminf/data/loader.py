@@ -49,7 +49,7 @@ class Loader:
             Documents(*(part + first for part in packing.documents(store.ends)))
             for store, first in zip(stores, self._first[:-1].tolist(), strict=True)
         ]
-        self._ends = np.concatenate([found.ends for found in corpora])
+        self._ends = np.concatenate([corpus.ends for corpus in corpora])
         self.schedule: Schedule = plan.schedule(corpora, length=length, rows=rows, seed=seed)
 
     def batch(self, step: int, *, process: int = 0, processes: int = 1) -> dict[str, np.ndarray]:
@@ -80,19 +80,19 @@ class Loader:
         before = np.cumsum(pieces.size) - pieces.size
         new_row = np.diff(pieces.row, prepend=-1) != 0
         in_row = before - np.maximum.accumulate(np.where(new_row, before, 0))
-        at = (pieces.row * pieces.length + in_row)[owner] + place
+        slots = (pieces.row * pieces.length + in_row)[owner] + place
 
         def arranged(values: np.ndarray, dtype: type) -> np.ndarray:
-            found = np.zeros(shape, dtype)
-            found.reshape(-1)[at] = values
-            return found
+            array = np.zeros(shape, dtype)
+            array.reshape(-1)[slots] = values
+            return array
 
         batch = {
             "tokens": arranged(read[source], np.int32),
             "targets": arranged(read[source + 1], np.int32),
         }
         if self.schedule.padded:
-            batch["weights"] = arranged(np.ones(len(at)), np.float32)
+            batch["weights"] = arranged(np.ones(len(slots)), np.float32)
         if self.schedule.document_mask:
             number = np.arange(len(pieces.row))
             in_order = number - np.maximum.accumulate(np.where(new_row, number, 0)) + 1
@@ -109,13 +109,15 @@ class Loader:
     def _read(self, starts: Int[np.ndarray, " P"], sizes: Int[np.ndarray, " P"]):
         """The tokens of every piece, in order."""
         store_of = np.searchsorted(self._first, starts, side="right") - 1
-        found: list[Any] = [None] * len(starts)
+        texts: list[Any] = [None] * len(starts)
         for number, store in enumerate(self._stores):
-            at = np.flatnonzero(store_of == number)
-            local = (starts[at] - self._first[number]).tolist()
-            for index, part in zip(at.tolist(), store.read(local, sizes[at].tolist()), strict=True):
-                found[index] = part
-        return found
+            in_store = np.flatnonzero(store_of == number)
+            local = (starts[in_store] - self._first[number]).tolist()
+            for index, part in zip(
+                in_store.tolist(), store.read(local, sizes[in_store].tolist()), strict=True
+            ):
+                texts[index] = part
+        return texts
 
 
 def _host_rows(pieces: Spans, process: int, processes: int) -> Spans:
@@ -125,14 +127,14 @@ def _host_rows(pieces: Spans, process: int, processes: int) -> Spans:
             f"a batch of {pieces.rows} rows of {pieces.length} tokens does not divide among "
             f"{processes} processes; make the rows a multiple of that"
         )
-    own = pieces.row // rows == process
-    row, start, size = (part[own] for part in (pieces.row, pieces.start, pieces.size))
+    is_local = pieces.row // rows == process
+    row, start, size = (part[is_local] for part in (pieces.row, pieces.start, pieces.size))
     return Spans(rows, pieces.length, row - process * rows, start, size)
 
 
 def _same_tokenizer(stores: Sequence[TokenStore]) -> None:
-    found = [store.facts for store in stores if store.facts is not None]
-    for before, after in itertools.pairwise(found):
+    facts = [store.facts for store in stores if store.facts is not None]
+    for before, after in itertools.pairwise(facts):
         if before.tokenizer_digest != after.tokenizer_digest:
             raise InputError(
                 f"the stores were written with different tokenizers, {before.tokenizer} and "
@@ -158,16 +160,16 @@ class Prefetched:
 
     def batch(self, step: int) -> Any:
         with self._lock:
-            wanted = range(step, step + 1 + self._ahead)
-            for other in self._made.keys() - set(wanted):
-                self._made.pop(other).cancel()
-            for number in wanted:
+            upcoming = range(step, step + 1 + self._ahead)
+            for stale in self._made.keys() - set(upcoming):
+                self._made.pop(stale).cancel()
+            for number in upcoming:
                 if number not in self._made:
                     self._made[number] = self._pool.submit(
                         self._source.batch, number, **self._share
                     )
-            found = self._made[step]
-        return found.result()
+            future = self._made[step]
+        return future.result()
 
     def documents(self, step: int) -> Sequence[int]:
         return self._source.documents(step)

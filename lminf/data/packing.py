@@ -158,12 +158,12 @@ def pack(histogram: Int[np.ndarray, " _"], room: int) -> list[Group]:
     for size in range(len(histogram) - 1, 0, -1):
         left = int(histogram[size])
         while left:
-            at = bisect.bisect_left(rooms, size)
-            if at < len(rooms):
-                free = rooms[at]
+            slot = bisect.bisect_left(rooms, size)
+            if slot < len(rooms):
+                free = rooms[slot]
                 sizes, rows = groups[free].popleft()
                 if not groups[free]:
-                    del rooms[at]
+                    del rooms[slot]
             else:
                 free, sizes, rows = room, (), -(-left // (room // size))
             # The fullest row with room stays that until it has none.

@@ -23,8 +23,8 @@ def shuffled(indices: Int[np.ndarray, " _"], count: int, *, seed: Seed) -> Int[n
     values = np.asarray(indices).astype(np.uint64)
     outside = np.arange(values.size)
     while outside.size:
-        found = values[outside]
-        left, right = found >> half, found & mask
+        wrapped = values[outside]
+        left, right = wrapped >> half, wrapped & mask
         for key in keys:
             left, right = right, left ^ (mixed(right ^ key) & mask)
         values[outside] = (left << half) | right

@@ -150,7 +150,7 @@ class Mixture:
             raise InputError(
                 f"{len(self.weights)} weights for {len(corpora)} corpora; give one weight for each"
             )
-        parts = [self.plan.layout(found, length) for found in corpora]
+        parts = [self.plan.layout(documents, length) for documents in corpora]
         document_mask = self.plan.documents == "apart"
         return RowSchedule(
             parts, shares(self.weights), rows=rows, seed=seed, document_mask=document_mask
@@ -168,15 +168,15 @@ def shares(weights: Sequence[float]) -> list[int]:
     if not total > 0 or min(weights) < 0:
         raise InputError(f"the weights {tuple(weights)} are not positive; give numbers above 0")
     exact = np.array(weights) / total * MIXED_ROWS
-    found = np.floor(exact).astype(int)
-    most = np.argsort(found - exact, kind="stable")[: MIXED_ROWS - found.sum()]
-    found[most] += 1
-    if not found.all():
+    counts = np.floor(exact).astype(int)
+    most = np.argsort(counts - exact, kind="stable")[: MIXED_ROWS - counts.sum()]
+    counts[most] += 1
+    if not counts.all():
         raise InputError(
             f"the weights {tuple(weights)} give a corpus less than one row of {MIXED_ROWS:,}; "
             f"leave that corpus out, or give it more"
         )
-    return found.tolist()
+    return counts.tolist()
 
 
 class RowSchedule:
@@ -242,9 +242,9 @@ def epochs(
 ) -> Int[np.ndarray, " R"]:
     """Elements of an endless stream of `range(count)`: all once, then all in another order, …"""
     epoch, place = np.divmod(indices, count)
-    found = np.empty_like(place)
+    order = np.empty_like(place)
     for number in np.unique(epoch):
-        at = epoch == number
+        in_epoch = epoch == number
         key: Seed = (*seed, int(number))
-        found[at] = shuffled(place[at], count, seed=key)
-    return found
+        order[in_epoch] = shuffled(place[in_epoch], count, seed=key)
+    return order

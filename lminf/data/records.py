@@ -77,8 +77,8 @@ class _Values:
     def peek(self) -> str:
         """The next character that is no white space; "" at the end."""
         while True:
-            found = WHITE.match(self._text, self._at)
-            self._at = found.end() if found else self._at
+            match = WHITE.match(self._text, self._at)
+            self._at = match.end() if match else self._at
             if self._at < len(self._text):
                 return self._text[self._at]
             if not self._more():

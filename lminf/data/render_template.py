@@ -110,10 +110,10 @@ def limit() -> None:
 
 def main() -> None:
     limit()
-    asked = json.loads(sys.stdin.buffer.read())
+    request = json.loads(sys.stdin.buffer.read())
     try:
         answer: dict[str, Any] = {
-            "texts": [rendered(asked["template"], values) for values in asked["variables"]]
+            "texts": [rendered(request["template"], values) for values in request["variables"]]
         }
     except MemoryError:
         answer = {"refused": f"it takes more than {MEMORY_BYTES >> 20} MiB of memory"}

@@ -44,7 +44,7 @@ def python_library() -> list[str]:
 
 def python_prose() -> list[str]:
     """The library's docstrings of 200 characters and more, and the topics: some 1.9 MB of prose."""
-    found = list(_topics())
+    topics = list(_topics())
     for name, path in _library_files():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         docs = [
@@ -52,8 +52,8 @@ def python_prose() -> list[str]:
             for node in ast.walk(tree)
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
         ]
-        found += [(f"{name}:{i}", text) for i, text in enumerate(docs) if len(text) >= 200]
-    return _mixed(found)
+        topics += [(f"{name}:{i}", text) for i, text in enumerate(docs) if len(text) >= 200]
+    return _mixed(topics)
 
 
 def _library_files() -> Iterator[tuple[str, Path]]:

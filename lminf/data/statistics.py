@@ -39,13 +39,13 @@ def statistics(taken: Sequence[Selection], *, ends: Int[np.ndarray, " documents"
         rows += count
         places += count * layout.length
         for first in range(0, layout.count, AT_ONCE):
-            found = layout.spans(np.arange(first, min(first + AT_ONCE, layout.count)))
-            size = found.size.astype(np.float64)
+            spans = layout.spans(np.arange(first, min(first + AT_ONCE, layout.count)))
+            size = spans.size.astype(np.float64)
             tokens += share * size.sum()
             pieces += share * len(size)
             pairs += share * (size * (size + 1) / 2).sum()
-            np.add.at(touched, np.searchsorted(ends, found.start, side="right"), 1)
-            last = found.start + found.size - 1
+            np.add.at(touched, np.searchsorted(ends, spans.start, side="right"), 1)
+            last = spans.start + spans.size - 1
             np.add.at(touched, np.searchsorted(ends, last, side="right") + 1, -1)
     pieces_of = np.cumsum(touched[:-1])
     return Statistics(

@@ -26,11 +26,11 @@ class Storage:
     def json(self, name: str) -> tuple[Any, bytes]:
         """The object's value, None where there is none, and its generation."""
         with self.errors("read"):
-            found = self._root.read(name).result()
-        if found.state != "value":
-            return None, found.stamp.generation
+            entry = self._root.read(name).result()
+        if entry.state != "value":
+            return None, entry.stamp.generation
         try:
-            return json.loads(found.value), found.stamp.generation
+            return json.loads(entry.value), entry.stamp.generation
         except ValueError as error:
             raise InputError(f"{self.url}/{name} is damaged ({error}); write the store again, into "
                              f"another place") from error  # fmt: skip
@@ -50,11 +50,11 @@ class Storage:
         for name in names:
             below = ts.KvStore.KeyRange(f"{name}/", f"{name}0")  # "0" follows "/"
             with self.errors("read"):
-                found = self._root.list(below).result()
-            if found:
+                entries = self._root.list(below).result()
+            if entries:
                 raise InputError(
-                    f"{self.url}/{found[0].decode(errors='replace')} is there already and belongs "
-                    f"to no token store; name another place with --out"
+                    f"{self.url}/{entries[0].decode(errors='replace')} is there already and "
+                    f"belongs to no token store; name another place with --out"
                 )
 
     def remove(self, name: str) -> None:
@@ -65,7 +65,7 @@ class Storage:
         """The array of that name; where `metadata` is given, a new one in place of any there."""
         new = metadata is not None
         # What was read is not asked for again: finished stores never change.
-        wanted = {
+        options = {
             "driver": "zarr3",
             "kvstore": spec(self.url, name),
             "recheck_cached_data": "open",
@@ -75,7 +75,7 @@ class Storage:
         write = write or new
         with self.errors("write" if write else "read"):
             return ts.open(
-                wanted,
+                options,
                 read=True,
                 write=write,
                 create=new,

@@ -162,10 +162,10 @@ def read_facts(place: Storage) -> Facts | None:
 
 def read_progress(place: Storage) -> tuple[dict[str, Any] | None, bytes]:
     """What an unfinished store says of itself, None where there is none; and its generation."""
-    found, generation = place.json(PROGRESS)
-    if found is not None:
-        check_shape(place, PROGRESS, PROGRESS_SHAPE, found)
-    return found, generation
+    progress, generation = place.json(PROGRESS)
+    if progress is not None:
+        check_shape(place, PROGRESS, PROGRESS_SHAPE, progress)
+    return progress, generation
 
 
 PROGRESS_SHAPE = {"request": dict, "tokens": int, "documents": int, "state": dict | None}
@@ -201,14 +201,16 @@ class Writer:
     def __init__(self, place: Storage, *, request: Mapping[str, Any], dtype: str):
         """Goes on with the unfinished store of the same request, if one lies there."""
         self._place, self._request = place, request
-        found, generation = read_progress(place)
-        if found is None:
+        progress, generation = read_progress(place)
+        if progress is None:
             place.check_absent(("tokens", "ends"))
         else:
-            _same_request(place.url, found["request"], request)
-        self.tokens: int = found["tokens"] if found else 0
-        self.documents: int = found["documents"] if found else 0
-        self.state: Any = found["state"] if found else None  # the caller's, as of the last commit
+            _same_request(place.url, progress["request"], request)
+        self.tokens: int = progress["tokens"] if progress else 0
+        self.documents: int = progress["documents"] if progress else 0
+        self.state: Any = (
+            progress["state"] if progress else None
+        )  # the caller's, as of the last commit
         # Claims the place, so that the next commit of any other process that writes here fails.
         self._generation = self._put_progress(generation)
         kinds = {"tokens": dtype, "ends": "int64"}

@@ -248,8 +248,8 @@ class Tokenizer:
             return
         cut, start = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])"), 0
         while start < len(text):
-            found = cut.search(text, start + PIECE_CHARS)
-            end = found.start() if found else len(text)
+            match = cut.search(text, start + PIECE_CHARS)
+            end = match.start() if match else len(text)
             yield text[start:end]
             start = end
 
@@ -334,8 +334,8 @@ def _byte_alphabet() -> tuple[str, ...]:
     Source: Radford et al. 2019 (GPT-2).
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return tuple(chr(b) if b in printable else chr(next(others)) for b in range(256))
+    unused = iter(range(0x100, 0x200))
+    return tuple(chr(b) if b in printable else chr(next(unused)) for b in range(256))
 
 
 def _speller(decoder: Mapping[str, Any] | None):
@@ -356,8 +356,8 @@ def _speller(decoder: Mapping[str, Any] | None):
         code = re.compile(r"<0x([0-9A-F]{2})>")
 
         def spell(token: str) -> bytes:
-            if found := code.fullmatch(token):
-                return bytes([int(found[1], 16)])
+            if match := code.fullmatch(token):
+                return bytes([int(match[1], 16)])
             return token.replace(SPACE, " ").encode()
 
     else:

@@ -130,11 +130,11 @@ START: dict[str, Any] = {"source": 0, "pieces": 0, "bytes": 0, "empty": 0, "dige
 
 def _end_id(tokenizer: Tokenizer, end: str | None, name: str) -> int:
     if end is not None:
-        found = tokenizer.backend.token_to_id(end)
-        if found is None:
+        token_id = tokenizer.backend.token_to_id(end)
+        if token_id is None:
             raise InputError(f"the tokenizer {name} has no token {end!r} to end documents with; "
                              f"give one of its tokens with --end")  # fmt: skip
-        return found
+        return token_id
     if not tokenizer.eos_ids:
         raise InputError(f"the tokenizer {name} declares no token that ends a text; name one of "
                          f"its tokens with --end")  # fmt: skip

@@ -167,5 +167,5 @@ def _end_of(tokens: Int[np.ndarray, " T"], template: Int[np.ndarray, " R"]) -> i
     if len(tokens) < len(template):
         return None
     windows = np.lib.stride_tricks.sliding_window_view(tokens, len(template))
-    found = np.flatnonzero((windows == template).all(1))
-    return int(found[0]) + len(template) if len(found) else None
+    matches = np.flatnonzero((windows == template).all(1))
+    return int(matches[0]) + len(template) if len(matches) else None

@@ -74,8 +74,8 @@ def _sample(encode: Encode, random: np.random.Generator, length: int, depth: flo
     """Every line has five-digit numbers, so that a few of them tell how long a line is."""
 
     def text(lines, at):
-        shown = [LINE.format(key=key, value=value) for key, value in lines]
-        return "\n".join([TASK, *shown, QUESTION.format(key=lines[at][0])])
+        listing = [LINE.format(key=key, value=value) for key, value in lines]
+        return "\n".join([TASK, *listing, QUESTION.format(key=lines[line_index][0])])
 
     # Distinct keys; as many as could ever fit, since a line has more than two tokens.
     keys = random.permutation(np.arange(10_000, 100_000))[: max(length // 2, 2)]
@@ -90,7 +90,7 @@ def _sample(encode: Encode, random: np.random.Generator, length: int, depth: flo
             f"a prompt of length={length} tokens has no room for a key and its value; "
             f"ask for length>={short}"
         )
-    at = min(int(depth * count), count - 1)
-    prompt, (key, value) = text(lines[:count], at), lines[at]
+    line_index = min(int(depth * count), count - 1)
+    prompt, (key, value) = text(lines[:count], line_index), lines[line_index]
     before = prompt[: prompt.index(LINE.format(key=key, value=value))]
-    return Sample(prompt, value, at / count, len(encode(prompt)), len(encode(before)))
+    return Sample(prompt, value, line_index / count, len(encode(prompt)), len(encode(before)))

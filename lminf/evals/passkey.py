@@ -163,9 +163,10 @@ class _FillerByTokens:
 
     def __init__(self, encode: Encode):
         self.copy = f" {FILLER}"
-        whole = len(encode(FILLER))
+        filler_tokens = len(encode(FILLER))
         counts = [
-            len(encode(FILLER + self.copy[:end])) - whole for end in range(len(self.copy) + 1)
+            len(encode(FILLER + self.copy[:end])) - filler_tokens
+            for end in range(len(self.copy) + 1)
         ]
         self.copy_tokens = counts[-1]
         # The longest cut with at most n tokens: counts are no monotone function of characters,

@@ -85,11 +85,11 @@ def stream(
     them in the same chunk only, so each chunk's first has no NLL. The last chunk may be shorter.
     """
     order = np.random.default_rng(seed).permutation(len(documents))
-    held = np.array([] if bos is None else [bos], np.int32)
+    buffer = np.array([] if bos is None else [bos], np.int32)
     for index in order:
-        held = np.concatenate([held, np.asarray(documents[index], np.int32)])
-        while len(held) >= chunk:
-            yield held[:chunk]
-            held = held[chunk:]
-    if len(held):
-        yield held
+        buffer = np.concatenate([buffer, np.asarray(documents[index], np.int32)])
+        while len(buffer) >= chunk:
+            yield buffer[:chunk]
+            buffer = buffer[chunk:]
+    if len(buffer):
+        yield buffer

@@ -38,8 +38,8 @@ class Cell:
 
     def is_of(self, row: Mapping[str, Any], model: str) -> bool:
         """Whether a row, or an answer, is of this cell and that model."""
-        own = {"model": model, **self.coordinates}
-        return all(row.get(name) == value for name, value in own.items())
+        identity = {"model": model, **self.coordinates}
+        return all(row.get(name) == value for name, value in identity.items())
 
 
 def measure(

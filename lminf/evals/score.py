@@ -10,8 +10,8 @@ import numpy as np
 
 def first_integer(completion: str) -> int | None:
     """The first run of digits 0-9 as a number, or None. Both passkey papers score by it."""
-    found = re.search(r"[0-9]+", completion)
-    return int(found.group()) if found else None
+    match = re.search(r"[0-9]+", completion)
+    return int(match.group()) if match else None
 
 
 class Interval(NamedTuple):

@@ -183,11 +183,11 @@ def pieces(
     longest = int(lengths.max())
     chunk = STEP if longest > STEP else max(16, 1 << (longest - 1).bit_length())
     chunk = 4 * STEP if longest > 16 * STEP else chunk
-    every = common_eviction(lm.decoder.policies)
-    chunk = chunk_within(every, chunk)
+    evict_every = common_eviction(lm.decoder.policies)
+    chunk = chunk_within(evict_every, chunk)
     width = -(-longest // chunk) * chunk
     padded = np.zeros((len(prompts), width), np.int32)
-    first = width - (lengths if every is None else -(-lengths // chunk) * chunk)
+    first = width - (lengths if evict_every is None else -(-lengths // chunk) * chunk)
     for row, prompt in enumerate(prompts):
         padded[row, first[row] : first[row] + len(prompt)] = prompt
     positions = np.arange(width, dtype=np.int32)[None] - first[:, None].astype(np.int32)
@@ -212,10 +212,10 @@ def decode_step(
     key: jax.Array,
 ) -> tuple[Int[Array, " B"], Any]:
     """The token after these [B, C], which stand at `positions` [B, C]; and the caches."""
-    hidden, after = module.apply({"params": params}, tokens, positions=positions, caches=caches)
+    hidden, updated = module.apply({"params": params}, tokens, positions=positions, caches=caches)
     last = hidden[jnp.arange(len(hidden)), positions.argmax(1)]
     scores = heads.lm(module.spec, params, last)
-    return sample(scores, sampling, key=key), after
+    return sample(scores, sampling, key=key), updated
 
 
 def prepare_decoding(
@@ -273,11 +273,11 @@ class TextStream:
         if self._cut():
             return self._held
         keep = max((_overlap(self._held, s) for s in self._stop), default=0)
-        shown, self._held = (
+        ready, self._held = (
             self._held[: len(self._held) - keep],
             self._held[len(self._held) - keep :],
         )
-        return shown
+        return ready
 
     def finish(self) -> str:
         """What was held back, once no more tokens come."""

@@ -144,11 +144,11 @@ class LM:
         """The parameters where texts are read."""
         if self.mesh is None:
             return self.params
-        held = self._placed.get(self.mesh)
-        if held is None or held[0] is not self.params:
+        cached = self._placed.get(self.mesh)
+        if cached is None or cached[0] is not self.params:
             placed = jax.device_put(self.params, NamedSharding(self.mesh, P()))
-            held = self._placed[self.mesh] = self.params, placed
-        return held[1]
+            cached = self._placed[self.mesh] = self.params, placed
+        return cached[1]
 
     def init_caches(self, *, batch: int, capacity: int) -> tuple[cache.Cache, ...]:
         """Empty caches; `capacity` (tokens) is what policies that keep everything can hold.
@@ -156,13 +156,13 @@ class LM:
         Refuses what the device has no memory for.
         """
         by_layer = self.decoder.policies
-        wanted = batch * cost.cache_bytes(self.spec, by_layer, tokens=capacity, dtype=self.dtype)
+        needed = batch * cost.cache_bytes(self.spec, by_layer, tokens=capacity, dtype=self.dtype)
         there = hardware.memory_bytes(jax.local_devices()[0])
-        if there is not None and wanted > there:
+        if there is not None and needed > there:
             rows = "" if batch == 1 else f"{batch} texts of "
             raise InputError(
                 f"under {self.policy.name} the caches of {rows}{capacity} tokens take "
-                f"{wanted / 1e9:.1f} GB, but this device has {there / 1e9:.1f} GB; read fewer "
+                f"{needed / 1e9:.1f} GB, but this device has {there / 1e9:.1f} GB; read fewer "
                 f"tokens or use a policy with a window, such as lm_infinite"
             )
         return decoder.init_caches(
@@ -256,9 +256,9 @@ class LM:
                 )
             last = len(tokens) - start
             log_probs = jax.nn.log_softmax(self.logits([tokens[:-1]], last=last)[0], axis=-1)
-            own = np.asarray(log_probs[np.arange(last), tokens[start:]], np.float64)
+            token_log_probs = np.asarray(log_probs[np.arange(last), tokens[start:]], np.float64)
             greedy = bool((np.asarray(log_probs.argmax(-1)) == tokens[start:]).all())
-            scores.append(Score(float(own.sum()), last, greedy))
+            scores.append(Score(float(token_log_probs.sum()), last, greedy))
         return scores
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "B D"]:

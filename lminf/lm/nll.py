@@ -86,24 +86,24 @@ def stream_nll(
     caches = lm.init_caches(batch=1, capacity=-(-(longest or 0) // chunk) * chunk)
     if mesh is not None:
         caches = jax.device_put(caches, NamedSharding(mesh, P()))
-    held, start = np.zeros(0, np.int32), 0
+    buffer, start = np.zeros(0, np.int32), 0
     for piece in itertools.chain(pieces, [None]):
         last = piece is None
-        held = held if last else np.concatenate([held, np.asarray(piece, np.int32)])
+        buffer = buffer if last else np.concatenate([buffer, np.asarray(piece, np.int32)])
         # A chunk needs the token after it; the last one is filled up with what is not scored.
-        while len(held) > chunk or (last and len(held) > 1):
-            scored = min(chunk, len(held) - 1)
+        while len(buffer) > chunk or (last and len(buffer) > 1):
+            scored = min(chunk, len(buffer) - 1)
             if not bounded and longest is not None and start + scored >= longest:
                 raise InputError(
                     f"more than longest={longest} tokens came, and {lm.policy.name} keeps "
                     f"every one; give the length of the stream"
                 )
-            tokens = np.pad(held[: chunk + 1], (0, max(chunk + 1 - len(held), 0)))
+            tokens = np.pad(buffer[: chunk + 1], (0, max(chunk + 1 - len(buffer), 0)))
             loss, caches = _score(
                 module, mesh, lm.replicated_params, tokens[None], np.int32(start), caches
             )
             yield np.asarray(loss[0, :scored])
-            held, start = held[scored:], start + scored
+            buffer, start = buffer[scored:], start + scored
             if start == prompt:
                 chunk = policies.chunk_within(chunk, AFTER_PROMPT)
                 room = -(-((longest or 0) - start) // chunk) * chunk

@@ -51,5 +51,5 @@ class DPO:
     def _log_ratio(self, model, reference, prefix):
         """log π(answer) - log π_ref(answer) of every row, nats [B]."""
         weights = token_weights(model.batch, prefix)
-        before = jax.lax.stop_gradient(reference.token_loss(prefix).nll)
-        return (weights * (before - model.token_loss(prefix).nll)).sum(1)
+        reference_nll = jax.lax.stop_gradient(reference.token_loss(prefix).nll)
+        return (weights * (reference_nll - model.token_loss(prefix).nll)).sum(1)

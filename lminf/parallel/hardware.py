@@ -35,21 +35,21 @@ class Devices:
 
 def parse(text: str) -> Devices:
     """`v5e-256`, `h100x8`, `h200`; `v5p-128`, a slice's name, counts the cores of 64 chips."""
-    found = re.fullmatch(r"(\w+?)(?:([-x*])(\d+))?", text.lower())
-    if found is None or found[1] not in KINDS or found[3] == "0":
-        name = found[1] if found else text
+    match = re.fullmatch(r"(\w+?)(?:([-x*])(\d+))?", text.lower())
+    if match is None or match[1] not in KINDS or match[3] == "0":
+        name = match[1] if match else text
         raise InputError(
             f"--devices={text}: {closest(name, KINDS)}, and how many, as in v5e-256 or h100x8"
         )
-    count, per_chip = int(found[3] or 1), CORES_IN_NAMES.get(found[1], 1)
-    if found[2] != "-":
-        return Devices(found[1], count)
+    count, per_chip = int(match[3] or 1), CORES_IN_NAMES.get(match[1], 1)
+    if match[2] != "-":
+        return Devices(match[1], count)
     if count % per_chip:
         raise InputError(
-            f"--devices={text}: slices of {found[1]} are named after their cores, {per_chip} in a "
-            f"chip; give an even number, or chips, as in {found[1]}x{count}"
+            f"--devices={text}: slices of {match[1]} are named after their cores, {per_chip} in a "
+            f"chip; give an even number, or chips, as in {match[1]}x{count}"
         )
-    return Devices(found[1], count // per_chip)
+    return Devices(match[1], count // per_chip)
 
 
 # Cores of a chip, where slices are named after cores (cloud.google.com/tpu/docs/v5p, /v4).

@@ -50,14 +50,14 @@ def token_loss(
         )  # fmt: skip
 
     def local(hidden, targets, classifier, bias):
-        found = kernels.linear_cross_entropy(hidden, classifier, targets, bias=bias, **options)
-        return tuple(found)  # the loss and the LSE
+        losses = kernels.linear_cross_entropy(hidden, classifier, targets, bias=bias, **options)
+        return tuple(losses)  # the loss and the LSE
 
-    found = jax.shard_map(
+    losses = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(rows, rows, PartitionSpec(), PartitionSpec()),
         out_specs=(rows, rows),
         check_vma=False,  # the kernel's loops start from constants, which it would refuse
     )(hidden, targets, classifier, bias)
-    return TokenLoss(*found)
+    return TokenLoss(*losses)

@@ -49,16 +49,16 @@ class MeshShape:
         """Devices along each of AXES, where there are `devices` in all."""
         given = asdict(self)
         named = math.prod(size for size in given.values() if size != REST)
-        asked = " x ".join(f"{axis}={size}" for axis, size in given.items() if size not in (1,))
+        requested = " x ".join(f"{axis}={size}" for axis, size in given.items() if size not in (1,))
         if named > devices:
             raise InputError(
-                f"the mesh {asked} needs {named} devices and there are {devices}; "
+                f"the mesh {requested} needs {named} devices and there are {devices}; "
                 f"make an axis smaller"
             )
         if devices % named:
             raise InputError(
-                f"the mesh {asked} does not divide {devices} devices; choose axes whose product "
-                f"divides {devices}"
+                f"the mesh {requested} does not divide {devices} devices; choose axes whose "
+                f"product divides {devices}"
             )
         return tuple(devices // named if size == REST else size for size in given.values())
 

@@ -122,13 +122,13 @@ def path_of(key_path: Sequence[Any]) -> str:
 
 def logical_axes(path: str, table: AxisTable) -> tuple[str, ...]:
     """The logical axes of the parameter at `path`."""
-    found = [axes for rule, axes in table.items() if re.fullmatch(rule, path)]
-    if len(found) != 1:
+    matches = [axes for rule, axes in table.items() if re.fullmatch(rule, path)]
+    if len(matches) != 1:
         raise InputError(
-            f"the parameter {path} matches {len(found)} of the rules that name its axes; "
+            f"the parameter {path} matches {len(matches)} of the rules that name its axes; "
             f"give it exactly one in the table of its model (decoder.AXES)"
         )
-    return found[0]
+    return matches[0]
 
 
 def spec(
@@ -140,10 +140,10 @@ def spec(
     for logical, axis in rules:
         if axis in used or logical not in axes or mesh.shape[axis] == 1:
             continue
-        at = axes.index(logical)
-        pieces = math.prod(mesh.shape[name] for name in (*sliced[at], axis))
-        if shape[at] % pieces == 0:
-            sliced[at] += (axis,)
+        dimension = axes.index(logical)
+        pieces = math.prod(mesh.shape[name] for name in (*sliced[dimension], axis))
+        if shape[dimension] % pieces == 0:
+            sliced[dimension] += (axis,)
             used.add(axis)
     return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in sliced))
 
@@ -173,24 +173,24 @@ def optimizer_shardings(state: Any, params: Any, laid_out: Any, mesh: Mesh) -> A
             jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(laid_out), strict=True
         )
     }
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
 
     def one(key_path, leaf):
         parts = path_of(key_path).split("/")
         tails = ("/".join(parts[start:]) for start in range(len(parts)))
-        shape, sharding = next((known[tail] for tail in tails if tail in known), (None, whole))
-        return sharding if leaf.shape == shape else whole
+        shape, sharding = next((known[tail] for tail in tails if tail in known), (None, replicated))
+        return sharding if leaf.shape == shape else replicated
 
     return jax.tree_util.tree_map_with_path(one, state)
 
 
 def device_bytes(tree: Any) -> int:
     """The most bytes that one device of this process holds of these arrays."""
-    held: dict[Any, int] = {}
+    bytes_on: dict[Any, int] = {}
     for leaf in jax.tree.leaves(tree):
         for shard in leaf.addressable_shards:
-            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
-    return max(held.values(), default=0)
+            bytes_on[shard.device] = bytes_on.get(shard.device, 0) + shard.data.nbytes
+    return max(bytes_on.values(), default=0)
 
 
 def planned_bytes(shapes: Any, shardings: Any) -> int:

@@ -102,11 +102,11 @@ def entropies(
     """Entropy (nats) of the next token after each prompt, or its mean over the `last` places."""
     longest = max(map(len, prompts), default=1)
     together = max(1, TOGETHER // longest)
-    found = [
+    values = [
         np.asarray(_entropy(jnp.asarray(lm.logits(prompts[start : start + together], last=last))))
         for start in range(0, len(prompts), together)
     ]
-    return np.concatenate(found) if found else np.zeros(0)
+    return np.concatenate(values) if values else np.zeros(0)
 
 
 @jax.jit

@@ -47,12 +47,12 @@ class PhaseTimer:
         seen = set()
 
         def timed(*arguments):
-            found = key(*arguments)
-            if found in seen:
+            signature = key(*arguments)
+            if signature in seen:
                 return call(*arguments)
             with self.part("compile"):
                 result = call(*arguments)
-            seen.add(found)
+            seen.add(signature)
             return result
 
         return timed

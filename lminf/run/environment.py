@@ -88,8 +88,8 @@ def source() -> dict[str, Any] | None:
 
 def commit() -> str | None:
     """The commit of the checkout this code runs from, with a `+` if files were changed since."""
-    found = source()
-    return None if found is None else f"{found['commit']}{'+' if found['diff'] else ''}"
+    state = source()
+    return None if state is None else f"{state['commit']}{'+' if state['diff'] else ''}"
 
 
 def _git(*arguments: str) -> str | None:

@@ -260,10 +260,10 @@ def find(name: str, *, runs: Path = Path("runs")) -> RunFolder:
 def _claim(path: Path, same: str | None, may_change: Sequence[str]) -> Path:
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        held = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK)
-    if not held:
+        entries = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK)
+    if not entries:
         return path
-    if same is None or "config.json" not in held:
+    if same is None or "config.json" not in entries:
         raise InputError(f"{path} already holds files; name a new or empty folder with --out")
     before, now = RunFolder(path).read_json("config.json"), json.loads(same)
     changed = difference(before, now, may_change=may_change)
@@ -279,7 +279,7 @@ def difference(before: Any, now: Any, *, may_change: Sequence[str] = ()) -> str 
     """The first setting of two configurations that differs, as `field=before, not now`."""
     earlier, later = dict(_leaves(before)), dict(_leaves(now))
     for name in {**earlier, **later}:
-        sections = [name[:at] for at, letter in enumerate(name) if letter == "."]
+        sections = [name[:index] for index, letter in enumerate(name) if letter == "."]
         if earlier.get(name) != later.get(name) and not {name, *sections} & set(may_change):
             return f"{name}={earlier.get(name)!r}, not {later.get(name)!r}"
     return None

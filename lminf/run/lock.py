@@ -69,8 +69,8 @@ def _is_lock(text: str) -> bool:
 def _holder(text: str) -> str:
     if not _is_lock(text):  # taken a moment ago and not yet written
         return "another process"
-    found = json.loads(text)
-    return f"process {found['process']} on {found['host']}"
+    holder = json.loads(text)
+    return f"process {holder['process']} on {holder['host']}"
 
 
 @contextlib.contextmanager

@@ -72,7 +72,7 @@ def curves(
     names = dict.fromkeys(str(row.get(by)) for row in rows if _measured(row, x, y))
     looks = style.looks(names)
     panels = (
-        {key: list(dict.fromkeys(str(row.get(by)) for row in own)) for key, own in
+        {key: list(dict.fromkeys(str(row.get(by)) for row in panel_rows)) for key, panel_rows in
          _groups([row for row in rows if _measured(row, x, y)], panel).items()}
         if panel else _families(looks)
     )  # fmt: skip
@@ -92,8 +92,8 @@ def curves(
                 ticks.decades(axes.yaxis, [end for end in y_limits or () if end] or heights)
         ends = []
         for axes, (key, members) in zip(grid, panels.items(), strict=True):
-            own = [row for row in rows if not panel or str(row.get(panel)) == key]
-            lines = _lines(own, x, y, by, members, interval)
+            panel_rows = [row for row in rows if not panel or str(row.get(panel)) == key]
+            lines = _lines(panel_rows, x, y, by, members, interval)
             drawn = [_draw(axes, line, looks[line.name], dash, band=band, joined=joined)
                      for line, dash in zip(lines, _dashes(lines, looks), strict=True)]  # fmt: skip
             ends.append(drawn if joined else [])
@@ -134,18 +134,18 @@ def bars(
         ends, places = [], []
         for index, name in enumerate(names):
             for place, group in enumerate(groups):
-                own = [r[y] for r in rows if r[x] == group and (not by or str(r[by]) == name)]
-                if not own:
+                values = [r[y] for r in rows if r[x] == group and (not by or str(r[by]) == name)]
+                if not values:
                     continue
-                at, end = place + (index + 0.5) * height - 0.4, float(center(own))
+                level, end = place + (index + 0.5) * height - 0.4, float(center(values))
                 label = looks[name].label if name else None
-                axes.barh(at, end, height * 0.9, color=looks[name].colour if name else
+                axes.barh(level, end, height * 0.9, color=looks[name].colour if name else
                           style.PALETTE[0], label=label)  # fmt: skip
-                if len(own) > 1:
-                    axes.plot(own, [at] * len(own), "o", color="#333333", markersize=3.5,
+                if len(values) > 1:
+                    axes.plot(values, [level] * len(values), "o", color="#333333", markersize=3.5,
                               markeredgecolor="white", markeredgewidth=0.5)  # fmt: skip
                 ends.append(end)
-                places.append((max(own), at))
+                places.append((max(values), level))
         for shown, place in zip(tables.column(ends), places, strict=True):
             axes.annotate(shown, place, xytext=(7, 0), textcoords="offset points", va="center",
                           fontsize=9)  # fmt: skip
@@ -205,11 +205,11 @@ def heatmap(
         axes.tick_params(length=0)
         figure.colorbar(image, ax=axes, label=value_label or axis_label(value), aspect=14)
         if grid.size <= 150:
-            for (line, column), shown in written.items():
+            for (line, column), label in written.items():
                 colour = (
                     "white" if float(np.asarray(image.norm(grid[line, column]))) < 0.5 else "black"
                 )
-                axes.text(column, line, shown, ha="center", va="center", color=colour, fontsize=8.5)
+                axes.text(column, line, label, ha="center", va="center", color=colour, fontsize=8.5)
         return figure
 
 
@@ -308,10 +308,10 @@ def _measured(row: Row, *columns: str) -> bool:
 
 
 def _groups(rows: Sequence[Row], column: str) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(str(row.get(column)), []).append(row)
-    return found or {"": []}
+        groups.setdefault(str(row.get(column)), []).append(row)
+    return groups or {"": []}
 
 
 def _families(looks: Mapping[str, Look]) -> dict[str, list[str]]:

@@ -15,19 +15,19 @@ class Preemption:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
         def notice(number, frame):
             del frame
             self.signal = signal.Signals(number)
-            signal.signal(number, before[number])  # who asks twice does not want to wait
+            signal.signal(number, previous[number])  # who asks twice does not want to wait
 
-        for number in before:
+        for number in previous:
             signal.signal(number, notice)
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
 
     def ending(self) -> KeyboardInterrupt:

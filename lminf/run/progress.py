@@ -64,8 +64,8 @@ class Progress:
         """`Full  4,096/16,384 tokens  2.1k tokens/s  0:06 left  nll 2.31`"""
         seconds = self.clock() - self.started
         rate = (self.done - self.first) / seconds if seconds > 0 else 0.0
-        whole = f"/{_short(self.total)}" if self.total else ""
-        parts = [self.label, f"{_short(self.done)}{whole} {self.unit}"]
+        total = f"/{_short(self.total)}" if self.total else ""
+        parts = [self.label, f"{_short(self.done)}{total} {self.unit}"]
         if rate:
             parts.append(f"{_short(rate)} {self.unit}/s")
         if self.done >= self.total > 0:

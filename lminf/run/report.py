@@ -60,7 +60,7 @@ def with_results(text: str, *, table: Sequence[Row], figures: Sequence[str]) -> 
     """
     text = TABLE.sub(lambda _: tables.markdown(table) + "\n", text, count=1)
     known = re.findall(r"^!\[.*\]\((plots/.*)\)$", text, re.MULTILINE)
-    shown = [name for name in known if name in figures]
-    shown += sorted(set(figures) - set(shown))
-    links = "".join(f"![{os.path.basename(name)}]({name})\n\n" for name in shown)
+    drawn = [name for name in known if name in figures]
+    drawn += sorted(set(figures) - set(drawn))
+    links = "".join(f"![{os.path.basename(name)}]({name})\n\n" for name in drawn)
     return FIGURES.sub(lambda _: links, text, count=1)

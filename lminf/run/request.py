@@ -55,7 +55,7 @@ def parse(experiment: str, arguments: Sequence[str]) -> Request | None:
     values = flags.FlagValues()
     flags.DEFINE_string("out", None, "the run's folder", flag_values=values)
     flags.DEFINE_boolean("debug", False, "show a traceback with an error", flag_values=values)
-    before = dict(leaves(config))
+    defaults = dict(leaves(config))
     try:
         overridden = config_flags.DEFINE_config_dict(
             "config", config, flag_values=values, sys_argv=[experiment, *arguments]
@@ -70,7 +70,7 @@ def parse(experiment: str, arguments: Sequence[str]) -> Request | None:
         )
     config_flag: Any = values["config"]  # absl knows it only as some flag
     overrides = dict(config_flag.override_values) | dict.fromkeys(emptied)
-    check_items(overrides, before)
+    check_items(overrides, defaults)
     settings.check(overridden.value)
     return Request(
         experiment=experiment,
@@ -215,12 +215,12 @@ def take_none(arguments: list[str], config: ConfigDict) -> list[str]:
         if text.lower() != "none" or name not in fields or isinstance(fields[name], str):
             continue
         section, _, key = name.rpartition(".")
-        held: Any = config[section] if section else config
-        if fields[name] is not None and CLASS not in held:
+        section_config: Any = config[section] if section else config
+        if fields[name] is not None and CLASS not in section_config:
             raise InputError(f"config.{name}={text}: it is {fields[name]!r} and cannot be none")
         arguments.remove(argument)
-        with held.ignore_type():
-            held[key] = None
+        with section_config.ignore_type():
+            section_config[key] = None
         names.append(name)
     return names
 
@@ -270,9 +270,9 @@ def to_dict(value: Any) -> Any:
 
 
 def show_help(experiment: str, path: Path, config: ConfigDict) -> None:
-    found = header.read(path)
-    print(f"{found.title}\n")
-    for key, text in found.entries.items():
+    described = header.read(path)
+    print(f"{described.title}\n")
+    for key, text in described.entries.items():
         print(f"{key:10} {text}")
     print(f"\nusage: python -m experiments.{experiment} [--config=FILE.py[:variant]]", end=" ")
     print("[--config.FIELD=VALUE ...] [--out=DIR] [--debug]\n")

@@ -61,9 +61,9 @@ def check(config: ConfigDict) -> None:
     for name, value in numbers(config):
         stated = range_of(name) or Range()
         for item in value if isinstance(value, tuple) else (value,):
-            if isinstance(item, (int, float)) and (wanted := stated.problem(item)):
+            if isinstance(item, (int, float)) and (expectation := stated.problem(item)):
                 each = " for each" if isinstance(value, tuple) else ""
-                raise InputError(f"--config.{name}={shown(value)}: give {wanted}{each}")
+                raise InputError(f"--config.{name}={shown(value)}: give {expectation}{each}")
 
 
 def range_of(name: str) -> Range | None:

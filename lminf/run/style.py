@@ -89,17 +89,17 @@ def policy_of(name: str) -> tuple[str, str] | None:
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
     """The look of each line of one figure. Policies keep theirs; the rest take turns."""
-    found, others = {}, 0
+    chosen, others = {}, 0
     labels = short_names(dict.fromkeys(names))
     for name, label in labels.items():
         policy = policy_of(name)
         if policy:
-            found[name] = POLICIES[policy[0]]._replace(label=label)
+            chosen[name] = POLICIES[policy[0]]._replace(label=label)
         else:
             colour, marker = PALETTE[others % len(PALETTE)], MARKERS[others % len(MARKERS)]
-            found[name] = Look(label, colour, marker)
+            chosen[name] = Look(label, colour, marker)
             others += 1
-    return found
+    return chosen
 
 
 def short_names(values: Iterable[str]) -> dict[str, str]:

@@ -130,18 +130,18 @@ def cells_of(asked: Request) -> tuple[Cell, ...]:
         raise InputError(
             f"{asked.config_path} has no get_sweep(config, variant), so there is nothing to sweep"
         )
-    found: dict[str, Cell] = {}
+    cells: dict[str, Cell] = {}
     for overrides in module.get_sweep(asked.config, asked.variant):
         config = overridden(asked.config, overrides)
         resolved = json.dumps([asked.experiment, request.to_dict(config)], sort_keys=True)
         key = hashlib.sha256(resolved.encode()).hexdigest()[:12]
         cell = Cell(dict(overrides), config, key)
-        if key in found:
-            raise InputError(f"two cells are the same run: ({found[key]}) and ({cell})")
-        found[key] = cell
-    if not found:
+        if key in cells:
+            raise InputError(f"two cells are the same run: ({cells[key]}) and ({cell})")
+        cells[key] = cell
+    if not cells:
         raise InputError(f"the sweep of {asked.config_path} has no cells; give every axis a value")
-    return tuple(found.values())
+    return tuple(cells.values())
 
 
 def overridden(base: ConfigDict, overrides: Overrides) -> ConfigDict:
@@ -208,29 +208,29 @@ def work(
     """Runs every cell that nobody has finished or holds; a cell that fails does not stop others."""
     tally = Tally()
     for cell in shard.order(cells):
-        at = cell_folder(out, cell)
-        if (at / DONE).exists():
+        cell_path = cell_folder(out, cell)
+        if (cell_path / DONE).exists():
             tally.found_done += 1
             continue
-        with disk_errors(at.path):
-            at.path.mkdir(parents=True, exist_ok=True)
+        with disk_errors(cell_path.path):
+            cell_path.path.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(lock.held(at.path))
+                stack.enter_context(lock.held(cell_path.path))
             except InputError as busy:
                 tally.elsewhere.append(str(busy))
                 continue
-            if (at / DONE).exists():  # finished by another since
+            if (cell_path / DONE).exists():  # finished by another since
                 tally.found_done += 1
                 continue
             say(f"{cell}")
             started, processor = time.monotonic(), time.process_time()
             try:
-                count = _run_cell(at, asked, cell, run)
+                count = _run_cell(cell_path, asked, cell, run)
             except Exception as error:
                 if isinstance(error, OSError):
                     raise  # a full disk fails every cell
-                at.write_json(FAILED, {"error": f"{type(error).__name__}: {error}"})
+                cell_path.write_json(FAILED, {"error": f"{type(error).__name__}: {error}"})
                 tally.failed.append(f"({cell}): {error}")
                 say(f"  failed: {error}")
                 continue
@@ -238,7 +238,7 @@ def work(
                 "seconds": time.monotonic() - started,
                 "cpu_seconds": time.process_time() - processor,  # of all cores, paused time aside
             }
-            at.write_json(DONE, {"rows": count, **spent})
+            cell_path.write_json(DONE, {"rows": count, **spent})
             tally.ran += 1
     return tally
 
@@ -272,9 +272,9 @@ def collect(out: RunFolder, cells: Sequence[Cell]) -> list[Row]:
     """Rows of the finished cells in the order of the sweep, also written to its rows.jsonl."""
     rows = []
     for cell in finished(out, cells):
-        at = cell_folder(out, cell)
+        cell_path = cell_folder(out, cell)
         columns = {"cell": cell.key, **_scalars(cell.overrides)}
-        rows += [{**columns, **row} for row in at.rows()]
+        rows += [{**columns, **row} for row in cell_path.rows()]
     out.write("rows.jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
     return rows
 

@@ -43,9 +43,9 @@ class LoRA:
         for group, matrices in params["layers"].items():
             for name, w in matrices.items():
                 if name in self.targets:
-                    key, own = jax.random.split(key)
+                    key, leaf_key = jax.random.split(key)
                     adapters.setdefault(group, {})[name] = self._pair(
-                        w.shape, decoder.CONTRACTED_AXES[name], own
+                        w.shape, decoder.CONTRACTED_AXES[name], leaf_key
                     )
         return {"layers": adapters}
 

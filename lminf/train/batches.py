@@ -118,11 +118,11 @@ def put(
         shape = (x.shape[0] * share.processes, *x.shape[1:])
         axes = ("batch", "length", *[None] * x.ndim)[: x.ndim]
         where = partition.spec(axes, shape, strategy.activations, mesh)
-        before = x.shape[0] * share.process
+        first_row = x.shape[0] * share.process
 
         def part(index):
             first, last, _ = index[0].indices(shape[0])
-            return x[(slice(first - before, last - before), *index[1:])]
+            return x[(slice(first - first_row, last - first_row), *index[1:])]
 
         return jax.make_array_from_callback(shape, NamedSharding(mesh, where), part)
 

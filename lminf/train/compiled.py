@@ -34,9 +34,9 @@ def memory(program: TrainStep, devices: Devices, *, rows: int, length: int) -> M
     arguments = shapes_of(program, rows, length)
     step: Any = program.step  # jitted
     with platforms.assuming(chips[0]):
-        found: Any = step.lower(*arguments).compile().memory_analysis()
-    fresh = found.output_size_in_bytes - found.alias_size_in_bytes
-    return Memory(found.argument_size_in_bytes, found.temp_size_in_bytes + max(fresh, 0))
+        analysis: Any = step.lower(*arguments).compile().memory_analysis()
+    fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return Memory(analysis.argument_size_in_bytes, analysis.temp_size_in_bytes + max(fresh, 0))
 
 
 def shapes_of(program: TrainStep, rows: int, length: int) -> tuple[Any, Any]:

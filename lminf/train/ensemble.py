@@ -67,7 +67,7 @@ class Replicas:
             while done < stop:
                 # Few lengths, so that few programs are compiled.
                 count = AT_ONCE if stop - done >= AT_ONCE else 1
-                batches = [[own.batch(done + i) for own in data] for i in range(count)]
+                batches = [[source.batch(done + i) for source in data] for i in range(count)]
                 stacked = jax.tree.map(
                     lambda *leaves: np.stack(leaves), *[_stacked(of_seeds) for of_seeds in batches]
                 )

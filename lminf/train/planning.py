@@ -82,10 +82,10 @@ def flops_per_token(program: TrainStep, length: int) -> float:
 def table(program: TrainStep) -> list[dict[str, Any]]:
     """Every parameter: its shape, its logical axes, where its slices lie, and bytes on a device."""
     rows = []
-    at = "params" if program.lora is None else "frozen"
-    leaves = jax.tree_util.tree_leaves_with_path(getattr(program.shapes, at))
+    part = "params" if program.lora is None else "frozen"
+    leaves = jax.tree_util.tree_leaves_with_path(getattr(program.shapes, part))
     for (key_path, leaf), sharding in zip(
-        leaves, jax.tree.leaves(getattr(program.shardings, at)), strict=True
+        leaves, jax.tree.leaves(getattr(program.shardings, part)), strict=True
     ):
         path = partition.path_of(key_path)
         opt = partition.spec(

@@ -109,8 +109,8 @@ class TrainStep:
 
         A reference that is not given is the model before its first step.
         """
-        asked = {name: (references or {}).get(name, params) for name in self.references}
-        frozen_models = jax.tree.map(self._short, asked) or None
+        models = {name: (references or {}).get(name, params) for name in self.references}
+        frozen_models = jax.tree.map(self._short, models) or None
         zero = jnp.zeros((), jnp.int32)
         if self.lora is not None:
             adapters = self.lora.init(params, key=jax.random.key(0))
@@ -133,7 +133,7 @@ class TrainStep:
     @cached_property
     def shardings(self) -> State:
         """Where every array of the state lies."""
-        whole = NamedSharding(self.mesh, PartitionSpec())
+        replicated = NamedSharding(self.mesh, PartitionSpec())
         references = None
         if self.shapes.references is not None:
             references = {
@@ -141,7 +141,7 @@ class TrainStep:
                 for name, model in self.shapes.references.items()
             }
         if self.shapes.frozen is not None:  # adapters are small, and whole on every device
-            everywhere = jax.tree.map(lambda _: whole, self.shapes)
+            everywhere = jax.tree.map(lambda _: replicated, self.shapes)
             frozen = self._laid_out(self.shapes.frozen, self.strategy.params)
             return everywhere._replace(frozen=frozen, references=references)
         laid_out = partial(self._laid_out, self.shapes.params)
@@ -153,8 +153,8 @@ class TrainStep:
             partition.optimizer_shardings(
                 self.shapes.optimizer, self.shapes.params, opt, self.mesh
             ),
-            whole,
-            whole,
+            replicated,
+            replicated,
             None,
             references,
         )
@@ -312,8 +312,8 @@ class TrainStep:
     @cached_property
     def nll(self) -> Callable[[State, Batch], Array]:
         """`nll(state, batch)`: nats of every token, [B, T], whole on every device."""
-        whole = NamedSharding(self.mesh, PartitionSpec())
+        replicated = NamedSharding(self.mesh, PartitionSpec())
         return jax.jit(
             lambda state, batch: self.token_loss(state.params, batch, state.frozen).nll,
-            out_shardings=whole,
+            out_shardings=replicated,
         )

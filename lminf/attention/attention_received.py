@@ -40,24 +40,25 @@ def by_key(
     q and k are placed (rotated) already. A position below 0 is padding or an empty slot, which
     neither attends nor is attended to.
     """
-    (batch, keys, key_heads, width), queries = k.shape, q.shape[1]
+    batch, keys, key_heads, width = k.shape
     block = min(block, keys)
     blocks = -(-keys // block)
-    k = jnp.pad(k, ((0, 0), (0, blocks * block - keys), (0, 0), (0, 0)))
+    k = jnp.pad(k, ((0, 0), (0, blocks * block - keys), (0, 0), (0, 0))).swapaxes(1, 2)
     k_pos = jnp.pad(k_pos, ((0, 0), (0, blocks * block - keys)), constant_values=-1)
-    lse2 = lse.astype(jnp.float32).reshape(batch, key_heads, -1, queries, 1) * LOG2_E
+    rows = scores_.rows_of_key_heads(q, key_heads)  # [B, K, G, T, H]
+    flat = rows.reshape(batch, key_heads, -1, width)
+    lse2 = lse.astype(jnp.float32).reshape(*rows.shape[:4], 1) * LOG2_E
     query_pos = q_pos[:, :, None]
 
-    def of_block(block_of: tuple[Array, Array]) -> Array:
-        k, key_pos = block_of[0], block_of[1][:, None]
-        scores = config.capped(scores_.scaled(config, q, k))
+    def of_block(start: Array) -> Array:
+        some_k = jax.lax.dynamic_slice_in_dim(k, start, block, 2)
+        key_pos = jax.lax.dynamic_slice_in_dim(k_pos, start, block, 1)[:, None]
+        scores = jnp.einsum("bkrh,bksh->bkrs", flat, some_k, preferred_element_type=jnp.float32)
+        scores = config.capped(scores.reshape(*rows.shape[:4], block) * jnp.float32(config.scale))
         # What is not visible may be beyond what exp2 takes.
         weights = numerics.exp2(scores * LOG2_E - lse2)
         visible = (seen(query_pos, key_pos) & (query_pos >= 0) & (key_pos >= 0))[:, None, None]
         return jnp.where(visible, weights, 0.0).sum(3)
 
-    parts = jax.lax.map(of_block, (
-        k.reshape(batch, blocks, block, key_heads, width).swapaxes(0, 1),
-        k_pos.reshape(batch, blocks, block).swapaxes(0, 1),
-    ))  # fmt: skip  # [.., B, K, G, C]
+    parts = jax.lax.map(of_block, jnp.arange(blocks, dtype=jnp.int32) * block)  # [.., B, K, G, C]
     return jnp.moveaxis(parts, 0, 3).reshape(batch, q.shape[2], -1)[..., :keys]

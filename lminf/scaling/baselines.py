@@ -58,7 +58,7 @@ def loss(query: Query) -> float:
 
 
 def openai_lr(query: Query) -> float:
-    """Peak learning rate of Kaplan et al. 2020, arXiv:2001.08361."""
+    """Peak learning rate of Kaplan et al."""
     return 0.003239 - 0.0001395 * np.log(query.n)
 
 

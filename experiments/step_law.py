@@ -1,19 +1,25 @@
 """Fits the step law, prices every law's point on the measured grids, and draws the bowls."""
 
+from collections.abc import Iterator, Mapping, Sequence
+
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator
-from matplotlib.tri import Triangulation
+from matplotlib.tri import Triangulation, TriContourSet
+from ml_collections import ConfigDict
 
 from lminf import scaling
 from lminf.experiments import _tables
 from lminf.experiments._main import main
 from lminf.run import plots, style
+from lminf.run.folder import Row, RunFolder
 from lminf.scaling import baselines, diagnostics, published, regret, synthetic
 from lminf.scaling.steps import StepFit, fit_bowl
 
 
-def run(c, out):
+def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     if c.data:
         table = scaling.read_step(_tables.found(c.data, "step_law"), seq_len=c.seq_len)
     else:
@@ -65,7 +71,7 @@ def _finite(value):
     return value if np.isfinite(value) else None  # outside the hull of the cells: no number
 
 
-def table(rows):
+def table(rows: list[Row]) -> list[Row]:
     """Mean gap by law; the other parts are in rows.jsonl."""
     return [
         {key: value for key, value in row.items() if key != "part"}
@@ -88,11 +94,11 @@ LOOKS = {
 }
 
 
-def look(law):
+def look(law: str) -> style.Look:
     return LOOKS.get(law, style.Look(law, "#8C8C8C", "<"))
 
 
-def plot(rows):
+def plot(rows: list[Row]) -> Mapping[str, Figure]:
     """Bowls and gaps; rows without cells, as they are kept here, give the gaps alone."""
     cells = [row for row in rows if row["part"] == "cell"]
     points = [row for row in rows if row["part"] == "point"]
@@ -109,7 +115,7 @@ def plot(rows):
     return figures
 
 
-def bowls(groups, cells, points):
+def bowls(groups: Sequence[tuple[float, float]], cells: list[Row], points: list[Row]) -> Figure:
     titles = [f"N = {style.short(n)}, D = {style.short(d)}" for n, d in groups]
     with matplotlib.rc_context({**plots.STYLE, "axes.grid": False}):
         figure, grid = plots.panels_of(titles, RATE, BATCH, columns=4, height=1.95, size=9)
@@ -122,7 +128,9 @@ def bowls(groups, cells, points):
 RATE, BATCH = "peak learning rate (per step)", "batch (tokens)"
 
 
-def contours(axes, key, cells, points):
+def contours(
+    axes: Axes, key: tuple[float, float], cells: list[Row], points: list[Row]
+) -> TriContourSet:
     """One group's excess as filled contours at the plateau levels, with every law's point; what the
     grid does not reach is grey. Returns what a colour bar needs.
     """
@@ -153,7 +161,7 @@ def contours(axes, key, cells, points):
     return filled
 
 
-def explain(figure, grid, filled):
+def explain(figure: Figure, grid: Sequence[Axes], filled: TriContourSet) -> None:
     """The laws' marks above the panels, the levels beside them."""
     named = {label: handle for axes in grid
              for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}  # fmt: skip

@@ -1,17 +1,24 @@
 """Fits all three approaches, calibrates them on the curves, and shows what each choice changes."""
 
 import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
 from lminf import scaling
 from lminf.errors import InputError
 from lminf.experiments import _tables
 from lminf.experiments._main import main
 from lminf.run import plots, style, tables
+from lminf.run.folder import Row, RunFolder
 from lminf.run.progress import track
 from lminf.scaling import diagnostics, published, robust_fit, synthetic, vocab_loss
 from lminf.scaling import fertility as fertilities
+from lminf.scaling.fertility import Fertility
+from lminf.scaling.tables import VocabTable
+from lminf.scaling.vocab import VocabLaw
 from lminf.scaling.vocab_derivative import PUBLISHED_SIZES, DerivativeFit
 from lminf.scaling.vocab_isoflop import IsoflopFit, envelope, measured
 from lminf.scaling.vocab_loss import LossFit
@@ -19,7 +26,7 @@ from lminf.scaling.vocab_loss import LossFit
 SEPARATE = ("calibration", "sensitivity", "leave one family out", "exponent by metric")
 
 
-def run(c, out):
+def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     """All rows; the long tables also as Markdown files of their own beside report.md."""
     kept = {}
     for row in measure(c, out):
@@ -37,7 +44,7 @@ def _none_if_not_finite(value):
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def measure(c, out):
+def measure(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     fertility = fertilities.PUBLISHED
     table = (
         scaling.read_vocab(_tables.found(c.data, "vocab_law"))
@@ -89,7 +96,7 @@ def measure(c, out):
     yield from isoflop_rows(table)
 
 
-def calibration(table, laws):
+def calibration(table: VocabTable, laws: Sequence[VocabLaw]) -> list[Row]:
     """Per family, budget and metric: the optimum read off the curves beside every law's."""
     rows = []
     for family in np.unique(table.n_nv):
@@ -109,14 +116,14 @@ def calibration(table, laws):
     return rows
 
 
-def predicted(law, n_nv, width, flops):
+def predicted(law: VocabLaw, n_nv: float, width: float, flops: float) -> float | None:
     try:
         return law.optimum(n_nv=float(n_nv), d=width, flops=flops).vocab_size
     except InputError:  # this law has no optimum there; the table says so by a gap
         return None
 
 
-def metric_exponents(table):
+def metric_exponents(table: VocabTable) -> list[Row]:
     """N_v ~ F^e through the IsoFLOP optima of the families, per metric."""
     rows = []
     for metric in diagnostics.METRICS:
@@ -134,7 +141,9 @@ def metric_exponents(table):
     return rows
 
 
-def sensitivity(tables, fertility, *, n_nv):
+def sensitivity(
+    tables: Mapping[str, VocabTable], fertility: Fertility, *, n_nv: float
+) -> list[Row]:
     """V at n_nv (compute-optimal) under each choice that a fit makes; no draws.
 
     `tables`: the sweep by source of N_nv, "as_published" first.
@@ -167,7 +176,13 @@ def sensitivity(tables, fertility, *, n_nv):
     return [choice_row(name, procedure, data, f, n_nv) for name, procedure, data, f in cases]
 
 
-def choice_row(name, procedure, table, fertility, n_nv):
+def choice_row(
+    name: str,
+    procedure: IsoflopFit | DerivativeFit | LossFit,
+    table: VocabTable,
+    fertility: Fertility,
+    n_nv: float,
+) -> Row:
     """V at n_nv by one procedure, and its exponent; a note where it has none."""
     row = {"choice": name, "vocab": None, "exponent": None, "note": ""}
     try:
@@ -182,7 +197,9 @@ def choice_row(name, procedure, table, fertility, n_nv):
     return row
 
 
-def profile(procedure, table, *, fertility, grid):
+def profile(
+    procedure: LossFit, table: VocabTable, *, fertility: Fertility, grid: Sequence[float]
+) -> list[Row]:
     """Rows (alpha2, objective, log-likelihood ratio) with all other parameters re-fitted.
 
     The ratio is 2 n ln(Q / Q_min) of Laplace errors with n the number of runs, not rows, since
@@ -209,7 +226,7 @@ def profile(procedure, table, *, fertility, grid):
     ]
 
 
-def predictions(law, sizes):
+def predictions(law: VocabLaw, sizes: Sequence[float]) -> Iterator[Row]:
     for n_nv in sizes:
         row = {"part": "prediction", "law": law.version, "n_nv": n_nv}
         try:
@@ -221,7 +238,7 @@ def predictions(law, sizes):
         yield row
 
 
-def isoflop_rows(table):
+def isoflop_rows(table: VocabTable) -> Iterator[Row]:
     for family in np.unique(table.n_nv):
         budget = diagnostics.common_budget(table, family)
         for metric in diagnostics.METRICS:
@@ -232,7 +249,7 @@ def isoflop_rows(table):
                        "vocab": v, "excess": loss, "optimum": curve.optimum}  # fmt: skip
 
 
-def table(rows):
+def table(rows: list[Row]) -> list[Row]:
     """Predicted V by law and size; the other parts are in rows.jsonl and files of their own."""
     return [
         {
@@ -246,7 +263,7 @@ def table(rows):
     ]
 
 
-def plot(rows):
+def plot(rows: list[Row]) -> Mapping[str, Figure]:
     """A figure for each part that the rows hold: what repeats published losses is not kept here."""
     drawn = {"isoflop": isoflops, "prediction": approaches, "envelope": vocabularies}
     figures = {}
@@ -256,7 +273,7 @@ def plot(rows):
     return figures
 
 
-def isoflops(rows):
+def isoflops(rows: list[Row]) -> dict[str, Figure]:
     named = [{**row, "family": f"N_nv = {style.short(row['n_nv'])}"} for row in rows]
     units = {
         "isoflop": ("L_u", "L_u above the lowest (nats/token)"),
@@ -272,7 +289,7 @@ def isoflops(rows):
     }  # fmt: skip
 
 
-def approaches(rows):
+def approaches(rows: list[Row]) -> dict[str, Figure]:
     """Each approach refitted and as published, with the intervals of its draws."""
     named = [{**row, "approach": approach(row["law"]), "fit": fitted(row["law"])} for row in rows]
     return {
@@ -285,7 +302,7 @@ def approaches(rows):
     }  # fmt: skip
 
 
-def vocabularies(rows):
+def vocabularies(rows: list[Row]) -> dict[str, Figure]:
     return {
         "envelope": plots.curves(
             [{**row, "line": "N_v"} for row in rows], x="flops", y="n_v", by="line",
@@ -304,14 +321,14 @@ APPROACHES = {
 }
 
 
-def approach(law):
+def approach(law: str) -> str:
     """The title of a law's approach, refitted or published."""
     name = law.removeprefix("tao2024-")
     fits = [known for known in APPROACHES if name == known or name.startswith(f"{known}-")]
     return APPROACHES[max(fits, key=len)] if fits else name
 
 
-def fitted(law):
+def fitted(law: str) -> str:
     return "published" if law.startswith("tao2024-") else "refitted"
 
 

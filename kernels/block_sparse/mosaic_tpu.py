@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from lminf.kernels.block_sparse import lists as lists_
@@ -93,7 +94,7 @@ class Plan:
         """Of the transposed lists, which take more than the lists."""
         return self.batch * self.key_heads * (2 * self.entries + self.key_blocks + 1)
 
-    def clear(self, i, j):
+    def clear(self, i: ArrayLike, j: ArrayLike) -> Any:
         """Whether all queries of block i see all keys of block j, if it is listed."""
         end = (j + 1) * self.block_k
         seen = end <= self.keys
@@ -101,7 +102,7 @@ class Plan:
             seen &= end - 1 <= i * self.block_q
         return seen
 
-    def visible(self, i, j):
+    def visible(self, i: ArrayLike, j: ArrayLike) -> Array:
         """Which pairs of the two blocks see each other, keys first."""
         key, query = tpu_blocks.rows_and_columns(self.block_k, self.block_q)
         key, query = key + j * self.block_k, query + i * self.block_q
@@ -135,10 +136,10 @@ class Walk:
         # Heads of a group are neighbours, in all batch rows: head // G is their key head.
         return jax.lax.div(head, self.plan.group) * self.plan.query_blocks + i
 
-    def count(self, scalars, head, i):
+    def count(self, scalars: Any, head: ArrayLike, i: ArrayLike) -> Array:
         return scalars[self._list(head, i)]
 
-    def block(self, scalars, head, i, step):
+    def block(self, scalars: Any, head: ArrayLike, i: ArrayLike, step: ArrayLike) -> Array:
         """The block of keys at this step; the last one when the walk is over."""
         plan, list_index = self.plan, self._list(head, i)
         step = jnp.clip(scalars[list_index] - 1, 0, step)
@@ -164,20 +165,20 @@ class Entries:
         before = 2 * plan.batch * plan.key_heads * plan.entries
         return scalars[before + head * (plan.key_blocks + 1) + j]
 
-    def used(self, scalars, head):
+    def used(self, scalars: Any, head: ArrayLike) -> Array:
         return self._start(scalars, head, self.plan.key_blocks)
 
-    def blocks(self, scalars, head, entry):
+    def blocks(self, scalars: Any, head: ArrayLike, entry: ArrayLike) -> tuple[Array, Array]:
         """(block of queries, block of keys) of an entry; of the last one where they are over."""
         plan = self.plan
         entry_index = head * plan.entries + jnp.clip(self.used(scalars, head) - 1, 0, entry)
         j = scalars[plan.batch * plan.key_heads * plan.entries + entry_index]
         return scalars[entry_index], jnp.minimum(j, plan.key_blocks - 1)
 
-    def is_first(self, scalars, head, entry, j):
+    def is_first(self, scalars: Any, head: ArrayLike, entry: ArrayLike, j: ArrayLike) -> Array:
         return entry == self._start(scalars, head, j)
 
-    def is_last(self, scalars, head, entry, j):
+    def is_last(self, scalars: Any, head: ArrayLike, entry: ArrayLike, j: ArrayLike) -> Array:
         return entry == self._start(scalars, head, j + 1) - 1
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from lminf.kernels.block_sparse import lists as lists_
@@ -62,20 +63,26 @@ class _Call:
         x = x.reshape(self.batch, self.key_heads, -1, x.shape[-1])
         return x.swapaxes(1, 2)[:, : self.keys]
 
-    def rows(self, x: Float[Array, "M G Tp X"], head, block) -> Float[Array, "rows X"]:
+    def rows(
+        self, x: Float[Array, "M G Tp X"], head: ArrayLike, block: ArrayLike
+    ) -> Float[Array, "rows X"]:
         """The G * C rows of one block of queries of an array laid out like the queries."""
         size = (1, self.group, self.rules.block_q, x.shape[3])
         zero = jnp.int32(0)
         cut = jax.lax.dynamic_slice(x, (head, zero, block * self.rules.block_q, zero), size)
         return cut.reshape(-1, x.shape[3])
 
-    def block(self, x: Float[Array, "M Sp X"], head, block) -> Float[Array, "W X"]:
+    def block(
+        self, x: Float[Array, "M Sp X"], head: ArrayLike, block: ArrayLike
+    ) -> Float[Array, "W X"]:
         """One block of keys or values."""
         size = (1, self.rules.block_kv, x.shape[2])
         start = (head, block * self.rules.block_kv, jnp.int32(0))
         return jax.lax.dynamic_slice(x, start, size)[0]
 
-    def scores(self, query, key, q_block, kv_block):
+    def scores(
+        self, query: Array, key: Array, q_block: ArrayLike, kv_block: ArrayLike
+    ) -> tuple[Array, Array | None]:
         """[rows, W] logits with what is invisible at MASK_VALUE, and the soft cap's bend."""
         scores = _dot(query, key, (1, 1), self.dtype) * self.rules.scale
         bend = None
@@ -91,7 +98,7 @@ class _Call:
         visible = jnp.tile(visible, (self.group, 1))
         return jnp.where(visible, scores, numerics.MASK_VALUE), bend
 
-    def programs(self, count: int):
+    def programs(self, count: int) -> tuple[Array, Array]:
         """Head and block of every program, [M * count] each."""
         heads = jnp.arange(self.batch * self.key_heads, dtype=jnp.int32)
         blocks = jnp.arange(count, dtype=jnp.int32)

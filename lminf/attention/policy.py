@@ -226,7 +226,7 @@ class _SeesAll(Window):
 
     num_sinks = None
 
-    def query_gain(self, q):
+    def query_gain(self, q: Int[Array, "*B"]) -> Float[Array, "*B"] | None:
         if self.log_from is None:
             return None
         # Padding stands below 0, where the logarithm would be NaN and spoil gradients.

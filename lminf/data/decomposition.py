@@ -96,8 +96,8 @@ class Decomposition:
         if len(bucket_shares) != len(buckets):
             lengths = ", ".join(map(str, bucket_tokens))
             raise InputError(
-                f"{len(bucket_shares)} numbers of tokens for {len(buckets)} lengths ({lengths}); give "
-                f"one for each"
+                f"{len(bucket_shares)} numbers of tokens for {len(buckets)} lengths ({lengths}); "
+                f"give one for each"
             )
         for bucket, tokens in zip(buckets, bucket_shares, strict=True):
             if tokens > bucket_tokens[bucket.length]:

@@ -68,6 +68,7 @@ POLICIES = {
     "longheads": Look("LongHeads", "#44AA99", "P", SELECTED),
     "hip": Look("HiP", "#B8860B", "X", SELECTED),
     "infinite_hip": Look("InfiniteHiP", "#882255", "v", SELECTED),
+    "moba": Look("MoBA", "#661100", "*", SELECTED),
     "segments": Look("Segments", "#7F4F24", "s", SELECTED),
     "h2o": Look("H2O", "#E0607E", "v", EVICTED),
     "tova": Look("TOVA", "#4D9221", "^", EVICTED),

@@ -82,7 +82,7 @@ def get_sweep(c: ConfigDict, arg: str = "") -> tuple[Overrides, ...]:
     )
 
 
-def published():
+def published() -> tuple[Overrides, ...]:
     """Dense and mixed shapes; the mixtures have a grid of their own."""
     cells = []
     for (width, hidden, heads, layers), budgets in PUBLISHED:

@@ -62,7 +62,7 @@ def get_sweep(c: ConfigDict, arg: str = "") -> tuple[Overrides, ...]:
     return cross(families(arg), sizes) if arg in ("h100", "pod") else sizes
 
 
-def families(arg: str):
+def families(arg: str) -> tuple[Overrides, ...]:
     """The paper's shapes, each up to the FLOPs of its D_max at V = 16,384, in 20 checkpoints."""
     cells = []
     for layers, heads, width, hidden, tokens in PUBLISHED[: 2 if arg == "h100" else None]:

@@ -1,6 +1,7 @@
 """Imports point down: the table of docs/architecture.md, checked against every file's imports."""
 
 import ast
+import functools
 import inspect
 import os
 import subprocess
@@ -80,10 +81,16 @@ FILES = {
 }
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports(name: str) -> set[str]:
     """Every module that a file's import statements name, inside functions too."""
     found = set()
-    for node in ast.walk(ast.parse(FILES[name].read_text())):
+    for node in ast.walk(parsed(FILES[name])):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -157,7 +164,7 @@ TRACED = (".triton_kernels", ".triton_math")
 
 @pytest.mark.parametrize("name", [name for name in FILES if not name.endswith(TRACED)])
 def test_public_functions_are_annotated(name):
-    for function in public(ast.parse(FILES[name].read_text())):
+    for function in public(parsed(FILES[name])):
         given = function.args
         arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
         bare = [a.arg for a in arguments if a and not a.annotation and a.arg not in ("self", "cls")]
@@ -167,7 +174,7 @@ def test_public_functions_are_annotated(name):
 
 def names_in(path: Path) -> set[str]:
     """Every name and attribute that a file's code uses."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+    nodes = list(ast.walk(parsed(path)))
     return {node.id for node in nodes if isinstance(node, ast.Name)} | {
         node.attr for node in nodes if isinstance(node, ast.Attribute)
     }

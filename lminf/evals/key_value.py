@@ -73,7 +73,7 @@ class KeyValue:
 def _sample(encode: Encode, random: np.random.Generator, length: int, depth: float) -> Sample:
     """Every line has five-digit numbers, so that a few of them tell how long a line is."""
 
-    def text(lines, at):
+    def text(lines, line_index):
         listing = [LINE.format(key=key, value=value) for key, value in lines]
         return "\n".join([TASK, *listing, QUESTION.format(key=lines[line_index][0])])
 

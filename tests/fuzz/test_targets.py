@@ -10,7 +10,13 @@ from tests.fuzz import mutate, run
 INPUTS = 40  # of each target: about a second
 
 
-@pytest.mark.parametrize("target", run.names())
+# A table is fitted in full, which compiles every law's fit.
+TARGETS = [
+    pytest.param(name, marks=pytest.mark.slow if name == "tables" else ()) for name in run.names()
+]
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_valid_inputs_are_read(target: str, tmp_path: Path):
     module = run.load(target)
     module.seeds(tmp_path)
@@ -18,7 +24,7 @@ def test_valid_inputs_are_read(target: str, tmp_path: Path):
         module.read(path)
 
 
-@pytest.mark.parametrize("target", run.names())
+@pytest.mark.parametrize("target", TARGETS)
 def test_damaged_inputs_are_read_or_refused_with_one_sentence(target: str, tmp_path: Path):
     module = run.load(target)
     module.seeds(tmp_path)

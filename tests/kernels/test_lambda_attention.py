@@ -350,7 +350,9 @@ def test_lists_of_positions_are_the_definition():
             np.testing.assert_allclose(found.lse[b, h, i], np.log(weights.sum()), rtol=1e-12)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "xla_chunked"])
+@pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("xla_chunked", marks=pytest.mark.slow)]
+)
 def test_positions_0_1_2_are_what_none_means(implementation):
     given, options = CASES["every far key"]
     run = functools.partial(results, given(), implementation=implementation, **options())

@@ -46,7 +46,7 @@ def chunks_read(monkeypatch):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_every_answer_is_that_of_the_prompt_alone(lm, small_steps, policy, rows):
     lm = lm if policy is None else lm.with_policy(policy)
     alone = [lm.generate(prompt, max_new_tokens=NEW) for prompt in PROMPTS]

@@ -11,7 +11,8 @@ PROMPTS = ["The grass is", "Here we go. There and"]
 CONTINUATIONS = [" green.", " back again. The sun"]
 
 
-@pytest.fixture(params=["lm", "scripted"])
+# The model itself compiles for seconds: its verbs beyond the score are in the slow lane.
+@pytest.fixture(params=[pytest.param("lm", marks=pytest.mark.slow), "scripted"])
 def model(request, lm) -> LanguageModel:
     return lm if request.param == "lm" else Scripted(lambda prompt: " green. The sky")
 

@@ -11,7 +11,8 @@ from lminf.attention.policies.eviction import SirLLM
 from lminf.attention.policy import FULL, Window
 from lminf.errors import InputError
 from lminf.models import decoder
-from lminf.parallel import context, mesh, partition
+from lminf.parallel import mesh, partition
+from lminf.parallel.attention import Sharded
 from tests.attention import cases
 from tests.models import specs
 
@@ -96,7 +97,7 @@ def test_an_encoder_on_a_mesh_is_that_on_one_device(strategy, sizes):
     tokens, positions, segments = (jnp.tile(x, (2, 1)) for x in (TOKENS, PACKED, SEGMENTS))
     shape, rules = mesh.make(mesh.MeshShape(**{"data": 1, **sizes})), partition.parse(strategy)
     laid_out = ENCODER.clone(
-        prefill=context.Sharded(shape, rules), constrain=partition.Constrain(shape, rules)
+        prefill=Sharded(shape, rules), constrain=partition.Constrain(shape, rules)
     )
 
     def encode(module, params):

@@ -60,5 +60,5 @@ def test_what_is_missing_or_unknown_is_one_sentence(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs wandb, .*pip install 'lminf\[watch\]'"):
         trackers.named("wandb, tensorboard")
-    with pytest.raises(InputError, match="no watcher 'tensorbord'; did you mean 'tensorboard'"):
+    with pytest.raises(InputError, match="no tracker 'tensorbord'; did you mean 'tensorboard'"):
         trackers.named("tensorbord")

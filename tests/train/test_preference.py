@@ -73,6 +73,7 @@ def test_a_model_that_is_its_own_reference_loses_log_2():
     assert float(metrics.loss) == pytest.approx(np.log(2), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_training_widens_the_margin_and_leaves_the_reference():
     made = program()
     state, batch = made.start(making.params()), making.put(made, pairs())
@@ -107,6 +108,7 @@ def test_on_a_mesh_and_in_pieces_it_is_the_same(strategy, changes):
     assert making.largest_difference(found[0][0], found[1][0]) < 1e-3
 
 
+@pytest.mark.slow
 def test_terms_are_added_by_their_scale():
     batch = {**pairs(), **making.tokens()}
     both = making.program(objective=(CrossEntropy(0.5), DPO(BETA, scale=2.0)))

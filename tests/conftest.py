@@ -13,6 +13,7 @@ if DEVICES not in os.environ.get("XLA_FLAGS", ""):
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -32,3 +33,14 @@ if importlib.util.find_spec("beartype"):
 # Compiling is slow and its time varies, so no deadline; the same examples on every machine.
 hypothesis.settings.register_profile("lminf", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("lminf")
+
+
+@pytest.fixture(autouse=True)
+def compile_quickly(request):
+    """The fast lane compiles much and computes little; the others compile as users do."""
+    if any(request.node.get_closest_marker(lane) for lane in ("slow", "parity", "aot")):
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

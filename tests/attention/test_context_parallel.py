@@ -78,6 +78,7 @@ def test_a_row_on_four_devices_is_the_row_on_one(policy, packed):
     )
 
 
+@pytest.mark.slow
 def test_a_window_moves_no_more_than_the_window():
     """Neighbours exchange the window's keys, and nobody gathers those of the whole text."""
     mesh = jax.make_mesh((4,), ("context",), axis_types=(AxisType.Auto,))

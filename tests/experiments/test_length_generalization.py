@@ -1,8 +1,10 @@
+import pytest
 from matplotlib.figure import Figure
 
 from lminf.experiments import length_generalization as experiment
 
 
+@pytest.mark.slow
 def test_a_row_is_one_policy_and_block(rows_of):
     rows = rows_of(
         "length_generalization", length=96, block=48,

@@ -58,6 +58,7 @@ ASKED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_cell_is_a_task_a_policy_a_length_and_a_depth(measure):
     every = measure()
     assert len({long_context_eval.cell_of(row) for row in every}) == len(every) == 8

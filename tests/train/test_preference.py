@@ -67,6 +67,7 @@ def test_the_loss_is_that_of_the_paper():
     assert float(metrics.reported["margin"]) == pytest.approx(margin.mean(), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_its_own_reference_loses_log_2():
     made = program()
     _, metrics = made.step(made.start(making.params()), making.put(made, pairs()))

@@ -162,7 +162,7 @@ def write_curves(path, table):
 
 @pytest.mark.slow
 def test_the_commands_that_read_measured_tables_run_on_drawn_ones(tmp_path):
-    """In the order of the page. `check` compares with the published files, which are not here."""
+    """In the order of the page."""
     for seed, name in enumerate(("exp_data.csv", "unseen_vocab.csv")):
         write_sweep(tmp_path / name, seed)
     for seed, name in enumerate(("dense_lr_bs_loss.csv", "unseen_step.csv")):
@@ -170,7 +170,7 @@ def test_the_commands_that_read_measured_tables_run_on_drawn_ones(tmp_path):
     write_curves(tmp_path / "runs.csv", data.synthetic_curves(0.01, 0))
     write_curves(tmp_path / "references.csv", data.synthetic_density(0.001, 0))
     block = next(b for b in blocks(ROOT / "docs/scaling_laws.md", "console") if "runs.csv" in b)
-    reading = [line for line in block.splitlines() if re.match("lminf scaling (?!check)", line)]
+    reading = [line for line in block.splitlines() if re.match("lminf scaling ", line)]
     assert len(reading) == 6
     for command in reading:
         assert run(shlex.split(command), tmp_path).strip()
@@ -331,6 +331,13 @@ def imported(layer: str) -> set[str]:
     files = [name for name in FILES if within(name, LAYERS) == layer]
     names = {i for name in files for i in imports(name) if i.split(".")[0] == "lminf"}
     return {str(within(name, LAYERS)) for name in names} - {layer}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_files_that_a_page_names_exist(page):
+    named = set(re.findall(r"\b(?:lminf|tests|kernels|experiments)/[\w/]+\.py\b", page.read_text()))
+    templates = {name for name in named if "NAME" in name} | {"lminf/attention/pulled.py"}
+    assert not [name for name in named - templates if not (ROOT / name).exists()]
 
 
 def test_the_map_of_additions_names_files_that_exist():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -49,7 +50,15 @@ def check(c: ConfigDict) -> None:
             f"--config.experts.count={c.experts.count}: models with experts are neither read nor "
             f"written in others' formats; leave out init and export"
         )
-    if len(c.profile) not in (0, 2) or list(c.profile) != sorted(c.profile):
+    if c.export and c.checkpoint.folder and Path(c.export) == Path(c.checkpoint.folder):
+        raise InputError(
+            f"--config.export={c.export} is also the folder of the checkpoints; name another one"
+        )
+    if (
+        len(c.profile) not in (0, 2)
+        or list(c.profile) != sorted(c.profile)
+        or min(c.profile, default=0) < 0
+    ):
         raise InputError(
             f"--config.profile={c.profile}: give the first and the last step to trace, as in (5,9)"
         )

@@ -20,6 +20,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (
     errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EEXIST,
     errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTEMPTY, errno.ELOOP, errno.EIO,
+    errno.EBUSY,
 )  # fmt: skip
 PROBE = 1 << 16  # bytes: a full disk still makes empty files
 

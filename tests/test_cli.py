@@ -203,3 +203,24 @@ def test_the_type_of_numbers_is_chosen_on_the_command_line(command, monkeypatch)
     with pytest.raises(SystemExit):
         cli.main([*command, "--dtype=bfloat16"])
     assert given["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nll", "m", "--text="], "--text is empty"),
+        (["tokenize", "a.txt", "--tokenizer=bytes", "--out="], "an empty name is given"),
+        (["tokenize", "", "--tokenizer=bytes", "--out=b"], "an empty name is given"),
+        (["generate", "m", "x", "--seed=-1"], "give a whole number below 2^32"),
+        (["generate", "m", "x", "--seed=99999999999999999999"], "give a whole number below 2^32"),
+    ],
+)
+def test_empty_names_and_seeds_out_of_range_are_refused(
+    words, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ending:
+        cli.main(words)
+    assert ending.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -61,6 +61,13 @@ class Store:
         if last < 1:
             raise InputError(f"keeping the last {last} checkpoints keeps none; give at least 1")
         self.folder, self.last, self.facts = epath.Path(folder), last, dict(facts or {})
+        try:
+            self.folder.exists()
+        except ImportError as error:  # the file system of gs:// or s3:// is a package of its own
+            raise InputError(
+                f"{folder} needs a package that is not installed ({error}); install it, or name "
+                f"another folder"
+            ) from None
         self._finishing: threading.Thread | None = None
         self._failure: BaseException | None = None
 

@@ -31,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "tokens (plain)")  # fmt: skip
 
 
+def seed(text: str) -> int:
+    """A seed of a random key: 32 bits."""
+    if not (text.isdecimal() and int(text) < 2**32):
+        raise argparse.ArgumentTypeError(f"{text} is no seed; give a whole number below 2^32")
+    return int(text)
+
+
 def load(args: argparse.Namespace) -> LM:
     """The model under the policy asked for; nothing is loaded before both words are understood."""
     policy = parse_policy(args.policy) if args.policy else None

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, help="draw among the k most likely tokens")
     parser.add_argument("--top-p", type=float, help="draw among the fewest that hold this much")
     parser.add_argument("--stop", action="append", default=[], help="text to end at; may repeat")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_model.seed, default=0)
     parser.add_argument("--chat", action="store_true", help="use the model's chat template; "
                         "without a prompt, a conversation, a line a turn")  # fmt: skip
 

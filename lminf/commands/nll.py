@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import math
 import time
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block", type=int, default=2048, help="tokens averaged into one number")
     parser.add_argument("--protocol", choices=("document", "stream"), default="document",
                         help="each text by itself, or all as one shuffled stream")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of the stream's order")
+    parser.add_argument("--seed", type=_model.seed, default=0, help="of the stream's order")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -47,6 +48,8 @@ def run(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise InputError(f"--{name}={value}: give at least {least} tokens")
+    if "" in (args.text or ()):
+        raise InputError("--text is empty; name a file, or leave --text out")
     texts = [sources.text_of(path, field=args.field) for path in args.text or [None]]
     lm = _model.load(args)
     encoded = [lm.encode(text, length=args.length, special=args.special) for text in texts]
@@ -54,6 +57,11 @@ def run(args: argparse.Namespace) -> None:
     blocks, bits, tokens = (along_stream if args.protocol == "stream" else by_document)(
         lm, encoded, args
     )
+    if not math.isfinite(bits):
+        raise InputError(
+            f"the loss is {bits}, so the weights of {args.model} hold NaN or infinite numbers; get "
+            f"them again"
+        )
     result = {
         "blocks": [block.nll for block in blocks],
         "bits_per_byte": bits,

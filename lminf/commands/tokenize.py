@@ -44,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.workers is not None and args.workers < 0:
         raise InputError(f"--workers={args.workers}: give 0 (this process alone) or more")
+    if not args.out or "" in args.sources:
+        raise InputError("an empty name is given for a source or for --out; name files or folders")
     # A bucket has no locks: there, the older of two processes ends.
     alone = contextlib.nullcontext() if "://" in args.out else holding(Path(args.out))
     with alone, Progress(0, label="tokenize", unit="bytes") as progress:

@@ -23,7 +23,10 @@ def open_corpora(path: str | None, tokenizer: Tokenizer | None) -> list[TokenSto
     if not path:
         tokenizer = _required(tokenizer, "the interpreter's documentation")
         return [store.from_documents([tokenizer.encode(sources.python_topics())])]
-    return [_open(part.strip(), tokenizer) for part in path.split(",") if part.strip()]
+    parts = [part.strip() for part in path.split(",") if part.strip()]
+    if not parts:
+        raise InputError(f"no store or file is named in {path!r}; give paths between commas")
+    return [_open(part, tokenizer) for part in parts]
 
 
 def _open(path: str, tokenizer: Tokenizer | None) -> TokenStore:

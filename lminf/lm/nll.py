@@ -112,6 +112,9 @@ def stream_nll(
 
 def _prompt_within(lm: Any, longest: int | None, prompt: int | None) -> int | None:
     """The tokens of a prompt, where the policy asks for them."""
+    if prompt is not None and (prompt < 1 or (longest is not None and prompt >= longest)):
+        of = "" if longest is None else f" of a text of {longest} tokens"
+        raise InputError(f"prompt={prompt}{of}; give at least 1, and not all")
     name = next((p.name for p in lm.decoder.policies if p.needs_prompt), None)
     if name is None:
         return None
@@ -119,10 +122,6 @@ def _prompt_within(lm: Any, longest: int | None, prompt: int | None) -> int | No
         raise InputError(
             f"{name} acts at the end of a prompt, and a text has none; say how many of its "
             f"tokens are one with prompt="
-        )
-    if longest is not None and not 1 <= prompt < longest:
-        raise InputError(
-            f"prompt={prompt} of a text of {longest} tokens; give at least 1, and not all"
         )
     return prompt
 

@@ -126,11 +126,25 @@ def find_config(experiment: str, given: str | None) -> tuple[Path, str]:
     else:
         places = [header.CONFIGS / f"{file}.py"]
     for path in places:
+        is_there = False
         with contextlib.suppress(OSError, ValueError):  # no name that a file can have
-            if path.is_file():
-                return path, variant
+            is_there = path.is_file()
+        if is_there:
+            _same_experiment(experiment, path)
+            return path, variant
     stems = [path.stem for path in sorted(header.CONFIGS.glob("[!_]*.py"))]
     raise InputError(f"there is no config file {shown(file)}; {closest(Path(file).stem, stems)}")
+
+
+def _same_experiment(experiment: str, path: Path) -> None:
+    """Refuses the config of another experiment, whose fields are others."""
+    ours = header.CONFIGS / f"{experiment}.py"
+    foreign = path.resolve().parent == header.CONFIGS.resolve() and path.stem != experiment
+    if foreign and ours.is_file() and "Question" in header.read(path).entries:
+        raise InputError(
+            f"{path.name} is the config of the experiment {path.stem}, not of {experiment}; give "
+            f"--config={experiment}:VARIANT, or a file of your own"
+        )
 
 
 def load_config(path: Path, variant: str) -> ConfigDict:
@@ -241,6 +255,8 @@ def quote_words(argument: str, config: ConfigDict) -> str:
 def check_items(overrides: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     """Refuses a tuple whose items are of another type than the config file's."""
     for name, value in overrides.items():
+        if value == () and before[name] and name.rpartition(".")[2] == "policies":
+            raise InputError(f"config.{name} is empty; name at least one policy")
         kinds = {type(item) for item in before[name]} if isinstance(value, tuple) else set()
         allowed = kinds | ({int} if float in kinds else set())
         for item in value if kinds else ():

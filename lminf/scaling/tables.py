@@ -219,6 +219,12 @@ def read_columns(
     body = [(line, row) for line, row in enumerate(rows[1:], start=2) if row]
     if not body:
         raise InputError(f"{path}: there is a header but no row")
+    for line, row in body:
+        if len(row) > len(header):
+            raise InputError(
+                f"{path}: row {line} has {len(row)} cells for {len(header)} columns; write "
+                f"decimals with a point, and quote a cell that holds a comma"
+            )
     schema = dict(needed) | {
         name: bounds for name, bounds in (optional or {}).items() if name in header
     }

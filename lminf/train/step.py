@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from lminf import ranges
 from lminf.attention.policy import LayerPolicy
+from lminf.errors import InputError
 from lminf.models import decoder
 from lminf.models.spec import ModelSpec
 from lminf.objectives import terms
@@ -80,6 +81,12 @@ class TrainStep:
 
     def __post_init__(self):
         ranges.check(self)
+        for policy in self.policies:
+            if policy.needs_prompt:
+                raise InputError(
+                    f"{policy.name} acts at the end of a prompt, and training has none; train "
+                    f"under another policy, such as lm_infinite"
+                )
 
     @cached_property
     def module(self) -> decoder.Decoder:

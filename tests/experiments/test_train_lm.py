@@ -331,6 +331,10 @@ def test_a_plan_of_a_run_agrees_with_zeros_formula(capsys):
         ("export=README.md", "README.md exists and is not an empty folder"),
         ("model.num_heads=3", "num_heads=3 is no multiple of num_kv_heads=2"),
         ("profile=(5,)", "give the first and the last step to trace"),
+        ("profile=(-1,1)", "give the first and the last step to trace"),
+        ("data.path=,", "no store or file is named"),
+        ("attention=snapkv:capacity=8,window=2", "acts at the end of a prompt, and training has"),
+        ("checkpoint.folder=gs://nope/z", "needs a package that is not installed|gs://nope"),
         ("evaluate.sample=-5", "--config.evaluate.sample=-5: give a .* at least 0"),
         ("export=/proc/none/model", "cannot write /proc/.*; name another folder"),
     ],
@@ -426,3 +430,18 @@ def test_what_another_length_does_to_the_schedule_is_said():
     stable = settings("steps=400", "schedule=wsd:peak=1e-3,floor=1e-4,warmup=10,decay=50")
     assert _training.rates_moved(stable, 200, 150) is None  # the decay had not begun
     assert _training.rates_moved(stable, 200, 200)
+
+
+def test_an_export_into_the_folder_of_checkpoints_is_refused():
+    both = ("checkpoint.folder=somewhere", "export=somewhere")
+    with pytest.raises(InputError, match="is also the folder of the checkpoints"):
+        _training.check(settings(*both))
+
+
+def test_the_config_of_another_experiment_is_refused():
+    with pytest.raises(
+        InputError, match="is the config of the experiment passkey, not of train_lm"
+    ):
+        request.parse("train_lm", ["--config=passkey:tiny"])
+    with pytest.raises(InputError, match=r"config\.policies is empty; name at least"):
+        request.parse("passkey", ["--config=passkey:tiny", "--config.policies=()"])

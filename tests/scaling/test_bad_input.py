@@ -189,7 +189,7 @@ def test_out_leaves_other_files_of_the_user_alone(tmp_path, capsys):
     (out / "full").touch()
     with pytest.raises(SystemExit):
         cli.main(["scaling", "fit", "step", "--data", str(table), "--draws", "0", f"--out={out}"])
-    assert "cannot write" in capsys.readouterr().err
+    assert "is a folder; name a file" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "grid.csv", "law.json", "law.json.partial",
     ]  # fmt: skip
@@ -222,3 +222,47 @@ def test_prices_and_predictions_on_the_command_line(tmp_path):
     )
     assert found["laws"]["step"]["mean_per_mille"] == pytest.approx(0.83, rel=0.02)
     assert found["laws"]["step.json"]["mean_per_mille"] < 1.5
+
+
+def test_a_row_longer_than_the_header_is_refused(tmp_path):
+    """As decimals with a comma make it: the loss would be read without them."""
+    path = tmp_path / "comma.csv"
+    path.write_text("N,D,loss\n10000000,1000000000,4,593\n")
+    with pytest.raises(InputError, match=r"row 2 has 4 cells for 3 columns; write decimals with a"):
+        scaling.read_curves(path)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["fit", "chinchilla", "--data=mine.csv", "--out=mine.csv"],
+        ["fit", "chinchilla", "--data=mine.csv", "--out=notes.json"],
+        ["plan", "step", "--flops=1e12", "--out=notes.json"],
+        ["collect", "step", "--runs=nowhere", "--out=mine.csv"],
+        ["collect", "vocab", "--runs=nowhere", "--out=new.csv"],
+    ],
+)
+def test_a_file_of_the_user_is_not_replaced(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = {"mine.csv": "N,D,loss\n1e7,1e9,4\n", "notes.json": "{}", "new.fertility.json": "{}"}
+    for name, text in before.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit) as ending:
+        cli.main(["scaling", *words])
+    assert ending.value.code == 2
+    assert "name another file with --out" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("flops", ["0", "-1", "1e30"])
+def test_a_budget_out_of_range_is_refused_at_once(flops, capsys):
+    with pytest.raises(SystemExit) as ending:
+        cli.main(["scaling", "plan", "step", f"--flops={flops}"])
+    assert ending.value.code == 2
+    assert "give more than 0 and at most 1e+18" in capsys.readouterr().err
+
+
+def test_a_folder_is_no_output(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["scaling", "fit", "chinchilla", "--data=absent.csv", f"--out={tmp_path}"])
+    assert "is a folder; name a file" in capsys.readouterr().err

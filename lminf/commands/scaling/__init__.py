@@ -18,11 +18,13 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
+from lminf import scaling
 from lminf.commands.scaling import collect, fit, plan, predict_step, predict_vocab, price
 from lminf.commands.scaling._arguments import Result, number, whole
 from lminf.errors import InputError
@@ -156,11 +158,47 @@ def run(args: argparse.Namespace) -> None:
             raise InputError(
                 f"`{' '.join(filter(None, key))}` needs --{flag}: {_meaning(flag, args.subject)}"
             )
+    _check_output(args)
     result, text = action(args)
     if args.json:
         print(json.dumps(_finite(result), allow_nan=False))
     else:
         text(Console(width=None if sys.stdout.isatty() else 160, highlight=False))
+
+
+def _is_a_law(path: Path) -> bool:
+    try:
+        scaling.load(path)
+    except InputError:
+        return False
+    return True
+
+
+# Whether this verb wrote the file that --out names; a table of `collect` looks like one's own.
+WRITTEN_BY: dict[str, Callable[[Path], bool]] = {
+    "fit": _is_a_law,
+    "plan": lambda path: b"by lminf scaling plan." in path.read_bytes()[:200],
+    "collect": lambda path: False,
+}
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    """Refuses before the work what would replace a file that this verb did not write."""
+    if args.out is None:
+        return
+    if not args.out:
+        raise InputError("--out is empty; name a file")
+    outputs = [Path(args.out)]
+    if (args.verb, args.subject) == ("collect", "vocab"):
+        outputs.append(outputs[0].with_suffix(".fertility.json"))
+    for path in outputs:
+        if path.is_dir():
+            raise InputError(f"--out={path} is a folder; name a file")
+        if path.exists() and not WRITTEN_BY[args.verb](path):
+            raise InputError(
+                f"{path} exists, and nothing says that `lminf scaling {args.verb}` wrote it; name "
+                f"another file with --out"
+            )
 
 
 def _meaning(flag: str, subject: str | None) -> str:

@@ -89,7 +89,7 @@ def test_a_policy_that_keeps_everything_needs_the_length_of_a_stream(lm, small_s
 def test_a_policy_with_a_window_reads_without_end(lm, small_steps):
     bounded = lm.with_policy(LMInfinite(8, 2))
     ids = np.tile(bounded.tokenizer.encode(TEXT), 9)
-    open_ended = np.concatenate(list(bounded.read(iter(np.array_split(ids, 7)))))
+    open_ended = np.concatenate(list(bounded.stream_nll(iter(np.array_split(ids, 7)))))
     np.testing.assert_allclose(open_ended, bounded.token_nll(ids), atol=1e-6)
     assert len(open_ended) == len(ids) - 1
 

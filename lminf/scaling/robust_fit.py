@@ -210,21 +210,21 @@ class _Lanes:
             for part in zip(*pieces, strict=True)
         ]
 
-    def explore(self, theta: Array, thresholds: Array) -> Any:
+    def explore(self, theta: Any, thresholds: Any) -> Any:
         """The lanes after a step at every threshold."""
         for begin in range(0, len(thresholds), LEVELS):
             levels = np.asarray(thresholds[begin : begin + LEVELS], np.float64)
             (theta,) = self._map(_explore, theta, levels)
         return theta
 
-    def polish(self, theta: Array, level: Array, steps: int) -> Any:
+    def polish(self, theta: Any, level: Any, steps: int) -> Any:
         return self._map(_polish, theta, np.float64(level), np.int64(steps))[0]
 
-    def judge(self, theta: Array) -> Any:
+    def judge(self, theta: Any) -> Any:
         """Objective, relative gradient and predicted decrease of each lane."""
         return self._map(_polish, theta, np.float64(THRESHOLD), np.int64(0))[1:]
 
-    def best(self, theta: Array, count: int) -> Any:
+    def best(self, theta: Any, count: int) -> Any:
         """The `count` lanes of least objective of every draw."""
         values = self.judge(theta)[0]
         order = np.argsort(np.where(np.isfinite(values), values, np.inf), axis=1, kind="stable")

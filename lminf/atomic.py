@@ -33,6 +33,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
+            if temporary.is_file():
+                with temporary.open("rb") as written:
+                    os.fsync(written.fileno())  # after a power cut: the old file or the new one
             if temporary.is_dir() and path.is_dir():
                 path.rmdir()  # an empty one; Windows does not rename over it
             os.replace(temporary, path)

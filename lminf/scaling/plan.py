@@ -48,8 +48,6 @@ class Shape:
         return accounting.block_parameters(self.layers, self.width, self.hidden)
 
 
-# FLOPs: months of a laptop. A cluster sweeps the `h100` and `pod` variants of the configs.
-MOST = 1e18
 LADDER = tuple(
     Shape(max(2, width // 32), width)
     for width in (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
@@ -149,8 +147,6 @@ def _shared(
 ) -> tuple[tuple[Shape, ...], float]:
     """(shapes, FLOPs of the longest run of the first): neighbours on the ladder, the largest next
     to the law's N, which share the budget by their N and the `lengths` of their runs."""
-    if not 0 < budget <= MOST:
-        raise InputError(f"a budget of {budget:.3g} FLOPs; give more than 0 and at most {MOST:.0e}")
     flops = budget / runs
     shapes = LADDER[:count]
     for _ in range(3):  # the shares depend on the shapes, and the largest shape on its share

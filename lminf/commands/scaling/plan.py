@@ -19,6 +19,8 @@ from lminf.run import tables as show
 from lminf.scaling import plan as plans
 
 CONFIGS = {"vocab": vocab_sweep, "step": step_sweep}
+# FLOPs: months of a laptop. A cluster sweeps the variants `h100` and `pod` of the configs.
+MOST = 1e18
 TIMED = 8  # steps, after as many that compile
 
 
@@ -26,6 +28,8 @@ def plan(args: argparse.Namespace) -> Result:
     """The plan, its cost and run list; with --out also the list as a config file."""
     if args.flops is None and args.hours is None:
         raise InputError("give a budget: --flops, --hours or both")
+    if args.flops is not None and not 0 < args.flops <= MOST:
+        raise InputError(f"--flops={args.flops:.3g}: give more than 0 and at most {MOST:.0e} FLOPs")
     kind = args.subject
     text = _corpus.corpus("library")
     planned, speed = fitted(kind, args.flops, args.hours, len(text.train))

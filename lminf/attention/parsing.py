@@ -6,12 +6,13 @@ my_module:Pulled:window=4096,sinks=10,pull=4              a class of my_module.p
 """
 
 import importlib
+import inspect
 import os
 import re
 import sys
 
 from lminf import ranges
-from lminf.attention.policy import POLICIES, AnyPolicy, Named, Policy
+from lminf.attention.policy import NAMES, POLICIES, AnyPolicy, Named, Policy, head_policies
 from lminf.config import closest, parse_choice
 from lminf.errors import InputError
 
@@ -24,7 +25,7 @@ def parse_policy(policy: str | AnyPolicy) -> AnyPolicy:
     this run; what stands in fetched files is read with parse_choice, which knows POLICIES alone.
     """
     if isinstance(policy, Named):
-        return policy
+        return _answering(policy)
     if not isinstance(policy, str):
         raise InputError(
             f"policy is {ranges.shown(policy)}; give a policy or its text, such as "
@@ -41,7 +42,48 @@ def parse_policy(policy: str | AnyPolicy) -> AnyPolicy:
 
     # A class, and not a field: those are followed by `=`.
     of_module = r"(?<![\w.=])([A-Za-z_][\w.]*):([A-Za-z_]\w*)(?=[:,)\s]|$)"
-    return parse_choice(re.sub(of_module, imported, policy), choices, what="policy")
+    text = re.sub(of_module, imported, policy)
+    try:
+        return _answering(parse_choice(text, choices, what="policy"))
+    except InputError:
+        raise
+    except Exception as error:
+        if len(choices) == len(POLICIES):  # no code but ours ran
+            raise
+        raise InputError(
+            f"{policy!r} cannot be built ({type(error).__name__}: {error}); mend its class"
+        ) from error
+
+
+def _answering(policy: AnyPolicy) -> AnyPolicy:
+    """The policy, whose classes of the user's own have what is read of every policy."""
+    for part in head_policies(policy):
+        kind = type(part)
+        if kind in NAMES:
+            continue
+        declared = (inspect.get_annotations(base) for base in kind.__mro__ if base is not object)
+        for name in ("window", "num_sinks", *dict.fromkeys(n for names in declared for n in names)):
+            try:
+                value = getattr(part, name)
+            except Exception as error:
+                how = "a class attribute or a property"
+                raise InputError(
+                    f"the policy {kind.__module__}:{kind.__qualname__} has no {name}; give its "
+                    f"class "
+                    + (f"a field `sinks`, or `num_sinks` as {how}" if name == "num_sinks"
+                       else f"`{name}` as a field, {how}")
+                ) from error  # fmt: skip
+            if name in ("window", "num_sinks") and not _is_count(value):
+                raise InputError(
+                    f"{name} of the policy {kind.__module__}:{kind.__qualname__} is "
+                    f"{ranges.shown(value)}; give a whole number of at least 0, or None for all"
+                )
+    return policy
+
+
+def _is_count(value: object) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return value is None or (whole and ranges.Range(min=0).problem(value, whole=True) is None)
 
 
 def _imported(module: str, name: str) -> type[Policy]:

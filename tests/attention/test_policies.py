@@ -140,6 +140,32 @@ def test_a_policy_in_a_file_of_ones_own_is_found_from_its_folder(tmp_path, monke
         config.parse_choice(policy.name, POLICIES, what="policy")  # as fetched files are read
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("class P(Policy):\n    window: int = 4", "own_{}:P has no num_sinks; give its"),
+        ("class P(Policy):\n    sinks: int = 4", "own_{}:P has no window; give its class `win"),
+        ("class P(Policy):\n    window: str = 'all'\n    num_sinks = 0",
+         "window of the policy own_{}:P is 'all'; give a whole number"),
+        ("class P(Policy):\n    window: int = 4\n    num_sinks: int",
+         r"'own_{}:P' cannot be built \(AttributeError: .*mend its class"),
+        ("class P(Lambda):\n    window: int = 4\n    sinks: int = 1\n"
+         "    def __post_init__(self):\n        1 / 0", "cannot be built .ZeroDivisionError"),
+    ],
+)  # fmt: skip
+def test_a_class_of_ones_own_that_is_incomplete_is_one_sentence(
+    body, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    module = f"own_{abs(hash(body))}"
+    (tmp_path / f"{module}.py").write_text(
+        "from dataclasses import dataclass\nfrom lminf.attention.policy import Lambda, Policy\n\n\n"
+        f"@dataclass(frozen=True)\n{body}\n"
+    )
+    with pytest.raises(InputError, match=message.format(module.removeprefix("own_"))):
+        parse_policy(f"{module}:P")
+
+
 # --- Layers ---------------------------------------------------------------------------------------
 
 LOCAL_GLOBAL = (8, None, 8, None)

@@ -22,7 +22,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from lminf.atomic import disk_errors
+from lminf.atomic import without_remains
 from lminf.errors import InputError
 from lminf.run import (
     devices,
@@ -64,10 +64,16 @@ def main(
         if before is not None:
             before(asked.config)
         if not resumes:
-            measure(asked, run, plot, table)
+            with without_remains(asked.out or folder.runs_of(asked.experiment)):
+                measure(asked, run, plot, table)
         elif leads():
             names = names_in(asked.out)
-            with holding(asked):
+            # A new folder of the run's own name nobody else can want.
+            with (
+                lock.held(asked.out)
+                if asked.out
+                else without_remains(folder.runs_of(asked.experiment))
+            ):
                 measure(asked, run, plot, table, names=names, resumes=True, may_change=may_change)
         else:
             assist(asked, run)
@@ -95,25 +101,6 @@ def names_in(out: Path | None) -> frozenset[str] | None:
     if not out.is_dir():
         raise InputError(f"{out} is not a folder; name another one with --out")
     return frozenset(entry.name for entry in out.iterdir())
-
-
-@contextlib.contextmanager
-def holding(asked: Request) -> Iterator[None]:
-    """Holds the folder that was asked for; a new one of its own name nobody else can want."""
-    if asked.out is None:
-        yield
-        return
-    with disk_errors(asked.out):
-        asked.out.mkdir(parents=True, exist_ok=True)
-    unlocked = not (asked.out / folder.LOCK).exists()
-    with lock.held(asked.out):
-        try:
-            yield
-        except InputError:
-            # Somebody's folder, which is not a run: only the lock was put there.
-            if unlocked and asked.out.exists() and not (asked.out / "config.json").exists():
-                (asked.out / folder.LOCK).unlink(missing_ok=True)
-            raise
 
 
 def measure(
@@ -144,14 +131,19 @@ def measure(
         may_change=may_change,
     )
     started, before = time.monotonic(), out.rows()
+    if before and table:
+        with foreign_rows_refused(out, asked.experiment):
+            table(before)
 
     def nothing_new() -> bool:
         """The run was finished by an earlier call, whose report stays."""
         return bool(before) and out.rows() == before and complete(out)
 
     try:
-        for row in run(asked.config, out):
+        for row in measured(run, asked, out, before):
             out.append_row(row)
+        if not out.rows():
+            raise InputError(f"{asked.experiment} measured nothing; give it something to measure")
     except BaseException as failure:
         if not nothing_new():
             spent = time.monotonic() - started
@@ -159,8 +151,10 @@ def measure(
         raise
     seconds = time.monotonic() - started
     rows = out.rows()
-    shown = table(rows) if table else rows
-    figures = plots.write(out, plot(rows), asked.experiment)
+    with foreign_rows_refused(out, asked.experiment) if before else contextlib.nullcontext():
+        shown = table(rows) if table else rows
+        drawn = plot(rows)
+    figures = plots.write(out, drawn, asked.experiment)
     if not nothing_new():
         spent = (
             f" in the last of several calls, which found {len(before)} of {len(rows)} rows there"
@@ -173,6 +167,31 @@ def measure(
     for path in [*figures, "report.md", "rows.jsonl"]:
         print(out / path)
     return out
+
+
+def measured(run: Run, asked: Request, out: RunFolder, before: Sequence[Row]) -> Iterator[Row]:
+    """What the run yields; refuses rows that lay there before and lack a column that it reads."""
+    try:
+        yield from run(asked.config, out)
+    except KeyError as error:
+        if all(name in row for row in before for name in error.args):
+            raise
+        with foreign_rows_refused(out, asked.experiment):
+            raise
+
+
+@contextlib.contextmanager
+def foreign_rows_refused(out: RunFolder, experiment: str) -> Iterator[None]:
+    """One sentence where rows that lay there are not such as the experiment writes."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the rows of {out.path} are not those of {experiment} "
+            f"({folder.row_problem(error)}), so nothing is drawn; name another folder with --out"
+        ) from error
 
 
 INCOMPLETE = "what follows is incomplete."

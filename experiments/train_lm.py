@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from lminf import checkpoints
-from lminf.atomic import check_space, disk_errors
+from lminf.atomic import check_space
 from lminf.attention.policy import FULL
 from lminf.checkpoints import native
 from lminf.config import from_config
@@ -74,6 +74,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
         done = int(state.step)
         if ended and done >= c.steps:
             return
+        check_rows(c, out, store, done)
         if done and before != c.steps and (moved := _training.rates_moved(c, before, done)):
             say(moved)
         if leads():
@@ -135,7 +136,12 @@ def finished(c: ConfigDict, out: RunFolder) -> bool:
     """Whether an earlier call of the command did all that this one would; the process that has the
     rows tells the others.
     """
-    at_end = [row["part"] for row in out.rows() if row["step"] == c.steps] if leads() else []
+    rows = out.rows() if leads() else []
+    for row in [*rows, *(out.metrics() if leads() else [])]:
+        if type(row.get("step")) is not int:
+            raise InputError(f"{out.path} holds rows without a whole number of steps, which are "
+                             f"not of this run; name another folder with --out")  # fmt: skip
+    at_end = [row["part"] for row in rows if row["step"] == c.steps]
     found = (
         at_end.count("position") == min(EIGHTHS, c.data.length)
         and (not c.evaluate.sample or "sample" in at_end)
@@ -146,6 +152,15 @@ def finished(c: ConfigDict, out: RunFolder) -> bool:
 
         found = bool(multihost_utils.broadcast_one_to_all(np.asarray(found)))
     return found
+
+
+def check_rows(c: ConfigDict, out: RunFolder, store: native.Store, done: int) -> None:
+    """Refuses a finished run whose losses are in another folder: there would be none to draw."""
+    if done >= c.steps and leads() and not any(row["part"] == "loss" for row in out.rows()):
+        raise InputError(
+            f"{store.folder} holds all {done} steps of this run, but {out.path} none of its "
+            f"losses; name the run's own folder with --out, or give more --config.steps"
+        )
 
 
 def as_checkpoint(lm: LM) -> checkpoints.Checkpoint:
@@ -192,8 +207,6 @@ def owned(store: native.Store, c: ConfigDict, *, needed: int) -> Iterator[int]:
         yield steps
         return
     check_space(path / "state", needed)
-    with disk_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
     with lock.held(path, option="--config.checkpoint.folder"):
         store.check_folder()
         store.own(now)

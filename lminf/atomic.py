@@ -46,6 +46,19 @@ def atomic_write(path: Path) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def without_remains(folder: Path) -> Iterator[None]:
+    """If the block is refused, removes the folder and those above that it made and left empty."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except InputError:
+        with contextlib.suppress(OSError):  # the first that is not empty
+            for path in made:
+                path.rmdir()
+        raise
+
+
 def check_space(path: Path, needed: int) -> None:
     """Refuses a place for `path` that cannot be written, or has not `needed` bytes free: a run
     learns of it before its work and not after."""

@@ -83,7 +83,7 @@ class Reading:
         except Exception as error:  # rows of another experiment, or damaged ones
             self.damage.append(
                 f"the rows of {self.run.path} are not those of {self.experiment} "
-                f"({_said(error)}); they are shown as they are"
+                f"({folder.row_problem(error)}); they are shown as they are"
             )
             return self.rows
         return lines
@@ -103,7 +103,7 @@ class Reading:
     def undrawable(self, error: Exception) -> InputError:
         return InputError(
             f"cannot draw the rows of {self.run.path} as figures of {self.experiment} "
-            f"({_said(error)}); its figures are as they were"
+            f"({folder.row_problem(error)}); its figures are as they were"
         )
 
 
@@ -180,10 +180,3 @@ def redraw(one: Reading) -> None:
         there = [f"plots/{path.name}" for path in one.run.plots.glob("*.png")]
         new = report.with_results(text, table=one.summary(), figures=there)
         one.run.write("report.md", new.encode(errors="surrogateescape"))
-
-
-def _said(error: Exception) -> str:
-    """`no column 'policy'`, or the kind of an error and what it says."""
-    if isinstance(error, KeyError) and error.args:
-        return f"there is no {printable(str(error.args[0]))[:40]!r} in a row"
-    return printable(folder.brief(error))

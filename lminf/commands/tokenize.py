@@ -9,15 +9,13 @@ when the same command is given again.
 import argparse
 import contextlib
 import typing
-from collections.abc import Iterator
 from pathlib import Path
 
 from lminf import checkpoints
-from lminf.atomic import disk_errors
 from lminf.data import documents, tokenizing
 from lminf.data.tokenizers import ByteTokenizer, Special, Tokenizer
 from lminf.errors import InputError
-from lminf.run import folder, lock
+from lminf.run import lock
 from lminf.run.progress import Progress
 
 BYTES = "bytes"  # the name of the tokenizer of models trained from scratch
@@ -46,11 +44,14 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--workers={args.workers}: give 0 (this process alone) or more")
     if not args.out or "" in args.sources:
         raise InputError("an empty name is given for a source or for --out; name files or folders")
+    folder = None if "://" in args.out else Path(args.out).expanduser()
+    documents.check(args.sources, out=folder)
+    tokenizer = named_tokenizer(args.tokenizer)
     # A bucket has no locks: there, the older of two processes ends.
-    alone = contextlib.nullcontext() if "://" in args.out else holding(Path(args.out))
+    alone = contextlib.nullcontext() if folder is None else lock.held(folder)
     with alone, Progress(0, label="tokenize", unit="bytes") as progress:
         facts = tokenizing.tokenize(
-            args.sources, named_tokenizer(args.tokenizer), args.out, name=args.tokenizer,
+            args.sources, tokenizer, args.out, name=args.tokenizer,
             end=args.end, field=args.field, split=args.split, special=args.special,
             workers=args.workers, progress=progress.show,
         )  # fmt: skip
@@ -59,22 +60,6 @@ def run(args: argparse.Namespace) -> None:
         f"{args.out}: {facts.tokens:,} tokens ({facts.dtype}) in {facts.documents:,} documents, "
         f"{facts.text_bytes / facts.tokens:.2f} bytes a token{empty}"
     )
-
-
-@contextlib.contextmanager
-def holding(out: Path) -> Iterator[None]:
-    """Holds the store's folder; a new one is removed again if nothing was written there."""
-    new = not out.exists()
-    try:
-        with disk_errors(out):
-            out.mkdir(parents=True, exist_ok=True)
-        with lock.held(out):
-            yield
-    except InputError:
-        if new and out.is_dir() and {path.name for path in out.iterdir()} == {folder.LOCK}:
-            (out / folder.LOCK).unlink()
-            out.rmdir()
-        raise
 
 
 def named_tokenizer(name: str) -> Tokenizer:

@@ -45,17 +45,38 @@ class Piece(NamedTuple):
     bytes_read: int  # of the file so far, as it lies on the disk
 
 
-def find(patterns: Sequence[str]) -> list[Source]:
-    """The files that are named, those in the folders and those that match, in that order."""
+def find(patterns: Sequence[str], *, out: Path | None = None) -> list[Source]:
+    """The files that are named, those in the folders and those that match, in that order.
+
+    What lies in `out`, the folder that is written, is none of a folder's files around it; named
+    itself, it is refused.
+    """
     sources: dict[Path, Source] = {}
+    written = None if out is None else out.resolve()
     for pattern in patterns:
         for path in _matching(pattern):
             key = path.resolve()
+            if written is not None and key.is_relative_to(written):
+                folder = Path(pattern).resolve()
+                if folder != written and written.is_relative_to(folder):
+                    continue
+                raise InputError(
+                    f"{path} would be read and lies in {out}, which is to be written; name another "
+                    f"folder with --out"
+                )
             if key in sources:
                 raise InputError(f"{path} is named twice among {', '.join(patterns)}; "
                                  f"name each file once")  # fmt: skip
             sources[key] = source_of(path)
+    if not sources:
+        raise InputError(f"{', '.join(patterns)} hold no files beside {out}; name one that does")
     return list(sources.values())
+
+
+def check(patterns: Sequence[str], *, out: Path | None = None) -> None:
+    """Refuses files that are no texts, by their names and first bytes: before hours of reading."""
+    for source in find(patterns, out=out):
+        formats.format_of(source.path)
 
 
 def source_of(path: Path) -> Source:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,7 +66,7 @@ def tokenize(
     tokenizer declares none; `special` is as for Tokenizer.encode. Nothing is done
     where the finished store lies there already.
     """
-    sources = documents.find(patterns)
+    sources = documents.find(patterns, out=None if "://" in out else Path(out).expanduser())
     place = Storage(out, memory=memory)
     end_id = _end_id(tokenizer, end, name)
     bos_id = tokenizer.bos_id if tokenizer.add_bos else None

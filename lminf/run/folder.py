@@ -27,7 +27,7 @@ from typing import Any
 
 from lminf.atomic import atomic_write, disk_errors
 from lminf.config import closest
-from lminf.errors import InputError
+from lminf.errors import InputError, printable
 from lminf.run import environment
 
 CREATED = ("config.json", "config.py", "overrides.json", "environment.json", "plots")
@@ -103,6 +103,13 @@ def brief(error: BaseException) -> str:
     """What a library said, on one short line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 120 else text[:117] + "…"
+
+
+def row_problem(error: Exception) -> str:
+    """What an error that reading rows ended in says about them."""
+    if isinstance(error, KeyError) and error.args:
+        return f"there is no {printable(str(error.args[0]))[:40]!r} in a row"
+    return printable(brief(error))
 
 
 def _scalar(column: str, value: Any) -> Any:
@@ -226,7 +233,7 @@ def create(
     resolved = json.dumps(config, indent=2) + "\n"
     short = hashlib.sha256(resolved.encode()).hexdigest()[:6]
     if at is None:
-        path = _new_folder(Path("runs") / experiment, short)
+        path = _new_folder(runs_of(experiment), short)
     else:
         path = _claim(at, resolved if resume else None, may_change)
     folder = RunFolder(path)
@@ -238,6 +245,11 @@ def create(
     with disk_errors(folder.plots):
         folder.plots.mkdir(exist_ok=True)
     return folder
+
+
+def runs_of(experiment: str) -> Path:
+    """Where runs lie that are given no folder."""
+    return Path("runs") / experiment
 
 
 def find(name: str, *, runs: Path = Path("runs")) -> RunFolder:

@@ -30,7 +30,6 @@ from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 
-from lminf.atomic import disk_errors
 from lminf.config import closest
 from lminf.errors import InputError
 from lminf.run import folder, lock, request, settings
@@ -168,9 +167,7 @@ def create(asked: Request, cells: Sequence[Cell], command: Sequence[str]) -> Run
     """The sweep's folder: `--out`, or one that the same sweep finds again."""
     name = "-".join(filter(None, (asked.experiment, asked.variant)))
     path = asked.out or Path("runs") / "sweeps" / name
-    with disk_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
-    with lock.waited(path):  # workers that start together write the same files
+    with lock.held(path, wait=True):  # workers that start together write the same files
         return folder.create(
             asked.experiment,
             variant=asked.variant,
@@ -212,8 +209,6 @@ def work(
         if (cell_path / DONE).exists():
             tally.found_done += 1
             continue
-        with disk_errors(cell_path.path):
-            cell_path.path.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(lock.held(cell_path.path))

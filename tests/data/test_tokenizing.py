@@ -12,11 +12,11 @@ import pytest
 import tensorstore as ts
 
 from lminf import cli
-from lminf.commands import tokenize as command
 from lminf.data import documents, storage, store, tokenizing
 from lminf.data.storage import Storage
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
+from lminf.run import lock
 
 BYTES = ByteTokenizer()
 TEXTS = ["one", "", "two words", "three whole words", "é 語"] * 20
@@ -213,7 +213,7 @@ def test_a_disk_that_is_full_at_the_start_is_one_sentence_and_leaves_no_folder(t
     try:
         with (
             pytest.raises(InputError, match=r"cannot write .*s/lock: File too large; free some"),
-            command.holding(tmp_path / "s"),
+            lock.held(tmp_path / "s"),
         ):
             raise AssertionError("the lock was written")
     finally:
@@ -367,3 +367,30 @@ def test_a_refused_command_leaves_no_folder(tmp_path, capsys):
         cli.main(["tokenize", str(tmp_path / "none"), "--tokenizer=bytes", f"--out={tmp_path}/s"])
     assert capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_sources_are_looked_at_before_the_place_of_the_store(tmp_path, capsys):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("text")
+    (tmp_path / "texts" / "z.csv").write_text("a,b")
+    (tmp_path / "s").mkdir()
+    words = ["tokenize", f"{tmp_path}/texts", "--tokenizer=bytes"]
+    for name in ("s", "t/u", "texts/s"):
+        with pytest.raises(SystemExit):
+            cli.main([*words, f"--out={tmp_path}/{name}"])
+        assert "z.csv ends in .csv, which is no format of texts" in capsys.readouterr().err
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == {"texts", "texts/a.txt", "texts/z.csv", "s"}
+
+
+def test_a_store_among_its_sources_is_not_read_itself(tmp_path, capsys):
+    corpus(tmp_path)
+    words = ["tokenize", str(tmp_path), "--tokenizer=bytes", f"--out={tmp_path}/in/store"]
+    for _ in range(2):  # and is found finished
+        cli.main(words)
+    assert contents(store.open_store(f"{tmp_path}/in/store")) == expected()
+    for out in (tmp_path, tmp_path / "a.jsonl"):
+        with pytest.raises(InputError, match=r"a.jsonl would be read and lies in "):
+            documents.find([str(tmp_path / "a.jsonl")], out=out)
+    with pytest.raises(InputError, match="hold no files beside"):
+        documents.find([f"{tmp_path}/in"], out=tmp_path / "in" / "store")

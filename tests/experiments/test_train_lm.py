@@ -423,6 +423,19 @@ def test_a_disk_without_room_for_the_state_is_found_before_the_first_step(tmp_pa
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_a_finished_run_is_not_reported_in_a_folder_without_its_losses(tmp_path):
+    c, store = settings("steps=6"), native.Store(str(tmp_path / "checkpoints"), last=1)
+    out = folder.RunFolder(tmp_path)
+    with pytest.raises(InputError, match=r"holds all 6 steps of this run, but .* none of its loss"):
+        train_lm.check_rows(c, out, store, 6)
+    train_lm.check_rows(c, out, store, 5)
+    out.append_row({"part": "loss", "step": 6})
+    train_lm.check_rows(c, out, store, 6)
+    out.append_row({"part": "loss", "step": "six"})
+    with pytest.raises(InputError, match="rows without a whole number of steps"):
+        train_lm.finished(c, out)
+
+
 def test_what_another_length_does_to_the_schedule_is_said():
     cosine, constant = settings("steps=400"), settings("steps=400", "schedule=constant:peak=1e-3")
     assert "from 0.0003 to" in _training.rates_moved(cosine, 200, 200)

@@ -1,14 +1,16 @@
 """From a command line to a finished folder, with a small experiment made for the occasion."""
 
 import json
+import re
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from lminf.errors import InputError
 from lminf.experiments import _main
-from lminf.run import plots, request, tables
+from lminf.run import folder, plots, request, tables
 
 CONFIG = '''"""Squares, by power.
 
@@ -240,6 +242,59 @@ def test_bad_input_takes_nothing_from_a_folder_that_was_there(tmp_path):
     with pytest.raises(SystemExit):
         start("--config.stop_after=0")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_refusal_leaves_no_lock_and_no_folder(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    resume(error="InputError('no')")
+    assert "holds a run with" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+    with pytest.raises(SystemExit):
+        start("--config.stop_after=0", "--out=deep/in/new")
+    with pytest.raises(SystemExit):
+        _main.main(experiment(), draw, argv=["--config=demo.py", "--config.stop_after=0"])
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "demo.py"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"power": 1, "value": 1}, r"rows of out are not those of demo \(there is no 'length' in a row\)"),
+        ({"power": "\x1b[31m", "value": []}, "line 1 of out/rows.jsonl is not a row"),
+    ],
+)
+def test_rows_that_are_not_of_the_experiment_are_neither_drawn_nor_gone_on_with(
+    row, message, tmp_path, capsys
+):
+    resume("--config.stop_after=1", error="KeyboardInterrupt")
+    written = (tmp_path / "out" / "report.md").read_bytes()
+    (tmp_path / "out" / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    resume("--config.stop_after=1", error="ZeroDivisionError()")
+    printed = capsys.readouterr().err
+    assert re.search(message, printed), printed
+    assert (tmp_path / "out" / "report.md").read_bytes() == written
+    assert not list((tmp_path / "out" / "plots").iterdir())
+
+
+def test_a_row_without_a_column_that_the_run_reads_is_refused(tmp_path):
+    out = folder.RunFolder(tmp_path)
+    request_ = SimpleNamespace(config=None, experiment="demo")
+
+    def run(config, out):
+        yield {"length": {"a": 1}["length"]}
+
+    with pytest.raises(InputError, match="there is no 'length' in a row"):
+        list(_main.measured(run, request_, out, [{"power": 1}]))
+    with pytest.raises(KeyError):  # the code's own
+        list(_main.measured(run, request_, out, [{"length": 1}]))
+
+
+def test_a_run_that_measures_nothing_draws_nothing(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        start("--config.lengths=()")
+    assert capsys.readouterr().err == "error: demo measured nothing; give it something to measure\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_resume_that_fails_keeps_the_run_and_what_is_beside_it(tmp_path):

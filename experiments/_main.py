@@ -7,15 +7,17 @@ def table(rows): returns rows              what to print; optional
 if __name__ == "__main__":
     main(run, plot, table=table)
 
-An experiment that `resumes` goes on when its command is given again with the same --out; `before`
-runs once the config is read and before JAX starts, which is when processes join each other.
+An experiment that `resumes` goes on when its command is given again with the same --out. `check`
+refuses settings that contradict each other, or are on the command line (their dotted names are its
+second argument) and read by nothing. `before` runs once the config is read and before JAX starts,
+which is when processes join each other.
 """
 
 import contextlib
 import inspect
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ def main(
     table: TableOf | None = None,
     resumes: bool = False,
     may_change: Sequence[str] = (),
+    check: Callable[[Any, Collection[str]], None] = lambda config, given: None,
     before: Callable[[Any], None] | None = None,
     argv: Sequence[str] | None = None,
 ) -> None:
@@ -61,6 +64,7 @@ def main(
         asked = request.parse(Path(inspect.getfile(run)).stem, arguments)
         if asked is None:  # --help
             return
+        check(asked.config, asked.overrides)
         if before is not None:
             before(asked.config)
         if not resumes:

@@ -21,6 +21,7 @@ from lminf.objectives import terms
 from lminf.parallel import mesh, partition
 from lminf.run.progress import Progress
 from lminf.scaling import accounting
+from lminf.train import schedules
 from lminf.train.ensemble import Replicas
 from lminf.train.optim import OPTIMIZERS
 from lminf.train.schedules import SCHEDULES
@@ -55,6 +56,28 @@ def parameters(shape: ModelSpec, *, active: bool = False) -> int:
     return accounting.spec_parameters(shape, active=active)
 
 
+def check(c: ConfigDict, *, budgets: Sequence[int]) -> None:
+    """Refuses a schedule that the runs of these budgets (tokens) would not follow."""
+    schedule = parse_choice(c.schedule, SCHEDULES, what="schedule")
+    if schedule.peak != 1:
+        raise InputError(
+            f"--config.schedule={c.schedule}: peaks are those of --config.rates, and nothing reads "
+            f"this one; write peak=1"
+        )
+    floor = getattr(schedule, "floor", 0.0)
+    if min(c.rates) < floor:
+        raise InputError(
+            f"--config.rates: a peak of {min(c.rates)} is below the floor of {c.schedule}; give "
+            f"higher peaks, or a lower floor"
+        )
+    schedules.check_steps(schedule, steps_of(c, budgets)[-1])
+
+
+def steps_of(c: ConfigDict, budgets: Sequence[int]) -> list[int]:
+    """Steps after which so many tokens were read."""
+    return [max(1, round(budget / (c.data.batch * c.data.length))) for budget in budgets]
+
+
 def train(
     c: ConfigDict,
     shape: ModelSpec,
@@ -68,7 +91,7 @@ def train(
     A copy that diverged is left out: a hole in the grid.
     """
     per_step = c.data.batch * c.data.length
-    stops = [max(1, round(budget / per_step)) for budget in budgets]
+    stops = steps_of(c, budgets)
     if stops[-1] * per_step > len(tokens):
         raise InputError(
             f"{stops[-1] * per_step} tokens are asked for and the text has {len(tokens)}; take a "

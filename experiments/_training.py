@@ -1,6 +1,6 @@
 """From the config of a training run to the values that the library takes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from lminf.models import spec
 from lminf.models.spec import ModelSpec, MoESpec
 from lminf.objectives import terms
 from lminf.parallel import mesh, partition
+from lminf.parallel.distributed import Distributed
 from lminf.run import trackers
 from lminf.surgery.lora import LoRA
+from lminf.train import schedules
 from lminf.train.batches import Batches, HostShard
 from lminf.train.optim import OPTIMIZERS
 from lminf.train.schedules import SCHEDULES
@@ -41,26 +43,52 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-def check(c: ConfigDict) -> None:
-    """Refuses settings whose harm would show only later in the run; ranges are checked before."""
+def check(c: ConfigDict, given: Collection[str] = ()) -> None:
+    """Refuses settings whose harm would show only later in the run, that contradict each other, or
+    that are `given` (dotted names) and read by nothing; ranges are checked before.
+    """
     trackers.named(c.watch)
     known(c.not_finite, {"stop": None, "skip": None}, "not_finite")
+    from_config(c.processes, Distributed)
     if c.experts.count and (c.init or c.export):
         raise InputError(
             f"--config.experts.count={c.experts.count}: models with experts are neither read nor "
             f"written in others' formats; leave out init and export"
         )
+    if c.lora and not c.init:
+        raise InputError(
+            f"--config.lora={c.lora}: adapters are of a model that is there already; name it with "
+            f"--config.init, or leave lora out"
+        )
+    for name in given if c.init else ():
+        if name.startswith(("model.", "experts.")) or name == "data.tokenizer":
+            raise InputError(f"--config.{name}: the model of init={c.init} has its own; leave one "
+                             f"of the two out")  # fmt: skip
+    check_experts(c, given)
+    schedules.check_steps(parse_choice(c.schedule, SCHEDULES, what="schedule"), c.steps)
     if c.export and c.checkpoint.folder and Path(c.export) == Path(c.checkpoint.folder):
         raise InputError(
             f"--config.export={c.export} is also the folder of the checkpoints; name another one"
         )
-    if (
-        len(c.profile) not in (0, 2)
-        or list(c.profile) != sorted(c.profile)
-        or min(c.profile, default=0) < 0
-    ):
+    if c.profile and not (len(c.profile) == 2 and 1 <= c.profile[0] <= c.profile[1] <= c.steps):
         raise InputError(
-            f"--config.profile={c.profile}: give the first and the last step to trace, as in (5,9)"
+            f"--config.profile={c.profile}: give the first and the last step to trace, of the "
+            f"{c.steps} from 1 on, as in (5,9)"
+        )
+
+
+def check_experts(c: ConfigDict, given: Collection[str]) -> None:
+    """Refuses settings of experts where there are none, or no layer for them."""
+    unread = [name for name in given if name.startswith("experts.") and name != "experts.count"]
+    if unread and not c.experts.count:
+        raise InputError(
+            f"--config.{unread[0]}: there are no experts; give their number with "
+            f"--config.experts.count, or leave it out"
+        )
+    if c.experts.count and c.experts.dense_layers >= c.model.num_layers:
+        raise InputError(
+            f"--config.experts.dense_layers={c.experts.dense_layers} of {c.model.num_layers} "
+            f"layers: no layer is left for experts; give fewer"
         )
 
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from lminf.attention.parsing import parse_policy
+from lminf.errors import InputError
 from lminf.experiments import _models
 from lminf.experiments._main import main
 from lminf.experiments._streams import Stream
@@ -40,13 +41,21 @@ VISITED = {
 
 
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
-    lm = _models.load(c.model, seed=c.seed)
-    policies = [parse_policy(text) for text in c.policies]
-    cells = [
-        Stream(lm.with_policy(policy), position, room=max(c.steps + 1, c.chunk))
-        for policy in policies
+    timed = [
+        (policy, position)
+        for policy in map(parse_policy, c.policies)
         for position in c.positions
         if policy.bounded or position <= c.unbounded_to
+    ]
+    if not timed:
+        raise InputError(
+            f"--config.unbounded_to={c.unbounded_to}: all of these policies keep something of "
+            f"every token, and all positions are past it; give a smaller position"
+        )
+    lm = _models.load(c.model, seed=c.seed)
+    cells = [
+        Stream(lm.with_policy(policy), position, room=max(c.steps + 1, c.chunk))
+        for policy, position in timed
     ]
     held = [cell.bytes for cell in cells]
     with Progress(c.steps + 1, label="decoding", unit="tokens of each") as progress:

@@ -1,7 +1,7 @@
 """Learning rate x batch: bowls of the held-out loss, and where each law's point falls in them."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import matplotlib
 import numpy as np
@@ -10,12 +10,19 @@ from ml_collections import ConfigDict
 
 from lminf.experiments import _corpus, _noise, _small
 from lminf.experiments._main import main
+from lminf.experiments._training import check_experts
 from lminf.experiments.step_law import BATCH, RATE, contours, explain
 from lminf.run import plots, style
 from lminf.run.folder import Row, RunFolder
 from lminf.scaling import accounting, baselines, collect
 
 LAWS = ("step", "deepseek", "porian")
+
+
+def check(c: ConfigDict, given: Collection[str]) -> None:
+    """Refuses settings that contradict each other, or that nothing reads."""
+    check_experts(c, given)
+    _small.check(c, budgets=[c.tokens])
 
 
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
@@ -313,4 +320,4 @@ def points(rows: list[Row]) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main(run, plot, table=table)
+    main(run, plot, table=table, check=check)

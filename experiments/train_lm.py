@@ -41,10 +41,12 @@ from lminf.train.loop import Hook, fit, refuse
 from lminf.train.step import Metrics, State, TrainStep
 from lminf.types import Params
 
+check = _training.check
+
 
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     memory.keep_pages()
-    _training.check(c)
+    check(c)
     ended = finished(c, out)
     if c.export and not ended:
         checkpoints.check_save(c.export)  # before the model is read
@@ -413,4 +415,7 @@ def join(c: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    main(run, plot, table=table, resumes=True, may_change=_training.MAY_CHANGE, before=join)
+    main(
+        run, plot, table=table, resumes=True, may_change=_training.MAY_CHANGE, check=check,
+        before=join,
+    )  # fmt: skip

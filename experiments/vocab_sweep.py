@@ -1,7 +1,7 @@
 """Vocabulary sizes at equal FLOPs: two losses of small models, and the best size by each."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -19,11 +19,31 @@ MODES = ("checkpoints", "runs")
 METRICS = {"loss_u": "L_u (nats/token)", "bits_per_character": "bits per character"}
 
 
-def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
+def check(c: ConfigDict, given: Collection[str]) -> None:
+    """Refuses settings that contradict each other."""
     if c.budget_mode not in MODES:
         raise InputError(
             f"there is no budget mode {c.budget_mode!r}; {closest(c.budget_mode, MODES)}"
         )
+    if c.data.vocab not in c.data.vocabs:
+        raise InputError(
+            f"--config.data.vocab={c.data.vocab} is not one of data.vocabs={c.data.vocabs}, for "
+            f"which the tokenizers are trained; add it there"
+        )
+    if list(c.budgets) != sorted(c.budgets):
+        raise InputError(f"--config.budgets={c.budgets}: give budgets that rise")
+    budgets = budgets_in_tokens(c)
+    for asked in [budgets] if c.budget_mode == "checkpoints" else [[budget] for budget in budgets]:
+        _small.check(c, budgets=asked)
+
+
+def budgets_in_tokens(c: ConfigDict) -> list[int]:
+    shape = _small.shape_of(c, c.data.vocab)
+    per_token = accounting.training_flops(_small.parameters(shape), c.data.vocab * shape.width, 1)
+    return [int(flops / per_token) for flops in c.budgets]
+
+
+def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     study = _corpus.corpus(c.data.corpus)
     tokenizer = study.tokenizers(c.data.vocabs)[c.data.vocab]
     shape = _small.shape_of(c, c.data.vocab)
@@ -31,7 +51,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     tokens, held_out = study.tokens(tokenizer)
     log_unigram = losses.log_unigram(np.bincount(tokens, minlength=c.data.vocab))
     fertility = len(held_out) / _corpus.HELD_OUT
-    budgets = [int(flops / accounting.training_flops(n_nv, n_v, 1)) for flops in c.budgets]
+    budgets = budgets_in_tokens(c)
     # Checkpoints inside one long run, or for each budget a run whose schedule ends there.
     runs = [budgets] if c.budget_mode == "checkpoints" else [[budget] for budget in budgets]
     for asked in runs:
@@ -227,4 +247,4 @@ def files(rows: list[Row]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main(run, plot, table=table)
+    main(run, plot, table=table, check=check)

@@ -134,4 +134,20 @@ def test_a_setting_outside_its_range_is_refused_by_name_and_value(change, messag
 def test_a_cell_of_a_sweep_is_checked_like_a_command_line():
     asked = request.parse("step_sweep", ["--config=step_sweep:tiny"])
     with pytest.raises(InputError, match=r"--config\.rates=\(0\.001, -1\.0\): give .* for each"):
-        sweep.overridden(asked.config, {"rates": (1e-3, -1.0)})
+        sweep.overridden(asked.config, {"rates": (1e-3, -1.0)}, experiment="step_sweep")
+
+
+@pytest.mark.parametrize("found", header.experiments(), ids=lambda found: found.name)
+def test_a_tuple_of_a_config_holds_something_and_nothing_twice(found):
+    config = request.parse(found.name, [f"--config={found.name}:tiny"]).config
+    for name, value in dict(settings.numbers(config)).items():
+        full_name = f"{found.name}.{name}"
+        if not isinstance(value, tuple):
+            continue
+        if full_name not in settings.MAY_BE_EMPTY:
+            with pytest.raises(InputError, match=rf"--config\.{name}=\(\): give at least one"):
+                request.parse(found.name, [f"--config={found.name}:tiny", f"--config.{name}=()"])
+        if value and not {name, full_name} & settings.MAY_REPEAT:
+            twice = f"--config.{name}={(value[0], value[0])}"
+            with pytest.raises(InputError, match=rf"--config\.{name} holds .* twice"):
+                request.parse(found.name, [f"--config={found.name}:tiny", twice])

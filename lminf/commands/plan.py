@@ -21,11 +21,12 @@ from rich.console import Console
 from lminf import checkpoints
 from lminf.attention import policy as policies
 from lminf.attention.parsing import parse_policy
+from lminf.commands import sweep
 from lminf.errors import InputError
 from lminf.models import cost
 from lminf.parallel import hardware, topology
 from lminf.parallel.hardware import Devices
-from lminf.run import request, sweep, tables
+from lminf.run import request, tables
 from lminf.train import compiled, planning
 from lminf.train.step import TrainStep
 
@@ -55,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if (args.model is None) == (args.config is None):
         raise InputError("give a MODEL to run or a --config to train, as in lminf plan --help")
+    if not 0 < args.mfu <= 1:
+        raise InputError(f"--mfu={args.mfu}: give a share of the peak, above 0 and up to 1")
     if args.config is not None:
         name = Path(args.config.partition(":")[0]).stem
         plan_sweep(args, name) if name in SWEEPS else plan_training(args)
@@ -104,14 +107,13 @@ def plan_training(args: argparse.Namespace) -> None:
     )
     assert run_request is not None  # --help was this command's own
     c: Any = run_request.config
+    _training.check(c, run_request.overrides)
     devices = hardware.parse(args.devices)
     start = _training.shape_to_plan(c)
     program = _training.program_of(c, start, absent=devices.count)
     memory = planning.device_bytes(program, rows=c.data.batch, length=c.data.length)
     tokens = c.steps * c.data.batch * c.data.length
     flops = planning.flops_per_token(program, c.data.length) * tokens
-    if not 0 < args.mfu <= 1:
-        raise InputError(f"--mfu={args.mfu}: give a share of the peak, above 0 and up to 1")
     seconds = flops / (devices.count * devices.kind.peak_flops * args.mfu)
     facts = {
         "config": args.config,
@@ -159,7 +161,7 @@ def plan_sweep(args: argparse.Namespace, name: str) -> None:
     assert run_request is not None  # --help was this command's own
     devices = hardware.parse(args.devices)
     module = importlib.import_module(f"lminf.experiments.{name}")
-    planned = [module.planned(cell.config) for cell in sweep.cells_of(run_request)]
+    planned = [module.planned(cell.config) for cell in sweep.cells_of(name, run_request)]
     flops = sum(row["flops"] for row in planned)
     facts = {
         "config": args.config,

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     run_request = request.parse(name, arguments)
     if run_request is None:  # --help
         return
-    cells = sweep.cells_of(run_request)
+    cells = cells_of(name, run_request)
     out = sweep.create(run_request, cells, environment.command_line())
     if cluster:
         if shard:
@@ -69,6 +69,25 @@ def experiment_of(name: str) -> str:
             f"file with get_sweep"
         )
     return sweeps[name]
+
+
+def cells_of(name: str, run_request: Request) -> tuple[sweep.Cell, ...]:
+    """The cells, of which at least one has settings that do not contradict each other.
+
+    Not all of them: a published grid has cells whose warm-up never ends.
+    """
+    cells = sweep.cells_of(run_request)
+    check = getattr(experiment(name), "check", lambda config, given: None)
+    refused = None
+    for cell in cells:
+        try:
+            check(cell.config, ())
+        except InputError as error:
+            refused = refused or InputError(f"every cell is refused, the first ({cell}): {error}")
+        else:
+            return cells
+    assert refused is not None
+    raise refused
 
 
 def work(

@@ -22,6 +22,18 @@ class Distributed:
 
     def __post_init__(self):
         ranges.check(self)
+        if self.count > 1 and (self.index >= self.count or ":" not in self.coordinator):
+            raise InputError(
+                f"processes: index={self.index} of count={self.count} at coordinator="
+                f"{self.coordinator!r}; give every process its own index from 0, and all of them "
+                f"the host:port of process 0"
+            )
+        if self.count < 2 and (self.index or self.coordinator):
+            alone = "this process is alone" if self.count else "the cluster says who takes part"
+            raise InputError(
+                f"processes: index={self.index} and coordinator={self.coordinator!r} with count="
+                f"{self.count}: {alone}; leave them out, or give the count of processes"
+            )
 
     def join(self) -> None:
         """Returns once all are there. Must come before anything that asks JAX for its devices."""
@@ -30,12 +42,6 @@ class Distributed:
         if self.count == 0:
             jax.distributed.initialize()
             return
-        if not 0 <= self.index < self.count or ":" not in self.coordinator:
-            raise InputError(
-                f"processes: index={self.index} of count={self.count} at coordinator="
-                f"{self.coordinator!r}; give every process its own index from 0, and all of them "
-                f"the host:port of process 0"
-            )
         if os.environ.get("JAX_PLATFORMS") == "cpu":
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(self.coordinator, self.count, self.index)

@@ -71,7 +71,7 @@ def parse(experiment: str, arguments: Sequence[str]) -> Request | None:
     config_flag: Any = values["config"]  # absl knows it only as some flag
     overrides = dict(config_flag.override_values) | dict.fromkeys(emptied)
     check_items(overrides, defaults)
-    settings.check(overridden.value)
+    settings.check(overridden.value, experiment=experiment)
     return Request(
         experiment=experiment,
         config=overridden.value,
@@ -255,8 +255,6 @@ def quote_words(argument: str, config: ConfigDict) -> str:
 def check_items(overrides: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     """Refuses a tuple whose items are of another type than the config file's."""
     for name, value in overrides.items():
-        if value == () and before[name] and name.rpartition(".")[2] == "policies":
-            raise InputError(f"config.{name} is empty; name at least one policy")
         kinds = {type(item) for item in before[name]} if isinstance(value, tuple) else set()
         allowed = kinds | ({int} if float in kinds else set())
         for item in value if kinds else ():

@@ -1,4 +1,4 @@
-"""Ranges of the numbers that configs hold outside of dataclasses, by the name of the field.
+"""What the numbers and tuples of configs may be outside of dataclasses, by the name of the field.
 
 A name means the same in every experiment, so one table serves all of them and config files of
 users. A field is looked up by its dotted name, then by what stands after the last dot; whatever is
@@ -54,11 +54,28 @@ RANGES = {
     "n_nv": AMOUNT,
     "profile": Range(),  # exponents; of train_lm, steps
 }  # fmt: skip
+# Tuples hold something, but for these of an experiment.
+MAY_BE_EMPTY = {
+    "train_lm.profile",
+    *(f"long_context_eval.{task}{name}" for task in ("", "key_value_")
+      for name in ("lengths", "prompts")),
+}  # fmt: skip
+# An item that stands twice would be measured twice, but for the items of what goes with another.
+MAY_REPEAT = {"prompts", "key_value_prompts", "train_lm.profile"}
 
 
-def check(config: ConfigDict) -> None:
-    """Raises InputError for the first number of a config that is outside its range."""
+def check(config: ConfigDict, *, experiment: str) -> None:
+    """Raises InputError for the first field of an experiment's config that is a number outside its
+    range, or an empty tuple, or one that holds an item twice.
+    """
     for name, value in numbers(config):
+        full_name = f"{experiment}.{name}"
+        if value == () and full_name not in MAY_BE_EMPTY:
+            raise InputError(f"--config.{name}=(): give at least one")
+        if isinstance(value, tuple) and not {name, full_name} & MAY_REPEAT:
+            twice = next((item for item in value if value.count(item) > 1), None)
+            if twice is not None:
+                raise InputError(f"--config.{name} holds {shown(twice)} twice; give it once")
         stated = range_of(name) or Range()
         for item in value if isinstance(value, tuple) else (value,):
             if isinstance(item, (int, float)) and (expectation := stated.problem(item)):

@@ -131,7 +131,7 @@ def cells_of(asked: Request) -> tuple[Cell, ...]:
         )
     cells: dict[str, Cell] = {}
     for overrides in module.get_sweep(asked.config, asked.variant):
-        config = overridden(asked.config, overrides)
+        config = overridden(asked.config, overrides, experiment=asked.experiment)
         resolved = json.dumps([asked.experiment, request.to_dict(config)], sort_keys=True)
         key = hashlib.sha256(resolved.encode()).hexdigest()[:12]
         cell = Cell(dict(overrides), config, key)
@@ -140,10 +140,16 @@ def cells_of(asked: Request) -> tuple[Cell, ...]:
         cells[key] = cell
     if not cells:
         raise InputError(f"the sweep of {asked.config_path} has no cells; give every axis a value")
+    for name in asked.overrides:
+        if all(name in cell.overrides for cell in cells.values()):
+            raise InputError(
+                f"--config.{name}: every cell of this sweep sets {name} itself, so nothing would "
+                f"read it; leave it out, or change get_sweep of {asked.config_path}"
+            )
     return tuple(cells.values())
 
 
-def overridden(base: ConfigDict, overrides: Overrides) -> ConfigDict:
+def overridden(base: ConfigDict, overrides: Overrides, *, experiment: str) -> ConfigDict:
     """A copy of the config with some fields changed, each to a value of the type that it had."""
     config = base.copy_and_resolve_references()
     fields = dict(request.leaves(config))
@@ -156,7 +162,7 @@ def overridden(base: ConfigDict, overrides: Overrides) -> ConfigDict:
             raise InputError(
                 f"a cell sets {name}={value!r}, but the config file has {fields[name]!r}: {error}"
             ) from error
-    settings.check(config)
+    settings.check(config, experiment=experiment)
     return config
 
 

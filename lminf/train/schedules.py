@@ -4,6 +4,8 @@
 traced. All are continuous at every boundary. Source: scaling_laws.md §7.
 """
 
+import itertools
+import numbers
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
@@ -27,6 +29,37 @@ def _share(step, start: float, end: float) -> Float[Array, ""]:
 def _cosine(share) -> Float[Array, ""]:
     """1 at share 0, 0 at share 1."""
     return (1.0 + jnp.cos(jnp.pi * share)) / 2.0
+
+
+def _check_falling(schedule: "Schedule", *names: str) -> None:
+    """Refuses a rate above the one that it should fall from, in the order of `names`."""
+    for above, below in itertools.pairwise(names):
+        high, low = getattr(schedule, above), getattr(schedule, below)
+        # A peak of many copies is an array that is not known yet.
+        if isinstance(high, numbers.Real) and isinstance(low, numbers.Real) and low > high:
+            kind = type(schedule).__name__
+            raise InputError(
+                f"{kind}.{below} is {low}, above {kind}.{above}={high}; rates fall from the "
+                f"{above} to the {below}"
+            )
+
+
+def check_steps(schedule: "Schedule", steps: int) -> None:
+    """Refuses phases that do not fit into a run of so many steps."""
+    phases = {
+        name: getattr(schedule, name, 0) for name in ("warmup", "cooldown", "decay", "anneal")
+    }
+    if sum(phases.values()) > steps:
+        named = " + ".join(f"{name}={count}" for name, count in phases.items() if count)
+        raise InputError(
+            f"the schedule's {named} is more than the {steps} steps of the run; give phases that "
+            f"fit, or more steps"
+        )
+    if isinstance(schedule, Rewarm) and schedule.starts and schedule.starts[-1] >= steps:
+        raise InputError(
+            f"Rewarm.starts={schedule.starts}: the run ends after {steps} steps, before the last "
+            f"data begin; give smaller starts, or more steps"
+        )
 
 
 @dataclass(frozen=True)
@@ -53,6 +86,7 @@ class Cosine:
 
     def __post_init__(self):
         ranges.check(self)
+        _check_falling(self, "peak", "floor")
 
     def __call__(self, step, steps: int) -> Float[Array, ""]:
         down = self.floor + (self.peak - self.floor) * _cosine(_share(step, self.warmup, steps))
@@ -70,6 +104,7 @@ class WSD:
 
     def __post_init__(self):
         ranges.check(self)
+        _check_falling(self, "peak", "floor")
 
     def __call__(self, step, steps: int) -> Float[Array, ""]:
         fallen = (self.peak - self.floor) * _share(step, steps - self.decay, steps)
@@ -95,6 +130,7 @@ class Infinite:
 
     def __post_init__(self):
         ranges.check(self)
+        _check_falling(self, "peak", "constant", "floor")
 
     def __call__(self, step, steps: int) -> Float[Array, ""]:
         x = _share(step, self.warmup, self.warmup + self.cooldown)
@@ -124,6 +160,7 @@ class Rewarm:
 
     def __post_init__(self):
         ranges.check(self)
+        _check_falling(self, "peak", "floor")
         if list(self.starts) != sorted(set(self.starts)):
             raise InputError(f"Rewarm.starts is {self.starts}; give steps that rise")
 
@@ -143,6 +180,7 @@ def _warm(step, warmup: int) -> Float[Array, ""]:
     return _share(step, 0, warmup) if warmup else jnp.float32(1)
 
 
+Schedule: TypeAlias = Constant | Cosine | WSD | Infinite | Rewarm
 SCHEDULES = {
     "constant": Constant,
     "cosine": Cosine,

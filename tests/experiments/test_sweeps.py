@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from lminf import cli
+from lminf.commands import sweep as command
 from lminf.configs import step_sweep, vocab_sweep
+from lminf.errors import InputError
 from lminf.experiments import _noise
 from lminf.experiments import step_sweep as step_study
 from lminf.experiments import vocab_sweep as vocab_study
@@ -33,6 +35,34 @@ def test_fewer_rates_do_not_change_the_cells():
     asked = request.parse("step_sweep", ["--config=step_sweep:laptop", "--config.rates=(1e-3,)"])
     assert asked is not None
     assert len(sweep.cells_of(asked)) == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("step_sweep", "schedule=constant:peak=3", "nothing reads this one; write peak=1"),
+        ("step_sweep", "schedule=cosine:peak=1,floor=0.5,warmup=1", "a peak of 0.002 is below the"),
+        (
+            "step_sweep",
+            "schedule=constant:peak=1,warmup=999",
+            "every cell is refused,.*=999",
+        ),
+        ("step_sweep", "data.batch=4", "every cell of this sweep sets data.batch itself"),
+        ("vocab_sweep", "budget_mode=run", "did you mean 'runs'"),
+        ("vocab_sweep", "budgets=(2e10,1e10)", "give budgets that rise"),
+        ("vocab_sweep", "data.vocab=256", "every cell of this sweep sets data.vocab itself"),
+    ],
+)
+def test_settings_of_a_sweep_that_contradict_each_other_are_refused(name, words, message):
+    asked = request.parse(name, [f"--config={name}:tiny", f"--config.{words}"])
+    with pytest.raises(InputError, match=message):
+        command.cells_of(name, asked)
+
+
+def test_settings_of_a_single_run_of_a_sweep_are_checked_too():
+    asked = request.parse("vocab_sweep", ["--config=vocab_sweep:tiny", "--config.data.vocab=300"])
+    with pytest.raises(InputError, match=r"data.vocab=300 is not one of data.vocabs=\(256, 512\)"):
+        vocab_study.check(asked.config, asked.overrides)
 
 
 def plan(capsys, config):

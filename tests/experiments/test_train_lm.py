@@ -149,6 +149,7 @@ def test_two_processes_of_four_devices_are_one_of_eight(tmp_path):
     changes = (
         "--config.steps=6", "--config.evaluate.every=6", "--config.strategy=zero3",
         "--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.evaluate.sample=4",
+        "--config.schedule=constant:peak=3e-3",
     )  # fmt: skip
     finish(tmp_path / "one", *changes, devices=8)
     for process in two_processes(tmp_path / "two", *changes):
@@ -179,7 +180,7 @@ def test_a_mixture_of_experts_trains_over_their_axis_and_writes(tmp_path):
     changes = (
         "--config.experts.count=4", "--config.experts.hidden_dim=16", "--config.steps=3",
         "--config.mesh.data=2", "--config.mesh.expert=2", "--config.strategy=expert",
-        "--config.evaluate.sample=4",
+        "--config.evaluate.sample=4", "--config.schedule=constant:peak=3e-3",
     )  # fmt: skip
     finish(tmp_path / "run", *changes, devices=4)
     out = folder.RunFolder(tmp_path / "run")
@@ -337,6 +338,13 @@ def test_a_plan_of_a_run_agrees_with_zeros_formula(capsys):
         ("checkpoint.folder=gs://nope/z", "needs a package that is not installed|gs://nope"),
         ("evaluate.sample=-5", "--config.evaluate.sample=-5: give a .* at least 0"),
         ("export=/proc/none/model", "cannot write /proc/.*; name another folder"),
+        ("lora=lora:rank=4", "lora=lora:rank=4: adapters are of a model that is there already"),
+        ("steps=19", "the schedule's warmup=20 is more than the 19 steps of the run"),
+        ("schedule=wsd:peak=1,floor=0,warmup=9,decay=192", "warmup=9 . decay=192 is more than"),
+        ("schedule=cosine:peak=1e-4,floor=1e-3,warmup=1", "floor is 0.001, above Cosine.peak=0"),
+        ("schedule=rewarm:peak=1,floor=0,starts=(200,)", "run ends after 200 steps, before the"),
+        ("profile=(190,201)", "give the first and the last step to trace, of the 200"),
+        ("processes.index=1", "index=1 and .* count=1: this process is alone"),
     ],
 )
 def test_settings_that_would_fail_later_are_refused_at_once(change, message, tmp_path):
@@ -349,6 +357,25 @@ def test_settings_that_would_fail_later_are_refused_at_once(change, message, tmp
     tmp_out = folder.RunFolder(tmp_path)
     with pytest.raises(InputError, match=message):
         start()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("init=m model.width=64", "config.model.width: the model of init=m has its own"),
+        ("init=m data.tokenizer=n", "config.data.tokenizer: the model of init=m has its own"),
+        ("experts.top_k=2", "config.experts.top_k: there are no experts; give their number"),
+        ("experts.count=2 experts.dense_layers=4", "dense_layers=4 of 4 layers: no layer is left"),
+        ("processes.count=2 processes.index=2 processes.coordinator=a:1", "index=2 of count=2"),
+        ("processes.count=2", "at coordinator=''; give every process its own index"),
+        ("processes.count=0 processes.index=1", "the cluster says who takes part"),
+    ],
+)
+def test_settings_that_nothing_would_read_are_refused(words, message):
+    given = [f"--config.{word}" for word in words.split()]
+    asked = request.parse("train_lm", ["--config=train_lm:tiny", *given])
+    with pytest.raises(InputError, match=message):
+        train_lm.check(asked.config, asked.overrides)
 
 
 # --- Whose folder of checkpoints it is ------------------------------------------------------------
@@ -456,5 +483,5 @@ def test_the_config_of_another_experiment_is_refused():
         InputError, match="is the config of the experiment passkey, not of train_lm"
     ):
         request.parse("train_lm", ["--config=passkey:tiny"])
-    with pytest.raises(InputError, match=r"config\.policies is empty; name at least"):
+    with pytest.raises(InputError, match=r"config\.policies=\(\): give at least"):
         request.parse("passkey", ["--config=passkey:tiny", "--config.policies=()"])

@@ -4,12 +4,13 @@
     python -m tests.fuzz --target gguf --inputs 2000     one target
     python -m tests.fuzz --target gguf --only 123        one input again, with its traceback
 
-A target is a module of `tests.fuzz.targets` with two functions, and a third where bytes and JSON
-values changed at random would rarely get past the first check:
+A target is a module of `tests.fuzz.targets` with two functions, and two more where they are
+needed: bytes and JSON values changed at random may rarely get past the first check.
 
     seeds(folder)          writes valid inputs: each entry of the folder, a file or a folder, is one
     read(path)             reads one input as the command would
     mutate(random, path)   damages one in place (default: tests.fuzz.mutate.mutate)
+    prepare()              what a process compiles before its first input (default: nothing)
 
 A module whose inputs each take as long as n of others says so: COST = n; it is given an nth.
 

@@ -260,7 +260,10 @@ def test_a_refusal_leaves_no_lock_and_no_folder(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"power": 1, "value": 1}, r"rows of out are not those of demo \(there is no 'length' in a row\)"),
+        (
+            {"power": 1, "value": 1},
+            r"rows of out are not those of demo \(there is no 'length' in a row\)",
+        ),
         ({"power": "\x1b[31m", "value": []}, "line 1 of out/rows.jsonl is not a row"),
     ],
 )
@@ -292,8 +295,8 @@ def test_a_row_without_a_column_that_the_run_reads_is_refused(tmp_path):
 
 def test_a_run_that_measures_nothing_draws_nothing(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        start("--config.lengths=()")
-    assert capsys.readouterr().err == "error: demo measured nothing; give it something to measure\n"
+        _main.main(lambda config, out: iter(()), draw, argv=["--config=demo.py", "--out=out"])
+    assert "measured nothing; give it something to measure" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -2,7 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from lminf.train.schedules import WSD, Constant, Cosine, Infinite, Rewarm
+from lminf.errors import InputError
+from lminf.train.schedules import WSD, Constant, Cosine, Infinite, Rewarm, check_steps
 
 STEPS = 100
 ALL = (
@@ -27,6 +28,28 @@ def test_it_starts_at_nothing_and_never_jumps(schedule):
     steepest = schedule.peak / 8 / 40  # 8 steps is the shortest warm-up, 40 points a step
     assert np.abs(np.diff(fine)).max() <= 1.01 * steepest
     assert fine.max() == pytest.approx(schedule.peak, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Cosine(1e-4, 1e-3, warmup=1), "Cosine.floor is 0.001, above Cosine.peak=0.0001"),
+        (lambda: WSD(1e-4, 1e-3, warmup=1, decay=1), "WSD.floor is 0.001, above WSD.peak"),
+        (lambda: Rewarm(1e-4, 1e-3, starts=()), "Rewarm.floor is 0.001, above Rewarm.peak"),
+        (lambda: Infinite(1e-4, 1e-3, 1e-5, 1, 1, 1), "Infinite.constant is 0.001, above Infinite"),
+        (lambda: Infinite(1e-2, 1e-3, 2e-3, 1, 1, 1), "Infinite.floor is 0.002, above Infinite.co"),
+    ],
+)
+def test_rates_that_do_not_fall_are_refused(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=lambda schedule: type(schedule).__name__)
+def test_phases_that_are_longer_than_the_run_are_refused(schedule):
+    check_steps(schedule, STEPS)
+    with pytest.raises(InputError, match=r"give phases that fit|before the last data"):
+        check_steps(schedule, 9)
 
 
 def test_cosine_is_its_formula():

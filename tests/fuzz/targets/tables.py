@@ -1,7 +1,6 @@
 """Tables of runs, as `lminf scaling fit` reads them, and a fit of each without resampling."""
 
 import csv
-import functools
 import random
 import tempfile
 import zlib
@@ -44,14 +43,11 @@ def _write(path: Path, header, columns) -> None:
 
 
 def read(path: Path) -> None:
-    _compile()
     _fit(path, zlib.crc32(path.read_bytes()))
 
 
-@functools.cache
-def _compile() -> None:
-    """The fits of undamaged tables, once in a process: their programs serve all others, and the
-    first input may take longer."""
+def prepare() -> None:
+    """The fits of undamaged tables: their programs serve all others."""
     with tempfile.TemporaryDirectory() as folder:
         seeds(Path(folder))
         for path in Path(folder).iterdir():

@@ -23,9 +23,8 @@ from tests.fuzz import mutate, targets
 SECONDS = 20.0  # the most that one input may take, of a processor
 # The most by the clock: as many of a machine that does other things, or of one that waits for ever.
 WAITING_SECONDS = 10 * SECONDS
-START_SECONDS = (
-    300.0  # and the imports of a process, with what its target compiles, on a busy machine
-)
+# The imports of a process and what its target compiles, on a machine that does other things.
+START_SECONDS = 900.0
 GROWTH = 1 << 30  # bytes: the most that one input may add to the process
 # Beyond this an allocation fails instead of taking the machine's memory: twice what is a failure.
 ADDRESS_SPACE = 2 * GROWTH

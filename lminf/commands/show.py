@@ -2,7 +2,8 @@
 
 RUN is a run's folder, or an experiment's name, which means its latest run below runs/. Runs of one
 experiment share a table, with the settings that tell them apart in its first column. Where files of
-a run are damaged, what can be read is shown, and one sentence at the end says what could not.
+a run are damaged, what can be read is shown, and a warning at the end says what could not. Where a
+run has no row that can be read, or its figures are not drawn as asked, that is an error.
 """
 
 import argparse
@@ -48,8 +49,10 @@ def run(args: argparse.Namespace) -> None:
             print(f"rows    {printable(str(one.run / 'rows.jsonl'))}")
             damage += one.damage
     if damage:
-        more = f"; and {len(damage) - 3} more" if len(damage) > 3 else ""
-        raise InputError("; ".join(damage[:3]) + more)
+        said = "; ".join(damage[:3]) + (f"; and {len(damage) - 3} more" if damage[3:] else "")
+        if args.redraw or not all(one.rows for runs in together.values() for one in runs):
+            raise InputError(said)
+        print(f"warning: {printable(said)}", file=sys.stderr)
 
 
 @dataclass

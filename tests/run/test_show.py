@@ -35,7 +35,7 @@ def shown(path, capsys, *flags) -> tuple[str, str]:
     except SystemExit as ending:
         code = ending.code
     out, err = capsys.readouterr()
-    assert code == (2 if err else 0)
+    assert code == (2 if err and not err.startswith("warning: ") else 0)
     assert "Traceback" not in out + err
     assert err.count("\n") <= 1
     return out, err
@@ -61,6 +61,7 @@ def test_a_damaged_row_is_named_and_the_others_are_shown(run, line, said, capsys
     (run / "rows.jsonl").write_bytes(b"\n".join([first, line, second]) + b"\n")
     out, err = shown(run, capsys)
     assert "2.500" in out
+    assert err.startswith("warning: ")
     assert said in err
     with pytest.raises(InputError, match="line 2 of"):  # where every row counts
         folder.RunFolder(run).rows()
@@ -96,6 +97,17 @@ def test_rows_that_cannot_be_drawn_leave_the_figures_as_they_were(run, changed, 
     assert "nll" in out
     assert "as they were" in err or "cannot draw" in err
     assert (run / "plots/length_generalization.png").read_bytes() == b"old"
+
+
+def test_rows_of_another_experiment_are_shown_as_they_are_with_a_warning(run, capsys):
+    (run / "rows.jsonl").write_text('{"speed": 2.5}\n')
+    out, err = shown(run, capsys)
+    assert "2.500" in out
+    assert err.startswith("warning: the rows of ")
+    assert "there is no 'start' in a row" in err
+    assert shown(run, capsys, "--redraw")[1].startswith("error: ")
+    (run / "rows.jsonl").write_text("{\n")
+    assert shown(run, capsys)[1].startswith("error: line 1 of ")
 
 
 def test_pipes_and_folders_in_place_of_files_are_refused(run, capsys):

@@ -149,9 +149,13 @@ def measure(
         if not out.rows():
             raise InputError(f"{asked.experiment} measured nothing; give it something to measure")
     except BaseException as failure:
-        if not nothing_new():
-            spent = time.monotonic() - started
-            keep_what_there_is(out, asked, failure, names, seconds=spent, resumes=resumes)
+        if nothing_new():
+            raise
+        spent = time.monotonic() - started
+        kept = keep_what_there_is(out, asked, failure, names, seconds=spent, resumes=resumes)
+        if isinstance(failure, InputError):
+            raise InputError("; ".join(filter(None, (str(failure), kept)))) from failure
+        print(kept, file=sys.stderr)
         raise
     seconds = time.monotonic() - started
     rows = out.rows()
@@ -215,23 +219,24 @@ def keep_what_there_is(
     *,
     seconds: float,
     resumes: bool,
-) -> None:
-    """A report without figures, for which the rows may not be enough; nothing if nothing ran."""
+) -> str:
+    """Writes a report without figures, for which the rows may not be enough; says what is there.
+    Of a refusal before anything ran nothing stays, and there is nothing to say.
+    """
     rows = out.rows()
     if isinstance(failure, InputError) and not rows and not out.metrics() and out.undo(names):
-        return
+        return ""
     how = "Interrupted" if isinstance(failure, KeyboardInterrupt) else f"Failed ({failure})"
     state = f"**{how} after {len(rows)} rows: {INCOMPLETE}**"
     write_report(out, asked, table=rows, figures=[], seconds=seconds, state=state)
     if not rows:
-        print(f"no row was measured; {out / 'report.md'} says why", file=sys.stderr)
-        return
+        return f"no row was measured, as {out / 'report.md'} says"
     after = (
         f"the same command with --out={out.path} goes on from there"
         if resumes
         else "this experiment cannot go on from there: begin again in another folder"
     )
-    print(f"{len(rows)} rows are in {out / 'rows.jsonl'}; {after}", file=sys.stderr)
+    return f"{len(rows)} rows are in {out / 'rows.jsonl'}; {after}"
 
 
 def write_report(

@@ -1,10 +1,12 @@
 """How a command ends when it cannot go on: one line for the user, and an exit status."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 
 from lminf.errors import InputError, printable
@@ -37,10 +39,37 @@ def _terminable() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _remarks_last() -> Iterator[None]:
+    """Warnings of libraries, and what they log, once the command has ended well; a sentence that
+    says what went wrong stands alone.
+    """
+    remarks: list[str] = []
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            remarks.append(self.format(record))
+
+    def keep(message, category, filename, lineno, file=None, line=None):
+        del file
+        remarks.append(warnings.formatwarning(message, category, filename, lineno, line).rstrip())
+
+    handler, root = Kept(logging.WARNING), logging.getLogger()
+    with warnings.catch_warnings():
+        warnings.showwarning = keep
+        root.addHandler(handler)
+        try:
+            yield
+        finally:
+            root.removeHandler(handler)
+    for remark in remarks:
+        print(remark, file=sys.stderr)
+
+
+@contextlib.contextmanager
 def orderly(*, debug: bool) -> Iterator[None]:
     """Ends the process with one line instead of a traceback where the cause is not a defect."""
     try:
-        with _terminable():
+        with _terminable(), contextlib.nullcontext() if debug else _remarks_last():
             yield
         sys.stdout.flush()  # here, so that a closed pipe is noticed inside
     except InputError as error:

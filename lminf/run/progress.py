@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -41,9 +41,10 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *failure) -> None:
-        if self.done == self.first:
-            return  # nothing happened, so there is nothing to tell
+    def __exit__(self, *failure: Any) -> None:
+        # Nothing happened, or one sentence that says what did not will follow.
+        if self.done == self.first or (not self.overwrites and failure[0] is not None):
+            return
         self._show()
         if self.overwrites:
             self._write("\n")

@@ -1,5 +1,8 @@
 """What files contain cannot act on a terminal: in errors and in tables it is shown escaped."""
 
+import logging
+import warnings
+
 import pytest
 from rich.console import Console
 
@@ -30,3 +33,24 @@ def test_cells_and_heads_of_tables_are_shown_as_they_are(capsys):
     assert not set(printed) & {"\x1b", "\x07", "\x9b", "\u202e"}
     assert SHOWN in tables.markdown(rows)
     assert len(tables.markdown(rows).splitlines()) == 3
+
+
+def test_remarks_of_libraries_follow_a_command_and_are_not_beside_its_failure(capsys):
+    def remark(*, error=None):
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("no GPU", stacklevel=1)
+        logging.getLogger("library").warning("slow")
+        print("done")
+        if error:
+            raise error
+
+    with exits.orderly(debug=False):
+        remark()
+    printed = capsys.readouterr()
+    assert printed.out == "done\n"
+    assert "UserWarning: no GPU" in printed.err
+    assert printed.err.endswith("slow\n")
+    with pytest.raises(SystemExit), exits.orderly(debug=False):
+        remark(error=InputError("no"))
+    assert capsys.readouterr().err == "error: no\n"

@@ -67,3 +67,18 @@ def test_a_closed_log_does_not_end_the_loop():
 def test_track_hands_out_every_item(capsys):
     assert list(track([3, 4, 5], total=3, label="items")) == [3, 4, 5]
     assert "3/3" in capsys.readouterr().err
+
+
+def test_a_log_gets_no_line_beside_the_sentence_of_a_failure():
+    stream = io.StringIO()
+
+    def fail(progress):
+        progress.update(3)
+        raise ValueError("no")
+
+    with (
+        pytest.raises(ValueError, match="no"),
+        Progress(9, label="", console=Console(file=stream)) as progress,
+    ):
+        fail(progress)
+    assert stream.getvalue() == ""

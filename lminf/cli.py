@@ -17,7 +17,7 @@ from lminf.run import exits
 
 COMMANDS = {  # the module is lminf.commands.<name>
     "list": "the experiments; with a name, all about one",
-    "run": "one experiment, the same as python -m experiments.NAME",
+    "run": "one experiment; in a checkout also python -m experiments.NAME",
     "sweep": "every cell of a sweep that is not finished yet",
     "show": "tables and figures of finished runs",
     "fetch": "a named model into the user's cache folder",

@@ -12,7 +12,7 @@ from lminf import cli
 from lminf.checkpoints import fetch
 from lminf.commands import _model
 from lminf.errors import InputError
-from lminf.run import folder, header
+from lminf.run import environment, folder, header, request
 
 
 def test_help_lists_every_command(capsys):
@@ -83,6 +83,26 @@ def test_list_prints_all_about_an_experiment_that_is_named(capsys):
     for found in header.experiments():
         cli.main(["list", found.name])
         assert found.entries["Question"] in " ".join(capsys.readouterr().out.split())
+
+
+def test_outside_a_checkout_every_command_is_of_lminf(tmp_path, monkeypatch, capsys):
+    def said():
+        for words in (["list", "passkey"], ["list", "step_law"]):
+            cli.main(words)
+        request.parse("passkey", ["--help"])
+        spec = SimpleNamespace(name="lminf.experiments.passkey")
+        monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+        monkeypatch.setattr(sys, "argv", ["lminf", "--config=:tiny"])
+        return capsys.readouterr().out + " ".join(environment.command_line())
+
+    monkeypatch.chdir(header.ROOT.parent)
+    assert header.command("passkey") == "python -m experiments.passkey"
+    assert "usage: python -m experiments.passkey [" in said()
+    monkeypatch.chdir(tmp_path)
+    outside = said()
+    assert "python -m" not in outside
+    assert "usage: lminf run passkey [" in outside
+    assert outside.endswith("lminf run passkey --config=:tiny")
 
 
 def test_a_header_is_read_without_running_the_file(tmp_path):

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", nargs="?", help="a table name, a folder, a .gguf file, owner/name"
     )
-    parser.add_argument("--config", help="a training run, as experiments.train_lm takes it")
+    parser.add_argument("--config", help="a training run, as train_lm takes it")
     parser.add_argument("--devices", default="h100x8", help="for --config: v5e-256, h100x8, …")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak to count on")
     parser.add_argument("--policy", action="append", help="may repeat; default: full and windowed")

@@ -1,4 +1,4 @@
-"""lminf run NAME …: the same as python -m experiments.NAME …"""
+"""lminf run NAME …: one experiment; in a checkout the same as python -m experiments.NAME …"""
 
 import argparse
 import runpy

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lminf.run import header
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "gguf", "safetensors", "lminf")
 VARIABLES = ("JAX_PLATFORMS", "JAX_ENABLE_X64", "XLA_FLAGS", "OMP_NUM_THREADS")
 DIFF_CHARACTERS = 200_000  # a diff longer than this is a different program, not a small change
@@ -113,8 +115,8 @@ def _version(name: str) -> str | None:
 
 
 def command_line() -> list[str]:
-    """This process's command as a user would type it: `python -m experiments.NAME …`."""
+    """This process's command as a user would type it here."""
     module = getattr(sys.modules.get("__main__"), "__spec__", None)
     if module is not None and "experiments." in module.name:
-        return ["python", "-m", module.name, *sys.argv[1:]]
+        return [*header.command(module.name.rpartition(".")[2]).split(), *sys.argv[1:]]
     return [Path(sys.argv[0]).name, *sys.argv[1:]]

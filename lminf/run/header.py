@@ -15,6 +15,7 @@ from lminf.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]  # the package: configs/ is a link in it, or a folder
 CONFIGS = ROOT / "configs"
+MODULE = re.compile(r"python -m experiments\.(\w+)")
 ENTRY = re.compile(r"([A-Z]\w*)(?:: *| {2,})(\S.*)")
 
 
@@ -43,7 +44,18 @@ def read(path: Path) -> Header:
             entries[latest] += " " + line.strip()
         elif line.strip():
             latest = None
+    entries = {
+        key: MODULE.sub(lambda match: command(match[1]), text) for key, text in entries.items()
+    }
     return Header(path.stem, " ".join(title.split()), entries)
+
+
+def command(experiment: str) -> str:
+    """What starts an experiment from here: `python -m experiments.NAME` in a checkout, where the
+    files are that one would change, and `lminf run NAME` anywhere else.
+    """
+    here = Path("experiments").resolve() == (ROOT / "experiments").resolve()
+    return f"python -m experiments.{experiment}" if here else f"lminf run {experiment}"
 
 
 def experiments(names: Sequence[str] = (), *, configs: Path = CONFIGS) -> list[Header]:

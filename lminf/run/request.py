@@ -288,7 +288,7 @@ def show_help(experiment: str, path: Path, config: ConfigDict) -> None:
     print(f"{described.title}\n")
     for key, text in described.entries.items():
         print(f"{key:10} {text}")
-    print(f"\nusage: python -m experiments.{experiment} [--config=FILE.py[:variant]]", end=" ")
+    print(f"\nusage: {header.command(experiment)} [--config=FILE.py[:variant]]", end=" ")
     print("[--config.FIELD=VALUE ...] [--out=DIR] [--debug]\n")
     for name, value in leaves(config):
         print(f"  --config.{name}={value}")

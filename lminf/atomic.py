@@ -1,4 +1,5 @@
-"""Files and folders that appear whole or not at all.
+"""Files: those that are read are regular ones; those that are written, and folders, appear whole or
+not at all.
 
 What is written goes to a name beside the final one and is renamed when it is complete, so two
 processes can write the same thing and a reader never meets half of it.
@@ -9,6 +10,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,23 @@ REFUSED = (
     errno.EBUSY,
 )  # fmt: skip
 PROBE = 1 << 16  # bytes: a full disk still makes empty files
+
+
+def check_regular(path: Path) -> int:
+    """The file's size in bytes. Pipes and devices are refused: they may never end."""
+    facts = path.stat()
+    if stat.S_ISDIR(facts.st_mode):
+        raise InputError(f"{path} is a folder; name a file in it")
+    if not stat.S_ISREG(facts.st_mode):
+        raise InputError(f"{path} is a pipe or a device, not a regular file; write what it gives "
+                         f"into a file first")  # fmt: skip
+    return facts.st_size
+
+
+def read_bytes(path: Path) -> bytes:
+    """What a regular file holds; an OSError where it cannot be read."""
+    check_regular(path)
+    return path.read_bytes()
 
 
 @contextlib.contextmanager

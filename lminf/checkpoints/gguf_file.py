@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
+from lminf.atomic import check_regular
 from lminf.errors import InputError
 from lminf.ranges import shown
 
@@ -122,6 +123,7 @@ class GGUFFile:
 
 def open_gguf(path: Path) -> GGUFFile:
     """The file's header, checked against its length; tensors stay on disk until they are read."""
+    check_regular(path)
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise InputError(

@@ -8,11 +8,11 @@ import importlib
 import io
 import itertools
 import lzma
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lminf.atomic import check_regular
 from lminf.errors import InputError
 
 BLOCK_BYTES = 1 << 20
@@ -96,17 +96,6 @@ def opened(path: Path) -> Iterator[Stream]:
         raise InputError(f"cannot read {path}: {error.strerror}; give a readable file") from error
     with raw:
         yield Stream(raw, path)
-
-
-def check_regular(path: Path) -> int:
-    """The file's size in bytes. Pipes and devices are refused: they may never end."""
-    facts = path.stat()
-    if stat.S_ISDIR(facts.st_mode):
-        raise InputError(f"{path} is a folder; name a file in it")
-    if not stat.S_ISREG(facts.st_mode):
-        raise InputError(f"{path} is a pipe or a device, not a regular file; write what it gives "
-                         f"into a file first")  # fmt: skip
-    return facts.st_size
 
 
 def compression_of(raw: BinaryIO, path: Path) -> str | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from lminf.atomic import check_regular
 from lminf.data import byte_streams, formats, records
 from lminf.errors import InputError
 
@@ -82,7 +83,7 @@ def check(patterns: Sequence[str], *, out: Path | None = None) -> None:
 def source_of(path: Path) -> Source:
     """A regular file that is not empty."""
     try:
-        size = byte_streams.check_regular(path)
+        size = check_regular(path)
         modified = path.stat().st_mtime_ns
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; leave it out") from error

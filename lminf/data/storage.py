@@ -8,6 +8,7 @@ from typing import Any
 
 import tensorstore as ts
 
+from lminf.atomic import check_regular
 from lminf.errors import InputError
 
 CACHE_BYTES = 128 << 20  # of decoded pieces, by array
@@ -20,6 +21,8 @@ class Storage:
         """`memory` holds what lies at memory://…; without one it is gone with this object."""
         self.url = url
         self._context = memory or ts.Context()
+        if "://" not in url:
+            _check_local(_local(url))
         with self.errors("open"):
             self._root = ts.KvStore.open(spec(self.url, ""), context=self._context).result()
 
@@ -102,4 +105,16 @@ def spec(url: str, name: str) -> Any:
     path = f"{name}/" if name else ""
     if "://" in url:
         return ts.KvStore.Spec(f"{url.rstrip('/')}/{path}").to_json()
-    return {"driver": "file", "path": f"{Path(url).expanduser().absolute()}/{path}"}
+    return {"driver": "file", "path": f"{_local(url)}/{path}"}
+
+
+def _local(url: str) -> Path:
+    return Path(url).expanduser().absolute()
+
+
+def _check_local(folder: Path) -> None:
+    """Refuses pipes and devices in place of what TensorStore would open: it would wait for them."""
+    names = [*folder.glob("*.json"), *folder.glob("tokens/**/*"), *folder.glob("ends/**/*")]
+    for path in names:
+        if not path.is_dir():
+            check_regular(path)

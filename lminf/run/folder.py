@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lminf.atomic import atomic_write, disk_errors
+from lminf.atomic import atomic_write, check_regular, disk_errors, read_bytes
 from lminf.config import closest
 from lminf.errors import InputError, printable
 from lminf.run import environment
@@ -39,6 +39,8 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
     """Adds one JSON line, flushed; NaN, infinities and nested values are refused."""
     line = json.dumps({key: _scalar(key, value) for key, value in row.items()}, allow_nan=False)
     data = (line + "\n").encode()
+    if path.exists():
+        check_regular(path)  # opening a pipe would wait for its reader
     with disk_errors(path), open(path, "ab", buffering=0) as file:
         end = file.tell()
         try:
@@ -91,10 +93,8 @@ def _no_number(name: str) -> Any:
 
 
 def _content(path: Path) -> bytes:
-    if not path.is_file():  # a pipe would be waited for
-        raise InputError(f"{path} is no file; a run keeps its rows and settings in files")
     try:
-        return path.read_bytes()
+        return read_bytes(path)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
 

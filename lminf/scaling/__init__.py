@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lminf.atomic import read_bytes
 from lminf.errors import InputError
 from lminf.scaling import laws as _laws
 from lminf.scaling.chinchilla import ChinchillaFit, ChinchillaLaw
@@ -83,7 +84,7 @@ def fit(
 def load(path: Path | str) -> Any:
     """The law stored in a JSON file by `Law.save` or `lminf scaling fit`."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_bytes(Path(path)).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); give a law.json") from error
     try:

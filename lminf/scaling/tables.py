@@ -17,6 +17,7 @@ from typing import Self
 import numpy as np
 from jaxtyping import Float, Int
 
+from lminf.atomic import read_bytes
 from lminf.errors import InputError
 from lminf.scaling import accounting, laws
 from lminf.scaling.fertility import PUBLISHED, Fertility
@@ -198,7 +199,7 @@ def read_columns(
     """(needed columns and those optional ones that there are, as float64; sha256 of the file), or
     an error that names column and row; "line" is the row's number in the file."""
     try:
-        raw = Path(path).read_bytes()
+        raw = read_bytes(Path(path))
         rows = list(csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=None)))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error

@@ -116,8 +116,8 @@ def test_pipes_and_folders_in_place_of_files_are_refused(run, capsys):
     (run / "config.json").unlink()
     (run / "config.json").mkdir()
     _, err = shown(run, capsys)
-    assert "rows.jsonl is no file" in err
-    assert "config.json is no file" in err
+    assert "rows.jsonl is a pipe or a device, not a regular file" in err
+    assert "config.json is a folder" in err
 
 
 def test_a_run_without_its_environment_is_known_by_its_name(run, capsys):

@@ -25,6 +25,7 @@ import numpy as np
 from rich.console import Console
 
 from lminf import scaling
+from lminf.atomic import read_bytes
 from lminf.commands.scaling import collect, fit, plan, predict_step, predict_vocab, price
 from lminf.commands.scaling._arguments import Result, number, whole
 from lminf.errors import InputError
@@ -177,7 +178,7 @@ def _is_a_law(path: Path) -> bool:
 # Whether this verb wrote the file that --out names; a table of `collect` looks like one's own.
 WRITTEN_BY: dict[str, Callable[[Path], bool]] = {
     "fit": _is_a_law,
-    "plan": lambda path: b"by lminf scaling plan." in path.read_bytes()[:200],
+    "plan": lambda path: b"by lminf scaling plan." in read_bytes(path)[:200],
     "collect": lambda path: False,
 }
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from lminf import scaling
+from lminf.atomic import read_bytes
 from lminf.errors import InputError
 from lminf.scaling import (
     baselines,
@@ -64,7 +65,7 @@ def fertility_of(args: argparse.Namespace) -> fertilities.Fertility:
     if name in fertilities.INSTANCES:
         return fertilities.INSTANCES[name]
     try:
-        data = json.loads(Path(name).read_text(encoding="utf-8"))
+        data = json.loads(read_bytes(Path(name)).decode())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"--fertility={name} is neither {', '.join(fertilities.INSTANCES)} nor a "

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import pytest
 
@@ -44,6 +45,8 @@ def soon():
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
 def test_what_is_no_regular_file_is_one_sentence(words, kind, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    if words.startswith("run "):  # as a program, which must not be imported
+        monkeypatch.delitem(sys.modules, f"lminf.experiments.{words.split()[1]}", raising=False)
     (tmp_path / "t.txt").write_text("text")
     for name in ("odd", "odd.gguf", "odd.py"):
         if kind == "pipe":

@@ -32,7 +32,9 @@ COMMANDS = {  # the module is lminf.commands.<name>
 
 
 class _Once(argparse.Action):
-    """Stores an option's value; a second value is an error, because one of them would be lost."""
+    """Stores a value. A second one is an error, because one of them would be lost, and so is an
+    empty one, which a script gives whose variable is not set.
+    """
 
     _stored_in: argparse.Namespace | None = None
 
@@ -48,6 +50,9 @@ class _Once(argparse.Action):
             parser.error(
                 f"{option_string} is given twice, as {first!r} and as {values!r}; give it once"
             )
+        if values == "" or (isinstance(values, list) and "" in values):
+            name = option_string or self.metavar or self.dest
+            parser.error(f"{name} is empty; give a value, or leave it out")
         self._stored_in = namespace
         setattr(namespace, self.dest, values)
 

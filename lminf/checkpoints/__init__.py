@@ -117,6 +117,8 @@ def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
 
 def _locate(name: str, progress: Progress | None) -> Path:
     """Where the checkpoint lies on this machine, fetching it if it is a name."""
+    if not name:
+        raise InputError("the name of the model is empty; give a folder, a file or a name")
     path = Path(name).expanduser()
     if name not in fetch.MODELS and path.exists():
         if path.suffix in hf.PICKLES:

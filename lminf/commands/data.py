@@ -17,6 +17,8 @@ from lminf.data import corpus
 from lminf.data.loader import Loader, parse_plan
 from lminf.data.statistics import statistics
 from lminf.data.store import TokenStore
+from lminf.errors import InputError
+from lminf.ranges import Range
 from lminf.run import tables
 
 PLANS = ("concat", "concat:documents=apart", "best_fit", "decomposition")
@@ -33,7 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+SIZES = {"length": Range(min=2, max=2**31 - 1), "batch": Range(min=1, max=2**31 - 1)}
+
+
 def run(args: argparse.Namespace) -> None:
+    for name, stated in SIZES.items():
+        if problem := stated.problem(getattr(args, name), whole=True):
+            raise InputError(f"--{name}={getattr(args, name)}: give {problem}")
     plans = {text: parse_plan(text) for text in args.plan or PLANS}
     tokenizer = named_tokenizer(args.tokenizer) if args.tokenizer else None
     corpora = corpus.open_corpora(args.paths, tokenizer)

@@ -39,13 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", nargs="?", help="a table name, a folder, a .gguf file, owner/name"
     )
     parser.add_argument("--config", help="a training run, as train_lm takes it")
-    parser.add_argument("--devices", default="h100x8", help="for --config: v5e-256, h100x8, …")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak to count on")
+    parser.add_argument("--devices", help="for --config: v5e-256, h100x8, … (h100x8)")
+    parser.add_argument(
+        "--mfu", type=float, help="for --config: share of the peak to count on (0.4)"
+    )
     parser.add_argument("--policy", action="append", help="may repeat; default: full and windowed")
     parser.add_argument(
         "--length", type=int, help="tokens of the text; default: 4 x trained length"
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                        help="of the cache (float32)")  # fmt: skip
     parser.add_argument(
         "--override", dest="overrides", action="append", default=[], metavar="FIELD=VALUE",
         help="of the config, as in --override=mesh.fsdp=8; may repeat",
@@ -56,6 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if (args.model is None) == (args.config is None):
         raise InputError("give a MODEL to run or a --config to train, as in lminf plan --help")
+    of_model, of_config = ("policy", "length", "dtype"), ("devices", "mfu", "overrides")
+    for name in of_model if args.config else of_config:
+        if getattr(args, name) not in (None, []):
+            raise InputError(
+                f"--{name.removesuffix('s') if name == 'overrides' else name} means nothing to a "
+                f"plan of a {'--config' if args.config else 'MODEL'}; leave it out"
+            )
+    args.devices, args.dtype = args.devices or "h100x8", args.dtype or "float32"
+    args.mfu = 0.4 if args.mfu is None else args.mfu
     if not 0 < args.mfu <= 1:
         raise InputError(f"--mfu={args.mfu}: give a share of the peak, above 0 and up to 1")
     if args.config is not None:

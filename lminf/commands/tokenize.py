@@ -42,8 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.workers is not None and args.workers < 0:
         raise InputError(f"--workers={args.workers}: give 0 (this process alone) or more")
-    if not args.out or "" in args.sources:
-        raise InputError("an empty name is given for a source or for --out; name files or folders")
     folder = None if "://" in args.out else Path(args.out).expanduser()
     documents.check(args.sources, out=folder)
     tokenizer = named_tokenizer(args.tokenizer)

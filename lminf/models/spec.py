@@ -169,6 +169,8 @@ def llama(
     moe: MoESpec | None = None,
 ) -> ModelSpec:
     """A Llama shape for training from scratch, where the facts are ours to choose."""
+    if problem := Range(min=1, max=2**12).problem(num_layers, whole=True):
+        raise InputError(f"num_layers is {num_layers}; give {problem}")  # a window is of each
     head_dim = width // num_heads
     return ModelSpec(
         family="llama",

@@ -35,11 +35,12 @@ class Devices:
 
 def parse(text: str) -> Devices:
     """`v5e-256`, `h100x8`, `h200`; `v5p-128`, a slice's name, counts the cores of 64 chips."""
-    match = re.fullmatch(r"(\w+?)(?:([-x*])(\d+))?", text.lower())
-    if match is None or match[1] not in KINDS or match[3] == "0":
+    match = re.fullmatch(r"(\w+?)(?:([-x*])(\d{1,9}))?", text.lower())
+    if match is None or match[1] not in KINDS or not 0 < int(match[3] or 1) <= MOST_DEVICES:
         name = match[1] if match else text
         raise InputError(
-            f"--devices={text}: {closest(name, KINDS)}, and how many, as in v5e-256 or h100x8"
+            f"--devices={text}: {closest(name, KINDS)}, and how many (at most {MOST_DEVICES:,}), "
+            f"as in v5e-256 or h100x8"
         )
     count, per_chip = int(match[3] or 1), CORES_IN_NAMES.get(match[1], 1)
     if match[2] != "-":
@@ -55,6 +56,7 @@ def parse(text: str) -> Devices:
 # Cores of a chip, where slices are named after cores (cloud.google.com/tpu/docs/v5p, /v4).
 CORES_IN_NAMES = {"v4": 2, "v5p": 2}
 GB, GiB = 10**9, 2**30
+MOST_DEVICES = 2**20
 # By the names of command lines. Devices call themselves otherwise: NAMES.
 KINDS = {
     "v4": Kind(275e12, 32 * GiB),

@@ -68,6 +68,8 @@ def parse(experiment: str, arguments: Sequence[str]) -> Request | None:
             f"{rest[0]!r} is not a flag; an override is written --config.FIELD=VALUE, a variant "
             f"--config={experiment}:VARIANT"
         )
+    if values.out == "":
+        raise InputError("--out is empty; name a folder, or leave it out")
     config_flag: Any = values["config"]  # absl knows it only as some flag
     overrides = dict(config_flag.override_values) | dict.fromkeys(emptied)
     check_items(overrides, defaults)
@@ -108,6 +110,8 @@ def take(arguments: list[str], name: str) -> str | None:
         if value is not None:
             raise InputError(f"--{name} is given twice; give it once")
         value = text if equals else arguments[position + 1]
+        if not value:
+            raise InputError(f"--{name} is empty; give a value, or leave it out")
         del arguments[position : position + (1 if equals else 2)]
     return value
 
@@ -206,7 +210,7 @@ def check_overrides(arguments: Sequence[str], config: ConfigDict) -> None:
                 continue
             if _is_class(name):
                 raise InputError(f"config.{name} is what the section is; change it in the file")
-            if name in sections:
+            if name and name in sections:
                 inner = [field for field in fields if field.startswith(f"{name}.")]
                 raise InputError(f"config.{name} is a section; override {', '.join(inner)}")
             raise InputError(f"the config has no field {name!r}; {closest(name, fields)}")

@@ -24,7 +24,7 @@ RANGES = {
             "steps", "grad_accum_steps", "every", "last", "batches", "log_every", "batch",
             "replicates", "rounds",
             # shapes
-            "width", "num_layers", "num_heads", "num_kv_heads", "hidden_dim", "top_k", "vocab",
+            "width", "num_heads", "num_kv_heads", "hidden_dim", "top_k", "vocab",
             "vocabs", "vocab_size", "seq_len",
             # measuring
             "block", "capacities", "continuation", "draws", "key_value_lengths",
@@ -40,6 +40,7 @@ RANGES = {
         ),
         COUNT_OR_NONE,
     ),
+    "num_layers": Range(min=1, max=2**12),
     "tokens": Range(min=1, max=2**63 - 1),  # read in all
     "length": Range(min=2, max=MOST),  # a token and the one it predicts
     "depths": SHARE,

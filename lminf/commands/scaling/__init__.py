@@ -90,8 +90,8 @@ FLAGS: dict[str, dict[str, Any]] = {
 RANGES = {
     "seq-len": Range(min=1, max=1e8),
     "tensor-parallel": Range(min=1, max=1e6),
-    "loss": Range(above=0, max=100),
-    "flops-per-token": Range(above=0, max=1e20),
+    "loss": Range(min=1e-3, max=100),
+    "flops-per-token": Range(min=1, max=1e20),
     "flops-limit": Range(min=0, max=1e32),
     "anchor-flops": Range(above=0, max=1e32),
     "draws": Range(min=0, max=1e5),
@@ -187,8 +187,6 @@ def _check_output(args: argparse.Namespace) -> None:
     """Refuses before the work what would replace a file that this verb did not write."""
     if args.out is None:
         return
-    if not args.out:
-        raise InputError("--out is empty; name a file")
     outputs = [Path(args.out)]
     if (args.verb, args.subject) == ("collect", "vocab"):
         outputs.append(outputs[0].with_suffix(".fertility.json"))

@@ -17,7 +17,8 @@ KINDS = {"vocab": tables.vocab, "step": tables.step}
 
 def collect(args: argparse.Namespace) -> Result:
     """The table of finished sweeps, written to --out, and of a vocabulary study its fertility."""
-    rows = [row for name in args.runs.split(",") for row in rows_of(Path(name))]
+    names = [name for name in args.runs.split(",") if name]
+    rows = [row for name in names for row in rows_of(Path(name))]
     for condition in (args.where or "").split(","):
         field, equals, value = condition.partition("=")
         if equals:

@@ -10,7 +10,7 @@ import pytest
 import lminf
 from lminf import cli
 from lminf.checkpoints import fetch
-from lminf.commands import _model
+from lminf.commands import _model, generate
 from lminf.errors import InputError
 from lminf.run import environment, folder, header, request
 
@@ -201,7 +201,8 @@ def test_a_chat_is_given_every_option_of_the_command(monkeypatch, capsys):
         yield "said"
 
     monkeypatch.setattr(_model, "load", lambda args: SimpleNamespace(chat=chat))
-    words = ["--chat", "--stop=a", "hello", "--stop=b", "--seed=3", "--max-new-tokens=7"]
+    words = ["--chat", "--stop=a", "hello", "--stop=b", "--seed=3", "--max-new-tokens=7",
+             "--temperature=1"]  # fmt: skip
     cli.main(["generate", "m", *words])
     assert capsys.readouterr().out == "said\n"
     assert (given["stop"], given["seed"], given["max_new_tokens"]) == (["a", "b"], 3, 7)
@@ -209,6 +210,13 @@ def test_a_chat_is_given_every_option_of_the_command(monkeypatch, capsys):
     cli.main(["generate", "m", "--chat"])
     said = [message["content"] for message in given["messages"]]
     assert said == ["one", "said", "two"]
+
+
+def test_what_a_model_says_does_not_act_on_a_terminal(monkeypatch, capsys):
+    for terminal, expected in ((False, "a\x1b[2J\n\té"), (True, "a\\x1b[2J\n\té")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal, raising=False)
+        generate.show("a\x1b[2J\n\té")
+        assert capsys.readouterr().out == expected
 
 
 @pytest.mark.parametrize("command", [["nll", "m"], ["generate", "m", "text"]])
@@ -251,6 +259,18 @@ def test_the_type_of_numbers_is_chosen_on_the_command_line(command, monkeypatch)
             ["scaling", "predict", "step", "--n=1B", "--tokens=1e12", "--loss=1e-300"],
             "--loss=1e-30",
         ),
+        (
+            ["nll", "m", "--block=99999999999999999999"],
+            "--block=999999999999999",
+        ),
+        (
+            ["nll", "m", "--protocol=stream", "--prompt=3"],
+            "--prompt means nothing to --proto",
+        ),
+        (["nll", "m", "--seed=3"], "--seed means nothing to --protocol=document"),
+        (["generate", "m", "x", "--top-k=3"], "--top-k means nothing at temperature 0"),
+        (["generate", "m", "x", "--temperature=inf"], "--temperature=inf: give a finite number"),
+        (["generate", "m", "x", "--stop="], "--stop is empty"),
         (["generate", "m", "x", "--seed=-1"], "give a whole number below 2^32"),
         (["generate", "m", "x", "--seed=99999999999999999999"], "give a whole number below 2^32"),
     ],

@@ -1,13 +1,17 @@
 """lminf generate MODEL PROMPT: what a model says next, as it says it."""
 
 import argparse
+import re
 import sys
 
 from lminf.commands import _model
 from lminf.data import sources
-from lminf.errors import InputError
+from lminf.errors import InputError, printable
 from lminf.lm.generate import Sampling
 from lminf.lm.lm import LM
+from lminf.ranges import Range
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but for tabs and ends of lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,12 +22,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, help="draw among the k most likely tokens")
     parser.add_argument("--top-p", type=float, help="draw among the fewest that hold this much")
     parser.add_argument("--stop", action="append", default=[], help="text to end at; may repeat")
-    parser.add_argument("--seed", type=_model.seed, default=0)
+    parser.add_argument("--seed", type=_model.seed, help="of what is drawn (0)")
     parser.add_argument("--chat", action="store_true", help="use the model's chat template; "
                         "without a prompt, a conversation, a line a turn")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
+    for name in ("top_k", "top_p", "seed"):
+        if not args.temperature and getattr(args, name) is not None:
+            raise InputError(
+                f"--{name.replace('_', '-')} means nothing at temperature 0, where nothing is "
+                f"drawn; give a --temperature too"
+            )
+    if problem := Range(min=0, max=1e6).problem(args.temperature):
+        raise InputError(f"--temperature={args.temperature}: give {problem}")
+    if "" in args.stop:
+        raise InputError("--stop is empty, and every text ends so; give a text, or leave it out")
+    args.seed = args.seed or 0
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     if args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens={args.max_new_tokens}: give at least 1")
@@ -41,8 +56,15 @@ def run(args: argparse.Namespace) -> None:
         [prompt], max_new_tokens=args.max_new_tokens, sampling=sampling, stop=args.stop,
         seed=args.seed, special=args.special,
     ):  # fmt: skip
-        print(piece, end="", flush=True)
+        show(piece)
     print()
+
+
+def show(piece: str) -> None:
+    """Prints a piece of what a model says, of which nothing acts on a terminal."""
+    if sys.stdout.isatty():
+        piece = CONTROL.sub(lambda match: printable(match[0]), piece)
+    print(piece, end="", flush=True)
 
 
 def converse(lm: LM, args: argparse.Namespace, sampling: Sampling) -> None:
@@ -56,7 +78,7 @@ def converse(lm: LM, args: argparse.Namespace, sampling: Sampling) -> None:
             messages, max_new_tokens=args.max_new_tokens, sampling=sampling, stop=args.stop,
             seed=args.seed,
         ):  # fmt: skip
-            print(piece, end="", flush=True)
+            show(piece)
             said += piece
         print()
         messages.append({"role": "assistant", "content": said})

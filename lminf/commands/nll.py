@@ -18,6 +18,7 @@ from lminf.errors import InputError
 from lminf.evals import perplexity, stream
 from lminf.lm.lm import LM
 from lminf.lm.nll import bits_per_byte
+from lminf.ranges import Range
 from lminf.run import memory, tables
 from lminf.run.progress import Progress
 
@@ -39,15 +40,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block", type=int, default=2048, help="tokens averaged into one number")
     parser.add_argument("--protocol", choices=("document", "stream"), default="document",
                         help="each text by itself, or all as one shuffled stream")  # fmt: skip
-    parser.add_argument("--seed", type=_model.seed, default=0, help="of the stream's order")
+    parser.add_argument("--seed", type=_model.seed, help="of the stream's order (0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> None:
-    for name, least in {"length": 2, "block": 1}.items():
+    for name, least in {"length": 2, "block": 1, "prompt": 1}.items():
         value = getattr(args, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name}={value}: give at least {least} tokens")
+        stated = Range(min=least, max=2**31 - 1)
+        if value is not None and (problem := stated.problem(value, whole=True)):
+            raise InputError(f"--{name}={value}: give {problem}")
+    unread = "prompt" if args.protocol == "stream" else "seed"
+    if getattr(args, unread) is not None:
+        raise InputError(
+            f"--{unread} means nothing to --protocol={args.protocol}; leave it out, or give the "
+            f"other protocol"
+        )
     if "" in (args.text or ()):
         raise InputError("--text is empty; name a file, or leave --text out")
     texts = [sources.text_of(path, field=args.field) for path in args.text or [None]]
@@ -114,7 +122,7 @@ def along_stream(
     """Blocks along one stream of all texts, bits per byte of the whole, tokens read."""
     skip = int(lm.tokenizer.add_bos)  # the stream has one BOS, at its start
     documents = [ids[skip:] for ids, _ in encoded]
-    places, nll = stream.token_nll(lm, documents, chunk=STREAM_CHUNK, seed=args.seed)
+    places, nll = stream.token_nll(lm, documents, chunk=STREAM_CHUNK, seed=args.seed or 0)
     total = sum(len(ids) for ids in documents)
     # One token in a chunk is not scored: its bytes are its share of the whole.
     text_bytes = sum(int(ends[-1]) for _, ends in encoded) * len(nll) / total

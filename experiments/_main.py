@@ -141,7 +141,7 @@ def measure(
 
     def nothing_new() -> bool:
         """The run was finished by an earlier call, whose report stays."""
-        return bool(before) and out.rows() == before and complete(out)
+        return out.rows() == before and complete(out)
 
     try:
         for row in measured(run, asked, out, before):

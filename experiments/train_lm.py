@@ -77,6 +77,8 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
         if ended and done >= c.steps:
             return
         check_rows(c, out, store, done)
+        if done:
+            say(f"going on from step {done}")
         if done and before != c.steps and (moved := _training.rates_moved(c, before, done)):
             say(moved)
         if leads():
@@ -228,9 +230,11 @@ def begin(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         program.shapes, program.shardings,
     )  # fmt: skip
-    found = store.restore(abstract, report=say)
+    remarks: list[str] = []
+    found = store.restore(abstract, report=remarks.append)
+    for remark in remarks:  # where none can be read, one sentence says so
+        say(remark)
     if found is not None:
-        say(f"going on from step {found[0]}")
         return found[1]
     if start.params is not None:
         return program.start(start.params)

@@ -24,8 +24,11 @@ class PhaseTimer:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.clock, self.started = clock, clock()
-        before = earlier or {}
-        self.spent: dict[str, float] = {p: float(before.get(_PREFIX + p, 0.0)) for p in PARTS}
+        self.spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        for part in PARTS:
+            before = (earlier or {}).get(_PREFIX + part)
+            if isinstance(before, int | float):  # what else a file holds is no time
+                self.spent[part] = float(before)
         self.depth = 0
 
     @contextlib.contextmanager

@@ -3,7 +3,9 @@ from lminf.run.clock import PhaseTimer
 
 def test_time_is_split_and_goes_on_after_a_restart():
     now = [0.0]
-    split = PhaseTimer({"seconds_train": 10.0, "seconds_save": 1.0}, clock=lambda: now[0])
+    split = PhaseTimer(
+        {"seconds_train": 10, "seconds_save": 1.0, "seconds_eval": "x"}, clock=lambda: now[0]
+    )
     now[0] = 2.0
     with split.part("eval"):
         now[0] = 5.0

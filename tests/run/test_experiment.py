@@ -300,6 +300,14 @@ def test_a_run_that_measures_nothing_draws_nothing(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_refusal_leaves_the_report_of_a_finished_run(tmp_path):
+    resume("--config.stop_after=0", error="KeyboardInterrupt")
+    report = tmp_path / "out" / "report.md"
+    report.write_text("whole")
+    resume("--config.stop_after=0", error="InputError('no')")
+    assert report.read_text() == "whole"
+
+
 def test_a_resume_that_fails_keeps_the_run_and_what_is_beside_it(tmp_path):
     """No row and no line of metrics yet, but checkpoints and notes."""
     resume("--config.stop_after=0", error="KeyboardInterrupt")

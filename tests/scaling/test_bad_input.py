@@ -158,6 +158,13 @@ def test_the_command_line_ends_with_one_sentence(capsys, words, message):
     assert error.count("\n") == 1
 
 
+def test_a_place_that_cannot_be_written_is_found_before_the_fit(monkeypatch, capsys):
+    monkeypatch.setattr(scaling, "fit", lambda *_, **__: pytest.fail("it was fitted"))
+    with pytest.raises(SystemExit):
+        cli.main(["scaling", "fit", "step", "--data", "absent.csv", "--out", "/proc/x/law.json"])
+    assert capsys.readouterr().err.startswith("error: cannot write /proc/x/law.json")
+
+
 def test_a_law_survives_its_file(tmp_path):
     for law in (published.STEP, *published.VOCAB_LAWS.values()):
         path = tmp_path / "law.json"

@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 
 from lminf import scaling
-from lminf.atomic import read_bytes
+from lminf.atomic import check_space, read_bytes
 from lminf.commands.scaling import collect, fit, plan, predict_step, predict_vocab, price
 from lminf.commands.scaling._arguments import Result, number, whole
 from lminf.errors import InputError
@@ -198,6 +198,7 @@ def _check_output(args: argparse.Namespace) -> None:
                 f"{path} exists, and nothing says that `lminf scaling {args.verb}` wrote it; name "
                 f"another file with --out"
             )
+        check_space(path, 0)
 
 
 def _meaning(flag: str, subject: str | None) -> str:

@@ -19,6 +19,7 @@ from lminf.attention.parsing import parse_policy
 from lminf.attention.policies.prompt_compression import SnapKV, ThinK
 from lminf.attention.policy import AnyPolicy
 from lminf.data import sources
+from lminf.errors import InputError
 from lminf.evals import passkey, score
 from lminf.experiments import _models
 from lminf.experiments._main import main
@@ -93,7 +94,13 @@ def choices(c: ConfigDict) -> Iterator[tuple[str, AnyPolicy]]:
     """(family, policy) of every cell: a text with places for a capacity is one for each."""
     for text in c.policies:
         for capacity in c.capacities if "{" in text else c.capacities[:1]:
-            filled = text.format(c=capacity, w=capacity - 4, h=capacity // 4)
+            try:
+                filled = text.format(c=capacity, w=capacity - 4, h=capacity // 4)
+            except (KeyError, IndexError, ValueError, AttributeError) as error:
+                raise InputError(
+                    f"{text!r} cannot be filled in ({type(error).__name__}: {error}); its places "
+                    f"are {{c}}, {{w}} and {{h}}"
+                ) from error
             policy = parse_policy(filled)
             family = text.partition(":")[0]
             if isinstance(policy, ThinK):  # each ratio and combination is a curve

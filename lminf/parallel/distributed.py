@@ -40,7 +40,13 @@ class Distributed:
         if self.count == 1:
             return
         if self.count == 0:
-            jax.distributed.initialize()
+            try:
+                jax.distributed.initialize()
+            except (ValueError, RuntimeError) as error:
+                raise InputError(
+                    f"processes.count=0 asks the cluster who takes part, and none is recognised "
+                    f"here ({error}); give the count, index and coordinator"
+                ) from error
             return
         if os.environ.get("JAX_PLATFORMS") == "cpu":
             jax.config.update("jax_cpu_collectives_implementation", "gloo")

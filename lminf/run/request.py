@@ -45,6 +45,7 @@ def parse(experiment: str, arguments: Sequence[str]) -> Request | None:
     arguments = list(arguments)
     path, variant = find_config(experiment, take(arguments, "config"))
     config = load_config(path, variant)
+    check_names(experiment, path, config)
     refuse_repeats(arguments, config)
     if {"--help", "-h", "-help"} & set(arguments):
         show_help(experiment, path, config)
@@ -151,24 +152,46 @@ def _same_experiment(experiment: str, path: Path) -> None:
         )
 
 
+def check_names(experiment: str, path: Path, config: ConfigDict) -> None:
+    """Refuses a config file of somebody's own whose fields are not those that the experiment reads:
+    nothing would read one, or a long run would end where another is missing.
+    """
+    ours = header.CONFIGS / f"{experiment}.py"
+    if not ours.is_file() or path.resolve() == ours.resolve():
+        return
+    names, read = dict(leaves(config)), dict(leaves(load_config(ours, "")))
+    for name in names:
+        if name not in read and not _is_class(name):
+            raise InputError(f"{path}: {experiment} reads no config.{name}; {closest(name, read)}")
+    for name in read:
+        if name not in names and not _is_class(name):
+            raise InputError(f"{path}: config.{name} is missing, which {experiment} reads")
+
+
 def load_config(path: Path, variant: str) -> ConfigDict:
     """What the file's get_config returns for the variant."""
     module = load_module(path)
-    try:
+    with defects_of(path, f"get_config({variant!r})"):
         config = module.get_config(variant)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"get_config({variant!r}) of {path} fails with {type(error).__name__}: {error}; "
-            f"--debug shows where"
-        ) from error
     if not isinstance(config, ConfigDict):
         raise InputError(
             f"get_config of {path} returns {type(config).__name__}; it should return a ConfigDict"
         )
     accept_values_for_none(config)
     return config
+
+
+@contextlib.contextmanager
+def defects_of(path: Path, call: str) -> Iterator[None]:
+    """One sentence where a function of a config file fails, which is a user's code."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{call} of {path} fails with {type(error).__name__}: {error}; --debug shows where"
+        ) from error
 
 
 def load_module(path: Path) -> types.ModuleType:
@@ -179,7 +202,7 @@ def load_module(path: Path) -> types.ModuleType:
     module: types.ModuleType = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = "" if isinstance(error, SyntaxError) else f"{type(error).__name__}: "
         raise InputError(f"cannot read the config file {path}: {what}{error}") from error
     if not hasattr(module, "get_config"):

@@ -130,7 +130,14 @@ def cells_of(asked: Request) -> tuple[Cell, ...]:
             f"{asked.config_path} has no get_sweep(config, variant), so there is nothing to sweep"
         )
     cells: dict[str, Cell] = {}
-    for overrides in module.get_sweep(asked.config, asked.variant):
+    with request.defects_of(asked.config_path, f"get_sweep(config, {asked.variant!r})"):
+        listed = list(module.get_sweep(asked.config, asked.variant))
+    for overrides in listed:
+        if not isinstance(overrides, Mapping):
+            raise InputError(
+                f"get_sweep of {asked.config_path} gives {overrides!r:.60} as a cell; give "
+                f"dictionaries from a field's name to its value"
+            )
         config = overridden(asked.config, overrides, experiment=asked.experiment)
         resolved = json.dumps([asked.experiment, request.to_dict(config)], sort_keys=True)
         key = hashlib.sha256(resolved.encode()).hexdigest()[:12]

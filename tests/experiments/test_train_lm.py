@@ -17,6 +17,7 @@ from lminf import checkpoints, cli
 from lminf.checkpoints import native
 from lminf.errors import InputError
 from lminf.experiments import _training, train_lm
+from lminf.parallel.distributed import Distributed
 from lminf.run import folder, request
 from tests.checkpoints import making
 
@@ -376,6 +377,15 @@ def test_settings_that_nothing_would_read_are_refused(words, message):
     asked = request.parse("train_lm", ["--config=train_lm:tiny", *given])
     with pytest.raises(InputError, match=message):
         train_lm.check(asked.config, asked.overrides)
+
+
+def test_a_cluster_that_is_not_there_is_one_sentence(monkeypatch):
+    def initialize():
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(InputError, match=r"none is recognised here \(coordinator_address should"):
+        Distributed(count=0).join()
 
 
 # --- Whose folder of checkpoints it is ------------------------------------------------------------

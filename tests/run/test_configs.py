@@ -6,7 +6,7 @@ import importlib
 import pytest
 
 from lminf.errors import InputError
-from lminf.run import header, request
+from lminf.run import header, request, sweep
 from tests.run import resolved
 
 NAMES = [found.name for found in header.experiments()]
@@ -77,3 +77,42 @@ def test_none_empties_a_field_that_may_be_empty(tmp_path):
     assert given("--config.remat=none").config.remat == "none"
     with pytest.raises(InputError, match=r"steps=none: it is 2 and cannot be none"):
         given("--config.steps=none")
+
+
+OWN = """from lminf.configs import passkey, step_sweep
+def get_config(arg=""):
+    c = passkey.get_config("tiny")
+    {}
+    return c
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("c.length = 5", "passkey reads no config.length; did you mean 'lengths'"),
+        ("del c.depths", "config.depths is missing, which passkey reads"),
+        ("raise SystemExit(3)", r"get_config\(''\) of .* fails with SystemExit: 3"),
+        ("c.lengths = ()", r"config\.lengths=\(\): give at least one"),
+    ],
+)
+def test_a_config_file_of_ones_own_has_the_fields_of_its_experiment(line, message, tmp_path):
+    (tmp_path / "own.py").write_text(OWN.format(line))
+    with pytest.raises(InputError, match=message):
+        request.parse("passkey", [f"--config={tmp_path}/own.py"])
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ("5", r"get_sweep\(config, ''\) of .* fails with TypeError"),
+        ("1 / 0", "fails with ZeroDivisionError: division by zero"),
+        ("(5,)", "gives 5 as a cell; give dictionaries"),
+    ],
+)
+def test_a_sweep_of_ones_own_that_fails_is_one_sentence(cells, message, tmp_path):
+    own = "def get_sweep(c, arg=''):\n    return {}\n"
+    (tmp_path / "own.py").write_text(OWN.format("pass") + own.format(cells))
+    asked = request.parse("passkey", [f"--config={tmp_path}/own.py"])
+    with pytest.raises(InputError, match=message):
+        sweep.cells_of(asked)

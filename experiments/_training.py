@@ -70,7 +70,8 @@ def check(c: ConfigDict, given: Collection[str] = ()) -> None:
         raise InputError(
             f"--config.export={c.export} is also the folder of the checkpoints; name another one"
         )
-    if c.profile and not (len(c.profile) == 2 and 1 <= c.profile[0] <= c.profile[1] <= c.steps):
+    steps = [step for step in c.profile if isinstance(step, int) and 1 <= step <= c.steps]
+    if c.profile and not (len(c.profile) == len(steps) == 2 and steps[0] <= steps[1]):
         raise InputError(
             f"--config.profile={c.profile}: give the first and the last step to trace, of the "
             f"{c.steps} from 1 on, as in (5,9)"

@@ -1,9 +1,10 @@
 """Times training steps of one shape, and a torch process doing the same in turn."""
 
 import json
+import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import jax
@@ -26,6 +27,12 @@ from lminf.train.optim import AdamW
 from lminf.train.step import TrainStep
 
 PEER = Path(__file__).resolve().parent.parent / "benchmarks" / "peer_torch_training.py"
+
+
+def check(c: ConfigDict, given: Collection[str] = ()) -> None:
+    """Refuses a peer that cannot be started."""
+    if c.peer and shutil.which(c.peer) is None:
+        raise InputError(f"--config.peer={c.peer} is no program; give a Python with torch")
 
 
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
@@ -126,9 +133,14 @@ def peer(c: ConfigDict) -> Row:
     done = subprocess.run(
         [c.peer, str(PEER), json.dumps(model)], capture_output=True, text=True, check=False
     )
-    if done.returncode:
-        raise InputError(f"{c.peer} cannot run the peer: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout)
+    try:
+        if done.returncode:
+            raise ValueError(done.stderr.strip().rpartition("\n")[2] or f"rc {done.returncode}")
+        return json.loads(done.stdout)
+    except ValueError as error:
+        raise InputError(
+            f"{c.peer} cannot run {PEER.name} ({error}); give a Python with torch"
+        ) from error
 
 
 def table(rows: list[Row]) -> list[Row]:
@@ -163,4 +175,4 @@ def plot(rows: list[Row]) -> Figure:
 
 
 if __name__ == "__main__":
-    main(run, plot, table=table)
+    main(run, plot, table=table, check=check)

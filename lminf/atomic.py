@@ -111,4 +111,8 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def _existing(path: Path) -> Path:
-    return path if path.exists() else _existing(path.parent)
+    if path.exists():
+        return path
+    if path.is_symlink():
+        raise OSError(errno.ENOTDIR, f"{path} is a link to nothing")
+    return _existing(path.parent)

@@ -53,7 +53,7 @@ def find(patterns: Sequence[str], *, out: Path | None = None) -> list[Source]:
     itself, it is refused.
     """
     sources: dict[Path, Source] = {}
-    written = None if out is None else out.resolve()
+    written = None if out is None else Path(os.path.realpath(out))  # of a loop of links too
     for pattern in patterns:
         for path in _matching(pattern):
             key = path.resolve()

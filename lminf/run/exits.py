@@ -1,6 +1,7 @@
 """How a command ends when it cannot go on: one line for the user, and an exit status."""
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -9,11 +10,14 @@ import threading
 import warnings
 from collections.abc import Iterator
 
+from lminf.atomic import FULL
 from lminf.errors import InputError, printable
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 TERMINATED = 143  # and for one ended by SIGTERM
+# Of a name that the user gave: too long, a loop of links, a place without rights.
+UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS)
 BROKEN_PIPE = 141  # and for one whose reader went away, as in `lminf list | head -1`
 
 
@@ -78,10 +82,16 @@ def orderly(*, debug: bool) -> Iterator[None]:
         # Names and values of files stand in messages as they are.
         print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(BAD_INPUT)
-    except KeyboardInterrupt as stop:
-        print("interrupted", file=sys.stderr)
-        sys.exit(TERMINATED if isinstance(stop, Terminated) else INTERRUPTED)
     except BrokenPipeError:
         # The interpreter flushes stdout once more at exit, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)
+    except OSError as error:
+        if debug or error.errno not in (*FULL, *UNUSABLE) or not error.filename:
+            raise
+        said = f"{str(error.filename)[:200]}: {error.strerror}; check the name, or give another one"
+        print(f"error: {printable(said)}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt as stop:
+        print("interrupted", file=sys.stderr)
+        sys.exit(TERMINATED if isinstance(stop, Terminated) else INTERRUPTED)

@@ -52,7 +52,7 @@ RANGES = {
     "rope_base": Range(min=1),
     "rates": AMOUNT,
     "budgets": AMOUNT,
-    "n_nv": AMOUNT,
+    "n_nv": Range(min=1e4, max=1e14),  # as tables of runs have it
     "profile": Range(),  # exponents; of train_lm, steps
 }  # fmt: skip
 # Tuples hold something, but for these of an experiment.

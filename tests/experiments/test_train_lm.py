@@ -333,6 +333,7 @@ def test_a_plan_of_a_run_agrees_with_zeros_formula(capsys):
         ("export=README.md", "README.md exists and is not an empty folder"),
         ("model.num_heads=3", "num_heads=3 is no multiple of num_kv_heads=2"),
         ("profile=(5,)", "give the first and the last step to trace"),
+        ("profile=('a','b')", "give the first and the last step to trace"),
         ("profile=(-1,1)", "give the first and the last step to trace"),
         ("data.path=,", "no store or file is named"),
         ("attention=snapkv:capacity=8,window=2", "acts at the end of a prompt, and training has"),

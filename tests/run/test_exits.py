@@ -6,6 +6,7 @@ import warnings
 import pytest
 from rich.console import Console
 
+from lminf import cli
 from lminf.errors import InputError, printable
 from lminf.run import exits, tables
 
@@ -54,3 +55,29 @@ def test_remarks_of_libraries_follow_a_command_and_are_not_beside_its_failure(ca
     with pytest.raises(SystemExit), exits.orderly(debug=False):
         remark(error=InputError("no"))
     assert capsys.readouterr().err == "error: no\n"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "loop"])
+def test_a_name_that_no_file_can_have_is_one_sentence(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "t.txt").write_text("text")
+    for words in (
+        ["nll", name],
+        ["tokenize", "t.txt", "--tokenizer=bytes", f"--out={name}"],
+        ["tokenize", name, "--tokenizer=bytes", "--out=s"],
+        ["data", name, "--tokenizer=bytes"],
+        ["convert", "no-such", name],
+        ["show", name],
+        ["scaling", "fit", "step", "--data", name],
+        ["scaling", "collect", "step", "--runs", name, "--out", "o.csv"],
+        ["scaling", "plan", "step", "--flops=1e13", "--out", f"{name}/plan.py"],
+        ["sweep", "step", "--config=step_sweep:tiny", f"--out={name}"],
+    ):
+        with pytest.raises(SystemExit) as ending:
+            cli.main(words)
+        printed = capsys.readouterr().err
+        assert ending.value.code == 2, words
+        assert printed.startswith("error: "), words
+        assert printed.count("\n") == 1, words
+    assert {path.name for path in tmp_path.iterdir()} == {"loop", "t.txt"}

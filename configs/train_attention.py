@@ -23,9 +23,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.held_out = 0.05  # share of the text, its end
     c.model = shape(width=128, layers=4, heads=4, kv_heads=2, hidden=384)
     c.length, c.batch = 1024, 4  # bytes of a row, and rows of a step
-    c.steps, c.evaluate_every = 400, 100
+    c.steps, c.evaluate_every = 240, 60
     c.optimizer = "adamw:b2=0.95,weight_decay=0.1"
-    c.schedule = "cosine:peak=3e-3,floor=3e-4,warmup=40"
+    c.schedule = "cosine:peak=3e-3,floor=3e-4,warmup=24"
     if arg == "tiny":
         c.policies = ("full", "window:window=32", "moba:block=8,topk=4")
         c.model = shape(width=32, layers=2, heads=4, kv_heads=2, hidden=64)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lminf.evals import score
 from lminf.run import folder, header, tables
 
 FOLDER = Path(__file__).resolve().parent
@@ -184,7 +185,7 @@ def passkeys_by_depth() -> str:
                 continue
             cells = [
                 rows.link(
-                    lambda row: f"{row['correct']}/{row['prompts']}",
+                    score.count_text,
                     task="passkey", policy=policy, length=length, depth=depth,
                 )
                 for depth in depths
@@ -220,7 +221,7 @@ def passkeys_by_length() -> str:
 
     def correct(policy: str, length: int, depth: float) -> str:
         return rows.link(
-            lambda row: f"{row['correct']}/{row['prompts']}",
+            score.count_text,
             policy=policy, length=length, depth=depth,
         )  # fmt: skip
 

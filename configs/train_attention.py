@@ -17,15 +17,15 @@ from lminf.configs.train_lm import shape
 
 def get_config(arg: str = "") -> ConfigDict:
     c = base.get_config(arg)
-    # A query attends to 1,024, 512, 512 and 128 tokens.
-    c.policies = ("full", "window:window=512", "moba:block=128,topk=4", "window:window=128")
+    # Beside all tokens: at most 512, the last ones or those of the query's block and three others.
+    c.policies = ("full", "window:window=512", "moba:block=128,topk=4")
     c.text = ""  # a file of text; empty: the interpreter's reference documentation
     c.held_out = 0.05  # share of the text, its end
     c.model = shape(width=128, layers=4, heads=4, kv_heads=2, hidden=384)
     c.length, c.batch = 1024, 4  # bytes of a row, and rows of a step
-    c.steps, c.evaluate_every = 240, 60
+    c.steps, c.evaluate_every = 200, 50
     c.optimizer = "adamw:b2=0.95,weight_decay=0.1"
-    c.schedule = "cosine:peak=3e-3,floor=3e-4,warmup=24"
+    c.schedule = "cosine:peak=3e-3,floor=3e-4,warmup=20"
     if arg == "tiny":
         c.policies = ("full", "window:window=32", "moba:block=8,topk=4")
         c.model = shape(width=32, layers=2, heads=4, kv_heads=2, hidden=64)

@@ -48,7 +48,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
         for position in c.positions
         if policy.bounded or position <= c.unbounded_to
     ]
-    held = [cell.bytes for cell in cells]
+    sizes = [cell.bytes for cell in cells]
     with Progress(c.steps + 1, label="decoding", unit="tokens of each") as progress:
         rounds = []  # [steps + 1] of [cells] seconds
         for done in range(c.steps + 1):
@@ -56,7 +56,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
             progress.update(done + 1)
     reading = read_times(cells, c.chunk) if c.chunk else [None] * len(cells)
     quartiles = np.percentile(rounds[1:], [25, 50, 75], axis=0).T  # the first of each compiles
-    for cell, kept, read, (low, median, high) in zip(cells, held, reading, quartiles, strict=True):
+    for cell, size, read, (low, median, high) in zip(cells, sizes, reading, quartiles, strict=True):
         yield {
             "model": c.model,
             "trained_length": lm.spec.trained_length,
@@ -67,7 +67,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
             "high": 1e3 * high,
             "tokens_per_s": 1 / median,
             **({"read_ms_per_token": 1e3 * read / c.chunk} if c.chunk else {}),
-            "cache_bytes": kept,
+            "cache_bytes": size,
             "planned_bytes": cost.cache_bytes(
                 lm.spec, cell.lm.decoder.policies, tokens=cell.capacity, dtype=lm.dtype
             ),

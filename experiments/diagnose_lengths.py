@@ -72,9 +72,9 @@ def _watched(module, layers: bytes, params, tokens):
         {"params": params}, tokens, positions=positions, mutable=["intermediates"]
     )
     sown = state["intermediates"]["layers"]
-    found = {"hidden": sown["hidden"][0]}
-    found |= {name: sown["attention"][name][0] for name in ("q", "k")}
-    return jax.tree.map(lambda x: x[np.frombuffer(layers, np.int64)], found)
+    activations = {"hidden": sown["hidden"][0]}
+    activations |= {name: sown["attention"][name][0] for name in ("q", "k")}
+    return jax.tree.map(lambda x: x[np.frombuffer(layers, np.int64)], activations)
 
 
 @partial(jax.jit, static_argnums=(0, 4))
@@ -90,13 +90,13 @@ def by_distance(logits: np.ndarray, q_pos: np.ndarray) -> Iterator[Row]:
     for low, high in itertools.pairwise(edges):
         inside = (distance >= low) & (distance < high)
         if inside.any():
-            some = logits[:, inside]
+            group = logits[:, inside]
             for statistic in ("mean", "min", "max"):
                 yield {
                     "factor": LOGITS,
                     "distance": int(min(high - 1, distance.max())),
                     "statistic": statistic,
-                    "value": float(getattr(some, statistic)()),
+                    "value": float(getattr(group, statistic)()),
                 }
 
 
@@ -127,15 +127,15 @@ def features(hidden: np.ndarray, seed: int) -> Iterator[Row]:
     _, _, axes = np.linalg.svd(points, full_matrices=False)
     mean_later = hidden[rest].mean(0)
     for position, place in zip(chosen, points @ axes[:2].T, strict=True):
-        own = hidden[position]
+        vector = hidden[position]
         yield {
             "factor": FEATURES,
             "position": int(position),
             "x": float(place[0]),
             "y": float(place[1]),
-            "norm": float(np.linalg.norm(own)),
+            "norm": float(np.linalg.norm(vector)),
             "cosine_to_later": float(
-                own @ mean_later / np.linalg.norm(own) / np.linalg.norm(mean_later)
+                vector @ mean_later / np.linalg.norm(vector) / np.linalg.norm(mean_later)
             ),
         }
 
@@ -182,10 +182,10 @@ def table(rows: list[Row]) -> list[Row]:
     """For each layer: logits near and far, entropy at the trained length and the end, norms."""
     lines = []
     for layer in sorted({row["layer"] for row in rows}):
-        own = [row for row in rows if row["layer"] == layer]
-        trained = own[0]["trained_length"]
-        highs = [r for r in own if r["factor"] == LOGITS and r["statistic"] == "max"]
-        norms = [r for r in own if r["factor"] == FEATURES]
+        of_layer = [row for row in rows if row["layer"] == layer]
+        trained = of_layer[0]["trained_length"]
+        highs = [r for r in of_layer if r["factor"] == LOGITS and r["statistic"] == "max"]
+        norms = [r for r in of_layer if r["factor"] == FEATURES]
         line = {
             "layer": layer,
             "largest logit, trained distances": max(
@@ -197,8 +197,8 @@ def table(rows: list[Row]) -> list[Row]:
             "norm of token 0": norms[0]["norm"],
             "median norm of later tokens": float(np.median([r["norm"] for r in norms[FIRST:]])),
         }
-        for policy in dict.fromkeys(r["policy"] for r in own if r["factor"] == ENTROPY):
-            last = [r for r in own if r["factor"] == ENTROPY and r["policy"] == policy][-1]
+        for policy in dict.fromkeys(r["policy"] for r in of_layer if r["factor"] == ENTROPY):
+            last = [r for r in of_layer if r["factor"] == ENTROPY and r["policy"] == policy][-1]
             line[f"entropy at {last['position']}, {policy}"] = last["value"]
         lines.append(line)
     return lines

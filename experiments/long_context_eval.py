@@ -56,10 +56,10 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     if c.nll_length:
         yield from losses(c, lm, models, done)
     for model in models if c.lengths else ():
-        after = max(c.lengths)
-        if ("speed", model.policy.name, after, None) not in done:
+        position = max(c.lengths)
+        if ("speed", model.policy.name, position, None) not in done:
             yield {"model": c.model, "trained_length": lm.spec.trained_length,
-                   **speed(model, after)}  # fmt: skip
+                   **speed(model, position)}  # fmt: skip
 
 
 def cell_of(row: Row) -> tuple[Any, ...]:
@@ -120,17 +120,17 @@ def losses(
             )
 
 
-def speed(lm: LM, after: int) -> Row:
+def speed(lm: LM, position: int) -> Row:
     """Time of reading a chunk, and of a token that is written, after so many tokens."""
     chunk = chunk_within(common_eviction(lm.decoder.policies), CHUNK)
-    stream = Stream(lm, after, room=chunk + STEPS)
+    stream = Stream(lm, position, room=chunk + STEPS)
     cache_bytes = stream.bytes
     steps = [stream.step() for _ in range(STEPS)][1:]  # the first compiles
     read = [stream.read(chunk) for _ in range(3)][1:]
     return {
         "task": "speed",
         "policy": lm.policy.name,
-        "length": after,
+        "length": position,
         "depth": None,
         "read_tokens_per_second": chunk / min(read),
         "ms_per_token": 1e3 * statistics.median(steps),
@@ -197,13 +197,13 @@ def table(rows: list[Row]) -> list[Row]:
     lines = []
     for policy in dict.fromkeys(row["policy"] for row in rows if row["policy"] != REREAD):
         of_policy = [row for row in rows if row["policy"] == policy]
-        asked = [row for row in of_policy if row["task"] in TASKS]
+        retrieval = [row for row in of_policy if row["task"] in TASKS]
         line = {"policy": policy}
         if groups:
-            line["attended"] = (asked[0]["attended"] or "all") if asked else None
+            line["attended"] = (retrieval[0]["attended"] or "all") if retrieval else None
         for task, length in groups:
             for inside in (True, False):
-                cells = [row for row in asked if row["key_in_window"] == inside
+                cells = [row for row in retrieval if row["key_in_window"] == inside
                          and (row["task"], row["length"]) == (task, length)]  # fmt: skip
                 line[f"{task} {length:,} {'in window' if inside else 'outside'}"] = share(cells)
         excess = [row["excess"] for row in beyond if row["policy"] == policy]

@@ -69,12 +69,12 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     alone = jax.process_count() == 1
     listening = stopping.listening() if alone else contextlib.nullcontext()
     needed = 0 if ended else _training.state_bytes(program)
-    with owned(store, c, needed=needed) as before, store, listening:
+    with owned(store, c, needed=needed) as planned, store, listening:
         state = begin(program, start, store, say, seed=c.seed)
         done = int(state.step)
         if ended and done >= c.steps:
             return
-        if done and before != c.steps and (moved := _training.rates_moved(c, before, done)):
+        if done and planned != c.steps and (moved := _training.rates_moved(c, planned, done)):
             say(moved)
         if leads():
             out.keep_until(done)
@@ -102,19 +102,19 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
                     save(store, watch, done, state)
                 elif done == until:  # whoever asks to stop now still gets the loss that is due
                     with watch.split.part("eval"):
-                        found = meter(state)
-                    watch.show(done, {f"held_out_{name}": x for name, x in found.means.items()})
+                        evaluated = meter(state)
+                    watch.show(done, {f"held_out_{name}": x for name, x in evaluated.means.items()})
                     yield {"part": "loss", "step": done, "tokens": done * watch.tokens_per_step,
-                           "train_loss": watch.smoothed, **found.means,
+                           "train_loss": watch.smoothed, **evaluated.means,
                            **watch.split.seconds()}  # fmt: skip
-                    save(store, watch, done, state, loss=found.means["loss"])
+                    save(store, watch, done, state, loss=evaluated.means["loss"])
                 if done < until or asked_to_stop(stopping, done):
                     store.wait()
                     say(f"saved step {done}; the same command goes on from there")
                     raise stopping.ending()
         with watch.split.part("eval"):
-            found = meter(state)
-        for first, last, nll in found.by_position:
+            evaluated = meter(state)
+        for first, last, nll in evaluated.by_position:
             yield {"part": "position", "step": done, "start": first, "stop": last, "loss": nll}
         if not (c.evaluate.sample or c.export):
             return
@@ -136,7 +136,7 @@ def finished(c: ConfigDict, out: RunFolder) -> bool:
     rows tells the others.
     """
     at_end = [row["part"] for row in out.rows() if row["step"] == c.steps] if leads() else []
-    found = (
+    done = (
         at_end.count("position") == min(EIGHTHS, c.data.length)
         and (not c.evaluate.sample or "sample" in at_end)
         and (not c.export or Path(c.export).exists())
@@ -144,8 +144,8 @@ def finished(c: ConfigDict, out: RunFolder) -> bool:
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        found = bool(multihost_utils.broadcast_one_to_all(np.asarray(found)))
-    return found
+        done = bool(multihost_utils.broadcast_one_to_all(np.asarray(done)))
+    return done
 
 
 def as_checkpoint(lm: LM) -> checkpoints.Checkpoint:
@@ -177,14 +177,14 @@ def owned(store: native.Store, c: ConfigDict, *, needed: int) -> Iterator[int]:
             f"--config.steps={c.steps}: {store.folder} holds {latest} steps of this run; give as "
             f"many or more, or begin again in another folder with --out"
         )
-    before, now = store.settings(), json.loads(json.dumps(request.to_dict(c)))
+    earlier, now = store.settings(), json.loads(json.dumps(request.to_dict(c)))
     may_change = (*_training.MAY_CHANGE, "checkpoint")
-    if before is not None and (changed := difference(before, now, may_change=may_change)):
+    if earlier is not None and (changed := difference(earlier, now, may_change=may_change)):
         raise InputError(
             f"{store.folder} holds checkpoints of a run with {changed}; give it the same settings "
             f"to go on with it, or name another folder with --config.checkpoint.folder"
         )
-    steps = c.steps if before is None else before.get("steps", c.steps)
+    steps = c.steps if earlier is None else earlier.get("steps", c.steps)
     path = Path(store.folder)
     if not leads() or "://" in str(store.folder):  # a lock is no use in an object store
         if leads():
@@ -213,10 +213,10 @@ def begin(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         program.shapes, program.shardings,
     )  # fmt: skip
-    found = store.restore(abstract, report=say)
-    if found is not None:
-        say(f"going on from step {found[0]}")
-        return found[1]
+    restored = store.restore(abstract, report=say)
+    if restored is not None:
+        say(f"going on from step {restored[0]}")
+        return restored[1]
     if start.params is not None:
         return program.start(start.params)
     return program.init(key=jax.random.key(seed))
@@ -319,8 +319,8 @@ class Watch:
         try:
             refuse(done, metrics)
         except InputError as error:
-            held = self.data.train.documents(done - 1)
-            named = ", ".join(map(str, held[:8])) + (", …" if len(held) > 8 else "")
+            documents = self.data.train.documents(done - 1)
+            named = ", ".join(map(str, documents[:8])) + (", …" if len(documents) > 8 else "")
             raise InputError(
                 f"{error}. Its rows hold text of the documents {named} (counted from 0); "
                 f"--config.not_finite=skip leaves out such steps"

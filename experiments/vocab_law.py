@@ -162,9 +162,9 @@ def sensitivity(
         ("approach 2, sizes to 1.13B", DerivativeFit(sizes=PUBLISHED_SIZES[:-1]), table, fertility),
         ("approach 2, power-law fertility", DerivativeFit(), table, fertilities.POWERLAW),
     ]
-    for name, other in list(tables.items())[1:]:
-        cases.append((f"approach 1, N_nv {name}", IsoflopFit(), other, fertility))
-        cases.append((f"approach 3 tokens, N_nv {name}", LossFit("tokens"), other, fertility))
+    for name, variant in list(tables.items())[1:]:
+        cases.append((f"approach 1, N_nv {name}", IsoflopFit(), variant, fertility))
+        cases.append((f"approach 3 tokens, N_nv {name}", LossFit("tokens"), variant, fertility))
     for mode in ("reference", "consistent-reference", "tokens"):
         for limit in (2.18e17, 0.0, 1e18, 3e18):
             case = LossFit(mode, flops_limit=limit)

@@ -8,12 +8,13 @@ from ml_collections import ConfigDict
 
 from lminf.errors import InputError
 from lminf.evals import runner
-from lminf.evals.needle import Needle
+from lminf.evals.needle import ANSWER_TOKENS, Needle
 from lminf.evals.runner import Cell, Subject
 from lminf.evals.task import Budget, Task
 from lminf.lm.lm import LM
 from lminf.lm.prefix import SharedPrefix
 from lminf.models import cost
+from lminf.programs.segment_reading import SegmentReader
 from lminf.run import folder
 from lminf.run.folder import Row, RunFolder
 from lminf.run.progress import Progress
@@ -35,20 +36,25 @@ def cells(tasks: Sequence[Task], lengths: Sequence[int], counts: Sequence[int]) 
     ]
 
 
-def subject(c: ConfigDict, lm: LM) -> Subject:
-    """The model under its policy; rows tell whether needles stand in the policy's window."""
+def subject(c: ConfigDict, lm: LM, segments: SegmentReader | None = None) -> Subject:
+    """The model under its policy, or as it reads in segments; rows tell what a query attends to,
+    and whether needles stand in the policy's window.
+    """
+    attended = segments.attended_tokens(ANSWER_TOKENS) if segments else None
 
     def facts(length: int, needles: Sequence[Needle]) -> Mapping[str, Any]:
+        window, tokens = (0, min(length, attended)) if attended else (lm.policy.window, length)
         return {
             "trained_length": lm.spec.trained_length,
-            "key_in_window": all(needle.in_window(lm.policy.window) for needle in needles),
-            "attended": cost.attended_tokens(lm.policy),
+            "key_in_window": all(needle.in_window(window) for needle in needles),
+            "attended": attended or cost.attended_tokens(lm.policy),
             "cache_bytes": cost.cache_bytes(
-                lm.spec, lm.decoder.policies, tokens=length, dtype=lm.dtype
+                lm.spec, lm.decoder.policies, tokens=tokens, dtype=lm.dtype
             ),
         }
 
-    return Subject(SharedPrefix(lm), {"model": c.model, "policy": lm.policy.name}, facts)
+    name = segments.name if segments else lm.policy.name
+    return Subject(segments or SharedPrefix(lm), {"model": c.model, "policy": name}, facts)
 
 
 def measure(

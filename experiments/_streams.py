@@ -6,11 +6,12 @@ as if that many tokens had been read, with zeros for keys and values.
 
 import dataclasses
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from lminf.attention import cache
 from lminf.attention.policies.eviction import EvictionPolicy
@@ -18,6 +19,7 @@ from lminf.attention.policy import AnyPolicy
 from lminf.lm import generate
 from lminf.lm.generate import GREEDY
 from lminf.lm.lm import LM
+from lminf.run.progress import Progress
 
 
 class Stream:
@@ -62,6 +64,18 @@ class Stream:
             position + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], self.caches, GREEDY, key,
         )  # fmt: skip
         return token
+
+
+def step_times(streams: Sequence[Stream], steps: int) -> Float[np.ndarray, "streams 3"]:
+    """Quartiles of the milliseconds of a token of each. They take turns, one token of each, so
+    that a busy moment of the machine falls on all alike; the first tokens compile and are left out.
+    """
+    with Progress(steps + 1, label="decoding", unit="tokens of each") as progress:
+        rounds = []  # [steps + 1] of [streams] seconds
+        for done in range(steps + 1):
+            rounds.append([stream.step() for stream in streams])
+            progress.update(done + 1)
+    return 1e3 * np.percentile(rounds[1:], [25, 50, 75], axis=0).T
 
 
 def as_if_read(empty: cache.Cache, policy: AnyPolicy, tokens: int) -> cache.Cache:

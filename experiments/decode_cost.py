@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from lminf.attention.parsing import parse_policy
 from lminf.experiments import _models
 from lminf.experiments._main import main
-from lminf.experiments._streams import Stream
+from lminf.experiments._streams import Stream, step_times
 from lminf.models import cost
 from lminf.run import plots, tables
 from lminf.run.folder import Row, RunFolder
@@ -49,23 +49,18 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
         if policy.bounded or position <= c.unbounded_to
     ]
     sizes = [cell.bytes for cell in cells]
-    with Progress(c.steps + 1, label="decoding", unit="tokens of each") as progress:
-        rounds = []  # [steps + 1] of [cells] seconds
-        for done in range(c.steps + 1):
-            rounds.append([cell.step() for cell in cells])
-            progress.update(done + 1)
+    times = step_times(cells, c.steps)
     reading = read_times(cells, c.chunk) if c.chunk else [None] * len(cells)
-    quartiles = np.percentile(rounds[1:], [25, 50, 75], axis=0).T  # the first of each compiles
-    for cell, size, read, (low, median, high) in zip(cells, sizes, reading, quartiles, strict=True):
+    for cell, size, read, (low, median, high) in zip(cells, sizes, reading, times, strict=True):
         yield {
             "model": c.model,
             "trained_length": lm.spec.trained_length,
             "policy": cell.lm.policy.name,
             "position": cell.position,
-            "ms_per_token": 1e3 * median,
-            "low": 1e3 * low,
-            "high": 1e3 * high,
-            "tokens_per_s": 1 / median,
+            "ms_per_token": median,
+            "low": low,
+            "high": high,
+            "tokens_per_s": 1e3 / median,
             **({"read_ms_per_token": 1e3 * read / c.chunk} if c.chunk else {}),
             "cache_bytes": size,
             "planned_bytes": cost.cache_bytes(

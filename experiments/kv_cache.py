@@ -23,7 +23,7 @@ from lminf.evals.passkey import Passkey
 from lminf.evals.runner import Cell, Subject
 from lminf.experiments import _evals, _models
 from lminf.experiments._main import main
-from lminf.experiments._streams import Stream
+from lminf.experiments._streams import Stream, step_times
 from lminf.lm.lm import LM
 from lminf.models import decoder
 from lminf.run import plots, tables
@@ -50,21 +50,16 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
         return
     out.keep(lambda row: row["measured"] != "cost")  # timed in turns, so all in one call
     streams = [Stream(model, position, room=c.steps + 1) for model, position in timed]
-    with Progress(c.steps + 1, label="decoding", unit="tokens of each") as progress:
-        rounds = []  # [steps + 1] of [streams] seconds
-        for count in range(c.steps + 1):
-            rounds.append([stream.step() for stream in streams])
-            progress.update(count + 1)
-    quartiles = np.percentile(rounds[1:], [25, 50, 75], axis=0).T  # the first of each compiles
-    for stream, (low, median, high) in zip(streams, quartiles, strict=True):
+    times = step_times(streams, c.steps)
+    for stream, (low, median, high) in zip(streams, times, strict=True):
         yield {
             "measured": "cost",
             "model": c.model,
             "policy": stream.lm.policy.name,
             "position": stream.position,
-            "ms_per_token": 1e3 * median,
-            "low": 1e3 * low,
-            "high": 1e3 * high,
+            "ms_per_token": median,
+            "low": low,
+            "high": high,
             **bytes_after(stream.lm, stream.position),
             "steps": c.steps,
         }

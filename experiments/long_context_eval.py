@@ -7,6 +7,7 @@ same before: each policy reads what they share once (`lminf.lm.prefix`).
 import statistics
 import time
 from collections.abc import Container, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -15,15 +16,13 @@ from ml_collections import ConfigDict
 from lminf.attention.policy import chunk_within, common_eviction
 from lminf.config import parse_choice
 from lminf.data import sources
-from lminf.evals import needle, perplexity, reread, score
+from lminf.evals import perplexity, reread, score
 from lminf.evals.key_value import KeyValue
 from lminf.evals.passkey import Passkey
-from lminf.evals.runner import Subject
 from lminf.experiments import _evals, _models
 from lminf.experiments._main import main
 from lminf.experiments._streams import Stream
 from lminf.lm.lm import LM
-from lminf.models import cost
 from lminf.programs.segment_reading import SegmentReader, SegmentReading
 from lminf.run import plots, style
 from lminf.run.folder import Row, RunFolder
@@ -45,12 +44,12 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
         ),
     ]  # fmt: skip
     lm = _models.load(c.model, seed=c.seed)
-    by_segments = [text for text in c.policies if text.partition(":")[0] in SEGMENTS]
-    models = [lm.with_policy(text) for text in c.policies if text not in by_segments]
+    models = [lm.with_policy(text) for text in c.policies if not in_segments(text)]
     subjects = [
-        *(_evals.subject(c, model) for model in models),
-        *(in_segments(c, lm, text) for text in by_segments),
-    ]
+        _evals.subject(c, lm, SegmentReader(lm, parse_choice(text, SEGMENTS), text))
+        if in_segments(text) else _evals.subject(c, lm.with_policy(text))
+        for text in c.policies
+    ]  # fmt: skip
     yield from _evals.measure(c, out, lm, subjects, cells)
     done = {cell_of(row) for row in out.rows()}
     if c.nll_length:
@@ -66,23 +65,9 @@ def cell_of(row: Row) -> tuple[Any, ...]:
     return tuple(row[name] for name in CELL)
 
 
-def in_segments(c: ConfigDict, lm: LM, text: str) -> Subject:
-    """The model as it answers from the segments of a prompt that it keeps."""
-    model = SegmentReader(lm, parse_choice(text, SEGMENTS))
-    attended = model.attended_tokens(needle.ANSWER_TOKENS)
-
-    def facts(length: int, needles: Sequence[Any]) -> Mapping[str, Any]:
-        tokens = min(length, attended)
-        return {
-            "trained_length": lm.spec.trained_length,
-            "key_in_window": False,
-            "attended": attended,
-            "cache_bytes": cost.cache_bytes(
-                lm.spec, lm.decoder.policies, tokens=tokens, dtype=lm.dtype
-            ),
-        }
-
-    return Subject(model, {"model": c.model, "policy": text}, facts)
+def in_segments(text: str) -> bool:
+    """Whether the entry of the config is a way of reading in segments and not a policy."""
+    return text.partition(":")[0] in SEGMENTS
 
 
 def losses(
@@ -91,10 +76,16 @@ def losses(
     """Loss by position of one text, and how far it lies above re-reading."""
     tokens, _ = lm.encode(sources.text_of(c.text), length=c.nll_length)
 
-    def measured(name, read):
+    readings = {
+        REREAD: partial(reread.token_nll, lm, tokens),
+        **{model.policy.name: partial(model.token_nll, tokens) for model in models},
+    }
+    for name, read in readings.items():
+        if ("nll", name, len(tokens), None) in done:
+            continue
         with Progress(len(tokens), label=name, unit="tokens") as progress:
             started = time.perf_counter()
-            nll = read(lambda count, _: progress.update(count))
+            nll = read(progress=progress.show)
             seconds = time.perf_counter() - started
         for block in perplexity.by_position([nll], block=c.block):
             yield {
@@ -108,16 +99,6 @@ def losses(
                 "nll": block.nll,
                 "seconds": seconds,
             }
-
-    last = ("nll", REREAD, len(tokens), None)
-    if last not in done:
-        yield from measured(REREAD, lambda show: reread.token_nll(lm, tokens, progress=show))
-    for model in models:
-        name = model.policy.name
-        if ("nll", name, len(tokens), None) not in done:
-            yield from measured(
-                name, lambda show, model=model: model.token_nll(tokens, progress=show)
-            )
 
 
 def speed(lm: LM, position: int) -> Row:
@@ -193,19 +174,24 @@ def above_reread(rows: list[Row]) -> list[Row]:
 def table(rows: list[Row]) -> list[Row]:
     """A policy a line: what it found inside and outside its window, its loss, speed and memory."""
     beyond = [row for row in above_reread(rows) if row["start"] >= row["trained_length"]]
-    groups = dict.fromkeys((r["task"], r["length"]) for r in rows if r["task"] in TASKS)
+    retrieval = [row for row in rows if row["task"] in TASKS]
+    groups = dict.fromkeys((row["task"], row["length"]) for row in retrieval)
+    columns = ("policy", "task", "length", "key_in_window")
+    shares = {
+        tuple(row[name] for name in columns): score.interval_text(row)
+        for row in score.pooled(retrieval, columns)
+    }
     lines = []
     for policy in dict.fromkeys(row["policy"] for row in rows if row["policy"] != REREAD):
         of_policy = [row for row in rows if row["policy"] == policy]
-        retrieval = [row for row in of_policy if row["task"] in TASKS]
         line = {"policy": policy}
         if groups:
-            line["attended"] = (retrieval[0]["attended"] or "all") if retrieval else None
+            attended = [row["attended"] or "all" for row in of_policy if row["task"] in TASKS]
+            line["attended"] = attended[0] if attended else None
         for task, length in groups:
-            for inside in (True, False):
-                cells = [row for row in retrieval if row["key_in_window"] == inside
-                         and (row["task"], row["length"]) == (task, length)]  # fmt: skip
-                line[f"{task} {length:,} {'in window' if inside else 'outside'}"] = share(cells)
+            for inside, place in ((True, "in window"), (False, "outside")):
+                text = shares.get((policy, task, length, inside), "–")
+                line[f"{task} {length:,} {place}"] = text
         excess = [row["excess"] for row in beyond if row["policy"] == policy]
         if excess:
             line["nll above re-reading past the trained length"] = sum(excess) / len(excess)
@@ -218,11 +204,6 @@ def table(rows: list[Row]) -> list[Row]:
                 line["ms/token, writing"] = row["ms_per_token"]
         lines.append(line)
     return lines
-
-
-def share(cells: list[Row]) -> str:
-    """`19/20 = 0.95 (0.76–0.99)`, over some cells."""
-    return score.interval_text(*score.pooled(cells, ())) if cells else "–"
 
 
 if __name__ == "__main__":

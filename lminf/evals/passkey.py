@@ -73,50 +73,45 @@ class Passkey(NeedleTask):
 
 def lm_infinite(encode: Encode, *, length: int, key: int, depth: float) -> Needle:
     """One prompt: task, copies of the filler with the key among them, question."""
-    key_line = KEY_LINE.format(key=key)
 
-    def pieces(copies):
+    def parts(copies):
         before = int(depth * copies)
-        return [TASK, *[FILLER] * before], [key_line, *[FILLER] * (copies - before), QUESTION]
-
-    def prompt(copies):
-        before, after = pieces(copies)
-        return " ".join(before + after)
+        return [TASK, *[FILLER] * before], [*[FILLER] * (copies - before), QUESTION]
 
     copy_tokens = len(encode(f"{FILLER} {FILLER}")) - len(encode(FILLER))
-    copies, tokens = _fill(encode, prompt, length=length, unit=copy_tokens)
-    before, _ = pieces(copies)
-    return Needle(
-        prompt=prompt(copies),
-        answer=key,
-        depth=(len(before) - 1) / max(copies, 1),
-        tokens=tokens,
-        start=len(encode(" ".join(before))),
-    )
+    return _fitted(encode, parts, " ", unit=copy_tokens, length=length, key=key, depth=depth)
 
 
 def landmark(encode: Encode, *, length: int, key: int, depth: float) -> Needle:
     """One prompt: task, filler, key, filler, question, each on its own line."""
-    key_line = KEY_LINE.format(key=key)
     cut = _FillerByTokens(encode)
 
-    def lines(tokens):
+    def parts(tokens):
         before = int(depth * tokens)
-        return [TASK, cut(before)], [key_line, cut(tokens - before), QUESTION]
+        return [TASK, cut(before)], [cut(tokens - before), QUESTION]
 
-    def prompt(tokens):
-        before, after = lines(tokens)
-        return "\n".join(before + after)
+    return _fitted(encode, parts, "\n", unit=1, length=length, key=key, depth=depth)
 
-    filler_tokens, tokens = _fill(encode, prompt, length=length, unit=1)
-    before, _ = lines(filler_tokens)
-    return Needle(
-        prompt=prompt(filler_tokens),
-        answer=key,
-        depth=int(depth * filler_tokens) / max(filler_tokens, 1),
-        tokens=tokens,
-        start=len(encode("\n".join(before))),
-    )
+
+def _fitted(
+    encode: Encode,
+    parts: Callable[[int], tuple[list[str], list[str]]],  # what is before the key and after it
+    joint: str,
+    *,
+    unit: int,
+    length: int,
+    key: int,
+    depth: float,
+) -> Needle:
+    """The longest prompt that has at most `length` tokens."""
+
+    def prompt(n: int) -> str:
+        before, after = parts(n)
+        return joint.join([*before, KEY_LINE.format(key=key), *after])
+
+    n, tokens = _fill(encode, prompt, length=length, unit=unit)
+    start = len(encode(joint.join(parts(n)[0])))
+    return Needle(prompt(n), key, int(depth * n) / max(n, 1), tokens, start)
 
 
 class _FillerByTokens:

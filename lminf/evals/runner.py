@@ -91,49 +91,47 @@ def measure(
     prompts are done, and of how many, counted by their budgets.
     """
     for cell in cells:
-        _questions(cell, budget(cell.length), seed, count=1)  # refuses before anything is read
+        _questions(cell, budget, seed, count=1)  # refuses what does not fit before anything is read
     groups = [list(group) for _, group in itertools.groupby(cells, key=_asked_together)]
+    # Of each group and subject the cells whose rows are missing, each with its known answers.
     work = [
-        [
-            (subject, [cell for cell in group if not subject.select(cell, rows)])
-            for subject in subjects
-        ]
+        [(subject, {cell: {answer["prompt_digest"]: answer
+                           for answer in subject.select(cell, answers)}
+                    for cell in group if not subject.select(cell, rows)})
+         for subject in subjects]
         for group in groups
-    ]
-    total = sum(cell.length * cell.count for each in work for _, group in each for cell in group)
+    ]  # fmt: skip
+    total = sum(
+        cell.length * (cell.count - len(known))
+        for each in work for _, missing in each for cell, known in missing.items()
+    )  # fmt: skip
     done = 0
 
-    def advance(questions: Sequence[Question]) -> None:
+    def keep(question: Question, answer: Row) -> None:
         nonlocal done
-        done += sum(question.cell.length for question in questions)
+        record(answer)
+        done += question.cell.length
         progress(done, total)
 
     for each in work:
-        missing = dict.fromkeys(cell for _, group in each for cell in group)
         drawn = {
-            cell: _questions(cell, budget(cell.length), seed, count=cell.count) for cell in missing
+            cell: _questions(cell, budget, seed, count=cell.count)
+            for cell in itertools.chain(*(missing for _, missing in each))
         }
-        for subject, group in each:
-            known = {
-                (cell, answer["prompt_digest"]): answer
-                for cell in group
-                for answer in subject.select(cell, answers)
-            }
-            questions = [question for cell in group for question in drawn[cell]]
-            unknown = [each for each in questions if (each.cell, each.digest) not in known]
-            advance([each for each in questions if (each.cell, each.digest) in known])
-            for question, answer in _ask(subject, unknown, record, advance):
-                known[question.cell, question.digest] = answer
-            for cell in group:
-                yield _row(subject, cell, budget(cell.length), drawn[cell], known)
+        for subject, missing in each:
+            _ask(subject, [question for cell in missing for question in drawn[cell]], missing, keep)
+            for cell, known in missing.items():
+                yield _row(subject, cell, budget(cell.length).unit, drawn[cell], known)
 
 
 def _asked_together(cell: Cell) -> tuple[Any, ...]:
     return cell.task.name, cell.length, cell.task.max_new_tokens, tuple(cell.task.stop)
 
 
-def _questions(cell: Cell, budget: Budget, seed: int, *, count: int) -> list[Question]:
-    instances = cell.task.instances(budget, count=count, key=cell.key(seed))
+def _questions(
+    cell: Cell, budget: Callable[[int], Budget], seed: int, *, count: int
+) -> list[Question]:
+    instances = cell.task.instances(budget(cell.length), count=count, key=cell.key(seed))
     prompts = [cell.task.prompt(instance) for instance in instances]
     return [
         Question(cell, instance, prompt, _digest(prompt))
@@ -144,42 +142,40 @@ def _questions(cell: Cell, budget: Budget, seed: int, *, count: int) -> list[Que
 def _ask(
     subject: Subject,
     questions: Sequence[Question],
-    record: Callable[[Row], None],
-    advance: Callable[[Sequence[Question]], None],
-) -> list[tuple[Question, Row]]:
-    """Every question with its answer, which has been recorded as soon as it was there."""
-    answered, started = [], time.perf_counter()
-    # Two equal prompts of a cell have one answer.
-    distinct = list({(each.cell, each.digest): each for each in questions}.values())
+    known: Mapping[Cell, dict[str, Any]],
+    keep: Callable[[Question, Row], None],
+) -> None:
+    """Adds the answers that are not `known` yet; each goes to `keep` as soon as it is there."""
+    started = time.perf_counter()
 
-    def keep(question: Question, completion: str) -> None:
+    def answered(question: Question, completion: str) -> None:
         nonlocal started
-        task, now = question.cell.task, time.perf_counter()
-        answer = {
-            **subject.identity(question.cell),
-            "prompt_digest": question.digest,
+        cell, _, _, digest = question
+        seconds, started = time.perf_counter() - started, time.perf_counter()
+        known[cell][digest] = {
+            **subject.identity(cell),
+            "prompt_digest": digest,
             "completion": completion,
-            "score": task.score(task.parse(completion), question.instance),
-            "seconds": now - started,
+            "score": cell.task.score(cell.task.parse(completion), question.instance),
+            "seconds": seconds,
         }
-        started = now
-        record(answer)
-        advance([question])
-        answered.append((question, answer))
+        keep(question, known[cell][digest])
 
-    free = []
-    for question in distinct:
+    # Two equal prompts of a cell have one answer.
+    unknown = {(each.cell, each.digest): each for each in questions
+               if each.digest not in known[each.cell]}  # fmt: skip
+    written = []
+    for question in unknown.values():
         if choices := question.cell.task.choices(question.instance):
-            keep(question, _likeliest(subject, question, choices))
+            answered(question, _likeliest(subject, question, choices))
         else:
-            free.append(question)
-    if free:
-        task = free[0].cell.task
+            written.append(question)
+    if written:
+        task = written[0].cell.task
         subject.model.generate(
-            [question.prompt for question in free], max_new_tokens=task.max_new_tokens,
-            stop=task.stop, on_answer=lambda index, text: keep(free[index], text),
+            [question.prompt for question in written], max_new_tokens=task.max_new_tokens,
+            stop=task.stop, on_answer=lambda index, text: answered(written[index], text),
         )  # fmt: skip
-    return answered
 
 
 def _likeliest(subject: Subject, question: Question, choices: Sequence[str]) -> str:
@@ -195,22 +191,23 @@ def _likeliest(subject: Subject, question: Question, choices: Sequence[str]) -> 
 def _row(
     subject: Subject,
     cell: Cell,
-    budget: Budget,
+    unit: str,
     questions: Sequence[Question],
-    answers: Mapping[tuple[Cell, str], Mapping[str, Any]],
+    answers: Mapping[str, Mapping[str, Any]],
 ) -> Row:
-    given = {question.digest: answers[cell, question.digest] for question in questions}
-    interval = cell.task.aggregate([float(given[each.digest]["score"]) for each in questions])
+    interval = cell.task.aggregate([float(answers[each.digest]["score"]) for each in questions])
     return {
         **subject.identity(cell),
-        "unit": budget.unit,
+        "unit": unit,
         "prompts_digest": _digest("\0".join(question.prompt for question in questions)),
         "instances": len(questions),
         "score": interval.mean,
         "low": interval.low,
         "high": interval.high,
         **subject.facts(cell.length, [question.instance for question in questions]),
-        "seconds": sum(answer["seconds"] for answer in given.values()),
+        "seconds": sum(
+            answers[digest]["seconds"] for digest in {each.digest for each in questions}
+        ),
     }
 
 

@@ -188,6 +188,7 @@ class SegmentReader:
 
     lm: LM
     how: SegmentReading
+    name: str = "segments"  # as rows call it
 
     def generate(
         self,

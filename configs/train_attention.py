@@ -27,7 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer = "adamw:b2=0.95,weight_decay=0.1"
     c.schedule = "cosine:peak=3e-3,floor=3e-4,warmup=20"
     if arg == "tiny":
-        c.policies = ("full", "window:window=32", "moba:block=8,topk=4")
+        c.policies = ("full", "moba:block=8,topk=4")
         c.model = shape(width=32, layers=2, heads=4, kv_heads=2, hidden=64)
         c.length, c.batch = 64, 4
         c.steps, c.evaluate_every = 20, 10

@@ -24,7 +24,7 @@ INSIDE, OUTSIDE = "inside what the policy sees", "outside its window"
 
 def cells(tasks: Sequence[Task], lengths: Sequence[int], counts: Sequence[int]) -> list[Cell]:
     """Every task at every length, with the number of instances that goes with the length."""
-    if len(counts) != len(lengths):
+    if tasks and len(counts) != len(lengths):
         raise InputError(
             f"{tasks[0].name}: numbers of prompts {counts} for lengths {lengths}; give one number "
             f"per length"

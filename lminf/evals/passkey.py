@@ -61,9 +61,10 @@ class Passkey(NeedleTask):
             )
 
     def instances(self, budget: Budget, *, count: int, key: Sequence[int]) -> list[Needle]:
-        random = np.random.default_rng(key)
-        passkeys = random.integers(10_000, 100_000, count)
-        depths = random.random(count) if self.depth is None else np.full(count, self.depth)
+        passkeys = np.random.default_rng(key).integers(10_000, 100_000, count)
+        # A stream of their own: that of the keys is where `count` leaves it.
+        drawn = np.random.default_rng((*key, 1)).random(count)
+        depths = drawn if self.depth is None else np.full(count, self.depth)
         make = {"lm_infinite": lm_infinite, "landmark": landmark}[self.generator]
         return [
             make(budget.encode, length=budget.size, key=int(passkey), depth=float(depth))

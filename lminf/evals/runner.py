@@ -2,6 +2,11 @@
 
 A cell is a task, a length and a number of instances. Answers are recorded one by one, so a run that
 was stopped asks only what is missing; a cell's row follows once all its instances are answered.
+
+    cells = [Cell(Passkey(depth=depth), 4096, 50) for depth in (0.1, 0.5, 0.9)]
+    subjects = [Subject(SharedPrefix(lm), {"model": "smollm2"})]
+    budget = partial(Budget, encode=lambda text: lm.encode(text)[0], unit="tokens")
+    rows = list(measure(subjects, cells, budget=budget, seed=0))
 """
 
 import dataclasses
@@ -55,10 +60,23 @@ class Subject:
         """The columns that tell a row, or an answer, from others."""
         return {**self.columns, **cell.coordinates}
 
-    def select(self, cell: Cell, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Those of some rows or answers that are of this subject and cell."""
-        identity = self.identity(cell).items()
-        return [row for row in rows if all(row.get(name) == value for name, value in identity)]
+    def missing(
+        self,
+        cells: Sequence[Cell],
+        rows: Sequence[Mapping[str, Any]],
+        answers: Sequence[Mapping[str, Any]],
+    ) -> dict[Cell, dict[str, Mapping[str, Any]]]:
+        """The cells that have no row, each with its known answers by the digests of prompts."""
+
+        def select(cell: Cell, lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+            identity = self.identity(cell).items()
+            return [line for line in lines if all(line.get(k) == value for k, value in identity)]
+
+        return {
+            cell: {answer["prompt_digest"]: answer for answer in select(cell, answers)}
+            for cell in cells
+            if not select(cell, rows)
+        }
 
 
 class Question(NamedTuple):
@@ -92,15 +110,12 @@ def measure(
     """
     for cell in cells:
         _questions(cell, budget, seed, count=1)  # refuses what does not fit before anything is read
-    groups = [list(group) for _, group in itertools.groupby(cells, key=_asked_together)]
-    # Of each group and subject the cells whose rows are missing, each with its known answers.
-    work = [
-        [(subject, {cell: {answer["prompt_digest"]: answer
-                           for answer in subject.select(cell, answers)}
-                    for cell in group if not subject.select(cell, rows)})
-         for subject in subjects]
-        for group in groups
-    ]  # fmt: skip
+    work = []  # of each group: every subject with its missing cells
+    for _, group in itertools.groupby(cells, key=_asked_together):
+        group = list(group)
+        of_group = [[line for line in lines if line.get("length") == group[0].length]
+                    for lines in (rows, answers)]  # fmt: skip
+        work.append([(subject, subject.missing(group, *of_group)) for subject in subjects])
     total = sum(
         cell.length * (cell.count - len(known))
         for each in work for _, missing in each for cell, known in missing.items()
@@ -142,7 +157,7 @@ def _questions(
 def _ask(
     subject: Subject,
     questions: Sequence[Question],
-    known: Mapping[Cell, dict[str, Any]],
+    known: Mapping[Cell, dict[str, Mapping[str, Any]]],
     keep: Callable[[Question, Row], None],
 ) -> None:
     """Adds the answers that are not `known` yet; each goes to `keep` as soon as it is there."""
@@ -152,14 +167,14 @@ def _ask(
         nonlocal started
         cell, _, _, digest = question
         seconds, started = time.perf_counter() - started, time.perf_counter()
-        known[cell][digest] = {
+        known[cell][digest] = answer = {
             **subject.identity(cell),
             "prompt_digest": digest,
             "completion": completion,
             "score": cell.task.score(cell.task.parse(completion), question.instance),
             "seconds": seconds,
         }
-        keep(question, known[cell][digest])
+        keep(question, answer)
 
     # Two equal prompts of a cell have one answer.
     unknown = {(each.cell, each.digest): each for each in questions

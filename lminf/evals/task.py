@@ -1,8 +1,8 @@
 """What a benchmark task answers, and the budget its prompts must fit.
 
-A task is a frozen dataclass whose fields are its coordinates: `Passkey(depth=0.1)` and
-`Passkey(depth=0.9)` are two cells of one table. lminf.evals.runner asks a language model and makes
-the rows; a task never sees the model.
+A task is a frozen dataclass whose fields, a number or text each, are its coordinates:
+`Passkey(depth=0.1)` and `Passkey(depth=0.9)` are two cells of one table. lminf.evals.runner asks a
+language model and makes the rows; a task never sees the model.
 """
 
 from collections.abc import Callable, Sequence

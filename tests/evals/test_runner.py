@@ -80,10 +80,11 @@ def test_models_are_asked_the_same_questions():
     assert one.asked == two.asked
 
 
-def test_a_longer_cell_begins_with_the_same_instances():
+@pytest.mark.parametrize("task", [Passkey(depth=0.5), Passkey(), KeyValue(depth=0.5)])
+def test_a_longer_cell_begins_with_the_same_instances(task):
     few, more = Counting(), Counting()
-    measure({"m": few}, cells=[Cell(Passkey(depth=0.5), 800, 3)])
-    measure({"m": more}, cells=[Cell(Passkey(depth=0.5), 800, 6)])
+    measure({"m": few}, cells=[Cell(task, 800, 3)])
+    measure({"m": more}, cells=[Cell(task, 800, 6)])
     assert more.asked[:3] == few.asked
 
 

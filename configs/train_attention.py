@@ -29,6 +29,6 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg == "tiny":
         c.policies = ("full", "moba:block=8,topk=4")
         c.model = shape(width=32, layers=2, heads=4, kv_heads=2, hidden=64)
-        c.length, c.batch = 64, 4
+        c.length, c.batch, c.held_out = 64, 4, 0.005
         c.steps, c.evaluate_every = 20, 10
     return c

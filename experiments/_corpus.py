@@ -15,7 +15,7 @@ from lminf.data.tokenizers import Tokenizer
 from lminf.errors import InputError
 
 TEXTS = {"library": sources.python_library, "prose": sources.python_prose}
-SAID = {
+DESCRIPTIONS = {
     "library": "the source files of the Python standard library (tests aside) and the topics of "
     "the language reference, as the interpreter installs them (PSF licence)",
     "prose": "the standard library's docstrings of 200 characters and more and the topics of the "

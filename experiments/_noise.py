@@ -54,7 +54,7 @@ def pooled(values: Sequence[Sequence[float]]) -> float | None:
     return float(np.sqrt(sum(np.var(draws) * len(draws) for draws in several) / freedom))
 
 
-def told_apart(one: float, another: float, error: float) -> bool:
+def distinguishable(one: float, another: float, error: float) -> bool:
     """Whether two losses differ by more than twice the standard error of their difference."""
     return abs(one - another) > 2 * error
 
@@ -70,11 +70,11 @@ def optimum(curve: Curve) -> tuple[float | None, float | None, float | None]:
         return None, None, None
     if curve.errors is None:
         return float(np.exp(best)), None, None
-    low, high = np.percentile(drawn_optima(curve), [2.5, 97.5])
+    low, high = np.percentile(sampled_optima(curve), [2.5, 97.5])
     return float(np.exp(best)), float(low), float(high)
 
 
-def drawn_optima(curve: Curve, *, seed: int = 0) -> np.ndarray:
+def sampled_optima(curve: Curve, *, seed: int = 0) -> np.ndarray:
     """Optima of `DRAWS` draws of the means; where a draw is least at an end, that end."""
     errors = curve.errors if curve.errors is not None else np.zeros(len(curve.x))
     draws = np.random.default_rng(seed).standard_normal((DRAWS, len(curve.x)))
@@ -95,7 +95,7 @@ def vertex(x: np.ndarray, y: np.ndarray) -> float | None:
     return -b / (2 * a)
 
 
-def said_of_bowl(curve: Curve, name: str) -> str:
+def describe_minimum(curve: Curve, name: str) -> str:
     """Where the least loss lies, and which neighbours it can be told apart from."""
     least = int(np.argmin(curve.means))
     best, low, high = optimum(curve)
@@ -116,6 +116,6 @@ def said_of_bowl(curve: Curve, name: str) -> str:
         if 0 <= neighbour < len(curve.x):
             error = float(np.hypot(curve.errors[least], curve.errors[neighbour]))
             above = curve.means[neighbour] - curve.means[least]
-            verdict = "told apart" if told_apart(above, 0, error) else "not told apart"
+            verdict = "told apart" if distinguishable(above, 0, error) else "not told apart"
             apart.append(f"{name} = {curve.x[neighbour]:g} is {above:.3f} above, {verdict}")
     return f"{text}; {'; '.join(apart)} (noise {curve.sigma:.3f})."

@@ -23,7 +23,7 @@ from lminf.run.progress import Progress
 
 LOGITS, ENTROPY, FEATURES = "logits", "entropy", "features"  # the rows' `factor`
 FIRST = 4  # tokens at the start that are told apart from the rest
-SHOWN = 256  # later tokens in the picture of features
+NUM_LATER = 256  # later tokens in the picture of features
 
 
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
@@ -38,14 +38,14 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     layers = np.array(c.layers)
     facts = {"model": c.model, "trained_length": lm.spec.trained_length}
     with Progress(1 + len(layers) * (1 + len(policies)), label="diagnosing") as progress:
-        seen = jax.block_until_ready(
-            _watched(lm.decoder, layers.tobytes(), lm.params, jnp.asarray(tokens[None]))
+        activations = jax.block_until_ready(
+            _activations(lm.decoder, layers.tobytes(), lm.params, jnp.asarray(tokens[None]))
         )
         done = 1
         progress.update(done)
         q_pos = np.unique(np.geomspace(FIRST, c.length - 1, c.queries).astype(np.int32))
         for index, layer in enumerate(c.layers):
-            queries, keys = seen["q"][index][:, q_pos], seen["k"][index]
+            queries, keys = activations["q"][index][:, q_pos], activations["k"][index]
             look = partial(_logits, score_config(lm.spec), queries, keys, jnp.asarray(q_pos[None]))
             for policy in policies:
                 lm.with_policy(policy)  # refuses a window past the trained length
@@ -58,14 +58,14 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
                             for row in entropies(logits, q_pos))  # fmt: skip
                 done += 1
                 progress.update(done)
-            hidden = np.asarray(seen["hidden"][index][0], np.float64)
+            hidden = np.asarray(activations["hidden"][index][0], np.float64)
             yield from ({**facts, **row, "layer": layer} for row in features(hidden, c.seed))
             done += 1
             progress.update(done)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _watched(module, layers: bytes, params, tokens):
+def _activations(module, layers: bytes, params, tokens):
     """Un-rotated queries and keys, and the residual stream, of some layers."""
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     _, state = module.apply(
@@ -120,7 +120,7 @@ def entropies(logits: np.ndarray, q_pos: np.ndarray) -> Iterator[Row]:
 def features(hidden: np.ndarray, seed: int) -> Iterator[Row]:
     """Rows of the first tokens and some later ones [T, D] on the two main axes of all of them."""
     rest = np.random.default_rng(seed).choice(
-        np.arange(FIRST, len(hidden)), min(SHOWN, len(hidden) - FIRST), replace=False
+        np.arange(FIRST, len(hidden)), min(NUM_LATER, len(hidden) - FIRST), replace=False
     )
     chosen = np.concatenate([np.arange(FIRST), np.sort(rest)])
     points = hidden[chosen] - hidden[chosen].mean(0)

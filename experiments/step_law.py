@@ -21,7 +21,7 @@ from lminf.scaling.steps import StepFit, fit_bowl
 
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     if c.data:
-        table = scaling.read_step(_tables.found(c.data, "step_law"), seq_len=c.seq_len)
+        table = scaling.read_step(_tables.existing(c.data, "step_law"), seq_len=c.seq_len)
     else:
         table = synthetic.step_grid(noise=0.001, seed=c.seed)
     procedure = StepFit(threshold=c.threshold)

@@ -127,7 +127,7 @@ def plateau(rows: list[Row]) -> str | None:
     best = cells[least(rows)]
     same = [
         key for key, values in cells.items()
-        if not _noise.told_apart(
+        if not _noise.distinguishable(
             float(np.mean(values)), float(np.mean(best)),
             sigma * np.sqrt(1 / len(values) + 1 / len(best)),
         )
@@ -157,7 +157,7 @@ def findings(rows: list[Row]) -> str:
     first = rows[0]
     lines = [
         f"The text is `{first['corpus']}`, digest {first['text_digest']}: "
-        f"{_corpus.SAID[first['corpus']]}.",
+        f"{_corpus.DESCRIPTIONS[first['corpus']]}.",
         "Noise is the standard deviation between seeds of one setting near the least loss; an "
         f"interval is of optima of {_noise.DRAWS:,} draws of the losses with that noise. Two "
         "losses are told apart where they differ by more than twice the noise of their difference. "
@@ -167,15 +167,15 @@ def findings(rows: list[Row]) -> str:
         batch = least(group)[1]
         lines.append(
             f"{title}; batch of {batch} tokens: "
-            f"{_noise.said_of_bowl(steady(along_rates(group, batch), noise(group)), 'lr')}"
+            f"{_noise.describe_minimum(steady(along_rates(group, batch), noise(group)), 'lr')}"
         )
         batches = along_batches(group)
         if len(batches.x) > 2:
-            said = _noise.said_of_bowl(steady(batches, noise(group)), "batch (tokens)")
-            lines.append(f"{title}; at each batch's best rate: {said}")
-            lines += [priced(name, group) for name in LAWS]
+            text = _noise.describe_minimum(steady(batches, noise(group)), "batch (tokens)")
+            lines.append(f"{title}; at each batch's best rate: {text}")
+            lines += [describe_law(name, group) for name in LAWS]
     base, *changes = titled.items()
-    lines += [compared(base, change) for change in changes]
+    lines += [describe_change(base, change) for change in changes]
     return "\n\n".join(lines)
 
 
@@ -184,7 +184,7 @@ def steady(curve: _noise.Curve, sigma: float | None) -> _noise.Curve:
     return dataclasses.replace(curve, noise=sigma)
 
 
-def priced(name: str, rows: list[Row]) -> str:
+def describe_law(name: str, rows: list[Row]) -> str:
     """What a law's point costs: the loss of the cell nearest to it."""
     cells, sigma = cells_of(rows), noise(rows)
     best = least(rows)
@@ -204,10 +204,11 @@ def priced(name: str, rows: list[Row]) -> str:
     if sigma is None:
         return text + "; one seed, so no noise to compare it with."
     error = sigma * np.sqrt(1 / len(cells[near]) + 1 / len(cells[best]))
-    return f"{text}, {'told apart' if _noise.told_apart(above, 0, error) else 'not told apart'}."
+    apart = _noise.distinguishable(above, 0, error)
+    return f"{text}, {'' if apart else 'not '}told apart."
 
 
-def compared(base: tuple[str, list[Row]], change: tuple[str, list[Row]]) -> str:
+def describe_change(base: tuple[str, list[Row]], change: tuple[str, list[Row]]) -> str:
     """The best rate and loss of a change beside those of the group it changes, at its batch."""
     (title, rows), (other_title, changed) = base, change
     batch = least(changed)[1]
@@ -216,7 +217,7 @@ def compared(base: tuple[str, list[Row]], change: tuple[str, list[Row]]) -> str:
     )
     if not len(one.x) or one.errors is None or two.errors is None:
         return f"{other_title} has no noise to be compared with {title} by."
-    shift = np.log2(_noise.drawn_optima(two, seed=1) / _noise.drawn_optima(one))
+    shift = np.log2(_noise.sampled_optima(two, seed=1) / _noise.sampled_optima(one))
     low, high = np.percentile(shift, [2.5, 97.5])
     moved = "moves the best rate" if low > 0 or high < 0 else "does not move the best rate visibly"
     text = (
@@ -227,7 +228,7 @@ def compared(base: tuple[str, list[Row]], change: tuple[str, list[Row]]) -> str:
         return f"{text}. Losses on other text are not comparable."
     i, j = int(np.argmin(one.means)), int(np.argmin(two.means))
     gap = float(two.means[j] - one.means[i])
-    apart = _noise.told_apart(gap, 0, float(np.hypot(one.errors[i], two.errors[j])))
+    apart = _noise.distinguishable(gap, 0, float(np.hypot(one.errors[i], two.errors[j])))
     return f"{text}; its least loss differs by {gap:+.3f}, {'' if apart else 'not '}told apart."
 
 

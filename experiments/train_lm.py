@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,15 +62,15 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     facts = {"config": c.to_json(), "source": environment.commit()}
     folder_of = c.checkpoint.folder or str(out / "checkpoints")
     store = native.Store(absolute(folder_of), last=c.checkpoint.last, facts=facts)
-    say, stopping = Speaker(), Preemption()
+    stopping = Preemption()
     if start.policy != FULL and not c.attention:
         say(f"attending as {c.init} was trained, by {start.policy.name} (lminf.json)")
     # Several processes must stop after the same step, which JAX settles: signals are left to it.
     alone = jax.process_count() == 1
     listening = stopping.listening() if alone else contextlib.nullcontext()
     needed = 0 if ended else _training.state_bytes(program)
-    with owned(store, c, needed=needed) as planned, store, listening:
-        state = begin(program, start, store, say, seed=c.seed)
+    with checkpoint_folder(store, c, needed=needed) as planned, store, listening:
+        state = initial_state(program, start, store, seed=c.seed)
         done = int(state.step)
         if ended and done >= c.steps:
             return
@@ -80,11 +80,11 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
             out.keep_until(done)
             out.keep(lambda row: row["part"] not in AT_THE_END)
         watch = Watch(c, program, data, out, done, skipped=int(state.skipped))
-        watch.shown = trackers.opened(c.watch if leads() else "", out.path, c.to_dict())
-        meter = Meter(program, data.held_out, _training.token_bytes(start.tokenizer), place)
+        watch.trackers = trackers.opened(c.watch if leads() else "", out.path, c.to_dict())
+        evaluator = Evaluator(program, data.held_out, _training.token_bytes(start.tokenizer), place)
         with contextlib.ExitStack() as stack:
             stack.enter_context(watch.progress)
-            for watcher in watch.shown:
+            for watcher in watch.trackers:
                 stack.callback(watcher.close)
             for until in _training.boundaries(done, c.steps, c.evaluate.every):
                 state = fit(
@@ -95,30 +95,30 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
                     watch=watch,
                     not_finite=watch.not_finite,
                     hooks=[Hook(c.checkpoint.every, partial(save, store, watch, unless=until))],
-                    stop=partial(asked_to_stop, stopping),
+                    stop=partial(should_stop, stopping),
                 )
                 done = int(state.step)
                 if done < until and done % c.checkpoint.every:  # else the hook has saved it
                     save(store, watch, done, state)
                 elif done == until:  # whoever asks to stop now still gets the loss that is due
                     with watch.split.part("eval"):
-                        evaluated = meter(state)
+                        evaluated = evaluator(state)
                     watch.show(done, {f"held_out_{name}": x for name, x in evaluated.means.items()})
                     yield {"part": "loss", "step": done, "tokens": done * watch.tokens_per_step,
                            "train_loss": watch.smoothed, **evaluated.means,
                            **watch.split.seconds()}  # fmt: skip
                     save(store, watch, done, state, loss=evaluated.means["loss"])
-                if done < until or asked_to_stop(stopping, done):
+                if done < until or should_stop(stopping, done):
                     store.wait()
                     say(f"saved step {done}; the same command goes on from there")
                     raise stopping.ending()
         with watch.split.part("eval"):
-            evaluated = meter(state)
+            evaluated = evaluator(state)
         for first, last, nll in evaluated.by_position:
             yield {"part": "position", "step": done, "start": first, "stop": last, "loss": nll}
         if not (c.evaluate.sample or c.export):
             return
-        lm = dataclasses.replace(lm, params=whole(program, program.finished(state)))
+        lm = dataclasses.replace(lm, params=gathered(program, program.finished(state)))
         if c.evaluate.sample and leads():
             text = lm.generate(PROMPT, max_new_tokens=c.evaluate.sample)
             yield {"part": "sample", "step": done, "text": f"{PROMPT}{text}"}
@@ -166,7 +166,7 @@ def absolute(folder: str) -> str:
 
 
 @contextlib.contextmanager
-def owned(store: native.Store, c: ConfigDict, *, needed: int) -> Iterator[int]:
+def checkpoint_folder(store: native.Store, c: ConfigDict, *, needed: int) -> Iterator[int]:
     """Holds the folder of checkpoints, which must be nobody's or this run's; the steps that the run
     was given before.
     """
@@ -200,13 +200,8 @@ def owned(store: native.Store, c: ConfigDict, *, needed: int) -> Iterator[int]:
         yield steps
 
 
-def begin(
-    program: TrainStep,
-    start: _training.Start,
-    store: native.Store,
-    say: Callable[[str], None],
-    *,
-    seed: int,
+def initial_state(
+    program: TrainStep, start: _training.Start, store: native.Store, *, seed: int
 ) -> State:
     """The state of the latest checkpoint, or the first one."""
     abstract = jax.tree.map(
@@ -236,7 +231,7 @@ def save(
             store.save(done, state, loss=loss)
 
 
-def asked_to_stop(stopping: Preemption, done: int) -> bool:
+def should_stop(stopping: Preemption, done: int) -> bool:
     """Whether every process should stop after this step."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -249,7 +244,7 @@ def shapes(batch: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(sorted((name, x.shape) for name, x in batch.items()))
 
 
-def whole(program: TrainStep, tree: Params) -> Params:
+def gathered(program: TrainStep, tree: Params) -> Params:
     """The arrays in the memory of every process."""
     if jax.process_count() > 1:  # a process can fetch only what lies on its own devices
         everywhere = NamedSharding(program.mesh, PartitionSpec())
@@ -257,12 +252,10 @@ def whole(program: TrainStep, tree: Params) -> Params:
     return jax.tree.map(np.asarray, jax.device_get(tree))
 
 
-class Speaker:
-    """Says things once, however many processes there are."""
-
-    def __call__(self, text: str) -> None:
-        if leads():
-            print(text, file=sys.stderr)
+def say(text: str) -> None:
+    """Prints it once, however many processes there are."""
+    if leads():
+        print(text, file=sys.stderr)
 
 
 class Watch:
@@ -280,7 +273,7 @@ class Watch:
         self.step_share = flops / peak  # seconds of a step at full speed
         self.last = (done, self.split.seconds()["seconds_train"])
         self.traced = None
-        self.shown: Sequence[trackers.Tracker] = ()
+        self.trackers: Sequence[trackers.Tracker] = ()
 
     def __call__(self, done, metrics):
         loss = float(metrics.loss)
@@ -309,7 +302,7 @@ class Watch:
         self.show(done, values)
 
     def show(self, done: int, values: Mapping[str, Any]) -> None:
-        for watcher in self.shown:
+        for watcher in self.trackers:
             watcher.add(done, values)
 
     def not_finite(self, done: int, metrics: Metrics) -> None:
@@ -336,7 +329,7 @@ class Watch:
             jax.profiler.stop_trace()
 
 
-class Found:
+class Evaluation:
     """Losses of the held-out text, by position in its window."""
 
     def __init__(self, nll, byte_counts):
@@ -357,17 +350,17 @@ class Found:
                 yield first, last, float(self.nll[:, first:last].mean(dtype=np.float64))
 
 
-class Meter:
+class Evaluator:
     """The loss of the held-out batches."""
 
     def __init__(self, program, held_out, token_bytes, place):
         self.program, self.held_out, self.token_bytes = program, held_out, token_bytes
         self.placed = [batches.put(batch, **place) for batch in held_out]
 
-    def __call__(self, state) -> Found:
+    def __call__(self, state) -> Evaluation:
         nll = [np.asarray(self.program.nll(state, batch)) for batch in self.placed]
         targets = np.concatenate([batch["targets"] for batch in self.held_out])
-        return Found(np.concatenate(nll), self.token_bytes[targets])
+        return Evaluation(np.concatenate(nll), self.token_bytes[targets])
 
 
 def table(rows: list[Row]) -> list[Row]:

@@ -47,7 +47,7 @@ def _none_if_not_finite(value):
 def measure(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     fertility = fertilities.PUBLISHED
     table = (
-        scaling.read_vocab(_tables.found(c.data, "vocab_law"))
+        scaling.read_vocab(_tables.existing(c.data, "vocab_law"))
         if c.data
         else synthetic.vocab_sweep(noise=0.005, seed=c.seed)
     )

@@ -114,7 +114,7 @@ def findings(rows: list[Row]) -> str:
     first = rows[0]
     corpus = (
         f"The text is `{first['corpus']}`, digest {first['text_digest']}: "
-        + (_corpus.SAID[first["corpus"]])
+        + (_corpus.DESCRIPTIONS[first["corpus"]])
     )
     lines = [
         corpus,
@@ -127,9 +127,11 @@ def findings(rows: list[Row]) -> str:
     for metric, label in METRICS.items():
         curves = {key: curve(rows, *key, metric) for key in budgets_of(rows)}
         for (_, budget), by_size in curves.items():
-            lines.append(f"{budget:.0e} FLOPs, {label}: {_noise.said_of_bowl(by_size, 'V')}")
+            lines.append(f"{budget:.0e} FLOPs, {label}: {_noise.describe_minimum(by_size, 'V')}")
         for n_nv in dict.fromkeys(n_nv for n_nv, _ in curves):
-            lines.append(moved({key: c for key, c in curves.items() if key[0] == n_nv}, label))
+            lines.append(
+                describe_shift({key: c for key, c in curves.items() if key[0] == n_nv}, label)
+            )
     rates = sorted({row["lr"] for row in rows})
     edge = [
         f"V = {size} at {budget:.0e}"
@@ -146,7 +148,7 @@ def findings(rows: list[Row]) -> str:
     return "\n\n".join(lines)
 
 
-def moved(curves: Mapping[tuple[int, float], _noise.Curve], label: str) -> str:
+def describe_shift(curves: Mapping[tuple[int, float], _noise.Curve], label: str) -> str:
     """Whether the optimum rises with the budget: the exponent of V in FLOPs over draws."""
     inside = {
         key: by_size for key, by_size in curves.items() if _noise.optimum(by_size)[0] is not None
@@ -155,7 +157,7 @@ def moved(curves: Mapping[tuple[int, float], _noise.Curve], label: str) -> str:
         return f"By {label} fewer than two budgets have an optimum between the sizes: no movement."
     log_flops = np.log([budget for _, budget in inside])
     # Draws of their own for each budget: with the same ones the slope would seem to have no noise.
-    drawn = np.log([_noise.drawn_optima(f, seed=i) for i, f in enumerate(inside.values())])
+    drawn = np.log([_noise.sampled_optima(f, seed=i) for i, f in enumerate(inside.values())])
     slopes = np.polyfit(log_flops, drawn, 1)[0]
     vertex = np.log([_noise.optimum(by_size)[0] for by_size in inside.values()])
     slope = np.polyfit(log_flops, vertex, 1)[0]

@@ -1,4 +1,4 @@
-"""What replicate seeds let one say: noise, optima with intervals, differences or none."""
+"""Statistics of replicate seeds: noise, optima with intervals, and which losses differ."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Curve:
 
     x: np.ndarray  # rising
     values: tuple[list[float], ...]  # at each x, one for each seed
-    labels: tuple[Any, ...] = ()  # of the points, for those who made them
+    labels: tuple[Any, ...] = ()  # of the points; nothing here reads them
     noise: float | None = None  # between seeds; None: of these values
 
     @cached_property
@@ -96,7 +96,7 @@ def vertex(x: np.ndarray, y: np.ndarray) -> float | None:
 
 
 def describe_minimum(curve: Curve, name: str) -> str:
-    """Where the least loss lies, and which neighbours it can be told apart from."""
+    """A sentence: where the least loss lies, and which neighbours differ from it beyond noise."""
     least = int(np.argmin(curve.means))
     best, low, high = optimum(curve)
     x = f"{name} = {curve.x[least]:g}"

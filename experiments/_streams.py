@@ -1,7 +1,7 @@
-"""Streams of which nobody read the first tokens, to time the next ones.
+"""Decoding after a long text, timed without reading the text.
 
-The work of a step depends on the number of slots and on nothing that they hold, so a cache is made
-as if that many tokens had been read, with zeros for keys and values.
+The work of a step depends on the number of slots of the cache and not on their content, so the
+cache is filled with positions, and keys and values stay zero.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from lminf.run.progress import Progress
 
 
 class Stream:
-    """One policy after `position` tokens, which count as a prompt, with room for some more."""
+    """One policy after a prompt of `position` tokens, with room for some more."""
 
     def __init__(self, lm: LM, position: int, *, room: int) -> None:
         self.lm, self.position = lm, position
@@ -79,7 +79,7 @@ def step_times(streams: Sequence[Stream], steps: int) -> Float[np.ndarray, "stre
 
 
 def as_if_read(empty: cache.Cache, policy: AnyPolicy, tokens: int) -> cache.Cache:
-    """The cache as it would say it is after `tokens` tokens; keys and values stay zero."""
+    """The cache with the positions that it has after `tokens` tokens; keys and values stay zero."""
     if isinstance(policy, EvictionPolicy):
         filled = int(policy.position_in_cache(jnp.int32(tokens - 1))) + 1
         slots = jnp.arange(empty.layout.slots, dtype=jnp.int32)

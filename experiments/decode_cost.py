@@ -1,7 +1,7 @@
 """Time per token and bytes of cache at positions of a stream, by policy.
 
-Nobody reads 100,000 tokens for this: `_streams` says how. Cells are timed in turn, one token of
-each, so that a busy moment of the machine falls on all of them alike.
+The tokens before are not read: `_streams` says why they need not be. Cells are timed in turn, one
+token of each, so that other work on the machine slows all of them alike.
 """
 
 import math

@@ -22,7 +22,7 @@ from lminf.run.folder import Row, RunFolder
 from lminf.run.progress import Progress
 
 LOGITS, ENTROPY, FEATURES = "logits", "entropy", "features"  # the rows' `factor`
-FIRST = 4  # tokens at the start that are told apart from the rest
+FIRST = 4  # tokens at the start, each with a row of its own
 NUM_LATER = 256  # later tokens in the picture of features
 
 

@@ -2,7 +2,7 @@
 
 Quality is that of one policy at one capacity: the NLL of a continuation after a prompt, and the
 share of passkeys retrieved. Bytes are those of the arrays after the prompt, a policy's state
-included. Cells of cost are made as if so many tokens had been read, with zeros for keys and values.
+included. The cost of a token is measured on caches of zeros (`_streams`).
 """
 
 import dataclasses

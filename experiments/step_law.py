@@ -1,4 +1,4 @@
-"""Fits the step law, prices every law's point on the measured grids, and draws the bowls."""
+"""Fits the step law and finds the loss of every law's setting on the measured grids."""
 
 from collections.abc import Iterator, Mapping, Sequence
 

@@ -27,7 +27,7 @@ from lminf.train.optim import OPTIMIZERS
 from lminf.train.schedules import SCHEDULES
 from lminf.train.step import State, TrainStep
 
-BLOCKS = 8  # of the positions, whose losses are told apart
+BLOCKS = 8  # of positions, with a loss each
 
 
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""Trains a language model; goes on where it was when its command is given again with its --out."""
+"""Trains a language model; the same command with the same --out resumes it."""
 
 import contextlib
 import dataclasses
@@ -100,7 +100,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
                 done = int(state.step)
                 if done < until and done % c.checkpoint.every:  # else the hook has saved it
                     save(store, watch, done, state)
-                elif done == until:  # whoever asks to stop now still gets the loss that is due
+                elif done == until:  # also when asked to stop: the loss is due
                     with watch.split.part("eval"):
                         evaluated = evaluator(state)
                     watch.show(done, {f"held_out_{name}": x for name, x in evaluated.means.items()})
@@ -128,7 +128,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
 
 PROMPT = "The "  # of the sample
 AT_THE_END = ("position", "sample")  # parts that are measured once all steps are done
-EIGHTHS = 8  # of the window, whose losses are told apart
+EIGHTHS = 8  # of the window, with a loss each
 
 
 def finished(c: ConfigDict, out: RunFolder) -> bool:
@@ -167,8 +167,8 @@ def absolute(folder: str) -> str:
 
 @contextlib.contextmanager
 def checkpoint_folder(store: native.Store, c: ConfigDict, *, needed: int) -> Iterator[int]:
-    """Holds the folder of checkpoints, which must be nobody's or this run's; the steps that the run
-    was given before.
+    """Locks the folder of checkpoints, which must be new or this run's; yields the number of steps
+    that an earlier call planned.
     """
     store.check_folder()
     latest = max((saved.step for saved in store.saved()), default=0)

@@ -1,4 +1,4 @@
-"""Fits all three approaches, calibrates them on the curves, and shows what each choice changes."""
+"""Fits all three approaches, calibrates them on the curves, and measures what choices change."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence

@@ -4,9 +4,11 @@ Question   What do policies that attend to few tokens cost in loss when a model 
            them, and what do they save in time?
 Paper      MoBA (Lu et al. 2025, arXiv:2502.13189)
 Command    python -m experiments.train_attention
-Time       20 minutes on two CPU cores
-Expected   to be measured
-Tiny       --config=:tiny trains 2 layers on 64 bytes of context: seconds
+Time       about 10 minutes on two idle CPU cores; the same command with the same --out resumes
+Expected   after 0.8M bytes of text MoBA ends 0.007 nats above full attention and the window 0.006
+           below; one seed cannot tell either from no difference. At 1,024 tokens on a CPU, MoBA's
+           steps take 1.5 times as long as those of full attention
+Tiny       --config=:tiny trains 2 layers on 64 bytes of context: under a minute
 """
 
 from ml_collections import ConfigDict

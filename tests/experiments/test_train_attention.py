@@ -21,5 +21,7 @@ def test_a_sparse_policy_learns_and_is_measured_by_position(rows_of):
     (line,) = train_attention.table(rows)
     assert line["policy"] == MOBA
     assert line["after 20"] == last
+    assert line["tokens/s"] > 0
     assert line["0–8"] == blocks[0]["loss"]
+    assert rows_of("train_attention", rows, policies=(MOBA,)) == []
     assert set(train_attention.plot(rows)) == {"train_attention", "by_position"}

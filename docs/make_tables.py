@@ -30,8 +30,9 @@ the machine, the versions and the configuration of its run.
 
 Every experiment takes `--config=:tiny`, `--config.FIELD=VALUE` and `--out=DIR`, and writes a folder
 with its configuration, environment, `rows.jsonl`, figures and `report.md`. An experiment that is
-interrupted by Ctrl-C or SIGTERM keeps its rows. `train_lm`, `long_context_eval`, `passkey`,
-`kv_cache` and sweeps resume when the same command is run again with the same `--out`.
+interrupted by Ctrl-C or SIGTERM keeps its rows. `train_lm`, `train_attention`, `long_context_eval`,
+`passkey`, `kv_cache` and sweeps resume when the same command is run again with the same `--out`.
+Those that ask a model questions also keep every answer, in `answers.jsonl`.
 `lminf list NAME` prints the question, command, time and expected result of one experiment.
 """
 
@@ -386,8 +387,8 @@ def readme() -> str:
         values = [rows.select(policy=policy, start=start)[1]["nll"] for start in STARTS]
         lines.append([POLICIES[policy], *(f"{value:.3f}" for value in values)])
     text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + markdown(lines) + END + rest.split(END)[1]
+    head, rest = text.split(BEGIN)
+    return head + BEGIN + markdown(lines) + END + rest.split(END)[1]
 
 
 if __name__ == "__main__":

@@ -60,5 +60,5 @@ class KeyValue(NeedleTask):
             )
         line_index = min(int(self.depth * count), count - 1)
         prompt, (key, value) = text(lines[:count], line_index), lines[line_index]
-        before = prompt[: prompt.index(LINE.format(key=key, value=value))]
-        return Needle(prompt, value, line_index / count, budget.count(prompt), budget.count(before))
+        head = prompt[: prompt.index(LINE.format(key=key, value=value))]
+        return Needle(prompt, value, line_index / count, budget.count(prompt), budget.count(head))

@@ -76,8 +76,8 @@ def lm_infinite(encode: Encode, *, length: int, key: int, depth: float) -> Needl
     """One prompt: task, copies of the filler with the key among them, question."""
 
     def parts(copies):
-        before = int(depth * copies)
-        return [TASK, *[FILLER] * before], [*[FILLER] * (copies - before), QUESTION]
+        num_before = int(depth * copies)
+        return [TASK, *[FILLER] * num_before], [*[FILLER] * (copies - num_before), QUESTION]
 
     copy_tokens = len(encode(f"{FILLER} {FILLER}")) - len(encode(FILLER))
     return _fitted(encode, parts, " ", unit=copy_tokens, length=length, key=key, depth=depth)
@@ -88,8 +88,8 @@ def landmark(encode: Encode, *, length: int, key: int, depth: float) -> Needle:
     cut = _FillerByTokens(encode)
 
     def parts(tokens):
-        before = int(depth * tokens)
-        return [TASK, cut(before)], [cut(tokens - before), QUESTION]
+        num_before = int(depth * tokens)
+        return [TASK, cut(num_before)], [cut(tokens - num_before), QUESTION]
 
     return _fitted(encode, parts, "\n", unit=1, length=length, key=key, depth=depth)
 
@@ -107,8 +107,8 @@ def _fitted(
     """The longest prompt that has at most `length` tokens."""
 
     def prompt(n: int) -> str:
-        before, after = parts(n)
-        return joint.join([*before, KEY_LINE.format(key=key), *after])
+        head, tail = parts(n)
+        return joint.join([*head, KEY_LINE.format(key=key), *tail])
 
     n, tokens = _fill(encode, prompt, length=length, unit=unit)
     start = len(encode(joint.join(parts(n)[0])))

@@ -39,14 +39,14 @@ def tile(
 
 @triton.jit
 def store(
-    base, rows, valid, tile, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    base, rows, valid, values, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     pointers = base + rows[:, None] * STRIDE + column[None, :]
     mask = valid[:, None]
     if BLOCK != WIDTH:
         mask = mask & (column < WIDTH)[None, :]
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=mask)
+    tl.store(pointers, values.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit

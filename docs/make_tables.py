@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lminf.evals import score
 from lminf.run import folder, header, tables
 
 FOLDER = Path(__file__).resolve().parent
@@ -29,8 +30,9 @@ the machine, the versions and the configuration of its run.
 
 Every experiment takes `--config=:tiny`, `--config.FIELD=VALUE` and `--out=DIR`, and writes a folder
 with its configuration, environment, `rows.jsonl`, figures and `report.md`. An experiment that is
-interrupted by Ctrl-C or SIGTERM keeps its rows. `train_lm`, `long_context_eval`, `passkey`,
-`kv_cache` and sweeps resume when the same command is run again with the same `--out`.
+interrupted by Ctrl-C or SIGTERM keeps its rows. `train_lm`, `train_attention`, `long_context_eval`,
+`passkey`, `kv_cache` and sweeps resume when the same command is run again with the same `--out`.
+Those that ask a model questions also keep every answer, in `answers.jsonl`.
 `lminf list NAME` prints the question, command, time and expected result of one experiment.
 """
 
@@ -184,7 +186,7 @@ def passkeys_by_depth() -> str:
                 continue
             cells = [
                 rows.link(
-                    lambda row: f"{row['correct']}/{row['prompts']}",
+                    score.count_text,
                     task="passkey", policy=policy, length=length, depth=depth,
                 )
                 for depth in depths
@@ -220,7 +222,7 @@ def passkeys_by_length() -> str:
 
     def correct(policy: str, length: int, depth: float) -> str:
         return rows.link(
-            lambda row: f"{row['correct']}/{row['prompts']}",
+            score.count_text,
             policy=policy, length=length, depth=depth,
         )  # fmt: skip
 
@@ -385,8 +387,8 @@ def readme() -> str:
         values = [rows.select(policy=policy, start=start)[1]["nll"] for start in STARTS]
         lines.append([POLICIES[policy], *(f"{value:.3f}" for value in values)])
     text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + markdown(lines) + END + rest.split(END)[1]
+    head, rest = text.split(BEGIN)
+    return head + BEGIN + markdown(lines) + END + rest.split(END)[1]
 
 
 if __name__ == "__main__":

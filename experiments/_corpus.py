@@ -15,7 +15,7 @@ from lminf.data.tokenizers import Tokenizer
 from lminf.errors import InputError
 
 TEXTS = {"library": sources.python_library, "prose": sources.python_prose}
-SAID = {
+DESCRIPTIONS = {
     "library": "the source files of the Python standard library (tests aside) and the topics of "
     "the language reference, as the interpreter installs them (PSF licence)",
     "prose": "the standard library's docstrings of 200 characters and more and the topics of the "
@@ -69,8 +69,8 @@ class Corpus:
             partial = path.with_suffix(".partial.npz")
             np.savez(partial, train=train.astype(np.uint16), held_out=held_out.astype(np.uint16))
             partial.replace(path)
-        with np.load(path) as found:
-            return found["train"].astype(np.int32), found["held_out"].astype(np.int32)
+        with np.load(path) as arrays:
+            return arrays["train"].astype(np.int32), arrays["held_out"].astype(np.int32)
 
 
 def corpus(name: str) -> Corpus:

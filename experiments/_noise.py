@@ -1,4 +1,4 @@
-"""What replicate seeds let one say: noise, optima with intervals, differences or none."""
+"""Statistics of replicate seeds: noise, optima with intervals, and which losses differ."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Curve:
 
     x: np.ndarray  # rising
     values: tuple[list[float], ...]  # at each x, one for each seed
-    labels: tuple[Any, ...] = ()  # of the points, for those who made them
+    labels: tuple[Any, ...] = ()  # of the points; nothing here reads them
     noise: float | None = None  # between seeds; None: of these values
 
     @cached_property
@@ -39,24 +39,24 @@ class Curve:
 
 def settings(rows: Sequence[Row], keys: Sequence[str], metric: str) -> dict[tuple, list[float]]:
     """The measurements of each setting, one for each seed."""
-    found: dict[tuple, list[float]] = {}
+    by_setting: dict[tuple, list[float]] = {}
     for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), []).append(row[metric])
-    return found
+        by_setting.setdefault(tuple(row[key] for key in keys), []).append(row[metric])
+    return by_setting
 
 
 def pooled(values: Sequence[Sequence[float]]) -> float | None:
     """Standard deviation between seeds of one setting, from all settings with two or more."""
-    several = [own for own in values if len(own) > 1]
+    several = [draws for draws in values if len(draws) > 1]
     if not several:
         return None
-    freedom = sum(len(own) - 1 for own in several)
-    return float(np.sqrt(sum(np.var(own) * len(own) for own in several) / freedom))
+    freedom = sum(len(draws) - 1 for draws in several)
+    return float(np.sqrt(sum(np.var(draws) * len(draws) for draws in several) / freedom))
 
 
-def told_apart(one: float, other: float, error: float) -> bool:
+def distinguishable(one: float, another: float, error: float) -> bool:
     """Whether two losses differ by more than twice the standard error of their difference."""
-    return abs(one - other) > 2 * error
+    return abs(one - another) > 2 * error
 
 
 def optimum(curve: Curve) -> tuple[float | None, float | None, float | None]:
@@ -70,52 +70,52 @@ def optimum(curve: Curve) -> tuple[float | None, float | None, float | None]:
         return None, None, None
     if curve.errors is None:
         return float(np.exp(best)), None, None
-    low, high = np.percentile(drawn_optima(curve), [2.5, 97.5])
+    low, high = np.percentile(sampled_optima(curve), [2.5, 97.5])
     return float(np.exp(best)), float(low), float(high)
 
 
-def drawn_optima(curve: Curve, *, seed: int = 0) -> np.ndarray:
+def sampled_optima(curve: Curve, *, seed: int = 0) -> np.ndarray:
     """Optima of `DRAWS` draws of the means; where a draw is least at an end, that end."""
     errors = curve.errors if curve.errors is not None else np.zeros(len(curve.x))
     draws = np.random.default_rng(seed).standard_normal((DRAWS, len(curve.x)))
-    log_x, found = np.log(curve.x), []
+    log_x, optima = np.log(curve.x), []
     for noise in draws:
         values = curve.means + errors * noise
         inside = vertex(log_x, values)
-        found.append(log_x[np.argmin(values)] if inside is None else inside)
-    return np.exp(found)
+        optima.append(log_x[np.argmin(values)] if inside is None else inside)
+    return np.exp(optima)
 
 
 def vertex(x: np.ndarray, y: np.ndarray) -> float | None:
     """Where the parabola through the least y and its neighbours is least; None at an end."""
-    at = int(np.argmin(y))
-    if at in (0, len(y) - 1):
+    least = int(np.argmin(y))
+    if least in (0, len(y) - 1):
         return None
-    a, b, _ = np.polyfit(x[at - 1 : at + 2], y[at - 1 : at + 2], 2)
+    a, b, _ = np.polyfit(x[least - 1 : least + 2], y[least - 1 : least + 2], 2)
     return -b / (2 * a)
 
 
-def said_of_bowl(curve: Curve, name: str) -> str:
-    """Where the least loss lies, and which neighbours it can be told apart from."""
-    at = int(np.argmin(curve.means))
+def describe_minimum(curve: Curve, name: str) -> str:
+    """A sentence: where the least loss lies, and which neighbours differ from it beyond noise."""
+    least = int(np.argmin(curve.means))
     best, low, high = optimum(curve)
-    x = f"{name} = {curve.x[at]:g}"
+    x = f"{name} = {curve.x[least]:g}"
     if best is None:
-        text = f"least ({curve.means[at]:.3f}) at {x}, an end of the grid: no optimum between"
+        text = f"least ({curve.means[least]:.3f}) at {x}, an end of the grid: no optimum between"
     elif low is None:
-        text = f"least ({curve.means[at]:.3f}) at {x}; one seed, so no interval"
+        text = f"least ({curve.means[least]:.3f}) at {x}; one seed, so no interval"
     else:
         text = (
-            f"least ({curve.means[at]:.3f}) at {x}; the parabola's optimum is {best:.3g} "
+            f"least ({curve.means[least]:.3f}) at {x}; the parabola's optimum is {best:.3g} "
             f"(95 % {low:.3g} .. {high:.3g})"
         )
     if curve.errors is None:
         return text + "."
     apart = []
-    for other in (at - 1, at + 1):
-        if 0 <= other < len(curve.x):
-            error = float(np.hypot(curve.errors[at], curve.errors[other]))
-            above = curve.means[other] - curve.means[at]
-            verdict = "told apart" if told_apart(above, 0, error) else "not told apart"
-            apart.append(f"{name} = {curve.x[other]:g} is {above:.3f} above, {verdict}")
+    for neighbour in (least - 1, least + 1):
+        if 0 <= neighbour < len(curve.x):
+            error = float(np.hypot(curve.errors[least], curve.errors[neighbour]))
+            above = curve.means[neighbour] - curve.means[least]
+            verdict = "told apart" if distinguishable(above, 0, error) else "not told apart"
+            apart.append(f"{name} = {curve.x[neighbour]:g} is {above:.3f} above, {verdict}")
     return f"{text}; {'; '.join(apart)} (noise {curve.sigma:.3f})."

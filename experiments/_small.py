@@ -148,8 +148,8 @@ class Once:
         return np.random.default_rng(self.seed).permutation(count)
 
     def documents(self, step: int) -> np.ndarray:
-        at = np.arange(step * self.rows, (step + 1) * self.rows)
-        return self._order[at % len(self._order)] * self.length
+        indices = np.arange(step * self.rows, (step + 1) * self.rows)
+        return self._order[indices % len(self._order)] * self.length
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         rows = self.tokens[self.documents(step)[:, None] + np.arange(self.length + 1)]

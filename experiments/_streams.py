@@ -1,16 +1,17 @@
-"""Streams of which nobody read the first tokens, to time the next ones.
+"""Decoding after a long text, timed without reading the text.
 
-The work of a step depends on the number of slots and on nothing that they hold, so a cache is made
-as if that many tokens had been read, with zeros for keys and values.
+The work of a step depends on the number of slots of the cache and not on their content, so the
+cache is filled with positions, and keys and values stay zero.
 """
 
 import dataclasses
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from lminf.attention import cache
 from lminf.attention.policies.eviction import EvictionPolicy
@@ -18,10 +19,11 @@ from lminf.attention.policy import AnyPolicy
 from lminf.lm import generate
 from lminf.lm.generate import GREEDY
 from lminf.lm.lm import LM
+from lminf.run.progress import Progress
 
 
 class Stream:
-    """One policy after `position` tokens, which count as a prompt, with room for some more."""
+    """One policy after a prompt of `position` tokens, with room for some more."""
 
     def __init__(self, lm: LM, position: int, *, room: int) -> None:
         self.lm, self.position = lm, position
@@ -64,8 +66,20 @@ class Stream:
         return token
 
 
+def step_times(streams: Sequence[Stream], steps: int) -> Float[np.ndarray, "streams 3"]:
+    """Quartiles of the milliseconds of a token of each. They take turns, one token of each, so
+    that a busy moment of the machine falls on all alike; the first tokens compile and are left out.
+    """
+    with Progress(steps + 1, label="decoding", unit="tokens of each") as progress:
+        rounds = []  # [steps + 1] of [streams] seconds
+        for done in range(steps + 1):
+            rounds.append([stream.step() for stream in streams])
+            progress.update(done + 1)
+    return 1e3 * np.percentile(rounds[1:], [25, 50, 75], axis=0).T
+
+
 def as_if_read(empty: cache.Cache, policy: AnyPolicy, tokens: int) -> cache.Cache:
-    """The cache as it would say it is after `tokens` tokens; keys and values stay zero."""
+    """The cache with the positions that it has after `tokens` tokens; keys and values stay zero."""
     if isinstance(policy, EvictionPolicy):
         filled = int(policy.position_in_cache(jnp.int32(tokens - 1))) + 1
         slots = jnp.arange(empty.layout.slots, dtype=jnp.int32)

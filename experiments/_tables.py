@@ -10,7 +10,7 @@ SOURCES = {
 }
 
 
-def found(path: str, experiment: str) -> str:
+def existing(path: str, experiment: str) -> str:
     """The path, if there is a file."""
     if not Path(path).is_file():
         raise InputError(

@@ -36,7 +36,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 # Settings that another call of the same run may have otherwise: what they change is how long it is,
-# where it lies and what is said of it, but not what a step computes.
+# where it lies and what it reports, but not what a step computes.
 MAY_CHANGE = (
     "steps", "mesh", "strategy", "processes", "remat", "evaluate.every", "evaluate.sample",
     "checkpoint.every", "checkpoint.last", "export", "log_every", "watch", "profile",
@@ -115,9 +115,9 @@ def start_of(c: ConfigDict) -> Start:
     return Start(shape_of(c, tokenizer.vocab_size), None, tokenizer, policy_of(c, None))
 
 
-def policy_of(c: ConfigDict, own: AnyPolicy | None) -> AnyPolicy:
+def policy_of(c: ConfigDict, default: AnyPolicy | None) -> AnyPolicy:
     """The policy of the config; where it names none, the model's own."""
-    return parse_policy(c.attention) if c.attention else own or FULL
+    return parse_policy(c.attention) if c.attention else default or FULL
 
 
 def tokenizer_of(name: str) -> Tokenizer | ByteTokenizer:
@@ -225,23 +225,23 @@ def state_bytes(program: TrainStep) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
-def rates_moved(c: ConfigDict, before: int, done: int) -> str | None:
-    """What is to be said of a run of `before` steps that is given another length after `done`."""
+def rates_moved(c: ConfigDict, earlier_steps: int, done: int) -> str | None:
+    """A warning that a run of `earlier_steps` steps gets another length after `done`, or None."""
     schedule = parse_choice(c.schedule, SCHEDULES, what="schedule")
     steps = np.arange(done)
-    if np.allclose(jax.vmap(lambda s: schedule(s, before))(steps),
+    if np.allclose(jax.vmap(lambda s: schedule(s, earlier_steps))(steps),
                    jax.vmap(lambda s: schedule(s, c.steps))(steps), rtol=1e-6):  # fmt: skip
         return None
-    rates = float(schedule(done - 1, before)), float(schedule(done, c.steps))
+    rates = float(schedule(done - 1, earlier_steps)), float(schedule(done, c.steps))
     return (
         f"the learning rates of {c.schedule} depend on the number of steps: the {done} steps that "
-        f"are done had those of {before} steps, the rest have those of {c.steps} (from "
+        f"are done had those of {earlier_steps} steps, the rest have those of {c.steps} (from "
         f"{rates[0]:.3g} to {rates[1]:.3g} now), so this is not the run of {c.steps} steps"
     )
 
 
-def boundaries(start: int, steps: int, every: int) -> Iterator[int]:
-    """The multiples of `every` after `start`, up to and with `steps`."""
+def boundaries(start: int, steps: int, interval: int) -> Iterator[int]:
+    """The multiples of `interval` after `start`, up to and with `steps`."""
     while start < steps:
-        start = min((start // every + 1) * every, steps)
+        start = min((start // interval + 1) * interval, steps)
         yield start

@@ -1,7 +1,7 @@
 """Time per token and bytes of cache at positions of a stream, by policy.
 
-Nobody reads 100,000 tokens for this: `_streams` says how. Cells are timed in turn, one token of
-each, so that a busy moment of the machine falls on all of them alike.
+The tokens before are not read: `_streams` says why they need not be. Cells are timed in turn, one
+token of each, so that other work on the machine slows all of them alike.
 """
 
 import math
@@ -16,7 +16,7 @@ from lminf.attention.parsing import parse_policy
 from lminf.errors import InputError
 from lminf.experiments import _models
 from lminf.experiments._main import main
-from lminf.experiments._streams import Stream
+from lminf.experiments._streams import Stream, step_times
 from lminf.models import cost
 from lminf.run import plots, tables
 from lminf.run.folder import Row, RunFolder
@@ -57,26 +57,21 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
         Stream(lm.with_policy(policy), position, room=max(c.steps + 1, c.chunk))
         for policy, position in timed
     ]
-    held = [cell.bytes for cell in cells]
-    with Progress(c.steps + 1, label="decoding", unit="tokens of each") as progress:
-        rounds = []  # [steps + 1] of [cells] seconds
-        for done in range(c.steps + 1):
-            rounds.append([cell.step() for cell in cells])
-            progress.update(done + 1)
+    sizes = [cell.bytes for cell in cells]
+    times = step_times(cells, c.steps)
     reading = read_times(cells, c.chunk) if c.chunk else [None] * len(cells)
-    quartiles = np.percentile(rounds[1:], [25, 50, 75], axis=0).T  # the first of each compiles
-    for cell, kept, read, (low, median, high) in zip(cells, held, reading, quartiles, strict=True):
+    for cell, size, read, (low, median, high) in zip(cells, sizes, reading, times, strict=True):
         yield {
             "model": c.model,
             "trained_length": lm.spec.trained_length,
             "policy": cell.lm.policy.name,
             "position": cell.position,
-            "ms_per_token": 1e3 * median,
-            "low": 1e3 * low,
-            "high": 1e3 * high,
-            "tokens_per_s": 1 / median,
+            "ms_per_token": median,
+            "low": low,
+            "high": high,
+            "tokens_per_s": 1e3 / median,
             **({"read_ms_per_token": 1e3 * read / c.chunk} if c.chunk else {}),
-            "cache_bytes": kept,
+            "cache_bytes": size,
             "planned_bytes": cost.cache_bytes(
                 lm.spec, cell.lm.decoder.policies, tokens=cell.capacity, dtype=lm.dtype
             ),

@@ -22,8 +22,8 @@ from lminf.run.folder import Row, RunFolder
 from lminf.run.progress import Progress
 
 LOGITS, ENTROPY, FEATURES = "logits", "entropy", "features"  # the rows' `factor`
-FIRST = 4  # tokens at the start that are told apart from the rest
-SHOWN = 256  # later tokens in the picture of features
+FIRST = 4  # tokens at the start, each with a row of its own
+NUM_LATER = 256  # later tokens in the picture of features
 
 
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
@@ -38,14 +38,14 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     layers = np.array(c.layers)
     facts = {"model": c.model, "trained_length": lm.spec.trained_length}
     with Progress(1 + len(layers) * (1 + len(policies)), label="diagnosing") as progress:
-        seen = jax.block_until_ready(
-            _watched(lm.decoder, layers.tobytes(), lm.params, jnp.asarray(tokens[None]))
+        activations = jax.block_until_ready(
+            _activations(lm.decoder, layers.tobytes(), lm.params, jnp.asarray(tokens[None]))
         )
         done = 1
         progress.update(done)
         q_pos = np.unique(np.geomspace(FIRST, c.length - 1, c.queries).astype(np.int32))
         for index, layer in enumerate(c.layers):
-            queries, keys = seen["q"][index][:, q_pos], seen["k"][index]
+            queries, keys = activations["q"][index][:, q_pos], activations["k"][index]
             look = partial(_logits, score_config(lm.spec), queries, keys, jnp.asarray(q_pos[None]))
             for policy in policies:
                 lm.with_policy(policy)  # refuses a window past the trained length
@@ -58,23 +58,23 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
                             for row in entropies(logits, q_pos))  # fmt: skip
                 done += 1
                 progress.update(done)
-            hidden = np.asarray(seen["hidden"][index][0], np.float64)
+            hidden = np.asarray(activations["hidden"][index][0], np.float64)
             yield from ({**facts, **row, "layer": layer} for row in features(hidden, c.seed))
             done += 1
             progress.update(done)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _watched(module, layers: bytes, params, tokens):
+def _activations(module, layers: bytes, params, tokens):
     """Un-rotated queries and keys, and the residual stream, of some layers."""
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     _, state = module.apply(
         {"params": params}, tokens, positions=positions, mutable=["intermediates"]
     )
     sown = state["intermediates"]["layers"]
-    found = {"hidden": sown["hidden"][0]}
-    found |= {name: sown["attention"][name][0] for name in ("q", "k")}
-    return jax.tree.map(lambda x: x[np.frombuffer(layers, np.int64)], found)
+    activations = {"hidden": sown["hidden"][0]}
+    activations |= {name: sown["attention"][name][0] for name in ("q", "k")}
+    return jax.tree.map(lambda x: x[np.frombuffer(layers, np.int64)], activations)
 
 
 @partial(jax.jit, static_argnums=(0, 4))
@@ -90,13 +90,13 @@ def by_distance(logits: np.ndarray, q_pos: np.ndarray) -> Iterator[Row]:
     for low, high in itertools.pairwise(edges):
         inside = (distance >= low) & (distance < high)
         if inside.any():
-            some = logits[:, inside]
+            group = logits[:, inside]
             for statistic in ("mean", "min", "max"):
                 yield {
                     "factor": LOGITS,
                     "distance": int(min(high - 1, distance.max())),
                     "statistic": statistic,
-                    "value": float(getattr(some, statistic)()),
+                    "value": float(getattr(group, statistic)()),
                 }
 
 
@@ -120,22 +120,22 @@ def entropies(logits: np.ndarray, q_pos: np.ndarray) -> Iterator[Row]:
 def features(hidden: np.ndarray, seed: int) -> Iterator[Row]:
     """Rows of the first tokens and some later ones [T, D] on the two main axes of all of them."""
     rest = np.random.default_rng(seed).choice(
-        np.arange(FIRST, len(hidden)), min(SHOWN, len(hidden) - FIRST), replace=False
+        np.arange(FIRST, len(hidden)), min(NUM_LATER, len(hidden) - FIRST), replace=False
     )
     chosen = np.concatenate([np.arange(FIRST), np.sort(rest)])
     points = hidden[chosen] - hidden[chosen].mean(0)
     _, _, axes = np.linalg.svd(points, full_matrices=False)
     mean_later = hidden[rest].mean(0)
     for position, place in zip(chosen, points @ axes[:2].T, strict=True):
-        own = hidden[position]
+        vector = hidden[position]
         yield {
             "factor": FEATURES,
             "position": int(position),
             "x": float(place[0]),
             "y": float(place[1]),
-            "norm": float(np.linalg.norm(own)),
+            "norm": float(np.linalg.norm(vector)),
             "cosine_to_later": float(
-                own @ mean_later / np.linalg.norm(own) / np.linalg.norm(mean_later)
+                vector @ mean_later / np.linalg.norm(vector) / np.linalg.norm(mean_later)
             ),
         }
 
@@ -182,10 +182,10 @@ def table(rows: list[Row]) -> list[Row]:
     """For each layer: logits near and far, entropy at the trained length and the end, norms."""
     lines = []
     for layer in sorted({row["layer"] for row in rows}):
-        own = [row for row in rows if row["layer"] == layer]
-        trained = own[0]["trained_length"]
-        highs = [r for r in own if r["factor"] == LOGITS and r["statistic"] == "max"]
-        norms = [r for r in own if r["factor"] == FEATURES]
+        of_layer = [row for row in rows if row["layer"] == layer]
+        trained = of_layer[0]["trained_length"]
+        highs = [r for r in of_layer if r["factor"] == LOGITS and r["statistic"] == "max"]
+        norms = [r for r in of_layer if r["factor"] == FEATURES]
         line = {
             "layer": layer,
             "largest logit, trained distances": max(
@@ -197,8 +197,8 @@ def table(rows: list[Row]) -> list[Row]:
             "norm of token 0": norms[0]["norm"],
             "median norm of later tokens": float(np.median([r["norm"] for r in norms[FIRST:]])),
         }
-        for policy in dict.fromkeys(r["policy"] for r in own if r["factor"] == ENTROPY):
-            last = [r for r in own if r["factor"] == ENTROPY and r["policy"] == policy][-1]
+        for policy in dict.fromkeys(r["policy"] for r in of_layer if r["factor"] == ENTROPY):
+            last = [r for r in of_layer if r["factor"] == ENTROPY and r["policy"] == policy][-1]
             line[f"entropy at {last['position']}, {policy}"] = last["value"]
         lines.append(line)
     return lines

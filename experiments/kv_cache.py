@@ -1,17 +1,16 @@
 """Quality against cache bytes, and the cost of a token against the length of the stream, by policy.
 
-A cell of quality is one policy at one capacity: the NLL of a continuation after a prompt, and the
-share of passkeys found. Bytes are those of the arrays that are held once the prompt has been read,
-what a policy remembers besides keys and values included. Cells of cost are made as if so many
-tokens had been read, with zeros for keys and values.
+Quality is that of one policy at one capacity: the NLL of a continuation after a prompt, and the
+share of passkeys retrieved. Bytes are those of the arrays after the prompt, a policy's state
+included. The cost of a token is measured on caches of zeros (`_streams`).
 """
 
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Int
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
@@ -20,49 +19,31 @@ from lminf.attention.policies.prompt_compression import SnapKV, ThinK
 from lminf.attention.policy import AnyPolicy
 from lminf.data import sources
 from lminf.errors import InputError
-from lminf.evals import passkey, score
-from lminf.experiments import _models
+from lminf.evals import score
+from lminf.evals.passkey import Passkey
+from lminf.evals.runner import Cell, Subject
+from lminf.experiments import _evals, _models
 from lminf.experiments._main import main
-from lminf.experiments._streams import Stream
+from lminf.experiments._streams import Stream, step_times
 from lminf.lm.lm import LM
 from lminf.models import decoder
 from lminf.run import plots, tables
 from lminf.run.folder import Row, RunFolder
 from lminf.run.progress import Progress
 
-TOGETHER = 8192  # prompt tokens read side by side: more of them is no faster on a CPU
-
 
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     lm = _models.load(c.model, seed=c.seed)
-    cells = [(family, lm.with_policy(policy)) for family, policy in choices(c)]
+    models = [(family, lm.with_policy(policy)) for family, policy in choices(c)]
+    yield from losses(c, out, models)
+    subjects = [retrieval(c, family, model) for family, model in models]
+    cell = Cell(Passkey(), c.passkey_length, c.passkeys)
+    for row in _evals.measure(c, out, lm, subjects, [cell]):
+        yield {"measured": "passkey", **row}
     done = {(row["measured"], row["policy"], row.get("position")) for row in out.rows()}
-    text = sources.text_of(None)
-    ids = lm.encode(text, length=c.prompt + c.continuation)[0]
-    samples = passkey.draw(
-        "landmark", lambda text: lm.encode(text)[0], length=c.passkey_length, count=c.passkeys,
-        seed=c.seed,
-    )  # fmt: skip
-    each = len(ids) + sum(sample.tokens for sample in samples)
-    missing = [
-        (family, model)
-        for family, model in cells
-        if ("quality", model.policy.name, None) not in done
-    ]
-    with Progress(len(missing) * each, label="quality", unit="tokens") as progress:
-        for count, (family, model) in enumerate(missing, 1):
-            yield {
-                "measured": "quality",
-                "model": c.model,
-                "family": family,
-                "policy": model.policy.name,
-                "text_digest": sources.digest(text),
-                **quality(c, model, ids, samples),
-            }
-            progress.update(count * each)
     timed = [
         (model, position)
-        for model in dict(cells).values()  # of each family the largest
+        for model in dict(models).values()  # of each family the largest
         for position in c.positions
         if model.policy.bounded or position <= c.unbounded_to
     ]
@@ -70,22 +51,17 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
         return
     out.keep(lambda row: row["measured"] != "cost")  # timed in turns, so all in one call
     streams = [Stream(model, position, room=c.steps + 1) for model, position in timed]
-    with Progress(c.steps + 1, label="decoding", unit="tokens of each") as progress:
-        rounds = []  # [steps + 1] of [streams] seconds
-        for count in range(c.steps + 1):
-            rounds.append([stream.step() for stream in streams])
-            progress.update(count + 1)
-    quartiles = np.percentile(rounds[1:], [25, 50, 75], axis=0).T  # the first of each compiles
-    for stream, (low, median, high) in zip(streams, quartiles, strict=True):
+    times = step_times(streams, c.steps)
+    for stream, (low, median, high) in zip(streams, times, strict=True):
         yield {
             "measured": "cost",
             "model": c.model,
             "policy": stream.lm.policy.name,
             "position": stream.position,
-            "ms_per_token": 1e3 * median,
-            "low": 1e3 * low,
-            "high": 1e3 * high,
-            **held_bytes(stream.lm, stream.position),
+            "ms_per_token": median,
+            "low": low,
+            "high": high,
+            **bytes_after(stream.lm, stream.position),
             "steps": c.steps,
         }
 
@@ -110,80 +86,85 @@ def choices(c: ConfigDict) -> Iterator[tuple[str, AnyPolicy]]:
             yield family, policy
 
 
-def quality(
-    c: ConfigDict, lm: LM, ids: Int[np.ndarray, " T"], samples: Sequence[passkey.Sample]
-) -> Row:
-    started = time.perf_counter()
-    nll = lm.token_nll(ids, prompt=c.prompt)[c.prompt - 1 :]
-    together = max(1, TOGETHER // c.passkey_length)
-    answers = [
-        answer
-        for start in range(0, len(samples), together)
-        for answer in lm.generate(
-            [sample.prompt for sample in samples[start : start + together]],
-            max_new_tokens=passkey.ANSWER_TOKENS,
-        )
-    ]
-    found = sum(map(passkey.Sample.correct, samples, answers))
-    rate = score.success_rate(found, len(samples))
-    return {
-        "prompt": c.prompt,
-        "continuation": len(nll),
-        "nll": float(nll.mean(dtype=np.float64)),
-        "nll_error": float(nll.std(ddof=1) / np.sqrt(len(nll))),
-        "passkey_length": c.passkey_length,
-        "passkeys": len(samples),
-        "correct": found,
-        "accuracy": rate.mean,
-        "low": rate.low,
-        "high": rate.high,
-        **held_bytes(lm, c.prompt),
-        "seconds": time.perf_counter() - started,
-    }
+def losses(c: ConfigDict, out: RunFolder, models: Sequence[tuple[str, LM]]) -> Iterator[Row]:
+    """The loss of a continuation after a prompt, by policy and capacity."""
+    done = {row["policy"] for row in out.rows() if row["measured"] == "loss"}
+    text = sources.text_of(None)
+    tokens = c.prompt + c.continuation
+    missing = [(family, lm) for family, lm in models if lm.policy.name not in done]
+    with Progress(len(missing) * tokens, label="losses", unit="tokens") as progress:
+        for count, (family, lm) in enumerate(missing, 1):
+            started = time.perf_counter()
+            nll = lm.nll(text, length=tokens, prompt=c.prompt).token_nll[c.prompt - 1 :]
+            yield {
+                "measured": "loss",
+                "model": c.model,
+                "family": family,
+                "policy": lm.policy.name,
+                "text_digest": sources.digest(text),
+                "prompt": c.prompt,
+                "continuation": len(nll),
+                "nll": float(nll.mean(dtype=np.float64)),
+                "nll_error": float(nll.std(ddof=1) / np.sqrt(len(nll))),
+                **bytes_after(lm, c.prompt),
+                "seconds": time.perf_counter() - started,
+            }
+            progress.update(count * tokens)
 
 
-def held_bytes(lm: LM, tokens: int) -> dict[str, int]:
+def retrieval(c: ConfigDict, family: str, lm: LM) -> Subject:
+    """The model as it is asked for passkeys; its rows have the bytes of those of its losses."""
+    return dataclasses.replace(
+        _evals.subject(c, lm),
+        facts=lambda length, needles: {"family": family, **bytes_after(lm, c.prompt)},
+    )
+
+
+def bytes_after(lm: LM, tokens: int) -> dict[str, int]:
     """Bytes after a prompt of so many tokens with room for one more: of keys and values, and of
-    what else is held."""
+    a policy's state.
+    """
 
     def after_prompt():
         caches = lm.init_caches(batch=1, capacity=tokens)
         return decoder.prepare_decoding(lm.spec, lm.decoder.policies, caches, length=tokens, room=1)
 
-    found = {"cache_bytes": 0, "state_bytes": 0}
+    sizes = {"cache_bytes": 0, "state_bytes": 0}
     for path, leaf in jax.tree_util.tree_leaves_with_path(jax.eval_shape(after_prompt)):
         is_kv = jax.tree_util.keystr(path[-1:]) in (".k", ".v", "['k']", "['v']")
         kind = "cache_bytes" if is_kv else "state_bytes"
-        found[kind] += leaf.size * leaf.dtype.itemsize
-    return found
+        sizes[kind] += leaf.size * leaf.dtype.itemsize
+    return sizes
 
 
 def plot(rows: list[Row]) -> Mapping[str, Figure]:
-    shown = [{**row, "cache_mib": row["cache_bytes"] / 2**20} for row in rows]
-    measured = [row for row in shown if row["measured"] == "quality"]
-    cost = [row for row in shown if row["measured"] == "cost"]
+    def of(measured: str) -> list[Row]:
+        return [{**row, "cache_mib": row["cache_bytes"] / 2**20} for row in rows
+                if row["measured"] == measured]  # fmt: skip
+
     by_bytes = {"x": "cache_mib", "by": "family", "log_x": True, "x_label": "keys and values (MiB)"}
     by_length = {"x": "position", "by": "policy", "log_x": True, "log_y": True,
                  "x_label": "text before the token (tokens)"}  # fmt: skip
     return {
         "kv_cache": plots.curves(
-            measured, y="nll", y_label="continuation (nats/token)", **by_bytes
+            of("loss"), y="nll", y_label="continuation (nats/token)", **by_bytes
         ),
         "passkey": plots.curves(
-            measured, y="accuracy", y_label="keys found (share)", y_limits=(-0.04, 1.04),
+            of("passkey"), y="score", y_label="keys found (share)", y_limits=(-0.04, 1.04),
             interval=("low", "high"), **by_bytes,
         ),
-        "decode_cost": plots.curves(cost, y="ms_per_token", y_label="time per token (ms)",
+        "decode_cost": plots.curves(of("cost"), y="ms_per_token", y_label="time per token (ms)",
                                     interval=("low", "high"), **by_length),
-        "cache_bytes": plots.curves(cost, y="cache_mib", y_label="keys and values (MiB)",
+        "cache_bytes": plots.curves(of("cost"), y="cache_mib", y_label="keys and values (MiB)",
                                     **by_length),
     }  # fmt: skip
 
 
 def table(rows: list[Row]) -> list[Row]:
     """A policy and capacity a line; the time of a token where it was measured."""
-    measured = [row for row in rows if row["measured"] == "quality"]
-    full = {row["policy"]: row["nll"] for row in measured}.get("full")
+    losses = [row for row in rows if row["measured"] == "loss"]
+    full = {row["policy"]: row["nll"] for row in losses}.get("full")
+    keys = {row["policy"]: score.interval_text(row) for row in rows if row["measured"] == "passkey"}
     cost = [row for row in rows if row["measured"] == "cost"]
     by_position = tables.pivot(cost, index="policy", columns="position", value="ms_per_token")
     cost_of = {line.pop("policy"): line for line in by_position}
@@ -194,11 +175,10 @@ def table(rows: list[Row]) -> list[Row]:
             "state (MiB)": row["state_bytes"] / 2**20,
             "nats/token": row["nll"],
             "− full": None if full is None else row["nll"] - full,
-            "keys found": f"{row['correct']} of {row['passkeys']}",
-            "interval": f"{row['low']:.2f}–{row['high']:.2f}",
+            "keys found": keys.get(row["policy"]),
             **{f"ms after {int(n):,}": x for n, x in cost_of.get(row["policy"], {}).items()},
         }
-        for row in measured
+        for row in losses
     ]
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -40,19 +41,14 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     def timed(label, read):
         with Progress(len(tokens), label=label, unit="tokens") as progress:
             started = time.perf_counter()
-            nll = read(lambda done, _: progress.update(done))
-            return nll, time.perf_counter() - started
+            return read(progress=progress.show), time.perf_counter() - started
 
     by_policy = {
-        policy: timed(policy.name, lambda show, p=policy: lm.with_policy(p).token_nll(
-            tokens, progress=show
-        ))
+        policy: timed(policy.name, partial(lm.with_policy(policy).token_nll, tokens))
         for policy in policies
-    }  # fmt: skip
+    }
     known = by_policy[FULL][0] if FULL in by_policy else None
-    base, seconds = timed(
-        REREAD, lambda show: reread.token_nll(lm, tokens, head=known, progress=show)
-    )
+    base, seconds = timed(REREAD, partial(reread.token_nll, lm, tokens, head=known))
     reference = perplexity.by_position([base], block=c.block)
     for name, (nll, took) in {
         REREAD: (base, seconds),

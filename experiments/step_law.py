@@ -1,4 +1,4 @@
-"""Fits the step law, prices every law's point on the measured grids, and draws the bowls."""
+"""Fits the step law and finds the loss of every law's setting on the measured grids."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -21,7 +21,7 @@ from lminf.scaling.steps import StepFit, fit_bowl
 
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     if c.data:
-        table = scaling.read_step(_tables.found(c.data, "step_law"), seq_len=c.seq_len)
+        table = scaling.read_step(_tables.existing(c.data, "step_law"), seq_len=c.seq_len)
     else:
         table = synthetic.step_grid(noise=0.001, seed=c.seed)
     procedure = StepFit(threshold=c.threshold)

@@ -31,15 +31,15 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     shape = _small.shape_of(c, c.data.vocab)
     n, active = _small.parameters(shape), _small.parameters(shape, active=True)
     tokens, held_out = study.tokens(tokenizer)
-    for found in _small.train(c, shape, tokens, held_out, budgets=[c.tokens]):
+    for measured in _small.train(c, shape, tokens, held_out, budgets=[c.tokens]):
         yield {
-            "corpus": study.name, "text_digest": study.digest, "seed": found.seed,
+            "corpus": study.name, "text_digest": study.digest, "seed": measured.seed,
             "n": n, "n_active": active, "experts": c.experts.count,
             "width": shape.width, "hidden": shape.mlp.hidden_dim,
             "heads": shape.num_heads, "layers": shape.num_layers, "vocab_size": c.data.vocab,
-            "seq_len": c.data.length, "d": found.tokens, "batch_sequences": c.data.batch,
-            "batch_tokens": c.data.batch * c.data.length, "lr": found.lr,
-            "train_loss": found.train_loss, "loss": float(found.nll.mean()),
+            "seq_len": c.data.length, "d": measured.tokens, "batch_sequences": c.data.batch,
+            "batch_tokens": c.data.batch * c.data.length, "lr": measured.lr,
+            "train_loss": measured.train_loss, "loss": float(measured.nll.mean()),
         }  # fmt: skip
 
 
@@ -60,15 +60,15 @@ def planned(c: ConfigDict) -> Row:
 
 def groups(rows: list[Row]) -> dict[str, list[Row]]:
     """Rows of each (corpus, shape, D) by a title; replicates of other seeds stay together."""
-    found: dict[str, list] = {}
+    by_title: dict[str, list] = {}
     for row in rows:
         mixed = f", {row['experts']} experts ({row['n_active']:,} active)" if row["experts"] else ""
         key = (
             f"{row['corpus']}, N = {row['n']:,} ({row['layers']} x {row['width']}){mixed}, "
             f"D = {row['d']:,}"
         )
-        found.setdefault(key, []).append(row)
-    return found
+        by_title.setdefault(key, []).append(row)
+    return by_title
 
 
 def cells_of(rows: list[Row]) -> dict[tuple, list[float]]:
@@ -84,9 +84,9 @@ def least(rows: list[Row]) -> tuple:
 
 def along_rates(rows: list[Row], batch: float) -> _noise.Curve:
     """The bowl at one batch."""
-    own = {lr: v for (lr, tokens), v in cells_of(rows).items() if tokens == batch}
-    rates = sorted(own)
-    return _noise.Curve(np.array(rates), tuple(own[lr] for lr in rates))
+    losses = {lr: v for (lr, tokens), v in cells_of(rows).items() if tokens == batch}
+    rates = sorted(losses)
+    return _noise.Curve(np.array(rates), tuple(losses[lr] for lr in rates))
 
 
 def along_batches(rows: list[Row]) -> _noise.Curve:
@@ -102,15 +102,15 @@ def along_batches(rows: list[Row]) -> _noise.Curve:
 def table(rows: list[Row]) -> list[Row]:
     """The best cell of each group, the noise between seeds there, and each law's point."""
     lines = []
-    for title, own in groups(rows).items():
-        lr, batch = least(own)
-        cells = cells_of(own)
-        row = {**own[0], "loss": float(np.mean(cells[lr, batch]))}
+    for title, group in groups(rows).items():
+        lr, batch = least(group)
+        cells = cells_of(group)
+        row = {**group[0], "loss": float(np.mean(cells[lr, batch]))}
         lines.append({
             "group": title, "cells": len(cells), "best lr": lr, "best batch (tokens)": batch,
-            "loss": row["loss"], "noise": noise(own),
-            "interior": interior(own, {"lr": lr, "batch_tokens": batch}),
-            "plateau": plateau(own),
+            "loss": row["loss"], "noise": noise(group),
+            "interior": interior(group, {"lr": lr, "batch_tokens": batch}),
+            "plateau": plateau(group),
             **{f"{name} lr, batch": point(name, row) for name in LAWS},
         })  # fmt: skip
     return lines
@@ -134,7 +134,7 @@ def plateau(rows: list[Row]) -> str | None:
     best = cells[least(rows)]
     same = [
         key for key, values in cells.items()
-        if not _noise.told_apart(
+        if not _noise.distinguishable(
             float(np.mean(values)), float(np.mean(best)),
             sigma * np.sqrt(1 / len(values) + 1 / len(best)),
         )
@@ -164,25 +164,25 @@ def findings(rows: list[Row]) -> str:
     first = rows[0]
     lines = [
         f"The text is `{first['corpus']}`, digest {first['text_digest']}: "
-        f"{_corpus.SAID[first['corpus']]}.",
+        f"{_corpus.DESCRIPTIONS[first['corpus']]}.",
         "Noise is the standard deviation between seeds of one setting near the least loss; an "
         f"interval is of optima of {_noise.DRAWS:,} draws of the losses with that noise. Two "
         "losses are told apart where they differ by more than twice the noise of their difference. "
         "A group's plateau are the cells not told apart from its best one.",
     ]
-    for title, own in titled.items():
-        batch = least(own)[1]
+    for title, group in titled.items():
+        batch = least(group)[1]
         lines.append(
             f"{title}; batch of {batch} tokens: "
-            f"{_noise.said_of_bowl(steady(along_rates(own, batch), noise(own)), 'lr')}"
+            f"{_noise.describe_minimum(steady(along_rates(group, batch), noise(group)), 'lr')}"
         )
-        batches = along_batches(own)
+        batches = along_batches(group)
         if len(batches.x) > 2:
-            said = _noise.said_of_bowl(steady(batches, noise(own)), "batch (tokens)")
-            lines.append(f"{title}; at each batch's best rate: {said}")
-            lines += [priced(name, own) for name in LAWS]
-    base, *others = titled.items()
-    lines += [compared(base, other) for other in others]
+            text = _noise.describe_minimum(steady(batches, noise(group)), "batch (tokens)")
+            lines.append(f"{title}; at each batch's best rate: {text}")
+            lines += [describe_law(name, group) for name in LAWS]
+    base, *changes = titled.items()
+    lines += [describe_change(base, change) for change in changes]
     return "\n\n".join(lines)
 
 
@@ -191,7 +191,7 @@ def steady(curve: _noise.Curve, sigma: float | None) -> _noise.Curve:
     return dataclasses.replace(curve, noise=sigma)
 
 
-def priced(name: str, rows: list[Row]) -> str:
+def describe_law(name: str, rows: list[Row]) -> str:
     """What a law's point costs: the loss of the cell nearest to it."""
     cells, sigma = cells_of(rows), noise(rows)
     best = least(rows)
@@ -211,19 +211,20 @@ def priced(name: str, rows: list[Row]) -> str:
     if sigma is None:
         return text + "; one seed, so no noise to compare it with."
     error = sigma * np.sqrt(1 / len(cells[near]) + 1 / len(cells[best]))
-    return f"{text}, {'told apart' if _noise.told_apart(above, 0, error) else 'not told apart'}."
+    apart = _noise.distinguishable(above, 0, error)
+    return f"{text}, {'' if apart else 'not '}told apart."
 
 
-def compared(base: tuple[str, list[Row]], other: tuple[str, list[Row]]) -> str:
+def describe_change(base: tuple[str, list[Row]], change: tuple[str, list[Row]]) -> str:
     """The best rate and loss of a change beside those of the group it changes, at its batch."""
-    (title, rows), (other_title, changed) = base, other
+    (title, rows), (other_title, changed) = base, change
     batch = least(changed)[1]
     one, two = (
-        steady(along_rates(own, batch), noise(own) or noise(rows)) for own in (rows, changed)
+        steady(along_rates(group, batch), noise(group) or noise(rows)) for group in (rows, changed)
     )
     if not len(one.x) or one.errors is None or two.errors is None:
         return f"{other_title} has no noise to be compared with {title} by."
-    shift = np.log2(_noise.drawn_optima(two, seed=1) / _noise.drawn_optima(one))
+    shift = np.log2(_noise.sampled_optima(two, seed=1) / _noise.sampled_optima(one))
     low, high = np.percentile(shift, [2.5, 97.5])
     moved = "moves the best rate" if low > 0 or high < 0 else "does not move the best rate visibly"
     text = (
@@ -234,7 +235,7 @@ def compared(base: tuple[str, list[Row]], other: tuple[str, list[Row]]) -> str:
         return f"{text}. Losses on other text are not comparable."
     i, j = int(np.argmin(one.means)), int(np.argmin(two.means))
     gap = float(two.means[j] - one.means[i])
-    apart = _noise.told_apart(gap, 0, float(np.hypot(one.errors[i], two.errors[j])))
+    apart = _noise.distinguishable(gap, 0, float(np.hypot(one.errors[i], two.errors[j])))
     return f"{text}; its least loss differs by {gap:+.3f}, {'' if apart else 'not '}told apart."
 
 
@@ -246,20 +247,20 @@ def files(rows: list[Row]) -> dict[str, str]:
 
 def plot(rows: list[Row]) -> Mapping[str, Figure]:
     titled = {  # a contour needs an area
-        title: own for title, own in groups(rows).items() if len(along_batches(own).x) > 2
+        title: group for title, group in groups(rows).items() if len(along_batches(group).x) > 2
     } or groups(rows)
     with matplotlib.rc_context({**plots.STYLE, "axes.grid": False}):
-        figure, grid = plots.panels_of([short_title(own) for own in titled.values()], RATE, BATCH,
-                                       height=3.6, size=9.5)  # fmt: skip
-        for axes, own in zip(grid, titled.values(), strict=True):
-            means = {cell: float(np.mean(losses)) for cell, losses in cells_of(own).items()}
+        titles = [short_title(group) for group in titled.values()]
+        figure, grid = plots.panels_of(titles, RATE, BATCH, height=3.6, size=9.5)
+        for axes, group in zip(grid, titled.values(), strict=True):
+            means = {cell: float(np.mean(losses)) for cell, losses in cells_of(group).items()}
             lowest = min(means.values())
-            key = (own[0]["n"], own[0]["d"])
+            key = (group[0]["n"], group[0]["d"])
             cells = [
                 {"n": key[0], "d": key[1], "lr": lr, "batch": batch, "excess": loss / lowest - 1}
                 for (lr, batch), loss in means.items()
             ]
-            filled = contours(axes, key, cells, points(own))
+            filled = contours(axes, key, cells, points(group))
         explain(figure, grid, filled)
     return {"contours": figure, "bowls": bowls(rows)}
 
@@ -272,11 +273,11 @@ def bowls(rows: list[Row]) -> Figure:
     for all those that were measured at a single batch, beside the first of the others.
     """
     lines, alone = [], []
-    for own in groups(rows).values():
-        batches = sorted({row["batch_tokens"] for row in own})
+    for group in groups(rows).values():
+        batches = sorted({row["batch_tokens"] for row in group})
         for batch in batches:
-            named = [{**row, "line": f"batch {style.length(batch)}", "panel": short_title(own)}
-                     for row in own if row["batch_tokens"] == batch]  # fmt: skip
+            named = [{**row, "line": f"batch {style.length(batch)}", "panel": short_title(group)}
+                     for row in group if row["batch_tokens"] == batch]  # fmt: skip
             (lines if len(batches) > 1 else alone).extend(named)
     if len({row["panel"] for row in alone}) > 1 or (alone and lines):
         batch = alone[0]["line"]
@@ -295,8 +296,8 @@ def bowls(rows: list[Row]) -> Figure:
     )  # fmt: skip
 
 
-def short_title(own: list[Row]) -> str:
-    row = own[0]
+def short_title(group: list[Row]) -> str:
+    row = group[0]
     return f"{shape_of(row)}, D = {style.length(row['d'])}"
 
 
@@ -309,14 +310,14 @@ def points(rows: list[Row]) -> list[Row]:
     """Each law's point and the best cell, where a figure can show them."""
     lr, batch = least(rows)
     best = {**rows[0], "loss": float(np.mean(cells_of(rows)[lr, batch]))}
-    found = [{"n": best["n"], "d": best["d"], "law": "best cell", "lr": lr, "batch": batch}]
+    settings = [{"n": best["n"], "d": best["d"], "law": "best cell", "lr": lr, "batch": batch}]
     for name in LAWS:
         lr, batch = baselines.rule(name).setting(
             baselines.Query(best["n"], best["d"], best["loss"], None)
         )
         if batch is not None:
-            found.append({"n": best["n"], "d": best["d"], "law": name, "lr": lr, "batch": batch})
-    return found
+            settings.append({"n": best["n"], "d": best["d"], "law": name, "lr": lr, "batch": batch})
+    return settings
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trains a language model; goes on where it was when its command is given again with its --out."""
+"""Trains a language model; the same command with the same --out resumes it."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,32 +64,32 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     facts = {"config": c.to_json(), "source": environment.commit()}
     folder_of = c.checkpoint.folder or str(out / "checkpoints")
     store = native.Store(absolute(folder_of), last=c.checkpoint.last, facts=facts)
-    say, stopping = Speaker(), Preemption()
+    stopping = Preemption()
     if start.policy != FULL and not c.attention:
         say(f"attending as {c.init} was trained, by {start.policy.name} (lminf.json)")
     # Several processes must stop after the same step, which JAX settles: signals are left to it.
     alone = jax.process_count() == 1
     listening = stopping.listening() if alone else contextlib.nullcontext()
     needed = 0 if ended else _training.state_bytes(program)
-    with owned(store, c, needed=needed) as before, store, listening:
-        state = begin(program, start, store, say, seed=c.seed)
+    with checkpoint_folder(store, c, needed=needed) as planned, store, listening:
+        state = initial_state(program, start, store, seed=c.seed)
         done = int(state.step)
         if ended and done >= c.steps:
             return
         check_rows(c, out, store, done)
         if done:
             say(f"going on from step {done}")
-        if done and before != c.steps and (moved := _training.rates_moved(c, before, done)):
+        if done and planned != c.steps and (moved := _training.rates_moved(c, planned, done)):
             say(moved)
         if leads():
             out.keep_until(done)
             out.keep(lambda row: row["part"] not in AT_THE_END)
         watch = Watch(c, program, data, out, done, skipped=int(state.skipped))
-        watch.shown = trackers.opened(c.watch if leads() else "", out.path, c.to_dict())
-        meter = Meter(program, data.held_out, _training.token_bytes(start.tokenizer), place)
+        watch.trackers = trackers.opened(c.watch if leads() else "", out.path, c.to_dict())
+        evaluator = Evaluator(program, data.held_out, _training.token_bytes(start.tokenizer), place)
         with contextlib.ExitStack() as stack:
             stack.enter_context(watch.progress)
-            for watcher in watch.shown:
+            for watcher in watch.trackers:
                 stack.callback(watcher.close)
             for until in _training.boundaries(done, c.steps, c.evaluate.every):
                 state = fit(
@@ -100,30 +100,30 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
                     watch=watch,
                     not_finite=watch.not_finite,
                     hooks=[Hook(c.checkpoint.every, partial(save, store, watch, unless=until))],
-                    stop=partial(asked_to_stop, stopping),
+                    stop=partial(should_stop, stopping),
                 )
                 done = int(state.step)
                 if done < until and done % c.checkpoint.every:  # else the hook has saved it
                     save(store, watch, done, state)
-                elif done == until:  # whoever asks to stop now still gets the loss that is due
+                elif done == until:  # also when asked to stop: the loss is due
                     with watch.split.part("eval"):
-                        found = meter(state)
-                    watch.show(done, {f"held_out_{name}": x for name, x in found.means.items()})
+                        evaluated = evaluator(state)
+                    watch.show(done, {f"held_out_{name}": x for name, x in evaluated.means.items()})
                     yield {"part": "loss", "step": done, "tokens": done * watch.tokens_per_step,
-                           "train_loss": watch.smoothed, **found.means,
+                           "train_loss": watch.smoothed, **evaluated.means,
                            **watch.split.seconds()}  # fmt: skip
-                    save(store, watch, done, state, loss=found.means["loss"])
-                if done < until or asked_to_stop(stopping, done):
+                    save(store, watch, done, state, loss=evaluated.means["loss"])
+                if done < until or should_stop(stopping, done):
                     store.wait()
                     say(f"saved step {done}; the same command goes on from there")
                     raise stopping.ending()
         with watch.split.part("eval"):
-            found = meter(state)
-        for first, last, nll in found.by_position:
+            evaluated = evaluator(state)
+        for first, last, nll in evaluated.by_position:
             yield {"part": "position", "step": done, "start": first, "stop": last, "loss": nll}
         if not (c.evaluate.sample or c.export):
             return
-        lm = dataclasses.replace(lm, params=whole(program, program.finished(state)))
+        lm = dataclasses.replace(lm, params=gathered(program, program.finished(state)))
         if c.evaluate.sample and leads():
             text = lm.generate(PROMPT, max_new_tokens=c.evaluate.sample)
             yield {"part": "sample", "step": done, "text": f"{PROMPT}{text}"}
@@ -133,7 +133,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
 
 PROMPT = "The "  # of the sample
 AT_THE_END = ("position", "sample")  # parts that are measured once all steps are done
-EIGHTHS = 8  # of the window, whose losses are told apart
+EIGHTHS = 8  # of the window, with a loss each
 
 
 def finished(c: ConfigDict, out: RunFolder) -> bool:
@@ -146,7 +146,7 @@ def finished(c: ConfigDict, out: RunFolder) -> bool:
             raise InputError(f"{out.path} holds rows without a whole number of steps, which are "
                              f"not of this run; name another folder with --out")  # fmt: skip
     at_end = [row["part"] for row in rows if row["step"] == c.steps]
-    found = (
+    done = (
         at_end.count("position") == min(EIGHTHS, c.data.length)
         and (not c.evaluate.sample or "sample" in at_end)
         and (not c.export or Path(c.export).exists())
@@ -154,8 +154,8 @@ def finished(c: ConfigDict, out: RunFolder) -> bool:
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        found = bool(multihost_utils.broadcast_one_to_all(np.asarray(found)))
-    return found
+        done = bool(multihost_utils.broadcast_one_to_all(np.asarray(done)))
+    return done
 
 
 def check_rows(c: ConfigDict, out: RunFolder, store: native.Store, done: int) -> None:
@@ -185,9 +185,9 @@ def absolute(folder: str) -> str:
 
 
 @contextlib.contextmanager
-def owned(store: native.Store, c: ConfigDict, *, needed: int) -> Iterator[int]:
-    """Holds the folder of checkpoints, which must be nobody's or this run's; the steps that the run
-    was given before.
+def checkpoint_folder(store: native.Store, c: ConfigDict, *, needed: int) -> Iterator[int]:
+    """Locks the folder of checkpoints, which must be new or this run's; yields the number of steps
+    that an earlier call planned.
     """
     store.check_folder()
     latest = max((saved.step for saved in store.saved()), default=0)
@@ -196,14 +196,14 @@ def owned(store: native.Store, c: ConfigDict, *, needed: int) -> Iterator[int]:
             f"--config.steps={c.steps}: {store.folder} holds {latest} steps of this run; give as "
             f"many or more, or begin again in another folder with --out"
         )
-    before, now = store.settings(), json.loads(json.dumps(request.to_dict(c)))
+    earlier, now = store.settings(), json.loads(json.dumps(request.to_dict(c)))
     may_change = (*_training.MAY_CHANGE, "checkpoint")
-    if before is not None and (changed := difference(before, now, may_change=may_change)):
+    if earlier is not None and (changed := difference(earlier, now, may_change=may_change)):
         raise InputError(
             f"{store.folder} holds checkpoints of a run with {changed}; give it the same settings "
             f"to go on with it, or name another folder with --config.checkpoint.folder"
         )
-    steps = c.steps if before is None else before.get("steps", c.steps)
+    steps = c.steps if earlier is None else earlier.get("steps", c.steps)
     path = Path(store.folder)
     if not leads() or "://" in str(store.folder):  # a lock is no use in an object store
         if leads():
@@ -217,13 +217,8 @@ def owned(store: native.Store, c: ConfigDict, *, needed: int) -> Iterator[int]:
         yield steps
 
 
-def begin(
-    program: TrainStep,
-    start: _training.Start,
-    store: native.Store,
-    say: Callable[[str], None],
-    *,
-    seed: int,
+def initial_state(
+    program: TrainStep, start: _training.Start, store: native.Store, *, seed: int
 ) -> State:
     """The state of the latest checkpoint, or the first one."""
     abstract = jax.tree.map(
@@ -231,11 +226,11 @@ def begin(
         program.shapes, program.shardings,
     )  # fmt: skip
     remarks: list[str] = []
-    found = store.restore(abstract, report=remarks.append)
+    restored = store.restore(abstract, report=remarks.append)
     for remark in remarks:  # where none can be read, one sentence says so
         say(remark)
-    if found is not None:
-        return found[1]
+    if restored is not None:
+        return restored[1]
     if start.params is not None:
         return program.start(start.params)
     return program.init(key=jax.random.key(seed))
@@ -255,7 +250,7 @@ def save(
             store.save(done, state, loss=loss)
 
 
-def asked_to_stop(stopping: Preemption, done: int) -> bool:
+def should_stop(stopping: Preemption, done: int) -> bool:
     """Whether every process should stop after this step."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -268,7 +263,7 @@ def shapes(batch: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(sorted((name, x.shape) for name, x in batch.items()))
 
 
-def whole(program: TrainStep, tree: Params) -> Params:
+def gathered(program: TrainStep, tree: Params) -> Params:
     """The arrays in the memory of every process."""
     if jax.process_count() > 1:  # a process can fetch only what lies on its own devices
         everywhere = NamedSharding(program.mesh, PartitionSpec())
@@ -276,12 +271,10 @@ def whole(program: TrainStep, tree: Params) -> Params:
     return jax.tree.map(np.asarray, jax.device_get(tree))
 
 
-class Speaker:
-    """Says things once, however many processes there are."""
-
-    def __call__(self, text: str) -> None:
-        if leads():
-            print(text, file=sys.stderr)
+def say(text: str) -> None:
+    """Prints it once, however many processes there are."""
+    if leads():
+        print(text, file=sys.stderr)
 
 
 class Watch:
@@ -299,7 +292,7 @@ class Watch:
         self.step_share = flops / peak  # seconds of a step at full speed
         self.last = (done, self.split.seconds()["seconds_train"])
         self.traced = None
-        self.shown: Sequence[trackers.Tracker] = ()
+        self.trackers: Sequence[trackers.Tracker] = ()
 
     def __call__(self, done, metrics):
         loss = float(metrics.loss)
@@ -328,7 +321,7 @@ class Watch:
         self.show(done, values)
 
     def show(self, done: int, values: Mapping[str, Any]) -> None:
-        for watcher in self.shown:
+        for watcher in self.trackers:
             watcher.add(done, values)
 
     def not_finite(self, done: int, metrics: Metrics) -> None:
@@ -338,8 +331,8 @@ class Watch:
         try:
             refuse(done, metrics)
         except InputError as error:
-            held = self.data.train.documents(done - 1)
-            named = ", ".join(map(str, held[:8])) + (", …" if len(held) > 8 else "")
+            documents = self.data.train.documents(done - 1)
+            named = ", ".join(map(str, documents[:8])) + (", …" if len(documents) > 8 else "")
             raise InputError(
                 f"{error}. Its rows hold text of the documents {named} (counted from 0); "
                 f"--config.not_finite=skip leaves out such steps"
@@ -355,7 +348,7 @@ class Watch:
             jax.profiler.stop_trace()
 
 
-class Found:
+class Evaluation:
     """Losses of the held-out text, by position in its window."""
 
     def __init__(self, nll, byte_counts):
@@ -376,17 +369,17 @@ class Found:
                 yield first, last, float(self.nll[:, first:last].mean(dtype=np.float64))
 
 
-class Meter:
+class Evaluator:
     """The loss of the held-out batches."""
 
     def __init__(self, program, held_out, token_bytes, place):
         self.program, self.held_out, self.token_bytes = program, held_out, token_bytes
         self.placed = [batches.put(batch, **place) for batch in held_out]
 
-    def __call__(self, state) -> Found:
+    def __call__(self, state) -> Evaluation:
         nll = [np.asarray(self.program.nll(state, batch)) for batch in self.placed]
         targets = np.concatenate([batch["targets"] for batch in self.held_out])
-        return Found(np.concatenate(nll), self.token_bytes[targets])
+        return Evaluation(np.concatenate(nll), self.token_bytes[targets])
 
 
 def table(rows: list[Row]) -> list[Row]:

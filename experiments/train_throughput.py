@@ -149,7 +149,7 @@ def table(rows: list[Row]) -> list[Row]:
     for row in rows:
         if row["part"] == "speed":
             by_side.setdefault(row["side"], []).append(row["tokens_per_second"])
-    medians = {side: float(np.median(found)) for side, found in by_side.items()}
+    medians = {side: float(np.median(speeds)) for side, speeds in by_side.items()}
     shown = [{"measured": f"{side} tokens/s", "value": round(value)}
              for side, value in medians.items()]  # fmt: skip
     if "torch" in medians:

@@ -1,4 +1,4 @@
-"""Fits all three approaches, calibrates them on the curves, and shows what each choice changes."""
+"""Fits all three approaches, calibrates them on the curves, and measures what choices change."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,7 +47,7 @@ def _none_if_not_finite(value):
 def measure(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     fertility = fertilities.PUBLISHED
     table = (
-        scaling.read_vocab(_tables.found(c.data, "vocab_law"))
+        scaling.read_vocab(_tables.existing(c.data, "vocab_law"))
         if c.data
         else synthetic.vocab_sweep(noise=0.005, seed=c.seed)
     )
@@ -162,9 +162,9 @@ def sensitivity(
         ("approach 2, sizes to 1.13B", DerivativeFit(sizes=PUBLISHED_SIZES[:-1]), table, fertility),
         ("approach 2, power-law fertility", DerivativeFit(), table, fertilities.POWERLAW),
     ]
-    for name, other in list(tables.items())[1:]:
-        cases.append((f"approach 1, N_nv {name}", IsoflopFit(), other, fertility))
-        cases.append((f"approach 3 tokens, N_nv {name}", LossFit("tokens"), other, fertility))
+    for name, variant in list(tables.items())[1:]:
+        cases.append((f"approach 1, N_nv {name}", IsoflopFit(), variant, fertility))
+        cases.append((f"approach 3 tokens, N_nv {name}", LossFit("tokens"), variant, fertility))
     for mode in ("reference", "consistent-reference", "tokens"):
         for limit in (2.18e17, 0.0, 1e18, 3e18):
             case = LossFit(mode, flops_limit=limit)

@@ -54,19 +54,19 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     budgets = budgets_in_tokens(c)
     # Checkpoints inside one long run, or for each budget a run whose schedule ends there.
     runs = [budgets] if c.budget_mode == "checkpoints" else [[budget] for budget in budgets]
-    for asked in runs:
-        for found in _small.train(c, shape, tokens, held_out, budgets=asked):
-            loss = float(found.nll.mean())
+    for budgets_of_run in runs:
+        for measured in _small.train(c, shape, tokens, held_out, budgets=budgets_of_run):
+            loss = float(measured.nll.mean())
             yield {
-                "corpus": study.name, "text_digest": study.digest, "seed": found.seed,
+                "corpus": study.name, "text_digest": study.digest, "seed": measured.seed,
                 "budget_mode": c.budget_mode, "vocab_size": c.data.vocab,
-                "width": shape.width, "n_nv": n_nv, "n_v": n_v, "lr": found.lr,
-                "tokens": found.tokens, "characters": found.tokens / fertility,
+                "width": shape.width, "n_nv": n_nv, "n_v": n_v, "lr": measured.lr,
+                "tokens": measured.tokens, "characters": measured.tokens / fertility,
                 "tokens_per_character": fertility,
-                "budget": c.budgets[budgets.index(nearest(budgets, found.tokens))],
-                "flops": float(accounting.training_flops(n_nv, n_v, found.tokens)),
+                "budget": c.budgets[budgets.index(nearest(budgets, measured.tokens))],
+                "flops": float(accounting.training_flops(n_nv, n_v, measured.tokens)),
                 "loss": loss,
-                "loss_u": losses.unigram_normalised(found.nll, found.targets, log_unigram),
+                "loss_u": losses.unigram_normalised(measured.nll, measured.targets, log_unigram),
                 "bits_per_character": float(losses.bits_per_character(loss, fertility)),
             }  # fmt: skip
 
@@ -91,8 +91,8 @@ def nearest(values: Sequence[float], value: float) -> float:
 
 def curve(rows: list[Row], n_nv: int, budget: float, metric: str) -> _noise.Curve:
     """Of each size the mean over seeds of `metric` at its best rate, by rising size."""
-    at = [row for row in rows if (row["n_nv"], row["budget"]) == (n_nv, budget)]
-    settings = _noise.settings(at, ("vocab_size", "lr"), metric)
+    cells = [row for row in rows if (row["n_nv"], row["budget"]) == (n_nv, budget)]
+    settings = _noise.settings(cells, ("vocab_size", "lr"), metric)
     best: dict[int, tuple] = {}
     for (size, lr), values in settings.items():
         if size not in best or np.mean(values) < np.mean(best[size][1]):
@@ -113,12 +113,12 @@ def table(rows: list[Row]) -> list[Row]:
     for n_nv, budget in budgets_of(rows):
         line = {"N_nv": n_nv, "FLOPs": f"{budget:.0e}"}
         for metric in METRICS:
-            found = curve(rows, n_nv, budget, metric)
-            v, low, high = _noise.optimum(found)
-            line[f"least {metric} at V"] = int(found.x[np.argmin(found.means)])
+            by_size = curve(rows, n_nv, budget, metric)
+            v, low, high = _noise.optimum(by_size)
+            line[f"least {metric} at V"] = int(by_size.x[np.argmin(by_size.means)])
             line[f"optimum by {metric}"] = v and round(v)
             line["95 % " + metric] = f"{low:.0f} .. {high:.0f}" if low and high else None
-            line["noise " + metric] = found.sigma
+            line["noise " + metric] = by_size.sigma
         line["published law"] = round(published_optimum(rows, n_nv, budget))
         lines.append(line)
     return lines
@@ -134,7 +134,7 @@ def findings(rows: list[Row]) -> str:
     first = rows[0]
     corpus = (
         f"The text is `{first['corpus']}`, digest {first['text_digest']}: "
-        + (_corpus.SAID[first["corpus"]])
+        + (_corpus.DESCRIPTIONS[first["corpus"]])
     )
     lines = [
         corpus,
@@ -146,16 +146,18 @@ def findings(rows: list[Row]) -> str:
     ]
     for metric, label in METRICS.items():
         curves = {key: curve(rows, *key, metric) for key in budgets_of(rows)}
-        for (_, budget), found in curves.items():
-            lines.append(f"{budget:.0e} FLOPs, {label}: {_noise.said_of_bowl(found, 'V')}")
+        for (_, budget), by_size in curves.items():
+            lines.append(f"{budget:.0e} FLOPs, {label}: {_noise.describe_minimum(by_size, 'V')}")
         for n_nv in dict.fromkeys(n_nv for n_nv, _ in curves):
-            lines.append(moved({key: c for key, c in curves.items() if key[0] == n_nv}, label))
+            lines.append(
+                describe_shift({key: c for key, c in curves.items() if key[0] == n_nv}, label)
+            )
     rates = sorted({row["lr"] for row in rows})
     edge = [
         f"V = {size} at {budget:.0e}"
         for key in budgets_of(rows)
-        for budget, found in [(key[1], curve(rows, *key, "loss_u"))]
-        for size, lr in zip(found.x, found.labels, strict=True)
+        for budget, by_size in [(key[1], curve(rows, *key, "loss_u"))]
+        for size, lr in zip(by_size.x, by_size.labels, strict=True)
         if len(rates) > 2 and lr in (rates[0], rates[-1])
     ]
     if edge:
@@ -166,16 +168,18 @@ def findings(rows: list[Row]) -> str:
     return "\n\n".join(lines)
 
 
-def moved(curves: Mapping[tuple[int, float], _noise.Curve], label: str) -> str:
+def describe_shift(curves: Mapping[tuple[int, float], _noise.Curve], label: str) -> str:
     """Whether the optimum rises with the budget: the exponent of V in FLOPs over draws."""
-    inside = {key: found for key, found in curves.items() if _noise.optimum(found)[0] is not None}
+    inside = {
+        key: by_size for key, by_size in curves.items() if _noise.optimum(by_size)[0] is not None
+    }
     if len(inside) < 2:
         return f"By {label} fewer than two budgets have an optimum between the sizes: no movement."
     log_flops = np.log([budget for _, budget in inside])
     # Draws of their own for each budget: with the same ones the slope would seem to have no noise.
-    drawn = np.log([_noise.drawn_optima(f, seed=i) for i, f in enumerate(inside.values())])
+    drawn = np.log([_noise.sampled_optima(f, seed=i) for i, f in enumerate(inside.values())])
     slopes = np.polyfit(log_flops, drawn, 1)[0]
-    vertex = np.log([_noise.optimum(found)[0] for found in inside.values()])
+    vertex = np.log([_noise.optimum(by_size)[0] for by_size in inside.values()])
     slope = np.polyfit(log_flops, vertex, 1)[0]
     low, high = np.percentile(slopes, [2.5, 97.5])
     verdict = (
@@ -201,10 +205,10 @@ def bowls(rows: list[Row], metric: str) -> Figure:
     """Every seed's loss at its size's best rate, and 95 % of the optimum of each budget."""
     shown = []
     for n_nv, budget in budgets_of(rows):
-        found = curve(rows, n_nv, budget, metric)
+        by_size = curve(rows, n_nv, budget, metric)
         shown += [
             {"vocab": int(size), "loss": value, "budget": f"{style.power(budget)} FLOPs"}
-            for size, values in zip(found.x, found.values, strict=True)
+            for size, values in zip(by_size.x, by_size.values, strict=True)
             for value in values
         ]
     figure = plots.curves(
@@ -212,10 +216,10 @@ def bowls(rows: list[Row], metric: str) -> Figure:
         y_label=LOSSES[metric], title="Every seed at the best rate; bars: 95 % of the optimum",
     )  # fmt: skip
     for index, key in enumerate(budgets_of(rows)):
-        found = curve(rows, *key, metric)
-        best, low, high = _noise.optimum(found)
+        by_size = curve(rows, *key, metric)
+        best, low, high = _noise.optimum(by_size)
         if best and low and high:
-            least = found.means.min()
+            least = by_size.means.min()
             colour = style.PALETTE[index % len(style.PALETTE)]
             figure.axes[0].plot([low, high], [least, least], "-", color=colour, linewidth=5,
                                 alpha=0.35, solid_capstyle="butt")  # fmt: skip

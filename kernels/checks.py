@@ -63,7 +63,7 @@ def check(cases: list[Case], dtypes: tuple[str, ...], refused: dict[str, str]) -
                         lambda arrays, case=case, name=implementation: case.run(name, arrays)
                     )
                     try:
-                        found, again = _numpy(run(given)), _numpy(run(given))
+                        outputs, repeated = _numpy(run(given)), _numpy(run(given))
                     except (NotImplementedError, ExceptionGroup) as reason:
                         shown = getattr(reason, "exceptions", (reason,))[0]
                         refused[f"{case.op} {implementation}"] = str(shown)
@@ -73,7 +73,7 @@ def check(cases: list[Case], dtypes: tuple[str, ...], refused: dict[str, str]) -
                         broken = f"{case.name}: {type(error).__name__}: {error}"[:300]
                         yield failure(case.op, implementation, broken, dtype)
                         continue
-                    errors = _errors(found, exact)
+                    errors = _errors(outputs, exact)
                     for name, error in errors.items():
                         row = {
                             "op": case.op,
@@ -84,7 +84,9 @@ def check(cases: list[Case], dtypes: tuple[str, ...], refused: dict[str, str]) -
                             "naive_err": naive[name],
                         }
                         yield row | {"ok": _passes(row, name)}
-                    same = all(np.array_equal(found[n], again[n], equal_nan=True) for n in found)
+                    same = all(
+                        np.array_equal(outputs[n], repeated[n], equal_nan=True) for n in outputs
+                    )
                     yield {
                         "op": case.op,
                         "impl": implementation,
@@ -135,18 +137,18 @@ def _oracle(case: Case, given: dict) -> dict[str, np.ndarray]:
         return _numpy(case.run("reference", wide))
 
 
-def _numpy(found: dict[str, Any]) -> dict[str, np.ndarray]:
+def _numpy(outputs: dict[str, Any]) -> dict[str, np.ndarray]:
     return {name: np.asarray(x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32),
-                             np.float64) for name, x in found.items()}  # fmt: skip
+                             np.float64) for name, x in outputs.items()}  # fmt: skip
 
 
-def _errors(found: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> dict[str, float]:
+def _errors(outputs: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> dict[str, float]:
     errors = {}
     for name, right in exact.items():
-        left = found[name]
+        left = outputs[name]
         # A row that sees nothing has the LSE -inf in both; anything else infinite is an error.
-        both = np.isneginf(left) & np.isneginf(right)
-        left, right = np.where(both, 0, left), np.where(both, 0, right)
+        empty = np.isneginf(left) & np.isneginf(right)
+        left, right = np.where(empty, 0, left), np.where(empty, 0, right)
         error = np.linalg.norm(left - right) / max(np.linalg.norm(right), 1e-30)
         errors[name] = float(error) if np.isfinite(error) else NOT_FINITE
     return errors
@@ -175,12 +177,12 @@ def _with_gradients(fn: Callable, arrays: dict, names: tuple[str, ...], weights:
     """Results of `fn`, and gradients of their weighted sum in the arrays named."""
 
     def total(chosen):
-        found = fn(arrays | chosen)
-        parts = [(found[name].astype(w.dtype) * w).sum() for name, w in weights.items()]
-        return sum(parts), found
+        outputs = fn(arrays | chosen)
+        parts = [(outputs[name].astype(w.dtype) * w).sum() for name, w in weights.items()]
+        return sum(parts), outputs
 
-    grads, found = jax.grad(total, has_aux=True)({name: arrays[name] for name in names})
-    return found | {f"d_{name}": x for name, x in grads.items()}
+    grads, outputs = jax.grad(total, has_aux=True)({name: arrays[name] for name in names})
+    return outputs | {f"d_{name}": x for name, x in grads.items()}
 
 
 def _dense(query, key, value, seen):
@@ -289,9 +291,13 @@ def _decode(seed: int) -> Case:
     def naive(arrays):
         group = heads // key_heads
         last = jnp.array(lengths)[:, None] - 1
-        at = jnp.arange(391)[None]
+        positions = jnp.arange(391)[None]
         seen = jnp.concatenate(
-            [last - at[:, :num_global] >= window, (at <= last) & (last - at < window)], -1
+            [
+                last - positions[:, :num_global] >= window,
+                (positions <= last) & (last - positions < window),
+            ],
+            -1,
         )
         logits = jnp.concatenate(
             [
@@ -306,8 +312,8 @@ def _decode(seed: int) -> Case:
         )  # fmt: skip
         value = jnp.repeat(arrays["value"], group, 2)
         value = jnp.concatenate([value[:, :num_global], value], 1)
-        found = _weigh(logits[:, :, None] * width**-0.5, value, seen[:, None, None])
-        return {"out": found["out"][:, 0], "lse": found["lse"][:, :, 0]}
+        outputs = _weigh(logits[:, :, None] * width**-0.5, value, seen[:, None, None])
+        return {"out": outputs["out"][:, 0], "lse": outputs["lse"][:, :, 0]}
 
     return Case("lambda_decode", "uneven lengths", _others(decode), arrays, run, naive)
 
@@ -326,12 +332,12 @@ def _loss(seed: int) -> Case:
 
     def run(implementation, arrays):
         def loss(arrays):
-            found = kernels.linear_cross_entropy(
+            result = kernels.linear_cross_entropy(
                 *(arrays[name] for name in (*names, "labels")),
                 implementation=implementation, reduction="none", return_lse=True, filter_eps=None,
             )  # fmt: skip
-            assert isinstance(found, kernels.LossAndLse)
-            return {"losses": found.loss, "lse": found.lse, "loss": found.loss.mean()}
+            assert isinstance(result, kernels.LossAndLse)
+            return {"losses": result.loss, "lse": result.lse, "loss": result.loss.mean()}
 
         return results(arrays, loss)
 
@@ -341,8 +347,8 @@ def _loss(seed: int) -> Case:
             logits = jnp.matmul(next(wide), next(wide).T)
             lse = jax.nn.logsumexp(logits, axis=-1)
             labels = jnp.maximum(arrays["labels"], 0)
-            wanted = jnp.take_along_axis(logits, labels[:, None], 1)[:, 0]
-            losses = jnp.where(arrays["labels"] >= 0, lse - wanted, 0)
+            label_logits = jnp.take_along_axis(logits, labels[:, None], 1)[:, 0]
+            losses = jnp.where(arrays["labels"] >= 0, lse - label_logits, 0)
             return {"losses": losses, "lse": lse, "loss": losses.mean()}
 
         return results(arrays, loss)
@@ -361,9 +367,9 @@ def _blocks(seed: int) -> Case:
     rng = np.random.default_rng(seed)
     arrays["counts"] = rng.integers(0, blocks + 1, (2, key_heads, blocks)).astype(np.int32)
     arrays["indices"] = np.full((2, key_heads, blocks, blocks), -1, np.int32)
-    for at in np.ndindex(2, key_heads, blocks):
-        count = arrays["counts"][at]
-        arrays["indices"][at][:count] = np.sort(rng.permutation(blocks)[:count])
+    for row in np.ndindex(2, key_heads, blocks):
+        count = arrays["counts"][row]
+        arrays["indices"][row][:count] = np.sort(rng.permutation(blocks)[:count])
     names = ("query", "key", "value")
 
     def run(implementation, arrays):

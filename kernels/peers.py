@@ -137,8 +137,8 @@ def blockwise(torch: Any, case: Mapping[str, Any], dtype: Any, device: str, grad
     group = case["N"] // case["K"]
     pad = -length % window
     blocks = (length + pad) // window
-    at = torch.arange(window, device=device)
-    apart = at[:, None] + window - torch.arange(2 * window, device=device)[None]
+    rows = torch.arange(window, device=device)
+    apart = rows[:, None] + window - torch.arange(2 * window, device=device)[None]
     near = ((apart >= 0) & (apart < window))[None].repeat(blocks, 1, 1)
     near[0, :, :window] = False
     row = torch.arange(length + pad, device=device).reshape(blocks, window, 1)
@@ -153,8 +153,8 @@ def blockwise(torch: Any, case: Mapping[str, Any], dtype: Any, device: str, grad
         )
 
         def paired(x):  # each block after the one before it
-            before = torch.cat([torch.zeros_like(x[:, :, :1]), x[:, :, :-1]], 2)
-            return torch.cat([before, x], 3)
+            previous = torch.cat([torch.zeros_like(x[:, :, :1]), x[:, :, :-1]], 2)
+            return torch.cat([previous, x], 3)
 
         first = key[:, :, None, :count]
         logits = (
@@ -315,8 +315,8 @@ def _main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def answer(found: dict[str, Any]) -> None:
-        out.write(json.dumps(found) + "\n")
+    def answer(result: dict[str, Any]) -> None:
+        out.write(json.dumps(result) + "\n")
         out.flush()
 
     if importlib.util.find_spec("torch") is None:

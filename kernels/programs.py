@@ -74,8 +74,8 @@ def _compiled(fn: Callable, inputs: tuple) -> tuple[Any, dict[str, Any]]:
 
 def _temporary_bytes(compiled) -> int:
     """Of the program; -1 where the backend does not say."""
-    found = compiled.memory_analysis()
-    return -1 if found is None else found.temp_size_in_bytes
+    analysis = compiled.memory_analysis()
+    return -1 if analysis is None else analysis.temp_size_in_bytes
 
 
 def _differentiated(fn: Callable, inputs: tuple) -> Callable:

@@ -129,9 +129,9 @@ def environment(peers: Peers | None) -> dict[str, Any]:
 
 def _output(*command: str) -> str:
     """What a command prints; nothing where there is no such command or it fails."""
-    here = pathlib.Path(__file__).parent
+    folder = pathlib.Path(__file__).parent
     try:
-        return subprocess.run(command, capture_output=True, text=True, cwd=here).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, cwd=folder).stdout.strip()
     except FileNotFoundError:
         return ""
 
@@ -158,23 +158,23 @@ def run(planned: Plan, peers: Peers | None, say: Callable[[str], None] = print) 
         say(f"torch's own product: {peer_gemm:.3f} TFLOP/s")
 
     refused: dict[str, str] = {}
-    found = [
+    checked = [
         row
         for seed in planned.seeds
         for row in checks.check(checks.cases(seed), planned.check_dtypes, refused)
     ]
-    failed = [row for row in found if not row["ok"]]
-    say(f"{len(found)} checks, {len(failed)} failed")
+    failed = [row for row in checked if not row["ok"]]
+    say(f"{len(checked)} checks, {len(failed)} failed")
     for row in failed:
         say(f"  FAILED {row}")
     for name, reason in refused.items():
         say(f"  not here: {name}: {reason}")
-    results["checks"] = found
+    results["checks"] = checked
 
     timings: list[dict[str, Any]] = []
     ratios: list[dict[str, Any]] = []
     for work in planned.work:
-        candidates = _candidates(work, planned, peers, absent, found, say)
+        candidates = _candidates(work, planned, peers, absent, checked, say)
         seconds = bench.interleaved(
             {name: program.run for name, program in candidates.items()},
             repeats=planned.repeats, budget_s=planned.budget_s, warmup=0,
@@ -194,12 +194,12 @@ def run(planned: Plan, peers: Peers | None, say: Callable[[str], None] = print) 
 def _candidates(
     work: Work, planned: Plan, peers, absent: list[str], broken: list[dict], say
 ) -> dict[str, Program]:
-    found: dict[str, Program] = {}
+    built: dict[str, Program] = {}
     for name in work.implementations:
         try:
             program = programs.build(work, name, planned.dtype)
             program.run(0)  # memory may run out only now
-            found[name] = program
+            built[name] = program
         except (NotImplementedError, ExceptionGroup, jax.errors.JaxRuntimeError) as reason:
             say(f"{work.op} {name}: not timed: {str(reason).splitlines()[0]}")
         # What should run here and breaks is a failed check; the others are still timed.
@@ -213,7 +213,7 @@ def _candidates(
                 continue
             answer = peers.ask(make=name, case=work.case | _of_peer(work, planned))
             if not answer:
-                found[name] = Program(peers.program(name), 1, -1, {})
+                built[name] = Program(peers.program(name), 1, -1, {})
             elif "absent" in answer:
                 absent.append(answer["absent"])
             else:
@@ -223,20 +223,20 @@ def _candidates(
             try:
                 program = programs.jax_peer(name, work, planned.dtype)
                 program.run(0)
-                found[name] = program
+                built[name] = program
             except Exception as reason:
                 line = (str(reason).splitlines() or [""])[0]
                 say(f"{work.op} {work.passes} {name}: {type(reason).__name__}: {line[:200]}")
-    return found
+    return built
 
 
 def _of_peer(work: Work, planned: Plan) -> dict[str, Any]:
     return {"dtype": planned.dtype, "grad": work.grad}
 
 
-def _forget(work: Work, found: dict[str, Program], peers: Peers | None) -> None:
+def _forget(work: Work, built: dict[str, Program], peers: Peers | None) -> None:
     for name in work.peers:
-        if name in PEERS and name in found and peers is not None:
+        if name in PEERS and name in built and peers is not None:
             peers.ask(drop=name)
 
 
@@ -272,7 +272,7 @@ def _ratios(work: Work, rows: list[dict], gemm_ratio: float, say) -> list[dict[s
     if not ours:
         return []
     best = min(ours, key=lambda row: row["median_ms"])
-    found = []
+    ratios = []
     for row in rows:
         if row in ours:
             continue
@@ -282,14 +282,14 @@ def _ratios(work: Work, rows: list[dict], gemm_ratio: float, say) -> list[dict[s
             "ours": best["impl"], "peer": row["impl"], "ratio": ratio,
             "ceiling": ceiling,
         }  # fmt: skip
-        found.append(entry)
+        ratios.append(entry)
         shown = ""
         if row["impl"] in PEERS:
             normal = {"ratio": ratio * gemm_ratio, "ceiling": ceiling * gemm_ratio}
-            found.append(entry | {"peer": f"{row['impl']}, GEMM-normalised"} | normal)
+            ratios.append(entry | {"peer": f"{row['impl']}, GEMM-normalised"} | normal)
             shown = f"; GEMM-normalised {normal['ratio']:.2f} ({normal['ceiling']:.2f})"
         say(f"  {row['impl']} / {best['impl']}: {ratio:.2f} (ceiling {ceiling:.2f}){shown}")
-    return found
+    return ratios
 
 
 def _use_all_cores() -> None:

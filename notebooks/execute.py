@@ -98,11 +98,11 @@ def main() -> None:
     parser.add_argument("names", nargs="*", type=Path)
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--limit", type=int, default=1800, help="seconds for one cell")
-    asked = parser.parse_args()
-    for path in asked.names or sorted(FOLDER.glob("*.ipynb")):
+    arguments = parser.parse_args()
+    for path in arguments.names or sorted(FOLDER.glob("*.ipynb")):
         started = time.monotonic()
-        notebook = execute(path.resolve(), limit=asked.limit)
-        if not asked.check:
+        notebook = execute(path.resolve(), limit=arguments.limit)
+        if not arguments.check:
             nbformat.write(notebook, path)
         print(f"{path.name}: {time.monotonic() - started:.0f} s", file=sys.stderr)
 

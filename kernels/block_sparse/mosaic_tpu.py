@@ -162,8 +162,8 @@ class Entries:
 
     def _start(self, scalars, head, j):
         plan = self.plan
-        before = 2 * plan.batch * plan.key_heads * plan.entries
-        return scalars[before + head * (plan.key_blocks + 1) + j]
+        offset = 2 * plan.batch * plan.key_heads * plan.entries
+        return scalars[offset + head * (plan.key_blocks + 1) + j]
 
     def used(self, scalars: Any, head: ArrayLike) -> Array:
         return self._start(scalars, head, self.plan.key_blocks)

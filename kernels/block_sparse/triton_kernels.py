@@ -224,14 +224,14 @@ def gradient_of_keys(
     names += at_head * listed
     begin = tl.load(at_span)
     end = tl.load(at_span + 3)
-    before = end - begin
-    clear_tiles = before * 0
-    after = end
+    num_head = end - begin
+    clear_tiles = num_head * 0
+    tail = end
     if CLEAR:
-        before = tl.load(at_span + 1) - begin
-        after = tl.load(at_span + 2)
-        clear_tiles = (after - begin - before) * TILES
-    masked_tiles = (before + end - after) * TILES
+        num_head = tl.load(at_span + 1) - begin
+        tail = tl.load(at_span + 2)
+        clear_tiles = (tail - begin - num_head) * TILES
+    masked_tiles = (num_head + end - tail) * TILES
 
     k, v = tiles.key_and_value(
         key, value, at_key, slots, inside,
@@ -243,7 +243,7 @@ def gradient_of_keys(
         for turn in tl.range(0, group * clear_tiles):
             head = key_head * group + turn // clear_tiles
             t = turn % clear_tiles
-            q_block = tl.load(names + begin + before + t // TILES)
+            q_block = tl.load(names + begin + num_head + t // TILES)
             row = q_block * LIST_Q + t % TILES * BLOCK_Q
             q, do, lse2_rows, delta_rows = tiles.of_queries(
                 query, d_out, lse2, delta, batch, row, head, queries, rows, rows,
@@ -257,7 +257,9 @@ def gradient_of_keys(
         head = key_head * group + turn // masked_tiles
         t = turn % masked_tiles
         entry = t // TILES
-        q_block = tl.load(names + tl.where(entry < before, begin + entry, after + entry - before))
+        q_block = tl.load(
+            names + tl.where(entry < num_head, begin + entry, tail + entry - num_head)
+        )
         row = q_block * LIST_Q + t % TILES * BLOCK_Q
         valid = row + rows < tl.minimum((q_block + 1) * LIST_Q, queries)
         q, do, lse2_rows, delta_rows = tiles.of_queries(

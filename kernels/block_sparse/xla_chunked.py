@@ -199,8 +199,8 @@ def _backward(rules: Rules, saved, cotangents: Residuals):
         count = by_head.counts[head, q_block]
         return jax.lax.fori_loop(jnp.int32(0), count, visit, jnp.zeros(shape, call.dtype))
 
-    other = lists_.transpose(lists, call.kv_blocks)
-    q_of, starts = (x.reshape(-1, x.shape[2]) for x in other)
+    transposed = lists_.transpose(lists, call.kv_blocks)
+    q_of, starts = (x.reshape(-1, x.shape[2]) for x in transposed)
 
     def d_key_value(index):
         head, kv_block = index

@@ -50,8 +50,8 @@ def interleaved(
             if len(seconds[name]) >= 3 and sum(seconds[name]) > budget_s:
                 continue
             started = time.perf_counter()
-            found = program(repeat)
-            elapsed = found if isinstance(found, float) else time.perf_counter() - started
+            result = program(repeat)
+            elapsed = result if isinstance(result, float) else time.perf_counter() - started
             if repeat >= 0:
                 seconds[name].append(elapsed)
     return seconds
@@ -96,10 +96,10 @@ def copy_tbps(megabytes: int, *, repeats: int = 5) -> float:
     count = megabytes * 250_000
     # In its own place: a fresh array costs a CPU more in page faults than the copy takes.
     negate = jax.jit(lambda x: -x, donate_argnums=0)
-    held = [jnp.asarray(np.random.default_rng(0).random(count), jnp.float32)]
+    buffers = [jnp.asarray(np.random.default_rng(0).random(count), jnp.float32)]
 
     def copy(repeat: int) -> None:
-        held.append(jax.block_until_ready(negate(held.pop())))
+        buffers.append(jax.block_until_ready(negate(buffers.pop())))
 
     seconds = interleaved({"copy": copy}, repeats=repeats, warmup=2)
     return 8 * count / min(seconds["copy"]) / 1e12

@@ -70,7 +70,7 @@ def neighbours(config: Any) -> Iterator[Any]:
         value = getattr(config, field.name)
         if not isinstance(value, int) or isinstance(value, bool):
             continue
-        others = (value - 1, value + 1) if "stages" in field.name else (value // 2, value * 2)
-        for other in others:
-            if other >= 1:
-                yield dataclasses.replace(config, **{field.name: other})
+        candidates = (value - 1, value + 1) if "stages" in field.name else (value // 2, value * 2)
+        for candidate in candidates:
+            if candidate >= 1:
+                yield dataclasses.replace(config, **{field.name: candidate})

@@ -5,7 +5,7 @@ a GPU, grids, strides, padding, gradients and vmap included. Triton must have be
 TRITON_INTERPRET=1 in the environment, so such tests need a process of their own.
 """
 
-# torch and triton are wanted by these tests only.
+# torch and triton are needed by these tests only.
 # pyright: reportMissingImports=false
 
 import functools

@@ -42,10 +42,10 @@ def exp2(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """
     if x.dtype != jnp.float32 or platforms.current() != "cpu":
         return jnp.exp2(x)
-    whole = jax.lax.bitcast_convert_type(x + _ROUND, jnp.int32) - int(_ROUND.view(np.int32))
-    fraction = x - whole.astype(jnp.float32)
+    integer = jax.lax.bitcast_convert_type(x + _ROUND, jnp.int32) - int(_ROUND.view(np.int32))
+    fraction = x - integer.astype(jnp.float32)
     power = jnp.full_like(x, _POWERS_OF_TWO[-1])
     for coefficient in _POWERS_OF_TWO[-2::-1]:
         power = power * fraction + coefficient
-    bits = jax.lax.bitcast_convert_type(power, jnp.int32) + (whole << 23)
+    bits = jax.lax.bitcast_convert_type(power, jnp.int32) + (integer << 23)
     return jnp.where(x < -126, 0, jax.lax.bitcast_convert_type(bits, jnp.float32))

@@ -72,8 +72,8 @@ def block_of(x: Array | jax.ShapeDtypeStruct, rows: int, index: Callable) -> pl.
     `index` maps the grid to (head, block).
     """
     if x.shape[1] == 1:
-        return pl.BlockSpec((None, 1, rows), lambda *at: (index(*at)[0], 0, index(*at)[1]))
-    return pl.BlockSpec((None, rows, x.shape[2]), lambda *at: (*index(*at), 0))
+        return pl.BlockSpec((None, 1, rows), lambda *grid: (index(*grid)[0], 0, index(*grid)[1]))
+    return pl.BlockSpec((None, rows, x.shape[2]), lambda *grid: (*index(*grid), 0))
 
 
 def statistics_blocks(block_q: int, statistics: Statistics, query_at: Callable) -> Any:

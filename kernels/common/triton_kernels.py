@@ -25,28 +25,28 @@ def tile(
 ):  # fmt: skip
     """Rows of a matrix, columns padded to BLOCK with zeros; with GUARD, invalid rows are zeros."""
     column = tl.arange(0, BLOCK)
-    at = base + rows[:, None] * STRIDE + column[None, :]
+    pointers = base + rows[:, None] * STRIDE + column[None, :]
     if GUARD and BLOCK != WIDTH:
-        found = tl.load(at, mask=valid[:, None] & (column < WIDTH)[None, :], other=0.0)
+        loaded = tl.load(pointers, mask=valid[:, None] & (column < WIDTH)[None, :], other=0.0)
     elif GUARD:
-        found = tl.load(at, mask=valid[:, None], other=0.0)
+        loaded = tl.load(pointers, mask=valid[:, None], other=0.0)
     elif BLOCK != WIDTH:
-        found = tl.load(at, mask=(column < WIDTH)[None, :], other=0.0)
+        loaded = tl.load(pointers, mask=(column < WIDTH)[None, :], other=0.0)
     else:
-        found = tl.load(at)
-    return found
+        loaded = tl.load(pointers)
+    return loaded
 
 
 @triton.jit
 def store(
-    base, rows, valid, found, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    base, rows, valid, values, STRIDE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
-    at = base + rows[:, None] * STRIDE + column[None, :]
+    pointers = base + rows[:, None] * STRIDE + column[None, :]
     mask = valid[:, None]
     if BLOCK != WIDTH:
         mask = mask & (column < WIDTH)[None, :]
-    tl.store(at, found.to(base.dtype.element_ty), mask=mask)
+    tl.store(pointers, values.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -77,14 +77,14 @@ def of_queries(
         d_out + at_row * VALUE_WIDTH, rows, valid,
         HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, GUARD,
     )  # fmt: skip
-    at = (batch.to(tl.int64) * HEADS + head) * queries + row
+    offset = (batch.to(tl.int64) * HEADS + head) * queries + row
     # One address for the tile and small offsets: an address for each row takes registers.
     if GUARD:  # rows past the end weigh nothing
-        lse2_rows = tl.load(lse2 + at + rows, mask=valid, other=1e38)
-        delta_rows = tl.load(delta + at + rows, mask=valid, other=0.0)
+        lse2_rows = tl.load(lse2 + offset + rows, mask=valid, other=1e38)
+        delta_rows = tl.load(delta + offset + rows, mask=valid, other=0.0)
     else:
-        lse2_rows = tl.load(lse2 + at + rows)
-        delta_rows = tl.load(delta + at + rows)
+        lse2_rows = tl.load(lse2 + offset + rows)
+        delta_rows = tl.load(delta + offset + rows)
     return q, do, lse2_rows, delta_rows
 
 
@@ -134,8 +134,8 @@ def write(
     lse_rows = tl.where(empty, float("-inf"), (top + tl.log2(total)) / LOG2_E)
     at_row = (batch.to(tl.int64) * queries + row) * HEADS + head
     store(out + at_row * VALUE_WIDTH, rows, valid, sums, HEADS * VALUE_WIDTH, VALUE_WIDTH, BLOCK_V)
-    at = (batch.to(tl.int64) * HEADS + head) * queries + row + rows
-    tl.store(lse + at, lse_rows, mask=valid)
+    offset = (batch.to(tl.int64) * HEADS + head) * queries + row + rows
+    tl.store(lse + offset, lse_rows, mask=valid)
 
 
 # --- Gradients ------------------------------------------------------------------------------------

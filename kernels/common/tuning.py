@@ -83,9 +83,9 @@ def overlay(table: Table) -> Iterator[Table]:
 def lookup(key: Key, implementation: str) -> Any:
     """The tuned config of a call; None leaves the choice to the implementation's heuristic."""
     for table in (*_overlays.get(), shipped(device())):
-        found = table.find(key, implementation)
-        if found is not None:
-            return found
+        config = table.find(key, implementation)
+        if config is not None:
+            return config
     return None
 
 
@@ -111,9 +111,9 @@ def tuned(implementations: Mapping[str, Callable], key: Key) -> dict[str, Callab
         def call(*args):
             *rest, chosen = args
             result = implementation(*rest, lookup(key, name) if chosen is None else chosen)
-            asked = _asked.get()
-            if asked is not None and chosen is None:
-                asked.append((key, name))
+            requests = _asked.get()
+            if requests is not None and chosen is None:
+                requests.append((key, name))
             return result
 
         return call
@@ -128,14 +128,14 @@ def autotune(fn: Callable, *args: Any, repeats: int = 5, rounds: int = 3) -> Tab
     that helps and for at most `rounds`. Candidates and heuristic are timed in turns; the winner is
     kept if its median is 3 % below the heuristic's.
     """
-    asked: list[tuple[Key, str]] = []
-    token = _asked.set(asked)
+    requests: list[tuple[Key, str]] = []
+    token = _asked.set(requests)
     try:
         jax.eval_shape(lambda *a: fn(*a), *args)
     finally:
         _asked.reset(token)
     best = Table()
-    for key, implementation in dict.fromkeys(asked):
+    for key, implementation in dict.fromkeys(requests):
         made = config.config_class(key.op, implementation)
         if made is None:
             continue
@@ -161,7 +161,7 @@ def _medians(
     """Median seconds of every candidate that compiles; None is the heuristic."""
     programs = {}
     for number, candidate in enumerate(candidates):
-        trial = Table({name: dict(found) for name, found in best.entries.items()})
+        trial = Table({name: dict(configs) for name, configs in best.entries.items()})
         if candidate is not None:
             trial.put(key, implementation, candidate)
         try:

@@ -71,16 +71,16 @@ def linear_cross_entropy(
         accum_dtype=accum_dtype, deterministic=deterministic,
     )  # fmt: skip
     if not call.labels.size:
-        found = jnp.zeros((2, 0), numerics.statistics_dtype(embeddings.dtype))
+        of_rows = jnp.zeros((2, 0), numerics.statistics_dtype(embeddings.dtype))
     elif isinstance(config, xla_chunked.Config) and config.gradients == "forward":
         return _in_the_forward(call, reduction, return_lse, implementation, config)
     else:
         tuned = tuning.tuned(IMPLEMENTATIONS, _key(call))
-        found = dispatch.run(
+        of_rows = dispatch.run(
             "linear_cross_entropy", tuned, ORDER, implementation,
             call.rules, call.operands, call.labels, config,
         )  # fmt: skip
-    return reduced(call, Losses(*found), reduction, return_lse)
+    return reduced(call, Losses(*of_rows), reduction, return_lse)
 
 
 def _key(call: "Call") -> Key:
@@ -140,9 +140,9 @@ def prepare(
     return Call(rules, operands, safe, counted, outside)
 
 
-def reduced(call: Call, found: Losses, reduction: str, return_lse: bool) -> Array | LossAndLse:
+def reduced(call: Call, of_rows: Losses, reduction: str, return_lse: bool) -> Array | LossAndLse:
     """What the caller asked for, from the loss and LSE of every row."""
-    losses, lse = (x.reshape(call.counted.shape) for x in found)
+    losses, lse = (x.reshape(call.counted.shape) for x in of_rows)
     loss = jnp.where(call.counted, jnp.where(call.outside, jnp.nan, losses), 0)
     if reduction != "none":
         loss = loss.sum()

@@ -34,7 +34,7 @@ class Statistics(NamedTuple):
 
     top: Float[Array, " rows"]
     total: Float[Array, " rows"]
-    wanted: Float[Array, " rows"]  # 0 where another shard owns the label
+    label_logit: Float[Array, " rows"]  # 0 where another shard owns the label
     summed: Float[Array, " rows"]
 
 
@@ -91,7 +91,7 @@ class Walk:
         local = labels - self.shard.first
         return jnp.clip(local, 0, self.entries - 1), (local >= 0) & (local < self.shard.valid)
 
-    def wanted(self, embeddings: Array, labels: Array) -> tuple[Array, Array | None]:
+    def label_logits(self, embeddings: Array, labels: Array) -> tuple[Array, Array | None]:
         """The label's logit of every row (0 where another shard has it), and its bend."""
         local, ours = self.owned(labels)
         rows = self.operands.classifier[local]
@@ -138,18 +138,18 @@ def statistics(walk: Walk, labels: Int[Array, " rows"]) -> Statistics:
         zeros = jnp.zeros(embeddings.shape[:1], dtype)
         carry = (jnp.full_like(zeros, numerics.EMPTY_MAX), zeros, zeros)
         top, total, summed = jax.lax.fori_loop(jnp.int32(0), walk.count, visit, carry)
-        return Statistics(top, total, walk.wanted(embeddings, labels)[0], summed)
+        return Statistics(top, total, walk.label_logits(embeddings, labels)[0], summed)
 
     rows = (walk.operands.embeddings, labels)
     by_block = tuple(x.reshape(-1, walk.block_rows, *x.shape[1:]) for x in rows)
     return Statistics(*(x.reshape(-1) for x in jax.lax.map(of_rows, by_block)))
 
 
-def loss_and_lse(rules: Rules, found: Statistics, vocab: int) -> tuple[Array, Array]:
+def loss_and_lse(rules: Rules, statistics: Statistics, vocab: int) -> tuple[Array, Array]:
     """Loss and LSE of every row from the statistics over the whole vocabulary."""
-    lse = found.top + jnp.log(found.total)
-    loss = lse - (1 - rules.label_smoothing) * found.wanted
-    return loss + rules.z_loss * lse * lse - rules.label_smoothing * found.summed / vocab, lse
+    lse = statistics.top + jnp.log(statistics.total)
+    loss = lse - (1 - rules.label_smoothing) * statistics.label_logit
+    return loss + rules.z_loss * lse * lse - rules.label_smoothing * statistics.summed / vocab, lse
 
 
 def gradients(
@@ -168,7 +168,7 @@ def gradients(
     at_label = jnp.where(ours, -(1 - rules.label_smoothing) * d_loss, 0)
     at_label_product = at_label
     if rules.soft_cap is not None:
-        bend = walk.wanted(operands.embeddings, labels)[1]
+        bend = walk.label_logits(operands.embeddings, labels)[1]
         assert bend is not None
         at_label_product = at_label * bend
     local = jnp.where(ours, local, -1)
@@ -194,9 +194,9 @@ def gradients(
             logits, bend = walk.logits(embeddings, classifier, index)
             share = jnp.where(fresh, jnp.exp(logits - lse_[:, None]), 0)
             even = jnp.where(fresh, rules.label_smoothing / walk.whole, 0).astype(dtype)
-            here = (target[:, None] == column) & fresh
+            is_label = (target[:, None] == column) & fresh
             d_logits = share * factor_[:, None] - even * d_loss_[:, None]
-            d_logits += jnp.where(here, labelled[:, None], 0)
+            d_logits += jnp.where(is_label, labelled[:, None], 0)
             if bend is not None:
                 d_logits = d_logits * bend
             if d_bias is not None:
@@ -225,7 +225,7 @@ def gradients(
             def labels_only(grads):
                 d_embeddings, d_block = grads
                 inside = jnp.clip(target - start, 0, walk.width - 1)
-                mine = here.any(-1)
+                mine = is_label.any(-1)
                 weight = jnp.where(mine, labelled_product, 0)[:, None]
                 part = (weight * embeddings.astype(dtype)).astype(walk.accumulator)
                 return add(
@@ -249,10 +249,10 @@ def gradients(
             jnp.int32(0), walk.row_blocks, of_rows, (d_embeddings, d_block, d_bias_block)
         )
 
-        def store(whole, part):
+        def store(total, part):
             kept = fresh[0].reshape(-1, *(1,) * (part.ndim - 1))
-            part = jnp.where(kept, part.astype(whole.dtype), walk.cut(whole, index))
-            return jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0)
+            part = jnp.where(kept, part.astype(total.dtype), walk.cut(total, index))
+            return jax.lax.dynamic_update_slice_in_dim(total, part, start, 0)
 
         d_classifier = store(d_classifier, d_block)
         return d_embeddings, d_classifier, None if d_bias is None else store(d_bias, d_bias_block)

@@ -59,8 +59,8 @@ def losses(rules: Rules, operands: Operands, labels: Int[Array, " rows"], config
     plan = Plan(rules, vocab, config.block_rows, config.block_vocab)
     padding = -rows % config.block_rows
     padded = operands._replace(embeddings=jnp.pad(embeddings, ((0, padding), (0, 0))))
-    found = _losses(plan, padded, jnp.pad(labels, (0, padding)))
-    return Losses(*(x[:rows] for x in found))
+    padded_losses = _losses(plan, padded, jnp.pad(labels, (0, padding)))
+    return Losses(*(x[:rows] for x in padded_losses))
 
 
 def _fitting(width: int, itemsize: int) -> Config:
@@ -224,8 +224,8 @@ def _d_embeddings_kernel(plan: Plan, arrays: "Arrays", d_embeddings, acc):
         d_embeddings[...] = acc[...].astype(d_embeddings.dtype)
 
 
-def _d_classifier_kernel(plan: Plan, arrays: "Arrays", d_classifier, *others: Any):
-    *d_bias, acc, bias_acc = others
+def _d_classifier_kernel(plan: Plan, arrays: "Arrays", d_classifier, *outputs: Any):
+    *d_bias, acc, bias_acc = outputs
     block, step = pl.program_id(0), pl.program_id(1)
 
     @pl.when(step == 0)
@@ -269,8 +269,8 @@ class Arrays(NamedTuple):
 def _specs(plan: Plan, arrays: Arrays, row_at, vocab_at) -> Arrays:
     """Block specs; `row_at`, `vocab_at` map the grid to a block of rows and of the vocabulary."""
 
-    def columns(x, size, at):
-        return None if x is None else pl.BlockSpec((x.shape[0], size), lambda *g: (0, at(*g)))
+    def columns(x, size, index):
+        return None if x is None else pl.BlockSpec((x.shape[0], size), lambda *g: (0, index(*g)))
 
     return Arrays(
         _row_blocks(arrays.embeddings, plan.block_rows, row_at),
@@ -281,8 +281,8 @@ def _specs(plan: Plan, arrays: Arrays, row_at, vocab_at) -> Arrays:
     )
 
 
-def _row_blocks(x, size: int, at) -> pl.BlockSpec:
-    return pl.BlockSpec((size, x.shape[1]), lambda *grid: (at(*grid), 0))
+def _row_blocks(x, size: int, index) -> pl.BlockSpec:
+    return pl.BlockSpec((size, x.shape[1]), lambda *grid: (index(*grid), 0))
 
 
 def _call(plan: Plan, kernel, arrays: Arrays, *, vocab_first: bool, outputs, scratch, products):
@@ -325,7 +325,7 @@ def _arrays(operands: Operands, labels=None, per_row=None) -> Arrays:
     return Arrays(operands.embeddings, operands.classifier, bias, labels, per_row)
 
 
-def _wanted(rules: Rules, operands: Operands, labels) -> tuple[Array, Array | None]:
+def _label_logits(rules: Rules, operands: Operands, labels) -> tuple[Array, Array | None]:
     """The label's logit of every row, and its bend."""
     rows = operands.classifier[labels].astype(jnp.float32)
     logits = (operands.embeddings.astype(jnp.float32) * rows).sum(-1)
@@ -349,14 +349,14 @@ def _compute(plan: Plan, operands: Operands, labels: Int[Array, " rows"]) -> Los
         outputs=[(row, row_spec)] * 2, scratch=[(1, plan.block_rows)] * 3, products=1,
     )  # fmt: skip
     lse, summed, smoothing = lse[0], summed[0], plan.rules.label_smoothing
-    wanted, _ = _wanted(plan.rules, operands, labels)
-    loss = lse - (1 - smoothing) * wanted - smoothing * summed / plan.vocab
+    label_logits, _ = _label_logits(plan.rules, operands, labels)
+    loss = lse - (1 - smoothing) * label_logits - smoothing * summed / plan.vocab
     return Losses(loss + plan.rules.z_loss * lse * lse, lse)
 
 
 def _forward(plan: Plan, operands: Operands, labels):
-    found = _compute(plan, operands, labels)
-    return found, (operands, labels, found.lse)
+    losses = _compute(plan, operands, labels)
+    return losses, (operands, labels, losses.lse)
 
 
 def _backward(plan: Plan, saved, cotangents: Losses):

@@ -23,6 +23,8 @@ def losses(rules: Rules, operands: Operands, labels: Int[Array, " rows"], config
     if rules.soft_cap is not None:
         logits = rules.soft_cap * jnp.tanh(logits / rules.soft_cap)
     lse = jax.nn.logsumexp(logits, axis=-1)
-    wanted = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-    loss = lse - (1 - rules.label_smoothing) * wanted - rules.label_smoothing * logits.mean(-1)
+    label_logits = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+    loss = (
+        lse - (1 - rules.label_smoothing) * label_logits - rules.label_smoothing * logits.mean(-1)
+    )
     return Losses(loss + rules.z_loss * lse * lse, lse)

@@ -72,11 +72,11 @@ def sharded_linear_cross_entropy(
         accum_dtype=accum_dtype, deterministic=deterministic,
     )  # fmt: skip
     layout = Layout(mesh, vocab_axis, tuple(token_axes), embed_reduce == "psum_scatter")
-    found = dispatch.run(
+    of_rows = dispatch.run(
         "sharded_linear_cross_entropy", {"xla_chunked": losses}, {"cpu": ("xla_chunked",)},
         implementation, layout, call.rules, call.operands, call.labels, config,
     )  # fmt: skip
-    return api.reduced(call, Losses(*found), reduction, return_lse)
+    return api.reduced(call, Losses(*of_rows), reduction, return_lse)
 
 
 class Layout(NamedTuple):
@@ -118,31 +118,31 @@ def losses(
         else operands.classifier,
         bias if bias is None else jnp.pad(bias, (0, even_vocab)),
     )  # fmt: skip
-    found = _losses(layout, rules, config, vocab, padded, jnp.pad(labels, (0, even_rows)))
-    return Losses(*(x[:rows] for x in found))
+    padded_losses = _losses(layout, rules, config, vocab, padded, jnp.pad(labels, (0, even_rows)))
+    return Losses(*(x[:rows] for x in padded_losses))
 
 
 def _compute(layout: Layout, rules, config, vocab, operands: Operands, labels) -> Losses:
     def local(operands: Operands, labels) -> Losses:
         operands = _gathered(layout, operands)
         walk, (labels,) = _walk(layout, rules, config, vocab, operands, labels)
-        found = blocks.statistics(walk, labels)
+        statistics = blocks.statistics(walk, labels)
         total = functools.partial(jax.lax.psum, axis_name=layout.vocab_axis)
-        top = jax.lax.pmax(found.top, layout.vocab_axis)
-        found = blocks.Statistics(
-            top, total(found.total * jnp.exp(found.top - top)),
-            total(found.wanted), total(found.summed),
+        top = jax.lax.pmax(statistics.top, layout.vocab_axis)
+        statistics = blocks.Statistics(
+            top, total(statistics.total * jnp.exp(statistics.top - top)),
+            total(statistics.label_logit), total(statistics.summed),
         )  # fmt: skip
         rows = operands.embeddings.shape[0]
-        return Losses(*(x[:rows] for x in blocks.loss_and_lse(rules, found, vocab)))
+        return Losses(*(x[:rows] for x in blocks.loss_and_lse(rules, statistics, vocab)))
 
     by_row: list[Any] = [layout.rows, layout.rows]
     return _shard_map(layout, local, operands, 1, Losses(*by_row))(operands, labels)
 
 
 def _forward(layout: Layout, rules, config, vocab, operands: Operands, labels):
-    found = _compute(layout, rules, config, vocab, operands, labels)
-    return found, (operands, labels, found.lse)
+    losses = _compute(layout, rules, config, vocab, operands, labels)
+    return losses, (operands, labels, losses.lse)
 
 
 def _backward(layout: Layout, rules, config, vocab, saved, cotangents: Losses):
@@ -169,10 +169,10 @@ def _backward(layout: Layout, rules, config, vocab, saved, cotangents: Losses):
             given,
         )
 
-    found = _shard_map(layout, local, operands, 4, layout.specs(operands))(
+    gradients = _shard_map(layout, local, operands, 4, layout.specs(operands))(
         operands, labels, lse, *cotangents
     )
-    return found, None
+    return gradients, None
 
 
 def _shard_map(layout: Layout, local, operands: Operands, each_row: int, out_specs):
@@ -186,8 +186,8 @@ def _shard_map(layout: Layout, local, operands: Operands, each_row: int, out_spe
 def _gathered(layout: Layout, operands: Operands) -> Operands:
     if not layout.scattered:
         return operands
-    whole = jax.lax.all_gather(operands.embeddings, layout.vocab_axis, tiled=True)
-    return operands._replace(embeddings=whole)
+    gathered = jax.lax.all_gather(operands.embeddings, layout.vocab_axis, tiled=True)
+    return operands._replace(embeddings=gathered)
 
 
 def _walk(layout: Layout, rules, config, vocab: int, operands: Operands, *each_row):

@@ -104,8 +104,8 @@ def _constants(rules: Rules, operands: Operands, tile: Tile) -> dict:
 
 def _compute(rules: Rules, config: Config, operands: Operands, labels):
     call = functools.partial(_launch_statistics, rules, config.tile("forward"))
-    found = jax.custom_batching.sequential_vmap(call)(operands, labels)
-    return blocks.loss_and_lse(rules, blocks.Statistics(*found), operands.classifier.shape[0])
+    statistics = jax.custom_batching.sequential_vmap(call)(operands, labels)
+    return blocks.loss_and_lse(rules, blocks.Statistics(*statistics), operands.classifier.shape[0])
 
 
 def _launch_statistics(rules: Rules, tile: Tile, operands: Operands, labels):
@@ -117,7 +117,7 @@ def _launch_statistics(rules: Rules, tile: Tile, operands: Operands, labels):
     row_blocks = math.ceil(rows / tile.rows)
     splits = min(math.ceil(PROGRAMS / row_blocks), math.ceil(vocab / tile.vocab))
     part = jax.ShapeDtypeStruct((splits, rows), jnp.float32)
-    tops, totals, wanted, summed = launch.run(
+    tops, totals, label_logits, summed = launch.run(
         launch.Launch(
             triton_kernels.statistics,
             (row_blocks * splits,),
@@ -135,7 +135,7 @@ def _launch_statistics(rules: Rules, tile: Tile, operands: Operands, labels):
     )  # fmt: skip
     top = tops.max(0)
     total = (totals * jnp.exp(tops - top[None])).sum(0)
-    return top, total, wanted.sum(0), summed.sum(0)
+    return top, total, label_logits.sum(0), summed.sum(0)
 
 
 def _forward(rules: Rules, config: Config, operands: Operands, labels):
@@ -165,8 +165,8 @@ def _backward(rules: Rules, config: Config, saved, cotangents):
     narrow = rules.deterministic or rules.soft_cap is not None or rules.label_smoothing > 0
     tile = config.tile("narrow" if narrow else "backward")
     call = functools.partial(_launch_gradients, rules, tile)
-    found = jax.custom_batching.sequential_vmap(call)(operands, rows, order)
-    d_embeddings, d_classifier, d_bias = found
+    gradients = jax.custom_batching.sequential_vmap(call)(operands, rows, order)
+    d_embeddings, d_classifier, d_bias = gradients
     bias = operands.bias
     return (
         Operands(
@@ -197,14 +197,14 @@ def _launch_gradients(rules: Rules, tile: Tile, operands: Operands, rows: _Rows,
     row_blocks, vocab_blocks = math.ceil(count / tile.rows), math.ceil(vocab / tile.vocab)
     shapes = [embeddings.shape, classifier.shape, (vocab,) if bias is not None else (1,)]
 
-    both, of_embeddings, of_classifier = (
+    all_gradients, of_embeddings, of_classifier = (
         triton_kernels.BOTH.value, triton_kernels.EMBEDDINGS.value, triton_kernels.CLASSIFIER.value,
     )  # fmt: skip
 
     def part(which: int, programs: int):
-        wanted = {of_embeddings: (0,), of_classifier: (1, 2)}.get(which, (0, 1, 2))
+        indices = {of_embeddings: (0,), of_classifier: (1, 2)}.get(which, (0, 1, 2))
         outputs = [
-            jax.ShapeDtypeStruct(shape if i in wanted else (1,), jnp.float32)
+            jax.ShapeDtypeStruct(shape if i in indices else (1,), jnp.float32)
             for i, shape in enumerate(shapes)
         ]
         return launch.run(
@@ -231,7 +231,7 @@ def _launch_gradients(rules: Rules, tile: Tile, operands: Operands, rows: _Rows,
         )  # fmt: skip
 
     if not rules.deterministic:
-        return part(both, row_blocks * vocab_blocks)
+        return part(all_gradients, row_blocks * vocab_blocks)
     d_embeddings, _, _ = part(of_embeddings, row_blocks)
     _, d_classifier, d_bias = part(of_classifier, vocab_blocks)
     return d_embeddings, d_classifier, d_bias

@@ -19,11 +19,11 @@ from lminf.kernels.common.triton_math import LOG2_E, tanh
 def _part(base, row, start, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
     """Columns [start, start + BLOCK_D) of some rows of a [., WIDTH] matrix; zeros past the end."""
     column = start + tl.arange(0, BLOCK_D)
-    at = base + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    pointers = base + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     if WIDTH % BLOCK_D == 0:
-        part = tl.load(at)
+        part = tl.load(pointers)
     else:
-        part = tl.load(at, mask=(column < WIDTH)[None, :], other=0.0)
+        part = tl.load(pointers, mask=(column < WIDTH)[None, :], other=0.0)
     return part
 
 
@@ -52,7 +52,7 @@ def _logits(
 def statistics(
     embeddings, classifier, bias, labels,
     rows, vocab, splits,
-    tops, totals, wanted, summed,
+    tops, totals, label_logits, summed,
     WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     CAP: tl.constexpr, BIAS: tl.constexpr, SUMMED: tl.constexpr, MASK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -90,11 +90,11 @@ def statistics(
         total += tl.sum(tl.exp2((logits - new_top[:, None]) * LOG2_E), 1)
         top = new_top
 
-    at = split.to(tl.int64) * rows + row
-    tl.store(tops + at, top, mask=valid)
-    tl.store(totals + at, total, mask=valid)
-    tl.store(wanted + at, at_label, mask=valid)
-    tl.store(summed + at, sums, mask=valid)
+    offset = split.to(tl.int64) * rows + row
+    tl.store(tops + offset, top, mask=valid)
+    tl.store(totals + offset, total, mask=valid)
+    tl.store(label_logits + offset, at_label, mask=valid)
+    tl.store(summed + offset, sums, mask=valid)
 
 
 BOTH = tl.constexpr(0)
@@ -109,12 +109,12 @@ def _add(
 ):  # fmt: skip
     """Adds to columns of a float32 matrix: atomically where other programs add to them too."""
     column = start + tl.arange(0, BLOCK_D)
-    at = base + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    pointers = base + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     mask = valid[:, None] & (column < WIDTH)[None, :]
     if SHARED:
-        tl.atomic_add(at, part, mask=mask, sem="relaxed")
+        tl.atomic_add(pointers, part, mask=mask, sem="relaxed")
     else:
-        tl.store(at, tl.load(at, mask=mask, other=0.0) + part, mask=mask)
+        tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + part, mask=mask)
 
 
 @triton.jit
@@ -163,9 +163,9 @@ def gradients(
         share = tl.where(real, share, 0.0)
         even = tl.where(real, SMOOTHING / vocab, 0.0)
         upstream = tl.load(d_loss + inside)[:, None]
-        here = (tl.load(labels + inside)[:, None] == entry[None, :]) & real
+        is_label = (tl.load(labels + inside)[:, None] == entry[None, :]) & real
         d_logits = share * tl.load(factor + inside)[:, None] - even * upstream
-        d_logits -= tl.where(here, (1 - SMOOTHING) * upstream, 0.0)
+        d_logits -= tl.where(is_label, (1 - SMOOTHING) * upstream, 0.0)
         if CAP is not None:
             d_logits = d_logits * (1 - bent * bent)
         if BIAS and PASS != EMBEDDINGS:
@@ -180,7 +180,7 @@ def gradients(
         if EPSILON is not None:
             # Judged before the upstream factor, so that the scale of the loss decides nothing.
             size = tl.abs(share * tl.load(weigh + inside)[:, None] - even)
-            size = tl.where(here, float("inf"), size)
+            size = tl.where(is_label, float("inf"), size)
             survives = tl.max(size) >= EPSILON
         if survives:
             rounded = d_logits.to(embeddings.dtype.element_ty)

@@ -69,8 +69,8 @@ def losses(rules: Rules, operands: Operands, labels: Int[Array, " rows"], config
     if config.gradients != "backward":
         raise NotImplementedError('gradients="forward" needs a loss reduced to one number')
     rows = operands.embeddings.shape[0]
-    found = _losses(rules, config, *padded(config, operands, labels))
-    return Losses(*(x[:rows] for x in found))
+    padded_losses = _losses(rules, config, *padded(config, operands, labels))
+    return Losses(*(x[:rows] for x in padded_losses))
 
 
 def padded(config: Config, operands: Operands, *each_row: Array) -> tuple[Any, ...]:
@@ -87,13 +87,13 @@ def _walk(rules: Rules, config: Config, operands: Operands) -> blocks.Walk:
 
 
 def _compute(rules: Rules, config: Config, operands: Operands, labels) -> Losses:
-    found = blocks.statistics(_walk(rules, config, operands), labels)
-    return Losses(*blocks.loss_and_lse(rules, found, operands.classifier.shape[0]))
+    statistics = blocks.statistics(_walk(rules, config, operands), labels)
+    return Losses(*blocks.loss_and_lse(rules, statistics, operands.classifier.shape[0]))
 
 
 def _forward(rules: Rules, config: Config, operands: Operands, labels):
-    found = _compute(rules, config, operands, labels)
-    return found, (operands, labels, found.lse)
+    losses = _compute(rules, config, operands, labels)
+    return losses, (operands, labels, losses.lse)
 
 
 def _backward(rules: Rules, config: Config, saved, cotangents: Losses):
@@ -125,8 +125,8 @@ def total(
 
 
 def _total_only(rules: Rules, config: Config, operands: Operands, labels, weights):
-    found = _compute(rules, config, operands, labels)
-    return (found.loss * weights).sum(), found.lse
+    losses = _compute(rules, config, operands, labels)
+    return (losses.loss * weights).sum(), losses.lse
 
 
 def _total_forward(rules: Rules, config: Config, operands: Operands, labels, weights):
@@ -142,14 +142,16 @@ def _total_forward(rules: Rules, config: Config, operands: Operands, labels, wei
         logits, bend = walk.logits(embeddings, operands.classifier, jnp.int32(0))
         top = logits.max(-1)
         lse = top + jnp.log(jnp.exp(logits - top[:, None]).sum(-1))
-        here = labels[:, None] == column
-        wanted = jnp.where(here, logits, 0).sum(-1)
+        is_label = labels[:, None] == column
+        label_logits = jnp.where(is_label, logits, 0).sum(-1)
         smooth = rules.label_smoothing
-        loss = lse - (1 - smooth) * wanted + rules.z_loss * lse * lse
+        loss = lse - (1 - smooth) * label_logits + rules.z_loss * lse * lse
         if smooth:
             loss -= smooth * logits.mean(-1)
         d_logits = jnp.exp(logits - lse[:, None]) * (1 + 2 * rules.z_loss * lse)[:, None]
-        d_logits = (d_logits - smooth / vocab - jnp.where(here, 1 - smooth, 0)) * weights[:, None]
+        d_logits = (d_logits - smooth / vocab - jnp.where(is_label, 1 - smooth, 0)) * weights[
+            :, None
+        ]
         if bend is not None:
             d_logits = d_logits * bend
         if d_bias is not None:

@@ -59,8 +59,8 @@ def lambda_decode(
 
     def shape(name: str, letters: str, *expected: int | None) -> tuple[int, ...]:
         given, expected = getattr(cache, name), (*layers, *expected)
-        found = arguments.shape(f"cache.{name}", given, stacked + letters, expected)
-        return found[len(layers) :]
+        sizes = arguments.shape(f"cache.{name}", given, stacked + letters, expected)
+        return sizes[len(layers) :]
 
     _, key_heads, window, _ = shape("k_ring", "B K W H", batch, None, None, width)
     if heads % key_heads:

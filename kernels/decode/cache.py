@@ -106,12 +106,12 @@ def append(
     kept = (index < count) & (index >= count - window)
     ring = jnp.where(kept, position % window, window)
     first = jnp.where(index < count, position, cache.num_global)
-    at = () if layer is None else (jnp.asarray(layer, jnp.int32),)
-    at = (*at, jnp.arange(batch, dtype=jnp.int32)[:, None], slice(None))
+    prefix = () if layer is None else (jnp.asarray(layer, jnp.int32),)
+    prefix = (*prefix, jnp.arange(batch, dtype=jnp.int32)[:, None], slice(None))
 
     def write(stored: Array, slots: Int[Array, "B T"], fresh: Float[Array, "B T K X"]) -> Array:
         # One scatter of rows [K, X]: XLA carries it out in place.
-        return stored.at[*at, slots].set(fresh.astype(stored.dtype), mode="drop")
+        return stored.at[*prefix, slots].set(fresh.astype(stored.dtype), mode="drop")
 
     length += count[:, 0]
     return RollingCache(

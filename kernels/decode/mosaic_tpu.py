@@ -118,13 +118,13 @@ def _kernel(plan: Plan, seen, sides, sinks, out, lse, top, total, acc):
         total[...] = total[...] * shrink + weights.sum(1, keepdims=True)
         acc[...] = acc[...] * shrink + _dot(weights.astype(value.dtype), value, (1, 0))
 
-    before = 0
+    first_step = 0
     for which, (side, arrays) in enumerate(zip(plan.sides, sides, strict=True)):
-        left = seen[which, row] - (step - before) * side.block
-        inside = (step >= before) & (step < before + side.blocks)
+        left = seen[which, row] - (step - first_step) * side.block
+        inside = (step >= first_step) & (step < first_step + side.blocks)
         pl.when(inside & (left >= side.block))(functools.partial(visit, arrays, None))
         pl.when(inside & (left > 0) & (left < side.block))(functools.partial(visit, arrays, left))
-        before += side.blocks
+        first_step += side.blocks
 
     @pl.when(step == pl.num_programs(1) - 1)
     def _():
@@ -138,8 +138,8 @@ def _kernel(plan: Plan, seen, sides, sinks, out, lse, top, total, acc):
             highest, product = new, product * shrink
         denominator = jnp.where(empty, 1, denominator)
         out[...] = jnp.where(empty, 0, product / denominator).astype(out.dtype)
-        found = highest / numerics.LOG2_E + jnp.log(denominator)
-        lse[...] = jnp.where(empty, -jnp.inf, found)
+        log_sum = highest / numerics.LOG2_E + jnp.log(denominator)
+        lse[...] = jnp.where(empty, -jnp.inf, log_sum)
 
 
 def _compute(plan: Plan, queries: Queries, cache: RollingCache, places: Places) -> DecodeResiduals:
@@ -170,9 +170,9 @@ def _compute(plan: Plan, queries: Queries, cache: RollingCache, places: Places) 
     def all_of(x) -> pl.BlockSpec:
         return pl.BlockSpec((None, *x.shape[1:]), lambda row, step, scalars: (row, 0, 0))
 
-    def slots_of(x, which: int, side: Side, before: int) -> pl.BlockSpec:
+    def slots_of(x, which: int, side: Side, first_step: int) -> pl.BlockSpec:
         def index(row, step, scalars):
-            block = side.at(step - before, scalars[which, row])
+            block = side.at(step - first_step, scalars[which, row])
             return scalars[len(plan.sides), row] * rows + row, block, 0
 
         return pl.BlockSpec((None, side.block, x.shape[2]), index)

@@ -68,10 +68,10 @@ def parts(
         for tile in tl.range(tl.minimum(first, far_tiles), tl.minimum(end, far_tiles)):
             rank = tile * BLOCK_K + slots
             seen = rank < far_slots
-            at = slot_head * ranks
-            k = tiles.tile(k_global + at * WIDTH, rank, seen, WIDTH, WIDTH, BLOCK_H, True)
+            offset = slot_head * ranks
+            k = tiles.tile(k_global + offset * WIDTH, rank, seen, WIDTH, WIDTH, BLOCK_H, True)
             v = tiles.tile(
-                v_global + at * VALUE_WIDTH, rank, seen, VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, True
+                v_global + offset * VALUE_WIDTH, rank, seen, VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, True
             )
             away = slots
             if ALIBI:
@@ -91,10 +91,10 @@ def parts(
         seen = token < near_slots
         slot = oldest + token
         slot = tl.where(slot >= window, slot - window, slot)
-        at = slot_head * window
-        k = tiles.tile(k_ring + at * WIDTH, slot, seen, WIDTH, WIDTH, BLOCK_H, True)
+        offset = slot_head * window
+        k = tiles.tile(k_ring + offset * WIDTH, slot, seen, WIDTH, WIDTH, BLOCK_H, True)
         v = tiles.tile(
-            v_ring + at * VALUE_WIDTH, slot, seen, VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, True
+            v_ring + offset * VALUE_WIDTH, slot, seen, VALUE_WIDTH, VALUE_WIDTH, BLOCK_V, True
         )
         away = head_slopes[:, None] * (near_slots - 1 - token).to(tl.float32)[None, :]
         top, total, out = tiles.attend(
@@ -125,11 +125,11 @@ def combine(
     part = tl.arange(0, BLOCK_S)
     column = tl.arange(0, BLOCK_V)
     exists = part < splits
-    at = part.to(tl.int64) * (batches * HEADS) + head
-    part_tops = tl.load(tops + at, mask=exists, other=EMPTY)
-    part_totals = tl.load(totals + at, mask=exists, other=0.0)
+    offset = part.to(tl.int64) * (batches * HEADS) + head
+    part_tops = tl.load(tops + offset, mask=exists, other=EMPTY)
+    part_totals = tl.load(totals + offset, mask=exists, other=0.0)
     part_outs = tl.load(
-        outs + at[:, None] * VALUE_WIDTH + column[None, :],
+        outs + offset[:, None] * VALUE_WIDTH + column[None, :],
         mask=exists[:, None] & (column < VALUE_WIDTH)[None, :], other=0.0,
     )  # fmt: skip
     top = tl.max(part_tops, 0)

@@ -78,9 +78,9 @@ def walk(plan: Plan, block: Any, place: Place) -> Walk:
         return lax.div(jnp.maximum(rows, 0), size)
 
     # Globals seen by some query, and by every one, are those before these.
-    some = jnp.minimum(place.key_start + high - plan.window + 1, plan.globals)
-    every = jnp.minimum(place.key_start + low - plan.window + 1, plan.globals)
-    far, far_plain = blocks_of(some + size - 1), blocks_of(every)
+    seen_by_some = jnp.minimum(place.key_start + high - plan.window + 1, plan.globals)
+    seen_by_all = jnp.minimum(place.key_start + low - plan.window + 1, plan.globals)
+    far, far_plain = blocks_of(seen_by_some + size - 1), blocks_of(seen_by_all)
 
     # Keys seen by some query, [start, stop), and by every one.
     first_real = jnp.maximum(-place.key_start, 0)

@@ -87,8 +87,8 @@ def miscompiles(cuda: int) -> bool:
 def _require_device() -> None:
     capability = compat.compute_capability()
     if capability != 90:
-        found = "none" if capability is None else f"one of compute capability {capability}"
-        raise NotImplementedError(f"it needs a GPU of compute capability 90, and found {found}")
+        device = "none" if capability is None else f"one of compute capability {capability}"
+        raise NotImplementedError(f"it needs a GPU of compute capability 90, and found {device}")
     cuda = compat.cuda_version()
     if cuda is None:
         raise NotImplementedError("jax's CUDA plugin is not installed")

@@ -156,8 +156,8 @@ def _forward_kernel(plan: Plan, where: Where, branches, sinks, out, lse2, top, t
             highest, product = new, product * shrink
         denominator = jnp.where(empty, 1, denominator)
         out[...] = jnp.where(empty, 0, product / denominator).T.astype(out.dtype)
-        found = highest + jnp.log(denominator) * numerics.LOG2_E
-        lse2[...] = jnp.where(empty, -jnp.inf, found)
+        log_sum = highest + jnp.log(denominator) * numerics.LOG2_E
+        lse2[...] = jnp.where(empty, -jnp.inf, log_sum)
 
 
 def _d_query_kernel(plan: Plan, scalars, branches, ranges, statistics, *outputs_and_accumulators):
@@ -252,20 +252,20 @@ def _by_queries(plan: Plan, branches: list[HeadsFirst], where: Where) -> Walk:
     def query_at(head, i, step, scalars):
         return head, i
 
-    def key_at(side, before, head, i, step, scalars):
+    def key_at(side, first_step, head, i, step, scalars):
         span = side.keys_of(scalars, jax.lax.div(head, plan.range_heads[0]), i)
         # Heads of a group are neighbours, in all batch rows: head // G is their key head.
         group = jax.lax.div(head, plan.group)
-        return group, span.block(step - before, side.block, side.blocks)
+        return group, span.block(step - first_step, side.block, side.blocks)
 
     specs, steps = [], 0
     for side, branch in zip(plan.sides, branches, strict=True):
-        at = functools.partial(key_at, side, steps)
+        index = functools.partial(key_at, side, steps)
         specs.append(
             branch._replace(
                 query=tpu_blocks.block_of(branch.query, plan.block_q, query_at),
-                key=tpu_blocks.block_of(branch.key, side.block, at),
-                value=tpu_blocks.block_of(branch.value, side.block, at),
+                key=tpu_blocks.block_of(branch.key, side.block, index),
+                value=tpu_blocks.block_of(branch.value, side.block, index),
             )
         )
         steps += side.key_steps

@@ -271,22 +271,22 @@ class Program:
                 lambda t, carry: masked(span.start + t * edge, carry),
                 carry,
             )
-        before = jnp.minimum(
+        num_head = jnp.minimum(
             tiles(span.clear_start - span.start, edge), tiles(span.end - span.start, edge)
         )
-        clear = span.start + before * edge
+        clear = span.start + num_head * edge
         count = jnp.maximum(span.clear_end - clear, 0) // width
-        after = clear + count * width
+        tail = clear + count * width
 
         def edges(t, carry):
-            start = jnp.where(t < before, span.start + t * edge, after + (t - before) * edge)
+            start = jnp.where(t < num_head, span.start + t * edge, tail + (t - num_head) * edge)
             return masked(start, carry)
 
         def interior(t, carry):
             start = clear + t * width
             return visit(carry, self._tile(side, start, width, None))
 
-        carry = jax.lax.fori_loop(0, before + tiles(span.end - after, edge), edges, carry)
+        carry = jax.lax.fori_loop(0, num_head + tiles(span.end - tail, edge), edges, carry)
         return jax.lax.fori_loop(0, count, interior, carry)
 
     def logits(
@@ -393,9 +393,9 @@ class Program:
         return (first + jnp.arange(self.plan.block_q, dtype=jnp.int32))[:, None]
 
     def _given_distance(self, given: masks.GlobalDistance, start, width: int):
-        def cut(x, at, size):
+        def cut(x, column, size):
             row = jnp.minimum(self.batch, x.shape[0] - 1)
-            return jax.lax.dynamic_slice(x, (row, at), (1, size))[0]
+            return jax.lax.dynamic_slice(x, (row, column), (1, size))[0]
 
         query, key = cut(given.query, self.row, self.plan.block_q), cut(given.key, start, width)
         apart = query[:, None] - key[None]

@@ -43,9 +43,9 @@ def pack(plan: Plan, operands: Operands, places: Places) -> tuple[Operands, Wher
     else:
         operands, ranges = _of_segments(plan, operands, places, places.segments)
     beyond = ((0, 0), (0, -plan.queries % plan.block_q))
-    whole = tuple(Ranges(*(jnp.pad(x, beyond, mode="edge")[:, None] for x in r)) for r in ranges)
-    scalars = [_scalars(plan, side, r) for side, r in zip(plan.sides, whole, strict=True)]
-    return operands, Where(jnp.concatenate(scalars), whole)
+    padded = tuple(Ranges(*(jnp.pad(x, beyond, mode="edge")[:, None] for x in r)) for r in ranges)
+    scalars = [_scalars(plan, side, r) for side, r in zip(plan.sides, padded, strict=True)]
+    return operands, Where(jnp.concatenate(scalars), padded)
 
 
 def _of_lists(plan: Plan, places: Places) -> list[Ranges]:
@@ -59,7 +59,7 @@ def _of_lists(plan: Plan, places: Places) -> list[Ranges]:
 
     hidden = jnp.where(listed >= 0, row[None], plan.globals).min(1, keepdims=True)  # in front
     ordered = jnp.where((listed < 0) & (row[None] > hidden), MOST, listed)
-    count = jax.vmap(lambda x, at: jnp.searchsorted(x, at, side="right"))
+    count = jax.vmap(lambda x, limits: jnp.searchsorted(x, limits, side="right"))
     end = jnp.maximum(count(ordered, position + start - window).astype(jnp.int32), hidden)
     far = Ranges(jnp.broadcast_to(hidden, end.shape), end)
     end = jnp.broadcast_to(jnp.clip(position + 1, 0, plan.keys), end.shape)
@@ -85,9 +85,9 @@ def _of_segments(
     if plan.globals and operands.far is not None:
         count = jnp.cumsum(_shown(plan.rules, segments.kv, starts), 1, dtype=jnp.int32)
         operands = operands._replace(far=_gathered(operands.far, count, plan.globals))
-        before = jnp.pad(count, ((0, 0), (1, 0)))
+        num_before = jnp.pad(count, ((0, 0), (1, 0)))
         end = jnp.clip(position - window + 1, start, plan.keys)
-        first, end = (jnp.take_along_axis(before, at, 1) for at in (start, end))
+        first, end = (jnp.take_along_axis(num_before, row, 1) for row in (start, end))
         ranges.insert(0, Ranges(first, jnp.where(real, end, first)))
     return operands, ranges
 
@@ -104,20 +104,21 @@ def _shown(rules: Rules, ids: Int[Array, "B S"], starts: Int[Array, "B S"]) -> B
 
 def _gathered(far: Branch, count: Int[Array, "B S"], rows: int) -> Branch:
     """The branch with the rows that `count` counts; those left over repeat one, unseen."""
-    wanted = jnp.arange(1, rows + 1, dtype=jnp.int32)
-    at = jax.vmap(lambda count: jnp.searchsorted(count, wanted))(count)
-    at = jnp.minimum(at, count.shape[1] - 1)[:, :, None, None]
+    ranks = jnp.arange(1, rows + 1, dtype=jnp.int32)
+    rows_of = jax.vmap(lambda count: jnp.searchsorted(count, ranks))(count)
+    rows_of = jnp.minimum(rows_of, count.shape[1] - 1)[:, :, None, None]
     return far._replace(
-        key=jnp.take_along_axis(far.key, at, 1), value=jnp.take_along_axis(far.value, at, 1)
+        key=jnp.take_along_axis(far.key, rows_of, 1),
+        value=jnp.take_along_axis(far.value, rows_of, 1),
     )
 
 
 def _scalars(plan: Plan, side: Side, ranges: Ranges) -> Int[Array, " scalars"]:
     """What `Packed` reads."""
     first, end = (x.reshape(-1, plan.query_blocks, plan.block_q) for x in ranges)
-    some = first < end
-    low = jnp.where(some, first, MOST).min(-1)
-    high = jnp.where(some, end, 0).max(-1) - 1
+    nonempty = first < end
+    low = jnp.where(nonempty, first, MOST).min(-1)
+    high = jnp.where(nonempty, end, 0).max(-1) - 1
     # A query that sees nothing has first == end, so no block is clear to its own.
     of_queries = jnp.stack([low, high, first.max(-1), end.min(-1)], -1)
 

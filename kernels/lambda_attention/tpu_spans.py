@@ -55,12 +55,14 @@ class Plan:
         sides = (Far(self), Near(self)) if self.globals else (Near(self),)
         if self.packed is None:
             return sides
-        packed, at = [], 0
+        packed, offset = [], 0
         for side in sides:
             packed.append(
-                Packed(self, side.name, side.rows, side.block, side.key_steps, side.query_steps, at)
+                Packed(
+                    self, side.name, side.rows, side.block, side.key_steps, side.query_steps, offset
+                )
             )
-            at = packed[-1].end
+            offset = packed[-1].end
         return tuple(packed)
 
 
@@ -100,7 +102,7 @@ class Near:
         offset = self.plan.rules.query_offset
         first = None if offset is None else offset - self.window + 1
         length = self.plan.block_q + self.window - 1
-        return min(self.blocks, touched(first, length, self.block, every=self.plan.block_q))
+        return min(self.blocks, touched(first, length, self.block, stride=self.plan.block_q))
 
     @property
     def query_steps(self) -> int:
@@ -108,14 +110,14 @@ class Near:
         offset = self.plan.rules.query_offset
         first = None if offset is None else -offset
         length = self.block + self.window - 1
-        blocks = touched(first, length, self.plan.block_q, every=self.block)
+        blocks = touched(first, length, self.plan.block_q, stride=self.block)
         return min(self.plan.query_blocks, blocks)
 
     def keys_of(self, scalars: Any, batch: ArrayLike, i: ArrayLike) -> Span:
         """Rows of keys that some query of block i sees."""
-        at, start = scalars[0] + i * self.plan.block_q, scalars[batch + 1]
-        first = jnp.maximum(jnp.maximum(at - self.window + 1, -start), 0)
-        return Span(first, jnp.minimum(at + self.plan.block_q, self.rows) - 1)
+        first_query, start = scalars[0] + i * self.plan.block_q, scalars[batch + 1]
+        first = jnp.maximum(jnp.maximum(first_query - self.window + 1, -start), 0)
+        return Span(first, jnp.minimum(first_query + self.plan.block_q, self.rows) - 1)
 
     def queries_of(self, scalars: Any, batch: ArrayLike, j: ArrayLike) -> Span:
         """Rows of queries that see some key of block j."""
@@ -127,8 +129,10 @@ class Near:
 
     def clear(self, scalars: Any, batch: ArrayLike, i: ArrayLike, j: ArrayLike) -> Any:
         """Whether all queries of block i see all keys of block j."""
-        at, first = scalars[0] + i * self.plan.block_q, j * self.block
-        seen = (first + self.block - 1 <= at) & (at + self.plan.block_q - first <= self.window)
+        first_query, first = scalars[0] + i * self.plan.block_q, j * self.block
+        seen = (first + self.block - 1 <= first_query) & (
+            first_query + self.plan.block_q - first <= self.window
+        )
         return seen & (first >= -scalars[batch + 1]) & (first + self.block <= self.rows)
 
     def visible(
@@ -212,7 +216,7 @@ class Ranges(NamedTuple):
 class Packed:
     """A side of which each query sees a range of rows: that of its segment, or of a list.
 
-    Scalars from `at` on: for each batch row and block of queries the first and the last row that
+    Scalars from `offset` on: for each batch row and block of queries the first and last row that
     one of them sees, and the first and the end of those that all see; then for each batch row and
     block of keys the first and the last query that sees one of them. `tpu_packing` makes them.
     """
@@ -223,7 +227,7 @@ class Packed:
     block: int
     key_steps: int
     query_steps: int
-    at: int
+    offset: int
 
     @property
     def blocks(self) -> int:
@@ -232,7 +236,7 @@ class Packed:
     @property
     def _keys_at(self) -> int:
         assert self.plan.packed is not None
-        return self.at + 4 * self.plan.packed * self.plan.query_blocks
+        return self.offset + 4 * self.plan.packed * self.plan.query_blocks
 
     @property
     def end(self) -> int:
@@ -241,16 +245,16 @@ class Packed:
         return self._keys_at + 2 * self.plan.packed * self.blocks
 
     def keys_of(self, scalars: Any, batch: ArrayLike, i: ArrayLike) -> Span:
-        at = self.at + 4 * (batch * self.plan.query_blocks + i)
-        return Span(scalars[at], scalars[at + 1])
+        index = self.offset + 4 * (batch * self.plan.query_blocks + i)
+        return Span(scalars[index], scalars[index + 1])
 
     def queries_of(self, scalars: Any, batch: ArrayLike, j: ArrayLike) -> Span:
-        at = self._keys_at + 2 * (batch * self.blocks + j)
-        return Span(scalars[at], scalars[at + 1])
+        index = self._keys_at + 2 * (batch * self.blocks + j)
+        return Span(scalars[index], scalars[index + 1])
 
     def clear(self, scalars: Any, batch: ArrayLike, i: ArrayLike, j: ArrayLike) -> Any:
-        at = self.at + 4 * (batch * self.plan.query_blocks + i)
-        return (scalars[at + 2] <= j * self.block) & ((j + 1) * self.block <= scalars[at + 3])
+        index = self.offset + 4 * (batch * self.plan.query_blocks + i)
+        return (scalars[index + 2] <= j * self.block) & ((j + 1) * self.block <= scalars[index + 3])
 
     def visible(
         self, scalars: Any, batch: ArrayLike, i: ArrayLike, j: ArrayLike, ranges: "Ranges | None"
@@ -265,10 +269,10 @@ class Packed:
 Side: TypeAlias = Near | Far | Packed
 
 
-def touched(first: int | None, length: int, size: int, *, every: int = 1) -> int:
+def touched(first: int | None, length: int, size: int, *, stride: int = 1) -> int:
     """Blocks of `size` rows that `length` rows touch, at most, if they start at
     first + n * every for some n; None: anywhere.
     """
-    if first is None or every % size:
+    if first is None or stride % size:
         return (length + size - 2) // size + 1
     return (first % size + length - 1) // size + 1

@@ -38,7 +38,7 @@ def forward(
     ALIBI: tl.constexpr, GIVEN: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
     """Outputs [B, T, N, Hv] and LSE [B, N, T]; one program for each query head and BLOCK_Q rows."""
-    batch, head, key_head, row, key_start, at, last = walks.own(
+    batch, head, key_head, row, key_start, key_row, last = walks.own(
         places, queries, HEADS, KEY_HEADS, BLOCK_Q
     )
     rows = tl.arange(0, BLOCK_Q)
@@ -50,7 +50,7 @@ def forward(
         ids_q, slopes, far_at, far_unit, batch, row, head, queries, rows, valid,
         HEADS, SEGMENTS, ALIBI, GIVEN,
     )  # fmt: skip
-    position = at + rows + key_start
+    position = key_row + rows + key_start
 
     top = tl.full((BLOCK_Q,), MASK * UNIT / 2, tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
@@ -62,11 +62,11 @@ def forward(
         )
         far_origin = batch.to(tl.int64) * far_rows
         index, list_origin = walks.list_of(batch, key_head, far_rows, LISTS)
-        first, before, clear, after, masked = walks.far_walk(
-            at, last, window, key_start, num_global, far_rows, starts, key_origin,
+        first, num_head, clear, tail, masked = walks.far_walk(
+            key_row, last, window, key_start, num_global, far_rows, starts, key_origin,
             list_ends + index, BLOCK_K, SEGMENTS, LISTS,
         )  # fmt: skip
-        for start in tl.range(clear, after, BLOCK_K):
+        for start in tl.range(clear, tail, BLOCK_K):
             at_row = (far_origin + start) * KEY_HEADS + key_head
             k, v = tiles.key_and_value(
                 key_far, value_far, at_row, slots, slots,
@@ -81,7 +81,7 @@ def forward(
                 q, k, v, slots, away, top, total, sums, UNIT, INNER, MASK, PRECISION, ALIBI, False
             )  # fmt: skip
         for t in tl.range(0, masked):
-            start = tl.where(t < before, first + t * BLOCK_K, after + (t - before) * BLOCK_K)
+            start = tl.where(t < num_head, first + t * BLOCK_K, tail + (t - num_head) * BLOCK_K)
             at_row = (far_origin + start) * KEY_HEADS + key_head
             column = start + slots
             inside = column < far_rows
@@ -91,7 +91,7 @@ def forward(
             )  # fmt: skip
             standing = walks.standing_at(listed + list_origin, column, far_rows, LISTS)
             visible = walks.far_visible(
-                at + rows, column, standing, window, key_start, num_global, far_rows,
+                key_row + rows, column, standing, window, key_start, num_global, far_rows,
                 segments, ids_kv, starts, key_origin, SEGMENTS, LISTS,
             )  # fmt: skip
             away = walks.far_away(
@@ -103,21 +103,21 @@ def forward(
             )  # fmt: skip
 
     q = tiles.tile(query + first_query * WIDTH, rows, valid, HEADS * WIDTH, WIDTH, BLOCK_H, True)
-    first, before, clear, after, masked = walks.near_walk(
-        at, last, window, key_start, keys, starts, key_origin, BLOCK_K, SEGMENTS
+    first, num_head, clear, tail, masked = walks.near_walk(
+        key_row, last, window, key_start, keys, starts, key_origin, BLOCK_K, SEGMENTS
     )
-    for start in tl.range(clear, after, BLOCK_K):
+    for start in tl.range(clear, tail, BLOCK_K):
         at_row = (key_origin + start) * KEY_HEADS + key_head
         k, v = tiles.key_and_value(
             key, value, at_row, slots, slots,
             KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, False,
         )  # fmt: skip
-        away = walks.near_away(slope, at + rows, start + slots, ALIBI)
+        away = walks.near_away(slope, key_row + rows, start + slots, ALIBI)
         top, total, sums = tiles.attend(
             q, k, v, slots, away, top, total, sums, UNIT, INNER, MASK, PRECISION, ALIBI, False
         )  # fmt: skip
     for t in tl.range(0, masked):
-        start = tl.where(t < before, first + t * BLOCK_K, after + (t - before) * BLOCK_K)
+        start = tl.where(t < num_head, first + t * BLOCK_K, tail + (t - num_head) * BLOCK_K)
         at_row = (key_origin + start) * KEY_HEADS + key_head
         column = start + slots
         inside = column < keys
@@ -126,9 +126,9 @@ def forward(
             KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, True,
         )  # fmt: skip
         visible = walks.near_visible(
-            at + rows, column, window, keys, segments, ids_kv, key_origin, SEGMENTS
+            key_row + rows, column, window, keys, segments, ids_kv, key_origin, SEGMENTS
         )
-        away = walks.near_away(slope, at + rows, column, ALIBI)
+        away = walks.near_away(slope, key_row + rows, column, ALIBI)
         top, total, sums = tiles.attend(
             q, k, v, visible, away, top, total, sums, UNIT, INNER, MASK, PRECISION, ALIBI, True
         )  # fmt: skip
@@ -165,7 +165,7 @@ def gradient_of_queries(
     LISTS: tl.constexpr,
 ):  # fmt: skip
     """Gradients [B, T, N, H] of both queries, by the walk of the forward."""
-    batch, head, key_head, row, key_start, at, last = walks.own(
+    batch, head, key_head, row, key_start, key_row, last = walks.own(
         places, queries, HEADS, KEY_HEADS, BLOCK_Q
     )
     rows = tl.arange(0, BLOCK_Q)
@@ -177,7 +177,7 @@ def gradient_of_queries(
         ids_q, slopes, far_at, far_unit, batch, row, head, queries, rows, valid,
         HEADS, SEGMENTS, ALIBI, GIVEN,
     )  # fmt: skip
-    position = at + rows + key_start
+    position = key_row + rows + key_start
 
     _, do, lse2_rows, delta_rows = tiles.of_queries(
         query, d_out, lse2, delta, batch, row, head, queries, rows, valid,
@@ -191,11 +191,11 @@ def gradient_of_queries(
         gradient = tl.zeros((BLOCK_Q, BLOCK_H), tl.float32)
         far_origin = batch.to(tl.int64) * far_rows
         index, list_origin = walks.list_of(batch, key_head, far_rows, LISTS)
-        first, before, clear, after, masked = walks.far_walk(
-            at, last, window, key_start, num_global, far_rows, starts, key_origin,
+        first, num_head, clear, tail, masked = walks.far_walk(
+            key_row, last, window, key_start, num_global, far_rows, starts, key_origin,
             list_ends + index, BLOCK_K, SEGMENTS, LISTS,
         )  # fmt: skip
-        for start in tl.range(clear, after, BLOCK_K):
+        for start in tl.range(clear, tail, BLOCK_K):
             at_row = (far_origin + start) * KEY_HEADS + key_head
             k, v = tiles.key_and_value(
                 key_far, value_far, at_row, slots, slots,
@@ -211,7 +211,7 @@ def gradient_of_queries(
                 UNIT, INNER, MASK, PRECISION, ALIBI, False,
             )  # fmt: skip
         for t in tl.range(0, masked):
-            start = tl.where(t < before, first + t * BLOCK_K, after + (t - before) * BLOCK_K)
+            start = tl.where(t < num_head, first + t * BLOCK_K, tail + (t - num_head) * BLOCK_K)
             at_row = (far_origin + start) * KEY_HEADS + key_head
             column = start + slots
             inside = column < far_rows
@@ -221,7 +221,7 @@ def gradient_of_queries(
             )  # fmt: skip
             standing = walks.standing_at(listed + list_origin, column, far_rows, LISTS)
             visible = walks.far_visible(
-                at + rows, column, standing, window, key_start, num_global, far_rows,
+                key_row + rows, column, standing, window, key_start, num_global, far_rows,
                 segments, ids_kv, starts, key_origin, SEGMENTS, LISTS,
             )  # fmt: skip
             away = walks.far_away(
@@ -239,22 +239,22 @@ def gradient_of_queries(
 
     q = tiles.tile(query + first_query * WIDTH, rows, valid, HEADS * WIDTH, WIDTH, BLOCK_H, True)
     gradient = tl.zeros((BLOCK_Q, BLOCK_H), tl.float32)
-    first, before, clear, after, masked = walks.near_walk(
-        at, last, window, key_start, keys, starts, key_origin, BLOCK_K, SEGMENTS
+    first, num_head, clear, tail, masked = walks.near_walk(
+        key_row, last, window, key_start, keys, starts, key_origin, BLOCK_K, SEGMENTS
     )
-    for start in tl.range(clear, after, BLOCK_K):
+    for start in tl.range(clear, tail, BLOCK_K):
         at_row = (key_origin + start) * KEY_HEADS + key_head
         k, v = tiles.key_and_value(
             key, value, at_row, slots, slots,
             KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, False,
         )  # fmt: skip
-        away = walks.near_away(slope, at + rows, start + slots, ALIBI)
+        away = walks.near_away(slope, key_row + rows, start + slots, ALIBI)
         gradient = tiles.query_gradient(
             q, k, v, do, lse2_rows, delta_rows, slots, away, gradient,
             UNIT, INNER, MASK, PRECISION, ALIBI, False,
         )  # fmt: skip
     for t in tl.range(0, masked):
-        start = tl.where(t < before, first + t * BLOCK_K, after + (t - before) * BLOCK_K)
+        start = tl.where(t < num_head, first + t * BLOCK_K, tail + (t - num_head) * BLOCK_K)
         at_row = (key_origin + start) * KEY_HEADS + key_head
         column = start + slots
         inside = column < keys
@@ -263,9 +263,9 @@ def gradient_of_queries(
             KEY_HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, True,
         )  # fmt: skip
         visible = walks.near_visible(
-            at + rows, column, window, keys, segments, ids_kv, key_origin, SEGMENTS
+            key_row + rows, column, window, keys, segments, ids_kv, key_origin, SEGMENTS
         )
-        away = walks.near_away(slope, at + rows, column, ALIBI)
+        away = walks.near_away(slope, key_row + rows, column, ALIBI)
         gradient = tiles.query_gradient(
             q, k, v, do, lse2_rows, delta_rows, visible, away, gradient,
             UNIT, INNER, MASK, PRECISION, ALIBI, True,
@@ -281,24 +281,24 @@ def gradient_of_queries(
 
 @triton.jit
 def _away_from_keys(
-    slopes, head, at, column, standing, key_start, far_at, asked, far_from, key_origin, keys,
+    slopes, head, key_row, column, standing, key_start, far_at, valid, far_from, key_origin, keys,
     far_unit, clip,
     FAR: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     """What ALiBi takes off scores [keys, queries]; `far_at` points to what the queries have."""
     slope = tl.load(slopes + head)
     if FAR:
-        placed = at
+        placed = key_row
         unit = 1.0
         if GIVEN:
-            placed = tl.load(far_at, mask=asked, other=0)
+            placed = tl.load(far_at, mask=valid, other=0)
             unit = tl.load(far_unit)
         away = walks.far_away(
-            slope, at + key_start, placed, column, standing, keys, far_from + key_origin,
+            slope, key_row + key_start, placed, column, standing, keys, far_from + key_origin,
             unit, clip, True, GIVEN,
         )  # fmt: skip
     else:
-        away = walks.near_away(slope, at, column, True)
+        away = walks.near_away(slope, key_row, column, True)
     return tl.trans(away)
 
 
@@ -373,7 +373,7 @@ def gradient_of_keys(
     part = tl.cdiv(queries, chunks)
     first = tl.maximum(first, chunk * part)
     end = tl.minimum(end, tl.minimum((chunk + 1) * part, queries))
-    before, clear, after, masked = walks.walk(
+    num_head, clear, tail, masked = walks.walk(
         first, clear_first, tl.minimum(clear_end, end), end, BLOCK_Q, SEGMENTS
     )
 
@@ -385,7 +385,7 @@ def gradient_of_keys(
     # All query heads of the key head in one loop: nested ones would start their pipeline anew for
     # each head, and keep twice the addresses in registers.
     query_origin = batch.to(tl.int64) * queries
-    clear_tiles = (after - clear) // BLOCK_Q
+    clear_tiles = (tail - clear) // BLOCK_Q
     for turn in tl.range(0, group * clear_tiles):
         head = key_head * group + turn // clear_tiles
         row = clear + turn % clear_tiles * BLOCK_Q
@@ -407,17 +407,17 @@ def gradient_of_keys(
     for turn in tl.range(0, group * masked):
         head = key_head * group + turn // masked
         t = turn % masked
-        row = tl.where(t < before, first + t * BLOCK_Q, after + (t - before) * BLOCK_Q)
-        asked = row + rows < end
+        row = tl.where(t < num_head, first + t * BLOCK_Q, tail + (t - num_head) * BLOCK_Q)
+        valid = row + rows < end
         q, do, lse2_rows, delta_rows = tiles.of_queries(
-            query, d_out, lse2, delta, batch, row, head, queries, rows, asked,
+            query, d_out, lse2, delta, batch, row, head, queries, rows, valid,
             HEADS, WIDTH, VALUE_WIDTH, BLOCK_H, BLOCK_V, True,
         )  # fmt: skip
         away = slots
         if ALIBI:
             away = _away_from_keys(
                 slopes, batch * HEADS + head, offset + row + rows, column, standing, key_start,
-                far_at + query_origin + row + rows, asked, far_from, key_origin, keys,
+                far_at + query_origin + row + rows, valid, far_from, key_origin, keys,
                 far_unit + batch, clip, FAR, GIVEN,
             )  # fmt: skip
         distance = (offset + row + rows)[None, :] - standing[:, None]
@@ -425,9 +425,9 @@ def gradient_of_keys(
             visible = distance + key_start >= window
         else:
             visible = (distance >= 0) & (distance < window)
-        visible &= asked[None, :]
+        visible &= valid[None, :]
         if SEGMENTS:
-            ids_rows = tl.load(ids_q + query_origin + row + rows, mask=asked, other=-1)
+            ids_rows = tl.load(ids_q + query_origin + row + rows, mask=valid, other=-1)
             visible &= (ids_rows[None, :] == ids[:, None]) & (ids_rows >= 0)[None, :]
         d_k, d_v = tiles.key_gradients(
             q, k, v, do, lse2_rows, delta_rows, visible, away, d_k, d_v,

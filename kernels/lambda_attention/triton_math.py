@@ -18,71 +18,72 @@ def walk(first, clear_first, clear_end, end, BLOCK: tl.constexpr, ALL_MASKED: tl
     (masked tiles from `first` on, start of the clear tiles, end of the clear tiles = start of the
     remaining masked ones, number of masked tiles)
     """
-    whole = tl.cdiv(tl.maximum(end - first, 0), BLOCK)
+    tiles = tl.cdiv(tl.maximum(end - first, 0), BLOCK)
     if ALL_MASKED:
-        before = whole
-        clear = first + before * BLOCK
-        after = clear
+        num_head = tiles
+        clear = first + num_head * BLOCK
+        tail = clear
     else:
-        before = tl.minimum(tl.cdiv(tl.maximum(clear_first - first, 0), BLOCK), whole)
-        clear = first + before * BLOCK
-        after = clear + tl.maximum(clear_end - clear, 0) // BLOCK * BLOCK
-    return before, clear, after, before + tl.cdiv(tl.maximum(end - after, 0), BLOCK)
+        num_head = tl.minimum(tl.cdiv(tl.maximum(clear_first - first, 0), BLOCK), tiles)
+        clear = first + num_head * BLOCK
+        tail = clear + tl.maximum(clear_end - clear, 0) // BLOCK * BLOCK
+    return num_head, clear, tail, num_head + tl.cdiv(tl.maximum(end - tail, 0), BLOCK)
 
 
 @triton.jit
 def near_walk(
-    at, last, window, key_start, keys, starts, origin, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr
+    key_row, last, window, key_start, keys, starts, origin,
+    BLOCK: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
-    """(first key, *walk) of the window of queries that stand at key rows at..last."""
-    first = tl.maximum(tl.maximum(at - window + 1, -key_start), 0)
+    """(first key, *walk) of the window of queries that stand at key rows key_row..last."""
+    first = tl.maximum(tl.maximum(key_row - window + 1, -key_start), 0)
     if SEGMENTS:
-        beside = tl.minimum(tl.maximum(at, 0), keys - 1)
+        beside = tl.minimum(tl.maximum(key_row, 0), keys - 1)
         first = tl.maximum(first, tl.load(starts + origin + beside))
-    before, clear, after, masked = walk(
-        first, last - window + 1, tl.minimum(at + 1, keys), tl.minimum(last + 1, keys),
+    num_head, clear, tail, masked = walk(
+        first, last - window + 1, tl.minimum(key_row + 1, keys), tl.minimum(last + 1, keys),
         BLOCK, SEGMENTS,
     )  # fmt: skip
-    return first, before, clear, after, masked
+    return first, num_head, clear, tail, masked
 
 
 @triton.jit
 def far_walk(
-    at, last, window, key_start, num_global, far_rows, starts, origin, list_end,
+    key_row, last, window, key_start, num_global, far_rows, starts, origin, list_end,
     BLOCK: tl.constexpr, SEGMENTS: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
-    """(first row, *walk) of the globals of queries that stand at key rows at..last."""
+    """(first row, *walk) of the globals of queries that stand at key rows key_row..last."""
     if SEGMENTS:
         # The globals of the segment that the first query is in, and then those of segments that
         # begin within the block: rows after the first query that the last one is w away from.
-        first = tl.load(starts + origin + tl.minimum(tl.maximum(at, 0), far_rows - 1))
+        first = tl.load(starts + origin + tl.minimum(tl.maximum(key_row, 0), far_rows - 1))
         end = tl.minimum(last - window + 1, far_rows)
-        own = tl.minimum(first + num_global, end)
-        before = tl.cdiv(tl.maximum(own - first, 0), BLOCK)
-        clear = first + before * BLOCK
-        after = tl.maximum(clear, at + 1)
-        clear = after
-        masked = before + tl.cdiv(tl.maximum(end - after, 0), BLOCK)
+        end_of_first = tl.minimum(first + num_global, end)
+        num_head = tl.cdiv(tl.maximum(end_of_first - first, 0), BLOCK)
+        clear = first + num_head * BLOCK
+        tail = tl.maximum(clear, key_row + 1)
+        clear = tail
+        masked = num_head + tl.cdiv(tl.maximum(end - tail, 0), BLOCK)
     elif LISTS:
-        first = at * 0
-        before, clear, after, masked = walk(first, first, first, tl.load(list_end), BLOCK, True)
+        first = key_row * 0
+        num_head, clear, tail, masked = walk(first, first, first, tl.load(list_end), BLOCK, True)
     else:
-        first = at * 0
+        first = key_row * 0
         limit = tl.minimum(num_global, far_rows)
         beyond = key_start - window + 1
-        before, clear, after, masked = walk(
-            first, first, tl.minimum(at + beyond, limit), tl.minimum(last + beyond, limit),
+        num_head, clear, tail, masked = walk(
+            first, first, tl.minimum(key_row + beyond, limit), tl.minimum(last + beyond, limit),
             BLOCK, False,
         )  # fmt: skip
-    return first, before, clear, after, masked
+    return first, num_head, clear, tail, masked
 
 
 @triton.jit
 def near_visible(
-    at, column, window, keys, ids_q, ids_kv, origin, SEGMENTS: tl.constexpr
+    key_row, column, window, keys, ids_q, ids_kv, origin, SEGMENTS: tl.constexpr
 ):  # fmt: skip
-    """[queries, keys] of the window; `at` are key rows that the queries stand beside."""
-    distance = at[:, None] - column[None, :]
+    """[queries, keys] of the window; `key_row` are key rows that the queries stand beside."""
+    distance = key_row[:, None] - column[None, :]
     visible = (distance >= 0) & (distance < window) & (column < keys)[None, :]
     if SEGMENTS:
         ids = tl.load(ids_kv + origin + column, mask=column < keys, other=-1)
@@ -92,12 +93,12 @@ def near_visible(
 
 @triton.jit
 def far_visible(
-    at, column, standing, window, key_start, num_global, far_rows, ids_q, ids_kv, starts, origin,
-    SEGMENTS: tl.constexpr, LISTS: tl.constexpr,
+    key_row, column, standing, window, key_start, num_global, far_rows, ids_q, ids_kv, starts,
+    origin, SEGMENTS: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
     """[queries, rows] of the globals, which are `standing` at these positions."""
     inside = column < far_rows
-    visible = at[:, None] + key_start - standing[None, :] >= window
+    visible = key_row[:, None] + key_start - standing[None, :] >= window
     if SEGMENTS:
         ids = tl.load(ids_kv + origin + column, mask=inside, other=-1)
         rank = column - tl.load(starts + origin + column, mask=inside, other=0)
@@ -121,9 +122,9 @@ def own(places, queries, HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, BLOCK_Q: 
     batch = program // (blocks * HEADS)
     key_head = head // (HEADS // KEY_HEADS)
     key_start = tl.load(places + 2 * batch)
-    at = tl.load(places + 2 * batch + 1) + row
-    last = at + tl.minimum(BLOCK_Q, queries - row) - 1
-    return batch, head, key_head, row, key_start, at, last
+    key_row = tl.load(places + 2 * batch + 1) + row
+    last = key_row + tl.minimum(BLOCK_Q, queries - row) - 1
+    return batch, head, key_head, row, key_start, key_row, last
 
 
 @triton.jit
@@ -150,22 +151,22 @@ def placed_queries(
 ):  # fmt: skip
     """(segment ids, slope, where ALiBi says that they stand seen from the globals, its unit)."""
     segments, placed, slope, unit = rows, rows, 0.0, 1.0
-    at = batch.to(tl.int64) * queries + row + rows
+    offset = batch.to(tl.int64) * queries + row + rows
     if SEGMENTS:
-        segments = tl.load(ids_q + at, mask=valid, other=-1)
+        segments = tl.load(ids_q + offset, mask=valid, other=-1)
     if ALIBI:
         slope = tl.load(slopes + batch * HEADS + head)
     if GIVEN:
-        placed = tl.load(far_at + at, mask=valid, other=0)
+        placed = tl.load(far_at + offset, mask=valid, other=0)
         unit = tl.load(far_unit + batch)
     return segments, slope, placed, unit
 
 
 @triton.jit
-def near_away(slope, at, column, ALIBI: tl.constexpr):
+def near_away(slope, key_row, column, ALIBI: tl.constexpr):
     """What ALiBi takes off scores [queries, keys] of the window."""
     if ALIBI:
-        column = slope * (at[:, None] - column[None, :]).to(tl.float32)
+        column = slope * (key_row[:, None] - column[None, :]).to(tl.float32)
     return column
 
 

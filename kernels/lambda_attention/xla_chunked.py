@@ -78,10 +78,12 @@ def _attend(rules: Rules, config: Config, operands: Operands, places: Places) ->
 
     def head(results, index):
         head = tiles.Head(plan, index)
-        held = [(s, head.rows(s.key), head.rows(s.value)) for s in sides]
+        branch_rows = [(s, head.rows(s.key), head.rows(s.value)) for s in sides]
 
         def block(results, index):
-            return _forward_block(tiles.Program(head, index), held, operands.sinks, results), None
+            return _forward_block(
+                tiles.Program(head, index), branch_rows, operands.sinks, results
+            ), None
 
         return jax.lax.scan(block, results, plan.blocks)
 
@@ -94,7 +96,7 @@ def _attend(rules: Rules, config: Config, operands: Operands, places: Places) ->
     return Saved(Residuals(out[:, :length], lse2 / numerics.LOG2_E), lse2)
 
 
-def _forward_block(program: tiles.Program, held, sinks, results):
+def _forward_block(program: tiles.Program, branch_rows, sinks, results):
     """Outputs and LSE with those of one program in their place."""
     plan = program.plan
     dtype, precision = plan.dtype, plan.rules.precision
@@ -117,7 +119,7 @@ def _forward_block(program: tiles.Program, held, sinks, results):
         jnp.zeros((rows, 1), dtype),
         jnp.zeros((rows, plan.value_width), dtype),
     )
-    for side, keys, values in held:
+    for side, keys, values in branch_rows:
         query = program.query(side)
         carry = program.walk(side, functools.partial(visit, query, keys, values), carry)
     top, total, out = carry
@@ -159,13 +161,17 @@ def _backward(rules: Rules, config: Config, saved, cotangents: Saved):
 
     def head(gradients, index):
         head = tiles.Head(plan, index)
-        held = [Held(s, head.rows(s.key), head.rows(s.key).T, head.rows(s.value)) for s in sides]
+        branch_rows = [
+            BranchRows(s, head.rows(s.key), head.rows(s.key).T, head.rows(s.value)) for s in sides
+        ]
 
         def block(carry, index):
             program = tiles.Program(head, index)
-            return _backward_block(program, held, statistics, *carry), None
+            return _backward_block(program, branch_rows, statistics, *carry), None
 
-        totals = [tuple(jnp.zeros(x.shape, plan.dtype) for x in (h.key, h.value)) for h in held]
+        totals = [
+            tuple(jnp.zeros(x.shape, plan.dtype) for x in (h.key, h.value)) for h in branch_rows
+        ]
         d_queries = [g.query for g in gradients]
         (d_queries, totals), _ = jax.lax.scan(block, (d_queries, totals), plan.blocks)
         # The queries in ds^T q carry score_scale where the gradient asks for scale.
@@ -203,7 +209,7 @@ class Statistics(NamedTuple):
     d_lse: Float[Array, "B N Tp"]
 
 
-class Held(NamedTuple):
+class BranchRows(NamedTuple):
     """One key head of a branch. Products read an array fast along its last axis only, so the keys
     are there both ways."""
 
@@ -213,7 +219,9 @@ class Held(NamedTuple):
     value: Float[Array, "S Hv"]
 
 
-def _backward_block(program: tiles.Program, held: list[Held], statistics, d_queries, totals):
+def _backward_block(
+    program: tiles.Program, branch_rows: list[BranchRows], statistics, d_queries, totals
+):
     """Gradients of queries with those of one program in their place, and its share added to those
     of the head's keys and values.
     """
@@ -224,13 +232,13 @@ def _backward_block(program: tiles.Program, held: list[Held], statistics, d_quer
     delta = (d_out.astype(dtype) * program.rows(statistics.out).astype(dtype)).sum(-1)[None]
     delta = delta - program.statistic(statistics.d_lse)
 
-    def visit(held, query, carry, tile):
+    def visit(branch, query, carry, tile):
         d_query, d_keys, d_values = carry
-        key = tile.rows(held.key)
+        key = tile.rows(branch.key)
         scores = tiles.dot(key, query, (1, 1), dtype, precision)
         logits, bend = program.logits(scores, tile, keys_first=True)
         weights = numerics.exp2(logits - lse2)
-        value = tile.rows(held.value)
+        value = tile.rows(branch.value)
         d_weights = tiles.dot(value, d_out, (1, 1), dtype, precision)
         d_logits = weights * (d_weights - delta)
         if bend is not None:
@@ -238,16 +246,16 @@ def _backward_block(program: tiles.Program, held: list[Held], statistics, d_quer
         d_logits = d_logits.astype(key.dtype)
         d_value = tiles.dot(weights.astype(d_out.dtype), d_out, (1, 0), dtype, precision)
         d_key = tiles.dot(d_logits, query, (1, 0), dtype, precision)
-        columns = tile.columns(held.key_columns)
+        columns = tile.columns(branch.key_columns)
         d_query = d_query + tiles.dot(columns, d_logits, (1, 0), dtype, precision)
         return d_query, tile.add(d_keys, d_key), tile.add(d_values, d_value)
 
     new_queries, new_totals = [], []
-    for one, d_query, total in zip(held, d_queries, totals, strict=True):
-        query = program.query(one.side)
+    for branch, d_query, total in zip(branch_rows, d_queries, totals, strict=True):
+        query = program.query(branch.side)
         nothing = jnp.zeros(query.shape[::-1], dtype)
-        visit_one = functools.partial(visit, one, query)
-        columns, *total = program.walk(one.side, visit_one, (nothing, *total))
+        visit_one = functools.partial(visit, branch, query)
+        columns, *total = program.walk(branch.side, visit_one, (nothing, *total))
         new_queries.append(program.put_rows(d_query, columns.T * plan.rules.scale))
         new_totals.append(tuple(total))
     return new_queries, new_totals

@@ -16,12 +16,13 @@ end in a space, which most tokenizers would split from the key in a way no model
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
+from lminf.config import closest
 from lminf.errors import InputError
-from lminf.evals.score import Interval, first_integer, success_rate
+from lminf.evals.needle import Needle, NeedleTask
 from lminf.evals.task import Budget
 
 TASK = (
@@ -31,127 +32,87 @@ TASK = (
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 KEY_LINE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
-ANSWER_TOKENS = 10  # enough for a space and five digits in any tokenizer; the budget of YaRN's test
 
 Encode = Callable[[str], Sequence[int]]  # text -> tokens as the model reads them, BOS included
 Generator = Literal["lm_infinite", "landmark"]
 
 
 @dataclass(frozen=True)
-class Sample:
-    prompt: str
-    key: int
-    depth: float  # share of the filler that stands before the key
-    tokens: int  # of the whole prompt
-    key_at: int  # tokens before the line with the key; visible in a window > tokens - key_at
+class Passkey(NeedleTask):
+    """Passkey retrieval as a task of lminf.evals.runner.
 
-    def correct(self, completion: str) -> bool:
-        """Whether the first integer in the completion is the key."""
-        return first_integer(completion) == self.key
-
-
-def draw(
-    generator: Generator,
-    encode: Encode,
-    *,
-    length: int,
-    count: int,
-    seed: int | Sequence[int],
-    depth: float | None = None,
-) -> list[Sample]:
-    """`count` prompts of at most `length` tokens, the same for the same seed.
-
-    Keys depend on the seed alone: cells of a table are independent if each has a seed of its own.
-    Without `depth` it is uniform in [0, 1).
+    Keys depend on the task's key alone, and not on the length.
     """
-    if depth is not None and not 0 <= depth <= 1:
-        raise InputError(f"depth={depth} for a passkey; give 0 (before the filler) to 1 (after it)")
-    random = np.random.default_rng(seed)
-    keys = random.integers(10_000, 100_000, count)
-    depths = random.random(count) if depth is None else np.full(count, depth)
-    make = {"lm_infinite": lm_infinite, "landmark": landmark}[generator]
-    return [
-        make(encode, length=length, key=int(key), depth=float(where))
-        for key, where in zip(keys, depths, strict=True)
-    ]
-
-
-def lm_infinite(encode: Encode, *, length: int, key: int, depth: float) -> Sample:
-    """One prompt: task, copies of the filler with the key among them, question."""
-    key_line = KEY_LINE.format(key=key)
-
-    def pieces(copies):
-        before = int(depth * copies)
-        return [TASK, *[FILLER] * before], [key_line, *[FILLER] * (copies - before), QUESTION]
-
-    def prompt(copies):
-        before, after = pieces(copies)
-        return " ".join(before + after)
-
-    copy_tokens = len(encode(f"{FILLER} {FILLER}")) - len(encode(FILLER))
-    copies, tokens = _fill(encode, prompt, length=length, unit=copy_tokens)
-    before, _ = pieces(copies)
-    return Sample(
-        prompt=prompt(copies),
-        key=key,
-        depth=(len(before) - 1) / max(copies, 1),
-        tokens=tokens,
-        key_at=len(encode(" ".join(before))),
-    )
-
-
-def landmark(encode: Encode, *, length: int, key: int, depth: float) -> Sample:
-    """One prompt: task, filler, key, filler, question, each on its own line."""
-    key_line = KEY_LINE.format(key=key)
-    cut = _FillerByTokens(encode)
-
-    def lines(tokens):
-        before = int(depth * tokens)
-        return [TASK, cut(before)], [key_line, cut(tokens - before), QUESTION]
-
-    def prompt(tokens):
-        before, after = lines(tokens)
-        return "\n".join(before + after)
-
-    filler_tokens, tokens = _fill(encode, prompt, length=length, unit=1)
-    before, _ = lines(filler_tokens)
-    return Sample(
-        prompt=prompt(filler_tokens),
-        key=key,
-        depth=int(depth * filler_tokens) / max(filler_tokens, 1),
-        tokens=tokens,
-        key_at=len(encode("\n".join(before))),
-    )
-
-
-@dataclass(frozen=True)
-class Passkey:
-    """Passkey retrieval as a task of lminf.evals.runner."""
 
     generator: Generator = "landmark"
     depth: float | None = None  # share of the filler before the key; None: drawn for each instance
 
     name = "passkey"
-    max_new_tokens = ANSWER_TOKENS
-    stop = ()
 
-    def instances(self, budget: Budget, *, count: int, key: Sequence[int]) -> list[Sample]:
-        return draw(
-            self.generator, budget.encode, length=budget.size, count=count, seed=key,
-            depth=self.depth,
-        )  # fmt: skip
+    def __post_init__(self):
+        generators = get_args(Generator)
+        if self.generator not in generators:
+            raise InputError(
+                f"there is no generator {self.generator!r}; {closest(self.generator, generators)}"
+            )
+        if self.depth is not None and not 0 <= self.depth <= 1:
+            raise InputError(
+                f"depth={self.depth} for a passkey; give 0 (before the filler) to 1 (after it)"
+            )
 
-    def prompt(self, instance: Sample) -> str:
-        return instance.prompt
+    def instances(self, budget: Budget, *, count: int, key: Sequence[int]) -> list[Needle]:
+        passkeys = np.random.default_rng(key).integers(10_000, 100_000, count)
+        # A stream of their own: that of the keys is where `count` leaves it.
+        drawn = np.random.default_rng((*key, 1)).random(count)
+        depths = drawn if self.depth is None else np.full(count, self.depth)
+        make = {"lm_infinite": lm_infinite, "landmark": landmark}[self.generator]
+        return [
+            make(budget.encode, length=budget.size, key=int(passkey), depth=float(depth))
+            for passkey, depth in zip(passkeys, depths, strict=True)
+        ]
 
-    def parse(self, completion: str) -> int | None:
-        return first_integer(completion)
 
-    def score(self, answer: int | None, instance: Sample) -> float:
-        return float(answer == instance.key)
+def lm_infinite(encode: Encode, *, length: int, key: int, depth: float) -> Needle:
+    """One prompt: task, copies of the filler with the key among them, question."""
 
-    def aggregate(self, scores: Sequence[float]) -> Interval:
-        return success_rate(round(sum(scores)), len(scores))
+    def parts(copies):
+        num_before = int(depth * copies)
+        return [TASK, *[FILLER] * num_before], [*[FILLER] * (copies - num_before), QUESTION]
+
+    copy_tokens = len(encode(f"{FILLER} {FILLER}")) - len(encode(FILLER))
+    return _fitted(encode, parts, " ", unit=copy_tokens, length=length, key=key, depth=depth)
+
+
+def landmark(encode: Encode, *, length: int, key: int, depth: float) -> Needle:
+    """One prompt: task, filler, key, filler, question, each on its own line."""
+    cut = _FillerByTokens(encode)
+
+    def parts(tokens):
+        num_before = int(depth * tokens)
+        return [TASK, cut(num_before)], [cut(tokens - num_before), QUESTION]
+
+    return _fitted(encode, parts, "\n", unit=1, length=length, key=key, depth=depth)
+
+
+def _fitted(
+    encode: Encode,
+    parts: Callable[[int], tuple[list[str], list[str]]],  # what is before the key and after it
+    joint: str,
+    *,
+    unit: int,
+    length: int,
+    key: int,
+    depth: float,
+) -> Needle:
+    """The longest prompt that has at most `length` tokens."""
+
+    def prompt(n: int) -> str:
+        head, tail = parts(n)
+        return joint.join([*head, KEY_LINE.format(key=key), *tail])
+
+    n, tokens = _fill(encode, prompt, length=length, unit=unit)
+    start = len(encode(joint.join(parts(n)[0])))
+    return Needle(prompt(n), key, int(depth * n) / max(n, 1), tokens, start)
 
 
 class _FillerByTokens:

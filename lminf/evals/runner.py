@@ -2,20 +2,27 @@
 
 A cell is a task, a length and a number of instances. Answers are recorded one by one, so a run that
 was stopped asks only what is missing; a cell's row follows once all its instances are answered.
+
+    cells = [Cell(Passkey(depth=depth), 4096, 50) for depth in (0.1, 0.5, 0.9)]
+    subjects = [Subject(SharedPrefix(lm), {"model": "smollm2"})]
+    budget = partial(Budget, encode=lambda text: lm.encode(text)[0], unit="tokens")
+    rows = list(measure(subjects, cells, budget=budget, seed=0))
 """
 
 import dataclasses
 import hashlib
+import itertools
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
+from lminf.errors import InputError
 from lminf.evals.task import Budget, Task
-from lminf.lm.protocol import LanguageModel
+from lminf.lm.protocol import LanguageModel, TextGenerator
 
-Row = dict[str, Any]  # column -> str, int, float, bool or None
+Row: TypeAlias = dict[str, Any]  # column -> str, int, float, bool or None
 
 
 @dataclass(frozen=True)
@@ -27,89 +34,196 @@ class Cell:
     count: int  # instances
 
     @property
-    def coordinates(self) -> dict[str, Any]:
+    def coordinates(self) -> Row:
         """The columns that tell this cell from others: the task, its fields, the length."""
         fields: Any = self.task  # the protocol does not say that it is a dataclass
         return {"task": self.task.name, **dataclasses.asdict(fields), "length": self.length}
 
     def key(self, seed: int) -> tuple[int, int]:
-        """The key of its instances: of its own, so that cells are independent samples."""
-        return seed, zlib.crc32(repr(self.coordinates).encode())
+        """The key of its instances: of its own, so that cells are independent samples, but the
+        same for cells that differ in `paired` fields.
+        """
+        drawn = {k: v for k, v in self.coordinates.items() if k not in self.task.paired}
+        return seed, zlib.crc32(repr(drawn).encode())
 
-    def is_of(self, row: Mapping[str, Any], model: str) -> bool:
-        """Whether a row, or an answer, is of this cell and that model."""
-        identity = {"model": model, **self.coordinates}
-        return all(row.get(name) == value for name, value in identity.items())
+
+@dataclass(frozen=True)
+class Subject:
+    """A language model under test, and what its rows say of it."""
+
+    model: TextGenerator
+    columns: Mapping[str, Any]  # that tell it from others, such as its model and policy
+    # Further columns of a row, from its length and instances.
+    facts: Callable[[int, Sequence[Any]], Mapping[str, Any]] = lambda length, instances: {}
+
+    def identity(self, cell: Cell) -> Row:
+        """The columns that tell a row, or an answer, from others."""
+        return {**self.columns, **cell.coordinates}
+
+    def missing(
+        self,
+        cells: Sequence[Cell],
+        rows: Sequence[Mapping[str, Any]],
+        answers: Sequence[Mapping[str, Any]],
+    ) -> dict[Cell, dict[str, Mapping[str, Any]]]:
+        """The cells that have no row, each with its known answers by the digests of prompts."""
+
+        def select(cell: Cell, lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+            identity = self.identity(cell).items()
+            return [line for line in lines if all(line.get(k) == value for k, value in identity)]
+
+        return {
+            cell: {answer["prompt_digest"]: answer for answer in select(cell, answers)}
+            for cell in cells
+            if not select(cell, rows)
+        }
+
+
+class Question(NamedTuple):
+    """An instance as it is asked."""
+
+    cell: Cell
+    instance: Any
+    prompt: str
+    digest: str  # of the prompt
 
 
 def measure(
-    models: Mapping[str, LanguageModel],
+    subjects: Sequence[Subject],
     cells: Sequence[Cell],
     *,
     budget: Callable[[int], Budget],
     seed: int,
-    batch_size: Callable[[Cell], int] = lambda cell: 1,
-    rows: Sequence[Row] = (),
-    answers: Sequence[Row] = (),
+    rows: Sequence[Mapping[str, Any]] = (),
+    answers: Sequence[Mapping[str, Any]] = (),
     record: Callable[[Row], None] = lambda answer: None,
-    progress: Callable[[int], None] = lambda units: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Row]:
-    """A row for every cell and model: `model`, the cell's coordinates, `instances`, the mean
-    `score` with its 95 % interval `low` to `high`, `prompts_digest` and `seconds`.
+    """A row for every subject and cell: the subject's columns, the cell's coordinates, `unit`,
+    `instances`, the mean `score` with its 95 % interval `low` to `high`, `prompts_digest`,
+    `seconds` and the subject's facts.
 
-    `models` are named as rows call them. `rows` and `answers` are those of earlier calls (of this
-    generator, and as given to `record`); they are not measured again. `batch_size` is how many
-    prompts of a cell the model is given at a time. `progress` is told of the units of prompts, as
-    they are answered.
+    `rows` and `answers` are those of earlier calls (of this generator, and as given to `record`);
+    they are not measured again. Neighbouring cells of one task and length are asked in one call of
+    the model, which can read once what their prompts share. `progress` is told how many units of
+    prompts are done, and of how many, counted by their budgets.
     """
     for cell in cells:
-        missing = [name for name in models if not any(cell.is_of(row, name) for row in rows)]
-        if not missing:
-            continue
-        limit = budget(cell.length)
-        instances = cell.task.instances(limit, count=cell.count, key=cell.key(seed))
-        prompts = [cell.task.prompt(instance) for instance in instances]
-        digests = [_digest(prompt) for prompt in prompts]
-        for name in missing:
-            started = time.perf_counter()
-            place = {"model": name, **cell.coordinates}
-            known = {
-                answer["prompt_digest"]: float(answer["score"])
-                for answer in answers
-                if cell.is_of(answer, name)
-            }
-            unanswered = [index for index, digest in enumerate(digests) if digest not in known]
-            size = batch_size(cell)
-            for start in range(0, len(unanswered), size):
-                batch = unanswered[start : start + size]
-                completions = models[name].generate(
-                    [prompts[index] for index in batch],
-                    max_new_tokens=cell.task.max_new_tokens,
-                    stop=cell.task.stop,
-                )
-                for index, completion in zip(batch, completions, strict=True):
-                    score = cell.task.score(cell.task.parse(completion), instances[index])
-                    known[digests[index]] = score
-                    record(
-                        {
-                            **place,
-                            "prompt_digest": digests[index],
-                            "completion": completion,
-                            "score": score,
-                        }
-                    )
-                progress(sum(limit.count(prompts[index]) for index in batch))
-            interval = cell.task.aggregate([known[digest] for digest in digests])
-            yield {
-                **place,
-                "unit": limit.unit,
-                "prompts_digest": _digest("\0".join(prompts)),
-                "instances": len(instances),
-                "score": interval.mean,
-                "low": interval.low,
-                "high": interval.high,
-                "seconds": time.perf_counter() - started,
-            }
+        _questions(cell, budget, seed, count=1)  # refuses what does not fit before anything is read
+    work = []  # of each group: every subject with its missing cells
+    for _, group in itertools.groupby(cells, key=_asked_together):
+        group = list(group)
+        of_group = [[line for line in lines if line.get("length") == group[0].length]
+                    for lines in (rows, answers)]  # fmt: skip
+        work.append([(subject, subject.missing(group, *of_group)) for subject in subjects])
+    total = sum(
+        cell.length * (cell.count - len(known))
+        for each in work for _, missing in each for cell, known in missing.items()
+    )  # fmt: skip
+    done = 0
+
+    def keep(question: Question, answer: Row) -> None:
+        nonlocal done
+        record(answer)
+        done += question.cell.length
+        progress(done, total)
+
+    for each in work:
+        drawn = {
+            cell: _questions(cell, budget, seed, count=cell.count)
+            for cell in itertools.chain(*(missing for _, missing in each))
+        }
+        for subject, missing in each:
+            _ask(subject, [question for cell in missing for question in drawn[cell]], missing, keep)
+            for cell, known in missing.items():
+                yield _row(subject, cell, budget(cell.length).unit, drawn[cell], known)
+
+
+def _asked_together(cell: Cell) -> tuple[Any, ...]:
+    return cell.task.name, cell.length, cell.task.max_new_tokens, tuple(cell.task.stop)
+
+
+def _questions(
+    cell: Cell, budget: Callable[[int], Budget], seed: int, *, count: int
+) -> list[Question]:
+    instances = cell.task.instances(budget(cell.length), count=count, key=cell.key(seed))
+    prompts = [cell.task.prompt(instance) for instance in instances]
+    return [
+        Question(cell, instance, prompt, _digest(prompt))
+        for instance, prompt in zip(instances, prompts, strict=True)
+    ]
+
+
+def _ask(
+    subject: Subject,
+    questions: Sequence[Question],
+    known: Mapping[Cell, dict[str, Mapping[str, Any]]],
+    keep: Callable[[Question, Row], None],
+) -> None:
+    """Adds the answers that are not `known` yet; each goes to `keep` as soon as it is there."""
+    started = time.perf_counter()
+
+    def answered(question: Question, completion: str) -> None:
+        nonlocal started
+        cell, _, _, digest = question
+        seconds, started = time.perf_counter() - started, time.perf_counter()
+        known[cell][digest] = answer = {
+            **subject.identity(cell),
+            "prompt_digest": digest,
+            "completion": completion,
+            "score": cell.task.score(cell.task.parse(completion), question.instance),
+            "seconds": seconds,
+        }
+        keep(question, answer)
+
+    # Two equal prompts of a cell have one answer.
+    unknown = {(each.cell, each.digest): each for each in questions
+               if each.digest not in known[each.cell]}  # fmt: skip
+    written = []
+    for question in unknown.values():
+        if choices := question.cell.task.choices(question.instance):
+            answered(question, _likeliest(subject, question, choices))
+        else:
+            written.append(question)
+    if written:
+        task = written[0].cell.task
+        subject.model.generate(
+            [question.prompt for question in written], max_new_tokens=task.max_new_tokens,
+            stop=task.stop, on_answer=lambda index, text: answered(written[index], text),
+        )  # fmt: skip
+
+
+def _likeliest(subject: Subject, question: Question, choices: Sequence[str]) -> str:
+    if not isinstance(subject.model, LanguageModel):
+        raise InputError(
+            f"{question.cell.task.name} compares the probabilities of answers, which "
+            f"{dict(subject.columns)} does not give; ask a model that has the verb score"
+        )
+    scores = subject.model.score([question.prompt] * len(choices), choices)
+    return max(zip(choices, scores, strict=True), key=lambda pair: pair[1].log_prob)[0]
+
+
+def _row(
+    subject: Subject,
+    cell: Cell,
+    unit: str,
+    questions: Sequence[Question],
+    answers: Mapping[str, Mapping[str, Any]],
+) -> Row:
+    interval = cell.task.aggregate([float(answers[each.digest]["score"]) for each in questions])
+    return {
+        **subject.identity(cell),
+        "unit": unit,
+        "prompts_digest": _digest("\0".join(question.prompt for question in questions)),
+        "instances": len(questions),
+        "score": interval.mean,
+        "low": interval.low,
+        "high": interval.high,
+        **subject.facts(cell.length, [question.instance for question in questions]),
+        "seconds": sum(
+            answers[digest]["seconds"] for digest in {each.digest for each in questions}
+        ),
+    }
 
 
 def _digest(text: str) -> str:

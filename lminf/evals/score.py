@@ -1,9 +1,9 @@
-"""Scores of completions: pure functions of text and counts."""
+"""Scores of completions, and tables of them: pure functions of text, counts and rows."""
 
 import math
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -50,3 +50,36 @@ def mean_score(scores: Sequence[float], *, resamples: int = 2000, seed: int = 0)
     drawn = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
     low, high = np.percentile(values[drawn].mean(1), [2.5, 97.5])
     return Interval(float(values.mean()), float(low), float(high))
+
+
+def pooled(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> list[dict[str, Any]]:
+    """One row for all that agree in the columns `by`: these, `instances`, and `score` with its
+    interval `low` to `high`. For tasks whose answers are right or wrong.
+    """
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in by), []).append(row)
+    lines = []
+    for columns, group in groups.items():
+        instances = sum(row["instances"] for row in group)
+        interval = success_rate(sum(map(correct, group)), instances)
+        lines.append({
+            **dict(zip(by, columns, strict=True)), "instances": instances,
+            "score": interval.mean, "low": interval.low, "high": interval.high,
+        })  # fmt: skip
+    return lines
+
+
+def correct(row: Mapping[str, Any]) -> int:
+    """The right answers of a row."""
+    return round(row["score"] * row["instances"])
+
+
+def count_text(row: Mapping[str, Any]) -> str:
+    """`19/20`, the right answers and all."""
+    return f"{correct(row)}/{row['instances']}"
+
+
+def interval_text(row: Mapping[str, Any]) -> str:
+    """`19/20 = 0.95 (0.76–0.99)`, with the 95 % interval of the share."""
+    return f"{count_text(row)} = {row['score']:.2f} ({row['low']:.2f}–{row['high']:.2f})"

@@ -1,8 +1,8 @@
 """What a benchmark task answers, and the budget its prompts must fit.
 
-A task is a frozen dataclass whose fields are its coordinates: `Passkey(depth=0.1)` and
-`Passkey(depth=0.9)` are two cells of one table. lminf.evals.runner asks a LanguageModel and writes
-the rows; a task never sees the model.
+A task is a frozen dataclass whose fields, a number or text each, are its coordinates:
+`Passkey(depth=0.1)` and `Passkey(depth=0.9)` are two cells of one table. lminf.evals.runner asks a
+language model and makes the rows; a task never sees the model.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,6 +57,13 @@ class Task(Protocol[InstanceT]):
         """Texts that end an answer."""
         ...
 
+    @property
+    def paired(self) -> Sequence[str]:
+        """Fields that do not enter the key: cells that differ in these alone have the same draws,
+        which makes their comparison a paired one and lets a model read once what they share.
+        """
+        ...
+
     def instances(self, budget: Budget, *, count: int, key: Sequence[int]) -> Sequence[InstanceT]:
         """`count` instances whose prompts fit the budget. More of them begin with the same ones.
 
@@ -68,8 +75,14 @@ class Task(Protocol[InstanceT]):
         """What the model reads. It is never cut: a task whose prompts do not fit refuses."""
         ...
 
+    def choices(self, instance: InstanceT) -> Sequence[str]:
+        """Continuations of the prompt, of which the likeliest is the answer; none: the model
+        writes its answer.
+        """
+        ...
+
     def parse(self, completion: str) -> Any:
-        """The answer in what the model wrote; None if there is none."""
+        """The answer in what the model wrote or chose; None if there is none."""
         ...
 
     def score(self, answer: Any, instance: InstanceT) -> float:

@@ -34,7 +34,7 @@ from lminf.lm.generate import (
     next_logits,
 )
 from lminf.lm.nll import CONTEXT, NLL, stream_nll
-from lminf.lm.protocol import Score
+from lminf.lm.protocol import OnAnswer, Score
 from lminf.models import cost, decoder
 from lminf.models.spec import ModelSpec
 from lminf.parallel import hardware
@@ -274,6 +274,7 @@ class LM:
         stop: Sequence[str] = (),
         seed: int = 0,
         special: Special = "plain",
+        on_answer: OnAnswer | None = None,
     ) -> str | list[str]:
         """What the model writes after a prompt, or after each of several, without the prompt.
 
@@ -288,6 +289,9 @@ class LM:
             special=special,
         ):  # fmt: skip
             texts[row] += piece
+        if on_answer:
+            for index, text in enumerate(texts):
+                on_answer(index, text)
         return texts[0] if alone else texts
 
     def stream(

@@ -7,55 +7,76 @@ others leave it, they go on from copies of its caches. Each prompt so meets the 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float32, Int
 
 from lminf.attention import cache
 from lminf.lm import generate as decoding
-from lminf.lm.generate import GREEDY, Sampling
+from lminf.lm.generate import GREEDY
 from lminf.lm.lm import LM
+from lminf.lm.protocol import OnAnswer, Score
 
+TOGETHER = 8192  # prompt tokens read side by side: more of them is no faster on a CPU
 Chunk = tuple[Int[np.ndarray, "P C"], Int[np.ndarray, "P C"]]  # tokens, positions
 
 
-def generate(
-    lm: LM,
-    prompts: Sequence[str | np.ndarray],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling = GREEDY,
-    seed: int = 0,
-    rows: int = 1,
-    progress: Callable[[int], None] | None = None,
-) -> list[str]:
-    """What the model writes after each prompt: greedily, as `LM.generate` of it alone.
+@dataclass(frozen=True)
+class SharedPrefix:
+    """A LanguageModel with the answers of `lm`: what prompts of a call begin with is read once."""
 
-    At most `rows` prompts that leave the trunk together are read side by side, each with caches of
-    its own beside the trunk's. `progress` is told of the tokens of prompts as they are done.
-    """
-    encoded = lm.encode_prompts(prompts)
-    decoding.check_new_tokens(max_new_tokens)
-    lm.check_length(max(map(len, encoded), default=0) + max_new_tokens)
-    chunks = list(decoding.pieces(lm, encoded))
-    lengths = np.array([len(ids) for ids in encoded], np.int32)
-    texts = [""] * len(encoded)
-    empty = partial(
-        decoding.empty_caches, lm, rows=1, longest=int(lengths.max()), room=max_new_tokens
-    )
-    for members, begun, caches in _branches(lm, chunks, empty, rows):
-        written = decoding.decode_loop(
-            lm, _of_rows(chunks[begun:], members), caches, lengths=lengths[members],
-            sampling=sampling, max_new_tokens=max_new_tokens, key=jax.random.key(seed),
-        )  # fmt: skip
-        for row, piece in lm.detokenize(written, rows=len(members)):
-            texts[members[row]] += piece
-        if progress:
-            progress(int(lengths[members].sum()))
-    return texts
+    lm: LM
+    rows: int | None = None  # prompts read side by side; None: as many as have TOGETHER tokens
+
+    def count_tokens(self, text: str) -> int:
+        return self.lm.count_tokens(text)
+
+    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[Score]:
+        return self.lm.score(prompts, continuations)
+
+    def next(self, prompts: Sequence[str]) -> Float32[np.ndarray, "B V"]:
+        return self.lm.next(prompts)
+
+    def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "B D"]:
+        return self.lm.embed(texts)
+
+    def generate(
+        self,
+        prompts: Sequence[str | np.ndarray],
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        on_answer: OnAnswer | None = None,
+    ) -> list[str]:
+        """What the model writes after each prompt: greedily, as `LM.generate` of it alone.
+
+        Prompts that leave the trunk together are read side by side, each with caches of its own
+        beside the trunk's.
+        """
+        lm = self.lm
+        encoded = lm.encode_prompts(prompts)
+        decoding.check_new_tokens(max_new_tokens)
+        lm.check_length(max(map(len, encoded), default=0) + max_new_tokens)
+        chunks = list(decoding.pieces(lm, encoded))
+        lengths = np.array([len(ids) for ids in encoded], np.int32)
+        longest, texts = int(lengths.max()), [""] * len(encoded)
+        empty = partial(decoding.empty_caches, lm, rows=1, longest=longest, room=max_new_tokens)
+        rows = max(1, TOGETHER // longest) if self.rows is None else self.rows
+        for members, begun, caches in _branches(lm, chunks, empty, rows):
+            written = decoding.decode_loop(
+                lm, _of_rows(chunks[begun:], members), caches, lengths=lengths[members],
+                sampling=GREEDY, max_new_tokens=max_new_tokens, key=jax.random.key(0),
+            )  # fmt: skip
+            for row, piece in lm.detokenize(written, rows=len(members), stop=stop):
+                texts[members[row]] += piece
+            if on_answer:
+                for index in members:
+                    on_answer(index, texts[index])
+        return texts
 
 
 def _branches(

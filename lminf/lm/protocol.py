@@ -1,7 +1,7 @@
 """What evaluations, programs and ensembles ask of a language model, whatever it is made of."""
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
@@ -15,7 +15,30 @@ class Score(NamedTuple):
     greedy: bool  # whether every token is the most likely one
 
 
-class LanguageModel(Protocol):
+OnAnswer: TypeAlias = Callable[[int, str], None]  # (index of the prompt, its complete answer)
+
+
+class TextGenerator(Protocol):
+    """What writes answers, such as a language model or a program over one."""
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        on_answer: OnAnswer | None = None,
+    ) -> list[str]:
+        """The most likely text after each prompt, token by token, without the prompt.
+
+        `on_answer` is called as answers are complete, in any order: a caller that stores them
+        loses none if it is interrupted.
+        """
+        ...
+
+
+@runtime_checkable
+class LanguageModel(TextGenerator, Protocol):
     """Four verbs on lists of texts; each list is one batch, answered in its order.
 
     Raises InputError for what the model cannot take: an empty prompt, one that is too long.
@@ -31,12 +54,6 @@ class LanguageModel(Protocol):
 
     def next(self, prompts: Sequence[str]) -> Float32[np.ndarray, "B V"]:
         """Log-probabilities of the next token, nats."""
-        ...
-
-    def generate(
-        self, prompts: Sequence[str], *, max_new_tokens: int, stop: Sequence[str] = ()
-    ) -> list[str]:
-        """The most likely text after each prompt, token by token, without the prompt."""
         ...
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "B D"]:

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from lminf.errors import InputError
-from lminf.lm.protocol import Score
+from lminf.lm.protocol import OnAnswer, Score
 
 BYTES = 256
 SCRIPTED = 0.99  # probability of the byte that the script has next; the others share the rest
@@ -43,13 +43,20 @@ class Scripted:
         return np.stack([_log_probs(script[0] if script else None) for script in scripts])
 
     def generate(
-        self, prompts: Sequence[str], *, max_new_tokens: int, stop: Sequence[str] = ()
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        on_answer: OnAnswer | None = None,
     ) -> list[str]:
         texts = []
         for prompt in prompts:
             _encoded(prompt)
             text = self.answer(prompt).encode()[:max_new_tokens].decode(errors="ignore")
             texts.append(text[: min([text.find(end) for end in stop if end in text], default=None)])
+            if on_answer:
+                on_answer(len(texts) - 1, texts[-1])
         return texts
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "B D"]:

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from lminf.errors import InputError
 from lminf.lm.generate import GREEDY, Sampling
 from lminf.lm.lm import LM
+from lminf.lm.protocol import OnAnswer
 
 TOGETHER = 8192  # tokens of segments read side by side: more of them is no faster on a CPU
 
@@ -179,3 +180,38 @@ def generate(
     )
     assert isinstance(answer, str)  # one prompt, one text
     return answer
+
+
+@dataclass(frozen=True)
+class SegmentReader:
+    """Answers each prompt of a list from its key context, as evaluations ask it to."""
+
+    lm: LM
+    how: SegmentReading
+    name: str = "segments"  # as rows call it
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        on_answer: OnAnswer | None = None,
+    ) -> list[str]:
+        """What the model writes after each prompt's key context; the prompts are of any length."""
+        answers = []
+        for index, prompt in enumerate(prompts):
+            answers.append(
+                generate(self.lm, prompt, self.how, max_new_tokens=max_new_tokens, stop=stop)
+            )
+            if on_answer:
+                on_answer(index, answers[-1])
+        return answers
+
+    def attended_tokens(self, max_new_tokens: int) -> int:
+        """The most tokens that an answer is written from, its own included."""
+        select, how = self.how.select, self.how
+        if not isinstance(select, TopK) or select.count is None:
+            return self.lm.context_length
+        kept = how.head_len + select.count * how.segment_len + how.question_len
+        return min(self.lm.context_length, kept + max_new_tokens)

@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 from lminf import checkpoints
 from lminf.errors import InputError
 from lminf.evals import passkey
+from lminf.evals.needle import Needle
+from lminf.evals.passkey import Passkey
+from lminf.evals.task import Budget
 
 
 def by_bytes(text):
@@ -26,6 +29,11 @@ def with_bos(text):
 def merging_lines(text):
     """A tokenizer whose tokens straddle the places where pieces of the prompt meet."""
     return re.findall(r"[.?][ \n]+[A-Z][a-z]+|\n+|[0-9]+| ?[A-Za-z]+|.", text)
+
+
+def draw(generator, encode, *, length, count, seed, depth=None):
+    budget = Budget(length, encode, "tokens")
+    return Passkey(generator, depth).instances(budget, count=count, key=(seed,))
 
 
 TOKENIZERS = [by_bytes, by_words, with_bos, merging_lines]
@@ -60,8 +68,8 @@ def test_the_key_stands_where_it_was_asked_to(generator):
         sample = generator(by_words, length=2000, key=54321, depth=depth)
         assert sample.depth == pytest.approx(depth, abs=0.02)
         before = sample.prompt[: sample.prompt.index(passkey.KEY_LINE.format(key=54321))]
-        assert sample.key_at == pytest.approx(len(by_words(before)), abs=1)
-        assert sample.key_at / sample.tokens == pytest.approx(depth, abs=0.04)
+        assert sample.start == pytest.approx(len(by_words(before)), abs=1)
+        assert sample.start / sample.tokens == pytest.approx(depth, abs=0.04)
 
 
 def test_prompts_read_as_the_papers_have_them():
@@ -85,7 +93,7 @@ def test_prompts_read_as_the_papers_have_them():
 def test_drawn_keys_depend_on_the_seed_and_not_on_the_length():
     def keys(**changes):
         asked = {"length": 600, "count": 20, "seed": 3} | changes
-        return [sample.key for sample in passkey.draw("landmark", by_words, **asked)]
+        return [sample.answer for sample in draw("landmark", by_words, **asked)]
 
     assert keys() == keys(length=900) == keys(depth=0.5)
     assert keys() != keys(seed=4)
@@ -94,7 +102,7 @@ def test_drawn_keys_depend_on_the_seed_and_not_on_the_length():
 
 
 def test_drawn_depths_are_spread_over_the_text():
-    found = [s.depth for s in passkey.draw("landmark", by_words, length=900, count=200, seed=0)]
+    found = [s.depth for s in draw("landmark", by_words, length=900, count=200, seed=0)]
     assert np.mean(found) == pytest.approx(0.5, abs=0.08)
     assert min(found) < 0.05
     assert max(found) > 0.95
@@ -115,7 +123,7 @@ def test_no_room_for_the_question_is_said_plainly():
     with pytest.raises(InputError, match=r"length=40 .* ask for length>=\d+"):
         passkey.lm_infinite(by_words, length=40, key=12345, depth=0.5)
     with pytest.raises(InputError, match=r"depth=1.5"):
-        passkey.draw("landmark", by_words, length=400, count=1, seed=0, depth=1.5)
+        draw("landmark", by_words, length=400, count=1, seed=0, depth=1.5)
 
 
 @pytest.mark.parametrize(
@@ -132,18 +140,18 @@ def test_no_room_for_the_question_is_said_plainly():
     ],
 )
 def test_the_first_integer_of_a_completion_is_the_answer(completion, right):
-    sample = passkey.Sample(prompt="", key=54321, depth=0.5, tokens=0, key_at=0)
-    assert sample.correct(completion) is right
+    task, needle = Passkey(), Needle(prompt="", answer=54321, depth=0.5, tokens=0, start=0)
+    assert task.score(task.parse(completion), needle) == right
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [200, 600, 1700, 3300, 8192, 16384])
 def test_prompts_of_the_default_model_have_their_length(length, default_tokenizer):
     encode = default_tokenizer.encode
-    for sample in passkey.draw("landmark", encode, length=length, count=8, seed=0):
+    for sample in draw("landmark", encode, length=length, count=8, seed=0):
         assert len(encode(sample.prompt)) == sample.tokens == length
     copy = len(encode(f" {passkey.FILLER}"))
-    for sample in passkey.draw("lm_infinite", encode, length=length, count=8, seed=0):
+    for sample in draw("lm_infinite", encode, length=length, count=8, seed=0):
         assert length - copy < len(encode(sample.prompt)) == sample.tokens <= length
 
 

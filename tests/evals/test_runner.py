@@ -9,7 +9,7 @@ from lminf.errors import InputError
 from lminf.evals import runner, score
 from lminf.evals.key_value import KeyValue
 from lminf.evals.passkey import Passkey
-from lminf.evals.runner import Cell
+from lminf.evals.runner import Cell, Subject
 from lminf.evals.task import Budget
 from lminf.lm.scripted import Scripted
 
@@ -38,16 +38,19 @@ class Counting:
     limit: int | None = None
     asked: list[str] = dataclasses.field(default_factory=list)
 
-    def generate(self, prompts, *, max_new_tokens, stop=()):
-        if self.limit is not None and len(self.asked) + len(prompts) > self.limit:
-            raise KeyboardInterrupt
-        self.asked += prompts
-        return Scripted(self.answer).generate(prompts, max_new_tokens=max_new_tokens, stop=stop)
+    def generate(self, prompts, *, max_new_tokens, stop=(), on_answer):
+        for index, prompt in enumerate(prompts):
+            if len(self.asked) == self.limit:
+                raise KeyboardInterrupt
+            self.asked.append(prompt)
+            (text,) = Scripted(self.answer).generate([prompt], max_new_tokens=max_new_tokens)
+            on_answer(index, text)
 
 
 def measure(models, **options):
     asked = {"cells": CELLS, "budget": Budget.characters, "seed": 0} | options
-    return list(runner.measure(models, **asked))
+    subjects = [Subject(model, {"model": name}) for name, model in models.items()]
+    return list(runner.measure(subjects, **asked))
 
 
 def test_an_oracle_scores_one_and_a_wrong_model_zero():
@@ -77,24 +80,24 @@ def test_models_are_asked_the_same_questions():
     assert one.asked == two.asked
 
 
-def test_a_longer_cell_begins_with_the_same_instances():
+@pytest.mark.parametrize("task", [Passkey(depth=0.5), Passkey(), KeyValue(depth=0.5)])
+def test_a_longer_cell_begins_with_the_same_instances(task):
     few, more = Counting(), Counting()
-    measure({"m": few}, cells=[Cell(Passkey(depth=0.5), 800, 3)])
-    measure({"m": more}, cells=[Cell(Passkey(depth=0.5), 800, 6)])
+    measure({"m": few}, cells=[Cell(task, 800, 3)])
+    measure({"m": more}, cells=[Cell(task, 800, 6)])
     assert more.asked[:3] == few.asked
 
 
 @pytest.mark.parametrize("limit", [0, 1, 4, 5, 11])
-@pytest.mark.parametrize("size", [1, 3])
-def test_a_stopped_run_asks_only_what_is_missing(limit, size):
+def test_a_stopped_run_asks_only_what_is_missing(limit):
     uninterrupted = Counting()
     expected = measure({"m": uninterrupted})
     rows, answers, stopped, resumed = [], [], Counting(limit=limit), Counting()
     options = {"cells": CELLS, "budget": Budget.characters, "seed": 0,
-               "batch_size": lambda cell: size, "record": answers.append}  # fmt: skip
-    with pytest.raises(KeyboardInterrupt):
-        rows.extend(runner.measure({"m": stopped}, **options))  # what came before it stays
-    rest = list(runner.measure({"m": resumed}, rows=rows, answers=list(answers), **options))
+               "record": answers.append}  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):  # what came before it stays
+        rows.extend(runner.measure([Subject(stopped, {"model": "m"})], **options))
+    rest = measure({"m": resumed}, rows=rows, answers=list(answers), record=answers.append)
     assert stopped.asked + resumed.asked == uninterrupted.asked
     assert len({answer["prompt_digest"] for answer in answers}) == len(answers) == 12
     assert [without_time(row) for row in rows + rest] == [without_time(row) for row in expected]
@@ -112,10 +115,61 @@ def test_answers_of_other_prompts_are_not_taken_for_these():
     assert len(model.asked) == 12
 
 
-def test_progress_counts_the_units_of_every_prompt():
-    told, model = [], Counting()
-    measure({"m": model}, progress=told.append)
-    assert sum(told) == sum(map(len, model.asked))
+def test_progress_counts_the_budgets_of_the_prompts_that_are_asked():
+    told, answers = [], []
+    measure({"m": Counting()}, record=answers.append)
+    measure({"m": Counting()}, answers=answers[:3], progress=lambda *counts: told.append(counts))
+    assert told == [(count * 800, 9 * 800) for count in range(1, 10)]
+
+
+def test_cells_of_one_task_and_length_are_asked_in_one_call():
+    calls = []
+
+    class Model(Counting):
+        def generate(self, prompts, **options):
+            calls.append(len(prompts))
+            super().generate(prompts, **options)
+
+    measure({"m": Model()})
+    assert calls == [8, 4]
+
+
+def test_lists_of_pairs_are_the_same_at_every_depth():
+    model = Counting()
+    measure({"m": model}, cells=[Cell(KeyValue(depth), 800, 2) for depth in (0.0, 0.9)])
+    lists = [prompt.rpartition("\n")[0] for prompt in model.asked]
+    assert lists[:2] == lists[2:]
+    assert len(set(model.asked)) == 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen(KeyValue):
+    """Key-value retrieval where the answer is one of the values of the list."""
+
+    def choices(self, instance):
+        return [f" {value}" for value in re.findall(r"is (\d+)\.", instance.prompt)]
+
+
+def test_of_choices_the_likeliest_is_the_answer():
+    cells = [Cell(Chosen(0.5), 400, 3)]
+    right, wrong = measure(
+        {"right": Scripted(oracle), "wrong": Scripted(lambda prompt: " 12345")}, cells=cells
+    )
+    assert right["score"] == 1
+    assert wrong["score"] < 1
+    with pytest.raises(InputError, match=r"key_value compares the probabilities .* 'm'"):
+        measure({"m": Counting()}, cells=cells)
+
+
+def test_rows_have_the_facts_of_their_subject():
+    def facts(length, needles):
+        return {"most": max(needle.tokens for needle in needles) / length}
+
+    subject = Subject(Counting(), {"model": "m", "policy": "full"}, facts)
+    (row,) = runner.measure([subject], CELLS[:1], budget=Budget.characters, seed=0)
+    assert (row["model"], row["policy"]) == ("m", "full")
+    assert 0.9 < row["most"] <= 1
+    assert list(row)[-1] == "seconds"
 
 
 def test_a_budget_without_room_is_refused():
@@ -126,9 +180,9 @@ def test_a_budget_without_room_is_refused():
 
 
 def test_a_mean_has_a_bootstrap_interval():
-    found = score.mean_score([0.0, 0.5, 1.0, 0.5] * 10)
-    assert found.mean == 0.5
-    assert 0.3 < found.low < 0.5 < found.high < 0.7
+    interval = score.mean_score([0.0, 0.5, 1.0, 0.5] * 10)
+    assert interval.mean == 0.5
+    assert 0.3 < interval.low < 0.5 < interval.high < 0.7
     assert score.mean_score([0.25]) == (0.25, 0.0, 1.0)
     with pytest.raises(ValueError, match="no scores"):
         score.mean_score([])

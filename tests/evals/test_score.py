@@ -20,3 +20,13 @@ def test_the_interval_equals_scipys(trials, data):
 def test_no_trials_are_no_rate():
     with pytest.raises(ValueError, match="0 trials"):
         score.success_rate(0, 0)
+
+
+def test_rows_are_pooled_by_their_columns():
+    rows = [{"policy": policy, "depth": depth, "instances": 4, "score": right / 4}
+            for policy, depth, right in (("a", 0, 4), ("b", 0, 0), ("a", 1, 1))]  # fmt: skip
+    a, b = score.pooled(rows, ("policy",))
+    assert a == {"policy": "a", "instances": 8, "score": 5 / 8, "low": a["low"], "high": a["high"]}
+    assert (a["score"], a["low"], a["high"]) == score.success_rate(5, 8)
+    assert score.count_text(b) == "0/4"
+    assert score.interval_text(a) == "5/8 = 0.62 (0.31–0.86)"

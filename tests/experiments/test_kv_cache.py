@@ -17,8 +17,9 @@ def facts(rows):
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_with_what_it_lacks(rows_of):
     whole = rows_of("kv_cache", **ASKED)
-    assert [row["measured"] for row in whole] == ["quality"] * 3 + ["cost"] * 3
+    assert [row["measured"] for row in whole] == ["loss"] * 3 + ["passkey"] * 3 + ["cost"] * 3
     assert facts(rows_of("kv_cache", whole[:2], **ASKED)) == facts(whole[2:])
+    assert facts(rows_of("kv_cache", whole[:4], **ASKED)) == facts(whole[4:])
     # Of costs either all are kept or none: they were timed in turns.
-    assert facts(rows_of("kv_cache", whole[:5], **ASKED)) == facts(whole[3:])
+    assert facts(rows_of("kv_cache", whole[:8], **ASKED)) == facts(whole[6:])
     assert rows_of("kv_cache", whole, **ASKED) == []

@@ -1,6 +1,8 @@
 """Cells, resuming, and what the table says of them; the model's answers are made up."""
 
 import re
+import tempfile
+from pathlib import Path
 
 import jax
 import pytest
@@ -8,8 +10,8 @@ from matplotlib.figure import Figure
 
 from lminf.errors import InputError
 from lminf.experiments import _models, long_context_eval
-from lminf.lm import prefix
 from lminf.lm.lm import LM
+from lminf.lm.prefix import SharedPrefix
 from lminf.programs import segment_reading
 from lminf.run import folder, request
 
@@ -21,13 +23,13 @@ def measure(random_lm, monkeypatch, tmp_path):
     """`measure(before, field=value, …)`: rows that a run adds to those from before."""
     monkeypatch.setattr(_models, "load", lambda *_, **__: random_lm)
     monkeypatch.setattr(LM, "context_length", 400)
-    monkeypatch.setattr(prefix, "generate", read_by_eye)
+    monkeypatch.setattr(SharedPrefix, "generate", read_by_eye)
     jax.config.update("jax_disable_most_optimizations", True)
 
     def run(before=(), **fields):
         config = request.parse("long_context_eval", ["--config=long_context_eval:tiny"]).config
         config.update({**ASKED, **fields})
-        out = folder.RunFolder(tmp_path)
+        out = folder.RunFolder(Path(tempfile.mkdtemp(dir=tmp_path)))
         for row in before:
             out.append_row(row)
         return list(long_context_eval.run(config, out))
@@ -36,12 +38,12 @@ def measure(random_lm, monkeypatch, tmp_path):
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def read_by_eye(lm, prompts, *, max_new_tokens, rows, progress):
+def read_by_eye(self, prompts, *, max_new_tokens, stop, on_answer):
     """What is asked for, where the policy shows it: everywhere, or in its last `window` bytes."""
-    progress(sum(map(len, prompts)))
-    shown = [p if lm.policy.name.startswith("infllm") else p[-lm.policy.window :]
-             for p in prompts]  # fmt: skip
-    return [found_by_eye(prompt, text) for prompt, text in zip(prompts, shown, strict=True)]
+    policy = self.lm.policy
+    for index, prompt in enumerate(prompts):
+        text = prompt if policy.name.startswith("infllm") else prompt[-policy.window :]
+        on_answer(index, found_by_eye(prompt, text))
 
 
 def found_by_eye(prompt, text):
@@ -67,10 +69,8 @@ def test_a_cell_is_a_task_a_policy_a_length_and_a_depth(measure):
     for one, other in ((rows[0], rows[2]), (rows[1], rows[3]), (rows[4], rows[5])):
         assert one["prompts_digest"] == other["prompts_digest"]
     for row in rows:
-        assert row["correct"] == row["prompts"] * (
-            row["key_in_window"] or row["policy"].startswith("infllm")
-        )
-        assert row["low"] <= row["accuracy"] <= row["high"]
+        assert row["score"] == (row["key_in_window"] or row["policy"].startswith("infllm"))
+        assert row["low"] <= row["score"] <= row["high"]
     kept = {row["policy"]: row["cache_bytes"] for row in rows if row["length"] == 600}
     forgets, looks_up = kept.values()
     assert looks_up > forgets  # which keeps every token, and summaries beside them
@@ -100,11 +100,11 @@ def test_what_was_measured_is_not_measured_again(measure):
 def test_a_policy_is_asked_of_all_depths_at_once_and_only_what_is_missing(measure, monkeypatch):
     sizes = []
 
-    def counted(lm, prompts, **options):
+    def counted(self, prompts, **options):
         sizes.append(len(prompts))
-        return read_by_eye(lm, prompts, **options)
+        read_by_eye(self, prompts, **options)
 
-    monkeypatch.setattr(prefix, "generate", counted)
+    monkeypatch.setattr(SharedPrefix, "generate", counted)
     rows = measure()
     assert sizes == [4, 4, 2, 2]
     sizes.clear()
@@ -115,7 +115,7 @@ def test_a_policy_is_asked_of_all_depths_at_once_and_only_what_is_missing(measur
 def test_reading_in_segments_is_one_of_the_policies(measure, monkeypatch):
     read = []
 
-    def generate(lm, prompt, how, *, max_new_tokens):
+    def generate(lm, prompt, how, *, max_new_tokens, stop):
         read.append((how.segment_len, how.select.count))
         return found_by_eye(prompt, prompt)
 
@@ -123,7 +123,7 @@ def test_reading_in_segments_is_one_of_the_policies(measure, monkeypatch):
     text = "segments:segment_len=150,question_len=60,head_len=90,select=(TopK:count=1)"
     rows = measure(policies=(text,))
     assert read == [(150, 1)] * 6
-    assert all(row["policy"] == text and row["accuracy"] == 1 for row in rows)
+    assert all(row["policy"] == text and row["score"] == 1 for row in rows)
     assert {row["attended"] for row in rows} == {150 + 60 + 90 + 10}
     assert not any(row["key_in_window"] for row in rows)
 

@@ -146,17 +146,17 @@ def test_the_optimum_is_the_vertex_of_the_bowl():
 
 def test_a_best_size_at_the_edge_is_no_optimum():
     assert _noise.optimum(bowl(0.001, at=100)) == (None, None, None)
-    said = _noise.said_of_bowl(bowl(0.001, at=100), "V")
+    said = _noise.describe_minimum(bowl(0.001, at=100), "V")
     assert "at V = 256, an end of the grid: no optimum between" in said
 
 
 def test_what_the_noise_hides_is_not_claimed():
-    assert "V = 1024 is 0.005 above, told apart" in _noise.said_of_bowl(bowl(0.001), "V")
-    assert "V = 1024 is 0.005 above, not told apart" in _noise.said_of_bowl(bowl(0.02), "V")
+    assert "V = 1024 is 0.005 above, told apart" in _noise.describe_minimum(bowl(0.001), "V")
+    assert "V = 1024 is 0.005 above, not told apart" in _noise.describe_minimum(bowl(0.02), "V")
     rising = {(1, 10.0**e): bowl(0.001, at=400 * 1.4**e) for e in range(3)}
-    assert "it rises with the budget" in vocab_study.moved(rising, "L_u")
+    assert "it rises with the budget" in vocab_study.describe_shift(rising, "L_u")
     hidden = {key: bowl(0.1, at=700 + 10 * i) for i, key in enumerate(rising)}
-    assert "does not let one say that it moves" in vocab_study.moved(hidden, "L_u")
+    assert "does not let one say that it moves" in vocab_study.describe_shift(hidden, "L_u")
 
 
 def test_noise_is_what_seeds_differ_by():

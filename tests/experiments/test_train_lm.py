@@ -398,7 +398,7 @@ def settings(*changes):
 
 def own(tmp_path, *changes, needed=0):
     store = native.Store(str(tmp_path / "checkpoints"), last=1)
-    return train_lm.owned(store, settings(*changes), needed=needed)
+    return train_lm.checkpoint_folder(store, settings(*changes), needed=needed)
 
 
 @pytest.mark.parametrize(

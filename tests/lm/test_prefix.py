@@ -8,6 +8,7 @@ from lminf.attention.policies.infllm import InfLLM
 from lminf.attention.policy import LMInfinite
 from lminf.errors import InputError
 from lminf.lm import generate, prefix
+from lminf.lm.prefix import SharedPrefix
 
 BOOK = "It was the best of times, it was the worst of times, it was the age of wisdom."  # 78 bytes
 # Two leave the trunk at one place, one leaves it later, one is shorter, one begins otherwise.
@@ -51,18 +52,20 @@ def test_every_answer_is_that_of_the_prompt_alone(lm, small_steps, policy, rows)
     lm = lm if policy is None else lm.with_policy(policy)
     alone = [lm.generate(prompt, max_new_tokens=NEW) for prompt in PROMPTS]
     assert len(set(alone)) > 1
-    assert prefix.generate(lm, PROMPTS, max_new_tokens=NEW, rows=rows) == alone
+    assert SharedPrefix(lm, rows).generate(PROMPTS, max_new_tokens=NEW) == alone
 
 
 def test_what_prompts_share_is_read_once(lm, small_steps, chunks_read):
     first, *twins = PROMPTS[:3]
     assert [len(prompt) for prompt in (first, *twins)] == [83, 83, 83]  # six chunks, padded by 13
-    done = []
-    prefix.generate(lm, twins, max_new_tokens=2, rows=2, progress=done.append)
+    answers = {}
+    texts = SharedPrefix(lm, rows=2).generate(
+        twins, max_new_tokens=2, on_answer=answers.__setitem__
+    )
     assert chunks_read == [1, 1, 1, 2, 2, 2]
-    assert done == [166]
+    assert [answers[0], answers[1]] == texts
     chunks_read.clear()
-    prefix.generate(lm, [first, *twins], max_new_tokens=2)
+    SharedPrefix(lm, rows=1).generate([first, *twins], max_new_tokens=2)
     assert chunks_read == [1] * (3 + 3 + 3 + 3)
 
 
@@ -77,6 +80,6 @@ def test_the_trunk_is_what_agrees_longest_with_the_others():
 
 def test_prompts_that_cannot_be_are_refused(lm):
     with pytest.raises(InputError, match="a prompt has no tokens; give at least one"):
-        prefix.generate(lm, [], max_new_tokens=3)
+        SharedPrefix(lm).generate([], max_new_tokens=3)
     with pytest.raises(InputError, match="max_new_tokens=0: give at least 1"):
-        prefix.generate(lm, ["abc"], max_new_tokens=0)
+        SharedPrefix(lm).generate(["abc"], max_new_tokens=0)

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from lminf import LM, checkpoints
 from lminf.checkpoints import fetch
 from lminf.evals import passkey
+from lminf.evals.passkey import Passkey
+from lminf.evals.task import Budget
 
 pytestmark = pytest.mark.parity
 
@@ -112,9 +114,10 @@ def test_an_exported_tokenizer_splits_equally(peer, model, tmp_path):
 @pytest.mark.parametrize("length", [600, 1700, 3300, 8192])
 def test_passkey_prompts_have_their_length_in_transformers_tokens(tokenizers, length):
     ours, theirs = tokenizers
-    for sample in passkey.draw("landmark", ours.encode, length=length, count=4, seed=0):
+    budget = Budget(length, ours.encode, "tokens")
+    for sample in Passkey("landmark").instances(budget, count=4, key=(0,)):
         assert len(their_ids(theirs, sample.prompt)) == length == sample.tokens
-    for sample in passkey.draw("lm_infinite", ours.encode, length=length, count=4, seed=0):
+    for sample in Passkey("lm_infinite").instances(budget, count=4, key=(0,)):
         copy = len(ours.encode(" " + passkey.FILLER))
         assert length - copy < len(their_ids(theirs, sample.prompt)) == sample.tokens <= length
 

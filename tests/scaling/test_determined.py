@@ -126,4 +126,4 @@ def test_the_committed_studies_say_why_they_determine_no_law(kind, message, caps
 @pytest.mark.parametrize("name", ["vocab_law", "step_law"])
 def test_an_absent_table_is_named_with_where_to_get_it(name):
     with pytest.raises(InputError, match=rf"github\.com.*{name}:tiny"):
-        _tables.found("absent.csv", name)
+        _tables.existing("absent.csv", name)

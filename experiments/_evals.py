@@ -1,0 +1,77 @@
+"""Tasks in a run folder: answers go to its answers.jsonl as they come, rows to its rows.jsonl."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lminf.errors import InputError
+from lminf.evals import runner
+from lminf.evals.needle import ANSWER_TOKENS, Needle
+from lminf.evals.runner import Cell, Subject
+from lminf.evals.task import Budget, Task
+from lminf.lm.lm import LM
+from lminf.lm.prefix import SharedPrefix
+from lminf.models import cost
+from lminf.programs.segment_reading import SegmentReader
+from lminf.run import folder
+from lminf.run.folder import Row, RunFolder
+from lminf.run.progress import Progress
+
+INSIDE, OUTSIDE = "inside what the policy sees", "outside its window"
+
+
+def cells(tasks: Sequence[Task], lengths: Sequence[int], counts: Sequence[int]) -> list[Cell]:
+    """Every task at every length, with the number of instances that goes with the length."""
+    if tasks and len(counts) != len(lengths):
+        raise InputError(
+            f"{tasks[0].name}: numbers of prompts {counts} for lengths {lengths}; give one number "
+            f"per length"
+        )
+    return [
+        Cell(task, length, count)
+        for length, count in zip(lengths, counts, strict=True)
+        for task in tasks
+    ]
+
+
+def subject(c: ConfigDict, lm: LM, segments: SegmentReader | None = None) -> Subject:
+    """The model under its policy, or as it reads in segments; rows tell what a query attends to,
+    and whether needles stand in the policy's window.
+    """
+    attended = segments.attended_tokens(ANSWER_TOKENS) if segments else None
+
+    def facts(length: int, needles: Sequence[Needle]) -> Mapping[str, Any]:
+        window, tokens = (0, min(length, attended)) if attended else (lm.policy.window, length)
+        return {
+            "trained_length": lm.spec.trained_length,
+            "key_in_window": all(needle.in_window(window) for needle in needles),
+            "attended": attended or cost.attended_tokens(lm.policy),
+            "cache_bytes": cost.cache_bytes(
+                lm.spec, lm.decoder.policies, tokens=tokens, dtype=lm.dtype
+            ),
+        }
+
+    name = segments.name if segments else lm.policy.name
+    return Subject(segments or SharedPrefix(lm), {"model": c.model, "policy": name}, facts)
+
+
+def measure(
+    c: ConfigDict, out: RunFolder, lm: LM, subjects: Sequence[Subject], cells: Sequence[Cell]
+) -> Iterator[Row]:
+    """The rows that the folder lacks; lengths are in tokens of `lm`."""
+    answers = out / "answers.jsonl"
+    with Progress(0, label="questions", unit="tokens") as progress:
+        yield from runner.measure(
+            subjects,
+            cells,
+            budget=lambda size: Budget(
+                size, lambda text: lm.encode(text)[0], f"tokens of {c.model}"
+            ),
+            seed=c.seed,
+            rows=out.rows(),
+            answers=folder.read_lines(answers),
+            record=partial(folder.append_line, answers),
+            progress=progress.show,
+        )

@@ -22,7 +22,7 @@ from jaxtyping import Array, Int
 
 from lminf import kernels
 from lminf.attention import cache as caches
-from lminf.attention import decode, slots, sparse
+from lminf.attention import decode, scores, slots, sparse
 from lminf.attention.context_parallel import ContextShards
 from lminf.attention.policy import FULL, LayerPolicy, Policy
 from lminf.attention.scores import Branches, Placement, ScoreConfig, by_head
@@ -146,11 +146,8 @@ def _ring_attention(policy, config, positions, shards, implementation):
 
     def attend(q, k, v, slopes):
         near_q, near_k = branches.near(q, k)
-        fixed = {"num_global": 0, "window_size": shards.total, "scale": config.scale,
-                 "logits_soft_cap": config.soft_cap, "implementation": implementation,
-                 "return_residuals": True}  # fmt: skip
-        if slopes is not None:
-            fixed["alibi_slopes"] = slopes
+        fixed = {"num_global": 0, "window_size": shards.total, "implementation": implementation,
+                 "return_residuals": True, **config.for_kernel(slopes)}  # fmt: skip
 
         def visit(carry, away):
             k, v, out, lse = carry
@@ -159,7 +156,7 @@ def _ring_attention(policy, config, positions, shards, implementation):
             part, part_lse = kernels.lambda_attention(
                 near_q, k, v, query_offset=offset, key_start=positions[:, 0] - offset, **fixed
             )
-            out, lse = _merge(out, lse, part.astype(jnp.float32), part_lse)
+            out, lse = scores.merge((out, lse), (part, part_lse))
             return (shards.from_left(k), shards.from_left(v), out, lse), None
 
         empty = jnp.full((q.shape[0], q.shape[2], q.shape[1]), -jnp.inf, jnp.float32)
@@ -169,18 +166,6 @@ def _ring_attention(policy, config, positions, shards, implementation):
         return out.astype(q.dtype)
 
     return attend
-
-
-def _merge(out, lse, other, other_lse):
-    """Two softmaxes over different keys as the one over both; empty ones weigh nothing."""
-    top = jnp.maximum(lse, other_lse)
-    top = jax.lax.stop_gradient(jnp.where(jnp.isneginf(top), 0.0, top))
-    weights = jnp.exp(lse - top), jnp.exp(other_lse - top)
-    total = weights[0] + weights[1]
-    some = jnp.where(total == 0, 1.0, total)
-    share = [(weight / some).swapaxes(1, 2)[..., None] for weight in weights]
-    merged = jnp.where(total == 0, -jnp.inf, top + jnp.log(some))
-    return out * share[0] + other * share[1], merged
 
 
 # --- A chunk against a cache ----------------------------------------------------------------------
@@ -315,12 +300,9 @@ def _attention(
         fixed = {
             "num_global": count,
             "window_size": k.shape[1] if policy.window is None else policy.window,
-            "scale": config.scale,
-            "logits_soft_cap": config.soft_cap,
             "implementation": implementation,
+            **config.for_kernel(slopes),
         }
-        if slopes is not None:
-            fixed["alibi_slopes"] = slopes
         by_row: dict = {"query": near_q, "key": near_k, "value": v}  # everything with a batch axis
         if count:
             by_row["query_global"], by_row["key_global"] = branches.far(q, far_k)

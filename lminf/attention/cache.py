@@ -158,12 +158,10 @@ def layout_for(policy: LayerPolicy, capacity: int) -> Layout:
     layout = policy.cache_layout(capacity)
     if layout is not None:
         return layout
-    sinks, window = 0, 0
-    for part in head_policies(policy):
-        if part.window is None or part.num_sinks is None:
-            return LinearCache(capacity)
-        sinks, window = max(sinks, part.num_sinks), max(window, part.window)
-    return SinkRingCache(sinks, window)
+    if not policy.bounded:
+        return LinearCache(capacity)
+    parts = head_policies(policy)
+    return SinkRingCache(max(p.num_sinks for p in parts), max(p.window for p in parts))
 
 
 def empty(

@@ -16,8 +16,7 @@ from jaxtyping import Array, Int
 
 from lminf import kernels
 from lminf.attention import cache as caches
-from lminf.attention import reference, rope
-from lminf.attention import scores as scores_
+from lminf.attention import reference, rope, scores
 from lminf.attention.policy import LayerPolicy, PerHead, Policy, head_policies
 from lminf.attention.scores import Placement, ScoreConfig
 from lminf.kernels.decode import cache as rolling
@@ -119,11 +118,11 @@ def extend(
 
     def step(q, k, v, kv: caches.KVState, layer):
         layers, batch = kv.k.shape[:2]
-        options: dict = {"scale": config.scale, "logits_soft_cap": config.soft_cap}
-        if (slopes := config.slopes(q.shape[2])) is not None:
+        slopes = config.slopes(q.shape[2])
+        options = config.for_kernel(slopes)
+        if slopes is not None:
             (part,) = parts
             far, rank = part.far_positions(), jnp.arange(layout.sinks, dtype=jnp.int32)[None]
-            options["alibi_slopes"] = slopes
             options["global_distance"] = kernels.GlobalDistance(
                 far.query(positions), far.key(rank), far.scale
             )
@@ -171,4 +170,4 @@ def _by_part(policy, config, placement, positions, of: str | None):
 
         return placed
 
-    return scores_.by_head(policy, config, make)
+    return scores.by_head(policy, config, make)

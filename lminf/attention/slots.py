@@ -10,29 +10,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from lminf.attention import cache as caches
-from lminf.attention import scores as scores_
+from lminf.attention import scores
 from lminf.attention.scores import Placement, ScoreConfig
 from lminf.errors import InputError
 
 
-def visible(q_pos: Int[Array, "B T"], k_pos: Int[Array, "B S P"]) -> Bool[Array, "B P 1 T S"]:
-    """Whether a query at `q_pos` sees the slot of each head: filled, and not later."""
-    k_pos = k_pos.swapaxes(1, 2)[:, :, None, None, :]
-    return (k_pos >= 0) & (k_pos <= q_pos[:, None, None, :, None])
-
-
-def scores(
+def attention(
     config: ScoreConfig,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
     q_pos: Int[Array, "B T"],
     k_pos: Int[Array, "B S P"],
-) -> Float[Array, "B K G T S"]:
-    """Of queries and keys that are rotated already, at positions by head [B, S, P]."""
-    return scores_.scaled(config, q, k, config.slopes(q.shape[2]), q_pos, k_pos.swapaxes(1, 2))
+) -> scores.Part:
+    """Of queries and keys that are rotated already, over slots that are filled and not later."""
+    k_pos, q_pos = k_pos.swapaxes(1, 2)[:, :, None], q_pos[:, None, :, None]
+    seen, slopes = (k_pos >= 0) & (k_pos <= q_pos), config.slopes(q.shape[2])
+    return scores.attention(config, q, k, v, seen, slopes=slopes, distance=q_pos - k_pos)
 
 
 # --- Eviction -------------------------------------------------------------------------------------
@@ -54,8 +51,8 @@ def extend(
     starts = ((cache_pos >= 0) & (positions % every == 0)).any(1)
     first = jnp.where(cache_pos >= 0, positions, jnp.iinfo(jnp.int32).max).min(1) - every
     since = policy.position_in_cache(jnp.maximum(first, 0))[:, None, None]
-    placement = Placement(config, cache_pos)
-    by_q, table = placement.rotation(cache_pos), placement.table(layout.slots, len(cache_pos))
+    placement = Placement(config, cache_pos, table=layout.slots)
+    by_q = placement.rotation(cache_pos)
 
     def evicted(state):
         new = policy.evict(state, since)
@@ -73,13 +70,11 @@ def extend(
         stored_k = _write(kv.k, k, layer, slots)
         stored_v = _write(kv.v, v, layer, slots)
         all_k, all_v = stored_k[layer].astype(k.dtype), stored_v[layer].astype(v.dtype)
-        placed = placement.look_up(all_k, table, jnp.maximum(pos, 0))
-        logits = scores(config, placement.rotate(q, by_q), placed, cache_pos, pos)
-        weights = scores_.softmax(config, logits, visible(cache_pos, pos))
-        out = scores_.mix(weights.astype(v.dtype), all_v)
-        new = {"pos": pos, "score": policy.observe_slots(score, weights, cache_pos)}
+        placed = placement.at(all_k, jnp.broadcast_to(pos, all_k.shape[:3]))
+        part = attention(config, placement.rotate(q, by_q), placed, all_v, cache_pos, pos)
+        new = {"pos": pos, "score": policy.observe_slots(score, part.weights, cache_pos)}
         state = kv.state | {name: kv.state[name].at[layer].set(new[name]) for name in new}
-        return out, caches.KVState(stored_k, stored_v, state)
+        return part.out, caches.KVState(stored_k, stored_v, state)
 
     return step
 
@@ -142,18 +137,14 @@ def extend_compressed(
         )
         old = {name: x[layer] for name, x in kv.state.items()}
         new_k, new_v = kv.k[layer].astype(q.dtype), kv.v[layer].astype(v.dtype)
-        q = placement.rotate(q, by_q)
+        q, new_k = placement.rotate(q, by_q), placement.rotate(new_k, by_k)
         narrow = narrowed(q, old["channels"]) if "channels" in old else q
-        mine = jnp.broadcast_to(new_pos[..., None], (*new_pos.shape, old["pos"].shape[2]))
-        logits = jnp.concatenate(
-            [scores(config, narrow, old["k"].astype(q.dtype), positions, old["pos"]),
-             scores(config, q, placement.rotate(new_k, by_k), positions, mine)], -1,
-        )  # fmt: skip
-        seen = visible(positions, jnp.concatenate([old["pos"], mine], 1))
-        weights = scores_.softmax(config, logits, seen).astype(v.dtype)
-        older = old["pos"].shape[1]
-        out = scores_.mix(weights[..., :older], old["v"].astype(v.dtype))
-        return out + scores_.mix(weights[..., older:], new_v), kv
+        old_k, old_v = old["k"].astype(q.dtype), old["v"].astype(v.dtype)
+        parts = (
+            attention(config, narrow, old_k, old_v, positions, old["pos"]),
+            attention(config, q, new_k, new_v, positions, new_pos[..., None]),
+        )
+        return scores.merge(*(part[:2] for part in parts))[0].astype(q.dtype), kv
 
     return step, new_pos
 

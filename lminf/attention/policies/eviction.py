@@ -82,7 +82,7 @@ class EvictionPolicy(Policy):
     def observe_slots(
         self,
         score: Float[Array, "B S P"],
-        weights: Float[Array, "B K G T S"],
+        weights: Float[Array, "B N T S"],
         cache_pos: Int[Array, "B T"],
     ) -> Float[Array, "B S P"]:
         """Scores of what is held, once tokens with these numbers attended with these weights."""
@@ -138,7 +138,8 @@ class H2O(EvictionPolicy):
 
     def observe_slots(self, score: Array, weights: Array, cache_pos: Array) -> Array:
         del cache_pos
-        return score + weights.sum((2, 3)).swapaxes(1, 2)
+        received = weights.sum(2).reshape(len(score), score.shape[2], -1, score.shape[1])
+        return score + received.sum(2).swapaxes(1, 2)
 
 
 @register("tova")
@@ -152,8 +153,8 @@ class TOVA(EvictionPolicy):
     sinks: CountOrNone = 0
 
     def observe_slots(self, score: Array, weights: Array, cache_pos: Array) -> Array:
-        last = cache_pos.argmax(1)[:, None, None, None, None]
-        seen = jnp.take_along_axis(weights, last, axis=3)[:, :, :, 0].mean((1, 2))  # [B, S]
+        last = cache_pos.argmax(1)[:, None, None, None]
+        seen = jnp.take_along_axis(weights, last, axis=2)[:, :, 0].mean(1)  # [B, S]
         any_token = (cache_pos >= 0).any(1)[:, None, None]
         return jnp.where(any_token, seen[:, :, None], score)
 

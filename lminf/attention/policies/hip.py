@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from lminf.attention import cache as caches
-from lminf.attention import scores, sparse
+from lminf.attention import sparse
 from lminf.attention.policy import Count, CountOrNone, Layers, Tokens, register
 from lminf.errors import InputError
 
@@ -54,13 +54,6 @@ class HierarchicalSelect(sparse.SparsePolicy):
         """
         raise NotImplementedError
 
-    def tokens(
-        self, block_ids: Int[Array, "B K X"], start: Int[Array, " B"]
-    ) -> Int[Array, "B K Y"]:
-        """Positions of the tokens of the last stage's blocks before the window; -1 for none."""
-        pos = sparse.block_positions(block_ids, self.block, first=self.sinks)
-        return jnp.where(pos < start[:, None, None], pos, -1)
-
     def init_state(self, shape: caches.CacheShape) -> dict[str, Any]:
         stages = range(len(self.refreshes))
         kept = [(shape.batch, shape.kv_heads, self.kept(s, shape.slots)) for s in stages]
@@ -69,18 +62,22 @@ class HierarchicalSelect(sparse.SparsePolicy):
             "start": jnp.full((shape.batch,), -1, jnp.int32),
         }
 
-    def select(self, state: Any, query: sparse.Query) -> tuple[sparse.Selected, Any]:
+    def select(self, state: Any, query: sparse.Query) -> tuple[Int[Array, "B K X"], Any]:
+        """Sinks, the tokens of the last stage's blocks before the window, and the window."""
         block_ids, start, state = self._block_ids(state, query)
-        waited = self.refreshes[0] if query.q.shape[1] == 1 else 0
-        length = self.window + query.q.shape[1] + self.window_slack + waited
-        return sparse.Selected(self.tokens(block_ids, start), start, length), state
+        pos = sparse.block_positions(block_ids, self.block, first=self.sinks)
+        pos = jnp.where(pos < start[:, None, None], pos, -1)
+        rows = query.q.shape[1]
+        length = self.window + rows + self.window_slack + (self.refreshes[0] if rows == 1 else 0)
+        near = start[:, None, None] + jnp.arange(length, dtype=jnp.int32)[None, None]
+        near = jnp.broadcast_to(near, (*pos.shape[:2], length))
+        return jnp.concatenate([sparse.sinks(self, pos), pos, near], 2), state
 
     def _block_ids(self, state, query):
         """What the last stage keeps, where the window begins, and what is remembered of it, which
         is something where the token is read alone.
         """
-        first, layer = query.group.first, query.layer
-        block_ids: Any = None
+        first, layer, block_ids = query.first, query.layer, None
         start = self.window_start(first)
         if not query.alone:
             for stage in range(len(self.refreshes)):
@@ -116,6 +113,7 @@ class HiP(HierarchicalSelect):
     selected_distance = "true"
     max_selected = property(attrgetter("topk"))
     window_slack = property(attrgetter("block"))
+    refreshes = property(lambda self: (self.refresh,))
 
     def __post_init__(self):
         super().__post_init__()
@@ -125,12 +123,12 @@ class HiP(HierarchicalSelect):
                 f"give a multiple"
             )
 
-    @property
-    def refreshes(self) -> tuple[int]:
-        return (self.refresh,)
+    def _most(self, slots: int) -> int:
+        """Blocks between sinks and window, of a text of so many tokens."""
+        return max(slots - self.window - self.sinks, 0) // self.block
 
     def kept(self, stage: int, slots: int) -> int:
-        return min(self.topk // self.block, max(slots - self.window - self.sinks, 0) // self.block)
+        return min(self.topk // self.block, self._most(slots))
 
     def window_start(self, first: Int[Array, " B"]) -> Int[Array, " B"]:
         """After the last whole block before it."""
@@ -140,50 +138,39 @@ class HiP(HierarchicalSelect):
     def search(
         self, stage: int, query: sparse.Query, start: Array, before: Array | None
     ) -> Int[Array, "B K kept"]:
-        del before  # there is one stage
-        group, q, kv_heads = query.group, query.q, query.kv_heads
-        most = max(query.slots - self.window - self.sinks, 0) // self.block
-        kept = self.kept(stage, query.slots)
+        q, kept, lists = query.q, self.kept(stage, query.slots), (len(query.q), query.kv_heads)
         if not kept:
-            return jnp.zeros((len(q), kv_heads, 0), jnp.int32)
-        blocks = (start - self.sinks) // self.block
+            return jnp.zeros((*lists, 0), jnp.int32)
+        blocks = (start - self.sinks)[:, None, None] // self.block
         # The last of every `query_stride` asks, so that the last of a block does; where fewer are
         # read, the last of them.
-        ask = -(group.first % self.query_block + 1) % self.query_stride
-        ask = jnp.minimum(group.first + ask, group.end - 1) - group.base
+        ask = -(query.first % self.query_block + 1) % self.query_stride
+        ask = jnp.minimum(query.first + ask, query.end - 1) - query.first
         row = jnp.arange(0, q.shape[1], self.query_stride, dtype=jnp.int32)[None] + ask[:, None]
-        columns = jnp.minimum(row, q.shape[1] - 1)
-        batch_row = jnp.arange(len(q))[:, None]
-        is_asking = (row < q.shape[1]) & (group.pos[batch_row, columns] >= 0)
-        asking_q = query.placement.at(
-            q[batch_row, columns], jnp.maximum(group.base[:, None] + row, 0)
-        )
-        asking_q = scores.rows_of_key_heads(asking_q, kv_heads)
-        flat = asking_q.reshape(*asking_q.shape[:2], -1, asking_q.shape[4])
+        columns, batch_row = jnp.minimum(row, q.shape[1] - 1), jnp.arange(len(q))[:, None]
+        asks = (row < q.shape[1]) & (query.pos[batch_row, columns] >= 0)
+        pos = jnp.maximum(query.first[:, None] + row, 0)
+        q = query.placement.at(q[batch_row, columns], pos)
 
         def score(first_block, size):
             """Of ranges of so many blocks that begin at `first_block`, [B, K, X]."""
             pos = sparse.block_positions(first_block, self.block, first=self.sinks)
-            k = query.placed(query.by_head(query.kv.k, pos), pos)
-            products = jnp.einsum("bkrh,bksh->bkrs", flat, k, preferred_element_type=jnp.float32)
-            products = products.reshape(*asking_q.shape[:4], -1)
-            products = jnp.where(is_asking[:, None, None, :, None], products, -jnp.inf).max((2, 3))
-            return jnp.where(
-                size > 0, products.reshape(*first_block.shape, self.block).max(-1), -jnp.inf
-            )
+            largest = sparse.largest_products(query, q, asks, pos, pos)
+            largest = largest.reshape(*lists, -1, *first_block.shape[2:], self.block).max((2, 4))
+            return jnp.where(size > 0, largest, -jnp.inf)
 
-        ends = jnp.arange(kept + 1, dtype=jnp.int32)[None] * blocks[:, None] // kept
-        first_block = jnp.broadcast_to(ends[:, None, :-1], (len(q), kv_heads, kept))
-        size = jnp.broadcast_to(jnp.diff(ends)[:, None], first_block.shape)
+        ends = jnp.arange(kept + 1, dtype=jnp.int32)[None, None] * blocks // kept
+        first_block = jnp.broadcast_to(ends[..., :-1], (*lists, kept))
+        size = jnp.broadcast_to(jnp.diff(ends), (*lists, kept))
 
         def halve(_, ranges):
             first_block, size = ranges
             left = size // 2
-            first_block = jnp.concatenate([first_block, first_block + left], -1)
-            size = jnp.concatenate([left, size - left], -1)
+            first_block = jnp.concatenate([first_block, first_block + left], 2)
+            size = jnp.concatenate([left, size - left], 2)
             _, best = jax.lax.top_k(score(first_block, size), kept)
             return jnp.take_along_axis(first_block, best, 2), jnp.take_along_axis(size, best, 2)
 
-        rounds = (-(-most // kept) - 1).bit_length()
+        rounds = (-(-self._most(query.slots) // kept) - 1).bit_length()
         first_block, size = jax.lax.fori_loop(0, rounds, halve, (first_block, size))
-        return jnp.sort(jnp.where(size > 0, first_block, -1), axis=-1)
+        return jnp.sort(jnp.where(size > 0, first_block, -1), axis=2)

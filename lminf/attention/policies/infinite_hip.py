@@ -92,19 +92,30 @@ class InfiniteHiP(hip.HierarchicalSelect):
     def search(
         self, stage: int, query: sparse.Query, start: Array, before: Array | None
     ) -> Int[Array, "B K kept"]:
-        size, slots, kv_heads = self.chunk[stage], query.slots, query.kv_heads
-        listed, kept = self._listed(stage, slots), self.kept(stage, slots)
-        number = self._list(stage, listed, kv_heads, start, before)
+        size, listed = self.chunk[stage], self._listed(stage, query.slots)
+        kept, lists = self.kept(stage, query.slots), (len(query.q), query.kv_heads)
+        total = (start - self.sinks)[:, None, None]
+        if before is None:  # chunks of all that there is, the last one at the end of the list
+            number = -(-total // size) - listed + jnp.arange(listed, dtype=jnp.int32)[None, None]
+            number = jnp.broadcast_to(jnp.maximum(number, -1), (*lists, listed))
+        else:  # those of the chunks before
+            number = sparse.block_positions(before, self.chunk[stage - 1] // size)
+            number = jnp.sort(jnp.where(number * size < total, number, -1), axis=2)
         if kept == listed:
             return number
-        tokens = jnp.where(number < 0, 0, start[:, None, None] - self.sinks - number * size)
-        tokens = jnp.minimum(tokens, size)
+        tokens = jnp.where(number < 0, 0, jnp.minimum(total - number * size, size))
+        heads = query.q.shape[2]
+        first, left = (scores.each_head(x, heads) for x in (number * size, tokens))
 
-        of_heads = (*number.shape[:2], query.q.shape[2] // kv_heads, listed)
-        first, left = (jnp.broadcast_to(x[:, :, None], of_heads) for x in (number * size, tokens))
+        def largest(sides, key_pos):
+            """The largest product [B, K, X] of the token that each chunk comes down to."""
 
-        def best_of_chunks(score):
-            """Of each chunk the largest product of the token it comes down to, [B, K, X]."""
+            def score(token):
+                """As the first of a left half and as that of a right one."""
+                both = sparse.largest_products(
+                    query, jnp.concatenate(sides, 1), query.pos >= 0, self.sinks + token, key_pos
+                )
+                return both[:, :, 0], both[:, :, -1]
 
             def descend(_, ranges):
                 token, left, as_left, as_right = ranges
@@ -118,63 +129,18 @@ class InfiniteHiP(hip.HierarchicalSelect):
                     jnp.where(right, middle_as_right, as_right),
                 )
 
-            start = (first, left, *score(first))
-            *_, products = jax.lax.fori_loop(0, (size - 1).bit_length(), descend, start)
-            return products.max(2)
+            ranges = (first, left, *score(first))
+            *_, products = jax.lax.fori_loop(0, (size - 1).bit_length(), descend, ranges)
+            return products.reshape(*lists, -1, listed).max(2)
 
-        # Two programs: where chunks are not told apart no key has to be turned.
-        largest = jax.lax.cond(
-            query.layer < self.ordered_layers,
-            lambda: best_of_chunks(self._ordered(query, listed)),
-            lambda: best_of_chunks(self._alike(query)),
-        )
-        largest = jnp.where(tokens > 0, largest, -jnp.inf)
-        _, best = jax.lax.top_k(largest, kept)
-        return jnp.sort(jnp.take_along_axis(number, best, 2), axis=-1)
+        def ordered():  # chunks by their place in the list, the last one's window + listed - 1 back
+            place = jnp.broadcast_to(jnp.arange(listed, dtype=jnp.int32), first.shape)
+            last = jnp.full_like(query.pos, self.window + listed - 1)
+            return largest([query.placement.at(query.q, last)], place)
 
-    def _ordered(self, query, listed):
-        """The function of tokens [B, K, G, X] of the list's text to their largest products in each
-        head, as first of a left half and of a right one: here the same.
-        """
-        token = jnp.full_like(query.group.pos, self.window + listed - 1)
-        placed = query.placement.at(query.q, token)
-        place = jnp.arange(listed, dtype=jnp.int32)  # of chunks, the last one's listed - 1
+        def alike():  # all keys equally far away, one token more on the left: none is rotated
+            return largest([query.placement.away(query.q, self.window + n) for n in (1, 0)], None)
 
-        def score(token):
-            (largest,) = self._largest(query, [placed], token, jnp.broadcast_to(place, token.shape))
-            return largest, largest
-
-        return score
-
-    def _alike(self, query):
-        """As `_ordered`, for keys that all seem equally far away, one token more on the left."""
-        sides = [query.placement.away(query.q, self.window + more) for more in (1, 0)]
-        return lambda token: self._largest(query, sides, token, None)
-
-    def _largest(self, query, placed, token, as_if_pos):
-        """The largest product [B, K, G, X] of a token with queries placed in each of these ways."""
-        flat = (*token.shape[:2], -1)
-        k = query.by_head(query.kv.k, self.sinks + token.reshape(flat))
-        if as_if_pos is not None:
-            k = query.placed(k, as_if_pos.reshape(flat))
-        k = k.reshape(*token.shape, k.shape[-1])
-        rows = [scores.rows_of_key_heads(q, query.kv_heads) for q in placed]
-        products = jnp.einsum(
-            "bkgth,bkgxh->bkgtx", jnp.concatenate(rows, 3), k, preferred_element_type=jnp.float32
-        )
-        asks = (query.group.pos >= 0)[:, None, None, :, None]
-        parts = jnp.split(products, len(placed), axis=3)
-        return tuple(jnp.where(asks, part, -jnp.inf).max(3) for part in parts)
-
-    def _list(self, stage, listed, kv_heads, start, before):
-        """Numbers [B, K, X] of the chunks that a stage chooses from, in order; -1 for none."""
-        tokens = (start - self.sinks)[:, None, None]
-        if before is None:
-            end = -(-tokens // self.chunk[0])
-            number = jnp.arange(listed, dtype=jnp.int32)[None, None] - listed
-            number = jnp.maximum(end + number, -1)
-            return jnp.broadcast_to(number, (len(start), kv_heads, listed))
-        parts = self.chunk[stage - 1] // self.chunk[stage]
-        number = before[..., None] * parts + jnp.arange(parts, dtype=jnp.int32)[None, None, None]
-        valid = (before[..., None] >= 0) & (number * self.chunk[stage] < tokens[..., None])
-        return jnp.sort(jnp.where(valid, number, -1).reshape(*before.shape[:2], -1), axis=-1)
+        best = jax.lax.cond(query.layer < self.ordered_layers, ordered, alike)
+        _, best = jax.lax.top_k(jnp.where(tokens > 0, best, -jnp.inf), kept)
+        return jnp.sort(jnp.take_along_axis(number, best, 2), axis=2)

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lminf.attention import cache as caches
-from lminf.attention import scores as scores_
 from lminf.attention import slots
 from lminf.attention.policy import Count, Policy, register
 from lminf.attention.scores import Placement, ScoreConfig
@@ -111,10 +110,9 @@ class PromptCompression(Policy):
         if self.capacity is None:
             votes = jnp.broadcast_to(old[..., None], (*old.shape, kv_heads)).astype(jnp.float32)
         else:
-            k_pos = pos[..., None]
-            logits = slots.scores(config, q, k, recent, k_pos)
-            weights = scores_.softmax(config, logits, slots.visible(recent, k_pos))
-            votes = jnp.where(old[..., None], weights.sum((2, 3)).swapaxes(1, 2), 0.0)
+            weights = slots.attention(config, q, k, k, recent, pos[..., None]).weights.sum(2)
+            weights = weights.reshape(len(q), kv_heads, -1, k.shape[1]).sum(2)
+            votes = jnp.where(old[..., None], weights.swapaxes(1, 2), 0.0)
             votes = _pooled(votes, self.pooling)
         votes = jnp.where(old[..., None], votes, -1.0)  # attention is never below 0
         best, chosen = jax.lax.top_k(votes.swapaxes(1, 2), count)  # the earlier of equals

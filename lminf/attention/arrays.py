@@ -87,12 +87,8 @@ def attend_stepwise(
         )
     if prompt is not None and prompt not in ends:
         raise InputError(f"prompt={prompt} ends none of the chunks; they end at {ends}")
-    layout = caches.layout_for(layer, tokens)
-    shape = caches.CacheShape(batch, layout.slots, heads, kv_heads, width, k.dtype)
-    cache = caches.empty(
-        layout, layers=1, batch=batch, kv_heads=kv_heads, head_dim=width, dtype=k.dtype,
-        state=layer.init_state(shape),
-    )  # fmt: skip
+    shape = caches.CacheShape(batch, tokens, heads, kv_heads, width, k.dtype)
+    cache = caches.create(layer, shape, layers=1)
     all_positions, outs, start = _positions(q, positions), [], 0
     # Before the prompt's end, then after it: chunks of one size in a row are one scan.
     split = 0 if prompt is None else ends.index(prompt) + 1

@@ -1,5 +1,4 @@
-"""One token per row: over the slots of a cache as it was read, or by kernels.lambda_decode over one
-whose keys are rotated.
+"""One token per row by kernels.lambda_decode, over a cache whose keys are rotated.
 
 Where near and far keys seem to be does not depend on the query. So at the end of a prompt the last
 `window` keys are rotated to their positions, head by head as the kernel reads them, and the sinks,
@@ -16,28 +15,10 @@ from jaxtyping import Array, Int
 
 from lminf import kernels
 from lminf.attention import cache as caches
-from lminf.attention import reference, rope, scores
+from lminf.attention import rope, scores
 from lminf.attention.policy import LayerPolicy, PerHead, Policy, head_policies
 from lminf.attention.scores import Placement, ScoreConfig
 from lminf.kernels.decode import cache as rolling
-
-
-def over_slots(
-    policy: Policy,
-    config: ScoreConfig,
-    layout: caches.PositionLayout,
-    slot_pos: Int[Array, "B S"],
-    positions: Int[Array, "B 1"],
-) -> Callable[..., Array]:
-    """The function that reads all slots, of which one holds the token itself, for one layer."""
-    # In both layouts the slots of the first positions are the first slots.
-    attend = reference.dense(
-        policy, config, Placement(config, positions), positions, slot_pos, num_far=policy.num_sinks
-    )
-    return lambda q, k, v, before_k, before_v, *stored: attend(q, *stored)
-
-
-# --- Keys rotated once ----------------------------------------------------------------------------
 
 
 def prerotate(policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache) -> caches.Cache:
@@ -50,54 +31,45 @@ def prerotate(policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache) -> 
     layout, encoding, parts = cache.layout, config.encoding, head_policies(policy)
     windows: list[Any] = [part.window for part in parts]
     counts: list[Any] = [part.num_sinks for part in parts]
-    if not policy.context_parallel or not isinstance(layout, caches.PositionLayout):
+    dynamic = isinstance(encoding, rope.Rotary) and isinstance(encoding.scaling, rope.DynamicNTK)
+    by_head = isinstance(encoding, rope.Alibi) and len(parts) > 1
+    if not policy.context_parallel or not isinstance(layout, caches.SinkRingCache):
         return cache
-    if isinstance(encoding, rope.Rotary) and isinstance(encoding.scaling, rope.DynamicNTK):
-        return cache
-    if (isinstance(encoding, rope.Alibi) and len(parts) > 1) or (
-        None in windows and None in counts
-    ):
+    if dynamic or by_head or (None in windows and None in counts):
         return cache
     window = min(layout.slots if None in windows else max(windows), layout.slots)
     sinks = layout.slots if None in counts else max(counts)
     last = cache.pos.max(1, keepdims=True)  # [B, 1]
     ring_pos = last - (last - jnp.arange(window, dtype=jnp.int32)[None]) % window  # of slot p % w
     ring_slots = jnp.clip(layout.slot(ring_pos), 0, layout.slots - 1)
-    placement, row = Placement(config, last), jnp.arange(len(last))[:, None]
+    placement = Placement(config, last)
     by_ring = placement.rotation(ring_pos)
     sink_pos = jnp.broadcast_to(jnp.arange(sinks, dtype=jnp.int32)[None], (len(last), sinks))
-    by_sinks = _by_part(policy, config, placement, sink_pos, "key")
+    place_sinks = _by_part(policy, config, placement, sink_pos, "key")
 
-    def ring_of(kv):
-        return placement.rotate(kv[0][row, ring_slots], by_ring), kv[1][row, ring_slots]
+    def ring_of(k, v):
+        k, v = (caches.rows(x, ring_slots) for x in (k, v))
+        return [x.swapaxes(1, 2) for x in (placement.rotate(k, by_ring), v)]
 
-    def sinks_of(kv):
-        return by_sinks(kv[0][:, :sinks]), kv[1][:, :sinks]
+    def sinks_of(k, v):
+        return [x.swapaxes(1, 2) for x in (place_sinks(k[:, :sinks]), v[:, :sinks])]
 
     def every_layer(part):
         """[L, B, K, X, H] of rows [B, X, K, H]."""
-        stacked = jax.lax.map(lambda kv: tuple(x.swapaxes(1, 2) for x in part(kv)), both)
-        return {"k": stacked[0], "v": stacked[1]}
+        return dict(zip("kv", jax.lax.map(lambda kv: part(*kv), (cache.k, cache.v)), strict=True))
 
-    both = (cache.k, cache.v)
     rotated = caches.PreRotated(window, sinks, ring=None not in counts)
     main, other = (ring_of, sinks_of) if rotated.ring else (sinks_of, ring_of)
     state = every_layer(other)
-    if isinstance(layout, caches.LinearCache):
+    if layout.keeps_all:
         # In place, layer by layer: it may fill the memory.
         def change(layer, kv):
-            new = main((kv[0][layer], kv[1][layer]))
-            return tuple(
-                x.at[layer].set(y.swapaxes(1, 2).reshape(y.shape))
-                for x, y in zip(kv, new, strict=True)
-            )
+            new = main(*(x[layer] for x in kv))
+            return [x.at[layer].set(y.reshape(x.shape[1:])) for x, y in zip(kv, new, strict=True)]
 
-        k, v = jax.lax.fori_loop(0, len(cache.k), change, both)
-        return caches.Cache(k, v, cache.pos, rotated, state)
-    stacked = every_layer(main)
-    k, v = (
-        stacked[name].reshape(*stacked[name].shape[:2], -1, *cache.k.shape[3:]) for name in "kv"
-    )
+        k, v = jax.lax.fori_loop(0, len(cache.k), change, [cache.k, cache.v])
+    else:
+        k, v = (x.reshape(*x.shape[:2], -1, *cache.k.shape[3:]) for x in every_layer(main).values())
     return caches.Cache(k, v, cache.pos, rotated, state)
 
 

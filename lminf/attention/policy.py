@@ -114,6 +114,15 @@ class LayerPolicy(Named):
         """
         raise NotImplementedError
 
+    def extend(self, config: Any, layout: Any, stored_pos: Array, positions: Array) -> Any:
+        """As `attend.extend`, for a cache whose slots only the policy knows: a SlotCache."""
+        raise NotImplementedError
+
+    def observe_queries(self, state: Any, q: Array, layer: Any) -> Any:
+        """The state after these queries of a prompt, un-rotated."""
+        del q, layer
+        return state
+
     def compress_prompt(self, config: Any, cache: Any, *, length: int, room: int) -> Any:
         """The cache at the end of prompts of at most `length` tokens, with room for more."""
         raise NotImplementedError

@@ -159,6 +159,22 @@ def attention(
     return Part(mix(weights.astype(v.dtype), v, options.get("lists", False)), lse, weights)
 
 
+def over_slots(
+    config: ScoreConfig,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    q_pos: Int[Array, "B T"],
+    k_pos: Int[Array, "B S P"],
+) -> Part:
+    """`attention` over the rows of a cache that are filled, at a position of 0 or more, and not
+    later. Which token a row holds may differ by key head; P is 1 or K.
+    """
+    k_pos, q_pos = k_pos.swapaxes(1, 2)[:, :, None], q_pos[:, None, :, None]
+    seen, slopes = (k_pos >= 0) & (k_pos <= q_pos), config.slopes(q.shape[2])
+    return attention(config, q, k, v, seen, slopes=slopes, distance=q_pos - k_pos)
+
+
 def softmax(
     logits: Float32[Array, "B N T S"], seen: Bool[Array, "#B #P #T #S"]
 ) -> tuple[Float32[Array, "B N T S"], Float32[Array, "B N T"]]:

@@ -19,7 +19,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lminf.attention import cache as caches
+from lminf.attention import scores
 from lminf.attention.policy import Count, CountOrNone, Policy, register
+from lminf.attention.scores import Placement, ScoreConfig
 from lminf.errors import InputError
 from lminf.ranges import Range
 
@@ -72,6 +74,56 @@ class EvictionPolicy(Policy):
     def init_state(self, shape: caches.CacheShape) -> dict[str, Any]:
         slots = (shape.batch, self.capacity, shape.kv_heads if self.by_head else 1)
         return {"pos": jnp.full(slots, caches.EMPTY, jnp.int32), "score": jnp.zeros(slots)}
+
+    def extend(
+        self,
+        config: ScoreConfig,
+        layout: caches.SlotCache,
+        stored_pos: Int[Array, "B S"],
+        positions: Int[Array, "B T"],
+    ) -> tuple[Callable[..., tuple[Array, caches.KVState]], Int[Array, "B S"]]:
+        """As `attend.extend`, for tokens that lie between two evictions; `evict` makes room before
+        the first after one. A token goes to any empty slot, and nothing moves.
+        """
+        tokens, every = positions.shape[1], self.turn
+        if tokens > every:
+            raise InputError(
+                f"{self.name} evicts before every {every} tokens, but {tokens} are to be read "
+                f"at once; read them in chunks through the cache, or give turn>={tokens}"
+            )
+        cache_pos = self.position_in_cache(positions)
+        starts = ((cache_pos >= 0) & (positions % every == 0)).any(1)[:, None, None]
+        first = jnp.where(cache_pos >= 0, positions, LAST).min(1) - every
+        since = self.position_in_cache(jnp.maximum(first, 0))[:, None, None]
+        placement = Placement(config, cache_pos, table=layout.slots)
+        by_q, row = placement.rotation(cache_pos), jnp.arange(len(positions))[:, None, None]
+
+        def evicted(state):
+            new = self.evict(state, since)
+            return {name: jnp.where(starts, new[name], state[name]) for name in new}
+
+        def step(q, k, v, kv, layer):
+            state = {name: kv.state[name][layer] for name in ("pos", "score")}
+            # Sorting, which most steps of decoding need not do.
+            state = jax.lax.cond(starts.any(), evicted, lambda state: state, state)
+            pos, score = state["pos"], state["score"]  # [B, S, P]
+            empty = pos.argmin(1, keepdims=True) if tokens == 1 else jnp.argsort(pos, axis=1)
+            slots = jnp.where(cache_pos[..., None] >= 0, empty[:, :tokens], layout.slots)
+            index = row, slots, jnp.arange(pos.shape[2])[None, None]
+            pos = pos.at[index].set(cache_pos[..., None], mode="drop")
+            score = score.at[index].set(0.0, mode="drop")
+            slots = slots if self.by_head else slots[..., 0]
+            k, v = caches.write(kv.k, k, layer, slots), caches.write(kv.v, v, layer, slots)
+            all_k, all_v = k[layer].astype(q.dtype), v[layer].astype(q.dtype)
+            placed = placement.at(all_k, jnp.broadcast_to(pos, all_k.shape[:3]))
+            part = scores.over_slots(
+                config, placement.rotate(q, by_q), placed, all_v, cache_pos, pos
+            )
+            new = {"pos": pos, "score": self.observe_slots(score, part.weights, cache_pos)}
+            state = kv.state | {name: kv.state[name].at[layer].set(new[name]) for name in new}
+            return part.out, caches.KVState(k, v, state)
+
+        return step, stored_pos
 
     def position_in_cache(self, positions: Int[Array, "*B"]) -> Int[Array, "*B"]:
         """The number in the cache that a token at this position has in its own turn."""

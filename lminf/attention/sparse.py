@@ -276,9 +276,12 @@ def _attend_parts(policy, query, selected):
     seen = policy.in_window(query_pos, near[:, None, None]) & (near >= 0)[:, None, None]
     placed = placement.at(query.q, query.rows_pos)
     near = part(placed, near[:, None], seen, lambda k, pos=near: placement.at(k, pos))
-    first = far(sinks(policy, selected[:, :1]), policy.sink_distance)
-    listed = far(selected, policy.selected_distance)
-    out, lse = scores.merge(near[:2], first[:2], listed[:2])
+    sets = (
+        (sinks(policy, selected[:, :1]), policy.sink_distance),
+        (selected, policy.selected_distance),
+    )
+    parts = [far(*positions)[:2] for positions in sets if positions[0].size]
+    out, lse = scores.merge(near[:2], *parts)
     share = jnp.exp(near.lse - jnp.where(jnp.isneginf(lse), 0, lse))[..., None]
     return out.astype(query.q.dtype), lambda: (near.weights * share).sum(2)
 

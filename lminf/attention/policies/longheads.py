@@ -37,6 +37,7 @@ class LongHeads(sparse.SparsePolicy):
     group = property(attrgetter("chunk"))
     window = property(lambda self: self.chunk + 1)  # the chunk before is always seen
     max_selected = property(lambda self: self.attended - self.window)
+    chunks = property(lambda self: self.attended // self.chunk)  # that a head attends to at most
 
     def __post_init__(self):
         super().__post_init__()
@@ -46,13 +47,8 @@ class LongHeads(sparse.SparsePolicy):
                 f"tokens; give a multiple"
             )
 
-    def _counts(self, slots: int) -> tuple[int, int]:
-        """Chunks of a text of so many tokens, and how many of them a head attends to at most."""
-        count = -(-slots // self.chunk)
-        return count, min(self.attended // self.chunk, count)
-
     def table_size(self, slots: int, rows: int) -> int:
-        return self._counts(slots)[1] * self.chunk
+        return min(self.chunks, -(-slots // self.chunk)) * self.chunk
 
     def init_state(self, shape: caches.CacheShape) -> Any:
         if shape.slots <= self.attended:  # nothing is ever left out
@@ -65,7 +61,7 @@ class LongHeads(sparse.SparsePolicy):
 
     def select(self, state: Any, query: sparse.Query) -> tuple[Int[Array, "B N R M"], Any]:
         """The chunks that each query sees, in order; first -1 for none."""
-        count, most = self._counts(query.slots)
+        count = -(-query.slots // self.chunk)
         chunk = jnp.arange(count, dtype=jnp.int32)[None, None, None]
         current = (jnp.maximum(query.end - 1, 0) // self.chunk)[:, None, None, None]
         ranks = jnp.zeros((*query.q.swapaxes(1, 2).shape[:3], count))
@@ -74,7 +70,8 @@ class LongHeads(sparse.SparsePolicy):
             ranks = scores.dot(query.q, summary)
             ranks = jnp.pad(ranks, ((0, 0),) * 3 + ((0, count - ranks.shape[3]),))
         ranks = jnp.where((chunk == 0) | (chunk >= current - 1), jnp.inf, ranks)
-        return sparse.best_of(jnp.where(chunk <= current, ranks, -jnp.inf), most), state
+        ranks = jnp.where(chunk <= current, ranks, -jnp.inf)
+        return sparse.best_of(ranks, min(self.chunks, count)), state
 
     def attend(self, query: sparse.Query, selected: Int[Array, "B N R M"]) -> tuple[Array, None]:
         """Every query of every head has a list of its own: chunks are visited one after another,

@@ -17,7 +17,7 @@ from lminf import kernels
 from lminf.attention import cache as caches
 from lminf.attention import rope, scores
 from lminf.attention.policy import LayerPolicy, PerHead, Policy, head_policies
-from lminf.attention.scores import Placement, ScoreConfig
+from lminf.attention.scores import Branches, Placement, ScoreConfig
 from lminf.kernels.decode import cache as rolling
 
 
@@ -45,14 +45,16 @@ def prerotate(policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache) -> 
     placement = Placement(config, last)
     by_ring = placement.rotation(ring_pos)
     sink_pos = jnp.broadcast_to(jnp.arange(sinks, dtype=jnp.int32)[None], (len(last), sinks))
-    place_sinks = _by_part(policy, config, placement, sink_pos, "key")
+    place_sinks = _placed(policy, config, placement, sink_pos)
 
     def ring_of(k, v):
         k, v = (caches.rows(x, ring_slots) for x in (k, v))
         return [x.swapaxes(1, 2) for x in (placement.rotate(k, by_ring), v)]
 
     def sinks_of(k, v):
-        return [x.swapaxes(1, 2) for x in (place_sinks(k[:, :sinks]), v[:, :sinks])]
+        return [
+            x.swapaxes(1, 2) for x in (place_sinks(k[:, :sinks], k[:, :sinks])[3], v[:, :sinks])
+        ]
 
     def every_layer(part):
         """[L, B, K, X, H] of rows [B, X, K, H]."""
@@ -80,42 +82,32 @@ def extend(
     positions: Int[Array, "B 1"],
 ) -> Callable[..., tuple[Array, caches.KVState]]:
     """The step of every layer, for one token per row, over a cache of rotated keys."""
-    placement, parts = Placement(config, positions), head_policies(policy)
-    by_position = placement.rotation(positions)
-    near_query = _by_part(policy, config, placement, positions, None)
-    far_query = _by_part(policy, config, placement, positions, "query")
-    far_key = _by_part(policy, config, placement, positions, "key")
+    place = _placed(policy, config, Placement(config, positions), positions)
+    parts = policy.policies if isinstance(policy, PerHead) else (policy,)
+    windows = [min(part.window or layout.window, layout.window) for part in parts]
+    counts = [layout.sinks if part.num_sinks is None else part.num_sinks for part in parts]
+    counts = jnp.broadcast_to(jnp.array(counts, jnp.int32)[None], (len(positions), len(counts)))
     length = jnp.maximum(positions[:, 0], 0)  # of what was read before
     new = (positions[:, 0] >= 0).astype(jnp.int32)
 
     def step(q, k, v, kv: caches.KVState, layer):
-        layers, batch = kv.k.shape[:2]
         slopes = config.slopes(q.shape[2])
         options = config.for_kernel(slopes)
         if slopes is not None:
-            (part,) = parts
-            far, rank = part.far_positions(), jnp.arange(layout.sinks, dtype=jnp.int32)[None]
+            far, rank = parts[0].far_positions(), jnp.arange(layout.sinks, dtype=jnp.int32)[None]
             options["global_distance"] = kernels.GlobalDistance(
                 far.query(positions), far.key(rank), far.scale
             )
         if isinstance(policy, PerHead):
-            parts_ = [(part.window, part.num_sinks) for part in policy.policies]
-            options["head_window"] = [
-                layout.window if width is None else min(width, layout.window) for width, _ in parts_
-            ]
-            counts = [layout.sinks if count is None else count for _, count in parts_]
-            counts = jnp.array(counts, jnp.int32)[None]
-            options["global_count"] = jnp.broadcast_to(counts, (batch, counts.shape[1]))
-        lengths = jnp.broadcast_to(length[None], (layers, batch))
+            options |= {"head_window": windows, "global_count": counts}
+        near_q, near_k, far_q, far_k = place(q, k)
+        lengths = jnp.broadcast_to(length[None], (len(kv.k), len(length)))
         main, other = (kv.k, kv.v), (kv.state["k"], kv.state["v"])
         ring, far = (main, other) if layout.ring else (other, main)
         cache = kernels.RollingCache(*far, *ring, lengths)
-        cache = rolling.append(
-            cache, placement.rotate(k, by_position), v, key_global=far_key(k), count=new,
-            layer=layer,
-        )  # fmt: skip
+        cache = rolling.append(cache, near_k, v, key_global=far_k, count=new, layer=layer)
         out = kernels.lambda_decode(
-            near_query(q)[:, 0], cache, layer=layer, query_global=far_query(q)[:, 0], **options
+            near_q[:, 0], cache, layer=layer, query_global=far_q[:, 0], **options
         )
         assert isinstance(out, jax.Array)  # no residuals
         ring, far = (cache.k_ring, cache.v_ring), (cache.k_global, cache.v_global)
@@ -125,21 +117,11 @@ def extend(
     return step
 
 
-def _by_part(policy, config, placement, positions, of: str | None):
-    """The function that places x [B, X, heads, H] head by head where the parts' far queries or
-    keys seem to be; None: queries where they are.
-    """
+def _placed(policy, config, placement, positions):
+    """The function of q and k at these positions to both, near and then far, head by head."""
 
     def make(part: Policy):
-        far, gain = part.far_positions(), part.query_gain(positions) if of != "key" else None
-        pos, scale = (positions, 1.0) if of is None else (getattr(far, of)(positions), far.scale)
-        by = placement.rotation(pos, scale)
-
-        def placed(x, slopes):
-            del slopes
-            x = x if gain is None else x * gain[..., None, None].astype(x.dtype)
-            return placement.rotate(x, by)
-
-        return placed
+        branches = Branches(part, placement, positions, positions, positions)
+        return lambda q, k, slopes: (*branches.near(q, k), *branches.far(q, k))
 
     return scores.by_head(policy, config, make)

@@ -286,26 +286,34 @@ def _mix_of_one(weights: Float[Array, "B N 1 S"], v: Float[Array, "B S K H"]):
 
 def by_head(
     policy: LayerPolicy, config: ScoreConfig, make: Callable[[Policy], Callable]
-) -> Callable[..., Array]:
+) -> Callable[..., Any]:
     """`run(q, *arrays)` calling `make(part)(q, *arrays, slopes)` for the heads of each part.
 
-    `arrays` have their key/value heads on axis 2, as q has its query heads.
+    `arrays` have their key/value heads on axis 2, as q has its query heads; what comes out, an
+    array or several, has either there.
     """
     if not isinstance(policy, PerHead):
         assert isinstance(policy, Policy)
         alone = make(policy)
         return lambda q, *arrays: alone(q, *arrays, config.slopes(q.shape[2]))
     parts = {part: make(part) for part in dict.fromkeys(policy.policies)}
+    key_heads = {part: [i for i, p in enumerate(policy.policies) if p == part] for part in parts}
 
     def run(q, *arrays):
-        slopes, outs, order = config.slopes(q.shape[2]), [], []
-        query_heads = np.arange(q.shape[2]).reshape(len(policy.policies), -1)
+        slopes, outs = config.slopes(q.shape[2]), []
+        heads_of = np.arange(q.shape[2]).reshape(len(policy.policies), -1)
         for part, attend in parts.items():
-            heads = np.array([i for i, chosen in enumerate(policy.policies) if chosen == part])
-            queries = query_heads[heads].reshape(-1)
+            heads = np.array(key_heads[part])
+            queries = heads_of[heads].reshape(-1)
             some = None if slopes is None else slopes[queries]
             outs.append(attend(q[:, :, queries], *(x[:, :, heads] for x in arrays), some))
-            order.extend(queries)
-        return jnp.concatenate(outs, 2)[:, :, np.argsort(order)]
+        order = [head for heads in key_heads.values() for head in heads]
+
+        def joined(*parts):
+            x = jnp.concatenate(parts, 2)
+            same = heads_of if x.shape[2] == q.shape[2] else np.arange(len(order))[:, None]
+            return x[:, :, np.argsort(same[order].reshape(-1))]
+
+        return jax.tree.map(joined, *outs)
 
     return run

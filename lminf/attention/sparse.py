@@ -16,15 +16,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from lminf import kernels
-from lminf.attention import attention_received, rope, scores
 from lminf.attention import cache as caches
+from lminf.attention import rope, scores
 from lminf.attention.policy import FULL, Policy
 from lminf.attention.scores import Placement, ScoreConfig, by_head
 from lminf.errors import InputError
+from lminf.kernels.common import numerics
 
+RECEIVED_BLOCK = 256  # keys: the weights of 2,048 queries and 9 heads over them are 19 MB
 WHOLE_CALL = 2**31 - 1  # a group of all tokens of a call: each selects by itself
 
 
@@ -250,12 +252,49 @@ def _attend_by_kernel(policy, query, selected):
     )  # fmt: skip
 
     def received():
-        return attention_received.by_key(
+        return received_by_key(
             query.config, near_q, near_k, lse, q_pos=query.pos, k_pos=near_pos,
             seen=policy.in_window,
         )  # fmt: skip
 
     return out, received
+
+
+def received_by_key(
+    config: ScoreConfig,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    lse: Float[Array, "B N T"],
+    *,
+    q_pos: Int[Array, "B T"],
+    k_pos: Int[Array, "B S"],
+    seen: Callable[[Array, Array], Bool[Array, "B T S"]],
+    block: int = RECEIVED_BLOCK,
+) -> Float32[Array, "B N S"]:
+    """Attention each key received by query head: the sum of exp(logit - lse) over the queries that
+    see it, `lse` being that of the whole softmax, of which the keys may be a part.
+
+    Kernels do not return their weights; this computes them again, a block of keys at a time. q and
+    k are placed already. A position below 0 is padding, which neither attends nor is attended to.
+    """
+    keys = k.shape[1]
+    block = min(block, keys)
+    padding = (0, 0), (0, -keys % block)
+    k = jnp.pad(k, (*padding, (0, 0), (0, 0))).swapaxes(1, 2)
+    k_pos = jnp.pad(k_pos, padding, constant_values=-1)
+    log2_e = jnp.float32(numerics.LOG2_E)
+    lse2, query_pos = lse.astype(jnp.float32)[..., None] * log2_e, q_pos[:, :, None]
+
+    def of_block(start: Array) -> Array:
+        some_k = jax.lax.dynamic_slice_in_dim(k, start, block, 2)
+        key_pos = jax.lax.dynamic_slice_in_dim(k_pos, start, block, 1)[:, None]
+        # What is not visible may be beyond what exp2 takes.
+        weights = numerics.exp2(scores.logits(config, q, some_k, lists=True) * log2_e - lse2)
+        visible = seen(query_pos, key_pos) & (query_pos >= 0) & (key_pos >= 0)
+        return jnp.where(visible[:, None], weights, 0.0).sum(2)
+
+    parts = jax.lax.map(of_block, jnp.arange(0, k.shape[2], block, dtype=jnp.int32))
+    return jnp.moveaxis(parts, 0, 2).reshape(*lse.shape[:2], -1)[..., :keys]
 
 
 def _attend_parts(policy, query, selected):

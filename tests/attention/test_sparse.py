@@ -9,8 +9,7 @@ import pytest
 
 from lminf.attention import attend, cache
 from lminf.attention.policies.block_topk import MoBA
-from lminf.attention.policies.hip import HiP
-from lminf.attention.policies.infinite_hip import InfiniteHiP
+from lminf.attention.policies.hip import HiP, InfiniteHiP
 from lminf.attention.policies.infllm import InfLLM
 from lminf.attention.policies.longheads import LongHeads
 from lminf.attention.policies.topk import TopK

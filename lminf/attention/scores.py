@@ -142,6 +142,11 @@ class Part(NamedTuple):
     lse: Float32[Array, "B N T"]  # -inf where nothing is seen
     weights: Float32[Array, "B N T S"]
 
+    def received(self, heads: int) -> Float32[Array, "B K S"]:
+        """What each key got from all queries of its key head, of so many."""
+        by_head = self.weights.sum(2).reshape(len(self.out), heads, -1, self.weights.shape[3])
+        return by_head.sum(2)
+
 
 def attention(
     config: ScoreConfig,
@@ -195,7 +200,9 @@ def merge(*parts: tuple[Array, Array]) -> tuple[Float32[Array, "B T N H"], Float
     total = weights.sum(0)
     some = jnp.where(total == 0, 1.0, total)
     shares = (weights / some[None]).swapaxes(2, 3)[..., None]
-    out = sum(out * share for (out, _), share in zip(parts, shares, strict=True))
+    out = sum(
+        out.astype(jnp.float32) * share for (out, _), share in zip(parts, shares, strict=True)
+    )
     return jnp.asarray(out), jnp.where(total == 0, -jnp.inf, top + jnp.log(some))
 
 

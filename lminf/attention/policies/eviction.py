@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from lminf.attention import cache as caches
 from lminf.attention import scores
@@ -42,6 +42,9 @@ class EvictionPolicy(Policy):
     window = property(attrgetter("capacity"))
     window_field = "capacity"
     evict_every = property(attrgetter("turn"))
+    # Tokens that a turn finds there, once there are so many, and those because of their score.
+    kept = property(lambda self: self.capacity - self.turn)
+    best = property(lambda self: self.kept - self.sinks - (self.recent or 0))
     context_parallel = False
     by_head = False  # whether each key/value head keeps tokens of its own
     best_between = False  # whether sinks and recent tokens are kept apart from the best
@@ -57,16 +60,6 @@ class EvictionPolicy(Policy):
                 f"and turn={self.turn} together; give capacity>="
                 f"{self.capacity - self.best}"
             )
-
-    @property
-    def best(self) -> int:
-        """Tokens that a turn finds there because of their score."""
-        return self.capacity - self.sinks - (self.recent or 0) - self.turn
-
-    @property
-    def kept(self) -> int:
-        """Tokens that a turn finds there, once there are so many."""
-        return self.capacity - self.turn
 
     def cache_layout(self, capacity: int) -> caches.SlotCache:
         return caches.SlotCache(self.capacity)
@@ -119,7 +112,7 @@ class EvictionPolicy(Policy):
             part = scores.over_slots(
                 config, placement.rotate(q, by_q), placed, all_v, cache_pos, pos
             )
-            new = {"pos": pos, "score": self.observe_slots(score, part.weights, cache_pos)}
+            new = {"pos": pos, "score": self.observe_slots(score, part, cache_pos)}
             state = kv.state | {name: kv.state[name].at[layer].set(new[name]) for name in new}
             return part.out, caches.KVState(k, v, state)
 
@@ -132,13 +125,10 @@ class EvictionPolicy(Policy):
         return jnp.where(positions >= 0, number, caches.EMPTY)
 
     def observe_slots(
-        self,
-        score: Float[Array, "B S P"],
-        weights: Float[Array, "B N T S"],
-        cache_pos: Int[Array, "B T"],
+        self, score: Float[Array, "B S P"], part: scores.Part, cache_pos: Int[Array, "B T"]
     ) -> Float[Array, "B S P"]:
-        """Scores of what is held, once tokens with these numbers attended with these weights."""
-        del weights, cache_pos
+        """Scores of what is held, once tokens with these numbers attended to it."""
+        del part, cache_pos
         return score
 
     def end_of_turn(
@@ -155,21 +145,21 @@ class EvictionPolicy(Policy):
         if self.best_between:
             last = pos.max(1, keepdims=True) - (self.recent or 0)
             scored = filled & (pos >= self.sinks) & (pos <= last)
-        by_score = _rank(jnp.lexsort((pos, -jnp.where(scored, score, -jnp.inf)), axis=1))
+
+        def rank(*keys):
+            """Where each one stands in order of the last key, then of those before it."""
+            return jnp.argsort(jnp.lexsort(keys, axis=1), axis=1)
+
+        by_score = rank(pos, -jnp.where(scored, score, -jnp.inf))
         chosen = filled & ((scored & (by_score < self.best)) | (pos < self.sinks))
         # Then by age: every chosen token is before every other one.
-        by_age = _rank(jnp.lexsort((-pos, 1 - chosen.astype(jnp.int32)), axis=1))
+        by_age = rank(-pos, ~chosen)
         stays = filled & (by_age < self.kept)
-        number = _rank(jnp.argsort(jnp.where(stays, pos, LAST), axis=1))
+        number = rank(jnp.where(stays, pos, LAST))
         return {
             "pos": jnp.where(stays, number, caches.EMPTY),
             "score": jnp.where(stays, score, 0.0),
         }
-
-
-def _rank(order: Int[Array, "B S P"]) -> Int[Array, "B S P"]:
-    """Where each one stands in this order."""
-    return jnp.argsort(order, axis=1)
 
 
 @register("h2o")
@@ -188,10 +178,9 @@ class H2O(EvictionPolicy):
     by_head = True
     best_between = True
 
-    def observe_slots(self, score: Array, weights: Array, cache_pos: Array) -> Array:
+    def observe_slots(self, score: Array, part: scores.Part, cache_pos: Array) -> Array:
         del cache_pos
-        received = weights.sum(2).reshape(len(score), score.shape[2], -1, score.shape[1])
-        return score + received.sum(2).swapaxes(1, 2)
+        return score + part.received(score.shape[2]).swapaxes(1, 2)
 
 
 @register("tova")
@@ -204,9 +193,9 @@ class TOVA(EvictionPolicy):
 
     sinks: CountOrNone = 0
 
-    def observe_slots(self, score: Array, weights: Array, cache_pos: Array) -> Array:
+    def observe_slots(self, score: Array, part: scores.Part, cache_pos: Array) -> Array:
         last = cache_pos.argmax(1)[:, None, None, None]
-        seen = jnp.take_along_axis(weights, last, axis=2)[:, :, 0].mean(1)  # [B, S]
+        seen = jnp.take_along_axis(part.weights, last, axis=2)[:, :, 0].mean(1)  # [B, S]
         any_token = (cache_pos >= 0).any(1)[:, None, None]
         return jnp.where(any_token, seen[:, :, None], score)
 
@@ -255,7 +244,7 @@ class SirLLM(EvictionPolicy):
         logits: Callable[[Array], Array],
     ) -> caches.Cache:
         """The cache with the surprise of the tokens that were just read."""
-        before_hidden, before_token = cache.state["hidden"][0], cache.state["token"][0]
+        before_hidden, before_token = (cache.state[name][0] for name in ("hidden", "token"))
         earlier = jnp.concatenate([before_hidden[:, None].astype(hidden.dtype), hidden[:, :-1]], 1)
         previous = jnp.concatenate([before_token[:, None], tokens[:, :-1]], 1)
         expected = logits(earlier)
@@ -263,24 +252,19 @@ class SirLLM(EvictionPolicy):
         chosen = jnp.take_along_axis(expected, of[:, :, None], axis=2)[:, :, 0]
         surprise = jax.nn.logsumexp(expected, axis=-1) - chosen
         surprise = jnp.where(positions > 0, surprise, 0.0)  # nothing stands before the first
-        cache_pos, pos = self.position_in_cache(positions), cache.state["pos"]
-        # [L, B, S, 1, T]
-        here = (pos[..., None] == cache_pos[None, :, None, None, :]) & (cache_pos >= 0)[
-            None, :, None, None, :
-        ]
-        new = jnp.where(here, surprise[None, :, None, None, :], 0.0).sum(-1)
-        any_token, last = (cache_pos >= 0).any(1), cache_pos.argmax(1)
-        rows = jnp.arange(len(tokens))
+        state, cache_pos = cache.state, self.position_in_cache(positions)
+        valid = (cache_pos >= 0)[None, :, None, None]  # beside slots [L, B, S, 1] of each token
+        here = (state["pos"][..., None] == cache_pos[None, :, None, None]) & valid
+        new = jnp.where(here, surprise[None, :, None, None], 0.0).sum(-1)
+        row, last = jnp.arange(len(tokens)), cache_pos.argmax(1)
+        any_token = cache_pos[row, last] >= 0
+        last_hidden = hidden[row, last].astype(before_hidden.dtype)
+        last_hidden = jnp.where(any_token[:, None], last_hidden, before_hidden)
+        last_token = jnp.where(any_token, tokens[row, last], before_token)
         state = {
-            "pos": pos,
-            "score": jnp.where(here.any(-1), new, cache.state["score"]),
-            "hidden": _kept_where(any_token, hidden[rows, last], cache.state["hidden"]),
-            "token": _kept_where(any_token, tokens[rows, last], cache.state["token"]),
+            "pos": state["pos"],
+            "score": jnp.where(here.any(-1), new, state["score"]),
+            "hidden": jnp.broadcast_to(last_hidden[None], state["hidden"].shape),
+            "token": jnp.broadcast_to(last_token[None], state["token"].shape),
         }
         return dataclasses.replace(cache, state=state)
-
-
-def _kept_where(any_token: Bool[Array, " B"], new: Array, old: Array) -> Array:
-    """`old` [L, B, …] with the rows where there is something new."""
-    choose = any_token.reshape(1, -1, *(1,) * (old.ndim - 2))
-    return jnp.where(choose, new[None].astype(old.dtype), old)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lminf.attention import cache as caches
-from lminf.attention import scores
+from lminf.attention import scores, sparse
 from lminf.attention.policy import Count, Policy, register
 from lminf.attention.scores import Placement, ScoreConfig
 from lminf.errors import InputError
@@ -138,29 +138,18 @@ class PromptCompression(Policy):
         return step, new_pos
 
     def _chosen(self, config, q, k, recent, pos, count) -> Int[Array, "B O K"]:
-        """Positions of the older tokens to keep, in order, by key/value head; -1 where there are
-        no more.
-        """
-        kv_heads = k.shape[2]
-        old = (pos >= 0) & (pos < recent[:, :1])  # [B, S]
-        if self.capacity is None:
-            votes = jnp.broadcast_to(old[..., None], (*old.shape, kv_heads)).astype(jnp.float32)
-        else:
-            weights = scores.over_slots(config, q, k, k, recent, pos[..., None]).weights.sum(2)
-            weights = weights.reshape(len(q), kv_heads, -1, k.shape[1]).sum(2)
-            votes = jnp.where(old[..., None], weights.swapaxes(1, 2), 0.0)
-            votes = _pooled(votes, self.pooling)
-        votes = jnp.where(old[..., None], votes, -1.0)  # attention is never below 0
-        best, chosen = jax.lax.top_k(votes.swapaxes(1, 2), count)  # the earlier of equals
-        far = jnp.where(best >= 0, chosen.astype(jnp.int32), jnp.iinfo(jnp.int32).max)
-        far = jnp.sort(far, axis=2).swapaxes(1, 2)
-        return jnp.where(far < k.shape[1], far, caches.EMPTY)
-
-
-def _pooled(x: Float[Array, "B S K"], width: int) -> Float[Array, "B S K"]:
-    """Means over `width` neighbours, missing ones counting as 0."""
-    sums = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, width, 1), (1, 1, 1), "SAME")
-    return sums / width
+        """Positions of the older tokens to keep, in order, by key/value head; first -1 for none."""
+        old = ((pos >= 0) & (pos < recent[:, :1]))[:, None]  # [B, 1, S]
+        votes = jnp.zeros((len(q), k.shape[2], k.shape[1]))
+        if self.capacity is not None:
+            part = scores.over_slots(config, q, k, k, recent, pos[..., None])
+            votes = jnp.where(old, part.received(k.shape[2]), 0.0)
+            # Means over neighbours, missing ones counting as 0, up to a factor.
+            votes = jax.lax.reduce_window(
+                votes, 0.0, jax.lax.add, (1, 1, self.pooling), (1, 1, 1), "SAME"
+            )
+        votes = jnp.where(old, votes, -jnp.inf)
+        return sparse.best_of(votes, count).swapaxes(1, 2)  # of equals the earlier
 
 
 def _narrowed(q: Float[Array, "B T N H"], channels: Int[Array, "B K D"]) -> Array:

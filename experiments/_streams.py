@@ -87,5 +87,5 @@ def as_if_read(empty: cache.Cache, policy: AnyPolicy, tokens: int) -> cache.Cach
         pos = jnp.broadcast_to(pos, empty.state["pos"].shape)
         return dataclasses.replace(empty, state=empty.state | {"pos": pos})
     pos = jnp.arange(tokens, dtype=jnp.int32)[None]
-    slots = cache.destinations(empty.layout, pos)
+    slots = empty.layout.destinations(pos)
     return dataclasses.replace(empty, pos=cache.write_pos(empty.pos, pos, slots))

@@ -9,8 +9,7 @@ if TYPE_CHECKING:
     from lminf.attention.arrays import attend, attend_stepwise
     from lminf.attention.policies.block_topk import MoBA
     from lminf.attention.policies.eviction import H2O, TOVA, SirLLM
-    from lminf.attention.policies.hip import HiP
-    from lminf.attention.policies.infinite_hip import InfiniteHiP
+    from lminf.attention.policies.hip import HiP, InfiniteHiP
     from lminf.attention.policies.infllm import InfLLM
     from lminf.attention.policies.longheads import LongHeads
     from lminf.attention.policies.prompt_compression import SnapKV, ThinK
@@ -70,7 +69,7 @@ _HOMES = {
     **dict.fromkeys(("SnapKV", "ThinK"), "lminf.attention.policies.prompt_compression"),
     **dict.fromkeys(("H2O", "TOVA", "SirLLM"), "lminf.attention.policies.eviction"),
     "HiP": "lminf.attention.policies.hip",
-    "InfiniteHiP": "lminf.attention.policies.infinite_hip",
+    "InfiniteHiP": "lminf.attention.policies.hip",
     "InfLLM": "lminf.attention.policies.infllm",
     "LongHeads": "lminf.attention.policies.longheads",
     "MoBA": "lminf.attention.policies.block_topk",

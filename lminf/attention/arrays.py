@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import jax
@@ -41,17 +41,21 @@ def attend(
     its start; None: 0, 1, …. `scale` of the scores: None is H^-1/2. Options that count layers
     (`from_layer`, `dense_layers`) see the first one.
     """
-    q, k, v = map(jnp.asarray, (q, k, v))
-    layer, config = _layer(policy), _config(encoding, q, scale, soft_cap)
-    tokens = q.shape[1]
-    if layer.evict_every is not None and tokens > layer.evict_every:
-        chunks = _evictions(layer.evict_every, tokens, positions)
-        return attend_stepwise(
-            q, k, v, layer, chunks=chunks, encoding=encoding, positions=positions, scale=scale,
-            soft_cap=soft_cap, implementation=implementation,
-        )  # fmt: skip
-    run = forms.prefill(layer, config, _positions(q, positions), implementation=implementation)
-    return run(q, k, v)
+    layer, tokens = _layer(policy), q.shape[1]
+    if layer.evict_every is None or tokens <= layer.evict_every:
+        config, at = _config(encoding, q, scale, soft_cap), _positions(q, positions)
+        run = forms.prefill(layer, config, at, implementation=implementation)
+        return run(*map(jnp.asarray, (q, k, v)))
+    if positions is not None:
+        raise InputError(
+            f"rows that evict every {layer.evict_every} tokens are read from position 0 on; give "
+            f"no positions, or chunks that end where each row's turns do, to attend_stepwise"
+        )
+    starts = range(0, tokens, layer.evict_every)
+    return attend_stepwise(
+        q, k, v, layer, chunks=[min(layer.evict_every, tokens - start) for start in starts],
+        encoding=encoding, scale=scale, soft_cap=soft_cap, implementation=implementation,
+    )  # fmt: skip
 
 
 def attend_stepwise(
@@ -87,41 +91,30 @@ def attend_stepwise(
         )
     if prompt is not None and prompt not in ends:
         raise InputError(f"prompt={prompt} ends none of the chunks; they end at {ends}")
-    layout = caches.layout_for(layer, tokens)
-    shape = caches.CacheShape(batch, layout.slots, heads, kv_heads, width, k.dtype)
-    cache = caches.empty(
-        layout, layers=1, batch=batch, kv_heads=kv_heads, head_dim=width, dtype=k.dtype,
-        state=layer.init_state(shape),
-    )  # fmt: skip
-    all_positions, outs, start = _positions(q, positions), [], 0
+    shape = caches.CacheShape(batch, tokens, heads, kv_heads, width, k.dtype)
+    cache = caches.create(layer, shape, layers=1)
+    arrays, outs, start = (_positions(q, positions), q, k, v), [], 0
     # Before the prompt's end, then after it: chunks of one size in a row are one scan.
     split = 0 if prompt is None else ends.index(prompt) + 1
-    for count, size in _runs(chunks[:split], chunks[split:]):
+    parts = [itertools.groupby(part) for part in (chunks[:split], chunks[split:])]
+    for size, count in [(size, len(list(same))) for part in parts for size, same in part]:
         ready = layer.needs_prompt or set(chunks[split:]) == {1}
         if prompt is not None and start == prompt and ready:
-            cache = forms.prepare_decoding(
-                layer, config, cache, length=prompt, room=tokens - prompt
-            )
+            room = tokens - prompt
+            cache = forms.prepare_decoding(layer, config, cache, length=prompt, room=room)
             cache = cache.for_decoding()
 
         def read(carry, chunk, layout=cache.layout):
-            kv, pos = carry
-            step, pos = forms.extend(
-                layer, config, layout, pos, chunk[0], implementation=implementation
-            )
-            out, kv = step(chunk[1], chunk[2], chunk[3], kv, jnp.int32(0))
+            (kv, pos), (at, *new) = carry, chunk
+            step, pos = forms.extend(layer, config, layout, pos, at, implementation=implementation)
+            out, kv = step(*new, kv, jnp.int32(0))
             return (kv, pos), out
 
-        def cut(x, start=start, count=count, size=size):
-            x = x[:, start : start + count * size]
-            return x.reshape(batch, count, size, *x.shape[2:]).swapaxes(0, 1)
-
-        (kv, pos), out = jax.lax.scan(
-            read, (cache.kv, cache.pos), [cut(x) for x in (all_positions, q, k, v)]
-        )
-        cache = cache.updated(kv, pos)
+        pieces = [x[:, start : start + count * size] for x in arrays]
+        pieces = [x.reshape(batch, count, size, *x.shape[2:]).swapaxes(0, 1) for x in pieces]
+        carry, out = jax.lax.scan(read, (cache.kv, cache.pos), pieces)
+        cache, start = cache.updated(*carry), start + count * size
         outs.append(out.swapaxes(0, 1).reshape(batch, count * size, *q.shape[2:]))
-        start += count * size
     return jnp.concatenate(outs, 1)
 
 
@@ -145,19 +138,3 @@ def _positions(q, positions) -> Int[Array, "B T"]:
     if positions is None:
         positions = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
     return jnp.broadcast_to(jnp.asarray(positions, jnp.int32), q.shape[:2])
-
-
-def _evictions(every: int, tokens: int, positions) -> list[int]:
-    if positions is not None:
-        raise InputError(
-            f"rows that evict every {every} tokens are read from position 0 on; give no positions, "
-            f"or chunks that end where each row's turns do, to attend_stepwise"
-        )
-    return [min(every, tokens - start) for start in range(0, tokens, every)]
-
-
-def _runs(*parts: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """(how many, size) of equal chunks in a row."""
-    for part in parts:
-        for size, same in itertools.groupby(part):
-            yield len(list(same)), size

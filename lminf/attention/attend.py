@@ -22,7 +22,7 @@ from jaxtyping import Array, Int
 
 from lminf import kernels
 from lminf.attention import cache as caches
-from lminf.attention import decode, slots, sparse
+from lminf.attention import decode, reference, scores, sparse
 from lminf.attention.context_parallel import ContextShards
 from lminf.attention.policy import FULL, LayerPolicy, Policy
 from lminf.attention.scores import Branches, Placement, ScoreConfig, by_head
@@ -58,11 +58,9 @@ def prefill(
     shards = ContextShards(context_axis, positions.shape[1])
 
     def make(part: Policy):
-        if context_axis is not None and segments is None:
-            if part.bounded:
-                return _halo_attention(part, config, positions, shards, implementation)
-            if part.window is None and part.num_sinks == 0:
-                return _ring_attention(part, config, positions, shards, implementation)
+        everything = part.window is None and part.num_sinks == 0
+        if everything and context_axis is not None and segments is None:
+            return _ring_attention(part, config, positions, shards, implementation)
         return _over_sequence(part, config, positions, segments, shards, implementation)
 
     return by_head(policy, config, make)
@@ -74,68 +72,46 @@ def _prefill_through_cache(policy, config, positions, segments, context_axis):
             f"{policy.name} chooses within one text, but packed rows hold several; give each text "
             f"its own row"
         )
-    batch, tokens = positions.shape
 
     def run(q, k, v):
-        layout = caches.layout_for(policy, tokens)
-        kv_heads, width = k.shape[2:]
-        shape = caches.CacheShape(batch, layout.slots, q.shape[2], kv_heads, width, k.dtype)
-        empty = caches.empty(
-            layout, layers=1, batch=batch, kv_heads=kv_heads, head_dim=width, dtype=k.dtype,
-            state=policy.init_state(shape),
-        )  # fmt: skip
-        step, _ = extend(policy, config, layout, empty.pos, positions, context_axis=context_axis)
+        shape = caches.CacheShape(*positions.shape, q.shape[2], *k.shape[2:], k.dtype)
+        empty = caches.create(policy, shape, layers=1)
+        step, _ = extend(
+            policy, config, empty.layout, empty.pos, positions, context_axis=context_axis
+        )
         return step(q, k, v, empty.kv, jnp.int32(0))[0]
 
     return run
 
 
 def _over_sequence(policy, config, positions, segments, shards, implementation):
-    key_pos = shards.all(positions)
-    batch, tokens = key_pos.shape
-    count = tokens if policy.num_sinks is None else min(policy.num_sinks, tokens)
-    if segments is None:
-        # Far keys are the tokens at positions 0.. of each row: behind the padding, if any.
-        far_pos = _first_positions(batch, count)
-        rows = jnp.clip(far_pos - key_pos[:, :1], 0, tokens - 1)
-        key_start = key_pos[:, 0]
-    else:
-        # Every segment has first tokens of its own: the kernel picks them out of all.
-        far_pos, rows, key_start = key_pos, None, 0
-        ids = jnp.where(positions < 0, masks.PADDING, segments)
+    all_pos = shards.all(positions)
+    batch, total = all_pos.shape
+    count = total if policy.num_sinks is None else min(policy.num_sinks, total)
+    # Far keys are the tokens at positions 0.. of each row: behind the padding, if any. Every
+    # segment has first tokens of its own: the kernel picks them out of all.
+    key_pos, far_pos, query_offset = all_pos, _first_positions(batch, count), shards.first
+    halo = policy.bounded and shards.axis is not None and segments is None
+    if segments is not None:
+        far_pos, ids = key_pos, jnp.where(positions < 0, masks.PADDING, segments)
         segments = kernels.SegmentIds(ids, shards.all(ids))
+    elif halo:  # of the keys on other devices only the window's
+        query_offset = min(policy.window - 1, total - shards.tokens)
+        before = jnp.arange(-query_offset, shards.tokens, dtype=positions.dtype)
+        key_pos = positions[:, :1] + before[None]
 
     def keys(k, v):
-        k, v = shards.all(k), shards.all(v)
-        return k, v, *((k, v) if rows is None else (_rows(k, rows), _rows(v, rows)))
+        near = [shards.with_halo(x, query_offset) if halo else shards.all(x) for x in (k, v)]
+        if segments is not None:
+            return *near, *near
+        if halo:
+            return *near, *(shards.rows(x, far_pos - positions[:, :1]) for x in (k, v))
+        rows = jnp.clip(far_pos - key_pos[:, :1], 0, total - 1)
+        return *near, *(caches.rows(x, rows) for x in near)
 
     return _attention(
-        policy, config, Placement(config, key_pos, segments), positions, key_pos, far_pos, count,
-        keys, key_start=key_start, query_offset=shards.first, segments=segments,
-        implementation=implementation,
-    )  # fmt: skip
-
-
-def _halo_attention(policy, config, positions, shards, implementation):
-    """Of a sequence on several devices: the window's keys from the left, and the sinks."""
-    batch, tokens = positions.shape
-    reach = min(policy.window - 1, shards.total - tokens)  # keys that stand on other devices
-    count = min(policy.num_sinks, shards.total)
-    key_pos = positions[:, :1] + jnp.arange(-reach, tokens, dtype=positions.dtype)[None]
-    far_pos = _first_positions(batch, count)
-    rows = far_pos - positions[:, :1]
-    here = ((rows >= 0) & (rows < tokens))[..., None, None]
-
-    def sinks_of(x):
-        local = _rows(x, jnp.clip(rows, 0, tokens - 1))
-        return shards.sum(jnp.where(here, local, jnp.zeros((), x.dtype)))
-
-    def keys(k, v):
-        return *(shards.with_halo(x, reach) for x in (k, v)), sinks_of(k), sinks_of(v)
-
-    return _attention(
-        policy, config, Placement(config, shards.all(positions)), positions, key_pos, far_pos,
-        count, keys, key_start=key_pos[:, 0], query_offset=reach, implementation=implementation,
+        policy, config, Placement(config, all_pos, segments), positions, key_pos, far_pos, keys,
+        count=count, query_offset=query_offset, segments=segments, implementation=implementation,
     )  # fmt: skip
 
 
@@ -146,41 +122,26 @@ def _ring_attention(policy, config, positions, shards, implementation):
 
     def attend(q, k, v, slopes):
         near_q, near_k = branches.near(q, k)
-        fixed = {"num_global": 0, "window_size": shards.total, "scale": config.scale,
-                 "logits_soft_cap": config.soft_cap, "implementation": implementation,
-                 "return_residuals": True}  # fmt: skip
-        if slopes is not None:
-            fixed["alibi_slopes"] = slopes
 
         def visit(carry, away):
-            k, v, out, lse = carry
+            k, v, *merged = carry
             # Keys from beyond the last device are of later tokens, which nobody here sees.
             offset = jnp.where(away <= shards.index, away, away - shards.devices) * q.shape[1]
-            part, part_lse = kernels.lambda_attention(
-                near_q, k, v, query_offset=offset, key_start=positions[:, 0] - offset, **fixed
-            )
-            out, lse = _merge(out, lse, part.astype(jnp.float32), part_lse)
-            return (shards.from_left(k), shards.from_left(v), out, lse), None
+            part = kernels.lambda_attention(
+                near_q, k, v, num_global=0, window_size=shards.total, query_offset=offset,
+                key_start=positions[:, 0] - offset, implementation=implementation,
+                return_residuals=True, **config.for_kernel(slopes),
+            )  # fmt: skip
+            merged = scores.merge(tuple(merged), part)
+            return (shards.from_left(k), shards.from_left(v), *merged), None
 
-        empty = jnp.full((q.shape[0], q.shape[2], q.shape[1]), -jnp.inf, jnp.float32)
-        start = near_k, v, jnp.zeros((*q.shape[:3], v.shape[3]), jnp.float32), empty
+        lse = jnp.full((q.shape[0], q.shape[2], q.shape[1]), -jnp.inf, jnp.float32)
+        start = near_k, v, jnp.zeros((*q.shape[:3], v.shape[3]), jnp.float32), lse
         steps = jnp.arange(shards.devices, dtype=jnp.int32)
         (_, _, out, _), _ = jax.lax.scan(jax.checkpoint(visit), start, steps)
         return out.astype(q.dtype)
 
     return attend
-
-
-def _merge(out, lse, other, other_lse):
-    """Two softmaxes over different keys as the one over both; empty ones weigh nothing."""
-    top = jnp.maximum(lse, other_lse)
-    top = jax.lax.stop_gradient(jnp.where(jnp.isneginf(top), 0.0, top))
-    weights = jnp.exp(lse - top), jnp.exp(other_lse - top)
-    total = weights[0] + weights[1]
-    some = jnp.where(total == 0, 1.0, total)
-    share = [(weight / some).swapaxes(1, 2)[..., None] for weight in weights]
-    merged = jnp.where(total == 0, -jnp.inf, top + jnp.log(some))
-    return out * share[0] + other * share[1], merged
 
 
 # --- A chunk against a cache ----------------------------------------------------------------------
@@ -209,19 +170,21 @@ def extend(
     if isinstance(layout, caches.PreRotated):
         return decode.extend(policy, config, layout, positions), stored_pos
     if isinstance(layout, caches.SlotCache):
-        return slots.extend(policy, config, layout, positions), stored_pos
-    if isinstance(layout, caches.CompressedPrompt):
-        return slots.extend_compressed(config, layout, stored_pos, positions)
+        return policy.extend(config, layout, stored_pos, positions)
     shards = ContextShards(context_axis, positions.shape[1])
-    all_positions = shards.all(positions)
-    to_slots = caches.destinations(layout, all_positions)
-    new_pos = caches.write_pos(stored_pos, all_positions, to_slots)
+    all_pos = shards.all(positions)
+    to_slots = layout.destinations(all_pos)
+    new_pos = caches.write_pos(stored_pos, all_pos, to_slots)
 
     def over_positions(part: Policy):
-        if all_positions.shape[1] == 1:
-            return decode.over_slots(part, config, layout, new_pos, positions)
-        over = _over_all if None in (part.window, part.num_sinks) else _over_window
-        return over(part, config, layout, positions, shards, implementation)
+        if all_pos.shape[1] == 1:
+            # Of all slots, one holds the token itself. The first positions are the first slots.
+            attend = reference.dense(
+                part, config, Placement(config, positions), positions, new_pos,
+                num_far=part.num_sinks,
+            )  # fmt: skip
+            return lambda q, k, v, before_k, before_v, *stored: attend(q, *stored)
+        return _over_cache(part, config, layout, positions, shards, implementation)
 
     if isinstance(policy, sparse.SparsePolicy):
         read = sparse.reader(policy, config, layout, positions, over_positions)
@@ -229,9 +192,8 @@ def extend(
         attend = by_head(FULL if policy.needs_prompt else policy, config, over_positions)
 
         def read(q, k, v, before, kv, layer):
-            after = kv.k[layer], kv.v[layer]
-            state = slots.last_queries(kv.state, q, layer) if policy.needs_prompt else kv.state
-            return attend(q, k, v, before.k[layer], before.v[layer], *after), state
+            stored = [x[layer] for x in (before.k, before.v, kv.k, kv.v)]
+            return attend(q, k, v, *stored), policy.observe_queries(kv.state, q, layer)
 
     def step(q, k, v, kv, layer):
         k, v = shards.all(k), shards.all(v)
@@ -255,44 +217,36 @@ def prepare_decoding(
     return decode.prerotate(policy, config, cache)
 
 
-def _over_window(policy, config, layout, positions, shards, implementation):
-    """A chunk over the last `window` stored tokens, itself, and the first `num_sinks`."""
-    chunk = shards.all(positions)
-    width, count = policy.window, policy.num_sinks
-    recent = chunk[:, :1] + jnp.arange(-width, 0, dtype=chunk.dtype)[None]
-    recent_slots = jnp.clip(layout.slot(recent), 0, layout.slots - 1)
+def _over_cache(policy, config, layout, positions, shards, implementation):
+    """A chunk over a cache: over all of it, which is then in order, or over the last `window`
+    stored tokens, itself, and the first `num_sinks`.
+    """
+    chunk, width, count = shards.all(positions), policy.window, policy.num_sinks
+    if policy.bounded:
+        recent = chunk[:, :1] + jnp.arange(-width, 0, dtype=chunk.dtype)[None]
+        recent_slots = jnp.clip(layout.slot(recent), 0, layout.slots - 1)
+        key_pos, query_offset = jnp.concatenate([recent, chunk], 1), width + shards.first
+    else:
+        recent_slots, count = None, layout.slots if count is None else count
+        key_pos, query_offset = _first_positions(len(chunk), layout.slots), positions[:, 0]
 
-    def window_of(new, before, after):
+    def near(new, before, after):
+        if recent_slots is None:
+            return after
         # Where nothing is overwritten all of it is read after the chunk is written: an array that
         # is read on both sides of its own change is copied, with all layers of it, in every layer.
-        old = _rows(after if isinstance(layout, caches.LinearCache) else before, recent_slots)
+        old = caches.rows(after if layout.keeps_all else before, recent_slots)
         return jnp.concatenate([old.astype(new.dtype), new], 1)
 
     def keys(k, v, before_k, before_v, after_k, after_v):
-        far_k, far_v = after_k[:, :count].astype(k.dtype), after_v[:, :count].astype(v.dtype)
-        return window_of(k, before_k, after_k), window_of(v, before_v, after_v), far_k, far_v
+        after_k, after_v = after_k.astype(k.dtype), after_v.astype(v.dtype)
+        far = after_k[:, :count], after_v[:, :count]
+        return near(k, before_k, after_k), near(v, before_v, after_v), *far
 
     return _attention(
-        policy, config, Placement(config, chunk), positions, jnp.concatenate([recent, chunk], 1),
-        _first_positions(len(chunk), count), count, keys, key_start=recent[:, 0],
-        query_offset=width + shards.first, implementation=implementation,
-    )  # fmt: skip
-
-
-def _over_all(policy, config, layout, positions, shards, implementation):
-    """A chunk over a cache that keeps everything in order."""
-    slot_pos = _first_positions(len(positions), layout.slots)
-    count = layout.slots if policy.num_sinks is None else policy.num_sinks
-
-    def keys(k, v, before_k, before_v, after_k, after_v):
-        del before_k, before_v
-        all_k, all_v = after_k.astype(k.dtype), after_v.astype(v.dtype)
-        return all_k, all_v, all_k[:, :count], all_v[:, :count]
-
-    return _attention(
-        policy, config, Placement(config, shards.all(positions)), positions, slot_pos,
-        slot_pos[:, :count], count, keys, key_start=jnp.zeros(len(positions), jnp.int32),
-        query_offset=positions[:, 0], implementation=implementation,
+        policy, config, Placement(config, chunk), positions, key_pos,
+        _first_positions(len(chunk), count), keys, count=count, query_offset=query_offset,
+        implementation=implementation,
     )  # fmt: skip
 
 
@@ -300,27 +254,19 @@ def _over_all(policy, config, layout, positions, shards, implementation):
 
 
 def _attention(
-    policy, config, placement, positions, key_pos, far_pos, count, keys, *,
-    key_start, query_offset, implementation, segments=None,
+    policy, config, placement, positions, key_pos, far_pos, keys, *,
+    count, query_offset, implementation, segments=None,
 ) -> Callable[..., Array]:  # fmt: skip
     """The function of q, arrays and ALiBi's slopes that attends to `keys(*arrays)`, which are k and
     v at `key_pos` and those of the `count` first tokens at `far_pos`.
     """
     branches = Branches(policy, placement, positions, key_pos, far_pos)
+    key_start = 0 if segments is not None else key_pos[:, 0]
 
     def attend(q, *arrays):
         *arrays, slopes = arrays
         k, v, far_k, far_v = keys(*arrays)
         near_q, near_k = branches.near(q, k)
-        fixed = {
-            "num_global": count,
-            "window_size": k.shape[1] if policy.window is None else policy.window,
-            "scale": config.scale,
-            "logits_soft_cap": config.soft_cap,
-            "implementation": implementation,
-        }
-        if slopes is not None:
-            fixed["alibi_slopes"] = slopes
         by_row: dict = {"query": near_q, "key": near_k, "value": v}  # everything with a batch axis
         if count:
             by_row["query_global"], by_row["key_global"] = branches.far(q, far_k)
@@ -329,16 +275,23 @@ def _attention(
             by_row["global_distance"] = kernels.GlobalDistance(
                 branches.far_q_pos, branches.far_k_pos, branches.far_scale
             )
-        if jnp.ndim(query_offset) == 0:
-            return _outputs(
-                **by_row, **fixed, key_start=key_start, query_offset=query_offset,
-                segment_ids=segments,
+
+        def run(by_row, key_start, query_offset):
+            out = kernels.lambda_attention(
+                **by_row, num_global=count, segment_ids=segments, key_start=key_start,
+                window_size=k.shape[1] if policy.window is None else policy.window,
+                query_offset=query_offset, implementation=implementation,
+                **config.for_kernel(slopes),
             )  # fmt: skip
+            assert isinstance(out, jax.Array)  # no residuals
+            return out
+
+        if jnp.ndim(query_offset) == 0:
+            return run(by_row, key_start, query_offset)
         # Rows of unequal length: each has its own offset, and the kernel takes one.
         return jax.vmap(
-            lambda row, start, offset: _outputs(
-                **jax.tree.map(lambda x: x[None] if jnp.ndim(x) else x, row),
-                **fixed, key_start=start, query_offset=offset,
+            lambda row, *places: run(
+                jax.tree.map(lambda x: x[None] if jnp.ndim(x) else x, row), *places
             )[0],
             in_axes=(jax.tree.map(lambda x: 0 if jnp.ndim(x) else None, by_row), 0, 0),
         )(by_row, key_start, query_offset)  # fmt: skip
@@ -346,16 +299,5 @@ def _attention(
     return attend
 
 
-def _outputs(query: Array, key: Array, value: Array, **options: Any) -> Array:
-    out = kernels.lambda_attention(query, key, value, **options)
-    assert isinstance(out, jax.Array)  # no residuals
-    return out
-
-
 def _first_positions(batch: int, count: int) -> Int[Array, "B R"]:
     return jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (batch, count))
-
-
-def _rows(x: Array, rows: Int[Array, "B R"]) -> Array:
-    """x [B, S, K, H] at these rows. take_along_axis would look up every channel by itself."""
-    return x[jnp.arange(len(rows))[:, None], rows]

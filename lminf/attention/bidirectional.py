@@ -42,21 +42,15 @@ def prefill(
 
         @jax.checkpoint
         def attend_block(args):
-            q, q_positions, q_texts = args
-            logits = scores.scaled(config, q, k)
-            if slopes is not None:
-                distance = jnp.abs(q_positions[:, :, None] - positions[:, None])
-                distance = distance.astype(slopes.dtype)[:, None, None]
-                bias = slopes.reshape(1, k.shape[2], -1, 1, 1) * distance
-                logits = logits - bias.astype(logits.dtype)
-            visible = (q_texts[:, :, None] == texts[:, None]) & (q_texts != masks.PADDING)[
-                ..., None
-            ]
-            weights = scores.softmax(config, logits, visible[:, None, None])
-            return scores.mix(weights.astype(v.dtype), v)
+            q, q_pos, q_texts = args
+            seen = (q_texts[:, :, None] == texts[:, None]) & (q_texts != masks.PADDING)[..., None]
+            distance = (q_pos[:, :, None] - positions[:, None])[:, None]
+            bias = {"slopes": slopes, "distance": distance}
+            return scores.attention(config, q, k, v, seen[:, None], **bias).out
 
-        args = blocks(q), blocks(positions), blocks(texts, masks.PADDING)
-        out = jax.lax.map(attend_block, args)
+        out = jax.lax.map(
+            attend_block, (blocks(q), blocks(positions), blocks(texts, masks.PADDING))
+        )
         return out.swapaxes(0, 1).reshape(batch, -1, *out.shape[3:])[:, :tokens]
 
     return attend

@@ -20,58 +20,44 @@ EMPTY = -1
 
 
 @dataclass(frozen=True)
-class LinearCache:
-    """Every token stays. Slot = position."""
-
-    capacity: int  # tokens
-
-    @property
-    def slots(self) -> int:
-        return self.capacity
-
-    def slot(self, pos: Int[Array, "B T"]) -> Int[Array, "B T"]:
-        return pos
-
-    def keeps(self, pos: Int[Array, "B T"], end: Int[Array, "B 1"]) -> Array:
-        """Of the tokens at `pos`, with `end` the first position not read yet: which to write."""
-        return pos >= 0
-
-
-@dataclass(frozen=True)
 class SinkRingCache:
-    """The first `sinks` tokens stay; the last `window` others take turns in a ring."""
+    """The first `sinks` tokens stay, in order; the last `window` others take turns in a ring."""
 
     sinks: int  # tokens
-    window: int  # tokens
+    window: int = 0  # tokens; 0: every token stays, and there is room for `sinks`
 
     @property
     def slots(self) -> int:
         return self.sinks + self.window
 
+    @property
+    def keeps_all(self) -> bool:
+        return not self.window
+
     def slot(self, pos: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        """Where tokens at these positions are; past the end if there is no room."""
+        if self.keeps_all:
+            return pos
         return jnp.where(pos < self.sinks, pos, self.sinks + (pos - self.sinks) % self.window)
 
-    def keeps(self, pos: Int[Array, "B T"], end: Int[Array, "B 1"]) -> Array:
-        # Tokens that this very chunk pushes out again are not written: two writes to one slot
-        # have no order.
-        return (pos >= 0) & ((pos < self.sinks) | (pos >= end - self.window))
+    def destinations(self, pos: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        """Slot that each new token is written to; past the end for those that are not stored."""
+        kept = pos >= 0
+        if not self.keeps_all:
+            # Tokens that this very chunk pushes out again are not written: two writes to one slot
+            # have no order.
+            kept &= (pos < self.sinks) | (pos > pos[:, -1:] - self.window)
+        return jnp.where(kept, self.slot(pos), self.slots)
 
 
 @dataclass(frozen=True)
 class SlotCache:
-    """A fixed number of slots, any of which may hold any token: a policy's own state says which."""
+    """A fixed number of slots, any of which may hold any token; a policy's own state says which, or
+    what is kept besides.
+    """
 
     slots: int
-
-
-@dataclass(frozen=True)
-class CompressedPrompt:
-    """What is left of a prompt, in a policy's state, and slots for the last of it and for more."""
-
-    slots: int
-
-
-PositionLayout: TypeAlias = LinearCache | SinkRingCache  # a token's position says where it goes
+    keeps_all = False
 
 
 @dataclass(frozen=True)
@@ -83,13 +69,14 @@ class PreRotated:
     window: int  # tokens
     sinks: int  # tokens
     ring: bool  # whether k and v are the ring
+    keeps_all = False
 
     @property
     def slots(self) -> int:
         return self.sinks + self.window
 
 
-Layout: TypeAlias = PositionLayout | SlotCache | CompressedPrompt | PreRotated
+Layout: TypeAlias = SinkRingCache | SlotCache | PreRotated
 
 
 class KVState(NamedTuple):
@@ -104,7 +91,7 @@ class CacheShape(NamedTuple):
     """What a policy must know to make room for what it remembers."""
 
     batch: int
-    slots: int
+    slots: int  # the most tokens that there will ever be
     heads: int  # of queries
     kv_heads: int
     head_dim: int
@@ -158,33 +145,21 @@ def layout_for(policy: LayerPolicy, capacity: int) -> Layout:
     layout = policy.cache_layout(capacity)
     if layout is not None:
         return layout
-    sinks, window = 0, 0
-    for part in head_policies(policy):
-        if part.window is None or part.num_sinks is None:
-            return LinearCache(capacity)
-        sinks, window = max(sinks, part.num_sinks), max(window, part.window)
-    return SinkRingCache(sinks, window)
+    if not policy.bounded:
+        return SinkRingCache(capacity)
+    parts = head_policies(policy)
+    return SinkRingCache(max(p.num_sinks for p in parts), max(p.window for p in parts))
 
 
-def empty(
-    layout: Layout,
-    *,
-    layers: int,
-    batch: int,
-    kv_heads: int,
-    head_dim: int,
-    dtype: Any,
-    state: Any = (),
-) -> Cache:
-    """A cache that has read nothing, with what a policy's `init_state` gives for one layer."""
-    shape = (layers, batch, layout.slots, kv_heads, head_dim)
-    return Cache(
-        jnp.zeros(shape, dtype),
-        jnp.zeros(shape, dtype),
-        jnp.full((batch, layout.slots), EMPTY, jnp.int32),
-        layout,
-        jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), state),
-    )
+def create(policy: LayerPolicy, shape: CacheShape, *, layers: int) -> Cache:
+    """A cache that has read nothing; `shape.slots` is what bounds an unbounded policy."""
+    layout = layout_for(policy, shape.slots)
+    size = (layers, shape.batch, layout.slots, shape.kv_heads, shape.head_dim)
+    k, v = (jnp.zeros(size, shape.dtype) for _ in "kv")
+    pos = jnp.full((shape.batch, layout.slots), EMPTY, jnp.int32)
+    state = policy.init_state(shape._replace(slots=layout.slots))
+    state = jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), state)
+    return Cache(k, v, pos, layout, state)
 
 
 def repeated(cache: Cache, rows: int) -> Cache:
@@ -197,26 +172,28 @@ def repeated(cache: Cache, rows: int) -> Cache:
     return Cache(each(cache.k), each(cache.v), pos, cache.layout, jax.tree.map(each, cache.state))
 
 
-def destinations(layout: PositionLayout, pos: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Slot that each new token is written to; past the end for those that are not stored."""
-    end = pos[:, -1:] + 1
-    return jnp.where(layout.keeps(pos, end), layout.slot(pos), layout.slots)
+def rows(x: Float[Array, "B S K H"], index: Int[Array, "B R"]) -> Float[Array, "B R K H"]:
+    """x at these rows. take_along_axis would look up every channel by itself."""
+    return x[jnp.arange(len(index))[:, None], index]
 
 
 def write(
     stored: Float[Array, "L B S K H"],
     new: Float[Array, "B T K H"],
     layer: Any,
-    slots: Int[Array, "B T"],
+    slots: Int[Array, "B T"] | Int[Array, "B T K"],
 ) -> Float[Array, "L B S K H"]:
-    """`stored` with layer `layer`'s new rows in place."""
-    rows = jnp.arange(new.shape[0])[:, None]
-    return stored.at[layer, rows, slots].set(new.astype(stored.dtype), mode="drop")
+    """`stored` with layer `layer`'s new rows in place, which may differ by key head."""
+    row = jnp.arange(len(new))[:, None]
+    index = layer, row, slots
+    if slots.ndim == 3:
+        index = layer, row[..., None], slots, jnp.arange(slots.shape[2])[None, None]
+    return stored.at[index].set(new.astype(stored.dtype), mode="drop")
 
 
 def write_pos(
     stored: Int[Array, "B S"], pos: Int[Array, "B T"], slots: Int[Array, "B T"]
 ) -> Int[Array, "B S"]:
     """`stored` with the positions of new tokens in their slots."""
-    rows = jnp.arange(pos.shape[0])[:, None]
-    return stored.at[rows, slots].set(pos.astype(stored.dtype), mode="drop")
+    row = jnp.arange(len(pos))[:, None]
+    return stored.at[row, slots].set(pos.astype(stored.dtype), mode="drop")

@@ -3,7 +3,9 @@
 from typing import Any
 
 import jax
-from jaxtyping import Array
+from jaxtyping import Array, Int
+
+from lminf.attention import cache as caches
 
 
 class ContextShards:
@@ -28,9 +30,11 @@ class ContextShards:
         """[B, T, ...] of every device, in order, from each device's share of T."""
         return x if self.axis is None else jax.lax.all_gather(x, self.axis, axis=1, tiled=True)
 
-    def sum(self, x: Array) -> Array:
-        """The sum over devices."""
-        return x if self.axis is None else jax.lax.psum(x, self.axis)
+    def rows(self, x: Array, rows: Int[Array, "B R"]) -> Array:
+        """[B, R, ...], from the devices that have them; row 0 is this device's first."""
+        here = ((rows >= 0) & (rows < self.tokens))[..., None, None]
+        local = caches.rows(x, jax.numpy.clip(rows, 0, self.tokens - 1))
+        return jax.lax.psum(jax.numpy.where(here, local, jax.numpy.zeros((), x.dtype)), self.axis)
 
     def from_left(self, x: Array) -> Array:
         """The left neighbour's x; the first device gets the last one's."""

@@ -1,5 +1,4 @@
-"""One token per row: over the slots of a cache as it was read, or by kernels.lambda_decode over one
-whose keys are rotated.
+"""One token per row by kernels.lambda_decode, over a cache whose keys are rotated.
 
 Where near and far keys seem to be does not depend on the query. So at the end of a prompt the last
 `window` keys are rotated to their positions, head by head as the kernel reads them, and the sinks,
@@ -16,29 +15,10 @@ from jaxtyping import Array, Int
 
 from lminf import kernels
 from lminf.attention import cache as caches
-from lminf.attention import reference, rope
-from lminf.attention import scores as scores_
+from lminf.attention import rope, scores
 from lminf.attention.policy import LayerPolicy, PerHead, Policy, head_policies
-from lminf.attention.scores import Placement, ScoreConfig
+from lminf.attention.scores import Branches, Placement, ScoreConfig
 from lminf.kernels.decode import cache as rolling
-
-
-def over_slots(
-    policy: Policy,
-    config: ScoreConfig,
-    layout: caches.PositionLayout,
-    slot_pos: Int[Array, "B S"],
-    positions: Int[Array, "B 1"],
-) -> Callable[..., Array]:
-    """The function that reads all slots, of which one holds the token itself, for one layer."""
-    # In both layouts the slots of the first positions are the first slots.
-    attend = reference.dense(
-        policy, config, Placement(config, positions), positions, slot_pos, num_far=policy.num_sinks
-    )
-    return lambda q, k, v, before_k, before_v, *stored: attend(q, *stored)
-
-
-# --- Keys rotated once ----------------------------------------------------------------------------
 
 
 def prerotate(policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache) -> caches.Cache:
@@ -51,54 +31,47 @@ def prerotate(policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache) -> 
     layout, encoding, parts = cache.layout, config.encoding, head_policies(policy)
     windows: list[Any] = [part.window for part in parts]
     counts: list[Any] = [part.num_sinks for part in parts]
-    if not policy.context_parallel or not isinstance(layout, caches.PositionLayout):
+    dynamic = isinstance(encoding, rope.Rotary) and isinstance(encoding.scaling, rope.DynamicNTK)
+    by_head = isinstance(encoding, rope.Alibi) and len(parts) > 1
+    if not policy.context_parallel or not isinstance(layout, caches.SinkRingCache):
         return cache
-    if isinstance(encoding, rope.Rotary) and isinstance(encoding.scaling, rope.DynamicNTK):
-        return cache
-    if (isinstance(encoding, rope.Alibi) and len(parts) > 1) or (
-        None in windows and None in counts
-    ):
+    if dynamic or by_head or (None in windows and None in counts):
         return cache
     window = min(layout.slots if None in windows else max(windows), layout.slots)
     sinks = layout.slots if None in counts else max(counts)
     last = cache.pos.max(1, keepdims=True)  # [B, 1]
     ring_pos = last - (last - jnp.arange(window, dtype=jnp.int32)[None]) % window  # of slot p % w
     ring_slots = jnp.clip(layout.slot(ring_pos), 0, layout.slots - 1)
-    placement, row = Placement(config, last), jnp.arange(len(last))[:, None]
+    placement = Placement(config, last)
     by_ring = placement.rotation(ring_pos)
     sink_pos = jnp.broadcast_to(jnp.arange(sinks, dtype=jnp.int32)[None], (len(last), sinks))
-    by_sinks = _by_part(policy, config, placement, sink_pos, "key")
+    place_sinks = _placed(policy, config, placement, sink_pos)
 
-    def ring_of(kv):
-        return placement.rotate(kv[0][row, ring_slots], by_ring), kv[1][row, ring_slots]
+    def ring_of(k, v):
+        k, v = (caches.rows(x, ring_slots) for x in (k, v))
+        return [x.swapaxes(1, 2) for x in (placement.rotate(k, by_ring), v)]
 
-    def sinks_of(kv):
-        return by_sinks(kv[0][:, :sinks]), kv[1][:, :sinks]
+    def sinks_of(k, v):
+        return [
+            x.swapaxes(1, 2) for x in (place_sinks(k[:, :sinks], k[:, :sinks])[3], v[:, :sinks])
+        ]
 
     def every_layer(part):
         """[L, B, K, X, H] of rows [B, X, K, H]."""
-        stacked = jax.lax.map(lambda kv: tuple(x.swapaxes(1, 2) for x in part(kv)), both)
-        return {"k": stacked[0], "v": stacked[1]}
+        return dict(zip("kv", jax.lax.map(lambda kv: part(*kv), (cache.k, cache.v)), strict=True))
 
-    both = (cache.k, cache.v)
     rotated = caches.PreRotated(window, sinks, ring=None not in counts)
     main, other = (ring_of, sinks_of) if rotated.ring else (sinks_of, ring_of)
     state = every_layer(other)
-    if isinstance(layout, caches.LinearCache):
+    if layout.keeps_all:
         # In place, layer by layer: it may fill the memory.
         def change(layer, kv):
-            new = main((kv[0][layer], kv[1][layer]))
-            return tuple(
-                x.at[layer].set(y.swapaxes(1, 2).reshape(y.shape))
-                for x, y in zip(kv, new, strict=True)
-            )
+            new = main(*(x[layer] for x in kv))
+            return [x.at[layer].set(y.reshape(x.shape[1:])) for x, y in zip(kv, new, strict=True)]
 
-        k, v = jax.lax.fori_loop(0, len(cache.k), change, both)
-        return caches.Cache(k, v, cache.pos, rotated, state)
-    stacked = every_layer(main)
-    k, v = (
-        stacked[name].reshape(*stacked[name].shape[:2], -1, *cache.k.shape[3:]) for name in "kv"
-    )
+        k, v = jax.lax.fori_loop(0, len(cache.k), change, [cache.k, cache.v])
+    else:
+        k, v = (x.reshape(*x.shape[:2], -1, *cache.k.shape[3:]) for x in every_layer(main).values())
     return caches.Cache(k, v, cache.pos, rotated, state)
 
 
@@ -109,42 +82,32 @@ def extend(
     positions: Int[Array, "B 1"],
 ) -> Callable[..., tuple[Array, caches.KVState]]:
     """The step of every layer, for one token per row, over a cache of rotated keys."""
-    placement, parts = Placement(config, positions), head_policies(policy)
-    by_position = placement.rotation(positions)
-    near_query = _by_part(policy, config, placement, positions, None)
-    far_query = _by_part(policy, config, placement, positions, "query")
-    far_key = _by_part(policy, config, placement, positions, "key")
+    place = _placed(policy, config, Placement(config, positions), positions)
+    parts = policy.policies if isinstance(policy, PerHead) else (policy,)
+    windows = [min(part.window or layout.window, layout.window) for part in parts]
+    counts = [layout.sinks if part.num_sinks is None else part.num_sinks for part in parts]
+    counts = jnp.broadcast_to(jnp.array(counts, jnp.int32)[None], (len(positions), len(counts)))
     length = jnp.maximum(positions[:, 0], 0)  # of what was read before
     new = (positions[:, 0] >= 0).astype(jnp.int32)
 
     def step(q, k, v, kv: caches.KVState, layer):
-        layers, batch = kv.k.shape[:2]
-        options: dict = {"scale": config.scale, "logits_soft_cap": config.soft_cap}
-        if (slopes := config.slopes(q.shape[2])) is not None:
-            (part,) = parts
-            far, rank = part.far_positions(), jnp.arange(layout.sinks, dtype=jnp.int32)[None]
-            options["alibi_slopes"] = slopes
+        slopes = config.slopes(q.shape[2])
+        options = config.for_kernel(slopes)
+        if slopes is not None:
+            far, rank = parts[0].far_positions(), jnp.arange(layout.sinks, dtype=jnp.int32)[None]
             options["global_distance"] = kernels.GlobalDistance(
                 far.query(positions), far.key(rank), far.scale
             )
         if isinstance(policy, PerHead):
-            parts_ = [(part.window, part.num_sinks) for part in policy.policies]
-            options["head_window"] = [
-                layout.window if width is None else min(width, layout.window) for width, _ in parts_
-            ]
-            counts = [layout.sinks if count is None else count for _, count in parts_]
-            counts = jnp.array(counts, jnp.int32)[None]
-            options["global_count"] = jnp.broadcast_to(counts, (batch, counts.shape[1]))
-        lengths = jnp.broadcast_to(length[None], (layers, batch))
+            options |= {"head_window": windows, "global_count": counts}
+        near_q, near_k, far_q, far_k = place(q, k)
+        lengths = jnp.broadcast_to(length[None], (len(kv.k), len(length)))
         main, other = (kv.k, kv.v), (kv.state["k"], kv.state["v"])
         ring, far = (main, other) if layout.ring else (other, main)
         cache = kernels.RollingCache(*far, *ring, lengths)
-        cache = rolling.append(
-            cache, placement.rotate(k, by_position), v, key_global=far_key(k), count=new,
-            layer=layer,
-        )  # fmt: skip
+        cache = rolling.append(cache, near_k, v, key_global=far_k, count=new, layer=layer)
         out = kernels.lambda_decode(
-            near_query(q)[:, 0], cache, layer=layer, query_global=far_query(q)[:, 0], **options
+            near_q[:, 0], cache, layer=layer, query_global=far_q[:, 0], **options
         )
         assert isinstance(out, jax.Array)  # no residuals
         ring, far = (cache.k_ring, cache.v_ring), (cache.k_global, cache.v_global)
@@ -154,21 +117,11 @@ def extend(
     return step
 
 
-def _by_part(policy, config, placement, positions, of: str | None):
-    """The function that places x [B, X, heads, H] head by head where the parts' far queries or
-    keys seem to be; None: queries where they are.
-    """
+def _placed(policy, config, placement, positions):
+    """The function of q and k at these positions to both, near and then far, head by head."""
 
     def make(part: Policy):
-        far, gain = part.far_positions(), part.query_gain(positions) if of != "key" else None
-        pos, scale = (positions, 1.0) if of is None else (getattr(far, of)(positions), far.scale)
-        by = placement.rotation(pos, scale)
+        branches = Branches(part, placement, positions, positions, positions)
+        return lambda q, k, slopes: (*branches.near(q, k), *branches.far(q, k))
 
-        def placed(x, slopes):
-            del slopes
-            x = x if gain is None else x * gain[..., None, None].astype(x.dtype)
-            return placement.rotate(x, by)
-
-        return placed
-
-    return scores_.by_head(policy, config, make)
+    return scores.by_head(policy, config, make)

@@ -21,8 +21,8 @@ def parse_policy(policy: str | AnyPolicy) -> AnyPolicy:
     """The policy that a text describes, `name:field=value,…`, by a name of POLICIES or by
     `module:Class` in a file of the user's own; a policy is itself.
 
-    It imports that module, from the current folder too. So it is for texts that somebody wrote for
-    this run; what stands in fetched files is read with parse_choice, which knows POLICIES alone.
+    It imports that module, from the current folder too: it is for texts that somebody wrote for
+    this run. What stands in fetched files is read with parse_choice, which knows POLICIES alone.
     """
     if isinstance(policy, Named):
         return _answering(policy)

@@ -6,11 +6,8 @@ A policy of positions is two branches over absolute positions q (query) and k (k
     far    q - k >= window, k < num_sinks      as if at positions (query(q), key(k)) * scale
 
 `window = None` means all, `num_sinks = None` means every earlier token. The branches are
-disjoint, so attention is one softmax over their union. A policy that bounds both is bounded in
-memory: first `num_sinks` and last `window` tokens are all it can ever see.
-
-The policies that go by what tokens hold are in `lminf.attention.policies`. None computes attention:
-`attend` does, and `sparse` and `slots` for those that select or evict.
+disjoint, so attention is one softmax over their union. Those that go by what tokens hold are in
+`lminf.attention.policies`. None computes attention: `attend` does, and `sparse`.
 """
 
 import math
@@ -50,6 +47,10 @@ def _same(positions):
 
 def _constant(value: int) -> PositionMap:
     return lambda positions: jnp.full_like(positions, value)
+
+
+POLICIES: dict[str, type["AnyPolicy"]] = {}
+NAMES: dict[type, str] = {}
 
 
 def register(name: str) -> Callable[[type], type]:
@@ -114,6 +115,15 @@ class LayerPolicy(Named):
         """
         raise NotImplementedError
 
+    def extend(self, config: Any, layout: Any, stored_pos: Array, positions: Array) -> Any:
+        """As `attend.extend`, for a cache whose slots only the policy knows: a SlotCache."""
+        raise NotImplementedError
+
+    def observe_queries(self, state: Any, q: Array, layer: Any) -> Any:
+        """The state after these queries of a prompt, un-rotated."""
+        del q, layer
+        return state
+
     def compress_prompt(self, config: Any, cache: Any, *, length: int, room: int) -> Any:
         """The cache at the end of prompts of at most `length` tokens, with room for more."""
         raise NotImplementedError
@@ -143,9 +153,12 @@ class Policy(LayerPolicy):
         """Factor on the scores of queries at these positions; None: 1."""
         return None
 
+    def max_length(self, trained_length: int) -> int | None:
+        """Tokens up to which no distance seems past the trained length; None: there is no end."""
+        return None
+
     @property
     def bounded(self) -> bool:
-        """Whether a fixed number of tokens is all that is ever seen."""
         return self.window is not None and self.num_sinks is not None
 
     def in_window(self, q: Int[Array, "..."], k: Int[Array, "..."]) -> Bool[Array, "..."]:
@@ -162,6 +175,7 @@ class Policy(LayerPolicy):
         ranges.check(self)
 
 
+@register("full")
 @dataclass(frozen=True)
 class Full(Policy):
     """All earlier tokens at their true distance: the model's own attention."""
@@ -170,6 +184,7 @@ class Full(Policy):
     num_sinks = 0
 
 
+@register("window")
 @dataclass(frozen=True)
 class Window(Policy):
     """The last `window` tokens. Fluent only while the first tokens are still among them."""
@@ -179,6 +194,7 @@ class Window(Policy):
     num_sinks = 0
 
 
+@register("lambda")
 @dataclass(frozen=True)
 class Lambda(Window):
     """First `sinks` and last `window` tokens, where they are: the mask of LM-Infinite alone."""
@@ -188,6 +204,7 @@ class Lambda(Window):
     num_sinks = Policy.num_sinks
 
 
+@register("lm_infinite")
 @dataclass(frozen=True)
 class LMInfinite(Lambda):
     """Λ mask, and every far key at one distance. Source: Han et al. 2024, arXiv:2308.16137."""
@@ -200,6 +217,7 @@ class LMInfinite(Lambda):
         return FarPositions(_constant(limit), _constant(0))
 
 
+@register("streaming")
 @dataclass(frozen=True)
 class Streaming(Lambda):
     """Λ mask with positions counted inside the cache. Source: Xiao et al. 2023, arXiv:2309.17453.
@@ -234,6 +252,7 @@ class _SeesAll(Window):
         return jnp.maximum(grown, 1.0)
 
 
+@register("rerope")
 @dataclass(frozen=True)
 class ReRoPE(_SeesAll):
     """All earlier tokens, none farther than `window`. Source: the ReRoPE release (Su 2023)."""
@@ -242,6 +261,7 @@ class ReRoPE(_SeesAll):
         return FarPositions(_constant(self.window), _constant(0))
 
 
+@register("leaky_rerope")
 @dataclass(frozen=True)
 class LeakyReRoPE(_SeesAll):
     """All earlier tokens; beyond `window`, distance grows `stretch` times slower."""
@@ -253,7 +273,11 @@ class LeakyReRoPE(_SeesAll):
         offset = _offset(self.window, self.stretch)
         return FarPositions(lambda q: q + offset, _same, 1.0 / self.stretch)
 
+    def max_length(self, trained_length: int) -> int:
+        return (trained_length - self.window) * self.stretch + self.window
 
+
+@register("self_extend")
 @dataclass(frozen=True)
 class SelfExtend(_SeesAll):
     """All earlier tokens; beyond `window`, positions are floor-divided by `group`.
@@ -271,6 +295,9 @@ class SelfExtend(_SeesAll):
         offset = _offset(self.window, self.group)
         return FarPositions(lambda q: floored(q) + offset, floored, 1.0 / self.group)
 
+    def max_length(self, trained_length: int) -> int:
+        return (trained_length - self.window + self.window // self.group) * self.group
+
 
 def _offset(window: int, steps: int) -> int:
     """Of far queries, in steps of 1/steps token."""
@@ -282,6 +309,7 @@ def _offset(window: int, steps: int) -> int:
     return window * (steps - 1)
 
 
+@register("per_head")
 @dataclass(frozen=True)
 class PerHead(LayerPolicy):
     """One policy for each key/value head, in order; its query heads follow."""
@@ -293,6 +321,7 @@ class PerHead(LayerPolicy):
         return all(policy.bounded for policy in self.policies)
 
 
+@register("per_layer")
 @dataclass(frozen=True)
 class PerLayer(Named):
     """One policy for each layer; a shorter tuple repeats, so it must divide the layers."""
@@ -304,20 +333,6 @@ FULL = Full()
 
 AnyPolicy: TypeAlias = LayerPolicy | PerLayer
 
-POLICIES: dict[str, type[AnyPolicy]] = {
-    "full": Full,
-    "window": Window,
-    "lambda": Lambda,
-    "lm_infinite": LMInfinite,
-    "streaming": Streaming,
-    "rerope": ReRoPE,
-    "leaky_rerope": LeakyReRoPE,
-    "self_extend": SelfExtend,
-    "per_head": PerHead,
-    "per_layer": PerLayer,
-}
-NAMES: dict[type, str] = {kind: name for name, kind in POLICIES.items()}
-
 
 def by_layer(
     policy: AnyPolicy, *, windows: tuple[int | None, ...], num_kv_heads: int
@@ -328,30 +343,28 @@ def by_layer(
     the attention of the layers that read everything, or of all layers where none does; a layer
     that was trained local in a model that also reads everything (Gemma 2) stays local.
     """
-    trained_policies = tuple(Full() if width is None else Window(width) for width in windows)
     pattern = policy.policies if isinstance(policy, PerLayer) else (policy,)
     if not pattern or len(windows) % len(pattern):
         raise InputError(
             f"{len(pattern)} policies do not divide {len(windows)} layers; "
             f"give one policy for each layer, or a pattern whose length divides {len(windows)}"
         )
-    requested = pattern * (len(windows) // len(pattern))
-    for chosen in requested:
-        whole_layers = [p for p in head_policies(chosen) if not p.context_parallel]
-        if isinstance(chosen, PerHead) and whole_layers:
+    for chosen in (part for part in pattern if isinstance(part, PerHead)):
+        if whole_layers := [p for p in chosen.policies if not p.context_parallel]:
             raise InputError(
                 f"{whole_layers[0].name} chooses for all heads of a layer, so it cannot be one of "
                 f"several head policies; give it whole layers"
             )
-        if isinstance(chosen, PerHead) and len(chosen.policies) != num_kv_heads:
+        if len(chosen.policies) != num_kv_heads:
             raise InputError(
                 f"{len(chosen.policies)} head policies but the model has {num_kv_heads} "
                 f"key/value heads; give one policy for each"
             )
     mixed = any(width is None for width in windows)
+    trained = (Full() if width is None else Window(width) for width in windows)
     return tuple(
-        trained if chosen == Full() or (mixed and width is not None) else chosen
-        for chosen, trained, width in zip(requested, trained_policies, windows, strict=True)
+        local if chosen == Full() or (mixed and local != Full()) else chosen
+        for chosen, local in zip(pattern * (len(windows) // len(pattern)), trained, strict=True)
     )
 
 
@@ -395,13 +408,8 @@ def max_length(policy: AnyPolicy, trained_length: int) -> int | None:
     Only the policies that compress distances have one: past it they are where Full is past the
     trained length.
     """
-    ends = []
-    for part in head_policies(policy):
-        if isinstance(part, SelfExtend):
-            ends.append((trained_length - part.window + part.window // part.group) * part.group)
-        elif isinstance(part, LeakyReRoPE):
-            ends.append((trained_length - part.window) * part.stretch + part.window)
-    return min(ends, default=None)
+    ends = [part.max_length(trained_length) for part in head_policies(policy)]
+    return min((end for end in ends if end is not None), default=None)
 
 
 def head_policies(policy: AnyPolicy) -> tuple[Policy, ...]:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lminf.attention import scores as scores_
+from lminf.attention import scores
 from lminf.attention.policy import LayerPolicy, Policy
-from lminf.attention.scores import Branches, Placement, ScoreConfig, by_head
+from lminf.attention.scores import Branches, Placement, ScoreConfig
 from lminf.kernels.common import masks
 
 
@@ -34,7 +34,7 @@ def reference(
         same_text = q_segments[:, :, None] == k_segments[:, None, :]
         same_text &= (q_segments != masks.PADDING)[:, :, None]
     placement = Placement(config, q_pos, q_segments)
-    return by_head(
+    return scores.by_head(
         policy, config, lambda part: dense(part, config, placement, q_pos, k_pos, same_text)
     )(q, k, v)
 
@@ -51,13 +51,12 @@ def dense(
     """The function of q, k, v and ALiBi's slopes that attends under one softmax, every rotation
     computed once. Only the first `num_far` keys are ever far; None: all may be.
     """
-    scores_of = _scores_of(policy, config, placement, q_pos, k_pos, num_far)
-    seen = _seen(policy, q_pos, k_pos)
-    seen = (seen if same_text is None else seen & same_text)[:, None, None]
+    logits_of, seen = _logits_of(policy, config, placement, q_pos, k_pos, num_far)
+    seen = seen if same_text is None else seen & same_text
 
     def attend(q, k, v, slopes):
-        weights = scores_.softmax(config, scores_of(q, k, slopes), seen)
-        return scores_.mix(weights.astype(v.dtype), v)
+        weights, _ = scores.softmax(logits_of(q, k, slopes), seen[:, None])
+        return scores.mix(weights.astype(v.dtype), v)
 
     return attend
 
@@ -72,32 +71,29 @@ def logits(
     k_pos: Int[Array, "B S"],
 ) -> Float[Array, "B N T S"]:
     """What the reference's softmax is taken of, -inf for what is not seen: for looking at."""
-    scores_of = _scores_of(policy, config, Placement(config, q_pos), q_pos, k_pos)
-    scores = config.capped(scores_of(q, k, config.slopes(q.shape[2])))
-    scores = jnp.where(_seen(policy, q_pos, k_pos)[:, None, None], scores, -jnp.inf)
-    return scores.reshape(scores.shape[0], -1, *scores.shape[3:])
+    logits_of, seen = _logits_of(policy, config, Placement(config, q_pos), q_pos, k_pos)
+    return jnp.where(seen[:, None], logits_of(q, k, config.slopes(q.shape[2])), -jnp.inf)
 
 
-def _seen(policy, q_pos, k_pos) -> Bool[Array, "B T S"]:
-    query_pos, key_pos = q_pos[:, :, None], k_pos[:, None, :]
-    return policy.visible(query_pos, key_pos) & (key_pos >= 0) & (query_pos >= 0)
-
-
-def _scores_of(policy, config, placement, q_pos, k_pos, num_far=None):
-    """The function to scores [B, K, G, T, S] of pairs that are near or far as the policy says."""
-    far_pos = k_pos[:, :num_far]
+def _logits_of(policy, config, placement, q_pos, k_pos, num_far=None):
+    """The function of q, k and slopes to the logits [B, N, T, S] of pairs that are near or far as
+    the policy says, and which of them are seen, [B, T, S].
+    """
+    query_pos, key_pos, far_pos = q_pos[:, :, None], k_pos[:, None, :], k_pos[:, :num_far]
     count, branches = far_pos.shape[1], Branches(policy, placement, q_pos, k_pos, far_pos)
-    is_near = policy.in_window(q_pos[:, :, None], far_pos[:, None, :])[:, None, None]
+    is_near = policy.in_window(query_pos, key_pos[..., :count])[:, None]
+    near_distance = (query_pos - key_pos)[:, None]
+    far_distance = branches.far_q_pos[:, None, :, None] - branches.far_k_pos[:, None, None]
 
-    def scores_of(q, k, slopes):
-        near = scores_.scaled(config, *branches.near(q, k), slopes, q_pos, k_pos[:, None])
+    def logits_of(q, k, slopes):
+        near = scores.logits(config, *branches.near(q, k), slopes=slopes, distance=near_distance)
         if not count:
             return near
-        beyond = scores_.scaled(
-            config, *branches.far(q, k[:, :count]), slopes, branches.far_q_pos,
-            branches.far_k_pos[:, None], branches.far_scale,
+        far = scores.logits(
+            config, *branches.far(q, k[:, :count]), slopes=slopes,
+            distance=far_distance.astype(jnp.float32) * branches.far_scale,
         )  # fmt: skip
-        first = jnp.where(is_near, near[..., :count], beyond)
+        first = jnp.where(is_near, near[..., :count], far)
         return first if count == k.shape[1] else jnp.concatenate([first, near[..., count:]], -1)
 
-    return scores_of
+    return logits_of, policy.visible(query_pos, key_pos) & (key_pos >= 0) & (query_pos >= 0)

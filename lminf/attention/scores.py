@@ -1,17 +1,18 @@
-"""Scores, and values mixed by them: what every form of attention shares.
+"""Scores, the softmax over them and values mixed by it: what every form of attention is made of.
 
 `ScoreConfig` says how a model turns a query and a key into a score, `Placement` where both seem to
-be. Key heads are named K, the G query heads of each N = K G; P key lists serve all N heads alike
-(P is 1, K or N).
+be, `attention` is one softmax, and `merge` makes one of several over different keys. N query heads
+are served by K key heads, or by lists of keys for each of P heads, in order.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, Num
 
 from lminf.attention import rope
 from lminf.attention.policy import LayerPolicy, PerHead, Policy
@@ -33,11 +34,10 @@ class ScoreConfig:
             return jnp.asarray(self.encoding.slopes(num_heads))
         return None
 
-    def capped(self, scores: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Scores under the model's soft cap, where it has one."""
-        if self.soft_cap is None:
-            return scores
-        return self.soft_cap * jnp.tanh(scores / self.soft_cap)
+    def for_kernel(self, slopes: Float[Array, " N"] | None = None) -> dict[str, Any]:
+        """As the arguments of attention kernels."""
+        options = {"scale": self.scale, "logits_soft_cap": self.soft_cap}
+        return options if slopes is None else {**options, "alibi_slopes": slopes}
 
 
 # --- Where queries and keys seem to be ------------------------------------------------------------
@@ -47,72 +47,61 @@ class Placement:
     """Places queries and keys of one call at positions, by rotary rotation where the model has it.
 
     `positions` [B, T] are those that the call reads: dynamic rotary scaling follows their length.
+    With `table`, vectors that each have a position of their own look their angles up in a table of
+    so many positions: computing them made decoding with HiP take 2.4 times as long.
     """
 
-    def __init__(self, config: ScoreConfig, positions: Int[Array, "B T"], segments=None):
-        self.encoding = config.encoding
+    def __init__(
+        self, config: ScoreConfig, positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"] | None = None, *, table: int = 0,
+    ):  # fmt: skip
+        self.rotary = config.encoding if isinstance(config.encoding, rope.Rotary) else None
         self.length = None  # [B, 1]
-        if isinstance(self.encoding, rope.Rotary) and isinstance(
-            self.encoding.scaling, rope.DynamicNTK
-        ):
+        if self.rotary is not None and isinstance(self.rotary.scaling, rope.DynamicNTK):
             if segments is not None:
                 raise InputError(
                     "DynamicNTK follows the length of a row, but packed rows hold texts of several "
                     "lengths; give each text its own row or use NTKAware"
                 )
             self.length = positions.max(-1, keepdims=True) + 1
+        every = jnp.arange(table, dtype=jnp.int32)[None]
+        self.table = self.rotation(jnp.broadcast_to(every, (len(positions), table)))
 
     def rotation(self, positions: Int[Array, "B X"], scale: float = 1.0) -> rope.Rotation | None:
-        """To be computed once for all layers."""
-        if not isinstance(self.encoding, rope.Rotary):
+        """To be computed once for all layers; None where the model does not rotate."""
+        if self.rotary is None:
             return None
-        return rope.rotation(self.encoding, positions, scale=scale, length=self.length)
+        return rope.rotation(self.rotary, positions, scale=scale, length=self.length)
 
     def rotate(
         self, x: Float[Array, "*B X N H"], by: rope.Rotation | None
     ) -> Float[Array, "*B X N H"]:
         """x rotated; itself where the model does not rotate."""
-        if not isinstance(self.encoding, rope.Rotary) or by is None:
-            return x
-        return rope.rotate(x, by, self.encoding.layout)
+        return x if self.rotary is None or by is None else rope.rotate(x, by, self.rotary.layout)
 
-    def at(
-        self, x: Float[Array, "B X N H"], positions: Int[Array, "B X"], scale: float = 1.0
-    ) -> Float[Array, "B X N H"]:
-        """x placed at these positions."""
-        return self.rotate(x, self.rotation(positions, scale))
+    def at(self, x: Float[Array, "B *X H"], positions: Int[Array, "*Y"]) -> Float[Array, "B *X H"]:
+        """x [B, X, N, H] placed at positions [B, X], or with a position for each vector, [B, ...],
+        that is in the table.
+        """
+        if positions.ndim == x.ndim - 2:
+            return self.rotate(x, self.rotation(positions))
+        if self.table is None:
+            return x
+        row = jnp.arange(len(positions), dtype=jnp.int32)
+        row = jnp.expand_dims(row, range(1, positions.ndim))
+        positions = jnp.clip(positions, 0, self.table.cos.shape[1] - 1)
+        by = rope.Rotation(*(angles[row, positions] for angles in self.table))
+        return self.rotate(x[..., None, :], by)[..., 0, :]
 
     def away(self, q: Float[Array, "B X N H"], distance: int) -> Float[Array, "B X N H"]:
         """q such that keys as they are stored seem to be so far away."""
         by = self.rotation(jnp.full(q.shape[:2], distance, jnp.int32))
-        if by is None or not isinstance(self.encoding, rope.Rotary):
+        if self.rotary is None or by is None:
             return q
         # Keys rotated by nothing would still carry the schedule's temperature, in the channels
         # that rotate.
-        warm = jnp.float32(self.encoding.scaling.temperature)
+        warm = jnp.float32(self.rotary.scaling.temperature)
         return self.rotate(q, rope.Rotation(by.cos * warm, by.sin * warm))
-
-    def table(self, positions: int, batch: int) -> rope.Rotation | None:
-        """Rotations of positions 0.., for `look_up`: lists of a head's own would each compute
-        their angles anew, which made decoding with HiP take 2.4 times as long.
-        """
-        every = jnp.arange(positions, dtype=jnp.int32)
-        return self.rotation(jnp.broadcast_to(every, (batch, positions)))
-
-    def look_up(
-        self,
-        x: Float[Array, "B *X H"],
-        table: rope.Rotation | None,
-        positions: Array,
-    ) -> Float[Array, "B *X H"]:
-        """x [B, ..., H] with each vector at a position of its own, [B, ...]."""
-        if table is None:
-            return x
-        positions = jnp.clip(positions, 0, table.cos.shape[1] - 1)
-        row = jnp.arange(len(positions), dtype=jnp.int32)
-        row = jnp.expand_dims(row, range(1, positions.ndim))
-        by = rope.Rotation(table.cos[row, positions], table.sin[row, positions])
-        return self.rotate(x[..., None, :], by)[..., 0, :]
 
 
 class Branches:
@@ -121,8 +110,7 @@ class Branches:
     def __init__(self, policy: Policy, placement: Placement, q_pos, k_pos, far_pos):
         """Queries at q_pos [B, T], keys at k_pos [B, S], of the far branch at far_pos [B, R]."""
         far = policy.far_positions()
-        self.window, self.placement = policy.window, placement
-        self.gain = policy.query_gain(q_pos)
+        self.placement, self.gain = placement, policy.query_gain(q_pos)
         self.far_q_pos, self.far_k_pos = far.query(q_pos), far.key(far_pos)
         self.far_scale = far.scale
         self._near = placement.rotation(q_pos), placement.rotation(k_pos)
@@ -144,32 +132,134 @@ class Branches:
         return self.placement.rotate(q, by[0]), self.placement.rotate(k, by[1])
 
 
+# --- One softmax ----------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """Attention over some of the keys, one part of what `merge` makes of several."""
+
+    out: Float[Array, "B T N Hv"]  # zero where nothing is seen
+    lse: Float32[Array, "B N T"]  # -inf where nothing is seen
+    weights: Float32[Array, "B N T S"]
+
+    def received(self, heads: int) -> Float32[Array, "B K S"]:
+        """What each key got from all queries of its key head, of so many."""
+        by_head = self.weights.sum(2).reshape(len(self.out), heads, -1, self.weights.shape[3])
+        return by_head.sum(2)
+
+
+def attention(
+    config: ScoreConfig,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "..."],
+    v: Float[Array, "..."],
+    seen: Bool[Array, "#B #P #T #S"],
+    **options: Any,
+) -> Part:
+    """One softmax of placed queries over placed keys: rows [B, S, K, H], or with `lists` the lists
+    [B, P, S, H] of P heads. P is 1, K or N; what is seen may differ by it. `options` are those of
+    `logits`.
+    """
+    weights, lse = softmax(logits(config, q, k, **options), seen)
+    return Part(mix(weights.astype(v.dtype), v, options.get("lists", False)), lse, weights)
+
+
+def over_slots(
+    config: ScoreConfig,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    q_pos: Int[Array, "B T"],
+    k_pos: Int[Array, "B S P"],
+) -> Part:
+    """`attention` over the rows of a cache that are filled, at a position of 0 or more, and not
+    later. Which token a row holds may differ by key head; P is 1 or K.
+    """
+    k_pos, q_pos = k_pos.swapaxes(1, 2)[:, :, None], q_pos[:, None, :, None]
+    seen, slopes = (k_pos >= 0) & (k_pos <= q_pos), config.slopes(q.shape[2])
+    return attention(config, q, k, v, seen, slopes=slopes, distance=q_pos - k_pos)
+
+
+def softmax(
+    logits: Float32[Array, "B N T S"], seen: Bool[Array, "#B #P #T #S"]
+) -> tuple[Float32[Array, "B N T S"], Float32[Array, "B N T"]]:
+    """Weights, all zero for a query that sees nothing, and the log of their sum before."""
+    logits = jnp.where(each_head(seen, logits.shape[1]), logits, MASKED)
+    top = jax.lax.stop_gradient(jnp.maximum(logits.max(-1, keepdims=True), MASKED / 2))
+    weights = jnp.exp(logits - top)
+    total = weights.sum(-1, keepdims=True)
+    some = jnp.where(total == 0, 1.0, total)
+    return weights / some, jnp.where(total == 0, -jnp.inf, top + jnp.log(some))[..., 0]
+
+
+def merge(*parts: tuple[Array, Array]) -> tuple[Float32[Array, "B T N H"], Float32[Array, "B N T"]]:
+    """Outputs and LSE of one softmax over the keys of all parts (out, LSE), which share none."""
+    lses = jnp.stack([lse for _, lse in parts])
+    top = jax.lax.stop_gradient(jnp.maximum(lses.max(0), MASKED))
+    weights = jnp.exp(lses - top[None])
+    total = weights.sum(0)
+    some = jnp.where(total == 0, 1.0, total)
+    shares = (weights / some[None]).swapaxes(2, 3)[..., None]
+    out = sum(
+        out.astype(jnp.float32) * share for (out, _), share in zip(parts, shares, strict=True)
+    )
+    return jnp.asarray(out), jnp.where(total == 0, -jnp.inf, top + jnp.log(some))
+
+
+def logits(
+    config: ScoreConfig,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "..."],
+    *,
+    slopes: Float[Array, " N"] | None = None,
+    distance: Num[Array, "#B #P T S"] | None = None,
+    lists: bool = False,
+) -> Float32[Array, "B N T S"]:
+    """What the softmax of placed queries and keys is taken of; ALiBi's slopes take off their
+    distance.
+    """
+    scores = dot(q, k, lists) * jnp.float32(config.scale)
+    if slopes is not None and distance is not None:
+        distance = each_head(jnp.abs(distance).astype(jnp.float32), len(slopes))
+        scores -= slopes[None, :, None, None] * distance
+    if config.soft_cap is None:
+        return scores
+    return config.soft_cap * jnp.tanh(scores / config.soft_cap)
+
+
+def each_head(x: Array, heads: int) -> Array:
+    """x [B, P, ...] for each of N heads, where P is neither 1 nor N."""
+    return x if x.shape[1] in (1, heads) else jnp.repeat(x, heads // x.shape[1], axis=1)
+
+
 # --- Products -------------------------------------------------------------------------------------
 
-# Queries of one key head are rows of one product. Named apart, [B, K, G, T, S] comes out of it in
-# another order and is copied, which takes longer than both products (512 queries, 2,048 keys).
 
-
-def rows_of_key_heads(q: Float[Array, "B T N H"], key_heads: int) -> Float[Array, "B K G T H"]:
-    return q.reshape(*q.shape[:2], key_heads, -1, q.shape[3]).transpose(0, 2, 3, 1, 4)
-
-
-def dot(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"]) -> Float[Array, "B K G T S"]:
-    if q.shape[1] == 1:
+def dot(
+    q: Float[Array, "B T N H"], k: Float[Array, "..."], lists: bool = False
+) -> Float32[Array, "B N T S"]:
+    """Products of queries and keys, rows [B, S, K, H] or lists [B, P, S, H]."""
+    (batch, tokens, heads, width), count = q.shape, k.shape[1 if lists else 2]
+    if tokens == 1 and not lists:
         return _dot_of_one(q, k)
-    rows = rows_of_key_heads(q, k.shape[2])
-    flat = rows.reshape(*rows.shape[:2], -1, rows.shape[4])
-    scores = jnp.einsum("bkrh,bskh->bkrs", flat, k, preferred_element_type=jnp.float32)
-    return scores.reshape(*rows.shape[:4], -1)
+    # Queries of one key head are rows of one product. Named apart, the scores come out of it in
+    # another order and are copied, which takes longer than both products (512 queries, 2,048 keys).
+    rows = q.swapaxes(1, 2).reshape(batch, count, -1, width)
+    form = "bprh,bpsh->bprs" if lists else "bprh,bsph->bprs"
+    scores = jnp.einsum(form, rows, k, preferred_element_type=jnp.float32)
+    return scores.reshape(batch, heads, tokens, -1)
 
 
-def mix(weights: Float[Array, "B K G T S"], v: Float[Array, "B S K H"]) -> Float[Array, "B T N H"]:
-    if weights.shape[3] == 1:
+def mix(
+    weights: Float[Array, "B N T S"], v: Float[Array, "..."], lists: bool = False
+) -> Float[Array, "B T N H"]:
+    """Values, rows [B, S, K, H] or lists [B, P, S, H], summed with these weights."""
+    (batch, heads, tokens, slots), count = weights.shape, v.shape[1 if lists else 2]
+    if tokens == 1 and not lists:
         return _mix_of_one(weights, v)
-    rows = weights.reshape(*weights.shape[:2], -1, weights.shape[4])
-    out = jnp.einsum("bkrs,bskh->bkrh", rows, v)
-    out = out.reshape(*weights.shape[:4], -1).transpose(0, 3, 1, 2, 4)
-    return out.reshape(*out.shape[:2], -1, out.shape[4])
+    rows = weights.reshape(batch, count, -1, slots)
+    out = jnp.einsum("bprs,bpsh->bprh" if lists else "bprs,bsph->bprh", rows, v)
+    return out.reshape(batch, heads, tokens, -1).swapaxes(1, 2)
 
 
 # A product for each key head would first copy the cache, transposed, in every layer. Side by side
@@ -186,47 +276,16 @@ def _dot_of_one(q: Float[Array, "B 1 N H"], k: Float[Array, "B S K H"]):
         "bnc,bsc->bns", wide.reshape(batch, q.shape[2], -1), k.reshape(batch, slots, -1),
         preferred_element_type=jnp.float32,
     )  # fmt: skip
-    return scores.reshape(batch, key_heads, -1, 1, slots)
+    return scores[:, :, None]
 
 
-def _mix_of_one(weights: Float[Array, "B K G 1 S"], v: Float[Array, "B S K H"]):
+def _mix_of_one(weights: Float[Array, "B N 1 S"], v: Float[Array, "B S K H"]):
     """`mix` of one query per row: every head mixes all columns, and keeps its key head's."""
     batch, slots, key_heads, width = v.shape
-    rows = weights.reshape(batch, -1, slots)
-    out = jnp.einsum("bns,bsc->bnc", rows, v.reshape(batch, slots, -1))
+    out = jnp.einsum("bns,bsc->bnc", weights[:, :, 0], v.reshape(batch, slots, -1))
     out = out.reshape(batch, key_heads, -1, key_heads, width)
     kept = jnp.stack([out[:, head, :, head] for head in range(key_heads)], 1)
     return kept.reshape(batch, 1, -1, width)
-
-
-def scaled(
-    config: ScoreConfig,
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    slopes: Float[Array, " N"] | None = None,
-    q_pos: Int[Array, "B T"] | None = None,
-    k_pos: Int[Array, "B P S"] | None = None,
-    scale: float = 1.0,
-) -> Float[Array, "B K G T S"]:
-    """Scores of placed queries and keys before the soft cap. ALiBi's slopes take off the distance
-    between their positions times `scale`; P is 1 or K.
-    """
-    products = dot(q, k) * jnp.float32(config.scale)
-    if slopes is None or q_pos is None or k_pos is None:
-        return products
-    distance = (q_pos[:, None, :, None] - k_pos[:, :, None]).astype(jnp.float32) * scale
-    return products - slopes.reshape(1, k.shape[2], -1, 1, 1) * distance[:, :, None]
-
-
-def softmax(
-    config: ScoreConfig, scores: Float[Array, "B K G T S"], seen: Bool[Array, "#B #K #G #T #S"]
-) -> Float[Array, "B K G T S"]:
-    """Weights of the values, float32; all zero for a query that sees nothing."""
-    scores = jnp.where(seen, config.capped(scores), MASKED)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    weights = jnp.where(seen, weights, 0.0)
-    total = weights.sum(-1, keepdims=True)
-    return weights / jnp.where(total == 0, 1.0, total)
 
 
 # --- Heads that differ ----------------------------------------------------------------------------
@@ -234,28 +293,34 @@ def softmax(
 
 def by_head(
     policy: LayerPolicy, config: ScoreConfig, make: Callable[[Policy], Callable]
-) -> Callable[..., Array]:
+) -> Callable[..., Any]:
     """`run(q, *arrays)` calling `make(part)(q, *arrays, slopes)` for the heads of each part.
 
-    `arrays` have their key/value heads on axis 2, as q has its query heads.
+    `arrays` have their key/value heads on axis 2, as q has its query heads; what comes out, an
+    array or several, has either there.
     """
     if not isinstance(policy, PerHead):
         assert isinstance(policy, Policy)
         alone = make(policy)
         return lambda q, *arrays: alone(q, *arrays, config.slopes(q.shape[2]))
     parts = {part: make(part) for part in dict.fromkeys(policy.policies)}
+    key_heads = {part: [i for i, p in enumerate(policy.policies) if p == part] for part in parts}
 
     def run(q, *arrays):
-        slopes = config.slopes(q.shape[2])
-        group = q.shape[2] // len(policy.policies)
-        out: list = [None] * q.shape[2]
+        slopes, outs = config.slopes(q.shape[2]), []
+        heads_of = np.arange(q.shape[2]).reshape(len(policy.policies), -1)
         for part, attend in parts.items():
-            heads = [i for i, chosen in enumerate(policy.policies) if chosen == part]
-            queries = np.array([i * group + j for i in heads for j in range(group)])
-            taken = [x[:, :, np.array(heads)] for x in arrays]
-            some = attend(q[:, :, queries], *taken, None if slopes is None else slopes[queries])
-            for index, head in enumerate(queries):
-                out[head] = some[:, :, index]
-        return jnp.stack(out, 2)
+            heads = np.array(key_heads[part])
+            queries = heads_of[heads].reshape(-1)
+            some = None if slopes is None else slopes[queries]
+            outs.append(attend(q[:, :, queries], *(x[:, :, heads] for x in arrays), some))
+        order = [head for heads in key_heads.values() for head in heads]
+
+        def joined(*parts):
+            x = jnp.concatenate(parts, 2)
+            same = heads_of if x.shape[2] == q.shape[2] else np.arange(len(order))[:, None]
+            return x[:, :, np.argsort(same[order].reshape(-1))]
+
+        return jax.tree.map(joined, *outs)
 
     return run

@@ -12,20 +12,21 @@ read alone selects alone.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from lminf import kernels
-from lminf.attention import attention_received, rope
 from lminf.attention import cache as caches
-from lminf.attention import scores as scores_
+from lminf.attention import rope, scores
 from lminf.attention.policy import FULL, Policy
 from lminf.attention.scores import Placement, ScoreConfig, by_head
 from lminf.errors import InputError
+from lminf.kernels.common import numerics
 
+RECEIVED_BLOCK = 256  # keys: the weights of 2,048 queries and 9 heads over them are 19 MB
 WHOLE_CALL = 2**31 - 1  # a group of all tokens of a call: each selects by itself
 
 
@@ -33,6 +34,7 @@ class SparsePolicy(Policy):
     """Selects among all earlier tokens. Subclasses say which, and what they remember."""
 
     context_parallel = False
+    bounded = property(lambda self: False)  # what may be selected is anything
 
     group: Any  # int: queries that select together, where they are read together
     # int | "true" | "packed". Where what is selected seems to be: so far away from every query,
@@ -41,13 +43,6 @@ class SparsePolicy(Policy):
     last_only = False  # whether only the last query of a call selects, and others see a window
     dense_layers = 0  # layers at the start, of those with this policy, that see everything
     ranks_by_products = False  # so that ALiBi's bias would be missing
-
-    @property
-    def bounded(self) -> bool:
-        return False  # what may be selected is anything
-
-    def cache_layout(self, capacity: int) -> caches.LinearCache:
-        return caches.LinearCache(capacity)
 
     def table_size(self, slots: int, rows: int) -> int:
         """One past the largest position that a key of a list is placed at; 0: none is by a list."""
@@ -61,36 +56,80 @@ class SparsePolicy(Policy):
         return self.selected_distance
 
     def select(self, state: Any, query: "Query") -> tuple[Any, Any]:
-        """What these queries see, and the state."""
+        """Positions [B, P, X] of what these queries see, in lists of P heads (1, K or N), rising,
+        -1 for none; and the state. Where all is at one distance, sinks and windows are added to
+        it, and a query sees of it what is beyond its own window.
+        """
         raise NotImplementedError
 
     def attend(
         self, query: "Query", selected: Any
     ) -> tuple[Float[Array, "B R N H"], Callable[[], Array] | None]:
         """Outputs over what is selected, and the function of what the window's keys received."""
-        by_kernel = query.q.shape[1] > 1 and isinstance(self.selected_distance, int)
-        return (_by_kernel if by_kernel else _gathered)(self, query, selected)
+        if not isinstance(self.selected_distance, int):
+            return attend_list(self, query, selected), None
+        by_kernel = query.q.shape[1] > 1
+        return (_attend_by_kernel if by_kernel else _attend_parts)(self, query, selected)
 
-    def observe(self, state: Any, query: "Query", selected: Any, received: Any) -> Any:
-        """The state once they attended; `received()` [B, N, W] is what the window's keys got."""
-        del query, selected, received
+    def observe(self, state: Any, query: "Query", received: Any) -> Any:
+        """The state once they attended; `received()` [B, N, W] is what the keys of
+        `query.window(self.window)` got.
+        """
+        del query, received
         return state
 
 
-class Selected(NamedTuple):
-    """What a group of queries sees, beside the policy's sinks.
+@dataclass(frozen=True)
+class Query:
+    """The queries of one call that select together, in R rows, and the cache that they may ask."""
 
-    Where all is at one distance, a query sees of `positions` what is beyond its own window; else
-    the window of all queries is the one given.
-    """
-
-    positions: Int[Array, "B P X"]  # rising, -1 for none; lists of P heads: 1, K or N
-    window_start: Int[Array, " B"]
-    window_len: int
+    q: Float[Array, "B R N H"]  # un-rotated
+    rows_pos: Int[Array, "B R"]  # rising by one along the rows, empty ones too
+    pos: Int[Array, "B R"]  # -1 where the row is empty; the first is only in an empty group
+    kv: caches.KVState  # of all layers, with the call's keys and values in it
+    layer: Array
+    alone: bool  # whether it is all that the call reads, one token
+    config: ScoreConfig
+    placement: Placement
 
     @property
-    def window_positions(self) -> Int[Array, "B W"]:
-        return self.window_start[:, None] + jnp.arange(self.window_len, dtype=jnp.int32)[None]
+    def first(self) -> Int[Array, " B"]:
+        """The smallest position."""
+        return jnp.maximum(self.rows_pos[:, 0], 0)
+
+    @property
+    def end(self) -> Int[Array, " B"]:
+        """One past the largest; 0 in an empty group."""
+        return self.pos.max(1) + 1
+
+    @property
+    def slots(self) -> int:
+        """The most tokens that there will ever be."""
+        return self.kv.k.shape[2]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.kv.k.shape[3]
+
+    def window(self, before: int) -> Int[Array, "B W"]:
+        """Positions from so many tokens before the first query to the last row."""
+        return self.first[:, None] + jnp.arange(-before, self.q.shape[1], dtype=jnp.int32)[None]
+
+    def rows(self, stored: Float[Array, "L B S K H"], positions: Int[Array, "B X"]) -> Array:
+        """[B, X, K, H] of this layer; positions that there are none of give any row."""
+        row = jnp.arange(len(positions), dtype=jnp.int32)[:, None]
+        positions = jnp.clip(positions, 0, stored.shape[2] - 1)
+        return stored[self.layer, row, positions].astype(self.q.dtype)
+
+    def lists(self, stored: Float[Array, "L B S K H"], positions: Int[Array, "B P X"]) -> Array:
+        """[B, P, X, H], with a list of positions for each of P heads; of all K where P is 1."""
+        if positions.shape[1] == 1:
+            return self.rows(stored, positions[:, 0]).swapaxes(1, 2)
+        row = jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None, None]
+        head = jnp.arange(positions.shape[1], dtype=jnp.int32)[None, :, None]
+        head = head // (positions.shape[1] // stored.shape[3])
+        positions = jnp.clip(positions, 0, stored.shape[2] - 1)
+        return stored[self.layer, row, positions, head].astype(self.q.dtype)
 
 
 def block_positions(
@@ -102,118 +141,16 @@ def block_positions(
     return jnp.where(block_ids >= 0, positions, -1).reshape(*block_ids.shape[:2], -1)
 
 
-# --- Groups of queries ----------------------------------------------------------------------------
+def best_of(ranks: Float[Array, "*B X"], count: int) -> Int[Array, "*B {count}"]:
+    """Where the largest are, rising; first -1 in place of those that are -inf."""
+    best, indices = jax.lax.top_k(ranks, count)
+    return jnp.sort(jnp.where(jnp.isneginf(best), -1, indices.astype(jnp.int32)), axis=-1)
 
 
-class Group(NamedTuple):
-    """The tokens of one call that select together, in R rows, some of them empty."""
-
-    columns: Int[Array, "B R"]  # where in the chunk they stand
-    rows_pos: Int[Array, "B R"]  # rising by one along the rows, empty ones too
-    pos: Int[Array, "B R"]  # -1 where the row is empty
-    first: Int[Array, " B"]  # the smallest position that is not
-    end: Int[Array, " B"]  # one past the largest; `first` in an empty group
-
-    @property
-    def base(self) -> Int[Array, " B"]:
-        """The position of the first row."""
-        return self.rows_pos[:, 0]
-
-    def cut(self, x: Float[Array, "B T N H"]) -> Float[Array, "B R N H"]:
-        return x[_each_row(self.columns), jnp.clip(self.columns, 0, x.shape[1] - 1)]
-
-    def put(self, out: Float[Array, "B T N H"], part: Array) -> Float[Array, "B T N H"]:
-        columns = jnp.where(self.pos >= 0, self.columns, out.shape[1])
-        return out.at[_each_row(columns), columns].set(part.astype(out.dtype), mode="drop")
-
-
-class Groups:
-    """A chunk's tokens in groups that are aligned to positions, not to columns of the chunk."""
-
-    def __init__(self, positions: Int[Array, "B T"], size: int):
-        self.positions, self.size = positions, size
-        self.tokens = positions.shape[1]
-        self.rows = min(size, self.tokens)
-        self.first = jnp.maximum(positions[:, 0], 0) // size
-        self.count = jnp.max(positions[:, -1] // size - self.first) + 1
-
-    def at(self, index: Any) -> Group:
-        number = (self.first + index)[:, None]
-        if self.tokens <= self.size:
-            columns = jnp.arange(self.tokens, dtype=jnp.int32)
-            columns = jnp.broadcast_to(columns, self.positions.shape)
-            rows_pos = self.positions
-            inside = rows_pos // self.size == number
-        else:
-            rows_pos = number * self.size + jnp.arange(self.size, dtype=jnp.int32)[None]
-            columns = rows_pos - self.positions[:, :1]
-            inside = (columns >= 0) & (columns < self.tokens)
-        pos = jnp.where(inside & (rows_pos >= 0), rows_pos, -1)
-        end = pos.max(1) + 1
-        first = jnp.where(pos >= 0, pos, end[:, None]).min(1)
-        return Group(columns, rows_pos, pos, first, end)
-
-    def run(self, one: Callable, q: Float[Array, "B T N H"], state: Any) -> tuple[Array, Any]:
-        """(out, state) after `one(group, its q, state)` gave those of every group in turn."""
-
-        def body(index, carry):
-            out, state = carry
-            group = self.at(index)
-            part, state = one(group, group.cut(q), state)
-            return group.put(out, part), state
-
-        carry = jnp.zeros_like(q), state
-        if self.tokens == 1 or self.size == WHOLE_CALL:
-            return body(jnp.int32(0), carry)
-        return jax.lax.fori_loop(jnp.int32(0), self.count.astype(jnp.int32), body, carry)
-
-
-def _each_row(positions: Int[Array, "B R"]) -> Int[Array, "B 1"]:
-    return jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None]
-
-
-@dataclass(frozen=True)
-class Query:
-    """A group of queries, and the cache that they may ask."""
-
-    group: Group
-    q: Float[Array, "B R N H"]  # un-rotated
-    kv: caches.KVState  # of all layers, with the call's keys and values in it
-    layer: Array
-    alone: bool  # whether it is all that the call reads, one token
-    config: ScoreConfig
-    placement: Placement
-    table: rope.Rotation | None  # of positions 0..
-
-    @property
-    def slots(self) -> int:
-        """The most tokens that there will ever be."""
-        return self.kv.k.shape[2]
-
-    @property
-    def kv_heads(self) -> int:
-        return self.kv.k.shape[3]
-
-    def window(self, before: int) -> tuple[Int[Array, " B"], int]:
-        """Where it begins and how long it is, from so many tokens before the first query on."""
-        return self.group.base - before, before + self.q.shape[1]
-
-    def rows(self, stored: Float[Array, "L B S K H"], positions: Int[Array, "B X"]) -> Array:
-        """[B, X, K, H] of this layer; positions that there are none of give any row."""
-        positions = jnp.clip(positions, 0, stored.shape[2] - 1)
-        return stored[self.layer, _each_row(positions), positions].astype(self.q.dtype)
-
-    def by_head(self, stored: Float[Array, "L B S K H"], positions: Int[Array, "B P X"]) -> Array:
-        """[B, P, X, H], with a list of positions for each of P heads: K or N."""
-        row = jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None, None]
-        head = jnp.arange(positions.shape[1], dtype=jnp.int32)[None, :, None]
-        head = head // (positions.shape[1] // stored.shape[3])
-        positions = jnp.clip(positions, 0, stored.shape[2] - 1)
-        return stored[self.layer, row, positions, head].astype(self.q.dtype)
-
-    def placed(self, x: Float[Array, "B P X H"], positions: Int[Array, "B P X"]) -> Array:
-        """x at these positions."""
-        return self.placement.look_up(x, self.table, positions)
+def sinks(policy: Policy, like: Int[Array, "B P X"]) -> Int[Array, "B P G"]:
+    """Positions of the policy's sinks, in lists as those of `like`."""
+    every = jnp.arange(policy.num_sinks or 0, dtype=jnp.int32)
+    return jnp.broadcast_to(every, (*like.shape[:2], len(every)))
 
 
 # --- One layer ------------------------------------------------------------------------------------
@@ -234,17 +171,12 @@ def reader(
             f"{policy.name} ranks keys by products alone, but this model's positions are Alibi; "
             f"use a policy of positions"
         )
-    batch, tokens = positions.shape
-    placement = Placement(config, positions)
-    groups = Groups(positions[:, -1:] if policy.last_only else positions, policy.group)
-    table = None
-    if size := policy.table_size(layout.slots, groups.rows):
-        table = placement.table(size, batch)
-    window_read = dense_read = None
-    if policy.last_only and tokens > 1:
-        window_read = by_head(policy, config, over_positions)
-    if policy.dense_layers:
-        dense_read = by_head(FULL, config, over_positions)
+    windowed = policy.last_only and positions.shape[1] > 1
+    selecting = positions[:, -1:] if windowed else positions
+    rows = min(policy.group, selecting.shape[1])
+    placement = Placement(config, positions, table=policy.table_size(layout.slots, rows))
+    window_read = by_head(policy, config, over_positions) if windowed else None
+    dense_read = by_head(FULL, config, over_positions) if policy.dense_layers else None
 
     def read(q, k, v, before, kv, layer):
         del before
@@ -253,17 +185,17 @@ def reader(
             after = kv.k[layer], kv.v[layer]  # of a cache that keeps all: none is overwritten
             return attend(q, k, v, *after, *after)
 
-        def one(group, q, state):
-            alone = groups.tokens == 1
-            query = Query(group, q, kv, layer, alone, config, placement, table)
+        def one(q, rows_pos, pos, state):
+            alone = selecting.shape[1] == 1
+            query = Query(q, rows_pos, pos, kv, layer, alone, config, placement)
             selected, state = policy.select(state, query)
             out, received = policy.attend(query, selected)
-            return out, policy.observe(state, query, selected, received)
+            return out, policy.observe(state, query, received)
 
         def sparse():
             if window_read is None:
-                return groups.run(one, q, kv.state)
-            out, state = groups.run(one, q[:, -1:], kv.state)
+                return _in_groups(one, q, kv.state, selecting, policy.group)
+            out, state = _in_groups(one, q[:, -1:], kv.state, selecting, policy.group)
             return jnp.concatenate([over(window_read)[:, :-1], out], 1), state
 
         if dense_read is None:
@@ -277,131 +209,148 @@ def reader(
     return read
 
 
-def _by_kernel(policy, query, selected):
+def _in_groups(one, q, state, positions, size):
+    """(out, state) after `one(its q, rows_pos, pos, state)` gave those of every group in turn."""
+    batch, tokens = positions.shape
+    if tokens == 1:
+        return one(q, positions, jnp.maximum(positions, -1), state)
+    row, rows = jnp.arange(batch, dtype=jnp.int32)[:, None], min(size, tokens)
+    begin = positions[:, :1]
+    first = jnp.maximum(begin, 0) // size
+
+    def body(index, carry):
+        out, state = carry
+        number = first + index
+        columns = jnp.maximum(number * size - begin, 0) + jnp.arange(rows, dtype=jnp.int32)[None]
+        clipped = jnp.minimum(columns, tokens - 1)
+        pos = positions[row, clipped]
+        inside = (columns < tokens) & (pos >= 0) & (pos // size == number)
+        part, state = one(q[row, clipped], begin + columns, jnp.where(inside, pos, -1), state)
+        columns = jnp.where(inside, columns, tokens)
+        return out.at[row, columns].set(part.astype(out.dtype), mode="drop"), state
+
+    carry = jnp.zeros_like(q), state
+    if size == WHOLE_CALL:
+        return body(jnp.int32(0), carry)
+    count = (positions.max(1, keepdims=True) // size - first).max() + 1
+    return jax.lax.fori_loop(jnp.int32(0), count.astype(jnp.int32), body, carry)
+
+
+def _attend_by_kernel(policy, query, selected):
     """A group with one list for all heads, at one distance: sinks and list are the globals."""
-    group, placement, config = query.group, query.placement, query.config
-    near_pos, sinks = selected.window_positions, _sinks(policy, len(query.q))
+    placement, near_pos = query.placement, query.window(policy.window)
     k, v = query.rows(query.kv.k, near_pos), query.rows(query.kv.v, near_pos)
-    near_q, near_k = placement.at(query.q, group.rows_pos), placement.at(k, near_pos)
-    far, far_pos = {}, jnp.concatenate([sinks, selected.positions[:, 0]], 1)
-    if far_pos.shape[1]:
-        far = {
-            "query_global": placement.away(query.q, policy.selected_distance),
-            "key_global": query.rows(query.kv.k, far_pos),
-            "value_global": query.rows(query.kv.v, far_pos),
-            "global_positions": far_pos,
-        }
+    near_q, near_k = placement.at(query.q, query.rows_pos), placement.at(k, near_pos)
+    far_pos = jnp.concatenate([sinks(policy, selected), selected], 2)[:, 0]
+    far_pos = jnp.sort(far_pos, axis=1)  # what is none comes first: the kernel wants them to rise
     out, lse = kernels.lambda_attention(
-        near_q, near_k, v, **far, num_global=far_pos.shape[1], window_size=policy.window,
-        key_start=near_pos[:, 0], query_offset=selected.window_len - group.pos.shape[1],
-        scale=config.scale, logits_soft_cap=config.soft_cap, return_residuals=True,
+        near_q, near_k, v, query_global=placement.away(query.q, policy.selected_distance),
+        key_global=query.rows(query.kv.k, far_pos), value_global=query.rows(query.kv.v, far_pos),
+        global_positions=far_pos, num_global=far_pos.shape[1], window_size=policy.window,
+        key_start=near_pos[:, 0], query_offset=policy.window, return_residuals=True,
+        **query.config.for_kernel(),
     )  # fmt: skip
 
     def received():
-        return attention_received.by_key(
-            config, near_q, near_k, lse, q_pos=group.pos, k_pos=near_pos, seen=policy.in_window
-        )
-
-    return out, received
-
-
-def _gathered(policy, query, selected):
-    """All that is seen, fetched and under one softmax; scores of all queries exist at once."""
-    if not isinstance(policy.selected_distance, int):
-        return _attend_list(policy, query, selected), None
-    group, placement, config, q = query.group, query.placement, query.config, query.q
-    query_pos = group.pos[:, None, :, None]  # [B, 1, R, 1] beside keys [B, P, 1, X]
-    sinks, near, listed = _sinks(policy, len(q)), selected.window_positions, selected.positions
-
-    def beyond(key_pos):
-        return query_pos - key_pos[:, :, None] >= policy.window
-
-    def shared(key_pos, seen, placed_q, rotation=None):
-        """Scores and values of keys that all heads see or do not see."""
-        k = placement.rotate(query.rows(query.kv.k, key_pos), rotation)
-        scores = config.capped(scores_.scaled(config, placed_q, k))
-        seen = (seen & (key_pos >= 0)[:, None, None])[:, :, None]
-        return jnp.where(seen, scores, scores_.MASKED), query.rows(query.kv.v, key_pos)
-
-    distance = query_pos - near[:, None, None]
-    in_window = (distance >= 0) & (distance < policy.window)
-    placed_q = placement.at(q, group.rows_pos)
-    parts = [shared(near, in_window, placed_q, placement.rotation(near))]
-    if sinks.shape[1]:
-        parts.append(shared(sinks, beyond(sinks[:, None]), placement.away(q, policy.sink_distance)))
-    away = placement.away(q, policy.selected_distance)
-    if listed.shape[1] == 1:
-        parts.append(shared(listed[:, 0], beyond(listed), away))
-    scores, values = map(list, zip(*parts, strict=True))
-    count = sum(v.shape[1] for v in values)
-    if listed.shape[1] > 1:
-        seen = beyond(listed) & (listed >= 0)[:, :, None]
-        by_list = _list_scores(config, away, query.by_head(query.kv.k, listed), seen)
-        scores.append(by_list.reshape(*scores[0].shape[:4], -1))
-    weights = _softmax(jnp.concatenate(scores, -1)).astype(q.dtype)
-    out = scores_.mix(weights[..., :count], jnp.concatenate(values, 1))
-    if listed.shape[1] > 1:
-        out = out + _mix_lists(weights[..., count:], query.by_head(query.kv.v, listed))
-
-    def received():
-        return weights[..., : near.shape[1]].astype(jnp.float32).sum(3).reshape(
-            len(q), -1, near.shape[1]
+        return received_by_key(
+            query.config, near_q, near_k, lse, q_pos=query.pos, k_pos=near_pos,
+            seen=policy.in_window,
         )  # fmt: skip
 
     return out, received
 
 
-def _attend_list(policy, query, selected):
-    """Of sinks, what is selected and the window, as one list for each of P heads."""
-    lists, q = selected.positions.shape[:2], query.q.swapaxes(1, 2)
-    sinks, near = (
-        jnp.broadcast_to(x[:, None], (*lists, x.shape[1]))
-        for x in (_sinks(policy, len(q)), selected.window_positions)
-    )
-    key_pos = jnp.concatenate([sinks, selected.positions, near], 2)
-    query_pos = query.group.pos[:, None, :, None]
-    seen = (key_pos >= 0)[:, :, None] & (key_pos[:, :, None] <= query_pos)  # [B, P, R, X]
-    as_if_key, as_if_query = key_pos, query.group.rows_pos[:, None]
-    if policy.selected_distance == "packed":
-        as_if_key = jnp.cumsum(key_pos >= 0, -1, dtype=jnp.int32) - 1
-        as_if_query = seen.sum(-1, dtype=jnp.int32) - 1
-    as_if_query = jnp.maximum(as_if_query, 0).repeat(q.shape[1] // as_if_query.shape[1], 1)
-    q = query.placed(q, as_if_query).swapaxes(1, 2)
-    k = query.placed(query.by_head(query.kv.k, key_pos), jnp.maximum(as_if_key, 0))
-    weights = _softmax(_list_scores(query.config, q, k, seen)).astype(q.dtype)
-    return _mix_lists(weights, query.by_head(query.kv.v, key_pos))
-
-
-def _sinks(policy, batch: int) -> Int[Array, "B G"]:
-    sinks = jnp.arange(policy.num_sinks or 0, dtype=jnp.int32)
-    return jnp.broadcast_to(sinks, (batch, len(sinks)))
-
-
-def _list_scores(
+def received_by_key(
     config: ScoreConfig,
-    q: Float[Array, "B R N H"],
-    k: Float[Array, "B P X H"],
-    seen: Bool[Array, "B P R X"],
-) -> Float[Array, "B P G R X"]:
-    """Of queries with the list of their head, MASKED where it is not seen."""
-    rows = scores_.rows_of_key_heads(q, k.shape[1])
-    flat = rows.reshape(*rows.shape[:2], -1, rows.shape[4])
-    scores = jnp.einsum("bprh,bpxh->bprx", flat, k, preferred_element_type=jnp.float32)
-    scores = config.capped(scores.reshape(*rows.shape[:4], -1) * jnp.float32(config.scale))
-    return jnp.where(seen[:, :, None], scores, scores_.MASKED)
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    lse: Float[Array, "B N T"],
+    *,
+    q_pos: Int[Array, "B T"],
+    k_pos: Int[Array, "B S"],
+    seen: Callable[[Array, Array], Bool[Array, "B T S"]],
+    block: int = RECEIVED_BLOCK,
+) -> Float32[Array, "B N S"]:
+    """Attention each key received by query head: the sum of exp(logit - lse) over the queries that
+    see it, `lse` being that of the whole softmax, of which the keys may be a part.
+
+    Kernels do not return their weights; this computes them again, a block of keys at a time. q and
+    k are placed already. A position below 0 is padding, which neither attends nor is attended to.
+    """
+    keys = k.shape[1]
+    block = min(block, keys)
+    padding = (0, 0), (0, -keys % block)
+    k = jnp.pad(k, (*padding, (0, 0), (0, 0))).swapaxes(1, 2)
+    k_pos = jnp.pad(k_pos, padding, constant_values=-1)
+    log2_e = jnp.float32(numerics.LOG2_E)
+    lse2, query_pos = lse.astype(jnp.float32)[..., None] * log2_e, q_pos[:, :, None]
+
+    def of_block(start: Array) -> Array:
+        some_k = jax.lax.dynamic_slice_in_dim(k, start, block, 2)
+        key_pos = jax.lax.dynamic_slice_in_dim(k_pos, start, block, 1)[:, None]
+        # What is not visible may be beyond what exp2 takes.
+        weights = numerics.exp2(scores.logits(config, q, some_k, lists=True) * log2_e - lse2)
+        visible = seen(query_pos, key_pos) & (query_pos >= 0) & (key_pos >= 0)
+        return jnp.where(visible[:, None], weights, 0.0).sum(2)
+
+    parts = jax.lax.map(of_block, jnp.arange(0, k.shape[2], block, dtype=jnp.int32))
+    return jnp.moveaxis(parts, 0, 2).reshape(*lse.shape[:2], -1)[..., :keys]
 
 
-def _mix_lists(weights: Float[Array, "B A G R X"], v: Float[Array, "B P X H"]):
-    """[B, R, N, H] of weights by head, in any grouping."""
-    batch, lists = v.shape[:2]
-    rows = weights.reshape(batch, lists, -1, weights.shape[-1])
-    out = jnp.einsum("bprx,bpxh->bprh", rows, v)
-    return out.reshape(batch, -1, weights.shape[3], v.shape[3]).swapaxes(1, 2)
+def _attend_parts(policy, query, selected):
+    """One query, whose window is at its true distance and all else at one: a part for each."""
+    placement, query_pos = query.placement, query.pos[:, None, :, None]
+
+    def part(q, positions, seen, place=lambda k: k):
+        lists = positions.shape[1] > 1
+        stored, positions = (query.kv.k, query.kv.v), positions if lists else positions[:, 0]
+        k, v = ((query.lists if lists else query.rows)(x, positions) for x in stored)
+        return scores.attention(query.config, q, place(k), v, seen, lists=lists)
+
+    def far(positions, distance):
+        seen = (query_pos - positions[:, :, None] >= policy.window) & (positions >= 0)[:, :, None]
+        return part(placement.away(query.q, distance), positions, seen)
+
+    near = query.window(policy.window)
+    seen = policy.in_window(query_pos, near[:, None, None]) & (near >= 0)[:, None, None]
+    placed = placement.at(query.q, query.rows_pos)
+    near = part(placed, near[:, None], seen, lambda k, pos=near: placement.at(k, pos))
+    sets = (
+        (sinks(policy, selected[:, :1]), policy.sink_distance),
+        (selected, policy.selected_distance),
+    )
+    parts = [far(*positions)[:2] for positions in sets if positions[0].size]
+    out, lse = scores.merge(near[:2], *parts)
+    share = jnp.exp(near.lse - jnp.where(jnp.isneginf(lse), 0, lse))[..., None]
+    return out.astype(query.q.dtype), lambda: (near.weights * share).sum(2)
 
 
-def _softmax(scores: Float[Array, "B A G R X"]) -> Float[Array, "B A G R X"]:
-    """Weights, float32, of scores that are MASKED where nothing is seen; zero where nothing is."""
-    top = jnp.maximum(scores.max(-1, keepdims=True), scores_.MASKED / 2)
-    weights = jnp.exp(scores - top)
-    total = weights.sum(-1, keepdims=True)
-    return weights / jnp.where(total == 0, 1.0, total)
+def attend_list(policy, query, positions):
+    """All that is seen, as one list for each of P heads, under one softmax."""
+    key_pos, query_pos = positions, query.rows_pos[:, None]
+    seen = (positions >= 0)[:, :, None] & (positions[:, :, None] <= query.pos[:, None, :, None])
+    if policy.selected_distance == "packed":
+        key_pos = jnp.cumsum(positions >= 0, -1, dtype=jnp.int32) - 1
+        query_pos = seen.sum(-1, dtype=jnp.int32) - 1  # [B, P, R]
+    query_pos = scores.each_head(query_pos, query.q.shape[2]).swapaxes(1, 2)
+    q = query.placement.at(query.q, jnp.broadcast_to(query_pos, query.q.shape[:3]))
+    k = query.placement.at(query.lists(query.kv.k, positions), key_pos)
+    v = query.lists(query.kv.v, positions)
+    return scores.attention(query.config, q, k, v, seen, lists=True).out
+
+
+def largest_products(
+    query: Query,
+    q: Float[Array, "B D N H"],
+    asks: Bool[Array, "B R"],
+    positions: Int[Array, "B P X"],
+    key_pos: Int[Array, "B P X"] | None = None,
+) -> Float[Array, "B N E X"]:
+    """The largest product of each key in its head's list with the queries that ask, of R; q has
+    them placed in E ways. Keys are placed at `key_pos`, or left as they are stored.
+    """
+    k = query.lists(query.kv.k, positions)
+    k = k if key_pos is None else query.placement.at(k, key_pos)
+    products = scores.dot(q, k, True)
+    products = products.reshape(*products.shape[:2], -1, asks.shape[1], k.shape[2])
+    return jnp.where(asks[:, None, None, :, None], products, -jnp.inf).max(3)

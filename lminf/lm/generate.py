@@ -224,7 +224,7 @@ def prepare_decoding(
     """The caches at the end of prompts: decoder.prepare_decoding, compiled for few lengths."""
     if not any(policy.needs_prompt for policy in module.policies):
         # Of caches that keep every token, which may fill the memory, no copy is made.
-        linear = [isinstance(each.layout, cache.LinearCache) for each in caches]
+        linear = [each.layout.keeps_all for each in caches]
         ours = tuple(x if whole else None for x, whole in zip(caches, linear, strict=True))
         others = tuple(None if whole else x for x, whole in zip(caches, linear, strict=True))
         rotated = _prerotate(module, ours, others)

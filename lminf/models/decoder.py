@@ -251,23 +251,11 @@ def init_caches(
     """Empty caches for `Decoder`; `capacity` (tokens) is what unbounded policies can hold."""
     period = period_of(by_layer)
 
-    def empty(policy):
-        layout = cache.layout_for(policy, capacity)
-        shape = cache.CacheShape(
-            batch, layout.slots, spec.num_heads, spec.num_kv_heads, spec.head_dim, dtype,
-            spec.width,
-        )  # fmt: skip
-        return cache.empty(
-            layout,
-            layers=spec.num_layers // period,
-            batch=batch,
-            kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            dtype=dtype,
-            state=policy.init_state(shape),
-        )
-
-    return tuple(empty(policy) for policy in by_layer[:period])
+    shape = cache.CacheShape(
+        batch, capacity, spec.num_heads, spec.num_kv_heads, spec.head_dim, dtype, spec.width
+    )
+    layers = spec.num_layers // period
+    return tuple(cache.create(policy, shape, layers=layers) for policy in by_layer[:period])
 
 
 def prepare_decoding(

@@ -44,7 +44,7 @@ def with_cache(extend: attend.Extend, layer_cache: cache.Cache, tokens: int) -> 
     One token is written into the arrays of all layers in place. A longer chunk that overwrites
     slots which it also reads would make XLA copy all layers in every layer, so it is sliced.
     """
-    if tokens == 1 or isinstance(layer_cache.layout, cache.LinearCache):
+    if tokens == 1 or layer_cache.layout.keeps_all:
         return LayerAttention(extend, layer_cache.kv)
 
     def extend_slice(q, k, v, kv, row):

@@ -112,14 +112,12 @@ def chunks(policy, scoring, positions, sizes, *, implementation, capacity: int |
 
     Chunks of one size in a row are one scan, so they compile once.
     """
-    layout = cache.layout_for(policy, capacity or positions.shape[1])
+    capacity = capacity or positions.shape[1]
+    layout = cache.layout_for(policy, capacity)
 
     def run(q, k, v):
-        room = cache.CacheShape(q.shape[0], layout.slots, q.shape[2], *k.shape[2:], k.dtype)
-        empty = cache.empty(
-            layout, layers=2, batch=q.shape[0], kv_heads=k.shape[2], head_dim=k.shape[3],
-            dtype=k.dtype, state=policy.init_state(room) ,
-        )  # fmt: skip
+        shape = cache.CacheShape(q.shape[0], capacity, q.shape[2], *k.shape[2:], k.dtype)
+        empty = cache.create(policy, shape, layers=2)
 
         def read(carry, chunk):
             held, stored_pos = carry

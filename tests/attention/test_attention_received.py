@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lminf import kernels
-from lminf.attention import attention_received, rope, scores
+from lminf.attention import rope, scores, sparse
 from lminf.attention.policy import Lambda
 from tests.attention import cases
 
@@ -18,7 +18,7 @@ def scoring(soft_cap=None):
 
 
 def all_weights(config, q, k, lse, *, q_pos, k_pos, seen):
-    """`by_key` from all weights at once; O(T S) memory."""
+    """`received_by_key` from all weights at once; O(T S) memory."""
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
     products = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
     products = products.reshape(q.shape[0], q.shape[2], q.shape[1], -1) * jnp.float32(config.scale)
@@ -52,7 +52,7 @@ def test_sums_over_blocks_of_keys_are_those_of_all_weights(block):
         lse = attended(q, k, v, at)
         return [
             [form(scoring(cap), q, k, lse, **options, **more) for cap in (None, 2.0)]
-            for form, more in ((attention_received.by_key, {"block": block}), (all_weights, {}))
+            for form, more in ((sparse.received_by_key, {"block": block}), (all_weights, {}))
         ]
 
     for found, expected in zip(*run(q, k, v), strict=True):
@@ -65,7 +65,7 @@ def test_with_the_lse_of_all_keys_every_query_gives_one():
 
     @cases.compiled
     def run(q, k, v):
-        return attention_received.by_key(
+        return sparse.received_by_key(
             scoring(), q, k, attended(q, k, v, at), q_pos=at, k_pos=at, seen=WINDOW.visible
         )
 
@@ -78,7 +78,7 @@ def test_with_the_lse_of_all_keys_every_query_gives_one():
 def test_memory_is_one_block_of_weights():
     def temporary_bytes(keys):
         def run(q, k, lse, q_pos, k_pos):
-            return attention_received.by_key(
+            return sparse.received_by_key(
                 scoring(), q, k, lse, q_pos=q_pos, k_pos=k_pos, seen=lambda q, k: k <= q
             )
 

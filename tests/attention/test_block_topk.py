@@ -16,7 +16,7 @@ TOKENS = 40
 
 
 def dense(policy, config, positions, q, k, v):
-    """The mask that the choice makes, [B, K, G, T, S], and one softmax under it."""
+    """The mask that the choice makes, [B, N, T, S], and one softmax under it."""
     placement = scores.Placement(config, positions)
     q, k = placement.at(q, positions), placement.at(k, positions)
     count = TOKENS // policy.block
@@ -26,15 +26,15 @@ def dense(policy, config, positions, q, k, v):
     means = jnp.einsum("bskh,bsn->bnkh", k, of_block) / policy.block
     gate = jax.lax.stop_gradient(scores.dot(q, means))
     own = positions // policy.block
-    gate = jnp.where((numbers < own[..., None])[:, None, None], gate, -jnp.inf)
+    gate = jnp.where((numbers < own[..., None])[:, None], gate, -jnp.inf)
     best, block_ids = jax.lax.top_k(gate, min(policy.topk - 1, count))
     chosen = jax.nn.one_hot(jnp.where(jnp.isneginf(best), -1, block_ids), count).sum(-2)
-    seen = jnp.einsum("bkgtn,bsn->bkgts", chosen, of_block) > 0
+    seen = jnp.einsum("bhtn,bsn->bhts", chosen, of_block) > 0
     to, at = positions[:, :, None], positions[:, None]
     causal = (at >= 0) & (at <= to)
-    seen |= (causal & (own[:, :, None] == own[:, None]))[:, None, None]
-    seen &= causal[:, None, None]
-    return scores.mix(scores.softmax(config, scores.scaled(config, q, k), seen), v)
+    seen |= (causal & (own[:, :, None] == own[:, None]))[:, None]
+    seen &= causal[:, None]
+    return scores.attention(config, q, k, v, seen).out
 
 
 @pytest.mark.parametrize("policy", [MoBA(block=8, topk=3), MoBA(block=16, topk=2)], ids=str)

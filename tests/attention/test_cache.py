@@ -35,7 +35,7 @@ def test_a_ring_holds_the_first_and_the_last_tokens(sinks, window, chunks, paddi
     for size in chunks:
         chunk = np.full((1, WIDEST), -7, np.int32)  # a position below 0 is not stored
         chunk[0, WIDEST - size :] = np.arange(read, read + size)
-        slots = np.asarray(cache.destinations(layout, jnp.asarray(chunk)))[0]
+        slots = np.asarray(layout.destinations(jnp.asarray(chunk)))[0]
         stored = slots < layout.slots
         assert len(set(slots[stored])) == stored.sum()  # two writes to one slot have no order
         assert (slots[~stored] == layout.slots).all()
@@ -62,17 +62,17 @@ def test_any_window_of_positions_has_a_slot_for_each(sinks, window, start):
 @pytest.mark.parametrize(
     ("policy", "layout"),
     [
-        (Full(), cache.LinearCache(100)),
+        (Full(), cache.SinkRingCache(100)),
         (Window(7), cache.SinkRingCache(0, 7)),
         (LMInfinite(7, 3), cache.SinkRingCache(3, 7)),
-        (ReRoPE(7), cache.LinearCache(100)),
+        (ReRoPE(7), cache.SinkRingCache(100)),
         (PerHead((LMInfinite(7, 3), Streaming(5, 4))), cache.SinkRingCache(4, 7)),
-        (PerHead((LMInfinite(7, 3), SelfExtend(5, 4))), cache.LinearCache(100)),
+        (PerHead((LMInfinite(7, 3), SelfExtend(5, 4))), cache.SinkRingCache(100)),
     ],
 )
 def test_the_layout_is_the_smallest_that_a_policy_runs_on(policy, layout):
     assert cache.layout_for(policy, 100) == layout
-    assert policy.bounded == isinstance(layout, cache.SinkRingCache)
+    assert policy.bounded == (not layout.keeps_all)
 
 
 def test_reading_fills_slots_row_by_row_and_layer_by_layer():
@@ -85,7 +85,7 @@ def test_reading_fills_slots_row_by_row_and_layer_by_layer():
     def run(stored, at, k):
         seen = []
         for start, stop in ((0, 3), (3, 6), (6, 7), (7, 20), (20, 22)):  # 13 tokens > 5 slots
-            slots = cache.destinations(layout, at[:, start:stop])
+            slots = layout.destinations(at[:, start:stop])
             pos = cache.write_pos(stored.pos, at[:, start:stop], slots)
             new_k = cache.write(stored.k, k[:, start:stop], 1, slots)
             new_v = cache.write(stored.v, -k[:, start:stop], 1, slots)
@@ -93,7 +93,8 @@ def test_reading_fills_slots_row_by_row_and_layer_by_layer():
             seen.append(stored)
         return seen
 
-    empty = cache.empty(layout, layers=2, batch=2, kv_heads=1, head_dim=3, dtype=jnp.float32)
+    shape = cache.CacheShape(2, tokens, 1, 1, 3, jnp.float32)
+    empty = cache.create(LMInfinite(5, 2), shape, layers=2)
     assert (np.asarray(empty.pos) == -1).all()
     for stop, stored in zip((3, 6, 7, 20, 22), run(empty, at, k), strict=True):
         assert jax.tree.structure(stored) == jax.tree.structure(empty)
@@ -114,22 +115,21 @@ def test_reading_fills_slots_row_by_row_and_layer_by_layer():
 def test_memory_is_what_the_policy_can_see_however_long_the_text():
     policy, capacity = LMInfinite(window=4096, sinks=10), 10**9
     stored = jax.eval_shape(
-        lambda: cache.empty(
-            cache.layout_for(policy, capacity), layers=30, batch=1, kv_heads=3, head_dim=64,
-            dtype=jnp.bfloat16,
+        lambda: cache.create(
+            policy, cache.CacheShape(1, capacity, 9, 3, 64, jnp.bfloat16), layers=30
         )
-    )  # fmt: skip
+    )
     assert stored.k.size * 2 + stored.v.size * 2 == (4096 + 10) * 30 * 2 * 3 * 64 * 2
     assert stored.pos.shape == (1, 4106)
 
 
 def test_a_cache_is_stored_in_its_own_dtype():
-    layout = cache.SinkRingCache(1, 2)
+    shape = cache.CacheShape(1, 9, 1, 1, 2, jnp.bfloat16)
 
     @cases.compiled
     def run(at, k):
-        empty = cache.empty(layout, layers=1, batch=1, kv_heads=1, head_dim=2, dtype=jnp.bfloat16)
-        return cache.write(empty.k, k, 0, cache.destinations(layout, at))
+        empty = cache.create(LMInfinite(2, 1), shape, layers=1)
+        return cache.write(empty.k, k, 0, empty.layout.destinations(at))
 
     written = run(np.zeros((1, 1), np.int32), np.full((1, 1, 1, 2), 257, np.float32))
     assert written.dtype == jnp.bfloat16

@@ -39,14 +39,11 @@ READ = 9  # tokens before the first one written
 
 def written(policy, scoring, positions, *, rotated):
     """(q, k, v) -> outputs of the tokens after READ, each a step over the cache."""
-    layout = cache.layout_for(policy, positions.shape[1])
 
     def run(q, k, v):
-        empty = cache.empty(
-            layout, layers=1, batch=q.shape[0], kv_heads=k.shape[2], head_dim=k.shape[3],
-            dtype=k.dtype,
-        )  # fmt: skip
-        step, pos = attend.extend(policy, scoring, layout, empty.pos, positions[:, :READ])
+        shape = cache.CacheShape(*positions.shape, q.shape[2], *k.shape[2:], k.dtype)
+        empty = cache.create(policy, shape, layers=1)
+        step, pos = attend.extend(policy, scoring, empty.layout, empty.pos, positions[:, :READ])
         _, held = step(q[:, :READ], k[:, :READ], v[:, :READ], empty.kv, 0)
         stored = dataclasses.replace(empty, k=held.k, v=held.v, pos=pos)
         if rotated:
@@ -107,7 +104,6 @@ def test_a_cache_stays_as_it_is_where_a_rotation_would_not_stay_right():
         (Full(), dynamic),
         (POLICIES["per_head"], cases.ENCODINGS["alibi"]),
     ):
-        layout = cache.layout_for(policy, 8)
-        empty = cache.empty(layout, layers=1, batch=1, kv_heads=1, head_dim=8, dtype=jnp.float32)
+        empty = cache.create(policy, cache.CacheShape(1, 8, 1, 1, 8, jnp.float32), layers=1)
         scoring = scores.ScoreConfig(encoding, 1.0, None)
         assert decode.prerotate(policy, scoring, empty) is empty

@@ -162,13 +162,8 @@ def test_the_first_token_of_a_turn_is_as_surprising_as_any_of_it_and_surprise_de
 
 
 def test_cache_bytes_are_those_of_the_capacity_however_long_the_text():
-    policy = H2O(12, turn=4)
-    layout = cache.layout_for(policy, 10**9)
-    sizes = cache.CacheShape(2, layout.slots, 4, 2, 8, jnp.float32)
-    state = policy.init_state(sizes)
-    held = cache.empty(
-        layout, layers=3, batch=2, kv_heads=2, head_dim=8, dtype=jnp.float32, state=state
-    )
+    shape = cache.CacheShape(2, 10**9, 4, 2, 8, jnp.float32)
+    held = cache.create(H2O(12, turn=4), shape, layers=3)
     assert held.k.nbytes + held.v.nbytes == 3 * 2 * 12 * 2 * 8 * 4 * 2
     assert sum(x.nbytes for x in held.state.values()) == 3 * 2 * 12 * 2 * (4 + 4)
 

@@ -194,10 +194,9 @@ def test_any_partition_into_chunks_reads_the_same(policy, encoding, group, data)
         left -= sizes[-1]
     arrays, at = cases.arrays(group), cases.padded()
     scoring, chosen = cases.scoring(encoding), POLICIES[policy]
-    empty = cache.empty(
-        cache.layout_for(chosen, TOKENS), layers=1, batch=cases.BATCH, kv_heads=cases.KV_HEADS,
-        head_dim=cases.WIDTH, dtype=jnp.float32,
-    )  # fmt: skip
+    heads = group * cases.KV_HEADS, cases.KV_HEADS
+    shape = cache.CacheShape(cases.BATCH, TOKENS, *heads, cases.WIDTH, jnp.float32)
+    empty = cache.create(chosen, shape, layers=1)
     stored, outs, start = (empty.kv, empty.pos), [], 0
     for size in sizes:
         piece = [x[:, start : start + size] for x in (at, *arrays)]

@@ -77,13 +77,11 @@ def test_snapkv_is_its_release():
 
     @cases.compiled
     def run(q, k, v):
-        layout = policy.cache_layout(tokens)
-        sizes = cache.CacheShape(1, layout.slots, heads, heads, width, k.dtype)
-        empty = cache.empty(layout, layers=1, batch=1, kv_heads=heads, head_dim=width,
-                            dtype=k.dtype, state=policy.init_state(sizes))  # fmt: skip
-        step, pos = attend.extend(policy, SCORING, layout, empty.pos, at[:, :prompt])
+        shape = cache.CacheShape(1, tokens, heads, heads, width, k.dtype)
+        empty = cache.create(policy, shape, layers=1)
+        step, pos = attend.extend(policy, SCORING, empty.layout, empty.pos, at[:, :prompt])
         first, held = step(q[:, :prompt], k[:, :prompt], v[:, :prompt], empty.kv, 0)
-        stored = cache.Cache(held.k, held.v, pos, layout, held.state)
+        stored = empty.updated(held, pos)
         stored = policy.compress_prompt(SCORING, stored, length=prompt, room=tokens - prompt)
         step, _ = attend.extend(policy, SCORING, stored.layout, stored.pos, at[:, prompt:])
         after, _ = step(q[:, prompt:], k[:, prompt:], v[:, prompt:], stored.kv, 0)

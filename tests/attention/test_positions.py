@@ -190,10 +190,9 @@ def test_a_stream_reads_the_same_after_100_million_tokens(policy, encoding, grou
         # A cache that has read `offset` tokens: the first ones, and the last before the offset.
         last = offset - layout.window + jnp.arange(layout.window)
         at = jnp.concatenate([jnp.arange(layout.sinks), last])[None].astype(jnp.int32)
-        empty = cache.empty(
-            layout, layers=1, batch=1, kv_heads=k.shape[2], head_dim=k.shape[3], dtype=k.dtype
-        )
-        slots = cache.destinations(layout, at)
+        shape = cache.CacheShape(1, 10**9, q.shape[2], *k.shape[2:], k.dtype)
+        empty = cache.create(policy, shape, layers=1)
+        slots = layout.destinations(at)
         held = cache.KVState(*(cache.write(empty.k, x[:, :first], 0, slots) for x in (k, v)))
         pos, outs = cache.write_pos(empty.pos, at, slots), []
         for start, stop in ((0, 6), (6, 7)):

@@ -21,17 +21,13 @@ PADS = (0, 4)
 def stored_after(policy, scoring, q, k, v, pads=PADS, before=lambda stored: stored):
     """The cache when the prompt has been read, and condensed."""
     at = jnp.asarray(cases.padded(pads))[:, :PROMPT]
-    layout = policy.cache_layout(TOKENS)
-    sizes = cache.CacheShape(q.shape[0], layout.slots, q.shape[2], *k.shape[2:], k.dtype)
-    stored = cache.empty(
-        layout, layers=1, batch=len(q), kv_heads=k.shape[2], head_dim=k.shape[3], dtype=k.dtype,
-        state=policy.init_state(sizes),
-    )  # fmt: skip
+    shape = cache.CacheShape(q.shape[0], TOKENS, q.shape[2], *k.shape[2:], k.dtype)
+    stored = cache.create(policy, shape, layers=1)
     pos, held = stored.pos, stored.kv
     for piece in (slice(0, 10), slice(10, PROMPT)):
-        step, pos = attend.extend(policy, scoring, layout, pos, at[:, piece])
+        step, pos = attend.extend(policy, scoring, stored.layout, pos, at[:, piece])
         _, held = step(q[:, piece], k[:, piece], v[:, piece], held, 0)
-    stored = cache.Cache(held.k, held.v, pos, layout, held.state)
+    stored = stored.updated(held, pos)
     return before(policy.compress_prompt(scoring, stored, length=PROMPT, room=TOKENS - PROMPT))
 
 

@@ -9,8 +9,7 @@ import pytest
 
 from lminf.attention import attend, cache
 from lminf.attention.policies.block_topk import MoBA
-from lminf.attention.policies.hip import HiP
-from lminf.attention.policies.infinite_hip import InfiniteHiP
+from lminf.attention.policies.hip import HiP, InfiniteHiP
 from lminf.attention.policies.infllm import InfLLM
 from lminf.attention.policies.longheads import LongHeads
 from lminf.attention.policies.topk import TopK
@@ -337,16 +336,12 @@ def test_a_larger_cache_changes_nothing(name):
 @lanes("infllm")
 def test_one_program_decodes_at_every_length(name):
     policy, scoring = POLICIES[name], cases.scoring("rotary")
-    layout = cache.layout_for(policy, TOKENS)
-    room = cache.CacheShape(BATCH, layout.slots, 2, 2, WIDTH, jnp.float32)
-    empty = cache.empty(
-        layout, layers=2, batch=BATCH, kv_heads=2, head_dim=WIDTH, dtype=jnp.float32,
-        state=policy.init_state(room),
-    )  # fmt: skip
+    shape = cache.CacheShape(BATCH, TOKENS, 2, 2, WIDTH, jnp.float32)
+    empty = cache.create(policy, shape, layers=2)
 
     @cases.compiled
     def decode(held, pos, at, q, k, v):
-        step, pos = attend.extend(policy, scoring, layout, pos, at)
+        step, pos = attend.extend(policy, scoring, empty.layout, pos, at)
         out, held = step(q, k, v, held, jnp.int32(1))
         return out, held, pos
 

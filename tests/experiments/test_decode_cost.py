@@ -50,8 +50,7 @@ def test_every_policy_that_is_timed_has_its_complexity(variant):
 
 
 def test_a_cache_made_as_if_read_says_what_reading_would_leave():
-    empty = cache.empty(
-        cache.SinkRingCache(2, 5), layers=1, batch=1, kv_heads=1, head_dim=1, dtype=jnp.float32
-    )
+    shape = cache.CacheShape(1, 100, 1, 1, 1, jnp.float32)
+    empty = cache.create(LMInfinite(5, 2), shape, layers=1)
     for tokens, slots in ((4, [0, 1, 2, 3, -1, -1, -1]), (100, [0, 1, 97, 98, 99, 95, 96])):
         assert _streams.as_if_read(empty, LMInfinite(5, 2), tokens).pos.tolist() == [slots]

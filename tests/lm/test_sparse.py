@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from lminf.attention.policies.infinite_hip import InfiniteHiP
+from lminf.attention.policies.hip import InfiniteHiP
 from lminf.attention.policies.infllm import InfLLM
 from lminf.attention.policies.topk import TopK
 from lminf.data.tokenizers import ByteTokenizer

@@ -45,61 +45,56 @@ class MoBA(sparse.SparsePolicy):
         count = max(shape.slots // self.block, 1)
         return {"sums": jnp.zeros((shape.batch, count, shape.kv_heads, shape.head_dim))}
 
-    def select(self, state: Any, query: sparse.Query) -> tuple[Any, Any]:
+    def select(self, state: Any, query: sparse.Query) -> tuple[Int[Array, "B N R M"], Any]:
+        """The earlier blocks that each query sees; -1 for none."""
         encoding = query.config.encoding
         if isinstance(encoding, rope.Rotary) and isinstance(encoding.scaling, rope.DynamicNTK):
             raise InputError(
                 f"{self.name} keeps means of rotated keys, but DynamicNTK rotates keys anew as the "
                 f"text grows; use NTKAware or YaRN"
             )
-        group, row = query.group, jnp.arange(len(query.q), dtype=jnp.int32)[:, None]
-        k = jax.lax.stop_gradient(query.rows(query.kv.k, group.pos))
-        k = query.placement.at(k, group.rows_pos).astype(jnp.float32)
+        row = jnp.arange(len(query.q), dtype=jnp.int32)[:, None]
+        k, q = (
+            query.placement.at(jax.lax.stop_gradient(x), query.rows_pos).astype(jnp.float32)
+            for x in (query.rows(query.kv.k, query.pos), query.q)
+        )
         sums = state["sums"]
-        block = jnp.where(group.pos >= 0, group.pos // self.block, sums.shape[2])
+        block = jnp.where(query.pos >= 0, query.pos // self.block, sums.shape[2])
         sums = sums.at[query.layer, row, block].add(k, mode="drop")
-        q = jax.lax.stop_gradient(query.placement.at(query.q, group.rows_pos))
-        gate = scores.dot(q.astype(jnp.float32), sums[query.layer])  # of the means, times `block`
+        gate = scores.dot(q, sums[query.layer])  # of the means, times `block`
         complete = (
             jnp.arange(sums.shape[2], dtype=jnp.int32)[None, None]
-            < group.pos[..., None] // self.block
+            < query.pos[..., None] // self.block
         )
-        gate = jnp.where(complete[:, None, None], gate, -jnp.inf)
-        best, block_ids = jax.lax.top_k(gate, min(self.topk - 1, sums.shape[2]))
-        block_ids = jnp.where(jnp.isneginf(best), -1, block_ids.astype(jnp.int32))
-        state, tokens = {"sums": sums}, query.q.shape[1]
-        if tokens > 1:
-            return block_ids, state
-        pos = sparse.block_positions(
-            block_ids.reshape(len(q), -1, block_ids.shape[-1]), self.block
-        )  # [B, N, X]
-        start = jnp.maximum(group.base, 0) // self.block * self.block
-        return sparse.Selected(pos, start, self.block), state
+        gate = jnp.where(complete[:, None], gate, -jnp.inf)
+        return sparse.best_of(gate, min(self.topk - 1, sums.shape[2])), {"sums": sums}
 
-    def attend(self, query: sparse.Query, selected: Any) -> tuple[Array, Any]:
-        if query.q.shape[1] == 1:
-            return super().attend(query, selected)
-        return attend_blocks(query, selected, self.block), None
+    def attend(self, query: sparse.Query, selected: Int[Array, "B N R M"]) -> tuple[Array, None]:
+        if query.q.shape[1] > 1:
+            return attend_blocks(query, selected, self.block), None
+        own = query.pos[:, None] // self.block
+        own = jnp.broadcast_to(own, (*selected.shape[:2], 1))
+        block_ids = jnp.concatenate([selected[:, :, 0], own], 2)
+        return sparse.attend_list(self, query, sparse.block_positions(block_ids, self.block)), None
 
 
 def attend_blocks(
-    query: sparse.Query, block_ids: Int[Array, "B K G R M"], size: int
+    query: sparse.Query, block_ids: Int[Array, "B N R M"], size: int
 ) -> Float[Array, "B R N H"]:
     """Attention outputs over the queries' own blocks and the earlier ones listed, -1 for none.
 
     Each pair of a query and a block that it selected is a row; rows are sorted by block, so that a
     block of keys is read once for all rows of a list. The parts of a query are merged by their LSE.
     """
-    group, placement, config = query.group, query.placement, query.config
-    (batch, rows, heads, _), pos = query.q.shape, jnp.maximum(group.rows_pos, 0)
-    options = {"scale": config.scale, "logits_soft_cap": config.soft_cap, "return_residuals": True}
-    placed = placement.at(query.q, group.rows_pos)
-    k = placement.rotate(query.kv.k[query.layer].astype(query.q.dtype), query.table)
+    placement, (batch, rows, heads, width) = query.placement, query.q.shape
+    options = {"return_residuals": True, **query.config.for_kernel()}
+    placed = placement.at(query.q, query.rows_pos)
+    k = placement.rotate(query.kv.k[query.layer].astype(query.q.dtype), placement.table)
     v = query.kv.v[query.layer].astype(query.q.dtype)
 
     # A query's own block: the blocks that the queries stand in are rows of a batch.
     touched = min((rows + size - 2) // size + 1, -(-query.slots // size))
-    start = group.first[:, None] // size * size
+    start = query.first[:, None] // size * size
     own_pos = start + jnp.arange(touched * size, dtype=jnp.int32)[None]
     row = jnp.arange(batch, dtype=jnp.int32)[:, None]
 
@@ -107,38 +102,33 @@ def attend_blocks(
         x = x[row, jnp.clip(index, 0, x.shape[1] - 1)]
         return x.reshape(batch * touched, size, *x.shape[2:])
 
-    out, lse = kernels.lambda_attention(
-        folded(placed, own_pos - group.base[:, None]),
-        folded(k, own_pos), folded(v, own_pos), num_global=0, window_size=size, **options,
+    own = kernels.lambda_attention(
+        folded(placed, own_pos - query.first[:, None]), folded(k, own_pos), folded(v, own_pos),
+        num_global=0, window_size=size, **options,
     )  # fmt: skip
-    place = jnp.clip(pos - start, 0, touched * size - 1)
-    out = out.reshape(batch, -1, *out.shape[2:])[row, place]  # [B, R, N, H]
-    lse = lse.swapaxes(1, 2).reshape(batch, -1, heads)[row, place]  # [B, R, N]
-    count = block_ids.shape[-1]
+    assert isinstance(own, kernels.Residuals)
+    place = jnp.clip(jnp.maximum(query.rows_pos, 0) - start, 0, touched * size - 1)
+    out = own.out.reshape(batch, -1, heads, width)[row, place]  # [B, R, N, H]
+    lse = own.lse.swapaxes(1, 2).reshape(batch, -1, heads)[row, place].swapaxes(1, 2)  # [B, N, R]
+    count = block_ids.shape[3]
     if not count:
         return out
 
-    block_q = min(size, MAX_BLOCK_Q)
-    routed = route(block_ids, max(query.slots // size, 1), block_q)
-    batch_row, head = row[..., None], jnp.arange(k.shape[2], dtype=jnp.int32)[None, :, None]
-    q = scores.rows_of_key_heads(placed, k.shape[2]).reshape(batch, k.shape[2], -1, k.shape[3])
-    q = q[batch_row, head, routed.pair // count]
-    far, far_lse = kernels.block_sparse_attention(
+    block_q, kv_heads = min(size, MAX_BLOCK_Q), query.kv_heads
+    routed = route(block_ids.reshape(batch, kv_heads, -1), max(query.slots // size, 1), block_q)
+    row, head = row[..., None], jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
+    q = placed.swapaxes(1, 2).reshape(batch, kv_heads, -1, width)[row, head, routed.pair // count]
+    far = kernels.block_sparse_attention(
         q.swapaxes(1, 2), k, v, block_indices=routed.block_ids[..., None],
         block_counts=(routed.block_ids >= 0).astype(jnp.int32),
         block_q=block_q, block_kv=size, causal=False, **options,
     )  # fmt: skip
     place = jnp.minimum(routed.row, q.shape[2] - 1)
-    far = far.swapaxes(1, 2)[batch_row, head, place].reshape(*block_ids.shape, -1)
-    far_lse = far_lse[batch_row, head, place].reshape(block_ids.shape)
+    far_out = far.out.swapaxes(1, 2)[row, head, place].reshape(*block_ids.shape, -1)
+    far_lse = far.lse[row, head, place].reshape(block_ids.shape)
     far_lse = jnp.where(block_ids >= 0, far_lse, -jnp.inf)
-
-    def by_head(x: Array) -> Array:
-        return x.reshape(batch, heads, *x.shape[3:]).swapaxes(1, 2)
-
-    weights = jax.nn.softmax(jnp.concatenate([lse[..., None], by_head(far_lse)], -1), -1)
-    parts = jnp.concatenate([out[..., None, :], by_head(far)], -2).astype(jnp.float32)
-    return jnp.einsum("btnm,btnmh->btnh", weights, parts)
+    parts = [(far_out[..., i, :].swapaxes(1, 2), far_lse[..., i]) for i in range(count)]
+    return scores.merge((out, lse), *parts)[0]
 
 
 class Routed(NamedTuple):
@@ -149,7 +139,7 @@ class Routed(NamedTuple):
     block_ids: Int[Array, "B K Q"]  # that all rows of a list read; -1 for none
 
 
-def route(block_ids: Int[Array, "B K G R M"], blocks: int, block_q: int) -> Routed:
+def route(block_ids: Int[Array, "B K *P"], blocks: int, block_q: int) -> Routed:
     """Rows for the pairs of every key head, as many lists as there can ever be."""
     pairs = block_ids.reshape(*block_ids.shape[:2], -1)
     lists = pairs.shape[2] // block_q + blocks

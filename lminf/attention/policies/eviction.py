@@ -16,10 +16,12 @@ from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from lminf.attention import cache as caches
+from lminf.attention import scores
 from lminf.attention.policy import Count, CountOrNone, Policy, register
+from lminf.attention.scores import Placement, ScoreConfig
 from lminf.errors import InputError
 from lminf.ranges import Range
 
@@ -40,6 +42,9 @@ class EvictionPolicy(Policy):
     window = property(attrgetter("capacity"))
     window_field = "capacity"
     evict_every = property(attrgetter("turn"))
+    # Tokens that a turn finds there, once there are so many, and those because of their score.
+    kept = property(lambda self: self.capacity - self.turn)
+    best = property(lambda self: self.kept - self.sinks - (self.recent or 0))
     context_parallel = False
     by_head = False  # whether each key/value head keeps tokens of its own
     best_between = False  # whether sinks and recent tokens are kept apart from the best
@@ -56,22 +61,62 @@ class EvictionPolicy(Policy):
                 f"{self.capacity - self.best}"
             )
 
-    @property
-    def best(self) -> int:
-        """Tokens that a turn finds there because of their score."""
-        return self.capacity - self.sinks - (self.recent or 0) - self.turn
-
-    @property
-    def kept(self) -> int:
-        """Tokens that a turn finds there, once there are so many."""
-        return self.capacity - self.turn
-
     def cache_layout(self, capacity: int) -> caches.SlotCache:
         return caches.SlotCache(self.capacity)
 
     def init_state(self, shape: caches.CacheShape) -> dict[str, Any]:
         slots = (shape.batch, self.capacity, shape.kv_heads if self.by_head else 1)
         return {"pos": jnp.full(slots, caches.EMPTY, jnp.int32), "score": jnp.zeros(slots)}
+
+    def extend(
+        self,
+        config: ScoreConfig,
+        layout: caches.SlotCache,
+        stored_pos: Int[Array, "B S"],
+        positions: Int[Array, "B T"],
+    ) -> tuple[Callable[..., tuple[Array, caches.KVState]], Int[Array, "B S"]]:
+        """As `attend.extend`, for tokens that lie between two evictions; `evict` makes room before
+        the first after one. A token goes to any empty slot, and nothing moves.
+        """
+        tokens, every = positions.shape[1], self.turn
+        if tokens > every:
+            raise InputError(
+                f"{self.name} evicts before every {every} tokens, but {tokens} are to be read "
+                f"at once; read them in chunks through the cache, or give turn>={tokens}"
+            )
+        cache_pos = self.position_in_cache(positions)
+        starts = ((cache_pos >= 0) & (positions % every == 0)).any(1)[:, None, None]
+        first = jnp.where(cache_pos >= 0, positions, LAST).min(1) - every
+        since = self.position_in_cache(jnp.maximum(first, 0))[:, None, None]
+        placement = Placement(config, cache_pos, table=layout.slots)
+        by_q, row = placement.rotation(cache_pos), jnp.arange(len(positions))[:, None, None]
+
+        def evicted(state):
+            new = self.evict(state, since)
+            return {name: jnp.where(starts, new[name], state[name]) for name in new}
+
+        def step(q, k, v, kv, layer):
+            state = {name: kv.state[name][layer] for name in ("pos", "score")}
+            # Sorting, which most steps of decoding need not do.
+            state = jax.lax.cond(starts.any(), evicted, lambda state: state, state)
+            pos, score = state["pos"], state["score"]  # [B, S, P]
+            empty = pos.argmin(1, keepdims=True) if tokens == 1 else jnp.argsort(pos, axis=1)
+            slots = jnp.where(cache_pos[..., None] >= 0, empty[:, :tokens], layout.slots)
+            index = row, slots, jnp.arange(pos.shape[2])[None, None]
+            pos = pos.at[index].set(cache_pos[..., None], mode="drop")
+            score = score.at[index].set(0.0, mode="drop")
+            slots = slots if self.by_head else slots[..., 0]
+            k, v = caches.write(kv.k, k, layer, slots), caches.write(kv.v, v, layer, slots)
+            all_k, all_v = k[layer].astype(q.dtype), v[layer].astype(q.dtype)
+            placed = placement.at(all_k, jnp.broadcast_to(pos, all_k.shape[:3]))
+            part = scores.over_slots(
+                config, placement.rotate(q, by_q), placed, all_v, cache_pos, pos
+            )
+            new = {"pos": pos, "score": self.observe_slots(score, part, cache_pos)}
+            state = kv.state | {name: kv.state[name].at[layer].set(new[name]) for name in new}
+            return part.out, caches.KVState(k, v, state)
+
+        return step, stored_pos
 
     def position_in_cache(self, positions: Int[Array, "*B"]) -> Int[Array, "*B"]:
         """The number in the cache that a token at this position has in its own turn."""
@@ -80,13 +125,10 @@ class EvictionPolicy(Policy):
         return jnp.where(positions >= 0, number, caches.EMPTY)
 
     def observe_slots(
-        self,
-        score: Float[Array, "B S P"],
-        weights: Float[Array, "B K G T S"],
-        cache_pos: Int[Array, "B T"],
+        self, score: Float[Array, "B S P"], part: scores.Part, cache_pos: Int[Array, "B T"]
     ) -> Float[Array, "B S P"]:
-        """Scores of what is held, once tokens with these numbers attended with these weights."""
-        del weights, cache_pos
+        """Scores of what is held, once tokens with these numbers attended to it."""
+        del part, cache_pos
         return score
 
     def end_of_turn(
@@ -103,21 +145,21 @@ class EvictionPolicy(Policy):
         if self.best_between:
             last = pos.max(1, keepdims=True) - (self.recent or 0)
             scored = filled & (pos >= self.sinks) & (pos <= last)
-        by_score = _rank(jnp.lexsort((pos, -jnp.where(scored, score, -jnp.inf)), axis=1))
+
+        def rank(*keys):
+            """Where each one stands in order of the last key, then of those before it."""
+            return jnp.argsort(jnp.lexsort(keys, axis=1), axis=1)
+
+        by_score = rank(pos, -jnp.where(scored, score, -jnp.inf))
         chosen = filled & ((scored & (by_score < self.best)) | (pos < self.sinks))
         # Then by age: every chosen token is before every other one.
-        by_age = _rank(jnp.lexsort((-pos, 1 - chosen.astype(jnp.int32)), axis=1))
+        by_age = rank(-pos, ~chosen)
         stays = filled & (by_age < self.kept)
-        number = _rank(jnp.argsort(jnp.where(stays, pos, LAST), axis=1))
+        number = rank(jnp.where(stays, pos, LAST))
         return {
             "pos": jnp.where(stays, number, caches.EMPTY),
             "score": jnp.where(stays, score, 0.0),
         }
-
-
-def _rank(order: Int[Array, "B S P"]) -> Int[Array, "B S P"]:
-    """Where each one stands in this order."""
-    return jnp.argsort(order, axis=1)
 
 
 @register("h2o")
@@ -136,9 +178,9 @@ class H2O(EvictionPolicy):
     by_head = True
     best_between = True
 
-    def observe_slots(self, score: Array, weights: Array, cache_pos: Array) -> Array:
+    def observe_slots(self, score: Array, part: scores.Part, cache_pos: Array) -> Array:
         del cache_pos
-        return score + weights.sum((2, 3)).swapaxes(1, 2)
+        return score + part.received(score.shape[2]).swapaxes(1, 2)
 
 
 @register("tova")
@@ -151,9 +193,9 @@ class TOVA(EvictionPolicy):
 
     sinks: CountOrNone = 0
 
-    def observe_slots(self, score: Array, weights: Array, cache_pos: Array) -> Array:
-        last = cache_pos.argmax(1)[:, None, None, None, None]
-        seen = jnp.take_along_axis(weights, last, axis=3)[:, :, :, 0].mean((1, 2))  # [B, S]
+    def observe_slots(self, score: Array, part: scores.Part, cache_pos: Array) -> Array:
+        last = cache_pos.argmax(1)[:, None, None, None]
+        seen = jnp.take_along_axis(part.weights, last, axis=2)[:, :, 0].mean(1)  # [B, S]
         any_token = (cache_pos >= 0).any(1)[:, None, None]
         return jnp.where(any_token, seen[:, :, None], score)
 
@@ -202,7 +244,7 @@ class SirLLM(EvictionPolicy):
         logits: Callable[[Array], Array],
     ) -> caches.Cache:
         """The cache with the surprise of the tokens that were just read."""
-        before_hidden, before_token = cache.state["hidden"][0], cache.state["token"][0]
+        before_hidden, before_token = (cache.state[name][0] for name in ("hidden", "token"))
         earlier = jnp.concatenate([before_hidden[:, None].astype(hidden.dtype), hidden[:, :-1]], 1)
         previous = jnp.concatenate([before_token[:, None], tokens[:, :-1]], 1)
         expected = logits(earlier)
@@ -210,24 +252,19 @@ class SirLLM(EvictionPolicy):
         chosen = jnp.take_along_axis(expected, of[:, :, None], axis=2)[:, :, 0]
         surprise = jax.nn.logsumexp(expected, axis=-1) - chosen
         surprise = jnp.where(positions > 0, surprise, 0.0)  # nothing stands before the first
-        cache_pos, pos = self.position_in_cache(positions), cache.state["pos"]
-        # [L, B, S, 1, T]
-        here = (pos[..., None] == cache_pos[None, :, None, None, :]) & (cache_pos >= 0)[
-            None, :, None, None, :
-        ]
-        new = jnp.where(here, surprise[None, :, None, None, :], 0.0).sum(-1)
-        any_token, last = (cache_pos >= 0).any(1), cache_pos.argmax(1)
-        rows = jnp.arange(len(tokens))
+        state, cache_pos = cache.state, self.position_in_cache(positions)
+        valid = (cache_pos >= 0)[None, :, None, None]  # beside slots [L, B, S, 1] of each token
+        here = (state["pos"][..., None] == cache_pos[None, :, None, None]) & valid
+        new = jnp.where(here, surprise[None, :, None, None], 0.0).sum(-1)
+        row, last = jnp.arange(len(tokens)), cache_pos.argmax(1)
+        any_token = cache_pos[row, last] >= 0
+        last_hidden = hidden[row, last].astype(before_hidden.dtype)
+        last_hidden = jnp.where(any_token[:, None], last_hidden, before_hidden)
+        last_token = jnp.where(any_token, tokens[row, last], before_token)
         state = {
-            "pos": pos,
-            "score": jnp.where(here.any(-1), new, cache.state["score"]),
-            "hidden": _kept_where(any_token, hidden[rows, last], cache.state["hidden"]),
-            "token": _kept_where(any_token, tokens[rows, last], cache.state["token"]),
+            "pos": state["pos"],
+            "score": jnp.where(here.any(-1), new, state["score"]),
+            "hidden": jnp.broadcast_to(last_hidden[None], state["hidden"].shape),
+            "token": jnp.broadcast_to(last_token[None], state["token"].shape),
         }
         return dataclasses.replace(cache, state=state)
-
-
-def _kept_where(any_token: Bool[Array, " B"], new: Array, old: Array) -> Array:
-    """`old` [L, B, …] with the rows where there is something new."""
-    choose = any_token.reshape(1, -1, *(1,) * (old.ndim - 2))
-    return jnp.where(choose, new[None].astype(old.dtype), old)

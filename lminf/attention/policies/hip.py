@@ -1,9 +1,12 @@
-"""HiP: the best keys of every block of queries, found by a search over a tree of key ranges.
+"""HiP and InfiniteHiP: the best keys of every block of queries, found by a hierarchical search.
 
-Source: Lee et al. 2024, arXiv:2406.09827; docs/policies.md has the mathematics. The search asks for
-O(log) of the blocks, and the query heads of a key head share it. Decoding keeps what it found for
-`refresh` tokens. Positions are the model's: this saves work, and does not reach past the trained
-length.
+Source: Lee et al. 2024, arXiv:2406.09827, and 2025, arXiv:2502.08910; docs/policies.md has the
+mathematics. The query heads of a key head share a search. HiP's asks for O(log) of the blocks, at
+the model's own positions: it saves work, and does not reach past the trained length. InfiniteHiP's
+first stage looks at all of the text, O(text / chunk) for a block of queries, and what is seen is
+packed. Its source leaves open, and here: each list starts with the first token after the sinks, and
+its last chunk may be short; a half that ends up no better goes left; the token that stands for a
+chunk is scored once more as a right half, so stages of single tokens rank all at one distance.
 """
 
 import functools
@@ -54,13 +57,6 @@ class HierarchicalSelect(sparse.SparsePolicy):
         """
         raise NotImplementedError
 
-    def tokens(
-        self, block_ids: Int[Array, "B K X"], start: Int[Array, " B"]
-    ) -> Int[Array, "B K Y"]:
-        """Positions of the tokens of the last stage's blocks before the window; -1 for none."""
-        pos = sparse.block_positions(block_ids, self.block, first=self.sinks)
-        return jnp.where(pos < start[:, None, None], pos, -1)
-
     def init_state(self, shape: caches.CacheShape) -> dict[str, Any]:
         stages = range(len(self.refreshes))
         kept = [(shape.batch, shape.kv_heads, self.kept(s, shape.slots)) for s in stages]
@@ -69,18 +65,22 @@ class HierarchicalSelect(sparse.SparsePolicy):
             "start": jnp.full((shape.batch,), -1, jnp.int32),
         }
 
-    def select(self, state: Any, query: sparse.Query) -> tuple[sparse.Selected, Any]:
+    def select(self, state: Any, query: sparse.Query) -> tuple[Int[Array, "B K X"], Any]:
+        """Sinks, the tokens of the last stage's blocks before the window, and the window."""
         block_ids, start, state = self._block_ids(state, query)
-        waited = self.refreshes[0] if query.q.shape[1] == 1 else 0
-        length = self.window + query.q.shape[1] + self.window_slack + waited
-        return sparse.Selected(self.tokens(block_ids, start), start, length), state
+        pos = sparse.block_positions(block_ids, self.block, first=self.sinks)
+        pos = jnp.where(pos < start[:, None, None], pos, -1)
+        rows = query.q.shape[1]
+        length = self.window + rows + self.window_slack + (self.refreshes[0] if rows == 1 else 0)
+        near = start[:, None, None] + jnp.arange(length, dtype=jnp.int32)[None, None]
+        near = jnp.broadcast_to(near, (*pos.shape[:2], length))
+        return jnp.concatenate([sparse.sinks(self, pos), pos, near], 2), state
 
     def _block_ids(self, state, query):
         """What the last stage keeps, where the window begins, and what is remembered of it, which
         is something where the token is read alone.
         """
-        first, layer = query.group.first, query.layer
-        block_ids: Any = None
+        first, layer, block_ids = query.first, query.layer, None
         start = self.window_start(first)
         if not query.alone:
             for stage in range(len(self.refreshes)):
@@ -116,6 +116,7 @@ class HiP(HierarchicalSelect):
     selected_distance = "true"
     max_selected = property(attrgetter("topk"))
     window_slack = property(attrgetter("block"))
+    refreshes = property(lambda self: (self.refresh,))
 
     def __post_init__(self):
         super().__post_init__()
@@ -125,12 +126,12 @@ class HiP(HierarchicalSelect):
                 f"give a multiple"
             )
 
-    @property
-    def refreshes(self) -> tuple[int]:
-        return (self.refresh,)
+    def _most(self, slots: int) -> int:
+        """Blocks between sinks and window, of a text of so many tokens."""
+        return max(slots - self.window - self.sinks, 0) // self.block
 
     def kept(self, stage: int, slots: int) -> int:
-        return min(self.topk // self.block, max(slots - self.window - self.sinks, 0) // self.block)
+        return min(self.topk // self.block, self._most(slots))
 
     def window_start(self, first: Int[Array, " B"]) -> Int[Array, " B"]:
         """After the last whole block before it."""
@@ -140,50 +141,164 @@ class HiP(HierarchicalSelect):
     def search(
         self, stage: int, query: sparse.Query, start: Array, before: Array | None
     ) -> Int[Array, "B K kept"]:
-        del before  # there is one stage
-        group, q, kv_heads = query.group, query.q, query.kv_heads
-        most = max(query.slots - self.window - self.sinks, 0) // self.block
-        kept = self.kept(stage, query.slots)
+        q, kept, lists = query.q, self.kept(stage, query.slots), (len(query.q), query.kv_heads)
         if not kept:
-            return jnp.zeros((len(q), kv_heads, 0), jnp.int32)
-        blocks = (start - self.sinks) // self.block
+            return jnp.zeros((*lists, 0), jnp.int32)
+        blocks = (start - self.sinks)[:, None, None] // self.block
         # The last of every `query_stride` asks, so that the last of a block does; where fewer are
         # read, the last of them.
-        ask = -(group.first % self.query_block + 1) % self.query_stride
-        ask = jnp.minimum(group.first + ask, group.end - 1) - group.base
+        ask = -(query.first % self.query_block + 1) % self.query_stride
+        ask = jnp.minimum(query.first + ask, query.end - 1) - query.first
         row = jnp.arange(0, q.shape[1], self.query_stride, dtype=jnp.int32)[None] + ask[:, None]
-        columns = jnp.minimum(row, q.shape[1] - 1)
-        batch_row = jnp.arange(len(q))[:, None]
-        is_asking = (row < q.shape[1]) & (group.pos[batch_row, columns] >= 0)
-        asking_q = query.placement.at(
-            q[batch_row, columns], jnp.maximum(group.base[:, None] + row, 0)
-        )
-        asking_q = scores.rows_of_key_heads(asking_q, kv_heads)
-        flat = asking_q.reshape(*asking_q.shape[:2], -1, asking_q.shape[4])
+        columns, batch_row = jnp.minimum(row, q.shape[1] - 1), jnp.arange(len(q))[:, None]
+        asks = (row < q.shape[1]) & (query.pos[batch_row, columns] >= 0)
+        pos = jnp.maximum(query.first[:, None] + row, 0)
+        q = query.placement.at(q[batch_row, columns], pos)
 
         def score(first_block, size):
             """Of ranges of so many blocks that begin at `first_block`, [B, K, X]."""
             pos = sparse.block_positions(first_block, self.block, first=self.sinks)
-            k = query.placed(query.by_head(query.kv.k, pos), pos)
-            products = jnp.einsum("bkrh,bksh->bkrs", flat, k, preferred_element_type=jnp.float32)
-            products = products.reshape(*asking_q.shape[:4], -1)
-            products = jnp.where(is_asking[:, None, None, :, None], products, -jnp.inf).max((2, 3))
-            return jnp.where(
-                size > 0, products.reshape(*first_block.shape, self.block).max(-1), -jnp.inf
-            )
+            largest = sparse.largest_products(query, q, asks, pos, pos)
+            largest = largest.reshape(*lists, -1, *first_block.shape[2:], self.block).max((2, 4))
+            return jnp.where(size > 0, largest, -jnp.inf)
 
-        ends = jnp.arange(kept + 1, dtype=jnp.int32)[None] * blocks[:, None] // kept
-        first_block = jnp.broadcast_to(ends[:, None, :-1], (len(q), kv_heads, kept))
-        size = jnp.broadcast_to(jnp.diff(ends)[:, None], first_block.shape)
+        ends = jnp.arange(kept + 1, dtype=jnp.int32)[None, None] * blocks // kept
+        first_block = jnp.broadcast_to(ends[..., :-1], (*lists, kept))
+        size = jnp.broadcast_to(jnp.diff(ends), (*lists, kept))
 
         def halve(_, ranges):
             first_block, size = ranges
             left = size // 2
-            first_block = jnp.concatenate([first_block, first_block + left], -1)
-            size = jnp.concatenate([left, size - left], -1)
+            first_block = jnp.concatenate([first_block, first_block + left], 2)
+            size = jnp.concatenate([left, size - left], 2)
             _, best = jax.lax.top_k(score(first_block, size), kept)
             return jnp.take_along_axis(first_block, best, 2), jnp.take_along_axis(size, best, 2)
 
-        rounds = (-(-most // kept) - 1).bit_length()
+        rounds = (-(-self._most(query.slots) // kept) - 1).bit_length()
         first_block, size = jax.lax.fori_loop(0, rounds, halve, (first_block, size))
-        return jnp.sort(jnp.where(size > 0, first_block, -1), axis=-1)
+        return jnp.sort(jnp.where(size > 0, first_block, -1), axis=2)
+
+
+@register("infinite_hip")
+@dataclass(frozen=True)
+class InfiniteHiP(HierarchicalSelect):
+    """Keys found in stages, packed. Source: Lee et al. 2025, arXiv:2502.08910."""
+
+    chunk: tuple[Count, ...] = (256, 32, 8)  # tokens of a chunk, by stage
+    topk: tuple[Tokens, ...] = (32_768, 8192, 2048)  # tokens that a stage leaves
+    refresh: tuple[Count, ...] = (16, 8, 4)  # tokens that are written before it searches again
+    window: Tokens = 1024  # tokens, the query's own included
+    sinks: CountOrNone = 256  # tokens at the start that stay visible
+    query_block: Tokens = 64  # tokens that see the same, where they are read together
+    ordered_layers: Layers = 3  # layers at the start whose search tells chunks apart by place
+    dense_layers: Layers = 0  # layers at the start that see everything, where it is
+
+    selected_distance = "packed"
+    needs_rotary = True
+    block = property(lambda self: self.chunk[-1])
+    refreshes = property(attrgetter("refresh"))
+
+    def __post_init__(self):
+        super().__post_init__()
+        counts = [len(getattr(self, field)) for field in ("chunk", "topk", "refresh")]
+        if len(set(counts)) > 1 or not counts[0]:
+            raise InputError(
+                f"chunk, topk and refresh have {counts[0]}, {counts[1]} and {counts[2]} stages; "
+                f"give each one number a stage"
+            )
+        for size, kept in zip(self.chunk, self.topk, strict=True):
+            if kept % size:
+                raise InputError(
+                    f"topk={kept} tokens is no whole number of chunks of chunk={size}; "
+                    f"give a multiple"
+                )
+        for before, after in zip(self.chunk, self.chunk[1:], strict=False):
+            if before % after:
+                raise InputError(
+                    f"chunk={after} tokens does not divide chunk={before} of the stage before; "
+                    f"give a divisor"
+                )
+        for before, after in zip(self.topk, self.topk[1:], strict=False):
+            if after > before:
+                raise InputError(
+                    f"topk={after} tokens of the topk={before} that the stage before leaves; "
+                    f"give no more than those"
+                )
+
+    @property
+    def max_selected(self) -> int:
+        return self.topk[-1]
+
+    def _listed(self, stage: int, slots: int) -> int:
+        """Chunks that a stage chooses from, at most."""
+        if stage == 0:
+            return -(-max(slots - self.window - self.sinks, 0) // self.chunk[0])
+        return self.kept(stage - 1, slots) * (self.chunk[stage - 1] // self.chunk[stage])
+
+    def kept(self, stage: int, slots: int) -> int:
+        return min(self.topk[stage] // self.chunk[stage], self._listed(stage, slots))
+
+    def window_start(self, first: Int[Array, " B"]) -> Int[Array, " B"]:
+        return jnp.maximum(first - self.window + 1, self.sinks)
+
+    def table_size(self, slots: int, rows: int) -> int:
+        stages = range(len(self.chunk))
+        listed = self.kept(stages[-1], slots) * self.chunk[-1]
+        seen = self.sinks + listed + self.window + rows + self.refresh[0]
+        return max(seen, 2, *(self._listed(stage, slots) for stage in stages))
+
+    def search(
+        self, stage: int, query: sparse.Query, start: Array, before: Array | None
+    ) -> Int[Array, "B K kept"]:
+        size, listed = self.chunk[stage], self._listed(stage, query.slots)
+        kept, lists = self.kept(stage, query.slots), (len(query.q), query.kv_heads)
+        total = (start - self.sinks)[:, None, None]
+        if before is None:  # chunks of all that there is, the last one at the end of the list
+            number = -(-total // size) - listed + jnp.arange(listed, dtype=jnp.int32)[None, None]
+            number = jnp.broadcast_to(jnp.maximum(number, -1), (*lists, listed))
+        else:  # those of the chunks before
+            number = sparse.block_positions(before, self.chunk[stage - 1] // size)
+            number = jnp.sort(jnp.where(number * size < total, number, -1), axis=2)
+        if kept == listed:
+            return number
+        tokens = jnp.where(number < 0, 0, jnp.minimum(total - number * size, size))
+        heads = query.q.shape[2]
+        first, left = (scores.each_head(x, heads) for x in (number * size, tokens))
+
+        def largest(sides, key_pos):
+            """The largest product [B, K, X] of the token that each chunk comes down to."""
+
+            def score(token):
+                """As the first of a left half and as that of a right one."""
+                both = sparse.largest_products(
+                    query, jnp.concatenate(sides, 1), query.pos >= 0, self.sinks + token, key_pos
+                )
+                return both[:, :, 0], both[:, :, -1]
+
+            def descend(_, ranges):
+                token, left, as_left, as_right = ranges
+                half = left // 2
+                middle_as_left, middle_as_right = score(token + half)
+                right = (middle_as_right > as_left) | (half == 0)
+                return (
+                    jnp.where(right, token + half, token),
+                    jnp.where(right, left - half, half),
+                    jnp.where(right, middle_as_left, as_left),
+                    jnp.where(right, middle_as_right, as_right),
+                )
+
+            ranges = (first, left, *score(first))
+            *_, products = jax.lax.fori_loop(0, (size - 1).bit_length(), descend, ranges)
+            return products.reshape(*lists, -1, listed).max(2)
+
+        def ordered():  # chunks by their place in the list, the last one's window + listed - 1 back
+            place = jnp.broadcast_to(jnp.arange(listed, dtype=jnp.int32), first.shape)
+            last = jnp.full_like(query.pos, self.window + listed - 1)
+            return largest([query.placement.at(query.q, last)], place)
+
+        def alike():  # all keys equally far away, one token more on the left: none is rotated
+            return largest([query.placement.away(query.q, self.window + n) for n in (1, 0)], None)
+
+        best = jax.lax.cond(query.layer < self.ordered_layers, ordered, alike)
+        _, best = jax.lax.top_k(jnp.where(tokens > 0, best, -jnp.inf), kept)
+        return jnp.sort(jnp.take_along_axis(number, best, 2), axis=2)

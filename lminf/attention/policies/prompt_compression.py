@@ -6,6 +6,7 @@ all that is written after them stay. What is older lies in arrays of its own, wi
 narrower: keys there are rotated to their positions once, so that channels may go one by one.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
@@ -14,8 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lminf.attention import cache as caches
-from lminf.attention import scores as scores_
-from lminf.attention import slots
+from lminf.attention import scores, sparse
 from lminf.attention.policy import Count, Policy, register
 from lminf.attention.scores import Placement, ScoreConfig
 from lminf.errors import InputError
@@ -57,12 +57,17 @@ class PromptCompression(Policy):
         """Channels of older keys that stay."""
         return head_dim
 
-    def cache_layout(self, capacity: int) -> caches.LinearCache:
-        return caches.LinearCache(capacity)
-
     def init_state(self, shape: caches.CacheShape) -> dict[str, Any]:
         queries = (shape.batch, self.observation_window, shape.heads, shape.head_dim)
         return {"q": jnp.zeros(queries, shape.dtype)}  # of the last tokens, un-rotated
+
+    def observe_queries(
+        self, state: dict[str, Array], q: Float[Array, "B T N H"], layer: Any
+    ) -> dict[str, Array]:
+        """The state with the last queries of those that were read."""
+        before = state["q"]
+        last = jnp.concatenate([before[layer], q.astype(before.dtype)], 1)[:, -before.shape[2] :]
+        return {"q": before.at[layer].set(last)}
 
     def compress_prompt(
         self, config: ScoreConfig, cache: caches.Cache, *, length: int, room: int
@@ -100,33 +105,58 @@ class PromptCompression(Policy):
         k, v, state = jax.lax.map(one, cache.kv)
         new_pos = jnp.where(recent >= 0, recent, caches.EMPTY)
         new_pos = jnp.pad(new_pos, ((0, 0), (0, room)), constant_values=caches.EMPTY)
-        return caches.Cache(k, v, new_pos, caches.CompressedPrompt(observed + room), state)
+        return caches.Cache(k, v, new_pos, caches.SlotCache(observed + room), state)
+
+    def extend(
+        self,
+        config: ScoreConfig,
+        layout: caches.SlotCache,
+        stored_pos: Int[Array, "B S"],
+        positions: Int[Array, "B T"],
+    ) -> tuple[Callable[..., tuple[Array, caches.KVState]], Int[Array, "B S"]]:
+        """As `attend.extend`, over what is left of a prompt and the tokens after it."""
+        every = jnp.arange(1, layout.slots + 1, dtype=jnp.int32)[None]
+        filled = jnp.where(stored_pos >= 0, every, 0).max(1, keepdims=True)
+        slots = filled + jnp.arange(positions.shape[1], dtype=jnp.int32)[None]
+        slots = jnp.where(positions >= 0, slots, layout.slots)
+        new_pos = caches.write_pos(stored_pos, positions, slots)
+        placement = Placement(config, positions)
+        by_q, by_k = placement.rotation(positions), placement.rotation(new_pos)
+
+        def step(q, k, v, kv, layer):
+            k, v = caches.write(kv.k, k, layer, slots), caches.write(kv.v, v, layer, slots)
+            new_k, new_v = k[layer].astype(q.dtype), v[layer].astype(q.dtype)
+            old = {name: x[layer] for name, x in kv.state.items()}
+            old_k, old_v = old["k"].astype(q.dtype), old["v"].astype(q.dtype)
+            q, new_k = placement.rotate(q, by_q), placement.rotate(new_k, by_k)
+            narrow = _narrowed(q, old["channels"]) if "channels" in old else q
+            older = scores.over_slots(config, narrow, old_k, old_v, positions, old["pos"])
+            newer = scores.over_slots(config, q, new_k, new_v, positions, new_pos[..., None])
+            out, _ = scores.merge(older[:2], newer[:2])
+            return out.astype(q.dtype), kv._replace(k=k, v=v)
+
+        return step, new_pos
 
     def _chosen(self, config, q, k, recent, pos, count) -> Int[Array, "B O K"]:
-        """Positions of the older tokens to keep, in order, by key/value head; -1 where there are
-        no more.
-        """
-        kv_heads = k.shape[2]
-        old = (pos >= 0) & (pos < recent[:, :1])  # [B, S]
-        if self.capacity is None:
-            votes = jnp.broadcast_to(old[..., None], (*old.shape, kv_heads)).astype(jnp.float32)
-        else:
-            k_pos = pos[..., None]
-            logits = slots.scores(config, q, k, recent, k_pos)
-            weights = scores_.softmax(config, logits, slots.visible(recent, k_pos))
-            votes = jnp.where(old[..., None], weights.sum((2, 3)).swapaxes(1, 2), 0.0)
-            votes = _pooled(votes, self.pooling)
-        votes = jnp.where(old[..., None], votes, -1.0)  # attention is never below 0
-        best, chosen = jax.lax.top_k(votes.swapaxes(1, 2), count)  # the earlier of equals
-        far = jnp.where(best >= 0, chosen.astype(jnp.int32), jnp.iinfo(jnp.int32).max)
-        far = jnp.sort(far, axis=2).swapaxes(1, 2)
-        return jnp.where(far < k.shape[1], far, caches.EMPTY)
+        """Positions of the older tokens to keep, in order, by key/value head; first -1 for none."""
+        old = ((pos >= 0) & (pos < recent[:, :1]))[:, None]  # [B, 1, S]
+        votes = jnp.zeros((len(q), k.shape[2], k.shape[1]))
+        if self.capacity is not None:
+            part = scores.over_slots(config, q, k, k, recent, pos[..., None])
+            votes = jnp.where(old, part.received(k.shape[2]), 0.0)
+            # Means over neighbours, missing ones counting as 0, up to a factor.
+            votes = jax.lax.reduce_window(
+                votes, 0.0, jax.lax.add, (1, 1, self.pooling), (1, 1, 1), "SAME"
+            )
+        votes = jnp.where(old, votes, -jnp.inf)
+        return sparse.best_of(votes, count).swapaxes(1, 2)  # of equals the earlier
 
 
-def _pooled(x: Float[Array, "B S K"], width: int) -> Float[Array, "B S K"]:
-    """Means over `width` neighbours, missing ones counting as 0."""
-    sums = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, width, 1), (1, 1, 1), "SAME")
-    return sums / width
+def _narrowed(q: Float[Array, "B T N H"], channels: Int[Array, "B K D"]) -> Array:
+    """Queries [B, T, N, D] with the channels that their key head kept."""
+    grouped = q.reshape(*q.shape[:2], channels.shape[1], -1, q.shape[3])
+    taken = jnp.take_along_axis(grouped, channels[:, None, :, None, :], axis=4)
+    return taken.reshape(*q.shape[:3], channels.shape[2])
 
 
 def _channels(q, old_k, last_k, recent, wide: int) -> Int[Array, "B K D"]:

@@ -127,7 +127,11 @@ def embed_program(spec: ModelSpec, dtype: Any) -> Callable[..., Any]:
 def norm_program(spec: ModelSpec) -> Callable[..., Any]:
     """(params, hidden states after the last layer) -> those that heads read."""
     norm = layers.Norm(spec.norm, spec.width)
-    return jax.jit(lambda params, x: norm.apply({"params": params["final_norm"]}, x))
+
+    def final_norm(params, x):
+        return norm.apply({"params": params["final_norm"]}, x)
+
+    return jax.jit(final_norm)
 
 
 @lru_cache(maxsize=64)

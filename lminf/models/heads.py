@@ -25,7 +25,8 @@ def classifier(params: Params) -> Float[Array, "V D"]:
 def lm(spec: ModelSpec, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Next-token logits, from the decoder's own parameters."""
     weights, rows = classifier(params).astype(hidden.dtype), hidden.reshape(-1, hidden.shape[-1])
-    logits = product(rows, weights.T, dtype=jnp.float32).reshape(*hidden.shape[:-1], -1)
+    logits = product(rows, weights, dtype=jnp.float32, transposed=True)
+    logits = logits.reshape(*hidden.shape[:-1], -1)
     if spec.head_bias:
         logits = logits + jnp.broadcast_to(params["head_bias"].astype(jnp.float32), logits.shape)
     if spec.final_soft_cap is not None:

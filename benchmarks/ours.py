@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from lminf.attention.policy import POLICIES
+from lminf.checkpoints import fetch
 from lminf.config import parse_choice
 from lminf.data import sources
 from lminf.lm.generate import GREEDY, generate_tokens
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=4096, help="tokens before the first new one")
     parser.add_argument("--new", type=int, default=32, help="tokens to decode")
     args = parser.parse_args()
-    devices.share_cores()
+    devices.configure(fetch.compiled_folder())
     policy = parse_choice(args.policy, POLICIES, what="policy")
     lm = LM.from_pretrained(args.model, policy=policy).with_devices(jax.local_devices())
     measured = {"read": read, "decode": decode}[args.work](lm, args)

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from lminf.atomic import without_remains
+from lminf.checkpoints import fetch
 from lminf.errors import InputError
 from lminf.run import (
     devices,
@@ -58,7 +59,7 @@ def main(
     argv: Sequence[str] | None = None,
 ) -> None:
     """Parses the command line, runs, and leaves rows, figures and a report; exits the process."""
-    devices.share_cores()
+    devices.configure(fetch.compiled_folder())
     arguments = sys.argv[1:] if argv is None else list(argv)
     with exits.orderly(debug="--debug" in arguments):
         asked = request.parse(Path(inspect.getfile(run)).stem, arguments)

@@ -59,10 +59,10 @@ class Stream:
     def advance(self, tokens: Int[np.ndarray, "1 C"], position: int) -> Int[jax.Array, " 1"]:
         """The token after these, greedily."""
         key = jax.random.key(0)  # greedy: not used
+        positions = position + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         token, self.caches = generate.decode_step(
-            self.lm.decoder, self.lm.params, jnp.asarray(tokens),
-            position + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], self.caches, GREEDY, key,
-        )  # fmt: skip
+            self.lm, jnp.asarray(tokens), positions, self.caches, GREEDY, key
+        )
         return token
 
 

@@ -6,6 +6,7 @@ import os
 # Before jax is imported. Eight devices cost nothing where one is used (measured: start, compile
 # and matmul times are the same within noise).
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("LMINF_CACHE", "off")  # programs that tests compile are not the user's
 DEVICES = "--xla_force_host_platform_device_count=8"
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()

@@ -110,7 +110,12 @@ def append(
     prefix = (*prefix, jnp.arange(batch, dtype=jnp.int32)[:, None], slice(None))
 
     def write(stored: Array, slots: Int[Array, "B T"], fresh: Float[Array, "B T K X"]) -> Array:
-        # One scatter of rows [K, X]: XLA carries it out in place.
+        # One scatter of rows [K, X]: XLA carries it out in place. One of a single row would become
+        # an update that its CPU backend repeats for every reader, each time with a copy of all
+        # slots: the second row is dropped.
+        if slots.size == 1:
+            slots = jnp.pad(slots, ((0, 0), (0, 1)), constant_values=stored.shape[-2])
+            fresh = jnp.pad(fresh, ((0, 0), (0, 1), (0, 0), (0, 0)))
         return stored.at[*prefix, slots].set(fresh.astype(stored.dtype), mode="drop")
 
     length += count[:, 0]

@@ -112,13 +112,19 @@ MODELS = {
 
 def cache_folder() -> Path:
     """Where fetched files lie: $LMINF_CACHE, or the platform's folder for caches."""
-    if chosen := os.environ.get("LMINF_CACHE"):
+    chosen = os.environ.get("LMINF_CACHE")
+    if chosen and chosen != "off":
         return Path(chosen).expanduser()
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", "~/AppData/Local")).expanduser() / "lminf"
     if sys.platform == "darwin":
         return Path("~/Library/Caches/lminf").expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lminf"
+
+
+def compiled_folder() -> Path | None:
+    """Where compiled programs are kept between runs; None with LMINF_CACHE=off."""
+    return None if os.environ.get("LMINF_CACHE") == "off" else cache_folder() / "compiled"
 
 
 def fetch(name: str, *, progress: Progress | None = None) -> Path:

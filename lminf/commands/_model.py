@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lminf.attention.parsing import parse_policy
 from lminf.attention.policy import FULL
 from lminf.attention.rope import SCALINGS
+from lminf.checkpoints import fetch
 from lminf.config import parse_choice
 from lminf.data.tokenizers import Special
 from lminf.lm.lm import LM
@@ -42,7 +43,7 @@ def load(args: argparse.Namespace) -> LM:
     """The model under the policy asked for; nothing is loaded before both words are understood."""
     policy = parse_policy(args.policy) if args.policy else None
     scaling = parse_choice(args.scaling, SCALINGS, what="scaling") if args.scaling else None
-    devices.share_cores()
+    devices.configure(fetch.compiled_folder())
     lm = LM.from_pretrained(args.model, policy=policy, dtype=jnp.dtype(args.dtype))
     if policy is None and lm.policy != FULL:
         print(f"attending as trained, by {lm.policy.name} (lminf.json)", file=sys.stderr)

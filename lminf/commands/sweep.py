@@ -17,6 +17,7 @@ from types import ModuleType
 
 from rich.console import Console
 
+from lminf.checkpoints import fetch
 from lminf.config import closest
 from lminf.errors import InputError
 from lminf.run import devices, environment, header, plots, request, sweep, tables
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    devices.share_cores()
+    devices.configure(fetch.compiled_folder())
     arguments = [a for a in args.arguments if a != "--debug"]
     shard = request.take(arguments, "shard")
     cluster, jobs = request.take(arguments, "submit"), request.take(arguments, "jobs")

@@ -1,22 +1,30 @@
 """Generation: tokens one at a time through the cache, and text out of tokens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int
 
-from lminf.attention import cache
-from lminf.attention.policy import chunk_within, common_eviction
+from lminf.attention import attend, cache
+from lminf.attention.policy import LayerPolicy, chunk_within, common_eviction
+from lminf.attention.scores import ScoreConfig
 from lminf.errors import InputError
 from lminf.models import decoder, heads
+from lminf.models.spec import ModelSpec
 from lminf.types import Params
 
+Caches: TypeAlias = tuple[cache.Cache, ...]
+Forward: TypeAlias = Callable[[Array, Array, Caches], tuple[Array, Caches]]
+
 ROUND = 64  # tokens: what is kept of a prompt, and the room after it, grow by this
+CONTEXT = "context"  # the mesh axis that the tokens of a chunk are spread over
 STEP = 512  # tokens: unbounded caches and padded prompts grow by this, so few shapes are compiled
 
 
@@ -121,17 +129,15 @@ def decode_loop(
     """Reads the last chunks of prompts of `lengths` tokens into these caches, which are used up,
     and yields the next token of every row, max_new_tokens times.
     """
-    module, keys = lm.decoder, jax.random.split(key, max_new_tokens)
-    token = None
+    keys, token = jax.random.split(key, max_new_tokens), jnp.zeros(len(lengths), jnp.int32)
     for tokens, positions in chunks:
-        token, caches = decode_step(module, lm.params, tokens, positions, caches, sampling, keys[0])
-    caches = prepare_decoding(module, caches, length=int(lengths.max()), room=max_new_tokens)
+        token, caches = decode_step(lm, tokens, positions, caches, sampling, keys[0])
+    caches = prepare_decoding(lm.decoder, caches, length=int(lengths.max()), room=max_new_tokens)
     for count in range(max_new_tokens):
         yield np.asarray(token)
         if count + 1 < max_new_tokens:
             token, caches = decode_step(
-                module, lm.params, token[:, None], (lengths + count)[:, None], caches, sampling,
-                keys[count + 1],
+                lm, token[:, None], (lengths + count)[:, None], caches, sampling, keys[count + 1]
             )  # fmt: skip
 
 
@@ -167,7 +173,7 @@ def _hidden_states(
     chunks = list(pieces(lm, prompts))
     caches = empty_caches(lm, rows=len(prompts), longest=max(map(len, prompts)), room=0)
     for tokens, positions in chunks:
-        hidden, caches = _read(lm.decoder, lm.params, tokens, positions, caches)
+        hidden, caches = lm.on_one_device.forward(tokens, positions, caches)
         yield hidden, positions
 
 
@@ -201,54 +207,81 @@ def empty_caches(lm: Any, *, rows: int, longest: int, room: int) -> tuple[cache.
     return lm.init_caches(batch=rows, capacity=-(-(longest + room) // STEP) * STEP)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=4)
 def decode_step(
+    lm: Any,
+    tokens: Int[Array | np.ndarray, "B C"],
+    positions: Int[Array | np.ndarray, "B C"],
+    caches: Caches,
+    sampling: Sampling,
+    key: jax.Array,
+) -> tuple[Int[Array, " B"], Caches]:
+    """The token after these [B, C], which stand at `positions` [B, C]; and the caches, of which
+    those given are used up. `lm` is an lminf.LM.
+    """
+    hidden, caches = lm.on_one_device.forward(tokens, positions, caches)
+    return _next_token(lm.spec, lm.params, hidden, positions, sampling, key), caches
+
+
+@partial(jax.jit, static_argnums=0)
+def _next_token(spec: ModelSpec, params: Params, hidden, positions, sampling, key):
+    last = hidden[jnp.arange(len(hidden)), positions.argmax(1)]
+    return sample(heads.lm(spec, params, last), sampling, key=key)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+def forward(
     module: decoder.Decoder,
+    mesh: Mesh | None,
     params: Params,
     tokens: Int[Array, "B C"],
     positions: Int[Array, "B C"],
     caches: tuple[cache.Cache, ...],
-    sampling: Sampling,
-    key: jax.Array,
-) -> tuple[Int[Array, " B"], Any]:
-    """The token after these [B, C], which stand at `positions` [B, C]; and the caches."""
-    hidden, updated = module.apply({"params": params}, tokens, positions=positions, caches=caches)
-    last = hidden[jnp.arange(len(hidden)), positions.argmax(1)]
-    scores = heads.lm(module.spec, params, last)
-    return sample(scores, sampling, key=key), updated
+) -> tuple[Float[Array, "B C D"], tuple[cache.Cache, ...]]:
+    """LM.forward by Decoder.apply, its layers scanned. On a mesh, the tokens of a chunk are spread
+    over its devices where they divide it.
+    """
+    shared = mesh is not None and tokens.shape[1] % mesh.size == 0
+    module = module.clone(context_axis=CONTEXT if shared else None)
+
+    def run(params, tokens, positions, caches) -> Any:
+        return module.apply({"params": params}, tokens, positions=positions, caches=caches)
+
+    if shared:
+        shares = P(None, CONTEXT)
+        run = jax.shard_map(
+            run,
+            mesh=mesh,
+            in_specs=(P(), shares, shares, P()),
+            out_specs=(shares, P()),
+            check_vma=False,  # as in layerwise.layer_program
+        )
+    return run(params, tokens, positions, caches)
 
 
 def prepare_decoding(
     module: decoder.Decoder, caches: tuple[cache.Cache, ...], *, length: int, room: int
 ) -> tuple[cache.Cache, ...]:
-    """The caches at the end of prompts: decoder.prepare_decoding, compiled for few lengths."""
-    if not any(policy.needs_prompt for policy in module.policies):
+    """The caches at the end of prompts: attend.prepare_decoding, compiled for few lengths."""
+    config, prepared = decoder.score_config(module.spec), []
+    for policy, layer in zip(module.policies, caches, strict=False):  # caches may be of a period
+        if policy.needs_prompt:
+            sizes = (-(-tokens // ROUND) * ROUND for tokens in (length, room))
+            prepared.append(_compress(policy, config, layer, *sizes))
+            continue
         # Of caches that keep every token, which may fill the memory, no copy is made.
-        linear = [each.layout.keeps_all for each in caches]
-        ours = tuple(x if whole else None for x, whole in zip(caches, linear, strict=True))
-        others = tuple(None if whole else x for x, whole in zip(caches, linear, strict=True))
-        rotated = _prerotate(module, ours, others)
-        return tuple(each.for_decoding(free=True) for each in rotated)
-    return _compress(module, caches, *(-(-tokens // ROUND) * ROUND for tokens in (length, room)))
+        rotate = _prerotate_in_place if layer.layout.keeps_all else _prerotate
+        rotated = rotate(policy, config, layer)
+        prepared.append(rotated.for_decoding(free=True))
+    return tuple(prepared)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _prerotate(module: decoder.Decoder, linear, others):
-    caches = tuple(x if x is not None else y for x, y in zip(linear, others, strict=True))
-    return decoder.prepare_decoding(module.spec, module.policies, caches, length=0, room=0)
+def _prepare(policy: LayerPolicy, config: ScoreConfig, layer: cache.Cache, length=0, room=0):
+    return attend.prepare_decoding(policy, config, layer, length=length, room=room)
 
 
-@partial(jax.jit, static_argnums=(0, 2, 3))  # what comes out is smaller: nothing to donate
-def _compress(module: decoder.Decoder, caches, length, room):
-    return decoder.prepare_decoding(module.spec, module.policies, caches, length=length, room=room)
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _read(module: decoder.Decoder, params, tokens, positions, caches):
-    """Hidden states [B, C, D] and the caches."""
-    return module.apply({"params": params}, tokens, positions=positions, caches=caches)
-
-
+_prerotate = jax.jit(_prepare, static_argnums=(0, 1))
+_prerotate_in_place = jax.jit(_prepare, static_argnums=(0, 1), donate_argnums=2)
+_compress = jax.jit(_prepare, static_argnums=(0, 1, 3, 4))  # it comes out smaller: none is donated
 _logits = jax.jit(heads.lm, static_argnums=0)
 _pool = jax.jit(heads.embed)
 

@@ -10,13 +10,13 @@ lm.with_policy(Full())             the same weights, attended otherwise
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, Mesh
 from jaxtyping import Float32, Int
 
 from lminf.attention import cache, rope
@@ -25,15 +25,9 @@ from lminf.attention.parsing import parse_policy
 from lminf.attention.policy import FULL, AnyPolicy
 from lminf.data.tokenizers import Special
 from lminf.errors import InputError
-from lminf.lm.generate import (
-    GREEDY,
-    Sampling,
-    TextStream,
-    generate_tokens,
-    mean_hidden,
-    next_logits,
-)
-from lminf.lm.nll import CONTEXT, NLL, stream_nll
+from lminf.lm import generate, layerwise
+from lminf.lm.generate import CONTEXT, GREEDY, Forward, Sampling, TextStream
+from lminf.lm.nll import NLL, stream_nll
 from lminf.lm.protocol import OnAnswer, Score
 from lminf.models import cost, decoder
 from lminf.models.spec import ModelSpec
@@ -54,8 +48,8 @@ class LM:
     dtype: Any = jnp.float32
     # Its axis "context" shares out the tokens of each chunk that are read. None: one device.
     mesh: Mesh | None = None
-    # Mesh -> (params, the same on all of its devices), for every model made from this one.
-    _placed: dict[Mesh, tuple[Params, Params]] = dataclasses.field(
+    # What, mesh -> params and what was made of them, for every model made from this one.
+    _placed: dict[tuple[str, Mesh | None], tuple[Params, Any]] = dataclasses.field(
         default_factory=dict, compare=False, repr=False
     )
 
@@ -107,7 +101,7 @@ class LM:
         """Tokens apart that the model can place, as trained and scaled."""
         return self.spec.context_length
 
-    @property
+    @cached_property
     def decoder(self) -> decoder.Decoder:
         return decoder.Decoder(self.spec, self._by_layer(), dtype=self.dtype)
 
@@ -142,13 +136,34 @@ class LM:
     @property
     def replicated_params(self) -> Params:
         """The parameters where texts are read."""
-        if self.mesh is None:
-            return self.params
-        cached = self._placed.get(self.mesh)
-        if cached is None or cached[0] is not self.params:
-            placed = jax.device_put(self.params, NamedSharding(self.mesh, P()))
-            cached = self._placed[self.mesh] = self.params, placed
-        return cached[1]
+        return self._kept("replicated", lambda: layerwise.replicated(self.params, self.mesh))
+
+    @cached_property
+    def forward(self) -> Forward:
+        """(tokens [B, T], positions [B, T], caches) -> final hidden states [B, T, D], and the
+        caches with these tokens in them; those given are used up.
+        """
+        params = self.replicated_params
+        if not self._layerwise:
+            return partial(generate.forward, self.decoder, self.mesh, params)
+        by_layer = self._kept("layers", lambda: layerwise.layer_params(self.spec, params))
+        return layerwise.LayerwiseDecoder(self.decoder, params, by_layer, self.mesh)
+
+    @cached_property
+    def on_one_device(self) -> "LM":
+        """The same model without the other devices, which only reading makes use of."""
+        return self if self.mesh is None else dataclasses.replace(self, mesh=None)
+
+    @property
+    def _layerwise(self) -> bool:
+        return jax.default_backend() in layerwise.PLATFORMS
+
+    def _kept(self, what: str, made: Callable[[], Any]) -> Any:
+        """What was made of these parameters for this mesh, for every model that has both."""
+        kept = self._placed.get((what, self.mesh))
+        if kept is None or kept[0] is not self.params:
+            kept = self._placed[what, self.mesh] = self.params, made()
+        return kept[1]
 
     def init_caches(self, *, batch: int, capacity: int) -> tuple[cache.Cache, ...]:
         """Empty caches; `capacity` (tokens) is what policies that keep everything can hold.
@@ -165,8 +180,9 @@ class LM:
                 f"{needed / 1e9:.1f} GB, but this device has {there / 1e9:.1f} GB; read fewer "
                 f"tokens or use a policy with a window, such as lm_infinite"
             )
+        period = self.spec.num_layers if self._layerwise else None
         return decoder.init_caches(
-            self.spec, by_layer, batch=batch, capacity=capacity, dtype=self.dtype
+            self.spec, by_layer, batch=batch, capacity=capacity, dtype=self.dtype, period=period
         )
 
     def token_nll(
@@ -226,7 +242,7 @@ class LM:
         self, prompts: Sequence[str | np.ndarray], *, last: int = 1
     ) -> Float32[np.ndarray, "B last V"]:
         """Logits of what follows each of the `last` tokens of every prompt (text or token ids)."""
-        return next_logits(self, self.encode_prompts(prompts), last=last)
+        return generate.next_logits(self, self.encode_prompts(prompts), last=last)
 
     def count_tokens(self, text: str) -> int:
         """The tokens that the text is read as, BOS included."""
@@ -263,7 +279,7 @@ class LM:
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "B D"]:
         """One vector a text: the mean of the final hidden states of its tokens."""
-        return mean_hidden(self, self.encode_prompts(texts))
+        return generate.mean_hidden(self, self.encode_prompts(texts))
 
     def generate(
         self,
@@ -327,7 +343,7 @@ class LM:
 
     def _write(self, prompts, max_new_tokens, sampling, stop, seed) -> Iterator[tuple[int, str]]:
         self.check_length(max((len(ids) for ids in prompts), default=0) + max_new_tokens)
-        written = generate_tokens(
+        written = generate.generate_tokens(
             self, prompts, sampling=sampling, max_new_tokens=max_new_tokens,
             key=jax.random.key(seed),
         )  # fmt: skip

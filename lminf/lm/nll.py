@@ -8,19 +8,17 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Float32, Int
 
 from lminf.attention import policy as policies
 from lminf.errors import InputError
-from lminf.lm.generate import prepare_decoding
-from lminf.models import decoder
+from lminf.lm.generate import CONTEXT, prepare_decoding
+from lminf.models.spec import ModelSpec
 from lminf.objectives import cross_entropy
 
-CONTEXT = "context"  # the mesh axis that the tokens of a chunk are spread over
 CHUNK = 2048  # tokens read at a time: wide enough for full-speed products, small beside a window
 AFTER_PROMPT = 128  # the same, once a prompt is compressed: scores of a chunk are held whole
 
@@ -99,9 +97,9 @@ def stream_nll(
                     f"every one; give the length of the stream"
                 )
             tokens = np.pad(buffer[: chunk + 1], (0, max(chunk + 1 - len(buffer), 0)))
-            loss, caches = _score(
-                module, mesh, lm.replicated_params, tokens[None], np.int32(start), caches
-            )
+            positions = start + np.arange(chunk, dtype=np.int32)[None]
+            hidden, caches = lm.forward(tokens[None, :-1], positions, caches)
+            loss = _losses(lm.spec, mesh, lm.replicated_params, hidden, tokens[None, 1:])
             yield np.asarray(loss[0, :scored])
             buffer, start = buffer[scored:], start + scored
             if start == prompt:
@@ -126,32 +124,16 @@ def _prompt_within(lm: Any, longest: int | None, prompt: int | None) -> int | No
     return prompt
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
-def _score(module: decoder.Decoder, mesh, params, tokens: Int[jax.Array, "B C+1"], start, caches):
-    """Losses [B, C] of the tokens after each, and the caches with the first C read."""
-    chunk = tokens.shape[1] - 1
-    positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32), (len(tokens), chunk))
-    shared = mesh is not None and chunk % mesh.size == 0
-    module = module.clone(context_axis=CONTEXT if shared else None)
-
-    def score(params, tokens, targets, positions, caches):
-        hidden, caches = module.apply(
-            {"params": params}, tokens, positions=positions, caches=caches
-        )
-        return cross_entropy.token_nll(module.spec, params, hidden, targets), caches
-
-    if shared:
+@partial(jax.jit, static_argnums=(0, 1))
+def _losses(spec: ModelSpec, mesh: Mesh | None, params, hidden, targets):
+    """NLL [B, C] of the targets, nats."""
+    run = partial(cross_entropy.token_nll, spec)
+    if mesh is not None and targets.shape[1] % mesh.size == 0:
         shares = P(None, CONTEXT)
-        score = jax.shard_map(
-            score,
-            mesh=mesh,
-            in_specs=(P(), shares, shares, shares, P()),
-            out_specs=(shares, P()),
-            # That all devices end with the same caches, jax cannot know: it follows from the
-            # gathered keys and values that each of them writes.
-            check_vma=False,
+        run = jax.shard_map(
+            run, mesh=mesh, in_specs=(P(), shares, shares), out_specs=shares, check_vma=False
         )
-    return score(params, tokens[:, :-1], tokens[:, 1:], positions, caches)
+    return run(params, hidden, targets)
 
 
 def _power_of_two(least: int) -> int:

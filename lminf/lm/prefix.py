@@ -100,9 +100,7 @@ def _branches(
             if begun < last:
                 (chunk,) = _of_rows(chunks[begun : begun + 1], [trunk])
                 # As a prompt is read that an answer follows, so that one program serves both.
-                _, caches = decoding.decode_step(
-                    lm.decoder, lm.params, *chunk, caches, GREEDY, jax.random.key(0)
-                )
+                _, caches = decoding.decode_step(lm, *chunk, caches, GREEDY, jax.random.key(0))
 
 
 def common_chunks(chunks: Sequence[Chunk]) -> Int[np.ndarray, "P P"]:

@@ -78,7 +78,8 @@ class Decoder(nn.Module):
         caches: tuple[cache.Cache, ...] | None = None,
         bidirectional: bool = False,
     ) -> tuple[Hidden, tuple[cache.Cache, ...] | None]:
-        """Hidden states, and the caches (one for each layer of a period) with these tokens in them.
+        """Hidden states, and the caches (one for each layer of a period, or one for each layer)
+        with these tokens in them.
 
         `embeds` replace the embeddings of tokens and are scaled as those are: `embed_tokens` of the
         same tokens gives the same hidden states. Positions rise by one along each row (or segment);
@@ -126,7 +127,10 @@ class Decoder(nn.Module):
             layer.updated(layer_kv, layer_positions)
             for layer, layer_kv, layer_positions in zip(caches, kv, new_positions, strict=True)
         )
-        return x, self._observed(updated, tokens, positions, x)
+        return x, observed(
+            s, self.variables["params"], self.policies, tuple(updated), tokens=tokens,
+            positions=positions, hidden=x,
+        )  # fmt: skip
 
     def _check_inputs(self, tokens, embeds, caches, bidirectional):
         """Refuses inputs that have no meaning together."""
@@ -151,24 +155,12 @@ class Decoder(nn.Module):
                 f"its text at once; read texts under Full, without caches and context_axis"
             )
 
-    def _observed(self, caches, tokens, positions, hidden):
-        """The caches, updated by the policies that observe hidden states."""
-        head = partial(heads.lm, self.spec, self.variables["params"])
-        return tuple(
-            policy.observe_hidden(
-                layer, tokens=tokens, positions=positions, hidden=hidden, logits=head
-            )
-            if policy.needs_hidden
-            else layer
-            for policy, layer in zip(self.policies, caches, strict=False)  # caches: of one period
-        )
-
     def _attentions(self, length, positions, segments, caches, bidirectional):
         """How each layer of a period attends, and the positions that its cache then holds."""
         config, options = score_config(self.spec), {
             "context_axis": self.context_axis, "implementation": self.implementation,
         }  # fmt: skip
-        policies = self.policies[: period_of(self.policies)]
+        policies = self.policies[: len(caches) if caches else period_of(self.policies)]
         if bidirectional:
             run = bidirectional_prefill(config, positions, segments=segments)
             return [layer_scan.without_cache(run)], ()
@@ -210,6 +202,50 @@ class Decoder(nn.Module):
         return layer_scan.scan_layers(run_layer, x, stages, attentions)
 
 
+def run_layer(
+    spec: ModelSpec,
+    policy: LayerPolicy,
+    params: Params,
+    x: Hidden,
+    positions: Positions,
+    layer_cache: cache.Cache,
+    **options: Any,
+) -> tuple[Hidden, cache.Cache]:
+    """Hidden states after one layer of a stage's spec, with its own parameters and its own cache,
+    and the cache with these tokens in it. `options` are those of attend.extend.
+    """
+    extend, new_positions = attend.extend(
+        policy, score_config(spec), layer_cache.layout, layer_cache.pos, positions, **options
+    )
+
+    def attend_layer(q, k, v):
+        return extend(q, k, v, layer_cache.kv, jnp.int32(0))
+
+    out: Any = layers.Block(spec).apply({"params": params}, x, attend_layer)
+    x, kv = out
+    return x, layer_cache.updated(kv, new_positions)
+
+
+def observed(
+    spec: ModelSpec,
+    params: Params,
+    policies: Sequence[LayerPolicy],
+    caches: Sequence[cache.Cache],
+    *,
+    tokens: Any,  # Tokens, where a policy observes
+    positions: Positions,
+    hidden: Hidden,
+) -> tuple[cache.Cache, ...]:
+    """The caches, updated by the policies that observe hidden states."""
+    head = partial(heads.lm, spec, params)
+    return tuple(
+        policy.observe_hidden(layer, tokens=tokens, positions=positions, hidden=hidden, logits=head)
+        if policy.needs_hidden
+        else layer
+        for policy, layer in zip(policies, caches, strict=False)  # caches may be of one period
+    )
+
+
 def embed_tokens(
     spec: ModelSpec, params: Params, tokens: Tokens, *, dtype: Any = jnp.float32
 ) -> Hidden:
@@ -246,10 +282,18 @@ def period_of(pattern: Sequence[LayerPolicy]) -> int:
 
 
 def init_caches(
-    spec: ModelSpec, by_layer: Sequence[LayerPolicy], *, batch: int, capacity: int, dtype: Any
+    spec: ModelSpec,
+    by_layer: Sequence[LayerPolicy],
+    *,
+    batch: int,
+    capacity: int,
+    dtype: Any,
+    period: int | None = None,
 ) -> tuple[cache.Cache, ...]:
-    """Empty caches for `Decoder`; `capacity` (tokens) is what unbounded policies can hold."""
-    period = period_of(by_layer)
+    """Empty caches for `Decoder`, one for each layer of a period (None: the shortest); `capacity`
+    (tokens) is what unbounded policies can hold.
+    """
+    period = period_of(by_layer) if period is None else period
 
     shape = cache.CacheShape(
         batch, capacity, spec.num_heads, spec.num_kv_heads, spec.head_dim, dtype, spec.width

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from lminf.models.layers import product
 from lminf.models.spec import ModelSpec
 from lminf.types import Params
 
@@ -23,8 +24,9 @@ def classifier(params: Params) -> Float[Array, "V D"]:
 
 def lm(spec: ModelSpec, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Next-token logits, from the decoder's own parameters."""
-    weights = classifier(params).astype(hidden.dtype)
-    logits = jnp.einsum("...d,vd->...v", hidden, weights, preferred_element_type=jnp.float32)
+    weights, rows = classifier(params).astype(hidden.dtype), hidden.reshape(-1, hidden.shape[-1])
+    logits = product(rows, weights, dtype=jnp.float32, transposed=True)
+    logits = logits.reshape(*hidden.shape[:-1], -1)
     if spec.head_bias:
         logits = logits + jnp.broadcast_to(params["head_bias"].astype(jnp.float32), logits.shape)
     if spec.final_soft_cap is not None:

@@ -188,10 +188,14 @@ def test_an_unknown_name_is_answered_with_the_nearest():
 def test_the_cache_is_where_the_environment_says(monkeypatch):
     monkeypatch.setenv("LMINF_CACHE", "/somewhere")
     assert fetch.cache_folder() == Path("/somewhere")
+    assert fetch.compiled_folder() == Path("/somewhere/compiled")
     monkeypatch.delenv("LMINF_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     monkeypatch.setattr(sys, "platform", "linux")
     assert fetch.cache_folder() == Path("/cache/lminf")
+    monkeypatch.setenv("LMINF_CACHE", "off")  # of programs: models have their folder
+    assert fetch.cache_folder() == Path("/cache/lminf")
+    assert fetch.compiled_folder() is None
 
 
 def test_every_named_model_has_a_source_and_a_licence():

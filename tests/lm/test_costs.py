@@ -6,7 +6,6 @@ import pytest
 
 from lminf.attention.policy import Full, LMInfinite
 from lminf.lm import generate, nll
-from lminf.lm.generate import GREEDY
 from lminf.models import decoder
 from lminf.objectives import cross_entropy
 from tests.attention import cases
@@ -53,12 +52,14 @@ def test_scoring_a_chunk_holds_no_more_than_its_states_and_one_chunk_of_logits()
                 spec, module.policies, batch=1, capacity=10**9, dtype=jnp.float32
             )
         )
-        return (
-            nll._score.lower(
-                module, None, abstract_parameters(spec), shape(1, tokens + 1, dtype=jnp.int32),
-                shape(dtype=jnp.int32), caches,
-            ).compile(cases.fast_options()).memory_analysis().temp_size_in_bytes
-        )  # fmt: skip
+        ids = shape(1, tokens, dtype=jnp.int32)
+
+        def score(params, tokens, targets, positions, caches):
+            hidden, caches = generate.forward(module, None, params, tokens, positions, caches)
+            return nll._losses(spec, None, params, hidden, targets), caches
+
+        program = jax.jit(score).lower(abstract_parameters(spec), ids, ids, ids, caches)
+        return program.compile(cases.fast_options()).memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(2048) - temporary_bytes(1024) < 0.2 * 1024 * 8192 * 4
 
@@ -72,10 +73,8 @@ def step(policy, capacity, batch=1):
             spec, module.policies, batch=batch, capacity=capacity, dtype=jnp.float32
         )
     )
-    return generate.decode_step.lower(
-        module, abstract_parameters(spec), shape(batch, 1, dtype=jnp.int32),
-        shape(batch, 1, dtype=jnp.int32), caches, GREEDY, jax.eval_shape(lambda: jax.random.key(0)),
-    )  # fmt: skip
+    ids = shape(batch, 1, dtype=jnp.int32)
+    return generate.forward.lower(module, None, abstract_parameters(spec), ids, ids, caches)
 
 
 def test_a_decoding_step_under_a_window_is_one_program_for_streams_of_any_length():

@@ -9,7 +9,7 @@ import pytest
 from lminf.attention.policies.eviction import H2O, TOVA, SirLLM
 from lminf.attention.policy import Full, PerLayer
 from lminf.errors import InputError
-from lminf.lm import generate
+from tests.cases import compilations
 
 TEXT = "Straße: forty-one tokens, a few in bytes"
 PROMPTS = ["Twenty bytes of text", "Seven b", "Eleven byte"]
@@ -60,8 +60,8 @@ def caches_after(lm, ids, size):
     for start in range(0, len(ids), size):
         piece = ids[None, start : start + size]
         at = np.arange(start, start + piece.shape[1], dtype=np.int32)[None]
-        _, stored = generate._read(lm.decoder, lm.params, piece, at, stored)
-    return stored[0]
+        _, stored = lm.forward(piece, at, stored)
+    return stored
 
 
 @pytest.mark.slow
@@ -71,11 +71,11 @@ def test_sirllm_remembers_how_surprising_each_token_was(lm, ids):
     for how in ("surprise", "reference"):
         one = lm.with_policy(SirLLM(12, sinks=2, turn=4, score=how))
         stored = caches_after(one, ids[:12], 4)
-        place = np.asarray(stored.state["pos"])[:, 0, :, 0]
-        order = np.argsort(place, axis=1)
-        scores[how] = np.take_along_axis(
-            np.asarray(stored.state["score"])[:, 0, :, 0], order, axis=1
+        place, score = (
+            np.concatenate([np.asarray(layer.state[name])[:, 0, :, 0] for layer in stored])
+            for name in ("pos", "score")
         )
+        scores[how] = np.take_along_axis(score, np.argsort(place, axis=1), axis=1)
         np.testing.assert_array_equal(scores[how][0], scores[how][1])  # the same in all layers
     found = scores["surprise"][0]
     # Of the turns that are over, the first token has the largest of its turn.
@@ -90,9 +90,9 @@ def test_sirllm_remembers_how_surprising_each_token_was(lm, ids):
 def test_a_stream_without_end_is_one_program_a_chunk_and_one_a_token(lm, ids):
     evicting = lm.with_policy(SIRLLM)
     caches_after(evicting, ids[:8], 1)
-    before = generate._read._cache_size()
-    held = caches_after(evicting, ids, 1)
-    assert generate._read._cache_size() == before
+    with compilations() as compiled:
+        held = caches_after(evicting, ids, 1)[0]
+    assert "jit(run_layer)" not in compiled
     assert held.k.shape[2] == 12
     assert (np.asarray(held.state["pos"]) >= 0).sum(2).max() <= 12
 

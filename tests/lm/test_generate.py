@@ -14,10 +14,10 @@ from lminf import kernels
 from lminf.attention.policy import LMInfinite, SelfExtend
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
-from lminf.lm import generate
 from lminf.lm.generate import GREEDY, Sampling, TextStream, generate_tokens
 from lminf.models import decoder, heads
 from tests.attention import cases
+from tests.cases import compilations
 from tests.models import specs
 
 PROMPTS = ["Twenty bytes of text", "Seven b", "Eleven byte"]  # 20, 7 and 11 tokens
@@ -57,14 +57,14 @@ def test_prompts_of_unequal_length_are_each_alone(lm, small_steps):
 
 def test_decoding_compiles_once_for_all_lengths(lm, small_steps):
     tokens_after(lm, PROMPTS[:1])
-    before = generate.decode_step._cache_size()
-    for prompt, new in (("a prompt", 11), ("another prompt, longer", 9), ("another", 24)):
-        assert len(prompt) + new in range(17, 33)  # the same room for layers that keep everything
-        tokens_after(lm, [prompt], new=new)
-    assert generate.decode_step._cache_size() == before
-    for temperature in (0.5, 2.0):  # greedy was the first
-        list(lm.stream(PROMPTS[:1], max_new_tokens=3, sampling=Sampling(temperature)))
-    assert generate.decode_step._cache_size() == before
+    with compilations() as compiled:
+        for prompt, new in (("a prompt", 11), ("another prompt, longer", 9), ("another", 24)):
+            # The same room for layers that keep everything.
+            assert len(prompt) + new in range(17, 33)
+            tokens_after(lm, [prompt], new=new)
+        for temperature in (0.5, 2.0):  # greedy was the first
+            list(lm.stream(PROMPTS[:1], max_new_tokens=3, sampling=Sampling(temperature)))
+    assert not {"jit(run_layer)", "jit(_next_token)"} & set(compiled), compiled
     rows = tokens_after(lm, PROMPTS[:1], new=1)
     assert rows.shape == (1, 1)
 

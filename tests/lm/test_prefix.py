@@ -28,10 +28,10 @@ def chunks_read(monkeypatch):
     """Rows of every chunk that is read."""
     found, advance = [], generate.decode_step
 
-    def counted(module, params, tokens, *rest):
+    def counted(lm, tokens, *rest):
         if tokens.shape[1] > 1:
             found.append(len(tokens))
-        return advance(module, params, tokens, *rest)
+        return advance(lm, tokens, *rest)
 
     monkeypatch.setattr(generate, "decode_step", counted)
     return found

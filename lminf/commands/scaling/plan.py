@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from lminf.atomic import atomic_write
+from lminf.checkpoints import fetch
 from lminf.commands.scaling._arguments import Result
 from lminf.configs import step_sweep, vocab_sweep
 from lminf.errors import InputError
@@ -114,7 +115,7 @@ def fitted(
 
 def measured_speed(kind: str, planned: plans.Plan) -> float:
     """FLOP/s of training two of the plan's runs side by side, here and now."""
-    devices.share_cores()
+    devices.configure(fetch.compiled_folder())
     c = config_of(kind, planned)
     c.rates, c.replicates = planned.rates[:2], 1
     c.data.vocab = planned.sizes[len(planned.sizes) // 2]

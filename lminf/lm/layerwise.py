@@ -1,0 +1,146 @@
+"""A decoder whose layers run one after another, each a program of its own: how CPUs read and write.
+
+A scan over stacked arrays makes XLA's CPU backend copy the weights, the keys and the values of
+every layer out of their stacks before it multiplies. Here the weights of a layer are views of the
+stacked arrays and its cache is an array of its own. Layers that are alike share one program, so
+there is also less to compile.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lminf.attention import cache
+from lminf.attention.policy import LayerPolicy
+from lminf.models import decoder, layers
+from lminf.models.spec import ModelSpec
+from lminf.types import Hidden, Params, Positions, Tokens
+
+PLATFORMS = ("cpu",)  # where the layers run one by one
+
+
+def replicated(params: Params, mesh: Mesh | None) -> Params:
+    """The parameters on every device of the mesh; devices of one CPU share the memory."""
+    if mesh is None:
+        return params
+    sharding = NamedSharding(mesh, P())
+    if mesh.devices.flat[0].platform != "cpu":
+        return jax.device_put(params, sharding)
+    return jax.tree.map(lambda x: _share(np.asarray(x), sharding), params)
+
+
+def layer_params(spec: ModelSpec, params: Params) -> list[Params]:
+    """The parameters of each layer, as views of the stacked arrays of a CPU."""
+
+    def view(x: jax.Array, row: int) -> jax.Array:
+        part = np.asarray(x.addressable_data(0))[row]
+        return _share(part, x.sharding) if x.committed else jax.device_put(part)
+
+    return [
+        jax.tree.map(partial(view, row=row), params[name])
+        for name, stage in decoder.stages_of(spec).items()
+        for row in range(stage.num_layers)
+    ]
+
+
+def _share(x: np.ndarray, sharding: Any) -> jax.Array:
+    """The same memory as an array of each device: `device_put` copies nothing that is aligned."""
+    parts = [jax.device_put(x, device) for device in sharding.addressable_devices]
+    return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
+
+
+class LayerwiseDecoder:
+    """Decoder.apply of one model, with a cache for each layer. On a mesh, the tokens of a chunk are
+    spread over its devices where they divide it.
+    """
+
+    def __init__(
+        self, module: decoder.Decoder, params: Params, by_layer: Sequence[Params], mesh: Mesh | None
+    ):
+        spec = module.spec
+        self.module, self.by_layer, self.mesh = module, by_layer, mesh
+        self.params = {name: x for name, x in params.items() if not name.endswith("layers")}
+        stages = [
+            stage for stage in decoder.stages_of(spec).values() for _ in range(stage.num_layers)
+        ]
+        self.programs = {
+            shares: [
+                layer_program(stage, policy, module.implementation, shares)
+                for stage, policy in zip(stages, module.policies, strict=True)
+            ]
+            for shares in {None, mesh}
+        }
+        self.embed, self.final_norm = embed_program(spec, module.dtype), norm_program(spec)
+        self.observe = None
+        if any(policy.needs_hidden for policy in module.policies):
+            self.observe = observe_program(spec, module.policies)
+
+    def __call__(
+        self, tokens: Tokens, positions: Positions, caches: tuple[cache.Cache, ...]
+    ) -> tuple[Hidden, tuple[cache.Cache, ...]]:
+        """Hidden states, and the caches, which are used up, with these tokens in them."""
+        shares = self.mesh if self.mesh and tokens.shape[1] % self.mesh.size == 0 else None
+        x, updated = self.embed(self.params, tokens), []
+        for program, params, layer in zip(
+            self.programs[shares], self.by_layer, caches, strict=True
+        ):
+            x, layer = program(params, x, positions, layer)
+            updated.append(layer)
+        hidden = self.final_norm(self.params, x)
+        if self.observe is not None:
+            updated = self.observe(self.params, updated, tokens, positions, hidden)
+        return hidden, tuple(updated)
+
+
+@lru_cache(maxsize=256)
+def layer_program(
+    spec: ModelSpec, policy: LayerPolicy, implementation: str | None, mesh: Mesh | None
+) -> Callable[..., Any]:
+    """The compiled decoder.run_layer of layers like this, which uses up states and cache."""
+    axis = None if mesh is None else mesh.axis_names[0]
+    run = partial(decoder.run_layer, spec, policy, context_axis=axis, implementation=implementation)
+    if mesh is not None:
+        run = jax.shard_map(
+            run,
+            mesh=mesh,
+            in_specs=(P(), P(None, axis), P(None, axis), P()),
+            out_specs=(P(None, axis), P()),
+            # That all devices end with the same caches, jax cannot know: it follows from the
+            # gathered keys and values that each of them writes.
+            check_vma=False,
+        )
+    return jax.jit(run, donate_argnums=(1, 3))
+
+
+@lru_cache(maxsize=64)
+def embed_program(spec: ModelSpec, dtype: Any) -> Callable[..., Any]:
+    """(params, tokens) -> what the first layer reads."""
+    return jax.jit(partial(decoder.embed_tokens, spec, dtype=dtype))
+
+
+@lru_cache(maxsize=64)
+def norm_program(spec: ModelSpec) -> Callable[..., Any]:
+    """(params, hidden states after the last layer) -> those that heads read."""
+    norm = layers.Norm(spec.norm, spec.width)
+
+    def final_norm(params, x):
+        return norm.apply({"params": params["final_norm"]}, x)
+
+    return jax.jit(final_norm)
+
+
+@lru_cache(maxsize=64)
+def observe_program(spec: ModelSpec, policies: tuple[LayerPolicy, ...]) -> Callable[..., Any]:
+    """(params, caches, tokens, positions, hidden states) -> the caches, as decoder.observed."""
+
+    def observe(params, caches, tokens, positions, hidden):
+        return decoder.observed(
+            spec, params, policies, caches, tokens=tokens, positions=positions, hidden=hidden
+        )
+
+    return jax.jit(observe, donate_argnums=1)

@@ -1,0 +1,85 @@
+"""Layers that run one by one, as on a CPU, against the scan over them that other devices run."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lminf.attention.policies.eviction import SirLLM
+from lminf.attention.policies.infllm import InfLLM
+from lminf.attention.policy import Full, LMInfinite
+from lminf.lm import layerwise
+from lminf.models import decoder
+from tests.attention import cases
+from tests.models import specs
+
+TEXT = "Some forty bytes of text to be predicted."
+POLICIES = [
+    None,  # the fixture's own, one layer that forgets and one that does not
+    pytest.param(InfLLM(8, 2, topk=2, block=4, exec_block=8), marks=pytest.mark.slow),
+    pytest.param(SirLLM(32, recent=8, turn=16), marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture
+def scanned(monkeypatch):
+    """Makes a model that reads and writes as on an accelerator."""
+
+    def make(lm):
+        monkeypatch.setattr(layerwise, "PLATFORMS", ())
+        return dataclasses.replace(lm)
+
+    return make
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_losses_and_answers_are_those_of_the_scan(lm, small_steps, scanned, policy):
+    lm = lm if policy is None else lm.with_policy(policy)
+    ids = lm.tokenizer.encode(TEXT)
+    losses, answer = lm.token_nll(ids), lm.generate(TEXT, max_new_tokens=8)
+    assert len(lm.init_caches(batch=1, capacity=32)) == lm.spec.num_layers
+    other = scanned(lm)
+    np.testing.assert_allclose(other.token_nll(ids), losses, atol=1e-5)
+    assert other.generate(TEXT, max_new_tokens=8) == answer
+
+
+@pytest.mark.slow
+def test_the_scan_shares_out_a_chunk_too(lm, small_steps, scanned):
+    ids = lm.tokenizer.encode(TEXT)
+    losses = lm.token_nll(ids)
+    shared = scanned(lm.with_devices(jax.devices()[:2]))
+    np.testing.assert_allclose(shared.token_nll(ids), losses, atol=1e-5)
+
+
+def test_a_layer_has_no_copy_of_its_weights(lm):
+    """Whichever device it runs on."""
+    for where in (lm, lm.with_devices(jax.devices()[:2])):
+        for name, stacked in lm.params["layers"]["mlp"].items():
+            start = stacked.unsafe_buffer_pointer()
+            for row, layer in enumerate(where.forward.by_layer):
+                for shard in layer["mlp"][name].addressable_shards:
+                    address = shard.data.unsafe_buffer_pointer()
+                    assert address == start + row * stacked[0].nbytes
+
+
+@pytest.mark.parametrize("policy", [Full(), LMInfinite(2048, 4)], ids=str)
+def test_a_token_is_read_without_a_copy_of_its_layers_cache(policy):
+    spec = specs.shallow(specs.LLAMA, 1)
+    program = layerwise.layer_program(spec, policy, None, None)
+    params = jax.eval_shape(lambda: decoder.init(spec, key=jax.random.key(0)))["layers"]
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
+
+    def prepared():
+        caches = decoder.init_caches(spec, (policy,), batch=1, capacity=2048, dtype=jnp.float32)
+        return decoder.prepare_decoding(spec, (policy,), caches, length=0, room=0)[0].for_decoding()
+
+    cache = jax.eval_shape(prepared)
+    x = jax.ShapeDtypeStruct((1, 1, spec.width), jnp.float32)
+    position = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    memory = program.lower(params, x, position, cache).compile(cases.fast_options())
+    memory = memory.memory_analysis()
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in (cache.k, cache.v))
+    assert memory.alias_size_in_bytes >= size
+    assert memory.temp_size_in_bytes < size / 2

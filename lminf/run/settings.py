@@ -21,8 +21,8 @@ RANGES = {
     **dict.fromkeys(
         (
             # training
-            "steps", "grad_accum_steps", "every", "evaluate_every", "last", "batches", "log_every", "batch",
-            "replicates", "rounds",
+            "steps", "grad_accum_steps", "every", "evaluate_every", "last", "batches", "log_every",
+            "batch", "replicates", "rounds",
             # shapes
             "width", "num_heads", "num_kv_heads", "hidden_dim", "top_k", "vocab",
             "vocabs", "vocab_size", "seq_len",

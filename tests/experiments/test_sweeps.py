@@ -199,7 +199,8 @@ def test_a_sweep_is_submitted_as_jobs(tmp_path):
     command = [
         sys.executable, "-m", "lminf.cli", "sweep", "step", "--config=step_sweep:tiny",
         "--config.data.corpus=prose", "--config.data.vocab=256", "--config.tokens=2048",
-        "--config.schedule=constant:peak=1", f"--out={out}", "--submit=local", "--jobs=2", "--minutes=10",
+        "--config.schedule=constant:peak=1", f"--out={out}",
+        "--submit=local", "--jobs=2", "--minutes=10",
     ]  # fmt: skip
     environment = {**os.environ, "LMINF_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

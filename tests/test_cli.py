@@ -279,6 +279,7 @@ def test_empty_names_and_seeds_out_of_range_are_refused(
     words, message, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "lminf.experiments.passkey", raising=False)
     with pytest.raises(SystemExit) as ending:
         cli.main(words)
     assert ending.value.code == 2

@@ -21,8 +21,8 @@ RANGES = {
     **dict.fromkeys(
         (
             # training
-            "steps", "grad_accum_steps", "every", "last", "batches", "log_every", "batch",
-            "replicates", "rounds",
+            "steps", "grad_accum_steps", "every", "evaluate_every", "last", "batches", "log_every",
+            "batch", "replicates", "rounds",
             # shapes
             "width", "num_heads", "num_kv_heads", "hidden_dim", "top_k", "vocab",
             "vocabs", "vocab_size", "seq_len",
@@ -45,7 +45,7 @@ RANGES = {
     "length": Range(min=2, max=MOST),  # a token and the one it predicts
     "depths": SHARE,
     "key_value_depths": SHARE,
-    "data.held_out": Range(above=0, below=1),
+    "held_out": Range(above=0, below=1),
     "clip": Range(min=0),  # 0: gradients are not clipped
     "z_loss": Range(min=0, max=1),
     "threshold": Range(min=0, max=1),

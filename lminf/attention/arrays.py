@@ -105,9 +105,9 @@ def attend_stepwise(
             cache = cache.for_decoding()
 
         def read(carry, chunk, layout=cache.layout):
-            (kv, pos), (at, *new) = carry, chunk
+            (kv, pos), (at, q, k, v) = carry, chunk
             step, pos = forms.extend(layer, config, layout, pos, at, implementation=implementation)
-            out, kv = step(*new, kv, jnp.int32(0))
+            out, kv = step(q, k, v, kv, jnp.int32(0))
             return (kv, pos), out
 
         pieces = [x[:, start : start + count * size] for x in arrays]

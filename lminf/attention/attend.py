@@ -74,7 +74,8 @@ def _prefill_through_cache(policy, config, positions, segments, context_axis):
         )
 
     def run(q, k, v):
-        shape = caches.CacheShape(*positions.shape, q.shape[2], *k.shape[2:], k.dtype)
+        (batch, tokens, heads, width), kv_heads = q.shape, k.shape[2]
+        shape = caches.CacheShape(batch, tokens, heads, kv_heads, width, k.dtype)
         empty = caches.create(policy, shape, layers=1)
         step, _ = extend(
             policy, config, empty.layout, empty.pos, positions, context_axis=context_axis
@@ -92,9 +93,10 @@ def _over_sequence(policy, config, positions, segments, shards, implementation):
     # segment has first tokens of its own: the kernel picks them out of all.
     key_pos, far_pos, query_offset = all_pos, _first_positions(batch, count), shards.first
     halo = policy.bounded and shards.axis is not None and segments is None
+    segment_ids = None
     if segments is not None:
         far_pos, ids = key_pos, jnp.where(positions < 0, masks.PADDING, segments)
-        segments = kernels.SegmentIds(ids, shards.all(ids))
+        segment_ids = kernels.SegmentIds(ids, shards.all(ids))
     elif halo:  # of the keys on other devices only the window's
         query_offset = min(policy.window - 1, total - shards.tokens)
         before = jnp.arange(-query_offset, shards.tokens, dtype=positions.dtype)
@@ -111,7 +113,7 @@ def _over_sequence(policy, config, positions, segments, shards, implementation):
 
     return _attention(
         policy, config, Placement(config, all_pos, segments), positions, key_pos, far_pos, keys,
-        count=count, query_offset=query_offset, segments=segments, implementation=implementation,
+        count=count, query_offset=query_offset, segments=segment_ids, implementation=implementation,
     )  # fmt: skip
 
 
@@ -124,7 +126,7 @@ def _ring_attention(policy, config, positions, shards, implementation):
         near_q, near_k = branches.near(q, k)
 
         def visit(carry, away):
-            k, v, *merged = carry
+            k, v, out, lse = carry
             # Keys from beyond the last device are of later tokens, which nobody here sees.
             offset = jnp.where(away <= shards.index, away, away - shards.devices) * q.shape[1]
             part = kernels.lambda_attention(
@@ -132,7 +134,8 @@ def _ring_attention(policy, config, positions, shards, implementation):
                 key_start=positions[:, 0] - offset, implementation=implementation,
                 return_residuals=True, **config.for_kernel(slopes),
             )  # fmt: skip
-            merged = scores.merge(tuple(merged), part)
+            assert isinstance(part, kernels.Residuals)
+            merged = scores.merge((out, lse), part)
             return (shards.from_left(k), shards.from_left(v), *merged), None
 
         lse = jnp.full((q.shape[0], q.shape[2], q.shape[1]), -jnp.inf, jnp.float32)

@@ -83,7 +83,7 @@ def extend(
 ) -> Callable[..., tuple[Array, caches.KVState]]:
     """The step of every layer, for one token per row, over a cache of rotated keys."""
     place = _placed(policy, config, Placement(config, positions), positions)
-    parts = policy.policies if isinstance(policy, PerHead) else (policy,)
+    parts = policy.policies if isinstance(policy, PerHead) else head_policies(policy)
     windows = [min(part.window or layout.window, layout.window) for part in parts]
     counts = [layout.sinks if part.num_sinks is None else part.num_sinks for part in parts]
     counts = jnp.broadcast_to(jnp.array(counts, jnp.int32)[None], (len(positions), len(counts)))

@@ -14,7 +14,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple, TypeAlias
+from typing import Annotated, Any, NamedTuple, TypeAlias, TypeVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -49,11 +49,12 @@ def _constant(value: int) -> PositionMap:
     return lambda positions: jnp.full_like(positions, value)
 
 
+Kind = TypeVar("Kind", bound=type)  # a class of policies
 POLICIES: dict[str, type["AnyPolicy"]] = {}
 NAMES: dict[type, str] = {}
 
 
-def register(name: str) -> Callable[[type], type]:
+def register(name: str) -> Callable[[Kind], Kind]:
     """Makes a class of policies known by this name on command lines and in configs."""
 
     def known(kind):

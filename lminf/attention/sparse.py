@@ -34,7 +34,10 @@ class SparsePolicy(Policy):
     """Selects among all earlier tokens. Subclasses say which, and what they remember."""
 
     context_parallel = False
-    bounded = property(lambda self: False)  # what may be selected is anything
+
+    @property
+    def bounded(self) -> bool:
+        return False  # what may be selected is anything
 
     group: Any  # int: queries that select together, where they are read together
     # int | "true" | "packed". Where what is selected seems to be: so far away from every query,

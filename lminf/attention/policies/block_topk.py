@@ -123,6 +123,7 @@ def attend_blocks(
         block_counts=(routed.block_ids >= 0).astype(jnp.int32),
         block_q=block_q, block_kv=size, causal=False, **options,
     )  # fmt: skip
+    assert isinstance(far, kernels.Residuals)
     place = jnp.minimum(routed.row, q.shape[2] - 1)
     far_out = far.out.swapaxes(1, 2)[row, head, place].reshape(*block_ids.shape, -1)
     far_lse = far.lse[row, head, place].reshape(block_ids.shape)

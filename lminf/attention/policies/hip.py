@@ -80,7 +80,8 @@ class HierarchicalSelect(sparse.SparsePolicy):
         """What the last stage keeps, where the window begins, and what is remembered of it, which
         is something where the token is read alone.
         """
-        first, layer, block_ids = query.first, query.layer, None
+        first, layer = query.first, query.layer
+        block_ids: Any = None
         start = self.window_start(first)
         if not query.alone:
             for stage in range(len(self.refreshes)):

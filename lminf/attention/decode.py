@@ -31,7 +31,7 @@ def prerotate(policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache) -> 
     layout, encoding, parts = cache.layout, config.encoding, head_policies(policy)
     windows: list[Any] = [part.window for part in parts]
     counts: list[Any] = [part.num_sinks for part in parts]
-    dynamic = isinstance(encoding, rope.Rotary) and isinstance(encoding.scaling, rope.DynamicNTK)
+    dynamic = isinstance(encoding, rope.Rotary) and encoding.scaling.follows_length
     by_head = isinstance(encoding, rope.Alibi) and len(parts) > 1
     if not policy.context_parallel or not isinstance(layout, caches.SinkRingCache):
         return cache

@@ -393,9 +393,13 @@ def chunk_within(boundary: int | None, chunk: int) -> int:
 
 
 def check_rotary(policy: AnyPolicy, encoding: Any) -> None:
-    """Refuses a policy that moves keys by rotating them where nothing is rotated."""
+    """Refuses a policy that moves keys where nothing is rotated: by rotating them, or at all where
+    their positions are part of what they hold.
+    """
+    learnt, still = isinstance(encoding, rope.Learnt), FarPositions(_same, _same)
     for part in head_policies(policy):
-        if part.needs_rotary and not isinstance(encoding, rope.Rotary):
+        moves = part.needs_rotary or (learnt and part.far_positions() != still)
+        if moves and not isinstance(encoding, rope.Rotary):
             raise InputError(
                 f"{part.name} moves keys by rotating them, but this model's positions are "
                 f"{type(encoding).__name__}; use a policy that leaves them where they are"

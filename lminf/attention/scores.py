@@ -57,11 +57,12 @@ class Placement:
     ):  # fmt: skip
         self.rotary = config.encoding if isinstance(config.encoding, rope.Rotary) else None
         self.length = None  # [B, 1]
-        if self.rotary is not None and isinstance(self.rotary.scaling, rope.DynamicNTK):
+        if self.rotary is not None and self.rotary.scaling.follows_length:
             if segments is not None:
                 raise InputError(
-                    "DynamicNTK follows the length of a row, but packed rows hold texts of several "
-                    "lengths; give each text its own row or use NTKAware"
+                    f"{type(self.rotary.scaling).__name__} follows the length of a row, but "
+                    f"packed rows hold texts of several lengths; give each text its own row or use "
+                    f"NTKAware"
                 )
             self.length = positions.max(-1, keepdims=True) + 1
         every = jnp.arange(table, dtype=jnp.int32)[None]

@@ -17,7 +17,7 @@ from lminf.attention.rope import (
     Unscaled,
     YaRN,
 )  # fmt: skip
-from lminf.checkpoints import gguf_tokenizer, tensors, weight_maps
+from lminf.checkpoints import gguf_tokenizer, gguf_weights, tensors
 from lminf.checkpoints.config_fields import Fields, Meaningless
 from lminf.checkpoints.gguf_file import GGUFFile, open_gguf
 from lminf.data.tokenizers import Tokenizer
@@ -125,7 +125,7 @@ def load(
     tokenizer = gguf_tokenizer.from_metadata(file.metadata, str(path))
     params = tensors.read(
         spec,
-        weight_maps.GGUF[file.metadata["general.architecture"]],
+        gguf_weights.TABLES[file.metadata["general.architecture"]],
         shapes={name: t.shape for name, t in file.tensors.items() if name != ROPE_FACTORS},
         tensor=file.read,
         dtype=dtype,
@@ -204,7 +204,7 @@ def read_spec(file: GGUFFile) -> ModelSpec:
         residual=_residual(facts, family),
         qkv_bias=any(f"blk.0.attn_{x}.bias" in file.tensors for x in ("q", "qkv")),
         out_bias="blk.0.attn_output.bias" in file.tensors,
-        qk_norm=family == "qwen3",
+        qk_norm="head" if family == "qwen3" else None,
         post_norms=gemma,
         # Gemma 2 27B, of 46 layers, scales by its width over its heads; the file does not say so.
         query_scale=(width // heads if gemma and layers == 46 else head_dim) ** -0.5,

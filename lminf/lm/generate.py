@@ -198,6 +198,7 @@ def pieces(
 
 def empty_caches(lm: Any, *, rows: int, longest: int, room: int) -> tuple[cache.Cache, ...]:
     """Caches of prompts of at most `longest` tokens, and `room` more after each."""
+    lm.check_positions(longest + max(room - 1, 0))  # the last one is written and not read
     return lm.init_caches(batch=rows, capacity=-(-(longest + room) // STEP) * STEP)
 
 

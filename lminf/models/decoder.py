@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from lminf.attention import attend, cache
+from lminf.attention import attend, cache, rope
 from lminf.attention.bidirectional import prefill as bidirectional_prefill
 from lminf.attention.policy import FULL, LayerPolicy
 from lminf.attention.scores import ScoreConfig
@@ -28,9 +28,10 @@ from lminf.types import Hidden, Params, Positions, Tokens
 LAYERS = "(layers|first_layers)"
 AXES = {
     "embed": ("vocab", "embed"),
+    "positions": ("positions", "embed"),
     "head": ("vocab", "embed"),
     "head_bias": ("vocab",),
-    "final_norm/(scale|bias)": ("embed",),
+    "(embed|final)_norm/(scale|bias)": ("embed",),
     f"{LAYERS}/(attention|attention_post|mlp|mlp_post)_norm/(scale|bias)": ("layers", "embed"),
     f"{LAYERS}/attention/wq": ("layers", "embed", "heads", "head_dim"),
     f"{LAYERS}/attention/w[kv]": ("layers", "embed", "kv_heads", "head_dim"),
@@ -38,7 +39,9 @@ AXES = {
     f"{LAYERS}/attention/b[kv]": ("layers", "kv_heads", "head_dim"),
     f"{LAYERS}/attention/wo": ("layers", "heads", "head_dim", "embed"),
     f"{LAYERS}/attention/bo": ("layers", "embed"),
-    f"{LAYERS}/attention/[qk]_norm/(scale|bias)": ("layers", "head_dim"),
+    f"{LAYERS}/attention/[qk]_norm/scale": ("layers", "head_dim"),
+    f"{LAYERS}/attention/q_head_norms/scale": ("layers", "heads", "head_dim"),
+    f"{LAYERS}/attention/k_head_norms/scale": ("layers", "kv_heads", "head_dim"),
     f"{LAYERS}/(mlp|shared)/w_(gate|up)": ("layers", "embed", "mlp"),
     f"{LAYERS}/mlp/b_(gate|up)": ("layers", "mlp"),
     f"{LAYERS}/(mlp|shared)/w_down": ("layers", "mlp", "embed"),
@@ -46,6 +49,9 @@ AXES = {
     "layers/moe/router": ("layers", "embed", "routes"),
     "layers/moe/(gate|up)": ("layers", "expert", "embed", "mlp"),
     "layers/moe/down": ("layers", "expert", "mlp", "embed"),
+    "layers/moe/b_router": ("layers", "routes"),
+    "layers/moe/b_(gate|up)": ("layers", "expert", "mlp"),
+    "layers/moe/b_down": ("layers", "expert", "embed"),
 }
 
 # Of a layer's matrix, how many axes are contracted; they come first, after the axis of layers.
@@ -101,7 +107,8 @@ class Decoder(nn.Module):
             # would be sent twice.
             table = {"embed": self.constrain(embed, "vocab", None)}
             embeds = embed_tokens(s, table, tokens, dtype=self.dtype)
-        x = self.constrain(embeds.astype(self.dtype), "batch", "residual_length", None)
+        x = self._placed(embeds.astype(self.dtype), positions)
+        x = self.constrain(x, "batch", "residual_length", None)
         if not s.tied:
             self.param("head", nn.initializers.normal(s.width**-0.5), (s.vocab_size, s.width))
         if s.head_bias:
@@ -127,6 +134,22 @@ class Decoder(nn.Module):
             for layer, layer_kv, layer_positions in zip(caches, kv, new_positions, strict=True)
         )
         return x, self._observed(updated, tokens, positions, x)
+
+    def _placed(self, x: Hidden, positions: Positions) -> Hidden:
+        """Embeddings as the first layer reads them: normalised, and with their learnt positions."""
+        s = self.spec
+        if s.embed_norm:
+            x = layers.Norm(s.norm, s.width, name="embed_norm")(x)
+        if isinstance(s.encoding, rope.Learnt):
+            rows, init = s.encoding.offset + s.encoding.length, nn.initializers.normal(0.02)
+            table = self.param("positions", init, (rows, s.width))
+            if x.shape[1] > s.encoding.length:
+                raise InputError(
+                    f"{x.shape[1]} tokens, but the model has learnt {s.encoding.length} positions; "
+                    f"read at most {s.encoding.length}"
+                )
+            x = x + table[jnp.maximum(positions, 0) + s.encoding.offset].astype(x.dtype)
+        return x
 
     def _check_inputs(self, tokens, embeds, caches, bidirectional):
         """Refuses inputs that have no meaning together."""
@@ -165,22 +188,27 @@ class Decoder(nn.Module):
 
     def _attentions(self, length, positions, segments, caches, bidirectional):
         """How each layer of a period attends, and the positions that its cache then holds."""
-        config, options = score_config(self.spec), {
-            "context_axis": self.context_axis, "implementation": self.implementation,
-        }  # fmt: skip
-        policies = self.policies[: period_of(self.policies)]
+        options = {"context_axis": self.context_axis, "implementation": self.implementation}
+        period = period_of(self.spec, self.policies)
+        layers_ = list(zip(self.policies[:period], score_configs(self.spec)[:period], strict=True))
         if bidirectional:
-            run = bidirectional_prefill(config, positions, segments=segments)
-            return [layer_scan.without_cache(run)], ()
+            runs = {
+                config: bidirectional_prefill(config, positions, segments=segments)
+                for _, config in layers_
+            }
+            return [layer_scan.without_cache(runs[config]) for _, config in layers_], ()
         if caches is None:
-            prefills = [
-                self.prefill(policy, config, positions, segments=segments, **options)
-                for policy in policies
-            ]
-            return [layer_scan.without_cache(prefill) for prefill in prefills], ()
+            # Layers alike share their rotations.
+            prefills = {
+                (policy, config): self.prefill(
+                    policy, config, positions, segments=segments, **options
+                )
+                for policy, config in layers_
+            }
+            return [layer_scan.without_cache(prefills[layer]) for layer in layers_], ()
         extends = [
             attend.extend(policy, config, layer.layout, layer.pos, positions, **options)
-            for policy, layer in zip(policies, caches, strict=True)
+            for (policy, config), layer in zip(layers_, caches, strict=True)
         ]
         attentions = [
             layer_scan.with_cache(extend, layer, length)
@@ -222,22 +250,29 @@ def stages_of(spec: ModelSpec) -> dict[str, ModelSpec]:
     if spec.moe is None or not spec.moe.dense_layers:
         return {"layers": spec}
     first = spec.moe.dense_layers
-    dense = dataclasses.replace(spec, moe=None, num_layers=first, windows=spec.windows[:first])
+    dense = dataclasses.replace(
+        spec, moe=None, num_layers=first, windows=spec.windows[:first],
+        layer_encodings=spec.layer_encodings[:first],
+    )  # fmt: skip
     mixed = dataclasses.replace(
         spec, moe=dataclasses.replace(spec.moe, dense_layers=0),
         num_layers=spec.num_layers - first, windows=spec.windows[first:],
+        layer_encodings=spec.layer_encodings[first:],
     )  # fmt: skip
     return {"first_layers": dense, "layers": mixed}
 
 
-def score_config(spec: ModelSpec) -> ScoreConfig:
-    """How the model scores a query and a key."""
-    return ScoreConfig(spec.encoding, spec.query_scale, spec.attention_soft_cap)
+def score_configs(spec: ModelSpec) -> tuple[ScoreConfig, ...]:
+    """[L] how each layer scores a query and a key."""
+    return tuple(
+        ScoreConfig(encoding, spec.query_scale, spec.attention_soft_cap)
+        for encoding in spec.encodings
+    )
 
 
-def period_of(pattern: Sequence[LayerPolicy]) -> int:
-    """The shortest p that divides the layers and after which the policies repeat."""
-    count = len(pattern)
+def period_of(spec: ModelSpec, by_layer: Sequence[LayerPolicy]) -> int:
+    """The shortest p that divides the layers and after which policies and encodings repeat."""
+    pattern, count = list(zip(by_layer, spec.encodings, strict=True)), spec.num_layers
     return next(
         p
         for p in range(1, count + 1)
@@ -249,7 +284,7 @@ def init_caches(
     spec: ModelSpec, by_layer: Sequence[LayerPolicy], *, batch: int, capacity: int, dtype: Any
 ) -> tuple[cache.Cache, ...]:
     """Empty caches for `Decoder`; `capacity` (tokens) is what unbounded policies can hold."""
-    period = period_of(by_layer)
+    period = period_of(spec, by_layer)
 
     shape = cache.CacheShape(
         batch, capacity, spec.num_heads, spec.num_kv_heads, spec.head_dim, dtype, spec.width
@@ -269,11 +304,12 @@ def prepare_decoding(
     """Caches at the end of a prompt, by `attend.prepare_decoding`; what that rotates needs
     `Cache.for_decoding` next.
     """
-    config = score_config(spec)
     return tuple(
         attend.prepare_decoding(policy, config, layer, length=length, room=room)
-        for policy, layer in zip(by_layer, caches, strict=False)  # caches: of one period
-    )
+        for policy, config, layer in zip(
+            by_layer, score_configs(spec), caches, strict=False  # caches: of one period
+        )
+    )  # fmt: skip
 
 
 def init(spec: ModelSpec, *, key: jax.Array) -> Params:

@@ -25,6 +25,8 @@ def lm(spec: ModelSpec, params: Params, hidden: Float[Array, "*B D"]) -> Float[A
     """Next-token logits, from the decoder's own parameters."""
     weights = classifier(params).astype(hidden.dtype)
     logits = jnp.einsum("...d,vd->...v", hidden, weights, preferred_element_type=jnp.float32)
+    if spec.logit_scale != 1.0:
+        logits = logits * spec.logit_scale
     if spec.head_bias:
         logits = logits + jnp.broadcast_to(params["head_bias"].astype(jnp.float32), logits.shape)
     if spec.final_soft_cap is not None:

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from lminf.attention import rope
-from lminf.checkpoints import tensors, weight_maps
+from lminf.checkpoints import gguf_weights, tensors, weight_maps
 from lminf.data.tokenizers import Tokenizer
 from lminf.models.spec import MLPSpec, ModelSpec, NormSpec
 
@@ -31,7 +31,7 @@ BASE = ModelSpec(
     residual="sequential",
     qkv_bias=False,
     out_bias=False,
-    qk_norm=False,
+    qk_norm=None,
     post_norms=False,
     query_scale=8**-0.5,
     qkv_clip=None,
@@ -51,7 +51,7 @@ SPECS = {
     ),
     "mistral": dataclasses.replace(BASE, family="mistral", windows=(16, 16)),
     "qwen2": dataclasses.replace(BASE, family="qwen2", qkv_bias=True, windows=(None, 16)),
-    "qwen3": dataclasses.replace(BASE, family="qwen3", qk_norm=True),
+    "qwen3": dataclasses.replace(BASE, family="qwen3", qk_norm="head"),
     "gemma2": dataclasses.replace(
         BASE,
         family="gemma2",
@@ -207,7 +207,7 @@ def write_gguf(
     params = random_params(spec) if params is None else params
     written = {
         item.name: make()
-        for item, make in tensors.write(spec, weight_maps.GGUF[architecture], params)
+        for item, make in tensors.write(spec, gguf_weights.TABLES[architecture], params)
     }
     pairs = gguf_metadata(architecture) | tokenizer_metadata(tiny_tokenizer()) | (metadata or {})
     quantisation = gguf.GGMLQuantizationType[kind]

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from lminf import checkpoints
-from lminf.checkpoints import fetch, gguf, hf, tensors, weight_maps
+from lminf.checkpoints import fetch, gguf, hf, tensors
+from lminf.checkpoints.families import FAMILIES
 from tests.checkpoints import making
 
 pytestmark = pytest.mark.parity
@@ -79,7 +80,7 @@ def test_transformers_reads_the_same_weights_from_gguf(architecture, transformer
     spec, params, _ = gguf.load(path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf")
     theirs = model.state_dict()
-    for item, make in tensors.write(spec, weight_maps.HF[spec.family], params):
+    for item, make in tensors.write(spec, FAMILIES[spec.family].rows_of(spec), params):
         np.testing.assert_allclose(theirs[item.name], make(), atol=1e-6, err_msg=item.name)
 
 

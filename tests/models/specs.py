@@ -27,7 +27,7 @@ LLAMA = ModelSpec(
     residual="sequential",
     qkv_bias=False,
     out_bias=False,
-    qk_norm=False,
+    qk_norm=None,
     post_norms=False,
     query_scale=8**-0.5,
     qkv_clip=None,
@@ -49,7 +49,10 @@ def change(spec: ModelSpec, *, norm=None, mlp=None, **fields) -> ModelSpec:
 
 
 def shallow(spec: ModelSpec, layers: int) -> ModelSpec:
-    return dataclasses.replace(spec, num_layers=layers, windows=spec.windows[:layers])
+    own = spec.layer_encodings[:layers]
+    return dataclasses.replace(
+        spec, num_layers=layers, windows=spec.windows[:layers], layer_encodings=own
+    )
 
 
 GEMMA = change(
@@ -57,7 +60,7 @@ GEMMA = change(
     windows=(6, None) * 2, post_norms=True, attention_soft_cap=5.0, final_soft_cap=3.0,
     embed_scale=4.0, query_scale=0.5, tied=True,
 )  # fmt: skip
-QWEN = change(LLAMA, family="qwen", qk_norm=True, qkv_bias=True, tied=True)
+QWEN = change(LLAMA, family="qwen", qk_norm="head", qkv_bias=True, tied=True)
 NEOX = change(
     LLAMA, family="gpt_neox", norm={"kind": "layer", "bias": True}, num_kv_heads=4,
     mlp={"activation": "gelu", "gated": False, "bias": True}, residual="parallel",
@@ -71,19 +74,27 @@ MPT = change(
     LLAMA, family="mpt", norm={"kind": "layer"}, mlp={"activation": "gelu", "gated": False},
     encoding=rope.Alibi(8.0), num_kv_heads=4, qkv_clip=1.5, tied=True,
 )  # fmt: skip
+OLMO = change(
+    LLAMA, family="olmo", qk_norm="all", pre_norms=False, post_norms=True, residual_scale=0.7,
+    logit_scale=0.5, layer_encodings=(rope.NoEncoding(), None) * 2,
+)  # fmt: skip
+GPT2 = change(
+    NEOX, family="gpt2", residual="sequential", encoding=rope.Learnt(32, 2), embed_norm=True,
+    tied=True,
+)  # fmt: skip
 # Combinations that no family uses, and that must still hold together.
 ODD = change(
-    NEOX, family="odd", qk_norm=True, post_norms=True, encoding=rope.NoEncoding(), num_kv_heads=1,
-    mlp={"activation": "relu", "gated": True},
+    NEOX, family="odd", qk_norm="each_head", post_norms=True, encoding=rope.NoEncoding(),
+    num_kv_heads=1, mlp={"activation": "relu", "gated": True},
 )  # fmt: skip
 MIXED = change(  # the rest of its kind: tests/models/test_moe.py
-    LLAMA, family="mixed",
+    LLAMA, family="mixed", mlp={"activation": "quick_gelu", "clip": 1.5, "up_offset": 1.0},
     moe=MoESpec(
         experts=4, top_k=2, hidden_dim=12, shared_dim=6, dense_layers=1, normalised=True,
-        capacity_factor=None,
+        capacity_factor=None, bias=True,
     ),
 )  # fmt: skip
-SPECS = {s.family: s for s in (LLAMA, GEMMA, QWEN, NEOX, GPTJ, MPT, ODD)}
+SPECS = {s.family: s for s in (LLAMA, GEMMA, QWEN, NEOX, GPTJ, MPT, OLMO, GPT2, ODD)}
 
 
 @functools.cache

@@ -67,7 +67,10 @@ def test_transformers_tokenizes_and_chats_with_what_we_export(transformers, tmp_
     assert said == tokenizer.chat(messages)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["llama", "qwen2", "gemma2", "gemma3", "phi3", "stablelm", "bloom", "gpt2", "falcon"],
+)
 def test_transformers_reads_the_same_weights_from_gguf(architecture, transformers, tmp_path):
     # transformers takes as many rows as there are tokens.
     metadata = making.tokenizer_metadata(making.tiny_tokenizer())
@@ -75,6 +78,7 @@ def test_transformers_reads_the_same_weights_from_gguf(architecture, transformer
     padded = {
         "tokenizer.ggml.tokens": metadata["tokenizer.ggml.tokens"] + padding,
         "tokenizer.ggml.token_type": metadata["tokenizer.ggml.token_type"] + [5] * len(padding),
+        "tokenizer.ggml.padding_token_id": 0,
     }
     path = making.write_gguf(tmp_path / "m.gguf", architecture, metadata=padded)
     spec, params, _ = gguf.load(path)

@@ -46,6 +46,7 @@ class Architecture:
     layout: Literal["half", "interleaved"] | None = "half"  # of the rotation; None: no rotation
     gated: bool = True
     grouped: bool = True  # it may have fewer key heads than query heads
+    also: tuple[str, ...] = ()  # families that `own` finds in the facts of some files
     own: Own = lambda known: {}  # fields of the ModelSpec that are not Llama's
 
 
@@ -207,7 +208,7 @@ _LAYER: dict[str, Any] = {"norm": "layer", "norm_bias": True}
 _OLD: dict[str, Any] = _LAYER | {"gated": False, "grouped": False}
 _GEMMA: dict[str, Any] = {"activation": "gelu_tanh", "scale_offset": 1.0}
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture("llama", own=_llama),
+    "llama": Architecture("llama", also=("mistral", "mixtral"), own=_llama),
     "granite": Architecture("granite", own=_granite),
     "smollm3": Architecture("smollm3", own=_smollm3),
     "qwen2": Architecture("qwen2"),
@@ -216,7 +217,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma": Architecture("gemma", own=_gemma, **_GEMMA),
     "gemma2": Architecture("gemma2", own=_gemma2, **_GEMMA),
     "gemma3": Architecture("gemma3_text", own=_gemma3, **_GEMMA),
-    "olmo2": Architecture("olmo2", own=_olmo2),
+    "olmo2": Architecture("olmo2", also=("olmo3",), own=_olmo2),
     "phi3": Architecture("phi3", own=_phi3),
     "glm4": Architecture("glm4", layout="interleaved", own=lambda known: {"post_norms": True}),
     "stablelm": Architecture("stablelm", own=_stablelm, **_LAYER),

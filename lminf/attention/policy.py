@@ -392,6 +392,18 @@ def chunk_within(boundary: int | None, chunk: int) -> int:
     return boundary if boundary <= chunk else math.gcd(boundary, chunk)
 
 
+def check_sinks(policy: AnyPolicy, sinks: bool) -> None:
+    """Refuses a policy that goes by content where heads have learnt sinks: what such a head
+    attends to is compared with its sink too.
+    """
+    for part in head_policies(policy):
+        if sinks and (part.needs_prompt or not part.context_parallel):
+            raise InputError(
+                f"{part.name} goes by what tokens hold, but the heads of this model have learnt "
+                f"sinks, which it does not count; use a policy of positions, such as lm_infinite"
+            )
+
+
 def check_rotary(policy: AnyPolicy, encoding: Any) -> None:
     """Refuses a policy that moves keys where nothing is rotated: by rotating them, or at all where
     their positions are part of what they hold.

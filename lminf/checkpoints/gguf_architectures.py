@@ -4,15 +4,16 @@ llama.cpp writes many of them into its own code instead of the file: how often a
 everything, which layers carry no positions. They are repeated here.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lminf.attention.rope import Alibi, Encoding, Learnt, NoEncoding, Rotary, Unscaled
+from lminf.attention.rope import Alibi, Encoding, Learnt, NoEncoding, Rotary, Unscaled, YaRN
 from lminf.checkpoints.config_fields import Activation, Fields
 from lminf.checkpoints.families.family import differing, every
 from lminf.checkpoints.gguf_file import GGUFFile
-from lminf.models.spec import MoESpec
+from lminf.models.spec import MLPSpec, MoESpec
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,22 @@ def _cohere2(known: Known) -> dict[str, Any]:
     }
 
 
+def _gpt_oss(known: Known) -> dict[str, Any]:
+    assert known.encoding is not None
+    encoding, facts = known.encoding, known.facts
+    if isinstance(encoding.scaling, YaRN):  # the model's own ramp is not rounded to channels
+        scaling = dataclasses.replace(encoding.scaling, truncate=False)
+        encoding = dataclasses.replace(encoding, scaling=scaling)
+    hidden_dim = facts.get("feed_forward_length", facts["expert_feed_forward_length"])
+    return {
+        "encoding": encoding,
+        "windows": _local(known, 2),
+        "sinks": True,
+        "mlp": MLPSpec(hidden_dim, "quick_gelu", gated=True, bias=False, clip=7.0, up_offset=1.0),
+        "moe": dataclasses.replace(_experts(known, "expert_feed_forward_length"), bias=True),
+    }
+
+
 def _gptneox(known: Known) -> dict[str, Any]:
     parallel = known.facts["use_parallel_residual"]
     return {"residual": "parallel" if parallel else "sequential"}
@@ -223,6 +240,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "stablelm": Architecture("stablelm", own=_stablelm, **_LAYER),
     "command-r": Architecture("cohere", norm="layer", layout="interleaved", own=_cohere),
     "cohere2": Architecture("cohere2", norm="layer", layout="interleaved", own=_cohere2),
+    "gpt-oss": Architecture("gpt_oss", own=_gpt_oss),
     "gptneox": Architecture("gpt_neox", "gelu", own=_gptneox, **_OLD),
     "gpt2": Architecture("gpt2", "gelu_tanh", layout=None, own=_gpt2, **_OLD),
     "mpt": Architecture("mpt", "gelu", "layer", layout=None, gated=False, grouped=False, own=_mpt),

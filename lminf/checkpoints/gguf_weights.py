@@ -96,6 +96,12 @@ def _gemma(*extra: Row) -> list[Row]:
     return [r._replace(offset=1.0) if r.places[0].endswith("/scale") else r for r in rows]
 
 
+_EXPERT_BIASES = [
+    row("blk.{}.ffn_gate_inp.bias", "layers/moe/b_router", "e"),
+    row("blk.{}.ffn_gate_exps.bias", "layers/moe/b_gate", "e m"),
+    row("blk.{}.ffn_up_exps.bias", "layers/moe/b_up", "e m"),
+    row("blk.{}.ffn_down_exps.bias", "layers/moe/b_down", "e d"),
+]
 # Falcon's norm of the MLP comes first where there are two.
 FALCON_TWO_NORMS = [
     *norm("blk.{}.attn_norm_2", "layers/attention_norm"),
@@ -120,6 +126,12 @@ TABLES: dict[str, list[Row]] = {
     "stablelm": _COHERE,
     "command-r": _COHERE,
     "cohere2": _COHERE,
+    "gpt-oss": [
+        *_ENDS, *_QK, *_VALUES, *_EXPERTS, *_EXPERT_BIASES, *norm("output_norm", "final_norm"),
+        *norm("blk.{}.attn_norm", "layers/attention_norm"),
+        *norm("blk.{}.post_attention_norm", "layers/mlp_norm"),
+        row("blk.{}.attn_sinks.weight", "layers/attention/sinks", "n"),
+    ],
     "gptneox": [*_ENDS, *_NORMS, *_MLP, *_QKV],
     "gpt2": [*_ENDS, *_NORMS, *_MLP, *_QKV, row("position_embd.weight", "positions", "r d")],
     "mpt": [*_ENDS, *_NORMS, *_MLP, *_QKV],

@@ -18,7 +18,7 @@ import safetensors
 
 from lminf.atomic import atomic_write, check_space
 from lminf.attention.policy import FULL, POLICIES, AnyPolicy, Window
-from lminf.checkpoints import hf_config, hf_tokenizer, tensors, weight_maps
+from lminf.checkpoints import hf_config, hf_tokenizer, mxfp4, tensors, weight_maps
 from lminf.checkpoints.families import FAMILIES
 from lminf.checkpoints.files import read_json, write_json
 from lminf.config import parse_choice
@@ -93,13 +93,14 @@ def _tensors(
                 if name in shards:
                     raise InputError(f"{folder} holds {name} twice; remove one of the files")
                 view = shard.get_slice(name)
-                if view.get_dtype() not in FLOATS:
+                packed = name.endswith((mxfp4.BLOCKS, mxfp4.SCALES)) and view.get_dtype() == "U8"
+                if view.get_dtype() not in FLOATS and not packed:
                     raise InputError(
                         f"{name} in {path} has the type {view.get_dtype()}; tensors of "
                         f"{', '.join(sorted(FLOATS))} are read"
                     )
                 shapes[name], shards[name] = tuple(view.get_shape()), shard
-        yield shapes, lambda name: shards[name].get_tensor(name)
+        yield mxfp4.named(shapes, lambda name: shards[name].get_tensor(name), str(folder))
 
 
 def _files(folder: Path) -> list[Path]:

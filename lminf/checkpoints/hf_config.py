@@ -36,7 +36,11 @@ UNLIKE = {
 
 def to_spec(values: Mapping[str, Any], source: str) -> ModelSpec:
     """The spec of a config.json; `source` names the file in errors."""
-    if values.get("quantization_config") is not None:
+    stored = values.get("quantization_config")
+    mxfp4 = isinstance(stored, Mapping) and stored.get("quant_method") == "mxfp4"
+    if mxfp4 and values.get("model_type") == "gpt_oss":
+        values = {name: value for name, value in values.items() if name != "quantization_config"}
+    elif stored is not None:
         raise InputError(
             f"{source} describes quantised weights (quantization_config), which are not read from "
             f"safetensors; give the folder of the original weights, or a GGUF file of this model, "

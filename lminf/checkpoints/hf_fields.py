@@ -32,7 +32,7 @@ SHAPE: dict[str, Any] = {
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), Cap),
     **dict.fromkeys(
         (
-            "query_pre_attn_scalar", "embedding_multiplier", "residual_multiplier",
+            "query_pre_attn_scalar", "swiglu_limit", "embedding_multiplier", "residual_multiplier",
             "attention_multiplier", "logits_scaling", "logit_scale",
         ),
         Multiplier,

@@ -125,6 +125,8 @@ def tree_axes(spec: ModelSpec) -> dict[str, str]:
         attention |= {"bq": "n h", "bk": "k h", "bv": "k h"}
     if spec.out_bias:
         attention["bo"] = "d"
+    if spec.sinks:
+        attention["sinks"] = "n"
     if spec.qk_norm == "head":
         attention |= {"q_norm/scale": "h", "k_norm/scale": "h"}
     elif spec.qk_norm is not None:

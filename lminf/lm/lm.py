@@ -62,6 +62,7 @@ class LM:
     def __post_init__(self):
         policies.check_trained(self.policy, self.context_length)
         policies.check_rotary(self.policy, self.spec.encoding)
+        policies.check_sinks(self.policy, self.spec.sinks)
         self._by_layer()  # refuses a mix that does not fit the layers or heads
 
     @classmethod

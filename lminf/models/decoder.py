@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from lminf.attention import attend, cache, rope
+from lminf.attention import policy as policies_
 from lminf.attention.bidirectional import prefill as bidirectional_prefill
 from lminf.attention.policy import FULL, LayerPolicy
 from lminf.attention.scores import ScoreConfig
@@ -39,6 +40,7 @@ AXES = {
     f"{LAYERS}/attention/b[kv]": ("layers", "kv_heads", "head_dim"),
     f"{LAYERS}/attention/wo": ("layers", "heads", "head_dim", "embed"),
     f"{LAYERS}/attention/bo": ("layers", "embed"),
+    f"{LAYERS}/attention/sinks": ("layers", "heads"),
     f"{LAYERS}/attention/[qk]_norm/scale": ("layers", "head_dim"),
     f"{LAYERS}/attention/q_head_norms/scale": ("layers", "heads", "head_dim"),
     f"{LAYERS}/attention/k_head_norms/scale": ("layers", "kv_heads", "head_dim"),
@@ -164,6 +166,13 @@ class Decoder(nn.Module):
                 f"{observing[0]} scores token ids, but embeds have none; give tokens, or use "
                 f"another policy"
             )
+        for policy in self.policies:
+            policies_.check_sinks(policy, self.spec.sinks)
+        if self.spec.sinks and (bidirectional or self.prefill is not attend.prefill):
+            raise InputError(
+                "heads with learnt sinks attend to earlier tokens, and on one device or along a "
+                "context axis; give another model, or read it without bidirectional= and a mesh"
+            )
         if not bidirectional:
             return
         causal = [policy.name for policy in self.policies if policy != FULL]
@@ -220,8 +229,8 @@ class Decoder(nn.Module):
         """Hidden states after the layers, their keys and values, and what `collections` got."""
 
         def run_layer(block, x, layer_params, attend_, kv, row) -> tuple[Hidden, Any, Any]:
-            def attend_layer(q, k, v):
-                return attend_(q, k, v, kv, row)
+            def attend_layer(q, k, v, **sinks):
+                return attend_(q, k, v, kv, row, **sinks)
 
             variables = {"params": layer_params}
             if collections:
@@ -319,9 +328,12 @@ def init(spec: ModelSpec, *, key: jax.Array) -> Params:
     return Decoder(spec, by_layer).init(key, tokens, positions=tokens)["params"]
 
 
+def _no_attention(q: Array, k: Array, v: Array, **sinks: Array) -> tuple[Array, None]:
+    del k, v, sinks
+    return q, None
+
+
 def _init_layers(spec: ModelSpec, key: jax.Array) -> Params:
     x = jnp.zeros((1, 1, spec.width))
     keys = jax.random.split(key, spec.num_layers)
-    return jax.vmap(lambda k: layers.Block(spec).init(k, x, lambda q, k, v: (q, None))["params"])(
-        keys
-    )
+    return jax.vmap(lambda k: layers.Block(spec).init(k, x, _no_attention)["params"])(keys)

@@ -18,7 +18,8 @@ from lminf.models import moe
 from lminf.models.spec import MLPSpec, ModelSpec, NormSpec
 from lminf.types import Hidden
 
-Attend: TypeAlias = Callable[[Array, Array, Array], tuple[Array, Any]]  # (q, k, v) -> out, kv
+# (q, k, v) -> out, kv; sinks= where the spec has them
+Attend: TypeAlias = Callable[..., tuple[Array, Any]]
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -117,7 +118,10 @@ class Attention(nn.Module):
         k, v = (self.constrain(y, "batch", "length", "kv_heads", None) for y in (k, v))
         for name, value in (("q", q), ("k", k), ("v", v)):
             self.sow("intermediates", name, value)
-        out, kv = attend(q, k, v)
+        sinks = {}
+        if s.sinks:
+            sinks["sinks"] = self.param("sinks", nn.initializers.zeros, (s.num_heads,))
+        out, kv = attend(q, k, v, **sinks)
         out = matmul(out, wo.astype(x.dtype), contract=2)
         if s.out_bias:
             out = add_bias(self, "bo", out)

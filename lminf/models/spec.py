@@ -14,6 +14,7 @@ Parameters of a spec, as a nested dictionary (letters: lminf/types.py; L stacked
     layers/attention/wo           [L, N, H, D]                             bo when out_bias
     layers/attention/q_norm k_norm/scale              [L, H]   when qk_norm == "head"
     layers/attention/q_head_norms k_head_norms/scale  [L, N, H] [L, K, H]   … "each_head", "all"
+    layers/attention/sinks        [L, N]      when sinks
     layers/attention_post_norm/…  [L, D]      when post_norms
     layers/mlp_norm/scale         [L, D]      when pre_norms, unless residual "parallel_shared"
     layers/mlp/w_gate             [L, D, F]   when mlp.gated                b_gate when mlp.bias
@@ -143,6 +144,7 @@ class ModelSpec:
     layer_encodings: tuple[Encoding | None, ...] = ()
     pre_norms: bool = True  # norms of what attention and MLP read
     embed_norm: bool = False  # the embeddings are normalised
+    sinks: bool = False  # a learnt logit of each head joins its softmax and has no value
     residual_scale: Multiplier = 1.0  # multiplies what attention and MLP add
     logit_scale: Multiplier = 1.0  # multiplies the logits
 

@@ -173,6 +173,12 @@ GGUF_SPECS = {
         _COHERE, family="cohere2", qk_norm=None, **_LOCAL,
         layer_encodings=(None, None, None, rope.NoEncoding()),
     ),
+    "gpt-oss": dataclasses.replace(
+        BASE, family="gpt_oss", qkv_bias=True, out_bias=True, sinks=True, windows=(16, None),
+        mlp=MLPSpec(24, "quick_gelu", gated=True, bias=False, clip=7.0, up_offset=1.0),
+        moe=dataclasses.replace(_MOE, bias=True),
+        encoding=rope.Rotary(10000.0, 8, "half", rope.YaRN(4.0, 16, truncate=False)),
+    ),
     "gptneox": SPECS["gpt_neox"],
     "gpt2": dataclasses.replace(_OLD, family="gpt2", encoding=rope.Learnt(1024, 0)),
     "mpt": dataclasses.replace(SPECS["mpt"], query_scale=8**-0.5),
@@ -207,6 +213,10 @@ _GGUF_FACTS = {
     },
     "olmo2/olmo3": {"attention.sliding_window": 16}
     | {f"rope.scaling.{name}": value for name, value in _YARN.items()},
+    "gpt-oss": {
+        "attention.sliding_window": 16, "expert_count": 4, "expert_used_count": 2,
+        "expert_feed_forward_length": 24,
+    } | {f"rope.scaling.{name}": value for name, value in _YARN.items()},
     "phi3": {"attention.sliding_window": 16, "rope.scaling.original_context_length": 64},
     "phi3/longrope": {
         "attention.sliding_window": 0, "rope.scaling.original_context_length": 16,

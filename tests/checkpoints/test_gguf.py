@@ -88,7 +88,9 @@ def test_tensors_are_called_what_the_package_calls_them(name):
             continue
         theirs = names.get_name(stored.format(1), try_suffixes=(".weight", ".bias"))
         if theirs is not None:
-            assert ours[row.places].format(1) == theirs
+            assert ours[row.places].format(1).removesuffix(".weight") == theirs.removesuffix(
+                ".weight"
+            )
             compared += 1
     assert compared > 8
 

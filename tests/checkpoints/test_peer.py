@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lminf import checkpoints
-from lminf.checkpoints import fetch, gguf, hf, tensors
+from lminf.checkpoints import fetch, gguf, hf, mxfp4, tensors
 from lminf.checkpoints.families import FAMILIES
 from tests.checkpoints import making
 
@@ -103,6 +103,19 @@ def test_transformers_splits_text_the_same(pre, transformers, tmp_path):
         text = normal.normalize_str(text) if normal else text
         ids = theirs(text, add_special_tokens=False).input_ids
         assert ids == ours.encode(text).tolist(), text
+
+
+def test_transformers_dequantises_mxfp4_to_the_same_values(transformers):
+    import torch
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (2, 6, 3, 16), np.uint8)
+    scales = rng.integers(100, 140, (2, 6, 3), np.uint8)
+    theirs = convert_moe_packed_tensors(
+        torch.from_numpy(blocks), torch.from_numpy(scales), dtype=torch.float32
+    )
+    np.testing.assert_array_equal(mxfp4.dequantise(blocks, scales), theirs.numpy())
 
 
 def test_the_real_models_tokens_are_transformers_tokens(transformers):

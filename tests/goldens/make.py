@@ -312,6 +312,20 @@ SMALL = {
     "falcon_alibi": lambda: _falcon(
         alibi=True, multi_query=False, parallel_attn=False, bias=True
     ),
+    "gpt_oss": lambda: _small(
+        "GptOssConfig",
+        head_dim=8,
+        max_position_embeddings=128,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        swiglu_limit=0.7,
+        attention_bias=True,
+        rope_parameters=_scaled(
+            "yarn", factor=4.0, beta_fast=4.0, beta_slow=0.5, truncate=False,
+            original_max_position_embeddings=32,
+        ),
+        **_local_first(),
+    ),
 }  # fmt: skip
 
 CASES = {
@@ -381,7 +395,7 @@ def build(case: str, seed: int):
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim > 1 and "norm" not in name:
                 parameter.copy_(0.2 * noise)
-            elif name.endswith("bias"):
+            elif name.endswith(("bias", "sinks")):
                 parameter.copy_(0.3 * noise)
             else:
                 parameter.copy_(one_centred + 0.3 * noise)

@@ -82,6 +82,10 @@ GPT2 = change(
     NEOX, family="gpt2", residual="sequential", encoding=rope.Learnt(32, 2), embed_norm=True,
     tied=True,
 )  # fmt: skip
+OSS = change(
+    LLAMA, family="gpt_oss", qkv_bias=True, out_bias=True, sinks=True, windows=(6, None) * 2,
+    encoding=rope.Rotary(100.0, 8, "half", rope.YaRN(2.0, 16, truncate=False)),
+)  # fmt: skip
 # Combinations that no family uses, and that must still hold together.
 ODD = change(
     NEOX, family="odd", qk_norm="each_head", post_norms=True, encoding=rope.NoEncoding(),
@@ -94,7 +98,7 @@ MIXED = change(  # the rest of its kind: tests/models/test_moe.py
         capacity_factor=None, bias=True,
     ),
 )  # fmt: skip
-SPECS = {s.family: s for s in (LLAMA, GEMMA, QWEN, NEOX, GPTJ, MPT, OLMO, GPT2, ODD)}
+SPECS = {s.family: s for s in (LLAMA, GEMMA, QWEN, NEOX, GPTJ, MPT, OLMO, GPT2, OSS, ODD)}
 
 
 @functools.cache
@@ -117,7 +121,8 @@ def parameters(spec: ModelSpec, *, seed: int = 0):
         if name == "scale":
             return 1 - spec.norm.scale_offset + 0.2 * rng.normal(size=leaf.shape)
         fan_in = leaf.shape[-1] if name in ("embed", "head") else np.prod(leaf.shape[1:-1])
-        size = 0.3 if name.startswith("b") or name == "head_bias" else fan_in**-0.5
+        biases = name.startswith("b") or name in ("head_bias", "sinks")
+        size = 0.3 if biases else fan_in**-0.5
         return size * rng.normal(size=leaf.shape)
 
     drawn = jax.tree_util.tree_map_with_path(draw, _tree(spec))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lminf.attention import rope
+from lminf.attention.policies.topk import TopK
 from lminf.attention.policy import (
     Full,
     Lambda,
@@ -50,7 +51,9 @@ def layer_after_layer(spec, params, by_layer, tokens, positions):
         layer = jax.tree.map(lambda w, index=index: w[index], params["layers"])
         dense = cases.reference(policy, decoder.score_configs(spec)[index], positions)
         block = layers.Block(spec)
-        x, _ = block.apply({"params": layer}, x, lambda *qkv, f=dense: (f(*qkv), None))
+        x, _ = block.apply({"params": layer}, x, lambda *qkv, f=dense, **sinks: (
+            f(*qkv, **sinks), None
+        ))  # fmt: skip
     final = layers.Norm(spec.norm, spec.width)
     return final.apply({"params": params["final_norm"]}, x)
 
@@ -80,7 +83,7 @@ def read_in_pieces(module, params, tokens, positions, *, chunks, capacity=TOKENS
 
 
 MIXES = {
-    "one": (specs.shallow(specs.GPTJ, 2), (LMInfinite(5, 2),) * 2),
+    "one": (specs.shallow(specs.OSS, 2), (LMInfinite(5, 2),) * 2),
     "two": (specs.OLMO, (Window(4), SelfExtend(5, 3)) * 2),
 }
 SLOW_MIXES = {
@@ -93,6 +96,11 @@ SLOW_MIXES = {
     "qwen": (specs.QWEN, (PerHead((LeakyReRoPE(4, 3), Lambda(6, 1))),) * 4),
     "odd": (specs.ODD, (Lambda(5, 2), Lambda(5, 2), Lambda(5, 2), Window(3))),
     "gpt2": (specs.GPT2, (Lambda(5, 2), Full(), Window(3), Full())),
+    "gptj": (specs.shallow(specs.GPTJ, 2), (LMInfinite(5, 2),) * 2),
+    "sinks": (
+        specs.shallow(specs.OSS, 3),
+        (PerHead((Streaming(6, 1), Full())), ReRoPE(4, log_from=9), SelfExtend(5, 3)),
+    ),
     "llama": (specs.LLAMA, (Window(4), SelfExtend(5, 3)) * 2),
     "full": (specs.GEMMA, (Window(6), Full()) * 2),
 }
@@ -118,6 +126,19 @@ def test_every_layer_attends_as_its_policy_says_at_once_and_through_caches(name)
     real = np.asarray(positions) >= 0
     for found in (whole, read):
         np.testing.assert_allclose(np.asarray(found)[real], np.asarray(expected)[real], atol=ATOL)
+
+
+def test_policies_by_content_and_encoders_are_refused_where_heads_have_sinks():
+    tokens = jnp.zeros((1, 2), jnp.int32)
+
+    def init(policy, **options):
+        module = decoder.Decoder(specs.OSS, (policy,) * 4)
+        jax.eval_shape(lambda: module.init(jax.random.key(0), tokens, positions=tokens, **options))
+
+    with pytest.raises(InputError, match="have learnt sinks, which it does not count"):
+        init(TopK(4, 1, 2))
+    with pytest.raises(InputError, match="learnt sinks attend to earlier tokens"):
+        init(Full(), bidirectional=True)
 
 
 def test_the_period_is_the_shortest_that_repeats():

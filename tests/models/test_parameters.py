@@ -37,6 +37,8 @@ def tree_of_the_docstring(s):
         attention |= {"bq": (L, N, H), "bk": (L, K, H), "bv": (L, K, H)}
     if s.out_bias:
         attention["bo"] = (L, D)
+    if s.sinks:
+        attention["sinks"] = (L, N)
     tree |= {f"layers/attention/{name}": shape for name, shape in attention.items()}
     if s.qk_norm == "head":
         tree["layers/attention/q_norm/scale"] = tree["layers/attention/k_norm/scale"] = (L, H)

@@ -58,7 +58,7 @@ def embedded(spec, params, tokens):
 # rest runs in the slow lane.
 FAST = {
     "bloom", "cohere2", "falcon", "gemma2", "gemma3", "gpt2", "gpt_neox", "gptj", "llama",
-    "llama_llama3", "mistral", "mixtral", "mpt", "olmo2", "phi3", "qwen2", "qwen3",
+    "gpt_oss", "llama_llama3", "mistral", "mixtral", "mpt", "olmo2", "phi3", "qwen2", "qwen3",
     "stablelm_parallel",
 }  # fmt: skip
 

@@ -43,9 +43,12 @@ def llama_like(
         fields[name] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
     )
     head_dim = own.pop("head_dim", None) or fields.get("head_dim") or divided(fields, width, heads)
-    activation = own.pop("activation", None) or fields.activation("hidden_act")
+    mlp = own.pop("mlp", None)
+    if mlp is None:
+        activation = own.pop("activation", None) or fields.activation("hidden_act")
+        mlp_bias = fields.get("mlp_bias", False)
+        mlp = MLPSpec(fields["intermediate_size"], activation, gated=True, bias=mlp_bias)
     bias = fields.get("attention_bias", False)
-    hidden_dim, mlp_bias = fields["intermediate_size"], fields.get("mlp_bias", False)
     facts = {
         "family": family,
         "vocab_size": fields["vocab_size"],
@@ -54,7 +57,7 @@ def llama_like(
         "num_heads": heads,
         "num_kv_heads": fields.get("num_key_value_heads", heads),
         "head_dim": head_dim,
-        "mlp": MLPSpec(hidden_dim, activation, gated=True, bias=mlp_bias),
+        "mlp": mlp,
         "norm": None if "norm" in own else rms(fields),
         "encoding": None
         if "encoding" in own
@@ -161,7 +164,7 @@ def llama_fields(spec: ModelSpec) -> dict[str, Any]:
         "num_attention_heads": spec.num_heads,
         "num_key_value_heads": spec.num_kv_heads,
         "head_dim": spec.head_dim,
-        "hidden_act": ACTIVATION_NAMES[spec.mlp.activation],
+        "hidden_act": ACTIVATION_NAMES.get(spec.mlp.activation),
         "max_position_embeddings": spec.trained_length,
         "rms_norm_eps": spec.norm.epsilon,
         "tie_word_embeddings": spec.tied,

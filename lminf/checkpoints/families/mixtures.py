@@ -1,19 +1,24 @@
 """Mixtures of experts."""
 
+import dataclasses
 from typing import Any
 
+from lminf.attention import rope
 from lminf.checkpoints.config_fields import Fields
 from lminf.checkpoints.families.family import (
     ATTENTION,
     ENDS,
     PRE_NORMS,
     Family,
+    by_type,
+    every,
     llama_fields,
     llama_like,
+    window_fields,
 )
 from lminf.checkpoints.families.llama import qwen, qwen_fields
 from lminf.checkpoints.weight_maps import row
-from lminf.models.spec import ModelSpec, MoESpec
+from lminf.models.spec import MLPSpec, ModelSpec, MoESpec
 
 # Losses and noise of training, which reading a model does not use.
 _TRAINING = ("output_router_logits", "router_aux_loss_coef", "router_jitter_noise")
@@ -84,6 +89,41 @@ def _qwen3_moe_fields(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def _gpt_oss(fields: Fields, family: str) -> ModelSpec:
+    layers, window = fields["num_hidden_layers"], fields["sliding_window"]
+    fields.only("hidden_act", "silu")
+    fields.only("swiglu_alpha", 1.702)  # quick_gelu's
+    moe = _experts(fields, "intermediate_size", normalised=True)
+    fields.same("experts_per_token", moe.top_k)
+    mlp = MLPSpec(
+        fields["intermediate_size"], "quick_gelu", gated=True, bias=False,
+        clip=float(fields.get("swiglu_limit", 7.0)), up_offset=1.0,
+    )  # fmt: skip
+    spec = llama_like(
+        fields,
+        family,
+        rotary={"base": None},
+        mlp=mlp,
+        windows=by_type(fields, window) or every(layers, 2, window),
+        sinks=True,
+        moe=dataclasses.replace(moe, bias=True),
+    )
+    scaling = spec.encoding.scaling if isinstance(spec.encoding, rope.Rotary) else None
+    if isinstance(scaling, rope.YaRN):
+        fields.same("initial_context_length", scaling.trained_length)
+    return spec
+
+
+def _gpt_oss_fields(spec: ModelSpec) -> dict[str, Any]:
+    assert spec.moe is not None
+    return llama_fields(spec) | window_fields(spec) | {
+        "hidden_act": "silu",
+        "swiglu_limit": spec.mlp.clip,
+        "num_local_experts": spec.moe.experts,
+        "num_experts_per_tok": spec.moe.top_k,
+    }  # fmt: skip
+
+
 def _expert_rows(block: str, gate: str, up: str, down: str) -> list:
     layer = f"model.layers.{{}}.{block}"
     return [
@@ -94,6 +134,23 @@ def _expert_rows(block: str, gate: str, up: str, down: str) -> list:
     ]
 
 
+_GPT_OSS = [
+    row("model.layers.{}.self_attn.sinks", "layers/attention/sinks", "n"),
+    row("model.layers.{}.mlp.router.weight", "layers/moe/router", "e d -> d e"),
+    row("model.layers.{}.mlp.router.bias", "layers/moe/b_router", "e"),
+    row(
+        "model.layers.{}.mlp.experts.gate_up_proj",
+        "layers/moe/{gate,up}",
+        "e d (m two) -> two e d m",
+    ),
+    row(
+        "model.layers.{}.mlp.experts.gate_up_proj_bias",
+        "layers/moe/{b_gate,b_up}",
+        "e (m two) -> two e m",
+    ),
+    row("model.layers.{}.mlp.experts.down_proj", "layers/moe/down", "e m d"),
+    row("model.layers.{}.mlp.experts.down_proj_bias", "layers/moe/b_down", "e d"),
+]
 _AROUND = [*ENDS, *ATTENTION, *PRE_NORMS]
 FAMILIES = {
     "mixtral": Family(
@@ -103,5 +160,8 @@ FAMILIES = {
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM", _qwen3_moe, _qwen3_moe_fields,
         [*_AROUND, *_expert_rows("mlp", "gate_proj", "up_proj", "down_proj")],
+    ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM", _gpt_oss, _gpt_oss_fields, [*_AROUND, *_GPT_OSS]
     ),
 }  # fmt: skip

@@ -16,7 +16,7 @@ from lminf.data import sources
 from lminf.errors import InputError
 from lminf.experiments import _models
 from lminf.experiments._main import main
-from lminf.models.decoder import score_config
+from lminf.models.decoder import score_configs
 from lminf.run import plots
 from lminf.run.folder import Row, RunFolder
 from lminf.run.progress import Progress
@@ -46,7 +46,8 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
         q_pos = np.unique(np.geomspace(FIRST, c.length - 1, c.queries).astype(np.int32))
         for index, layer in enumerate(c.layers):
             queries, keys = activations["q"][index][:, q_pos], activations["k"][index]
-            look = partial(_logits, score_config(lm.spec), queries, keys, jnp.asarray(q_pos[None]))
+            config = score_configs(lm.spec)[layer]
+            look = partial(_logits, config, queries, keys, jnp.asarray(q_pos[None]))
             for policy in policies:
                 lm.with_policy(policy)  # refuses a window past the trained length
                 logits = np.asarray(look(policy))[0]

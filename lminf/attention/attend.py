@@ -14,7 +14,7 @@ that has them; full attention is ring attention; the others gather all keys, as 
 """
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +29,9 @@ from lminf.attention.scores import Branches, Placement, ScoreConfig, by_head
 from lminf.errors import InputError
 from lminf.kernels.common import masks
 
-Prefill: TypeAlias = Callable[[Array, Array, Array], Array]  # (q, k, v) -> out [B, T, heads, H]
-# (q, k, v, kv, layer) -> out, kv
-Extend: TypeAlias = Callable[[Array, Array, Array, caches.KVState, Any],
-                             tuple[Array, caches.KVState]]  # fmt: skip
+# Both take sinks=, a learnt logit of each query head (scores.HeadTerms).
+Prefill: TypeAlias = Callable[..., Array]  # (q, k, v) -> out [B, T, heads, H]
+Extend: TypeAlias = Callable[..., tuple[Array, caches.KVState]]  # (q, k, v, kv, layer) -> out, kv
 
 
 # --- A whole sequence -----------------------------------------------------------------------------
@@ -122,7 +121,7 @@ def _ring_attention(policy, config, positions, shards, implementation):
     placement = Placement(config, shards.all(positions))
     branches = Branches(policy, placement, positions, positions, positions[:, :0])
 
-    def attend(q, k, v, slopes):
+    def attend(q, k, v, heads):
         near_q, near_k = branches.near(q, k)
 
         def visit(carry, away):
@@ -132,7 +131,7 @@ def _ring_attention(policy, config, positions, shards, implementation):
             part = kernels.lambda_attention(
                 near_q, k, v, num_global=0, window_size=shards.total, query_offset=offset,
                 key_start=positions[:, 0] - offset, implementation=implementation,
-                return_residuals=True, **config.for_kernel(slopes),
+                return_residuals=True, **config.for_kernel(heads._replace(sinks=None)),
             )  # fmt: skip
             assert isinstance(part, kernels.Residuals)
             merged = scores.merge((out, lse), part)
@@ -141,8 +140,8 @@ def _ring_attention(policy, config, positions, shards, implementation):
         lse = jnp.full((q.shape[0], q.shape[2], q.shape[1]), -jnp.inf, jnp.float32)
         start = near_k, v, jnp.zeros((*q.shape[:3], v.shape[3]), jnp.float32), lse
         steps = jnp.arange(shards.devices, dtype=jnp.int32)
-        (_, _, out, _), _ = jax.lax.scan(jax.checkpoint(visit), start, steps)
-        return out.astype(q.dtype)
+        (_, _, out, lse), _ = jax.lax.scan(jax.checkpoint(visit), start, steps)
+        return heads.past_sinks(out, lse).astype(q.dtype)
 
     return attend
 
@@ -194,16 +193,18 @@ def extend(
     else:
         attend = by_head(FULL if policy.needs_prompt else policy, config, over_positions)
 
-        def read(q, k, v, before, kv, layer):
+        def read(q, k, v, before, kv, layer, *, sinks=None):
             stored = [x[layer] for x in (before.k, before.v, kv.k, kv.v)]
-            return attend(q, k, v, *stored), policy.observe_queries(kv.state, q, layer)
+            out = attend(q, k, v, *stored, sinks=sinks)
+            return out, policy.observe_queries(kv.state, q, layer)
 
-    def step(q, k, v, kv, layer):
+    def step(q, k, v, kv, layer, sinks=None):
         k, v = shards.all(k), shards.all(v)
         after = kv._replace(
             k=caches.write(kv.k, k, layer, to_slots), v=caches.write(kv.v, v, layer, to_slots)
         )
-        out, state = read(q, k, v, kv, after, layer)
+        options = {} if sinks is None else {"sinks": sinks}
+        out, state = read(q, k, v, kv, after, layer, **options)
         return out, after._replace(state=state)
 
     return step, new_pos
@@ -260,21 +261,21 @@ def _attention(
     policy, config, placement, positions, key_pos, far_pos, keys, *,
     count, query_offset, implementation, segments=None,
 ) -> Callable[..., Array]:  # fmt: skip
-    """The function of q, arrays and ALiBi's slopes that attends to `keys(*arrays)`, which are k and
+    """The function of q, arrays and HeadTerms that attends to `keys(*arrays)`, which are k and
     v at `key_pos` and those of the `count` first tokens at `far_pos`.
     """
     branches = Branches(policy, placement, positions, key_pos, far_pos)
     key_start = 0 if segments is not None else key_pos[:, 0]
 
     def attend(q, *arrays):
-        *arrays, slopes = arrays
+        *arrays, heads = arrays
         k, v, far_k, far_v = keys(*arrays)
         near_q, near_k = branches.near(q, k)
         by_row: dict = {"query": near_q, "key": near_k, "value": v}  # everything with a batch axis
         if count:
             by_row["query_global"], by_row["key_global"] = branches.far(q, far_k)
             by_row["value_global"] = far_v
-        if slopes is not None and count:
+        if heads.slopes is not None and count:
             by_row["global_distance"] = kernels.GlobalDistance(
                 branches.far_q_pos, branches.far_k_pos, branches.far_scale
             )
@@ -284,7 +285,7 @@ def _attention(
                 **by_row, num_global=count, segment_ids=segments, key_start=key_start,
                 window_size=k.shape[1] if policy.window is None else policy.window,
                 query_offset=query_offset, implementation=implementation,
-                **config.for_kernel(slopes),
+                **config.for_kernel(heads),
             )  # fmt: skip
             assert isinstance(out, jax.Array)  # no residuals
             return out

@@ -17,7 +17,7 @@ from lminf import kernels
 from lminf.attention import cache as caches
 from lminf.attention import rope, scores
 from lminf.attention.policy import LayerPolicy, PerHead, Policy, head_policies
-from lminf.attention.scores import Branches, Placement, ScoreConfig
+from lminf.attention.scores import Branches, HeadTerms, Placement, ScoreConfig
 from lminf.kernels.decode import cache as rolling
 
 
@@ -31,7 +31,7 @@ def prerotate(policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache) -> 
     layout, encoding, parts = cache.layout, config.encoding, head_policies(policy)
     windows: list[Any] = [part.window for part in parts]
     counts: list[Any] = [part.num_sinks for part in parts]
-    dynamic = isinstance(encoding, rope.Rotary) and isinstance(encoding.scaling, rope.DynamicNTK)
+    dynamic = isinstance(encoding, rope.Rotary) and encoding.scaling.follows_length
     by_head = isinstance(encoding, rope.Alibi) and len(parts) > 1
     if not policy.context_parallel or not isinstance(layout, caches.SinkRingCache):
         return cache
@@ -90,10 +90,10 @@ def extend(
     length = jnp.maximum(positions[:, 0], 0)  # of what was read before
     new = (positions[:, 0] >= 0).astype(jnp.int32)
 
-    def step(q, k, v, kv: caches.KVState, layer):
-        slopes = config.slopes(q.shape[2])
-        options = config.for_kernel(slopes)
-        if slopes is not None:
+    def step(q, k, v, kv: caches.KVState, layer, sinks=None):
+        heads = HeadTerms(config.slopes(q.shape[2]), sinks)
+        options = config.for_kernel(heads)
+        if heads.slopes is not None:
             far, rank = parts[0].far_positions(), jnp.arange(layout.sinks, dtype=jnp.int32)[None]
             options["global_distance"] = kernels.GlobalDistance(
                 far.query(positions), far.key(rank), far.scale

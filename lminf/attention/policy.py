@@ -393,10 +393,26 @@ def chunk_within(boundary: int | None, chunk: int) -> int:
     return boundary if boundary <= chunk else math.gcd(boundary, chunk)
 
 
-def check_rotary(policy: AnyPolicy, encoding: Any) -> None:
-    """Refuses a policy that moves keys by rotating them where nothing is rotated."""
+def check_sinks(policy: AnyPolicy, sinks: bool) -> None:
+    """Refuses a policy that goes by content where heads have learnt sinks: what such a head
+    attends to is compared with its sink too.
+    """
     for part in head_policies(policy):
-        if part.needs_rotary and not isinstance(encoding, rope.Rotary):
+        if sinks and (part.needs_prompt or not part.context_parallel):
+            raise InputError(
+                f"{part.name} goes by what tokens hold, but the heads of this model have learnt "
+                f"sinks, which it does not count; use a policy of positions, such as lm_infinite"
+            )
+
+
+def check_rotary(policy: AnyPolicy, encoding: Any) -> None:
+    """Refuses a policy that moves keys where nothing is rotated: by rotating them, or at all where
+    their positions are part of what they hold.
+    """
+    learnt, still = isinstance(encoding, rope.Learnt), FarPositions(_same, _same)
+    for part in head_policies(policy):
+        moves = part.needs_rotary or (learnt and part.far_positions() != still)
+        if moves and not isinstance(encoding, rope.Rotary):
             raise InputError(
                 f"{part.name} moves keys by rotating them, but this model's positions are "
                 f"{type(encoding).__name__}; use a policy that leaves them where they are"

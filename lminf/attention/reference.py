@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lminf.attention import scores
 from lminf.attention.policy import LayerPolicy, Policy
-from lminf.attention.scores import Branches, Placement, ScoreConfig
+from lminf.attention.scores import Branches, HeadTerms, Placement, ScoreConfig
 from lminf.kernels.common import masks
 
 
@@ -24,6 +24,7 @@ def reference(
     k_pos: Int[Array, "B S"],
     q_segments: Int[Array, "B T"] | None = None,
     k_segments: Int[Array, "B S"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention output; zero for a query that sees nothing.
 
@@ -36,7 +37,7 @@ def reference(
     placement = Placement(config, q_pos, q_segments)
     return scores.by_head(
         policy, config, lambda part: dense(part, config, placement, q_pos, k_pos, same_text)
-    )(q, k, v)
+    )(q, k, v, sinks=sinks)
 
 
 def dense(
@@ -47,16 +48,16 @@ def dense(
     k_pos: Int[Array, "B S"],
     same_text: Bool[Array, "B T S"] | None = None,
     num_far: int | None = None,
-) -> Callable[[Array, Array, Array, Array | None], Array]:
-    """The function of q, k, v and ALiBi's slopes that attends under one softmax, every rotation
+) -> Callable[[Array, Array, Array, HeadTerms], Array]:
+    """The function of q, k, v and HeadTerms that attends under one softmax, every rotation
     computed once. Only the first `num_far` keys are ever far; None: all may be.
     """
     logits_of, seen = _logits_of(policy, config, placement, q_pos, k_pos, num_far)
     seen = seen if same_text is None else seen & same_text
 
-    def attend(q, k, v, slopes):
-        weights, _ = scores.softmax(logits_of(q, k, slopes), seen[:, None])
-        return scores.mix(weights.astype(v.dtype), v)
+    def attend(q, k, v, heads):
+        weights, lse = scores.softmax(logits_of(q, k, heads.slopes), seen[:, None])
+        return heads.past_sinks(scores.mix(weights.astype(v.dtype), v), lse)
 
     return attend
 

@@ -38,6 +38,8 @@ def _powers(base, dim: int):
 
 
 class _Schedule:
+    follows_length = False  # whether frequencies change with the number of tokens read
+
     @property
     def temperature(self) -> float:
         """Factor on cos and sin."""
@@ -85,6 +87,8 @@ class DynamicNTK(_Schedule):
 
     alpha: Factor
     trained_length: Length
+
+    follows_length = True
 
     def frequencies_at(
         self, base: float, dim: int, length: Int[Array, "*B"]
@@ -168,7 +172,35 @@ class Llama3(_Schedule):
         return (1 - keep) * theta / self.factor + keep * theta
 
 
-Scaling = Unscaled | Linear | NTKAware | DynamicNTK | YaRN | Llama3
+@dataclass(frozen=True)
+class LongRoPE(_Schedule):
+    """Every frequency divided by a factor of its own: one list up to the trained length, another
+    beyond it, for all keys alike, so caches must hold keys un-rotated.
+
+    Source: Ding et al. 2024, arXiv:2402.13753, whose search gives the factors of one model.
+    """
+
+    short_factor: tuple[Factor, ...]  # [dim / 2]
+    long_factor: tuple[Factor, ...]  # [dim / 2]
+    trained_length: Annotated[int, Range(min=2, max=2**31 - 1)]  # tokens
+    factor: Factor  # how many times the trained length the long list reaches
+    attention_factor: Temperature | None = None  # None: sqrt(1 + ln(factor) / ln(trained length))
+
+    follows_length = True
+
+    @property
+    def temperature(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.factor <= 1:
+            return 1.0
+        return math.sqrt(1 + math.log(self.factor) / math.log(self.trained_length))
+
+    def frequencies(self, base: float, dim: int, factors: tuple[float, ...]) -> np.ndarray:
+        return _powers(base, dim) / np.array(factors)
+
+
+Scaling = Unscaled | Linear | NTKAware | DynamicNTK | YaRN | Llama3 | LongRoPE
 SCALINGS: dict[str, type] = {
     "unscaled": Unscaled,
     "linear": Linear,
@@ -176,6 +208,7 @@ SCALINGS: dict[str, type] = {
     "dynamic_ntk": DynamicNTK,
     "yarn": YaRN,
     "llama3": Llama3,
+    "longrope": LongRoPE,
 }
 
 
@@ -201,6 +234,13 @@ class Rotary:
                 f"Rotary.dim is 2; {type(self.scaling).__name__} needs 4 channels or more, because "
                 f"it slows all but the first pair"
             )
+        if isinstance(self.scaling, LongRoPE) and self.dim is not None:
+            lengths = {len(self.scaling.short_factor), len(self.scaling.long_factor)}
+            if lengths != {self.dim // 2}:
+                raise InputError(
+                    f"LongRoPE has lists of {' and '.join(map(str, sorted(lengths)))} factors for "
+                    f"{self.dim // 2} pairs of channels; give one factor for each pair"
+                )
 
 
 @dataclass(frozen=True)
@@ -208,6 +248,7 @@ class Alibi:
     """Score minus slope * distance, by head. Source: Press et al. 2022, arXiv:2108.12409."""
 
     max_bias: Annotated[float, Range(above=0, max=1e3)]
+    scale: Annotated[float, Range(above=0, max=1e3)] = 1.0  # of every slope: Falcon's is dim**-0.5
 
     def __post_init__(self):
         ranges.check(self)
@@ -218,7 +259,7 @@ class Alibi:
         slopes = 2.0 ** (-np.arange(1, ceiling + 1) * self.max_bias / ceiling)
         if ceiling != num_heads:
             slopes = np.concatenate([slopes[1::2], slopes[::2]])[:num_heads]
-        return slopes.astype(np.float32)
+        return (slopes * self.scale).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -226,7 +267,18 @@ class NoEncoding:
     """No positions at all; order is known only through the causal mask."""
 
 
-Encoding = Rotary | Alibi | NoEncoding
+@dataclass(frozen=True)
+class Learnt:
+    """A vector for each position, added to the embedding; attention itself knows no positions."""
+
+    length: Length  # positions that have a vector
+    offset: Annotated[int, Range(min=0, max=2**16)]  # rows of the table before that of position 0
+
+    def __post_init__(self):
+        ranges.check(self)
+
+
+Encoding = Rotary | Alibi | NoEncoding | Learnt
 
 
 # --- Angles ---------------------------------------------------------------------------------------
@@ -247,14 +299,28 @@ def rotation(
     length: Int[Array, "*B 1"] | Int[Array, ""] | None = None,
 ) -> Rotation:
     """Rotation of every position. `scale` stretches the positions (1/k for Leaky ReRoPE);
-    `length` is how many tokens have been read, in each row, which only DynamicNTK asks for.
+    `length` is how many tokens have been read, in each row, where the schedule follows it.
     """
     scaling, dim = encoding.scaling, encoding.dim
     assert dim is not None  # a model's encoding says it
+    if scaling.follows_length and length is None:
+        raise ValueError(
+            f"{type(scaling).__name__} needs length=, the number of tokens read so far"
+        )
     if isinstance(scaling, DynamicNTK):
-        if length is None:
-            raise ValueError("DynamicNTK needs length=, the number of tokens read so far")
+        assert length is not None
         turns = _split_traced(scaling.frequencies_at(encoding.base, dim, length) * (scale / TURN))
+    elif isinstance(scaling, LongRoPE):
+        assert length is not None
+        short, long = (
+            _split(scaling.frequencies(encoding.base, dim, factors) * (scale / TURN))
+            for factors in (scaling.short_factor, scaling.long_factor)
+        )
+        beyond = length[..., None] > scaling.trained_length
+        turns = tuple(
+            jnp.where(beyond, *(jnp.expand_dims(x, range(length.ndim)) for x in words))
+            for words in zip(long, short, strict=True)
+        )
     else:
         turns = _split(scaling.frequencies(encoding.base, dim) * (scale / TURN))
     # One frequency for all rows, or one for each row: [P] or [*B 1 P] beside positions [*B T 1].

@@ -34,10 +34,36 @@ class ScoreConfig:
             return jnp.asarray(self.encoding.slopes(num_heads))
         return None
 
-    def for_kernel(self, slopes: Float[Array, " N"] | None = None) -> dict[str, Any]:
+    def for_kernel(self, heads: "HeadTerms | None" = None) -> dict[str, Any]:
         """As the arguments of attention kernels."""
-        options = {"scale": self.scale, "logits_soft_cap": self.soft_cap}
-        return options if slopes is None else {**options, "alibi_slopes": slopes}
+        options: dict[str, Any] = {"scale": self.scale, "logits_soft_cap": self.soft_cap}
+        if heads is not None and heads.slopes is not None:
+            options["alibi_slopes"] = heads.slopes
+        if heads is not None and heads.sinks is not None:
+            options["sinks"] = heads.sinks
+        return options
+
+
+class HeadTerms(NamedTuple):
+    """What differs by query head."""
+
+    slopes: Float[Array, " N"] | None = None  # of ALiBi
+    # Learnt logits: each joins the softmax of its head and has no value, so that a head can attend
+    # to nothing. None of them is one of the first tokens, which are called sinks elsewhere here.
+    sinks: Float[Array, " N"] | None = None
+
+    def of(self, heads: np.ndarray) -> "HeadTerms":
+        """Of some of the heads."""
+        return HeadTerms(*(None if x is None else x[heads] for x in self))
+
+    def past_sinks(
+        self, out: Float[Array, "B T N H"], lse: Float32[Array, "B N T"]
+    ) -> Float[Array, "B T N H"]:
+        """Outputs of a softmax, whose log of the sum is `lse`, as they are with the sinks in it."""
+        if self.sinks is None:
+            return out
+        share = jax.nn.sigmoid(lse - self.sinks.astype(jnp.float32)[None, :, None])
+        return (out.astype(jnp.float32) * share.swapaxes(1, 2)[..., None]).astype(out.dtype)
 
 
 # --- Where queries and keys seem to be ------------------------------------------------------------
@@ -57,11 +83,12 @@ class Placement:
     ):  # fmt: skip
         self.rotary = config.encoding if isinstance(config.encoding, rope.Rotary) else None
         self.length = None  # [B, 1]
-        if self.rotary is not None and isinstance(self.rotary.scaling, rope.DynamicNTK):
+        if self.rotary is not None and self.rotary.scaling.follows_length:
             if segments is not None:
                 raise InputError(
-                    "DynamicNTK follows the length of a row, but packed rows hold texts of several "
-                    "lengths; give each text its own row or use NTKAware"
+                    f"{type(self.rotary.scaling).__name__} follows the length of a row, but "
+                    f"packed rows hold texts of several lengths; give each text its own row or use "
+                    f"NTKAware"
                 )
             self.length = positions.max(-1, keepdims=True) + 1
         every = jnp.arange(table, dtype=jnp.int32)[None]
@@ -294,7 +321,8 @@ def _mix_of_one(weights: Float[Array, "B N 1 S"], v: Float[Array, "B S K H"]):
 def by_head(
     policy: LayerPolicy, config: ScoreConfig, make: Callable[[Policy], Callable]
 ) -> Callable[..., Any]:
-    """`run(q, *arrays)` calling `make(part)(q, *arrays, slopes)` for the heads of each part.
+    """`run(q, *arrays, sinks=None)` calling `make(part)(q, *arrays, HeadTerms)` for the heads of
+    each part.
 
     `arrays` have their key/value heads on axis 2, as q has its query heads; what comes out, an
     array or several, has either there.
@@ -302,18 +330,20 @@ def by_head(
     if not isinstance(policy, PerHead):
         assert isinstance(policy, Policy)
         alone = make(policy)
-        return lambda q, *arrays: alone(q, *arrays, config.slopes(q.shape[2]))
+        return lambda q, *arrays, sinks=None: alone(
+            q, *arrays, HeadTerms(config.slopes(q.shape[2]), sinks)
+        )
     parts = {part: make(part) for part in dict.fromkeys(policy.policies)}
     key_heads = {part: [i for i, p in enumerate(policy.policies) if p == part] for part in parts}
 
-    def run(q, *arrays):
-        slopes, outs = config.slopes(q.shape[2]), []
+    def run(q, *arrays, sinks=None):
+        terms, outs = HeadTerms(config.slopes(q.shape[2]), sinks), []
         heads_of = np.arange(q.shape[2]).reshape(len(policy.policies), -1)
         for part, attend in parts.items():
             heads = np.array(key_heads[part])
             queries = heads_of[heads].reshape(-1)
-            some = None if slopes is None else slopes[queries]
-            outs.append(attend(q[:, :, queries], *(x[:, :, heads] for x in arrays), some))
+            some = (x[:, :, heads] for x in arrays)
+            outs.append(attend(q[:, :, queries], *some, terms.of(queries)))
         order = [head for heads in key_heads.values() for head in heads]
 
         def joined(*parts):

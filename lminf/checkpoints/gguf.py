@@ -1,7 +1,8 @@
 """GGUF checkpoints: metadata -> ModelSpec, tensors -> parameter tree, vocabulary -> tokenizer."""
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -11,33 +12,33 @@ from lminf.attention.rope import (
     Length,
     Linear,
     Llama3,
+    LongRoPE,
     Rotary,
     Scaling,
     Temperature,
     Unscaled,
     YaRN,
 )  # fmt: skip
-from lminf.checkpoints import gguf_tokenizer, tensors, weight_maps
+from lminf.checkpoints import gguf_tokenizer, gguf_weights, tensors
 from lminf.checkpoints.config_fields import Fields, Meaningless
+from lminf.checkpoints.gguf_architectures import ARCHITECTURES, Known
 from lminf.checkpoints.gguf_file import GGUFFile, open_gguf
+from lminf.config import closest
 from lminf.data.tokenizers import Tokenizer
 from lminf.errors import InputError
-from lminf.models.spec import Cap, Epsilon, Layers, MLPSpec, ModelSpec, NormSpec, Size
+from lminf.models.spec import (
+    Cap,
+    Epsilon,
+    Layers,
+    MLPSpec,
+    ModelSpec,
+    Multiplier,
+    NormSpec,
+    Size,
+)
 from lminf.ranges import Range, shown
 
-Activation: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu"]
-# architecture in the file -> (family, activation)
-ARCHITECTURES: dict[str, tuple[str, Activation]] = {
-    "llama": ("llama", "silu"),
-    "qwen2": ("qwen2", "silu"),
-    "qwen3": ("qwen3", "silu"),
-    "gemma2": ("gemma2", "gelu_tanh"),
-    "gptneox": ("gpt_neox", "gelu"),
-}
-COMMON_SHAPE: dict[str, Any] = {
-    "general.architecture": str,
-    "split.count": Annotated[int, Range(min=0, max=2**16)],
-}
+COMMON_SHAPE: dict[str, Any] = {"general.architecture": str}
 # What each key of an architecture may be, without the architecture's name.
 SHAPE: dict[str, Any] = {
     "block_count": Layers,
@@ -56,6 +57,16 @@ SHAPE: dict[str, Any] = {
     "attention.layer_norm_rms_epsilon": Epsilon,
     "rope.dimension_count": Size,
     "rope.freq_base": Base,
+    "rope.freq_base_swa": Base,
+    "attention.scale": Multiplier,
+    "attention.max_alibi_bias": Annotated[float, Range(above=0, max=1e3)],
+    "attention.clamp_kqv": Cap,
+    "embedding_scale": Multiplier,
+    "residual_scale": Multiplier,
+    "logit_scale": Multiplier,
+    "expert_count": Size,
+    "expert_used_count": Size,
+    "expert_feed_forward_length": Size,
     "rope.scale_linear": Factor,
     "rope.scaling.factor": Factor,
     "rope.scaling.type": str,
@@ -112,6 +123,10 @@ MEANINGLESS: Meaningless = {
     "attention.kv_lora_rank": (0,),
 }
 ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3's schedule divides each frequency by
+# The two lists of LongRoPE.
+SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
+ALL_FACTORS = {ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS}
+PARTLY_ROTATED = {"gptneox.", "phi3.", "glm4.", "stablelm."}
 # The schedules of the released models; the file holds only the factors that follow from them.
 LLAMA3_SCHEDULES = tuple(Llama3(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0))
 
@@ -125,8 +140,8 @@ def load(
     tokenizer = gguf_tokenizer.from_metadata(file.metadata, str(path))
     params = tensors.read(
         spec,
-        weight_maps.GGUF[file.metadata["general.architecture"]],
-        shapes={name: t.shape for name, t in file.tensors.items() if name != ROPE_FACTORS},
+        gguf_weights.rows_of(file.metadata["general.architecture"], spec.residual),
+        shapes={name: t.shape for name, t in file.tensors.items() if name not in ALL_FACTORS},
         tensor=file.read,
         dtype=dtype,
         source=str(path),
@@ -141,26 +156,22 @@ def read_spec(file: GGUFFile) -> ModelSpec:
     Keys outside the architecture's own and the tokenizer's are notes that others left in the file.
     """
     common = Fields(file.metadata, str(file.path), COMMON_SHAPE, {})
-    architecture = common.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    name = common.get("general.architecture")
+    if name not in ARCHITECTURES:
         raise InputError(
-            f"{file.path} holds a model of the architecture {architecture!r}; the architectures "
-            f"{', '.join(ARCHITECTURES)} are read"
+            f"{file.path} holds a model of the architecture {name!r}, which is not read; "
+            f"{closest(str(name), ARCHITECTURES)}; docs/adding_a_model.md shows how to add one"
         )
     common.only("general.type", "model")
     common.only("general.quantization_version", 2)  # the blocks of before are laid out otherwise
-    if common.get("split.count", 1) > 1:
-        raise InputError(
-            f"{file.path} is one of {file.metadata['split.count']} parts; join them into one file"
-        )
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise InputError(
             f"{file.path} has no token_embd.weight with a row for each token; fetch the file "
             f"again, whole"
         )
-    family, activation = ARCHITECTURES[architecture]
-    prefix = f"{architecture}."
+    prefix = f"{name}."
+    architecture = ARCHITECTURES[name]
     facts = Fields(
         {k.removeprefix(prefix): v for k, v in file.metadata.items() if k.startswith(prefix)},
         str(file.path),
@@ -168,85 +179,84 @@ def read_spec(file: GGUFFile) -> ModelSpec:
         MEANINGLESS,
         prefix,
     )
-    gemma, neox = family == "gemma2", family == "gpt_neox"
     width, layers, heads = (
         facts[name] for name in ("embedding_length", "block_count", "attention.head_count")
     )
     kv_heads = facts.get("attention.head_count_kv", heads)
     head_dim = facts.get("attention.key_length", width // heads)
     values = facts.get("attention.value_length", head_dim)
-    grouped = heads % kv_heads == 0 and not (neox and kv_heads != heads)
+    grouped = heads % kv_heads == 0 and (architecture.grouped or kv_heads == heads)
     if not grouped or not values == head_dim > 0 or layers > len(file.tensors):
         raise InputError(
             f"{file.path} has {heads} query and {kv_heads} key heads, keys of {head_dim} and "
             f"values of {values} channels, and {len(file.tensors)} tensors for {layers} layers; no "
             f"model of a known kind is like that"
         )
-    norm = "attention.layer_norm_epsilon" if neox else "attention.layer_norm_rms_epsilon"
-    spec = ModelSpec(
-        family=family,
-        vocab_size=embedding.shape[0],
-        width=width,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        mlp=MLPSpec(
+    layer_norm = architecture.norm == "layer"
+    epsilon = facts[f"attention.layer_norm_{'' if layer_norm else 'rms_'}epsilon"]
+    encoding = None
+    if architecture.layout is not None:
+        encoding = _encoding(facts, file, head_dim, architecture.layout)
+    known = Known(facts, file, layers, width, heads, head_dim, encoding)
+    spec: dict[str, Any] = {
+        "family": architecture.family,
+        "vocab_size": embedding.shape[0],
+        "width": width,
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "mlp": MLPSpec(
             facts["feed_forward_length"],
-            activation,
-            gated=not neox,
-            bias="blk.0.ffn_up.bias" in file.tensors,
+            architecture.activation,
+            gated=architecture.gated,
+            bias=known.has("blk.0.ffn_up.bias"),
         ),
-        norm=NormSpec("layer" if neox else "rms", facts[norm], neox, 1.0 if gemma else 0.0),
-        encoding=_encoding(facts, file, head_dim, family),
-        trained_length=facts["context_length"],
-        windows=_windows(facts, layers) if gemma else (None,) * layers,
-        residual=_residual(facts, family),
-        qkv_bias=any(f"blk.0.attn_{x}.bias" in file.tensors for x in ("q", "qkv")),
-        out_bias="blk.0.attn_output.bias" in file.tensors,
-        qk_norm=family == "qwen3",
-        post_norms=gemma,
-        # Gemma 2 27B, of 46 layers, scales by its width over its heads; the file does not say so.
-        query_scale=(width // heads if gemma and layers == 46 else head_dim) ** -0.5,
-        qkv_clip=None,
-        attention_soft_cap=facts["attn_logit_softcapping"] if gemma else None,
-        final_soft_cap=facts["final_logit_softcapping"] if gemma else None,
-        embed_scale=width**0.5 if gemma else 1.0,
-        tied="output.weight" not in file.tensors,
-        head_bias=False,
-    )
+        "norm": NormSpec(
+            architecture.norm, epsilon, architecture.norm_bias, architecture.scale_offset
+        ),
+        "encoding": encoding,
+        "trained_length": facts["context_length"],
+        "windows": (None,) * layers,
+        "residual": "sequential",
+        "qkv_bias": known.has("blk.0.attn_q.bias") or known.has("blk.0.attn_qkv.bias"),
+        "out_bias": known.has("blk.0.attn_output.bias"),
+        "qk_norm": None,
+        "post_norms": False,
+        "query_scale": head_dim**-0.5,
+        "qkv_clip": None,
+        "attention_soft_cap": None,
+        "final_soft_cap": None,
+        "embed_scale": 1.0,
+        "tied": not known.has("output.weight"),
+        "head_bias": False,
+    }
+    own = architecture.own(known)
+    if "residual" not in own:
+        facts.only("use_parallel_residual", False)
     facts.refuse_others()
-    return spec
+    return ModelSpec(**(spec | own))
 
 
-def _residual(facts: Fields, family: str) -> Literal["parallel", "sequential"]:
-    if family == "gpt_neox":
-        return "parallel" if facts["use_parallel_residual"] else "sequential"
-    facts.only("use_parallel_residual", False)
-    return "sequential"
-
-
-def _windows(facts: Fields, layers: int) -> tuple[int | None, ...]:
-    facts.only("attention.sliding_window_pattern", 2)
-    window = facts["attention.sliding_window"]
-    return tuple(None if layer % 2 else window for layer in range(layers))
-
-
-def _encoding(facts: Fields, file: GGUFFile, head_dim: int, family: str) -> Rotary:
+def _encoding(
+    facts: Fields, file: GGUFFile, head_dim: int, layout: Literal["half", "interleaved"]
+) -> Rotary:
     # The format's own default: files without this key are older than the key.
     base = float(facts.get("rope.freq_base", 10000.0))
-    # Only part of GPT-NeoX's channels are rotated, so that its files must say how many.
-    neox = family == "gpt_neox"
-    dim = facts["rope.dimension_count"] if neox else facts.get("rope.dimension_count", head_dim)
+    # Only part of the channels are rotated in some architectures, whose files must say how many.
+    partial = facts.prefix in PARTLY_ROTATED
+    dim = facts["rope.dimension_count"] if partial else facts.get("rope.dimension_count", head_dim)
     if dim % 2 or dim > head_dim:
         raise InputError(
             f"{file.path} rotates {dim} of {head_dim} channels; the file is damaged, fetch it again"
         )
-    return Rotary(base, dim, "half", _scaling(facts, file, base, dim))
+    return Rotary(base, dim, layout, _scaling(facts, file, base, dim))
 
 
 def _scaling(facts: Fields, file: GGUFFile, base: float, dim: int) -> Scaling:
     """The schedule, as llama.cpp reads it: linear where a factor stands without a type."""
+    if SHORT_FACTORS in file.tensors:
+        return _longrope(facts, file)
     kind = facts.get("rope.scaling.type", "linear")
     factor = facts.get("rope.scaling.factor", facts.get("rope.scale_linear", 1.0))
     facts.ignored("rope.scale_linear")  # the older name, which the newer one overrules
@@ -275,6 +285,19 @@ def _scaling(facts: Fields, file: GGUFFile, base: float, dim: int) -> Scaling:
             f"the Hugging Face checkpoint of this model"
         )
     return _llama3(file, base, dim)
+
+
+def _longrope(facts: Fields, file: GGUFFile) -> LongRoPE:
+    facts.only("rope.scaling.type", "longrope", "none")
+    longest, trained = facts["context_length"], facts["rope.scaling.original_context_length"]
+    short, long = (
+        tuple(float(str(x)) for x in file.read(name)) for name in (SHORT_FACTORS, LONG_FACTORS)
+    )
+    schedule = LongRoPE(short, long, trained, longest / trained)
+    stated = facts.get("rope.scaling.attn_factor", 1.0)
+    if abs(stated - schedule.temperature) < 1e-6:  # as it follows from the lengths
+        return schedule
+    return dataclasses.replace(schedule, attention_factor=stated)
 
 
 def _llama3(file: GGUFFile, base: float, dim: int) -> Llama3 | Unscaled:

@@ -8,6 +8,7 @@ seconds for what takes a tenth; the numbers behind each tensor type are the pack
 
 import math
 import mmap
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,16 @@ from lminf.ranges import shown
 # Codes of `struct` and numpy by the format's number for a kind of value.
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")  # of a model in several files
+MOST_PARTS = 1 << 12
 _MAX_DIMENSIONS = 4  # of a tensor in ggml
 _PAIR_BYTES, _TENSOR_BYTES = 13, 24  # the least that a key with its value, or a record, takes
+# What the package turns into numbers, of those that files have tensors of.
+DEQUANTISED = (
+    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
+    "Q6_K", "IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S", "IQ1_M",
+    "TQ1_0", "TQ2_0", "MXFP4",
+)  # fmt: skip
 _VALUES_AT_ONCE = 1 << 18  # dequantised at a time, so that temporaries stay in cache
 
 
@@ -33,6 +42,7 @@ class TensorRecord(NamedTuple):
     type: gguf.GGMLQuantizationType
     start: int  # byte in the file
     size_bytes: int
+    part: int = 0  # of a model in several files
 
 
 class _Cursor:
@@ -100,12 +110,12 @@ class GGUFFile:
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, TensorRecord]
-    data: mmap.mmap
+    data: tuple[mmap.mmap, ...]  # one for each part
 
     def read(self, name: str) -> np.ndarray:
         """One tensor as float32, in its stored shape."""
         record = self.tensors[name]
-        raw = np.frombuffer(self.data, np.uint8, record.size_bytes, record.start)
+        raw = np.frombuffer(self.data[record.part], np.uint8, record.size_bytes, record.start)
         if record.type == gguf.GGMLQuantizationType.F32:
             return raw.view(np.float32).reshape(record.shape)
         if record.type == gguf.GGMLQuantizationType.F16:
@@ -122,7 +132,44 @@ class GGUFFile:
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """The file's header, checked against its length; tensors stay on disk until they are read."""
+    """The header of a model in one file, or of all of its parts where `path` is the first of them;
+    tensors stay on disk until they are read.
+    """
+    first = _open_part(path)
+    parts = first.metadata.get("split.count", 1)
+    if parts in (0, 1):
+        return first
+    number, name = first.metadata.get("split.no", 0), PART.fullmatch(path.name)
+    if type(parts) is not int or parts > MOST_PARTS or name is None or int(name[3]) != parts:
+        raise InputError(
+            f"{path} is one of {shown(parts)} parts of a model but is not named so; give each its "
+            f"own name, as in model-00001-of-00003.gguf"
+        )
+    if number != 0 or int(name[2]) != 1:
+        first_name = f"{name[1]}-00001-of-{name[3]}.gguf"
+        raise InputError(
+            f"{path} is part {int(name[2])} of {parts}; give the first one, {first_name}"
+        )
+    tensors, data = dict(first.tensors), [*first.data]
+    for index in range(1, parts):
+        other_path = path.with_name(f"{name[1]}-{index + 1:05}-of-{name[3]}.gguf")
+        if not other_path.is_file():
+            raise InputError(f"{other_path} is missing, one of {parts} parts; fetch it too")
+        other = _open_part(other_path)
+        if (other.metadata.get("split.no"), other.metadata.get("split.count")) != (index, parts):
+            raise InputError(f"{other_path} is no part of {path}; fetch both again")
+        if twice := tensors.keys() & other.tensors.keys():
+            raise damaged(other_path, f"holds {shown(min(twice))}, as another part does")
+        tensors |= {key: record._replace(part=index) for key, record in other.tensors.items()}
+        data += other.data
+    expected = first.metadata.get("split.tensors.count", len(tensors))
+    if expected != len(tensors):
+        raise damaged(path, f"has {len(tensors)} of {shown(expected)} tensors in its {parts} parts")
+    return GGUFFile(path, first.metadata, tensors, tuple(data))
+
+
+def _open_part(path: Path) -> GGUFFile:
+    """The file's header, checked against its length."""
     check_regular(path)
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
@@ -156,7 +203,7 @@ def open_gguf(path: Path) -> GGUFFile:
         last_end = record.start + record.size_bytes
     if last_end > len(data):
         raise cut_short(path, len(data))
-    return GGUFFile(path, metadata, tensors, data)
+    return GGUFFile(path, metadata, tensors, (data,))
 
 
 def _metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
@@ -191,10 +238,12 @@ def _record(path: Path, name: str, shape: tuple[int, ...], kind: int, start: int
     try:
         tensor_type = gguf.GGMLQuantizationType(kind)
         block, block_bytes = gguf.GGML_QUANT_SIZES[tensor_type]
+        if tensor_type.name not in DEQUANTISED:
+            raise KeyError(tensor_type)
     except (ValueError, KeyError):
         raise InputError(
-            f"{shown(name)} in {path} has the tensor type {kind}, which is not known; use a file "
-            f"quantised as F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K or Q6_K"
+            f"{shown(name)} in {path} has the tensor type {kind}, which is not read; use a file "
+            f"quantised as one of {', '.join(DEQUANTISED)}"
         ) from None
     size = math.prod(shape)
     if size < 1 or (shape[-1:] and shape[-1] % block):

@@ -52,10 +52,16 @@ _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"
 _QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}"
+_BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_O200K = (  # of GPT-4o: as tekken's, with contractions after a word and digits in threes
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -98,6 +104,13 @@ WORDS: dict[str, tuple[Callable[[], Any], bool]] = {
     "qwen2": (_split(_QWEN2), False),
     "deepseek-r1-qwen": (_split(_QWEN2), False),
     "tekken": (_split(_TEKKEN), True),
+    "gpt-4o": (_split(_O200K), False),  # GPT-OSS and Phi-4-mini
+    "dbrx": (_split(_LLAMA3), False),  # OLMo 2
+    "smaug-bpe": (_split(_LLAMA3), False),  # SmolLM3
+    "chatglm-bpe": (_split(_LLAMA3), False),
+    "glm4": (_split(_LLAMA3), False),
+    "stablelm2": (_split(_QWEN2), False),
+    "bloom": (_split(_BLOOM), False),
 }
 NFC = frozenset({"qwen2", "deepseek-r1-qwen"})  # whose models were trained on composed characters
 BOS_UNLESS_DENIED = frozenset({"llama-bpe", "llama3", "llama-v3", "tekken"})  # by the format
@@ -123,7 +136,7 @@ def from_metadata(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     if model == "gpt2":
         backend, bos = _byte_level(facts)
     elif model == "llama":
-        gemma = metadata.get("general.architecture") == "gemma2"
+        gemma = metadata.get("general.architecture") in ("gemma", "gemma2", "gemma3")
         backend, bos = _sentence_piece(facts, kinds, gemma=gemma), True
     else:
         raise InputError(

@@ -18,7 +18,8 @@ import safetensors
 
 from lminf.atomic import atomic_write, check_space
 from lminf.attention.policy import FULL, POLICIES, AnyPolicy, Window
-from lminf.checkpoints import hf_config, hf_tokenizer, tensors, weight_maps
+from lminf.checkpoints import hf_config, hf_tokenizer, mxfp4, tensors, weight_maps
+from lminf.checkpoints.families import FAMILIES
 from lminf.checkpoints.files import read_json, write_json
 from lminf.config import parse_choice
 from lminf.data.tokenizers import Tokenizer
@@ -50,7 +51,7 @@ def load(
     with _tensors(folder) as (shapes, tensor):
         params = tensors.read(
             spec,
-            weight_maps.HF[spec.family],
+            FAMILIES[spec.family].rows_of(spec),
             shapes=shapes,
             tensor=tensor,
             dtype=dtype,
@@ -87,18 +88,19 @@ def _tensors(
                     f"{path} is not a whole safetensors file ({error}); fetch it again"
                 ) from None
             for name in shard.keys():  # noqa: SIM118 (no mapping: a handle with keys)
-                if name.endswith(weight_maps.HF_DERIVED):
+                if name.endswith(weight_maps.DERIVED):
                     continue
                 if name in shards:
                     raise InputError(f"{folder} holds {name} twice; remove one of the files")
                 view = shard.get_slice(name)
-                if view.get_dtype() not in FLOATS:
+                packed = name.endswith((mxfp4.BLOCKS, mxfp4.SCALES)) and view.get_dtype() == "U8"
+                if view.get_dtype() not in FLOATS and not packed:
                     raise InputError(
                         f"{name} in {path} has the type {view.get_dtype()}; tensors of "
                         f"{', '.join(sorted(FLOATS))} are read"
                     )
                 shapes[name], shards[name] = tuple(view.get_shape()), shard
-        yield shapes, lambda name: shards[name].get_tensor(name)
+        yield mxfp4.named(shapes, lambda name: shards[name].get_tensor(name), str(folder))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -222,11 +224,13 @@ def save(
     """
     must_be_new(folder)
     config, attends = _described(spec, policy)
-    stored = list(tensors.write(spec, weight_maps.HF[spec.family], params))
+    stored = list(tensors.write(spec, FAMILIES[spec.family].rows_of(spec), params))
     dtype = str(np.dtype(next(iter(tensors.flattened(params).values())).dtype))
     if dtype not in DTYPE_NAMES:
         raise InputError(f"parameters of type {dtype} have no place in a checkpoint; cast them")
     config |= {"torch_dtype": dtype, "use_cache": True}
+    # Absent, they would be those of one released model, which our vocabulary need not have.
+    config |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     generation: dict[str, Any] = {"do_sample": False}
     if tokenizer is not None:
         config["vocab_size"] = spec.vocab_size

@@ -1,10 +1,11 @@
 """Rotary encodings of a config.json: `rope_parameters`, or `rope_theta` with `rope_scaling`.
 
 transformers 5 writes the former, everything before it the latter. We read both and write the
-latter, which every version reads.
+latter, which every version reads. Where layers of two types have encodings of their own, the former
+holds a section for each.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from lminf.attention import rope
 from lminf.attention.rope import Base, Factor, Length, Temperature
@@ -15,11 +16,13 @@ from lminf.ranges import Range
 Share = Annotated[float, Range(above=0, max=1)]
 SHAPE: dict[str, Any] = {  # of the fields beside the others
     "rope_theta": Base,
+    "rope_local_base_freq": Base,
     "rotary_emb_base": Base,
     "partial_rotary_factor": Share,
     "rotary_pct": Share,
     "rope_parameters": dict,
     "rope_scaling": dict,
+    "original_max_position_embeddings": Length,
 }
 _SCALING_SHAPE: dict[str, Any] = {
     "rope_theta": Base,
@@ -31,35 +34,80 @@ _SCALING_SHAPE: dict[str, Any] = {
     "high_freq_factor": Factor,
     "beta_fast": Factor,
     "beta_slow": Factor,
+    "short_factor": list[Factor],
+    "long_factor": list[Factor],
     "attention_factor": Temperature,
     "attn_factor": Temperature,
     "mscale": Annotated[float, Range(min=0, max=1e3)],
     "mscale_all_dim": Annotated[float, Range(min=0, max=1e3)],
     "original_max_position_embeddings": Length,
+    "max_position_embeddings": Length,
     "truncate": bool,
 }
+_BY_TYPE: dict[str, Any] = {"full_attention": dict, "sliding_attention": dict}
 _MEANINGLESS: Meaningless = {"finetuned": None, "attn_factor": (1.0,)}
 # GPT-NeoX's own names; the versions between 4.45 and 5 write both.
 _NEOX_NAMES = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 
 
-def read(fields: Fields, head_dim: int) -> rope.Rotary:
-    """The encoding, from `rope_parameters`, or from `rope_theta` and `rope_scaling`."""
+def read(
+    fields: Fields,
+    head_dim: int,
+    *,
+    layout: Literal["half", "interleaved"] = "half",
+    base: float | None = 10000.0,
+    share: float = 1.0,
+) -> rope.Rotary:
+    """The encoding, from `rope_parameters`, or from `rope_theta` and `rope_scaling`.
+
+    `base` and `share` (of the channels, that are rotated) are what a file means that does not say
+    them; None: it must.
+    """
     new, old = fields.get("rope_parameters"), fields.get("rope_scaling")
     section = "rope_parameters" if new else "rope_scaling"
     if new and old:
         fields.same("rope_scaling", new)
     given = fields.part(section, _SCALING_SHAPE, _MEANINGLESS)
     neox = fields.get("model_type") == "gpt_neox"
-    # Files older than these fields mean the values of the original Llama and GPT-NeoX.
-    base = _either(given, fields, "rope_theta", neox, 10000.0)
-    share = _either(given, fields, "partial_rotary_factor", neox, 0.25 if neox else 1.0)
+    theta = _either(given, fields, "rope_theta", neox, base)
+    if theta is None:
+        theta = fields["rope_theta"]
+    rotated = int(head_dim * _either(given, fields, "partial_rotary_factor", neox, share))
     scaling = _scaling(given, fields)
     given.refuse_others()
-    return rope.Rotary(float(base), int(head_dim * share), "half", scaling)
+    return rope.Rotary(float(theta), rotated, layout, scaling)
 
 
-def _either(given: Fields, fields: Fields, name: str, neox: bool, absent: float) -> float:
+def read_by_type(fields: Fields, head_dim: int) -> tuple[rope.Rotary, rope.Rotary]:
+    """The encodings of layers with full and with sliding attention.
+
+    Older files say one scaling, of the full layers, and the base of the sliding ones only where it
+    differs.
+    """
+    nested = fields.get("rope_parameters")
+    if nested is None:
+        full = read(fields, head_dim, base=None)
+        local = fields.get("rope_local_base_freq", full.base)
+        return full, rope.Rotary(float(local), head_dim, "half")
+    sections = fields.part("rope_parameters", _BY_TYPE, {})
+    encodings = []
+    for kind, others in (("full_attention", ("rope_theta",)), ("sliding_attention", ())):
+        given = sections.part(kind, _SCALING_SHAPE, _MEANINGLESS)
+        theta = given["rope_theta"]
+        for name in others:
+            fields.same(name, theta)
+        if kind == "sliding_attention":
+            fields.same("rope_local_base_freq", theta)
+        scaling = _scaling(given, fields)
+        given.refuse_others()
+        encodings.append(rope.Rotary(float(theta), head_dim, "half", scaling))
+    sections.refuse_others()
+    fields.ignored("rope_scaling")  # of the full layers, written beside for older versions
+    full, sliding = encodings
+    return full, sliding
+
+
+def _either(given: Fields, fields: Fields, name: str, neox: bool, absent: float | None) -> Any:
     """A value that stands in the section, or beside it under one of two names."""
     names = (_NEOX_NAMES[name], name) if neox else (name,)
     value = given.get(name)
@@ -75,6 +123,12 @@ def _scaling(given: Fields, fields: Fields) -> rope.Scaling:
     kind = given.get("rope_type", given.get("type", "default"))
     given.ignored("type")  # the older name, which the newer one overrules
     longest = fields["max_position_embeddings"]
+    given.same("max_position_embeddings", longest)
+    phi = fields.get("model_type") == "phi3"
+    if kind == "longrope" or (phi and kind in ("su", "yarn")):  # Phi-3's earlier names of it
+        return _longrope(given, fields, longest)
+    if phi:
+        fields.ignored("original_max_position_embeddings")  # of that schedule
     if kind == "default":
         return rope.Unscaled()
     if kind == "linear":
@@ -101,8 +155,23 @@ def _scaling(given: Fields, fields: Fields) -> rope.Scaling:
             given.get("truncate", True),
         )
     raise InputError(
-        f"{fields.source} scales its rotary angles by {kind!r}; default, linear, dynamic, yarn and "
-        f"llama3 are read"
+        f"{fields.source} scales its rotary angles by {kind!r}; default, linear, dynamic, yarn, "
+        f"longrope and llama3 are read"
+    )
+
+
+def _longrope(given: Fields, fields: Fields, longest: int) -> rope.LongRoPE:
+    trained = given.get("original_max_position_embeddings")
+    if trained is None:
+        trained = fields["original_max_position_embeddings"]
+    fields.same("original_max_position_embeddings", trained)
+    stated = given.get("attention_factor")
+    return rope.LongRoPE(
+        tuple(map(float, given["short_factor"])),
+        tuple(map(float, given["long_factor"])),
+        trained,
+        float(given.get("factor", longest / trained)),
+        None if stated is None else float(stated),
     )
 
 
@@ -126,9 +195,8 @@ def write(encoding: rope.Encoding) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling`, which every version of transformers reads."""
     if not isinstance(encoding, rope.Rotary):
         return {}
-    scaling = encoding.scaling
     fields: dict[str, Any] = {"rope_theta": encoding.base}
-    match scaling:
+    match encoding.scaling:
         case rope.Linear(factor):
             fields["rope_scaling"] = {"rope_type": "linear", "factor": factor}
         case rope.DynamicNTK(alpha):
@@ -141,6 +209,15 @@ def write(encoding: rope.Encoding) -> dict[str, Any]:
                 "high_freq_factor": high,
                 "original_max_position_embeddings": trained,
             }
+        case rope.LongRoPE(short, long, trained, factor, temperature):
+            fields["original_max_position_embeddings"] = trained
+            fields["rope_scaling"] = {
+                "rope_type": "longrope",
+                "short_factor": list(short),
+                "long_factor": list(long),
+                "factor": factor,
+                "original_max_position_embeddings": trained,
+            } | ({} if temperature is None else {"attention_factor": temperature})
         case rope.YaRN(factor, trained, fast, slow, temperature, truncate):
             fields["rope_scaling"] = {
                 "rope_type": "yarn",
@@ -151,3 +228,16 @@ def write(encoding: rope.Encoding) -> dict[str, Any]:
                 "truncate": truncate,
             } | ({} if temperature is None else {"attention_factor": temperature})
     return fields
+
+
+def write_by_type(full: rope.Encoding, sliding: rope.Encoding) -> dict[str, Any]:
+    """Encodings by type of layer, as transformers 4 (one scaling, two bases) and 5 read them."""
+    old = {kind: write(one) for kind, one in (("full", full), ("sliding", sliding))}
+    local = old["sliding"].get("rope_theta")
+    sections = {
+        f"{kind}_attention": {"rope_type": "default"}
+        | fields.get("rope_scaling", {})
+        | {"rope_theta": fields.get("rope_theta")}
+        for kind, fields in old.items()
+    }
+    return old["full"] | {"rope_local_base_freq": local, "rope_parameters": sections}

@@ -23,6 +23,7 @@ class Stored(NamedTuple):
 
     name: str
     layer: int | None
+    place_index: int | None  # of the place's first axis after the layer, where the name gives one
     row: weight_maps.Row
     shape: tuple[int, ...]
 
@@ -36,14 +37,20 @@ def stored(spec: ModelSpec, rows: Iterable[weight_maps.Row]) -> Iterator[Stored]
             f"a {spec.family} checkpoint has no tensor for {_some(lost)}; the specification and "
             f"the family do not fit each other"
         )
-    shape = {row.name: weight_maps.shape_of(row.axes.partition("->")[0], length) for row in used}
+    shape = {row.name: weight_maps.stored_shape(row.axes, length) for row in used}
     for row in used:
         if "{}" not in row.name:
-            yield Stored(row.name, None, row, shape[row.name])
+            yield Stored(row.name, None, None, row, shape[row.name])
     for layer in range(spec.num_layers):
         for row in used:
-            if "{}" in row.name:
-                yield Stored(row.name.format(layer), layer, row, shape[row.name])
+            if "{}" not in row.name:
+                continue
+            if row.indexed is None:
+                yield Stored(row.name.format(layer), layer, None, row, shape[row.name])
+                continue
+            for index in range(length[row.indexed]):
+                name = row.name.format(layer, **{row.indexed: index})
+                yield Stored(name, layer, index, row, shape[row.name])
 
 
 def read(
@@ -66,22 +73,26 @@ def read(
             f"the configuration belong to different models"
         )
     entries = list(stored(spec, rows))
-    shapes = _without_copies(spec, shapes, tensor, source)
-    check(spec, entries, shapes, source)
+    shapes = _without_copies(spec, rows, shapes, tensor, source)
+    check(spec, rows, entries, shapes, source)
     flat = {path: _aligned(shape, dtype) for path, shape in weight_maps.tree_shapes(spec).items()}
     length = weight_maps.sizes(spec)
     for done, item in enumerate(entries, 1):
-        moved = weight_maps.rearrange(tensor(item.name), item.row.axes, length)
-        if item.row.offset:
-            with np.errstate(all="ignore"):  # of weights that are no numbers, in damaged files
-                moved = moved.astype(np.float32) - np.float32(item.row.offset)
-        parts = moved if len(item.row.places) > 1 else moved[None]
+        parts = weight_maps.to_tree(item.row, tensor(item.name), length)
         for place, part in zip(item.row.places, parts, strict=True):
-            target = flat[place] if item.layer is None else flat[place][item.layer]
+            target = _place(flat[place], item)
+            if item.row.offset:
+                with np.errstate(all="ignore"):  # of weights that are no numbers, in damaged files
+                    part = part.astype(np.float32) - np.float32(item.row.offset)
             target[...] = part
         if progress is not None:
             progress(done, len(entries))
     return nested(flat)
+
+
+def _place(array: np.ndarray, item: Stored) -> np.ndarray:
+    """The part of a place's array that one tensor fills."""
+    return array[tuple(i for i in (item.layer, item.place_index) if i is not None)]
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -92,23 +103,16 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _heads(spec: ModelSpec) -> set[str]:
-    """What the family's formats call the head."""
-    rows = weight_maps.HF.get(spec.family, ())
-    return {row.name for row in rows if row.places == ("head",)} | {"output.weight"}
-
-
 def _without_copies(
     spec: ModelSpec,
+    rows: Iterable[weight_maps.Row],
     shapes: Mapping[str, tuple[int, ...]],
     tensor: Callable[[str], np.ndarray],
     source: str,
 ) -> dict[str, tuple[int, ...]]:
     """The shapes without a head that is the embedding it is tied to, stored again."""
-    copies = _heads(spec) & set(shapes) if spec.tied else set()
-    embedding = next(
-        (row.name for row in weight_maps.HF.get(spec.family, ()) if row.places == ("embed",)), ""
-    )
+    copies = weight_maps.names_of(rows, "head") & set(shapes) if spec.tied else set()
+    (embedding,) = weight_maps.names_of(rows, "embed")
     for copy in copies:
         if embedding not in shapes or not _same(tensor(copy), tensor(embedding)):
             raise InputError(
@@ -127,13 +131,17 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def check(
-    spec: ModelSpec, wanted: list[Stored], shapes: Mapping[str, tuple[int, ...]], source: str
+    spec: ModelSpec,
+    rows: Iterable[weight_maps.Row],
+    wanted: list[Stored],
+    shapes: Mapping[str, tuple[int, ...]],
+    source: str,
 ) -> None:
     """Refuses a file that lacks a tensor, holds one too many, or one of another shape."""
     names = {item.name for item in wanted}
     model = f"a {spec.family} model of {spec.num_layers} layers"
     missing, extra = names - set(shapes), set(shapes) - names
-    if missing and missing <= _heads(spec):
+    if missing and missing <= weight_maps.names_of(rows, "head"):
         raise InputError(
             f"{source} lacks {_some(missing)} although its configuration says that the head is not "
             f"tied to the embedding; set tie_word_embeddings to true or fetch the missing tensor"
@@ -177,11 +185,8 @@ def write(
     length = weight_maps.sizes(spec)
 
     def make(item: Stored) -> np.ndarray:
-        parts = [np.asarray(flat[place]) for place in item.row.places]
-        if item.layer is not None:
-            parts = [part[item.layer] for part in parts]
-        tensor = np.stack(parts) if len(parts) > 1 else parts[0]
-        moved = weight_maps.rearrange(tensor, weight_maps.backwards(item.row.axes), length)
+        parts = [_place(np.asarray(flat[place]), item) for place in item.row.places]
+        moved = weight_maps.to_stored(item.row, parts, length)
         if item.row.offset:
             moved = moved + np.asarray(item.row.offset, moved.dtype)
         return np.ascontiguousarray(moved)

@@ -4,22 +4,36 @@ One table per naming scheme, one row per stored tensor:
 
     (name in the file, places in the tree, axes as stored -> axes in the tree)
 
-`{}` in a name is the layer. The axes read like einops: `(n h) d -> d n h` splits the rows into
-heads and puts the model width first; a tensor that fills several places has them as its leading
-axis after the arrow. Sizes come from the ModelSpec. A row whose place the spec's tree does not
-have (a bias, a tied head) is not expected in the file either. Read backwards, the same row writes
-the tensor, so import and export cannot disagree.
+`{}` in a name is the layer, `{e}` (any letter of an axis) the index of the place's first axis. The
+axes read like einops: `(n h) d -> d n h` splits the rows into heads and puts the model width first;
+a tensor that fills several places has them as its leading axis after the arrow. Where they are not
+alike it is several patterns with `+` between them, joined along the axis with the star:
+`(n* h) d -> d n h + (k* h) d -> d k h`. Sizes come from the ModelSpec. A row whose place the spec's
+tree does not have (a bias, a tied head) is not expected in the file either. Read backwards, the
+same row writes the tensor, so import and export cannot disagree.
 
-Letters as in lminf/types.py, in lower case; p = h / 2 channel pairs.
+Letters as in lminf/types.py, in lower case; g = n / k query heads of a key head, p = h / 2 channel
+pairs, e experts, m their hidden size, s that of the MLP beside them, r rows of learnt positions.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from lminf.attention import rope
 from lminf.models.spec import ModelSpec
+
+# Tensors that some checkpoints carry although the configuration fixes their values (causal masks,
+# rotary frequencies); by the end of their names.
+DERIVED = (
+    ".rotary_emb.inv_freq",
+    ".attention.bias",
+    ".attention.masked_bias",
+    ".attn.bias",
+    ".attn.masked_bias",
+)
 
 
 class Row(NamedTuple):
@@ -28,198 +42,29 @@ class Row(NamedTuple):
     axes: str  # as stored -> in the tree
     offset: float = 0.0  # what the format added to the value
 
+    @property
+    def indexed(self) -> str | None:
+        """The letter of the axis that the name gives an index of."""
+        return next((letter for letter in "enk" if f"{{{letter}}}" in self.name), None)
 
-def _row(name: str, place: str, axes: str, offset: float = 0.0) -> Row:
+
+def row(name: str, place: str, axes: str, offset: float = 0.0) -> Row:
     """A Row; several places in one folder are written `layers/attention/{wq,wk,wv}`."""
     folder, _, names = place.rstrip("}").partition("{")
     return Row(name, tuple(folder + n for n in names.split(",")), axes, offset)
 
 
-def _norm(name: str, place: str, offset: float = 0.0) -> list[Row]:
+def norm(name: str, place: str, offset: float = 0.0) -> list[Row]:
     """Rows of a norm, whose scale is stored as `.weight` and whose bias, if any, as `.bias`."""
     return [
-        _row(f"{name}.weight", f"{place}/scale", "d", offset),
-        _row(f"{name}.bias", f"{place}/bias", "d"),
+        row(f"{name}.weight", f"{place}/scale", "d", offset),
+        row(f"{name}.bias", f"{place}/bias", "d"),
     ]
 
 
-# --- Hugging Face ---------------------------------------------------------------------------------
-
-_LLAMA = [
-    _row("model.embed_tokens.weight", "embed", "v d"),
-    *_norm("model.layers.{}.input_layernorm", "layers/attention_norm"),
-    _row("model.layers.{}.self_attn.q_proj.weight", "layers/attention/wq", "(n h) d -> d n h"),
-    _row("model.layers.{}.self_attn.k_proj.weight", "layers/attention/wk", "(k h) d -> d k h"),
-    _row("model.layers.{}.self_attn.v_proj.weight", "layers/attention/wv", "(k h) d -> d k h"),
-    _row("model.layers.{}.self_attn.q_proj.bias", "layers/attention/bq", "(n h) -> n h"),
-    _row("model.layers.{}.self_attn.k_proj.bias", "layers/attention/bk", "(k h) -> k h"),
-    _row("model.layers.{}.self_attn.v_proj.bias", "layers/attention/bv", "(k h) -> k h"),
-    _row("model.layers.{}.self_attn.q_norm.weight", "layers/attention/q_norm/scale", "h"),
-    _row("model.layers.{}.self_attn.k_norm.weight", "layers/attention/k_norm/scale", "h"),
-    _row("model.layers.{}.self_attn.o_proj.weight", "layers/attention/wo", "d (n h) -> n h d"),
-    _row("model.layers.{}.self_attn.o_proj.bias", "layers/attention/bo", "d"),
-    _row("model.layers.{}.mlp.gate_proj.weight", "layers/mlp/w_gate", "f d -> d f"),
-    _row("model.layers.{}.mlp.up_proj.weight", "layers/mlp/w_up", "f d -> d f"),
-    _row("model.layers.{}.mlp.down_proj.weight", "layers/mlp/w_down", "d f -> f d"),
-    _row("model.layers.{}.mlp.gate_proj.bias", "layers/mlp/b_gate", "f"),
-    _row("model.layers.{}.mlp.up_proj.bias", "layers/mlp/b_up", "f"),
-    _row("model.layers.{}.mlp.down_proj.bias", "layers/mlp/b_down", "d"),
-    *_norm("model.norm", "final_norm"),
-    _row("lm_head.weight", "head", "v d"),
-]
-_AFTER_ATTENTION = "model.layers.{}.post_attention_layernorm"
-_TWO_NORMS = [*_LLAMA, *_norm(_AFTER_ATTENTION, "layers/mlp_norm")]
-
-HF: dict[str, list[Row]] = {
-    "llama": _TWO_NORMS,
-    "mistral": _TWO_NORMS,
-    "qwen2": _TWO_NORMS,
-    "qwen3": _TWO_NORMS,
-    "gemma2": [
-        *_LLAMA,
-        *_norm(_AFTER_ATTENTION, "layers/attention_post_norm"),
-        *_norm("model.layers.{}.pre_feedforward_layernorm", "layers/mlp_norm"),
-        *_norm("model.layers.{}.post_feedforward_layernorm", "layers/mlp_post_norm"),
-    ],
-    "gpt_neox": [
-        _row("gpt_neox.embed_in.weight", "embed", "v d"),
-        *_norm("gpt_neox.layers.{}.input_layernorm", "layers/attention_norm"),
-        *_norm("gpt_neox.layers.{}.post_attention_layernorm", "layers/mlp_norm"),
-        _row(
-            "gpt_neox.layers.{}.attention.query_key_value.weight",
-            "layers/attention/{wq,wk,wv}",
-            "(n three h) d -> three d n h",
-        ),
-        _row(
-            "gpt_neox.layers.{}.attention.query_key_value.bias",
-            "layers/attention/{bq,bk,bv}",
-            "(n three h) -> three n h",
-        ),
-        _row(
-            "gpt_neox.layers.{}.attention.dense.weight", "layers/attention/wo", "d (n h) -> n h d"
-        ),
-        _row("gpt_neox.layers.{}.attention.dense.bias", "layers/attention/bo", "d"),
-        _row("gpt_neox.layers.{}.mlp.dense_h_to_4h.weight", "layers/mlp/w_up", "f d -> d f"),
-        _row("gpt_neox.layers.{}.mlp.dense_h_to_4h.bias", "layers/mlp/b_up", "f"),
-        _row("gpt_neox.layers.{}.mlp.dense_4h_to_h.weight", "layers/mlp/w_down", "d f -> f d"),
-        _row("gpt_neox.layers.{}.mlp.dense_4h_to_h.bias", "layers/mlp/b_down", "d"),
-        *_norm("gpt_neox.final_layer_norm", "final_norm"),
-        _row("embed_out.weight", "head", "v d"),
-    ],
-    "gptj": [
-        _row("transformer.wte.weight", "embed", "v d"),
-        *_norm("transformer.h.{}.ln_1", "layers/attention_norm"),
-        _row("transformer.h.{}.attn.q_proj.weight", "layers/attention/wq", "(n h) d -> d n h"),
-        _row("transformer.h.{}.attn.k_proj.weight", "layers/attention/wk", "(k h) d -> d k h"),
-        _row("transformer.h.{}.attn.v_proj.weight", "layers/attention/wv", "(k h) d -> d k h"),
-        _row("transformer.h.{}.attn.out_proj.weight", "layers/attention/wo", "d (n h) -> n h d"),
-        _row("transformer.h.{}.mlp.fc_in.weight", "layers/mlp/w_up", "f d -> d f"),
-        _row("transformer.h.{}.mlp.fc_in.bias", "layers/mlp/b_up", "f"),
-        _row("transformer.h.{}.mlp.fc_out.weight", "layers/mlp/w_down", "d f -> f d"),
-        _row("transformer.h.{}.mlp.fc_out.bias", "layers/mlp/b_down", "d"),
-        *_norm("transformer.ln_f", "final_norm"),
-        _row("lm_head.weight", "head", "v d"),
-        _row("lm_head.bias", "head_bias", "v"),
-    ],
-    "mpt": [
-        _row("transformer.wte.weight", "embed", "v d"),
-        *_norm("transformer.blocks.{}.norm_1", "layers/attention_norm"),
-        *_norm("transformer.blocks.{}.norm_2", "layers/mlp_norm"),
-        _row(
-            "transformer.blocks.{}.attn.Wqkv.weight",
-            "layers/attention/{wq,wk,wv}",
-            "(three n h) d -> three d n h",
-        ),
-        _row(
-            "transformer.blocks.{}.attn.out_proj.weight", "layers/attention/wo", "d (n h) -> n h d"
-        ),
-        _row("transformer.blocks.{}.ffn.up_proj.weight", "layers/mlp/w_up", "f d -> d f"),
-        _row("transformer.blocks.{}.ffn.down_proj.weight", "layers/mlp/w_down", "d f -> f d"),
-        *_norm("transformer.norm_f", "final_norm"),
-        _row("lm_head.weight", "head", "v d"),
-    ],
-}
-
-# Tensors that some checkpoints carry although the configuration fixes their values (causal masks,
-# rotary frequencies); by the end of their names.
-HF_DERIVED = (
-    ".rotary_emb.inv_freq",
-    ".attention.bias",
-    ".attention.masked_bias",
-    ".attn.bias",
-    ".attn.masked_bias",
-)
-
-# --- GGUF, by its own architecture names ----------------------------------------------------------
-
-_GGUF_ENDS = [
-    _row("token_embd.weight", "embed", "v d"),
-    _row("output.weight", "head", "v d"),
-]
-_GGUF_MLP = [
-    _row("blk.{}.ffn_gate.weight", "layers/mlp/w_gate", "f d -> d f"),
-    _row("blk.{}.ffn_up.weight", "layers/mlp/w_up", "f d -> d f"),
-    _row("blk.{}.ffn_down.weight", "layers/mlp/w_down", "d f -> f d"),
-    _row("blk.{}.ffn_gate.bias", "layers/mlp/b_gate", "f"),
-    _row("blk.{}.ffn_up.bias", "layers/mlp/b_up", "f"),
-    _row("blk.{}.ffn_down.bias", "layers/mlp/b_down", "d"),
-]
-_GGUF_NORMS = [
-    *_norm("blk.{}.attn_norm", "layers/attention_norm"),
-    *_norm("blk.{}.ffn_norm", "layers/mlp_norm"),
-    *_norm("output_norm", "final_norm"),
-]
-_GGUF_VALUES = [
-    _row("blk.{}.attn_v.weight", "layers/attention/wv", "(k h) d -> d k h"),
-    _row("blk.{}.attn_v.bias", "layers/attention/bv", "(k h) -> k h"),
-    _row("blk.{}.attn_output.weight", "layers/attention/wo", "d (n h) -> n h d"),
-    _row("blk.{}.attn_output.bias", "layers/attention/bo", "d"),
-]
-_GGUF_QK = [
-    _row("blk.{}.attn_q.weight", "layers/attention/wq", "(n h) d -> d n h"),
-    _row("blk.{}.attn_k.weight", "layers/attention/wk", "(k h) d -> d k h"),
-    _row("blk.{}.attn_q.bias", "layers/attention/bq", "(n h) -> n h"),
-    _row("blk.{}.attn_k.bias", "layers/attention/bk", "(k h) -> k h"),
-    _row("blk.{}.attn_q_norm.weight", "layers/attention/q_norm/scale", "h"),
-    _row("blk.{}.attn_k_norm.weight", "layers/attention/k_norm/scale", "h"),
-]
-# For this one architecture llama.cpp stores the two channels of each rotated pair side by side
-# (p two); our tree, like Hugging Face, has all first channels and then all second ones (two p).
-_GGUF_QK_PAIRED = [
-    _row("blk.{}.attn_q.weight", "layers/attention/wq", "(n p two) d -> d n (two p)"),
-    _row("blk.{}.attn_k.weight", "layers/attention/wk", "(k p two) d -> d k (two p)"),
-    _row("blk.{}.attn_q.bias", "layers/attention/bq", "(n p two) -> n (two p)"),
-    _row("blk.{}.attn_k.bias", "layers/attention/bk", "(k p two) -> k (two p)"),
-]
-_GGUF_PLAIN = [*_GGUF_ENDS, *_GGUF_NORMS, *_GGUF_QK, *_GGUF_VALUES, *_GGUF_MLP]
-
-GGUF: dict[str, list[Row]] = {
-    "llama": [*_GGUF_ENDS, *_GGUF_NORMS, *_GGUF_QK_PAIRED, *_GGUF_VALUES, *_GGUF_MLP],
-    "qwen2": _GGUF_PLAIN,
-    "qwen3": _GGUF_PLAIN,
-    "gemma2": [
-        *_GGUF_ENDS,
-        *_GGUF_QK,
-        *_GGUF_VALUES,
-        *_GGUF_MLP,
-        # llama.cpp adds the 1 that Gemma's norms add when they run.
-        *_norm("blk.{}.attn_norm", "layers/attention_norm", 1.0),
-        *_norm("blk.{}.post_attention_norm", "layers/attention_post_norm", 1.0),
-        *_norm("blk.{}.ffn_norm", "layers/mlp_norm", 1.0),
-        *_norm("blk.{}.post_ffw_norm", "layers/mlp_post_norm", 1.0),
-        *_norm("output_norm", "final_norm", 1.0),
-    ],
-    "gptneox": [
-        *_GGUF_ENDS,
-        *_GGUF_NORMS,
-        *_GGUF_MLP,
-        _row(
-            "blk.{}.attn_qkv.weight", "layers/attention/{wq,wk,wv}", "(three n h) d -> three d n h"
-        ),
-        _row("blk.{}.attn_qkv.bias", "layers/attention/{bq,bk,bv}", "(three n h) -> three n h"),
-        *_GGUF_VALUES[2:],
-    ],
-}
+def names_of(rows: Iterable[Row], place: str) -> set[str]:
+    """What a format calls the tensor of one place."""
+    return {item.name for item in rows if item.places == (place,)}
 
 
 # --- The tree a spec asks for ---------------------------------------------------------------------
@@ -235,6 +80,14 @@ def sizes(spec: ModelSpec) -> dict[str, int]:
         "h": spec.head_dim,
         "p": spec.head_dim // 2,
         "f": spec.mlp.hidden_dim,
+        "g": spec.num_heads // spec.num_kv_heads,
+        "r": spec.encoding.offset + spec.encoding.length
+        if isinstance(spec.encoding, rope.Learnt)
+        else 0,
+        "e": 0 if spec.moe is None else spec.moe.experts,
+        "m": 0 if spec.moe is None else spec.moe.hidden_dim,
+        "s": 0 if spec.moe is None else spec.moe.shared_dim,
+        "one": 1,
         "two": 2,
         "three": 3,
     }
@@ -242,29 +95,54 @@ def sizes(spec: ModelSpec) -> dict[str, int]:
 
 def tree_axes(spec: ModelSpec) -> dict[str, str]:
     """Axes of every parameter of the spec (lminf/models/spec.py) by path, layers without L."""
+    assert spec.moe is None or not spec.moe.dense_layers  # no released family that is read has any
 
-    def norm(place: str) -> dict[str, str]:
+    def norm_axes(place: str) -> dict[str, str]:
         return {f"{place}/scale": "d"} | ({f"{place}/bias": "d"} if spec.norm.bias else {})
 
-    axes = {"embed": "v d"} | norm("layers/attention_norm") | norm("final_norm")
+    def mlp_axes(hidden: str) -> dict[str, str]:
+        names = {"w_up": f"d {hidden}", "w_down": f"{hidden} d"}
+        if spec.mlp.gated:
+            names["w_gate"] = f"d {hidden}"
+        if spec.mlp.bias:
+            names |= {"b_up": hidden, "b_down": "d"}
+            names |= {"b_gate": hidden} if spec.mlp.gated else {}
+        return names
+
+    axes = {"embed": "v d"} | norm_axes("final_norm")
+    if isinstance(spec.encoding, rope.Learnt):
+        axes["positions"] = "r d"
+    if spec.embed_norm:
+        axes |= norm_axes("embed_norm")
+    if spec.pre_norms:
+        axes |= norm_axes("layers/attention_norm")
+    if spec.pre_norms and spec.residual != "parallel_shared":
+        axes |= norm_axes("layers/mlp_norm")
+    if spec.post_norms:
+        axes |= norm_axes("layers/attention_post_norm") | norm_axes("layers/mlp_post_norm")
     attention = {"wq": "d n h", "wk": "d k h", "wv": "d k h", "wo": "n h d"}
     if spec.qkv_bias:
         attention |= {"bq": "n h", "bk": "k h", "bv": "k h"}
     if spec.out_bias:
         attention["bo"] = "d"
-    if spec.qk_norm:
+    if spec.sinks:
+        attention["sinks"] = "n"
+    if spec.qk_norm == "head":
         attention |= {"q_norm/scale": "h", "k_norm/scale": "h"}
-    mlp = {"w_up": "d f", "w_down": "f d"}
-    if spec.mlp.bias:
-        mlp |= {"b_up": "f", "b_down": "d"}
-    if spec.mlp.gated:
-        mlp |= {"w_gate": "d f"} | ({"b_gate": "f"} if spec.mlp.bias else {})
+    elif spec.qk_norm is not None:
+        attention |= {"q_head_norms/scale": "n h", "k_head_norms/scale": "k h"}
     axes |= {f"layers/attention/{name}": a for name, a in attention.items()}
-    axes |= {f"layers/mlp/{name}": a for name, a in mlp.items()}
-    if spec.residual != "parallel_shared":
-        axes |= norm("layers/mlp_norm")
-    if spec.post_norms:
-        axes |= norm("layers/attention_post_norm") | norm("layers/mlp_post_norm")
+    if spec.moe is None:
+        axes |= {f"layers/mlp/{name}": a for name, a in mlp_axes("f").items()}
+    else:
+        experts = {"router": "d e", "up": "e d m", "down": "e m d"}
+        if spec.moe.bias:
+            experts |= {"b_router": "e", "b_up": "e m", "b_down": "e d"}
+        if spec.mlp.gated:
+            experts |= {"gate": "e d m"} | ({"b_gate": "e m"} if spec.moe.bias else {})
+        axes |= {f"layers/moe/{name}": a for name, a in experts.items()}
+        if spec.moe.shared_dim:
+            axes |= {f"layers/shared/{name}": a for name, a in mlp_axes("s").items()}
     if not spec.tied:
         axes["head"] = "v d"
     if spec.head_bias:
@@ -320,3 +198,53 @@ def backwards(axes: str) -> str:
     """The pattern that undoes `axes`."""
     source_axes, _, target_axes = axes.partition("->")
     return f"{target_axes.strip()} -> {source_axes.strip()}" if target_axes else axes
+
+
+# --- Tensors of several patterns ------------------------------------------------------------------
+
+
+def _joined(axes: str) -> tuple[list[str], str, int]:
+    """The patterns of `a + b` without stars, their groups on the left split up; and the axis that
+    they are joined along."""
+    patterns, splits, place = axes.split(" + "), [], 0
+    first = _groups(patterns[0].partition("->")[0])
+    for pattern in patterns:
+        source_axes, _, target_axes = pattern.partition("->")
+        letters = [a for group in _groups(source_axes) for a in group]
+        place = next(i for i, letter in enumerate(letters) if letter.endswith("*"))
+        splits.append(f"{' '.join(letters).replace('*', '')} -> {target_axes.strip()}")
+    return splits, " ".join(a for group in first for a in group), place
+
+
+def stored_shape(axes: str, length: Mapping[str, int]) -> tuple[int, ...]:
+    """Shape of the tensor that a row stores."""
+    if " + " not in axes:
+        return shape_of(axes.partition("->")[0], length)
+    sides = [_groups(pattern.partition("->")[0]) for pattern in axes.split(" + ")]
+    total = sum(length[a[:-1]] for side in sides for group in side for a in group if a[-1] == "*")
+    return tuple(
+        math.prod(total if a[-1] == "*" else length[a] for a in group) for group in sides[0]
+    )
+
+
+def to_tree(item: Row, x: np.ndarray, length: Mapping[str, int]) -> Sequence[np.ndarray]:
+    """What the stored tensor puts into each place of its row."""
+    if " + " not in item.axes:
+        moved = rearrange(x, item.axes, length)
+        return list(moved) if len(item.places) > 1 else [moved]
+    patterns, letters, place = _joined(item.axes)
+    sides = [pattern.partition(" ->")[0].split() for pattern in patterns]
+    ends = np.cumsum([length[side[place]] for side in sides])
+    sizes_ = [ends[-1] if a[-1] == "*" else length[a] for a in letters.split()]
+    parts = np.split(x.reshape(sizes_), ends[:-1], axis=place)
+    return [rearrange(part, axes, length) for part, axes in zip(parts, patterns, strict=True)]
+
+
+def to_stored(item: Row, parts: Sequence[np.ndarray], length: Mapping[str, int]) -> np.ndarray:
+    """The stored tensor, from what is in the places of its row."""
+    if " + " not in item.axes:
+        tensor = np.stack(parts) if len(parts) > 1 else parts[0]
+        return rearrange(tensor, backwards(item.axes), length)
+    patterns, _, place = _joined(item.axes)
+    split = [rearrange(x, backwards(axes), length) for x, axes in zip(parts, patterns, strict=True)]
+    return np.concatenate(split, place).reshape(stored_shape(item.axes, length))

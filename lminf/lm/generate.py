@@ -204,6 +204,7 @@ def pieces(
 
 def empty_caches(lm: Any, *, rows: int, longest: int, room: int) -> tuple[cache.Cache, ...]:
     """Caches of prompts of at most `longest` tokens, and `room` more after each."""
+    lm.check_positions(longest + max(room - 1, 0))  # the last one is written and not read
     return lm.init_caches(batch=rows, capacity=-(-(longest + room) // STEP) * STEP)
 
 
@@ -262,8 +263,9 @@ def prepare_decoding(
     module: decoder.Decoder, caches: tuple[cache.Cache, ...], *, length: int, room: int
 ) -> tuple[cache.Cache, ...]:
     """The caches at the end of prompts: attend.prepare_decoding, compiled for few lengths."""
-    config, prepared = decoder.score_config(module.spec), []
-    for policy, layer in zip(module.policies, caches, strict=False):  # caches may be of a period
+    configs, prepared = decoder.score_configs(module.spec), []
+    # Caches may be of one period.
+    for policy, config, layer in zip(module.policies, configs, caches, strict=False):
         if policy.needs_prompt:
             sizes = (-(-tokens // ROUND) * ROUND for tokens in (length, room))
             prepared.append(_compress(policy, config, layer, *sizes))

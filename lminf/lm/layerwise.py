@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from lminf.attention import cache
 from lminf.attention.policy import LayerPolicy
+from lminf.attention.scores import ScoreConfig
 from lminf.models import decoder, layers
 from lminf.models.spec import ModelSpec
 from lminf.types import Hidden, Params, Positions, Tokens
@@ -70,8 +71,10 @@ class LayerwiseDecoder:
         ]
         self.programs = {
             shares: [
-                layer_program(stage, policy, module.implementation, shares)
-                for stage, policy in zip(stages, module.policies, strict=True)
+                layer_program(stage, policy, config, module.implementation, shares)
+                for stage, policy, config in zip(
+                    stages, module.policies, decoder.score_configs(spec), strict=True
+                )
             ]
             for shares in {None, mesh}
         }
@@ -85,7 +88,7 @@ class LayerwiseDecoder:
     ) -> tuple[Hidden, tuple[cache.Cache, ...]]:
         """Hidden states, and the caches, which are used up, with these tokens in them."""
         shares = self.mesh if self.mesh and tokens.shape[1] % self.mesh.size == 0 else None
-        x, updated = self.embed(self.params, tokens), []
+        x, updated = self.embed(self.params, tokens, positions), []
         for program, params, layer in zip(
             self.programs[shares], self.by_layer, caches, strict=True
         ):
@@ -99,11 +102,17 @@ class LayerwiseDecoder:
 
 @lru_cache(maxsize=256)
 def layer_program(
-    spec: ModelSpec, policy: LayerPolicy, implementation: str | None, mesh: Mesh | None
+    spec: ModelSpec,
+    policy: LayerPolicy,
+    config: ScoreConfig,
+    implementation: str | None,
+    mesh: Mesh | None,
 ) -> Callable[..., Any]:
     """The compiled decoder.run_layer of layers like this, which uses up states and cache."""
     axis = None if mesh is None else mesh.axis_names[0]
-    run = partial(decoder.run_layer, spec, policy, context_axis=axis, implementation=implementation)
+    run = partial(
+        decoder.run_layer, spec, policy, config, context_axis=axis, implementation=implementation
+    )
     if mesh is not None:
         run = jax.shard_map(
             run,
@@ -119,8 +128,13 @@ def layer_program(
 
 @lru_cache(maxsize=64)
 def embed_program(spec: ModelSpec, dtype: Any) -> Callable[..., Any]:
-    """(params, tokens) -> what the first layer reads."""
-    return jax.jit(partial(decoder.embed_tokens, spec, dtype=dtype))
+    """(params, tokens, positions) -> what the first layer reads."""
+
+    def embed(params, tokens, positions):
+        x = decoder.embed_tokens(spec, params, tokens, dtype=dtype)
+        return decoder.place_embeds(spec, params, x, positions)
+
+    return jax.jit(embed)
 
 
 @lru_cache(maxsize=64)

@@ -56,6 +56,7 @@ class LM:
     def __post_init__(self):
         policies.check_trained(self.policy, self.context_length)
         policies.check_rotary(self.policy, self.spec.encoding)
+        policies.check_sinks(self.policy, self.spec.sinks)
         self._by_layer()  # refuses a mix that does not fit the layers or heads
 
     @classmethod
@@ -366,12 +367,22 @@ class LM:
 
     def check_length(self, tokens: int) -> None:
         """Refuses more tokens than the policy can place within what the model was trained on."""
+        self.check_positions(tokens - 1)  # the last one is written and not read
         most = policies.max_length(self.policy, self.context_length)
         if most is not None and tokens > most:
             raise InputError(
                 f"{self.policy.name} places at most {most} tokens within the "
                 f"{self.context_length} this model was trained on, but prompt and answer take "
                 f"{tokens}; shorten the prompt or raise its group or stretch"
+            )
+
+    def check_positions(self, tokens: int) -> None:
+        """Refuses to read more tokens than have a learnt position."""
+        encoding = self.spec.encoding
+        if isinstance(encoding, rope.Learnt) and tokens > encoding.length:
+            raise InputError(
+                f"{tokens} tokens, but this model has learnt {encoding.length} positions and no "
+                f"rule for others; read at most {encoding.length}, whatever the policy"
             )
 
     def encode_prompts(

@@ -76,6 +76,8 @@ def stream_nll(
             f"{lm.policy.name} keeps every token, so a stream needs longest=, the tokens to "
             f"make room for; or read it under a policy with a window"
         )
+    if longest is not None:
+        lm.check_positions(longest - 1)
     # No wider than the text, in powers of two, so that few shapes are compiled.
     chunk = CHUNK if longest is None else min(CHUNK, max(16, _power_of_two(longest - 1)))
     chunk = policies.chunk_within(policies.common_eviction(module.policies), chunk)
@@ -96,6 +98,7 @@ def stream_nll(
                     f"more than longest={longest} tokens came, and {lm.policy.name} keeps "
                     f"every one; give the length of the stream"
                 )
+            lm.check_positions(start + scored)
             tokens = np.pad(buffer[: chunk + 1], (0, max(chunk + 1 - len(buffer), 0)))
             positions = start + np.arange(chunk, dtype=np.int32)[None]
             hidden, caches = lm.forward(tokens[None, :-1], positions, caches)

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from lminf.attention import attend, cache
+from lminf.attention import attend, cache, rope
+from lminf.attention import policy as policies_
 from lminf.attention.bidirectional import prefill as bidirectional_prefill
 from lminf.attention.policy import FULL, LayerPolicy
 from lminf.attention.scores import ScoreConfig
@@ -28,9 +29,10 @@ from lminf.types import Hidden, Params, Positions, Tokens
 LAYERS = "(layers|first_layers)"
 AXES = {
     "embed": ("vocab", "embed"),
+    "positions": ("positions", "embed"),
     "head": ("vocab", "embed"),
     "head_bias": ("vocab",),
-    "final_norm/(scale|bias)": ("embed",),
+    "(embed|final)_norm/(scale|bias)": ("embed",),
     f"{LAYERS}/(attention|attention_post|mlp|mlp_post)_norm/(scale|bias)": ("layers", "embed"),
     f"{LAYERS}/attention/wq": ("layers", "embed", "heads", "head_dim"),
     f"{LAYERS}/attention/w[kv]": ("layers", "embed", "kv_heads", "head_dim"),
@@ -38,7 +40,10 @@ AXES = {
     f"{LAYERS}/attention/b[kv]": ("layers", "kv_heads", "head_dim"),
     f"{LAYERS}/attention/wo": ("layers", "heads", "head_dim", "embed"),
     f"{LAYERS}/attention/bo": ("layers", "embed"),
-    f"{LAYERS}/attention/[qk]_norm/(scale|bias)": ("layers", "head_dim"),
+    f"{LAYERS}/attention/sinks": ("layers", "heads"),
+    f"{LAYERS}/attention/[qk]_norm/scale": ("layers", "head_dim"),
+    f"{LAYERS}/attention/q_head_norms/scale": ("layers", "heads", "head_dim"),
+    f"{LAYERS}/attention/k_head_norms/scale": ("layers", "kv_heads", "head_dim"),
     f"{LAYERS}/(mlp|shared)/w_(gate|up)": ("layers", "embed", "mlp"),
     f"{LAYERS}/mlp/b_(gate|up)": ("layers", "mlp"),
     f"{LAYERS}/(mlp|shared)/w_down": ("layers", "mlp", "embed"),
@@ -46,6 +51,9 @@ AXES = {
     "layers/moe/router": ("layers", "embed", "routes"),
     "layers/moe/(gate|up)": ("layers", "expert", "embed", "mlp"),
     "layers/moe/down": ("layers", "expert", "mlp", "embed"),
+    "layers/moe/b_router": ("layers", "routes"),
+    "layers/moe/b_(gate|up)": ("layers", "expert", "mlp"),
+    "layers/moe/b_down": ("layers", "expert", "embed"),
 }
 
 # Of a layer's matrix, how many axes are contracted; they come first, after the axis of layers.
@@ -102,7 +110,8 @@ class Decoder(nn.Module):
             # would be sent twice.
             table = {"embed": self.constrain(embed, "vocab", None)}
             embeds = embed_tokens(s, table, tokens, dtype=self.dtype)
-        x = self.constrain(embeds.astype(self.dtype), "batch", "residual_length", None)
+        x = self._placed(embeds.astype(self.dtype), positions)
+        x = self.constrain(x, "batch", "residual_length", None)
         if not s.tied:
             self.param("head", nn.initializers.normal(s.width**-0.5), (s.vocab_size, s.width))
         if s.head_bias:
@@ -132,6 +141,17 @@ class Decoder(nn.Module):
             positions=positions, hidden=x,
         )  # fmt: skip
 
+    def _placed(self, x: Hidden, positions: Positions) -> Hidden:
+        """`place_embeds` with this module's parameters."""
+        s, params = self.spec, {}
+        if s.embed_norm:
+            norm = layers.Norm(s.norm, s.width)
+            params["embed_norm"] = self.param("embed_norm", lambda key: norm.init(key, x)["params"])
+        if isinstance(s.encoding, rope.Learnt):
+            rows, init = s.encoding.offset + s.encoding.length, nn.initializers.normal(0.02)
+            params["positions"] = self.param("positions", init, (rows, s.width))
+        return place_embeds(s, params, x, positions)
+
     def _check_inputs(self, tokens, embeds, caches, bidirectional):
         """Refuses inputs that have no meaning together."""
         if (tokens is None) == (embeds is None):
@@ -145,6 +165,13 @@ class Decoder(nn.Module):
                 f"{observing[0]} scores token ids, but embeds have none; give tokens, or use "
                 f"another policy"
             )
+        for policy in self.policies:
+            policies_.check_sinks(policy, self.spec.sinks)
+        if self.spec.sinks and (bidirectional or self.prefill is not attend.prefill):
+            raise InputError(
+                "heads with learnt sinks attend to earlier tokens, and on one device or along a "
+                "context axis; give another model, or read it without bidirectional= and a mesh"
+            )
         if not bidirectional:
             return
         causal = [policy.name for policy in self.policies if policy != FULL]
@@ -157,22 +184,27 @@ class Decoder(nn.Module):
 
     def _attentions(self, length, positions, segments, caches, bidirectional):
         """How each layer of a period attends, and the positions that its cache then holds."""
-        config, options = score_config(self.spec), {
-            "context_axis": self.context_axis, "implementation": self.implementation,
-        }  # fmt: skip
-        policies = self.policies[: len(caches) if caches else period_of(self.policies)]
+        options = {"context_axis": self.context_axis, "implementation": self.implementation}
+        period = len(caches) if caches else period_of(self.spec, self.policies)
+        layers_ = list(zip(self.policies[:period], score_configs(self.spec)[:period], strict=True))
         if bidirectional:
-            run = bidirectional_prefill(config, positions, segments=segments)
-            return [layer_scan.without_cache(run)], ()
+            runs = {
+                config: bidirectional_prefill(config, positions, segments=segments)
+                for _, config in layers_
+            }
+            return [layer_scan.without_cache(runs[config]) for _, config in layers_], ()
         if caches is None:
-            prefills = [
-                self.prefill(policy, config, positions, segments=segments, **options)
-                for policy in policies
-            ]
-            return [layer_scan.without_cache(prefill) for prefill in prefills], ()
+            # Layers alike share their rotations.
+            prefills = {
+                (policy, config): self.prefill(
+                    policy, config, positions, segments=segments, **options
+                )
+                for policy, config in layers_
+            }
+            return [layer_scan.without_cache(prefills[layer]) for layer in layers_], ()
         extends = [
             attend.extend(policy, config, layer.layout, layer.pos, positions, **options)
-            for policy, layer in zip(policies, caches, strict=True)
+            for (policy, config), layer in zip(layers_, caches, strict=True)
         ]
         attentions = [
             layer_scan.with_cache(extend, layer, length)
@@ -184,8 +216,8 @@ class Decoder(nn.Module):
         """Hidden states after the layers, their keys and values, and what `collections` got."""
 
         def run_layer(block, x, layer_params, attend_, kv, row) -> tuple[Hidden, Any, Any]:
-            def attend_layer(q, k, v):
-                return attend_(q, k, v, kv, row)
+            def attend_layer(q, k, v, **sinks):
+                return attend_(q, k, v, kv, row, **sinks)
 
             variables = {"params": layer_params}
             if collections:
@@ -205,6 +237,7 @@ class Decoder(nn.Module):
 def run_layer(
     spec: ModelSpec,
     policy: LayerPolicy,
+    config: ScoreConfig,
     params: Params,
     x: Hidden,
     positions: Positions,
@@ -215,7 +248,7 @@ def run_layer(
     and the cache with these tokens in it. `options` are those of attend.extend.
     """
     extend, new_positions = attend.extend(
-        policy, score_config(spec), layer_cache.layout, layer_cache.pos, positions, **options
+        policy, config, layer_cache.layout, layer_cache.pos, positions, **options
     )
 
     def attend_layer(q, k, v):
@@ -253,27 +286,50 @@ def embed_tokens(
     return params["embed"][tokens].astype(dtype) * jnp.asarray(spec.embed_scale, dtype)
 
 
+def place_embeds(spec: ModelSpec, params: Params, x: Hidden, positions: Positions) -> Hidden:
+    """Embeddings as the first layer reads them: normalised, and with their learnt positions."""
+    if spec.embed_norm:
+        norm: Any = layers.Norm(spec.norm, spec.width).apply
+        x = norm({"params": params["embed_norm"]}, x)
+    if isinstance(spec.encoding, rope.Learnt):
+        offset, length = spec.encoding.offset, spec.encoding.length
+        if x.shape[1] > length:
+            raise InputError(
+                f"{x.shape[1]} tokens, but the model has learnt {length} positions; "
+                f"read at most {length}"
+            )
+        x = x + params["positions"][jnp.maximum(positions, 0) + offset].astype(x.dtype)
+    return x
+
+
 def stages_of(spec: ModelSpec) -> dict[str, ModelSpec]:
     """Name of the stacked parameters -> spec of those layers, for each run of layers alike."""
     if spec.moe is None or not spec.moe.dense_layers:
         return {"layers": spec}
     first = spec.moe.dense_layers
-    dense = dataclasses.replace(spec, moe=None, num_layers=first, windows=spec.windows[:first])
+    dense = dataclasses.replace(
+        spec, moe=None, num_layers=first, windows=spec.windows[:first],
+        layer_encodings=spec.layer_encodings[:first],
+    )  # fmt: skip
     mixed = dataclasses.replace(
         spec, moe=dataclasses.replace(spec.moe, dense_layers=0),
         num_layers=spec.num_layers - first, windows=spec.windows[first:],
+        layer_encodings=spec.layer_encodings[first:],
     )  # fmt: skip
     return {"first_layers": dense, "layers": mixed}
 
 
-def score_config(spec: ModelSpec) -> ScoreConfig:
-    """How the model scores a query and a key."""
-    return ScoreConfig(spec.encoding, spec.query_scale, spec.attention_soft_cap)
+def score_configs(spec: ModelSpec) -> tuple[ScoreConfig, ...]:
+    """[L] how each layer scores a query and a key."""
+    return tuple(
+        ScoreConfig(encoding, spec.query_scale, spec.attention_soft_cap)
+        for encoding in spec.encodings
+    )
 
 
-def period_of(pattern: Sequence[LayerPolicy]) -> int:
-    """The shortest p that divides the layers and after which the policies repeat."""
-    count = len(pattern)
+def period_of(spec: ModelSpec, by_layer: Sequence[LayerPolicy]) -> int:
+    """The shortest p that divides the layers and after which policies and encodings repeat."""
+    pattern, count = list(zip(by_layer, spec.encodings, strict=True)), spec.num_layers
     return next(
         p
         for p in range(1, count + 1)
@@ -293,7 +349,7 @@ def init_caches(
     """Empty caches for `Decoder`, one for each layer of a period (None: the shortest); `capacity`
     (tokens) is what unbounded policies can hold.
     """
-    period = period_of(by_layer) if period is None else period
+    period = period_of(spec, by_layer) if period is None else period
 
     shape = cache.CacheShape(
         batch, capacity, spec.num_heads, spec.num_kv_heads, spec.head_dim, dtype, spec.width
@@ -313,11 +369,12 @@ def prepare_decoding(
     """Caches at the end of a prompt, by `attend.prepare_decoding`; what that rotates needs
     `Cache.for_decoding` next.
     """
-    config = score_config(spec)
     return tuple(
         attend.prepare_decoding(policy, config, layer, length=length, room=room)
-        for policy, layer in zip(by_layer, caches, strict=False)  # caches: of one period
-    )
+        for policy, config, layer in zip(
+            by_layer, score_configs(spec), caches, strict=False  # caches: of one period
+        )
+    )  # fmt: skip
 
 
 def init(spec: ModelSpec, *, key: jax.Array) -> Params:
@@ -327,9 +384,12 @@ def init(spec: ModelSpec, *, key: jax.Array) -> Params:
     return Decoder(spec, by_layer).init(key, tokens, positions=tokens)["params"]
 
 
+def _no_attention(q: Array, k: Array, v: Array, **sinks: Array) -> tuple[Array, None]:
+    del k, v, sinks
+    return q, None
+
+
 def _init_layers(spec: ModelSpec, key: jax.Array) -> Params:
     x = jnp.zeros((1, 1, spec.width))
     keys = jax.random.split(key, spec.num_layers)
-    return jax.vmap(lambda k: layers.Block(spec).init(k, x, lambda q, k, v: (q, None))["params"])(
-        keys
-    )
+    return jax.vmap(lambda k: layers.Block(spec).init(k, x, _no_attention)["params"])(keys)

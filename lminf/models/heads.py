@@ -27,6 +27,8 @@ def lm(spec: ModelSpec, params: Params, hidden: Float[Array, "*B D"]) -> Float[A
     weights, rows = classifier(params).astype(hidden.dtype), hidden.reshape(-1, hidden.shape[-1])
     logits = product(rows, weights, dtype=jnp.float32, transposed=True)
     logits = logits.reshape(*hidden.shape[:-1], -1)
+    if spec.logit_scale != 1.0:
+        logits = logits * spec.logit_scale
     if spec.head_bias:
         logits = logits + jnp.broadcast_to(params["head_bias"].astype(jnp.float32), logits.shape)
     if spec.final_soft_cap is not None:

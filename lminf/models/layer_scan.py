@@ -20,7 +20,7 @@ from lminf.errors import InputError
 from lminf.types import Hidden, Params
 
 KV: TypeAlias = Any  # cache.KVState, of one layer or of all; None without a cache
-Attend: TypeAlias = Callable[[Array, Array, Array, KV, Any], tuple[Array, KV]]  # q, k, v, kv, row
+Attend: TypeAlias = Callable[..., tuple[Array, KV]]  # (q, k, v, kv, row)
 # (block, x, its parameters, attend, kv, row) -> x, kv, what the layer sowed
 RunLayer: TypeAlias = Callable[[Any, Hidden, Params, Attend, KV, Any], tuple[Hidden, KV, Any]]
 
@@ -35,7 +35,7 @@ class LayerAttention(NamedTuple):
 
 def without_cache(prefill: attend.Prefill) -> LayerAttention:
     """Attention of a text over itself."""
-    return LayerAttention(lambda q, k, v, kv, row: (prefill(q, k, v), kv))
+    return LayerAttention(lambda q, k, v, kv, row, **sinks: (prefill(q, k, v, **sinks), kv))
 
 
 def with_cache(extend: attend.Extend, layer_cache: cache.Cache, tokens: int) -> LayerAttention:
@@ -47,9 +47,10 @@ def with_cache(extend: attend.Extend, layer_cache: cache.Cache, tokens: int) -> 
     if tokens == 1 or layer_cache.layout.keeps_all:
         return LayerAttention(extend, layer_cache.kv)
 
-    def extend_slice(q, k, v, kv, row):
+    def extend_slice(q, k, v, kv, row, **sinks):
         del row
-        out, kv = extend(q, k, v, jax.tree.map(lambda x: x[None], kv), jnp.int32(0))
+        kv = jax.tree.map(lambda x: x[None], kv)
+        out, kv = extend(q, k, v, kv, jnp.int32(0), **sinks)
         return out, jax.tree.map(lambda x: x[0], kv)
 
     return LayerAttention(extend_slice, layer_cache.kv, in_place=False)

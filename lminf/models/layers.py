@@ -18,12 +18,14 @@ from lminf.models import moe
 from lminf.models.spec import MLPSpec, ModelSpec, NormSpec
 from lminf.types import Hidden
 
-Attend: TypeAlias = Callable[[Array, Array, Array], tuple[Array, Any]]  # (q, k, v) -> out, kv
+# (q, k, v) -> out, kv; sinks= where the spec has them
+Attend: TypeAlias = Callable[..., tuple[Array, Any]]
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 
 
@@ -73,26 +75,28 @@ def add_bias(module: nn.Module, name: str, x: Float[Array, "B T *O"]) -> Float[A
 
 
 class Norm(nn.Module):
-    """RMS or layer normalisation over the last axis, statistics in float32."""
+    """RMS or layer normalisation over the last axis, or the last `axes`, statistics in float32."""
 
     spec: NormSpec
-    width: int
+    shape: int | tuple[int, ...]  # of the scale: the last axes of what is normalised
+    axes: int = 1
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        offset = self.spec.scale_offset
-        scale = self.param("scale", nn.initializers.constant(1.0 - offset), (self.width,))
+        offset, over = self.spec.scale_offset, tuple(range(-self.axes, 0))
+        shape = self.shape if isinstance(self.shape, tuple) else (self.shape,)
+        scale = self.param("scale", nn.initializers.constant(1.0 - offset), shape)
 
         def scaled(x, scale):
             y = x.astype(jnp.float32)
             if self.spec.kind == "layer":
-                y = y - y.mean(-1, keepdims=True)
-            y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.spec.epsilon)
+                y = y - y.mean(over, keepdims=True)
+            y = y * jax.lax.rsqrt(jnp.square(y).mean(over, keepdims=True) + self.spec.epsilon)
             return y * broadcast_like(scale.astype(jnp.float32) + offset, y)
 
         y = recompute(scaled)(x, scale)
         if self.spec.bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.width,))
+            bias = self.param("bias", nn.initializers.zeros, shape)
             y = y + broadcast_like(bias.astype(jnp.float32), y)
         return y.astype(x.dtype)
 
@@ -124,18 +128,44 @@ class Attention(nn.Module):
             q, k, v = add_bias(self, "bq", q), add_bias(self, "bk", k), add_bias(self, "bv", v)
         if s.qkv_clip is not None:
             q, k, v = (jnp.clip(y, -s.qkv_clip, s.qkv_clip) for y in (q, k, v))
-        if s.qk_norm:
-            q = Norm(s.norm, s.head_dim, name="q_norm")(q)
-            k = Norm(s.norm, s.head_dim, name="k_norm")(k)
+        if s.qk_norm is not None:
+            q, k = self.normalised("q", q), self.normalised("k", k)
         q = self.constrain(q, "batch", "length", "heads", None)
         k, v = (self.constrain(y, "batch", "length", "kv_heads", None) for y in (k, v))
         for name, value in (("q", q), ("k", k), ("v", v)):
             self.sow("intermediates", name, value)
-        out, kv = attend(q, k, v)
+        sinks = {}
+        if s.sinks:
+            sinks["sinks"] = self.param("sinks", nn.initializers.zeros, (s.num_heads,))
+        out, kv = attend(q, k, v, **sinks)
         out = matmul(out, wo.astype(x.dtype), contract=2)
         if s.out_bias:
             out = add_bias(self, "bo", out)
         return out, kv
+
+    def normalised(self, name: str, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+        """Queries or keys, normalised; none of the released models gives these norms a bias."""
+        spec = dataclasses.replace(self.spec.norm, bias=False)
+        if self.spec.qk_norm == "head":
+            return Norm(spec, x.shape[3], name=f"{name}_norm")(x)
+        axes = 2 if self.spec.qk_norm == "all" else 1
+        return Norm(spec, x.shape[2:], axes, name=f"{name}_head_norms")(x)
+
+
+def activated(
+    spec: MLPSpec, gate: Float[Array, "*B F"] | None, up: Float[Array, "*B F"]
+) -> Float[Array, "*B F"]:
+    """What an MLP multiplies by w_down; `gate` is None in one that is not gated."""
+    act = ACTIVATIONS[spec.activation]
+    if gate is None:
+        return act(up)
+
+    def product(gate, up):
+        if spec.clip is not None:
+            gate, up = jnp.minimum(gate, spec.clip), jnp.clip(up, -spec.clip, spec.clip)
+        return act(gate) * (up + spec.up_offset if spec.up_offset else up)
+
+    return recompute(product)(gate, up)
 
 
 class MLP(nn.Module):
@@ -147,7 +177,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Hidden) -> Hidden:
-        act, init = ACTIVATIONS[self.spec.activation], nn.initializers.lecun_normal()
+        init = nn.initializers.lecun_normal()
         D, F = self.width, self.spec.hidden_dim
 
         def project(x, name, size):
@@ -156,11 +186,8 @@ class MLP(nn.Module):
             return add_bias(self, f"b_{name}", y) if self.spec.bias else y
 
         up = project(x, "up", F)
-        if self.spec.gated:
-            gate = project(x, "gate", F)
-            up = recompute(lambda gate, up: act(gate) * up)(gate, up)
-        else:
-            up = act(up)
+        gate = project(x, "gate", F) if self.spec.gated else None
+        up = activated(self.spec, gate, up)
         up = self.constrain(up, "batch", "length", "mlp")
         return project(up, "down", D)
 
@@ -178,13 +205,15 @@ class Block(nn.Module):
         mlp = self.mlp()
 
         def norm(name):
+            if not s.pre_norms:
+                return lambda y: y
             module = Norm(s.norm, s.width, name=name)
             return lambda y: self.constrain(module(y), "batch", "length", None)
 
         def post(name, y):
-            if not s.post_norms:
-                return y
-            return Norm(s.norm, s.width, name=name)(residual(y))
+            if s.post_norms:
+                y = Norm(s.norm, s.width, name=name)(residual(y))
+            return y if s.residual_scale == 1.0 else y * s.residual_scale
 
         def residual(y):
             return self.constrain(y, "batch", "residual_length", None)
@@ -207,8 +236,8 @@ class Block(nn.Module):
         s = self.spec
         if s.moe is None:
             return MLP(s.mlp, s.width, self.constrain, name="mlp")
-        act = ACTIVATIONS[s.mlp.activation]
-        experts = moe.Experts(s.moe, s.width, act, s.mlp.gated, self.constrain, name="moe")
+        product = partial(activated, s.mlp)
+        experts = moe.Experts(s.moe, s.width, product, s.mlp.gated, self.constrain, name="moe")
         if not s.moe.shared_dim:
             return experts
         wide = dataclasses.replace(s.mlp, hidden_dim=s.moe.shared_dim)

@@ -62,7 +62,7 @@ class Experts(nn.Module):
 
     spec: MoESpec
     width: int
-    act: Callable[[Array], Array]
+    activated: Callable[[Array | None, Array], Array]  # (gate, up) -> what w_down is multiplied by
     gated: bool
     constrain: Callable[..., Array]
 
@@ -73,6 +73,9 @@ class Experts(nn.Module):
         flat = x.reshape(B * T, D)
         # float32: two experts that bfloat16 cannot tell apart would swap ranks.
         logits = flat.astype(jnp.float32) @ router.astype(jnp.float32)
+        if s.bias:
+            bias = self.param("b_router", nn.initializers.zeros, (s.experts,))
+            logits = logits + bias.astype(jnp.float32)[None]
         routed = route(logits, s.top_k, normalised=s.normalised)
         if s.capacity_factor is None:
             out, dropped = self.dense_dispatch(flat, routed), jnp.float32(0)
@@ -116,16 +119,16 @@ class Experts(nn.Module):
         s = self.spec
         init = nn.initializers.lecun_normal(batch_axis=0)
 
-        def weight(name, rows, columns):
-            return self.param(name, init, (s.experts, rows, columns)).astype(x.dtype)
+        def project(x, name, columns):
+            w = self.param(name, init, (s.experts, x.shape[2], columns)).astype(x.dtype)
+            y = jnp.einsum("eci,eio->eco", x, w)
+            if not s.bias:
+                return y
+            bias = self.param(f"b_{name}", nn.initializers.zeros, (s.experts, columns))
+            return y + bias.astype(x.dtype)[:, None]
 
         x = self.constrain(x, "expert", None, None)
-        up = jnp.einsum("ecd,edf->ecf", x, weight("up", self.width, s.hidden_dim))
-        if self.gated:
-            gate = jnp.einsum("ecd,edf->ecf", x, weight("gate", self.width, s.hidden_dim))
-            up = self.act(gate) * up
-        else:
-            up = self.act(up)
+        up = project(x, "up", s.hidden_dim)
+        up = self.activated(project(x, "gate", s.hidden_dim) if self.gated else None, up)
         up = self.constrain(up, "expert", None, "mlp")
-        out = jnp.einsum("ecf,efd->ecd", up, weight("down", s.hidden_dim, self.width))
-        return self.constrain(out, "expert", None, None)
+        return self.constrain(project(up, "down", self.width), "expert", None, None)

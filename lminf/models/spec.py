@@ -7,20 +7,25 @@ trained with (`windows`).
 Parameters of a spec, as a nested dictionary (letters: lminf/types.py; L stacked on axis 0):
 
     embed                         [V, D]
-    layers/attention_norm/scale   [L, D]      /bias when norm.bias
+    positions                     [P, D]      with encoding Learnt: its offset + length rows
+    embed_norm/scale              [D]         when embed_norm
+    layers/attention_norm/scale   [L, D]      when pre_norms; /bias when norm.bias
     layers/attention/wq wk wv     [L, D, N, H] [L, D, K, H] [L, D, K, H]   bq bk bv when qkv_bias
     layers/attention/wo           [L, N, H, D]                             bo when out_bias
-    layers/attention/q_norm k_norm/… [L, H]   when qk_norm
+    layers/attention/q_norm k_norm/scale              [L, H]   when qk_norm == "head"
+    layers/attention/q_head_norms k_head_norms/scale  [L, N, H] [L, K, H]   … "each_head", "all"
+    layers/attention/sinks        [L, N]      when sinks
     layers/attention_post_norm/…  [L, D]      when post_norms
-    layers/mlp_norm/scale         [L, D]      unless residual == "parallel_shared"
+    layers/mlp_norm/scale         [L, D]      when pre_norms, unless residual "parallel_shared"
     layers/mlp/w_gate             [L, D, F]   when mlp.gated                b_gate when mlp.bias
     layers/mlp/w_up w_down        [L, D, F] [L, F, D]             b_up b_down when mlp.bias
     layers/mlp_post_norm/…        [L, D]      when post_norms
     layers/moe/router             [L, D, E]   with moe, in place of mlp (M: the experts' own F)
     layers/moe/gate up down       [L, E, D, M] [L, E, D, M] [L, E, M, D]   gate when mlp.gated
+    layers/moe/b_router b_gate b_up b_down  [L, E] [L, E, M] [L, E, M] [L, E, D]   when moe.bias
     layers/shared/w_gate …        as mlp      when moe.shared_dim
     first_layers/…                [L', …]     as layers without moe, the moe.dense_layers before it
-    final_norm/scale              [D]         every norm has a bias when norm.bias
+    final_norm/scale              [D]         norms of the width have a bias when norm.bias
     head                          [V, D]      unless tied
     head_bias                     [V]         when head_bias
 """
@@ -29,7 +34,17 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
 from lminf import ranges
-from lminf.attention.rope import DynamicNTK, Encoding, Length, Linear, NTKAware, Rotary, YaRN
+from lminf.attention.rope import (
+    DynamicNTK,
+    Encoding,
+    Learnt,
+    Length,
+    Linear,
+    LongRoPE,
+    NTKAware,
+    Rotary,
+    YaRN,
+)
 from lminf.errors import InputError
 from lminf.ranges import Range
 
@@ -57,9 +72,12 @@ class NormSpec:
 @dataclass(frozen=True)
 class MLPSpec:
     hidden_dim: Size  # F
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"]
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "quick_gelu"]
     gated: bool  # act(x w_gate) * (x w_up), else act(x w_up)
     bias: bool
+    # GPT-OSS: gates at most this and what they multiply within +- this, of which it takes up + 1.
+    clip: Cap | None = None
+    up_offset: Annotated[float, Range(min=0, max=1)] = 0.0
 
     def __post_init__(self):
         ranges.check(self)
@@ -79,6 +97,7 @@ class MoESpec:
     normalised: bool  # the weights of a token's experts sum to 1
     # Most tokens that an expert reads, as a multiple of its even share; None: no token is dropped.
     capacity_factor: Annotated[float, Range(above=0)] | None
+    bias: bool = False  # of the router and of the experts
 
     def __post_init__(self):
         ranges.check(self)
@@ -107,8 +126,10 @@ class ModelSpec:
     ]  # parallel_shared: one norm for both
     qkv_bias: bool
     out_bias: bool
-    qk_norm: bool
-    post_norms: bool  # Gemma 2: norms after attention and MLP too
+    # Queries and keys normalised: each head with one scale for all heads, or with its own, or all
+    # heads together.
+    qk_norm: Literal["head", "each_head", "all"] | None
+    post_norms: bool  # norms of what attention and MLP give, before it is added
     query_scale: Multiplier  # multiplies the scores; usually head_dim ** -0.5
     qkv_clip: Cap | None  # MPT: queries, keys, values clipped to +- this
     attention_soft_cap: Cap | None
@@ -116,15 +137,31 @@ class ModelSpec:
     embed_scale: Multiplier  # multiplies the embeddings: sqrt(D) for Gemma, else 1.0
     tied: bool  # the head is the embedding
     head_bias: bool
-    moe: MoESpec | None = None  # no importer knows a mixture, so a checkpoint without one says so
+    # What few models have. An importer refuses the fields that ask for it unless it reads them.
+    moe: MoESpec | None = None
+    # [L], or (): the layers whose encoding is not `encoding`, which is that of the others (None)
+    # and the one that a scaling is applied to.
+    layer_encodings: tuple[Encoding | None, ...] = ()
+    pre_norms: bool = True  # norms of what attention and MLP read
+    embed_norm: bool = False  # the embeddings are normalised
+    sinks: bool = False  # a learnt logit of each head joins its softmax and has no value
+    residual_scale: Multiplier = 1.0  # multiplies what attention and MLP add
+    logit_scale: Multiplier = 1.0  # multiplies the logits
+
+    @property
+    def encodings(self) -> tuple[Encoding, ...]:
+        """[L] the encoding of every layer."""
+        own = self.layer_encodings or (None,) * self.num_layers
+        return tuple(self.encoding if encoding is None else encoding for encoding in own)
 
     @property
     def context_length(self) -> int:
         """Tokens apart that the model can place: its trained length, times what a scaling
-        stretches. YaRN names the length before stretching; a checkpoint's own is the one after.
+        stretches. YaRN and LongRoPE name the length before stretching; a checkpoint's own is the
+        one after.
         """
         scaling = self.encoding.scaling if isinstance(self.encoding, Rotary) else None
-        if isinstance(scaling, YaRN):
+        if isinstance(scaling, YaRN | LongRoPE):
             return int(scaling.trained_length * scaling.factor)
         if isinstance(scaling, Linear):
             return int(self.trained_length * scaling.factor)
@@ -137,8 +174,19 @@ class ModelSpec:
         rotated = self.encoding.dim if isinstance(self.encoding, Rotary) else 0
         if rotated is None:
             raise InputError("Rotary.dim is None; give the channels that the model rotates")
+        if self.layer_encodings and len(self.layer_encodings) != self.num_layers:
+            raise InputError(
+                f"layer_encodings has {len(self.layer_encodings)} entries for {self.num_layers} "
+                f"layers"
+            )
+        if any(isinstance(encoding, Learnt) for encoding in self.layer_encodings):
+            raise InputError("learnt positions are added to embeddings: no layer has its own")
+        if not (self.pre_norms or self.post_norms):
+            raise InputError("no layer has a norm: pre_norms and post_norms are both False")
+        if self.residual == "parallel_shared" and not self.pre_norms:
+            raise InputError("residual 'parallel_shared' is one norm for both: set pre_norms")
         if self.moe is not None and self.mlp.bias:
-            raise InputError("experts have no biases: mlp.bias must be False")
+            raise InputError("biases of experts are moe.bias: mlp.bias must be False")
         if self.moe is not None and self.moe.dense_layers >= self.num_layers:
             raise InputError(
                 f"dense_layers={self.moe.dense_layers} leaves no layer of {self.num_layers} to moe"
@@ -188,7 +236,7 @@ def llama(
         residual="sequential",
         qkv_bias=False,
         out_bias=False,
-        qk_norm=False,
+        qk_norm=None,
         post_norms=False,
         query_scale=head_dim**-0.5,
         qkv_clip=None,

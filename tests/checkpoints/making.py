@@ -11,9 +11,9 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from lminf.attention import rope
-from lminf.checkpoints import tensors, weight_maps
+from lminf.checkpoints import gguf_weights, tensors, weight_maps
 from lminf.data.tokenizers import Tokenizer
-from lminf.models.spec import MLPSpec, ModelSpec, NormSpec
+from lminf.models.spec import MLPSpec, ModelSpec, MoESpec, NormSpec
 
 BASE = ModelSpec(
     family="llama",
@@ -31,7 +31,7 @@ BASE = ModelSpec(
     residual="sequential",
     qkv_bias=False,
     out_bias=False,
-    qk_norm=False,
+    qk_norm=None,
     post_norms=False,
     query_scale=8**-0.5,
     qkv_clip=None,
@@ -51,7 +51,7 @@ SPECS = {
     ),
     "mistral": dataclasses.replace(BASE, family="mistral", windows=(16, 16)),
     "qwen2": dataclasses.replace(BASE, family="qwen2", qkv_bias=True, windows=(None, 16)),
-    "qwen3": dataclasses.replace(BASE, family="qwen3", qk_norm=True),
+    "qwen3": dataclasses.replace(BASE, family="qwen3", qk_norm="head"),
     "gemma2": dataclasses.replace(
         BASE,
         family="gemma2",
@@ -97,13 +97,146 @@ SPECS = {
         tied=True,
     ),
 }
-# GGUF architecture -> the spec it can hold
+_GEMMA = dataclasses.replace(
+    SPECS["gemma2"], family="gemma", post_norms=False, windows=(None, None),
+    attention_soft_cap=None, final_soft_cap=None,
+)  # fmt: skip
+_LOCAL = {"num_layers": 4, "windows": (16, 16, 16, None)}  # as llama.cpp has it for most
+_MOE = MoESpec(
+    experts=4, top_k=2, hidden_dim=24, shared_dim=0, dense_layers=0, normalised=True,
+    capacity_factor=None,
+)  # fmt: skip
+_COHERE = dataclasses.replace(
+    BASE, family="cohere", norm=dataclasses.replace(LAYER_NORM, bias=False), tied=True,
+    encoding=rope.Rotary(10000.0, 8, "interleaved"), residual="parallel_shared",
+    qk_norm="each_head", logit_scale=0.25,
+)  # fmt: skip
+_OLD = dataclasses.replace(
+    BASE, num_kv_heads=4, mlp=MLPSpec(128, "gelu_tanh", gated=False, bias=True), norm=LAYER_NORM,
+    qkv_bias=True, out_bias=True, tied=True,
+)  # fmt: skip
+# GGUF architecture -> the spec it can hold; more of one architecture behind a slash.
 GGUF_SPECS = {
     "llama": BASE,
+    "llama/mixtral": dataclasses.replace(
+        BASE, family="mixtral", moe=dataclasses.replace(_MOE, hidden_dim=64)
+    ),
+    "granite": dataclasses.replace(
+        BASE, family="granite", query_scale=0.5, embed_scale=3.0, residual_scale=0.5,
+        logit_scale=0.25,
+    ),
+    "smollm3": dataclasses.replace(
+        BASE, family="smollm3", num_layers=4, windows=(None,) * 4,
+        layer_encodings=(None, None, None, rope.NoEncoding()),
+    ),
     "qwen2": dataclasses.replace(SPECS["qwen2"], windows=(None, None)),
     "qwen3": SPECS["qwen3"],
+    "qwen3moe": dataclasses.replace(BASE, family="qwen3_moe", qk_norm="head", moe=_MOE),
+    "gemma": _GEMMA,
     "gemma2": SPECS["gemma2"],
+    "gemma3": dataclasses.replace(
+        _GEMMA, family="gemma3_text", post_norms=True, qk_norm="head", num_layers=6,
+        encoding=rope.Rotary(1e6, 8, "half", rope.Linear(2.5)), windows=(16,) * 5 + (None,),
+        layer_encodings=(rope.Rotary(10000.0, 8, "half"),) * 5 + (None,),
+    ),
+    "olmo2": dataclasses.replace(
+        BASE, family="olmo2", qk_norm="all", pre_norms=False, post_norms=True
+    ),
+    "olmo2/olmo3": dataclasses.replace(
+        BASE, family="olmo3", qk_norm="all", pre_norms=False, post_norms=True, **_LOCAL,
+        encoding=rope.Rotary(10000.0, 8, "half", rope.YaRN(4.0, 16)),
+        layer_encodings=(rope.Rotary(10000.0, 8, "half"),) * 3 + (None,),
+    ),
+    "phi3": dataclasses.replace(
+        BASE, family="phi3", windows=(16, 16), encoding=rope.Rotary(10000.0, 4, "half")
+    ),
+    "phi3/longrope": dataclasses.replace(
+        BASE, family="phi3",
+        encoding=rope.Rotary(
+            10000.0, 4, "half", rope.LongRoPE((1.0, 1.5), (2.0, 4.5), 16, 4.0)
+        ),
+    ),
+    "glm4": dataclasses.replace(
+        BASE, family="glm4", qkv_bias=True, post_norms=True,
+        encoding=rope.Rotary(10000.0, 4, "interleaved"),
+    ),
+    "stablelm": dataclasses.replace(
+        BASE, family="stablelm", norm=LAYER_NORM, qkv_bias=True,
+        encoding=rope.Rotary(10000.0, 2, "half"),
+    ),
+    "stablelm/parallel": dataclasses.replace(
+        BASE, family="stablelm", norm=LAYER_NORM, qk_norm="each_head", residual="parallel_shared",
+        encoding=rope.Rotary(10000.0, 2, "half"),
+    ),
+    "command-r": _COHERE,
+    "cohere2": dataclasses.replace(
+        _COHERE, family="cohere2", qk_norm=None, **_LOCAL,
+        layer_encodings=(None, None, None, rope.NoEncoding()),
+    ),
+    "gpt-oss": dataclasses.replace(
+        BASE, family="gpt_oss", qkv_bias=True, out_bias=True, sinks=True, windows=(16, None),
+        mlp=MLPSpec(24, "quick_gelu", gated=True, bias=False, clip=7.0, up_offset=1.0),
+        moe=dataclasses.replace(_MOE, bias=True),
+        encoding=rope.Rotary(10000.0, 8, "half", rope.YaRN(4.0, 16, truncate=False)),
+    ),
     "gptneox": SPECS["gpt_neox"],
+    "gpt2": dataclasses.replace(_OLD, family="gpt2", encoding=rope.Learnt(1024, 0)),
+    "mpt": dataclasses.replace(SPECS["mpt"], query_scale=8**-0.5),
+    "bloom": dataclasses.replace(
+        _OLD, family="bloom", encoding=rope.Alibi(8.0), embed_norm=True,
+    ),
+    "falcon": dataclasses.replace(
+        BASE, family="falcon", num_kv_heads=1, mlp=MLPSpec(128, "gelu", gated=False, bias=False),
+        norm=LAYER_NORM, residual="parallel_shared",
+    ),
+    "falcon/two_norms": dataclasses.replace(
+        BASE, family="falcon", mlp=MLPSpec(128, "gelu", gated=False, bias=False), norm=LAYER_NORM,
+        residual="parallel",
+    ),
+}  # fmt: skip
+# What llama.cpp's converter writes beside the shapes.
+_YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 16}
+_GGUF_FACTS = {
+    "llama/mixtral": {"expert_count": 4, "expert_used_count": 2},
+    "granite": {
+        "attention.scale": 0.5, "embedding_scale": 3.0, "residual_scale": 0.5, "logit_scale": 4.0,
+    },
+    "qwen3moe": {
+        "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 24,
+    },
+    "gemma2": {
+        "attention.sliding_window": 16, "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    "gemma3": {
+        "attention.sliding_window": 16, "rope.scaling.type": "linear", "rope.scaling.factor": 2.5,
+    },
+    "olmo2/olmo3": {"attention.sliding_window": 16}
+    | {f"rope.scaling.{name}": value for name, value in _YARN.items()},
+    "gpt-oss": {
+        "attention.sliding_window": 16, "expert_count": 4, "expert_used_count": 2,
+        "expert_feed_forward_length": 24,
+    } | {f"rope.scaling.{name}": value for name, value in _YARN.items()},
+    "phi3": {"attention.sliding_window": 16, "rope.scaling.original_context_length": 64},
+    "phi3/longrope": {
+        "attention.sliding_window": 0, "rope.scaling.original_context_length": 16,
+        "rope.scaling.attn_factor": 1.5**0.5,
+    },
+    "stablelm": {"use_parallel_residual": False},
+    "stablelm/parallel": {"use_parallel_residual": True},
+    "command-r": {"logit_scale": 0.25, "rope.scaling.type": "none"},
+    "cohere2": {"logit_scale": 0.25, "attention.sliding_window": 16, "rope.scaling.type": "none"},
+    "gptneox": {"use_parallel_residual": True},
+    "mpt": {"attention.max_alibi_bias": 8.0, "attention.clamp_kqv": 6.0},
+    "falcon": {"tensor_data_layout": "jploski"},
+    "falcon/two_norms": {"tensor_data_layout": "jploski"},
+}  # fmt: skip
+# Tensors that follow from the rotary schedule.
+GGUF_FACTORS = {
+    "phi3/longrope": {
+        "rope_factors_short.weight": np.array([1.0, 1.5], np.float32),
+        "rope_factors_long.weight": np.array([2.0, 4.5], np.float32),
+    },
 }
 
 
@@ -175,22 +308,25 @@ def gguf_metadata(architecture: str) -> dict:
         "feed_forward_length": spec.mlp.hidden_dim,
         "attention.head_count": spec.num_heads,
         "attention.head_count_kv": spec.num_kv_heads,
-        "rope.freq_base": 10000.0,
-        "rope.dimension_count": spec.encoding.dim,
     }
-    if architecture == "gptneox":
-        facts |= {"attention.layer_norm_epsilon": 1e-5, "use_parallel_residual": True}
-    else:
-        facts["attention.layer_norm_rms_epsilon"] = 1e-5
-    if architecture in ("gemma2", "qwen3"):
-        facts |= {"attention.key_length": 8, "attention.value_length": 8}
-    if architecture == "gemma2":
+    if isinstance(spec.encoding, rope.Rotary):
         facts |= {
-            "attention.sliding_window": 16,
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
+            "rope.freq_base": spec.encoding.base,
+            "rope.dimension_count": spec.encoding.dim,
         }
-    return {f"{architecture}.{name}": value for name, value in facts.items()}
+    kind = "layer_norm" if spec.norm.kind == "layer" else "layer_norm_rms"
+    facts[f"attention.{kind}_epsilon"] = 1e-5
+    if architecture.startswith(("gemma", "qwen3")):
+        facts |= {"attention.key_length": 8, "attention.value_length": 8}
+    facts |= _GGUF_FACTS.get(architecture, {})
+    name = architecture.partition("/")[0]
+    return {f"{name}.{key}": value for key, value in facts.items()}
+
+
+def gguf_rows(architecture: str) -> list:
+    """The weight map of GGUF_SPECS[architecture]."""
+    residual = GGUF_SPECS[architecture].residual
+    return gguf_weights.rows_of(architecture.partition("/")[0], residual)
 
 
 def write_gguf(
@@ -201,17 +337,19 @@ def write_gguf(
     kind: str = "F32",
     metadata: dict | None = None,
     changed: dict | None = None,
+    tensors_in_a_part: int = 0,
 ) -> Path:
     """A GGUF file: of other metadata, and other tensors where `changed` names some (None: none)."""
     spec = GGUF_SPECS[architecture]
     params = random_params(spec) if params is None else params
     written = {
-        item.name: make()
-        for item, make in tensors.write(spec, weight_maps.GGUF[architecture], params)
-    }
+        item.name: make() for item, make in tensors.write(spec, gguf_rows(architecture), params)
+    } | GGUF_FACTORS.get(architecture, {})
     pairs = gguf_metadata(architecture) | tokenizer_metadata(tiny_tokenizer()) | (metadata or {})
     quantisation = gguf.GGMLQuantizationType[kind]
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(
+        path, architecture.partition("/")[0], split_max_tensors=tensors_in_a_part
+    )
     for key, value in pairs.items():
         if isinstance(value, bool):
             writer.add_bool(key, value)

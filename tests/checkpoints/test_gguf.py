@@ -6,6 +6,7 @@ from lminf import checkpoints
 from lminf.attention import rope
 from lminf.checkpoints import gguf as reader
 from lminf.checkpoints import gguf_file
+from lminf.checkpoints.families import FAMILIES
 from lminf.errors import InputError
 from tests.checkpoints import making
 
@@ -46,7 +47,7 @@ def test_quantised_tensors_are_what_the_package_says_they_are(kind, tmp_path):
     np.testing.assert_array_equal(again["final_norm"]["scale"], params["final_norm"]["scale"])
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q5_K", "Q2_K", "Q3_K", "IQ4_XS"])
+@pytest.mark.parametrize("kind", gguf_file.DEQUANTISED[8:])
 def test_blocks_of_256_are_read(kind, tmp_path):
     """The package cannot write these, so the blocks are random bytes with sane scales."""
     quantisation = gguf.GGMLQuantizationType[kind]
@@ -72,6 +73,45 @@ def test_our_header_is_the_packages_header(tmp_path):
     }
     for key, value in ours.metadata.items():
         assert theirs.fields[key].contents() == pytest.approx(value)
+
+
+@pytest.mark.parametrize("name", making.GGUF_SPECS)
+def test_tensors_are_called_what_the_package_calls_them(name):
+    """The package maps names of Hugging Face to those of an architecture; so do our two tables."""
+    architectures = {text: kind for kind, text in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(architectures[name.partition("/")[0]], 2)
+    ours = {row.places: row.name for row in making.gguf_rows(name)}
+    spec, compared = making.GGUF_SPECS[name], 0
+    for row in FAMILIES[spec.family].rows_of(spec):
+        stored = row.name.replace(".norms.{n}", "").replace(".norms.{k}", "")
+        if row.places not in ours or "{e}" in stored:
+            continue
+        theirs = names.get_name(stored.format(1), try_suffixes=(".weight", ".bias"))
+        if theirs is not None:
+            assert ours[row.places].format(1).removesuffix(".weight") == theirs.removesuffix(
+                ".weight"
+            )
+            compared += 1
+    assert compared > 8
+
+
+def test_parts_of_a_model_are_read_from_the_first(tmp_path):
+    params = making.random_params(making.BASE)
+    making.write_gguf(tmp_path / "m.gguf", params=params, tensors_in_a_part=8)
+    parts = sorted(tmp_path.iterdir())
+    assert [path.name for path in parts] == [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    spec, again, _ = reader.load(parts[0])
+    assert spec == making.BASE
+    making.assert_same(params, again)
+    with pytest.raises(InputError, match=r"part 2 of 3; give the first one, m-00001-of-00003"):
+        checkpoints.load(parts[1])
+    parts[2].rename(tmp_path / "other.gguf")
+    with pytest.raises(InputError, match=r"m-00003-of-00003\.gguf is missing, one of 3 parts"):
+        checkpoints.load(parts[0])
+    (tmp_path / "other.gguf").rename(parts[2])
+    parts[2].write_bytes(parts[1].read_bytes())
+    with pytest.raises(InputError, match="is no part of"):
+        checkpoints.load(parts[0])
 
 
 # --- Facts ----------------------------------------------------------------------------------------
@@ -113,7 +153,8 @@ def test_llama_3_schedules_are_recognised_by_their_factors(tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "says"),
     [
-        ({"llama.expert_count": 8}, "llama.expert_count = 8"),
+        ({"llama.expert_count": 8}, "no llama.expert_used_count"),
+        ({"qwen2.expert_count": 8, "general.architecture": "qwen2"}, "no qwen2.embedding_length"),
         ({"llama.rope.scaling.type": "longrope"}, "'longrope'"),
         ({"llama.attention.value_length": 4}, "values of 4"),
         ({"llama.attention.head_count_kv": 3}, "4 query and 3 key heads"),
@@ -124,7 +165,7 @@ def test_llama_3_schedules_are_recognised_by_their_factors(tmp_path):
         ({"llama.rope.dimension_count": 7}, "rotates 7 of 8"),
         ({"tokenizer.ggml.merges": ["t he", "x"]}, "merges 'x', which its vocabulary"),
         ({"llama.block_count": None}, "no llama.block_count"),
-        ({"split.count": 2}, "one of 2 parts"),
+        ({"split.count": 2}, "one of 2 parts of a model but is not named so"),
         ({"tokenizer.ggml.pre": "falcon"}, "'falcon', which is not known; known are gpt-2"),
         ({"tokenizer.ggml.pre": None}, "no tokenizer.ggml.pre"),
         ({"tokenizer.ggml.model": "t5"}, "kind 't5'"),

@@ -6,6 +6,7 @@ import pytest
 from lminf import checkpoints
 from lminf.attention import rope
 from lminf.checkpoints import gguf as reader
+from lminf.checkpoints import gguf_tokenizer
 from lminf.errors import InputError
 from tests import cases
 from tests.checkpoints import making
@@ -100,6 +101,22 @@ def test_a_named_template_leaves_the_default_one_in_use(tmp_path):
     named = {"chat_template__tool_use": "no", "chat_templates": ["tool_use"]}
     assert tokenizer_with(tmp_path, **named).chat_template == making.CHAT
     assert tokenizer_with(tmp_path, **named, chat_template=None).chat_template is None
+
+
+@pytest.mark.parametrize(
+    ("pre", "words"),
+    [
+        ("gpt-4o", "they'll|ĠGO|Ġ|123|45|Ġx|.y|ĊĊ|ĠÃ©|!"),
+        ("dbrx", "they|'ll|ĠGO|Ġ|123|45|Ġx|.y|ĊĊ|ĠÃ©|!"),
+        ("glm4", "they|'ll|ĠGO|Ġ|123|45|Ġx|.y|ĊĊ|ĠÃ©|!"),
+        ("stablelm2", "they|'ll|ĠGO|Ġ|1|2|3|4|5|Ġx|.y|ĊĊ|ĠÃ©|!"),
+        ("bloom", "they'll|ĠGO|Ġ12345|Ġx|.|y|ĊĊ|ĠÃ©|!"),
+    ],
+)
+def test_ways_of_cutting_words_differ_in_contractions_digits_and_marks(pre, words):
+    make, _ = gguf_tokenizer.WORDS[pre]
+    cut = make().pre_tokenize_str("they'll GO 12345 x.y\n\n é!")
+    assert "|".join(word for word, _ in cut) == words
 
 
 def test_ids_that_no_token_has_are_ignored_as_llama_cpp_does(tmp_path):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from lminf import checkpoints
-from lminf.checkpoints import fetch, gguf, hf, tensors, weight_maps
+from lminf.checkpoints import fetch, gguf, hf, mxfp4, tensors
+from lminf.checkpoints.families import FAMILIES
 from tests.checkpoints import making
 
 pytestmark = pytest.mark.parity
@@ -66,7 +67,10 @@ def test_transformers_tokenizes_and_chats_with_what_we_export(transformers, tmp_
     assert said == tokenizer.chat(messages)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["llama", "qwen2", "gemma2", "gemma3", "phi3", "stablelm", "bloom", "gpt2", "falcon"],
+)
 def test_transformers_reads_the_same_weights_from_gguf(architecture, transformers, tmp_path):
     # transformers takes as many rows as there are tokens.
     metadata = making.tokenizer_metadata(making.tiny_tokenizer())
@@ -74,12 +78,13 @@ def test_transformers_reads_the_same_weights_from_gguf(architecture, transformer
     padded = {
         "tokenizer.ggml.tokens": metadata["tokenizer.ggml.tokens"] + padding,
         "tokenizer.ggml.token_type": metadata["tokenizer.ggml.token_type"] + [5] * len(padding),
+        "tokenizer.ggml.padding_token_id": 0,
     }
     path = making.write_gguf(tmp_path / "m.gguf", architecture, metadata=padded)
     spec, params, _ = gguf.load(path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf")
     theirs = model.state_dict()
-    for item, make in tensors.write(spec, weight_maps.HF[spec.family], params):
+    for item, make in tensors.write(spec, FAMILIES[spec.family].rows_of(spec), params):
         np.testing.assert_allclose(theirs[item.name], make(), atol=1e-6, err_msg=item.name)
 
 
@@ -98,6 +103,19 @@ def test_transformers_splits_text_the_same(pre, transformers, tmp_path):
         text = normal.normalize_str(text) if normal else text
         ids = theirs(text, add_special_tokens=False).input_ids
         assert ids == ours.encode(text).tolist(), text
+
+
+def test_transformers_dequantises_mxfp4_to_the_same_values(transformers):
+    import torch
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (2, 6, 3, 16), np.uint8)
+    scales = rng.integers(100, 140, (2, 6, 3), np.uint8)
+    theirs = convert_moe_packed_tensors(
+        torch.from_numpy(blocks), torch.from_numpy(scales), dtype=torch.float32
+    )
+    np.testing.assert_array_equal(mxfp4.dequantise(blocks, scales), theirs.numpy())
 
 
 def test_the_real_models_tokens_are_transformers_tokens(transformers):

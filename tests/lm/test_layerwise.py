@@ -67,7 +67,7 @@ def test_a_layer_has_no_copy_of_its_weights(lm):
 @pytest.mark.parametrize("policy", [Full(), LMInfinite(2048, 4)], ids=str)
 def test_a_token_is_read_without_a_copy_of_its_layers_cache(policy):
     spec = specs.shallow(specs.LLAMA, 1)
-    program = layerwise.layer_program(spec, policy, None, None)
+    program = layerwise.layer_program(spec, policy, decoder.score_configs(spec)[0], None, None)
     params = jax.eval_shape(lambda: decoder.init(spec, key=jax.random.key(0)))["layers"]
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
 

@@ -204,6 +204,18 @@ def test_policies_that_the_model_cannot_run_are_refused(lm):
 # --- A model as a value ---------------------------------------------------------------------------
 
 
+def test_learnt_positions_refuse_longer_texts_and_policies_that_move_keys():
+    lm = LM(specs.GPT2, {}, ByteTokenizer())  # 32 positions
+    for policy in ("lm_infinite:window=8,sinks=2", "streaming:window=8,sinks=2", "rerope:window=8"):
+        with pytest.raises(InputError, match=r"moves keys .* this model's positions are Learnt"):
+            lm.with_policy(policy)
+    lm.with_policy("lambda:window=8,sinks=2").check_positions(32)
+    with pytest.raises(InputError, match="has learnt 32 positions"):
+        lm.token_nll(np.zeros(34, np.int32))
+    with pytest.raises(InputError, match="has learnt 32 positions"):
+        lm.check_length(34)
+
+
 def test_a_policy_may_be_given_as_text(lm, monkeypatch):
     policy = LMInfinite(window=8, sinks=2)
     assert lm.with_policy("lm_infinite:window=8,sinks=2") == lm.with_policy(policy)

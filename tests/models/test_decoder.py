@@ -1,10 +1,14 @@
 """The decoder against one that runs layer after layer; causality, caches, remat, what is sown."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lminf.attention import rope
+from lminf.attention.policies.topk import TopK
 from lminf.attention.policy import (
     Full,
     Lambda,
@@ -31,14 +35,25 @@ def tokens_of(spec, seed=1):
     return jnp.asarray(rng.integers(0, spec.vocab_size, (BATCH, TOKENS), np.int32))
 
 
+def embedded(spec, params, tokens, positions):
+    x = params["embed"][tokens] * spec.embed_scale
+    if spec.embed_norm:
+        x = layers.Norm(spec.norm, spec.width).apply({"params": params["embed_norm"]}, x)
+    if isinstance(spec.encoding, rope.Learnt):
+        x = x + params["positions"][jnp.maximum(positions, 0) + spec.encoding.offset]
+    return x
+
+
 def layer_after_layer(spec, params, by_layer, tokens, positions):
     """Layer after layer, each with its own policy through the dense reference."""
-    x = params["embed"][tokens] * spec.embed_scale
+    x = embedded(spec, params, tokens, positions)
     for index, policy in enumerate(by_layer):
         layer = jax.tree.map(lambda w, index=index: w[index], params["layers"])
-        dense = cases.reference(policy, decoder.score_config(spec), positions)
+        dense = cases.reference(policy, decoder.score_configs(spec)[index], positions)
         block = layers.Block(spec)
-        x, _ = block.apply({"params": layer}, x, lambda *qkv, f=dense: (f(*qkv), None))
+        x, _ = block.apply({"params": layer}, x, lambda *qkv, f=dense, **sinks: (
+            f(*qkv, **sinks), None
+        ))  # fmt: skip
     final = layers.Norm(spec.norm, spec.width)
     return final.apply({"params": params["final_norm"]}, x)
 
@@ -68,8 +83,8 @@ def read_in_pieces(module, params, tokens, positions, *, chunks, capacity=TOKENS
 
 
 MIXES = {
-    "one": (specs.shallow(specs.GPTJ, 2), (LMInfinite(5, 2),) * 2),
-    "two": (specs.LLAMA, (Window(4), SelfExtend(5, 3)) * 2),
+    "one": (specs.shallow(specs.OSS, 2), (LMInfinite(5, 2),) * 2),
+    "two": (specs.OLMO, (Window(4), SelfExtend(5, 3)) * 2),
 }
 SLOW_MIXES = {
     "three": (
@@ -80,6 +95,13 @@ SLOW_MIXES = {
     "mpt": (specs.MPT, (LMInfinite(5, 3), Full()) * 2),
     "qwen": (specs.QWEN, (PerHead((LeakyReRoPE(4, 3), Lambda(6, 1))),) * 4),
     "odd": (specs.ODD, (Lambda(5, 2), Lambda(5, 2), Lambda(5, 2), Window(3))),
+    "gpt2": (specs.GPT2, (Lambda(5, 2), Full(), Window(3), Full())),
+    "gptj": (specs.shallow(specs.GPTJ, 2), (LMInfinite(5, 2),) * 2),
+    "sinks": (
+        specs.shallow(specs.OSS, 3),
+        (PerHead((Streaming(6, 1), Full())), ReRoPE(4, log_from=9), SelfExtend(5, 3)),
+    ),
+    "llama": (specs.LLAMA, (Window(4), SelfExtend(5, 3)) * 2),
     "full": (specs.GEMMA, (Window(6), Full()) * 2),
 }
 
@@ -106,11 +128,28 @@ def test_every_layer_attends_as_its_policy_says_at_once_and_through_caches(name)
         np.testing.assert_allclose(np.asarray(found)[real], np.asarray(expected)[real], atol=ATOL)
 
 
+def test_policies_by_content_and_encoders_are_refused_where_heads_have_sinks():
+    tokens = jnp.zeros((1, 2), jnp.int32)
+
+    def init(policy, **options):
+        module = decoder.Decoder(specs.OSS, (policy,) * 4)
+        jax.eval_shape(lambda: module.init(jax.random.key(0), tokens, positions=tokens, **options))
+
+    with pytest.raises(InputError, match="have learnt sinks, which it does not count"):
+        init(TopK(4, 1, 2))
+    with pytest.raises(InputError, match="learnt sinks attend to earlier tokens"):
+        init(Full(), bidirectional=True)
+
+
 def test_the_period_is_the_shortest_that_repeats():
     a, b = Full(), Window(3)
     for pattern, period in {(a,): 1, (a, a, a): 1, (a, b, a, b): 2, (a, b, a): 3, (a, a, b): 3,
                             (a, a, a, b): 4, (a, b, b, a, b, b): 3}.items():  # fmt: skip
-        assert decoder.period_of(pattern) == period
+        count = len(pattern)
+        spec = dataclasses.replace(specs.LLAMA, num_layers=count, windows=(None,) * count)
+        assert decoder.period_of(spec, pattern) == period
+    own = dataclasses.replace(specs.LLAMA, layer_encodings=(None, None, None, rope.NoEncoding()))
+    assert decoder.period_of(own, (a,) * 4) == 4
 
 
 def test_a_pattern_that_does_not_divide_the_dense_layers_is_refused():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +22,13 @@ from tests.train import making
 MIX = MoESpec(experts=4, top_k=2, hidden_dim=24, shared_dim=8, dense_layers=0,
               normalised=False, capacity_factor=None)  # fmt: skip
 WIDTH = 16
+SHAPE = dataclasses.replace(making.SPEC, tied=False)
 
 
 def experts(**changes):
     mix = dataclasses.replace(MIX, **changes)
-    return moe.Experts(mix, WIDTH, jax.nn.silu, True, layers.unconstrained)
+    product = partial(layers.activated, SHAPE.mlp)
+    return moe.Experts(mix, WIDTH, product, True, layers.unconstrained)
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +125,6 @@ def test_first_choices_get_slots_before_second_ones():
 
 # --- In a model -----------------------------------------------------------------------------------
 
-SHAPE = dataclasses.replace(making.SPEC, tied=False)
-
 
 def mixed(**changes):
     return dataclasses.replace(SHAPE, moe=dataclasses.replace(MIX, **changes))
@@ -177,7 +178,7 @@ def test_a_shape_that_leaves_no_mixture_is_refused():
     with pytest.raises(ValueError, match="top_k=5 of 4 experts"):
         mixed(top_k=5)
     mlp = dataclasses.replace(SHAPE.mlp, bias=True)
-    with pytest.raises(ValueError, match="no biases"):
+    with pytest.raises(ValueError, match=r"biases of experts are moe\.bias"):
         dataclasses.replace(SHAPE, mlp=mlp, moe=MIX)
 
 

@@ -26,20 +26,29 @@ def tree_of_the_docstring(s):
         if s.norm.bias:
             tree[f"{path}/bias"] = shape
 
-    norm("layers/attention_norm", L, D)
+    if isinstance(s.encoding, rope.Learnt):
+        tree["positions"] = (s.encoding.offset + s.encoding.length, D)
+    if s.embed_norm:
+        norm("embed_norm", D)
+    if s.pre_norms:
+        norm("layers/attention_norm", L, D)
     attention = {"wq": (L, D, N, H), "wk": (L, D, K, H), "wv": (L, D, K, H), "wo": (L, N, H, D)}
     if s.qkv_bias:
         attention |= {"bq": (L, N, H), "bk": (L, K, H), "bv": (L, K, H)}
     if s.out_bias:
         attention["bo"] = (L, D)
+    if s.sinks:
+        attention["sinks"] = (L, N)
     tree |= {f"layers/attention/{name}": shape for name, shape in attention.items()}
-    if s.qk_norm:
-        norm("layers/attention/q_norm", L, H)
-        norm("layers/attention/k_norm", L, H)
+    if s.qk_norm == "head":
+        tree["layers/attention/q_norm/scale"] = tree["layers/attention/k_norm/scale"] = (L, H)
+    elif s.qk_norm is not None:
+        tree["layers/attention/q_head_norms/scale"] = (L, N, H)
+        tree["layers/attention/k_head_norms/scale"] = (L, K, H)
     if s.post_norms:
         norm("layers/attention_post_norm", L, D)
         norm("layers/mlp_post_norm", L, D)
-    if s.residual != "parallel_shared":
+    if s.pre_norms and s.residual != "parallel_shared":
         norm("layers/mlp_norm", L, D)
     mlp = {"w_up": (L, D, F), "w_down": (L, F, D)}
     if s.mlp.bias:
@@ -68,7 +77,7 @@ def test_every_parameter_matches_one_rule_of_its_rank(family):
     sizes = {
         "vocab": spec.vocab_size, "embed": spec.width, "layers": spec.num_layers,
         "heads": spec.num_heads, "kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim,
-        "mlp": spec.mlp.hidden_dim,
+        "mlp": spec.mlp.hidden_dim, "positions": 34,
     }  # fmt: skip
     for path, shape in specs.shapes(spec).items():
         rules = [axes for rule, axes in decoder.AXES.items() if re.fullmatch(rule, path)]

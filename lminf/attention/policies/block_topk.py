@@ -48,10 +48,10 @@ class MoBA(sparse.SparsePolicy):
     def select(self, state: Any, query: sparse.Query) -> tuple[Int[Array, "B N R M"], Any]:
         """The earlier blocks that each query sees; -1 for none."""
         encoding = query.config.encoding
-        if isinstance(encoding, rope.Rotary) and isinstance(encoding.scaling, rope.DynamicNTK):
+        if isinstance(encoding, rope.Rotary) and encoding.scaling.follows_length:
             raise InputError(
-                f"{self.name} keeps means of rotated keys, but DynamicNTK rotates keys anew as the "
-                f"text grows; use NTKAware or YaRN"
+                f"{self.name} keeps means of rotated keys, but {type(encoding.scaling).__name__} "
+                f"rotates keys anew as the text grows; use NTKAware or YaRN"
             )
         row = jnp.arange(len(query.q), dtype=jnp.int32)[:, None]
         k, q = (

@@ -328,7 +328,9 @@ def _attend_parts(policy, query, selected):
     return out.astype(query.q.dtype), lambda: (near.weights * share).sum(2)
 
 
-def attend_list(policy, query, positions):
+def attend_list(
+    policy: SparsePolicy, query: Query, positions: Int[Array, "B P X"]
+) -> Float[Array, "B R N H"]:
     """All that is seen, as one list for each of P heads, under one softmax."""
     key_pos, query_pos = positions, query.rows_pos[:, None]
     seen = (positions >= 0)[:, :, None] & (positions[:, :, None] <= query.pos[:, None, :, None])

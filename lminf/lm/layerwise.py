@@ -38,9 +38,10 @@ def replicated(params: Params, mesh: Mesh | None) -> Params:
 def layer_params(spec: ModelSpec, params: Params) -> list[Params]:
     """The parameters of each layer, as views of the stacked arrays of a CPU."""
 
-    def view(x: jax.Array, row: int) -> jax.Array:
-        part = np.asarray(x.addressable_data(0))[row]
-        return _share(part, x.sharding) if x.committed else jax.device_put(part)
+    def view(x: jax.Array | np.ndarray, row: int) -> jax.Array:
+        if isinstance(x, np.ndarray) or not x.committed:
+            return jax.device_put(np.asarray(x)[row])
+        return _share(np.asarray(x.addressable_data(0))[row], x.sharding)
 
     return [
         jax.tree.map(partial(view, row=row), params[name])

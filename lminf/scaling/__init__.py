@@ -90,7 +90,5 @@ def load(path: Path | str) -> Any:
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path}: no JSON ({error}); write one with `lminf scaling fit`"
-        ) from error
+        raise InputError(f"{path}: no JSON ({error}); write one by `lminf scaling fit`") from error
     return _laws.from_json(data, KINDS, str(path))

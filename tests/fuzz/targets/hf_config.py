@@ -16,6 +16,7 @@ SCHEDULES = {
     "dynamic": rope.DynamicNTK(2.0, 64),
     "llama3": rope.Llama3(8.0, 1.0, 4.0, 16),
     "yarn": rope.YaRN(4.0, 16, 20.0, 2.0, 1.25, False),
+    "longrope": rope.LongRoPE((1.0,) * 4, (2.0,) * 4, 16, 4.0),
 }
 # As published configurations have it beside what we write.
 OTHERS = {

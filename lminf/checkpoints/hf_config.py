@@ -29,7 +29,7 @@ UNLIKE = {
     ),
     **dict.fromkeys(
         ("gemma3", "mistral3", "mllama", "qwen2_vl", "qwen2_5_vl", "llama4"),
-        "it reads images too; give the folder of its text model, where there is one",
+        "it reads images too; give its text model: a folder of its own, or a GGUF file",
     ),
 }
 

@@ -99,9 +99,11 @@ def test_tokens_decoded_over_rotated_keys_are_those_of_the_cache_itself(policy, 
 
 def test_a_cache_stays_as_it_is_where_a_rotation_would_not_stay_right():
     dynamic = rope.Rotary(100.0, 8, "half", rope.DynamicNTK(2.0, 12))
+    longrope = rope.Rotary(100.0, 8, "half", rope.LongRoPE((1.0,) * 4, (2.0,) * 4, 12, 2.0))
     for policy, encoding in (
         (PerHead((Full(), ReRoPE(5))), cases.HALF),
         (Full(), dynamic),
+        (Full(), longrope),
         (POLICIES["per_head"], cases.ENCODINGS["alibi"]),
     ):
         empty = cache.create(policy, cache.CacheShape(1, 8, 1, 1, 8, jnp.float32), layers=1)

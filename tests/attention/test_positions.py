@@ -21,6 +21,7 @@ from lminf.attention.policy import (
     Streaming,
     Window,
 )
+from lminf.config import parse_choice
 from lminf.errors import InputError
 from tests.attention import cases, oracle
 
@@ -105,6 +106,18 @@ def test_dynamic_ntk_is_ntk_of_the_current_length(length):
     expected = rope.NTKAware(alpha).frequencies(BASE, DIM)
     np.testing.assert_allclose(found[0, 0], expected, rtol=3e-6)
     np.testing.assert_allclose(found[1, 0], PLAIN, rtol=3e-6)
+
+
+def test_longrope_divides_each_frequency_and_warms_by_the_stretch():
+    scaling = rope.LongRoPE((1.0, 2.0), (4.0, 8.0), TRAINED, 16.0)
+    np.testing.assert_array_equal(
+        scaling.frequencies(BASE, 4, scaling.long_factor), [1 / 4, BASE**-0.5 / 8]
+    )
+    assert scaling.temperature == pytest.approx(math.sqrt(1 + math.log(16, TRAINED)))
+    text = f"longrope:short_factor=(1,2),long_factor=(4,8),trained_length={TRAINED},factor=16"
+    assert parse_choice(text, rope.SCALINGS) == scaling
+    with pytest.raises(ValueError, match="LongRoPE needs length="):
+        rope.rotation(rope.Rotary(BASE, 4, "half", scaling), jnp.zeros((1, 2), jnp.int32))
 
 
 def test_yarn_keeps_fast_channels_and_slows_the_others():
@@ -219,27 +232,38 @@ DYNAMIC = scores.ScoreConfig(
 )
 
 
-def test_dynamic_scaling_follows_each_row_on_its_own():
+LONG = rope.LongRoPE((1.0,) * 4, (2.5,) * 4, 16, 2.0, attention_factor=1.0)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "static"),
+    [
+        (rope.DynamicNTK(2.0, 10), lambda length: rope.NTKAware(2.0 * length / 10 - 1)),
+        (LONG, lambda length: rope.Linear(2.5) if length > 16 else rope.Unscaled()),
+    ],
+)
+def test_scaling_by_length_follows_each_row_on_its_own(scaling, static):
     q, k, v = cases.arrays(1)
+    config = scores.ScoreConfig(rope.Rotary(100.0, 8, "half", scaling), cases.WIDTH**-0.5, None)
     at = cases.padded((0, 9))
 
     @cases.compiled
     def run(q, k, v, at):
         policy = LMInfinite(5, 3)
         return (
-            cases.reference(Full(), DYNAMIC, at)(q, k, v),
-            attend.prefill(policy, DYNAMIC, at)(q, k, v),
-            cases.reference(policy, DYNAMIC, at)(q, k, v),
+            cases.reference(Full(), config, at)(q, k, v),
+            attend.prefill(policy, config, at)(q, k, v),
+            cases.reference(policy, config, at)(q, k, v),
         )
 
     full, whole, reference = run(q, k, v, at)
     np.testing.assert_allclose(whole, reference, atol=cases.ATOL, rtol=0)
     for row, length in ((0, 24), (1, 15)):
-        static = rope.Rotary(100.0, 8, "half", rope.NTKAware(2.0 * length / 10 - 1))
+        encoding = rope.Rotary(100.0, 8, "half", static(length))
         alone = [x[row : row + 1, 24 - length :] for x in (q, k, v)]
         place = np.arange(length)[None]
         expected = oracle.attention(
-            Full(), scores.ScoreConfig(static, cases.WIDTH**-0.5, None), *alone,
+            Full(), scores.ScoreConfig(encoding, cases.WIDTH**-0.5, None), *alone,
             q_pos=place, k_pos=place,
         )  # fmt: skip
         np.testing.assert_allclose(full[row, 24 - length :], expected[0], atol=1e-5, rtol=0)

@@ -8,11 +8,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from lminf import checkpoints
 from lminf.attention import rope
-from lminf.checkpoints import hf, hf_config
-from lminf.data.tokenizers import ByteTokenizer
+from lminf.checkpoints import hf, hf_config, hf_tokenizer
+from lminf.data.tokenizers import ByteTokenizer, Tokenizer
 from lminf.errors import InputError
 from tests.checkpoints import making
 
@@ -64,6 +66,7 @@ def test_export_of_import_is_the_file_that_transformers_wrote(case, tmp_path):
         rope.Llama3(8.0, 1.0, 4.0, 16),
         rope.YaRN(4.0, 16),
         rope.YaRN(4.0, 16, 20.0, 2.0, 1.25, False),
+        rope.LongRoPE((1.0, 1.5, 2.0, 2.5), (2.0, 3.0, 4.0, 5.0), 16, 4.0, 1.25),
     ],
 )
 def test_rotary_scalings_survive_the_round_trip(scaling):
@@ -375,6 +378,25 @@ def test_bos_follows_the_tokenizers_own_last_step_where_nothing_is_stated(tmp_pa
     assert tokenizer.bos_id not in tokenizer.encode("the cat")
     making.tiny_tokenizer().backend.save(str(folder / "tokenizer.json"))  # has no such step
     assert not checkpoints.load(folder).tokenizer.add_bos
+
+
+def test_unigram_with_byte_fallback_is_read_and_spelled(tmp_path):
+    """SentencePiece's other model: what is no piece is bytes."""
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)]
+    pieces += [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
+    pieces += [("▁", -3.0), ("▁the", -2.0), ("cat", -4.0), ("c", -5.0)]
+    backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never")
+    unspaced = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(unspaced)
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    hf_tokenizer.write(tmp_path, Tokenizer(backend, special, True, (2,), None))
+    again = checkpoints.read_tokenizer(tmp_path)
+    text = "cat the é漢🙂 c"
+    ids, ends = again.encode_with_bytes(text)
+    assert again.decode(ids) == text
+    assert ends[-1] == len(text.encode())
+    assert (again.bos_id, again.eos_ids) == (1, (2,))
 
 
 def test_the_template_file_and_a_list_of_templates_are_read(tmp_path):

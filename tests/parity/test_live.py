@@ -100,6 +100,21 @@ def test_decoding_through_the_caches_gives_the_same_logits(peer, both, case):
         assert abs(ours - out.logits.numpy()).max() <= LOGITS, f"tokens {start} to {stop}"
 
 
+@pytest.mark.parametrize("case", FIRST)
+def test_decoding_under_a_policy_of_positions_is_reading_at_once(peer, both, case):
+    """Of every family: the first tokens and a window, shorter than the text."""
+    _, lm = both(case, seed=7)
+    learnt = isinstance(lm.spec.encoding, rope.Learnt)
+    lm = lm.with_policy("lambda:window=6,sinks=2" if learnt else "lm_infinite:window=6,sinks=2")
+    tokens, prompt = peer.draw_tokens(7, lm.spec.vocab_size), 20
+    expected, _ = our_logits(lm, tokens, np.tile(np.arange(peer.T), (2, 1)))
+    caches = lm.init_caches(batch=2, capacity=peer.T)
+    for start, stop in [(0, prompt), *((at, at + 1) for at in range(prompt, peer.T))]:
+        positions = np.tile(np.arange(start, stop), (2, 1))
+        ours, caches = our_logits(lm, tokens[:, start:stop], positions, caches)
+        assert abs(ours - expected[:, start:stop]).max() <= LOGITS, f"tokens {start} to {stop}"
+
+
 @pytest.mark.parametrize("case", FAMILIES)
 def test_greedy_generation_writes_the_same_tokens(peer, both, case):
     torch = peer.torch

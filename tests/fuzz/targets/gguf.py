@@ -24,7 +24,8 @@ _CODES = {bool: (7, "?"), int: (10, "Q"), float: (6, "f")}
 
 def seeds(folder: Path) -> None:
     for architecture in making.GGUF_SPECS:
-        making.write_gguf(folder / f"{architecture}.gguf", architecture)
+        name = architecture.replace("/", "_")
+        making.write_gguf(folder / f"{name}.gguf", architecture)
     making.write_gguf(folder / "linear.gguf", metadata=LINEAR)
     making.write_gguf(folder / "yarn.gguf", metadata=YARN)
     making.write_gguf(folder / "pieces.gguf", metadata=making.sentence_piece_metadata())

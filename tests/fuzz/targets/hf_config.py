@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 from pathlib import Path
 
 from lminf import checkpoints
@@ -11,11 +12,13 @@ from lminf.checkpoints import hf
 from tests.checkpoints import making
 from tests.fuzz import mutate as damage
 
+GOLDENS = Path(__file__).parents[2] / "goldens"
 SCHEDULES = {
     "linear": rope.Linear(2.5),
     "dynamic": rope.DynamicNTK(2.0, 64),
     "llama3": rope.Llama3(8.0, 1.0, 4.0, 16),
     "yarn": rope.YaRN(4.0, 16, 20.0, 2.0, 1.25, False),
+    "longrope": rope.LongRoPE((1.0,) * 4, (2.0,) * 4, 16, 4.0),
 }
 # As published configurations have it beside what we write.
 OTHERS = {
@@ -33,6 +36,10 @@ def seeds(folder: Path) -> None:
         encoding = dataclasses.replace(making.BASE.encoding, scaling=schedule)
         spec = dataclasses.replace(making.BASE, encoding=encoding)
         hf.save(folder / name, spec, making.random_params(spec), None)
+    for golden in sorted(GOLDENS.iterdir()):  # every family, as transformers writes it
+        if (golden / "config.json").exists():
+            files = shutil.ignore_patterns("expected.npz")
+            shutil.copytree(golden, folder / f"golden_{golden.name}", ignore=files)
     hf.save(folder / "others", making.BASE, making.random_params(making.BASE), None)
     path = folder / "others" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | OTHERS))

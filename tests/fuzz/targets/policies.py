@@ -34,6 +34,7 @@ SCALINGS = (
     "unscaled", "linear:factor=2", "ntk:alpha=3", "dynamic_ntk:alpha=2,trained_length=16",
     "yarn:factor=4,trained_length=16,attention_factor=1.5,truncate=false",
     "llama3:factor=8,low_freq_factor=1,high_freq_factor=4,trained_length=16",
+    "longrope:short_factor=(1,1,1,1),long_factor=(1,2,3,4),trained_length=16,factor=4",
 )  # fmt: skip
 KINDS = {"policy": POLICIES, "scaling": rope.SCALINGS}
 NUMBERS = ("0", "1", "2", "3", "8", "16", "64", "-1", "0.5", "1e-9", "1000000", "2147483648",

@@ -1,7 +1,7 @@
 """Checks and times everything on the accelerator at hand, the most valuable first.
 
-    python -m benchmarks.device --minutes 8 --out benchmarks/results/FILE.json [--peers-python PYTHON]
-    python -m benchmarks.device --tiny --out FILE.json        every part, in toy sizes, on any device
+    python -m benchmarks.device --minutes 8 --out FILE.json [--peers-python PYTHON]
+    python -m benchmarks.device --tiny --out FILE.json       every part, in toy sizes, anywhere
 
 The file is written anew after each part, so that what was measured is kept when the time ends; no
 part begins after that, and one that fails says so in its place. Weights are random: speed does not

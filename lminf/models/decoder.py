@@ -251,8 +251,8 @@ def run_layer(
         policy, config, layer_cache.layout, layer_cache.pos, positions, **options
     )
 
-    def attend_layer(q, k, v):
-        return extend(q, k, v, layer_cache.kv, jnp.int32(0))
+    def attend_layer(q, k, v, **sinks):
+        return extend(q, k, v, layer_cache.kv, jnp.int32(0), **sinks)
 
     out: Any = layers.Block(spec).apply({"params": params}, x, attend_layer)
     x, kv = out

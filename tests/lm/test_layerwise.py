@@ -9,8 +9,9 @@ import pytest
 
 from lminf.attention.policies.eviction import SirLLM
 from lminf.attention.policies.infllm import InfLLM
-from lminf.attention.policy import Full, LMInfinite
+from lminf.attention.policy import Full, Lambda, LMInfinite
 from lminf.lm import layerwise
+from lminf.lm.lm import LM
 from lminf.models import decoder
 from tests.attention import cases
 from tests.models import specs
@@ -43,6 +44,24 @@ def test_losses_and_answers_are_those_of_the_scan(lm, small_steps, scanned, poli
     other = scanned(lm)
     np.testing.assert_allclose(other.token_nll(ids), losses, atol=1e-5)
     assert other.generate(TEXT, max_new_tokens=8) == answer
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        specs.shallow(specs.OSS, 1),
+        pytest.param(specs.shallow(specs.OLMO, 2), marks=pytest.mark.slow),
+        pytest.param(specs.shallow(specs.GPT2, 2), marks=pytest.mark.slow),
+        pytest.param(dataclasses.replace(specs.MIXED, trained_length=64), marks=pytest.mark.slow),
+    ],
+    ids=lambda spec: spec.family,
+)
+def test_layers_of_every_kind_run_alone_as_in_the_scan(spec, scanned):
+    """Sinks, encodings of a layer's own, learnt positions, experts after an MLP."""
+    lm = LM(spec, specs.parameters(spec), None, Lambda(6, 2))
+    ids = np.random.default_rng(0).integers(0, spec.vocab_size, 31)
+    losses = lm.token_nll(ids)
+    np.testing.assert_allclose(scanned(lm).token_nll(ids), losses, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import device
 from docs import make_tables
 from lminf import cli
 from lminf.attention import policy as policies
@@ -36,6 +37,7 @@ from tests.test_layers import FILES, LAYERS, ROOT, imports, within
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+MAINS = {"lminf.kernels.suite": suite, "benchmarks.device": device}
 COMMAND = re.compile(r"(?:^|\s|/)(lminf|python -m|make) (.*)")
 # Commands of other programs in a console block, which are not checked.
 FOREIGN = ("gcloud", "git clone", "cd ", "pip install", "pre-commit", "sed ", "export ")
@@ -112,8 +114,8 @@ def check(program, words):
         assert request.parse(sweep.experiment_of(words[1]), flags)
     elif program == "lminf":
         assert cli.parse(words)
-    elif words[0] == "lminf.kernels.suite":
-        source = inspect.getsource(suite.main)
+    elif words[0] in MAINS:
+        source = inspect.getsource(MAINS[words[0]].main)
         assert all(f'"{word}"' in source for word in words[1:] if word.startswith("--"))
     elif words[0] != "pytest":
         assert request.parse(words[0].removeprefix("experiments."), words[1:])

@@ -1,18 +1,9 @@
-import jax
 import pytest
 
 from lminf.attention.policy import Full, LMInfinite, PerLayer
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.lm.lm import LM
 from tests.models import specs
-
-
-@pytest.fixture(autouse=True)
-def compile_quickly():
-    """These tests compile much and compute little."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

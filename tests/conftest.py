@@ -37,7 +37,7 @@ hypothesis.settings.load_profile("lminf")
 
 
 # These compile much and compute little in their slower lanes too: a fifth of the time is saved.
-COMPILE_BOUND = ("tests/lm/", "tests/parity/test_live.py")
+COMPILE_BOUND = ("tests/lm/", "tests/programs/", "tests/parity/test_live.py")
 
 
 @pytest.fixture(autouse=True)

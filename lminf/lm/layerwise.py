@@ -65,7 +65,7 @@ class LayerwiseDecoder:
         self, module: decoder.Decoder, params: Params, by_layer: Sequence[Params], mesh: Mesh | None
     ):
         spec = module.spec
-        self.module, self.by_layer, self.mesh = module, by_layer, mesh
+        self.by_layer, self.mesh = by_layer, mesh
         self.params = {name: x for name, x in params.items() if not name.endswith("layers")}
         stages = [
             stage for stage in decoder.stages_of(spec).values() for _ in range(stage.num_layers)

@@ -34,7 +34,7 @@ class Stream:
         self.at, self.token = position, np.zeros(1, np.int32)
 
     def as_if_read(self) -> tuple[cache.Cache, ...]:
-        empty = self.lm.init_caches(batch=1, capacity=self.capacity)
+        empty = self.lm.on_one_device.init_caches(batch=1, capacity=self.capacity)
         return tuple(as_if_read(each, self.lm.policy, self.position) for each in empty)
 
     @property

@@ -205,7 +205,8 @@ def pieces(
 def empty_caches(lm: Any, *, rows: int, longest: int, room: int) -> tuple[cache.Cache, ...]:
     """Caches of prompts of at most `longest` tokens, and `room` more after each."""
     lm.check_positions(longest + max(room - 1, 0))  # the last one is written and not read
-    return lm.init_caches(batch=rows, capacity=-(-(longest + room) // STEP) * STEP)
+    capacity = -(-(longest + room) // STEP) * STEP
+    return lm.on_one_device.init_caches(batch=rows, capacity=capacity)
 
 
 def decode_step(
@@ -254,7 +255,9 @@ def forward(
             mesh=mesh,
             in_specs=(P(), shares, shares, P()),
             out_specs=(shares, P()),
-            check_vma=False,  # as in layerwise.layer_program
+            # That all devices end with the same caches, jax cannot know: it follows from the
+            # gathered keys and values that each of them writes.
+            check_vma=False,
         )
     return run(params, tokens, positions, caches)
 

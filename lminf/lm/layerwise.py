@@ -36,12 +36,11 @@ def replicated(params: Params, mesh: Mesh | None) -> Params:
 
 
 def layer_params(spec: ModelSpec, params: Params) -> list[Params]:
-    """The parameters of each layer, as views of the stacked arrays of a CPU."""
+    """The parameters of each layer, as views of the stacked arrays of one CPU device."""
 
     def view(x: jax.Array | np.ndarray, row: int) -> jax.Array:
-        if isinstance(x, np.ndarray) or not x.committed:
-            return jax.device_put(np.asarray(x)[row])
-        return _share(np.asarray(x.addressable_data(0))[row], x.sharding)
+        committed = isinstance(x, jax.Array) and x.committed
+        return jax.device_put(np.asarray(x)[row], x.sharding if committed else None)
 
     return [
         jax.tree.map(partial(view, row=row), params[name])
@@ -57,28 +56,21 @@ def _share(x: np.ndarray, sharding: Any) -> jax.Array:
 
 
 class LayerwiseDecoder:
-    """Decoder.apply of one model, with a cache for each layer. On a mesh, the tokens of a chunk are
-    spread over its devices where they divide it.
-    """
+    """Decoder.apply of one model on one device, with a cache for each layer."""
 
-    def __init__(
-        self, module: decoder.Decoder, params: Params, by_layer: Sequence[Params], mesh: Mesh | None
-    ):
+    def __init__(self, module: decoder.Decoder, params: Params, by_layer: Sequence[Params]):
         spec = module.spec
-        self.by_layer, self.mesh = by_layer, mesh
+        self.by_layer = by_layer
         self.params = {name: x for name, x in params.items() if not name.endswith("layers")}
         stages = [
             stage for stage in decoder.stages_of(spec).values() for _ in range(stage.num_layers)
         ]
-        self.programs = {
-            shares: [
-                layer_program(stage, policy, config, module.implementation, shares)
-                for stage, policy, config in zip(
-                    stages, module.policies, decoder.score_configs(spec), strict=True
-                )
-            ]
-            for shares in {None, mesh}
-        }
+        self.programs = [
+            layer_program(stage, policy, config, module.implementation)
+            for stage, policy, config in zip(
+                stages, module.policies, decoder.score_configs(spec), strict=True
+            )
+        ]
         self.embed, self.final_norm = embed_program(spec, module.dtype), norm_program(spec)
         self.observe = None
         if any(policy.needs_hidden for policy in module.policies):
@@ -88,11 +80,8 @@ class LayerwiseDecoder:
         self, tokens: Tokens, positions: Positions, caches: tuple[cache.Cache, ...]
     ) -> tuple[Hidden, tuple[cache.Cache, ...]]:
         """Hidden states, and the caches, which are used up, with these tokens in them."""
-        shares = self.mesh if self.mesh and tokens.shape[1] % self.mesh.size == 0 else None
         x, updated = self.embed(self.params, tokens, positions), []
-        for program, params, layer in zip(
-            self.programs[shares], self.by_layer, caches, strict=True
-        ):
+        for program, params, layer in zip(self.programs, self.by_layer, caches, strict=True):
             x, layer = program(params, x, positions, layer)
             updated.append(layer)
         hidden = self.final_norm(self.params, x)
@@ -103,27 +92,10 @@ class LayerwiseDecoder:
 
 @lru_cache(maxsize=256)
 def layer_program(
-    spec: ModelSpec,
-    policy: LayerPolicy,
-    config: ScoreConfig,
-    implementation: str | None,
-    mesh: Mesh | None,
+    spec: ModelSpec, policy: LayerPolicy, config: ScoreConfig, implementation: str | None
 ) -> Callable[..., Any]:
     """The compiled decoder.run_layer of layers like this, which uses up states and cache."""
-    axis = None if mesh is None else mesh.axis_names[0]
-    run = partial(
-        decoder.run_layer, spec, policy, config, context_axis=axis, implementation=implementation
-    )
-    if mesh is not None:
-        run = jax.shard_map(
-            run,
-            mesh=mesh,
-            in_specs=(P(), P(None, axis), P(None, axis), P()),
-            out_specs=(P(None, axis), P()),
-            # That all devices end with the same caches, jax cannot know: it follows from the
-            # gathered keys and values that each of them writes.
-            check_vma=False,
-        )
+    run = partial(decoder.run_layer, spec, policy, config, implementation=implementation)
     return jax.jit(run, donate_argnums=(1, 3))
 
 

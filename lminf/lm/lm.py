@@ -148,16 +148,22 @@ class LM:
         if not self._layerwise:
             return partial(generate.forward, self.decoder, self.mesh, params)
         by_layer = self._kept("layers", lambda: layerwise.layer_params(self.spec, params))
-        return layerwise.LayerwiseDecoder(self.decoder, params, by_layer, self.mesh)
+        return layerwise.LayerwiseDecoder(self.decoder, params, by_layer)
 
     @cached_property
     def on_one_device(self) -> "LM":
         """The same model without the other devices, which only reading makes use of."""
         return self if self.mesh is None else dataclasses.replace(self, mesh=None)
 
-    @property
+    @cached_property
     def _layerwise(self) -> bool:
-        return jax.default_backend() in layerwise.PLATFORMS
+        """Whether the layers run one by one. Not on a mesh: there the devices of a CPU wait for one
+        another in every layer, and so many programs at once leave them no thread to do it with.
+        """
+        if self.mesh is not None or jax.default_backend() not in layerwise.PLATFORMS:
+            return False
+        leaves = jax.tree.leaves(self.params)
+        return all(isinstance(x, np.ndarray) or len(x.sharding.device_set) == 1 for x in leaves)
 
     def _kept(self, what: str, made: Callable[[], Any]) -> Any:
         """What was made of these parameters for this mesh, for every model that has both."""

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lminf.attention.policies.eviction import SirLLM
 from lminf.attention.policies.infllm import InfLLM
@@ -73,20 +75,35 @@ def test_the_scan_shares_out_a_chunk_too(lm, small_steps, scanned):
 
 
 def test_a_layer_has_no_copy_of_its_weights(lm):
-    """Whichever device it runs on."""
-    for where in (lm, lm.with_devices(jax.devices()[:2])):
-        for name, stacked in lm.params["layers"]["mlp"].items():
-            start = stacked.unsafe_buffer_pointer()
-            for row, layer in enumerate(where.forward.by_layer):
-                for shard in layer["mlp"][name].addressable_shards:
-                    address = shard.data.unsafe_buffer_pointer()
-                    assert address == start + row * stacked[0].nbytes
+    for name, stacked in lm.params["layers"]["mlp"].items():
+        start = stacked.unsafe_buffer_pointer()
+        for row, layer in enumerate(lm.forward.by_layer):
+            address = layer["mlp"][name].unsafe_buffer_pointer()
+            assert address == start + row * stacked[0].nbytes
+
+
+def test_devices_of_one_cpu_share_the_weights(lm):
+    shared = lm.with_devices(jax.devices()[:2]).replicated_params
+    for x, on_both in zip(jax.tree.leaves(lm.params), jax.tree.leaves(shared), strict=True):
+        for shard in on_both.addressable_shards:
+            assert shard.data.unsafe_buffer_pointer() == x.unsafe_buffer_pointer()
+
+
+def test_layers_run_one_by_one_where_one_device_has_all_of_them(lm):
+    """On a mesh each layer would wait for the other devices: XLA ran out of threads that wait."""
+    two = jax.devices()[:2]
+    assert isinstance(lm.forward, layerwise.LayerwiseDecoder)
+    assert not isinstance(lm.with_devices(two).forward, layerwise.LayerwiseDecoder)
+    spread = jax.device_put(lm.params, NamedSharding(Mesh(np.array(two), "x"), P()))
+    assert not isinstance(
+        dataclasses.replace(lm, params=spread).forward, layerwise.LayerwiseDecoder
+    )
 
 
 @pytest.mark.parametrize("policy", [Full(), LMInfinite(2048, 4)], ids=str)
 def test_a_token_is_read_without_a_copy_of_its_layers_cache(policy):
     spec = specs.shallow(specs.LLAMA, 1)
-    program = layerwise.layer_program(spec, policy, decoder.score_configs(spec)[0], None, None)
+    program = layerwise.layer_program(spec, policy, decoder.score_configs(spec)[0], None)
     params = jax.eval_shape(lambda: decoder.init(spec, key=jax.random.key(0)))["layers"]
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
 

@@ -9,8 +9,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from lminf import kernels
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,20 +107,26 @@ def within(name: str, layers) -> str | None:
     return max(fitting, key=len, default=None)
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_imports_point_down(name):
-    layer = within(name, LAYERS)
-    assert layer, f"{name} is in no layer; add it to the table here and in docs/architecture.md"
-    for imported in sorted(imports(name)):
-        if imported.split(".")[0] == "lminf":
-            allowed = LAYERS[layer] | {layer}
-            assert within(imported, allowed), f"{name} ({layer}) must not import {imported}"
+def test_imports_point_down():
+    faults = []
+    for name in FILES:
+        layer = within(name, LAYERS)
+        assert layer, f"{name} is in no layer; add it to the table here and in docs/architecture.md"
+        ours = [imported for imported in imports(name) if imported.split(".")[0] == "lminf"]
+        allowed = LAYERS[layer] | {layer}
+        faults += [
+            f"{name} ({layer}) must not import {imported}"
+            for imported in sorted(ours)
+            if not within(imported, allowed)
+        ]
+    assert not faults, "\n".join(faults)
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_only_models_import_flax(name):
-    if any(imported.split(".")[0] == "flax" for imported in imports(name)):
-        assert within(name, FLAX), f"{name} imports flax; only {', '.join(FLAX)} may"
+def test_only_models_import_flax():
+    importers = [n for n in FILES if any(i.split(".")[0] == "flax" for i in imports(n))]
+    assert importers
+    faults = [name for name in importers if not within(name, FLAX)]
+    assert not faults, f"{', '.join(faults)} import flax; only {', '.join(FLAX)} may"
 
 
 def test_the_table_points_down():
@@ -138,10 +142,10 @@ LONGEST = 450  # lines of a module that can be read in one sitting
 LONG: dict[str, str] = {}
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_module_is_read_in_one_sitting(name):
-    lines = len(FILES[name].read_text().splitlines())
-    assert lines <= LONGEST or name in LONG, f"{name} has {lines} lines; divide it"
+def test_a_module_is_read_in_one_sitting():
+    lines = {name: len(path.read_text().splitlines()) for name, path in FILES.items()}
+    faults = [name for name, count in lines.items() if count > LONGEST and name not in LONG]
+    assert not faults, f"more than {LONGEST} lines: {', '.join(faults)}; divide them"
 
 
 def test_long_modules_are_still_long():
@@ -162,14 +166,16 @@ def public(tree: ast.AST) -> Iterator[ast.FunctionDef]:
 TRACED = (".triton_kernels", ".triton_math")
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if not name.endswith(TRACED)])
-def test_public_functions_are_annotated(name):
-    for function in public(parsed(FILES[name])):
-        given = function.args
-        arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
-        bare = [a.arg for a in arguments if a and not a.annotation and a.arg not in ("self", "cls")]
-        assert not bare, f"{name}.{function.name}: annotate {', '.join(bare)}"
-        assert function.returns, f"{name}.{function.name}: annotate what it returns"
+def test_public_functions_are_annotated():
+    faults = []
+    for name, path in FILES.items():
+        for function in [] if name.endswith(TRACED) else public(parsed(path)):
+            every = function.args
+            given = [*every.posonlyargs, *every.args, *every.kwonlyargs, every.vararg, every.kwarg]
+            bare = [a.arg for a in given if a and not a.annotation and a.arg not in ("self", "cls")]
+            bare += [] if function.returns else ["what it returns"]
+            faults += [f"{name}.{function.name}: annotate {', '.join(bare)}"] if bare else []
+    assert not faults, "\n".join(faults)
 
 
 def names_in(path: Path) -> set[str]:

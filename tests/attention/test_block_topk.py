@@ -37,7 +37,11 @@ def dense(policy, config, positions, q, k, v):
     return scores.attention(config, q, k, v, seen).out
 
 
-@pytest.mark.parametrize("policy", [MoBA(block=8, topk=3), MoBA(block=16, topk=2)], ids=str)
+@pytest.mark.parametrize(
+    "policy",
+    [MoBA(block=8, topk=3), pytest.param(MoBA(block=16, topk=2), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_a_text_and_its_gradients_are_the_dense_masked_softmax(policy):
     positions = jnp.asarray(cases.padded((0, 5), TOKENS))
     config, arrays = cases.scoring("partial_yarn", soft_cap=4.0), cases.arrays(3, tokens=TOKENS)

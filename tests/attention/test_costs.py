@@ -42,6 +42,7 @@ def test_the_tiled_form_grows_by_less_than_1_6_when_the_text_doubles(policy, gra
     assert sizes[2] < 1.6 * sizes[1]
 
 
+@pytest.mark.slow
 def test_the_dense_form_would_grow_fourfold():
     """What the contract above is about, and that this way of measuring sees it."""
     policy = LMInfinite(128, 8)

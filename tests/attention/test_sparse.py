@@ -118,7 +118,7 @@ def check(name, policy, encoding, group, every):
         agree(found, expected(name, policy, scoring, arrays, calls))
 
 
-@lanes("infllm", "infinite_hip", "moba")
+@lanes("infllm", "moba")
 def test_reading_and_decoding_are_the_formulas(name):
     """The temperature of YaRN is in the channels that are rotated, and in no others."""
     check(name, POLICIES[name], "partial_yarn", 3, CALLS[2:])

@@ -126,6 +126,7 @@ def stack():
     return cached, (queries, jnp.stack(texts)[:, :, :1], values[:, :1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", BOTH)
 def test_a_layer_of_stacked_caches_is_that_cache(implementation):
     """Appending to it and reading it, at a traced index, bit for bit."""
@@ -177,6 +178,7 @@ def test_a_token_is_written_into_stacked_caches_in_place():
                 if " copy(" in line and f"f32[{layers},1,2,{window},32]" in line]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", BOTH)
 def test_a_count_of_globals_hides_the_others(implementation):
     """All of them is None; some of them are the same cache cut off, for every key head alone."""

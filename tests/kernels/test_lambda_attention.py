@@ -221,8 +221,8 @@ def expected(case):
     return oracle(given(), **options())
 
 
-# Compiling is what costs: these two touch most lines, the others run in the slow lane.
-FAST = {"a chunk against a cache", "segments"}
+# Compiling is what costs: this one touches most lines, the others run in the slow lane.
+FAST = {"a chunk against a cache"}
 
 
 @pytest.mark.parametrize(

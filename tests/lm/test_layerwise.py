@@ -51,7 +51,7 @@ def test_losses_and_answers_are_those_of_the_scan(lm, small_steps, scanned, poli
 @pytest.mark.parametrize(
     "spec",
     [
-        specs.shallow(specs.OSS, 1),
+        pytest.param(specs.shallow(specs.OSS, 1), marks=pytest.mark.slow),
         pytest.param(specs.shallow(specs.OLMO, 2), marks=pytest.mark.slow),
         pytest.param(specs.shallow(specs.GPT2, 2), marks=pytest.mark.slow),
         pytest.param(dataclasses.replace(specs.MIXED, trained_length=64), marks=pytest.mark.slow),

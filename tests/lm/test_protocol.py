@@ -17,6 +17,7 @@ def model(request, lm) -> LanguageModel:
     return lm if request.param == "lm" else Scripted(lambda prompt: " green. The sky")
 
 
+@pytest.mark.slow
 def test_a_score_is_the_sum_of_next_log_probabilities(lm):
     for prompt, continuation in zip(PROMPTS, CONTINUATIONS, strict=True):
         (found,) = lm.score([prompt], [continuation])

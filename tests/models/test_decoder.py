@@ -84,9 +84,9 @@ def read_in_pieces(module, params, tokens, positions, *, chunks, capacity=TOKENS
 
 MIXES = {
     "one": (specs.shallow(specs.OSS, 2), (LMInfinite(5, 2),) * 2),
-    "two": (specs.OLMO, (Window(4), SelfExtend(5, 3)) * 2),
 }
 SLOW_MIXES = {
+    "two": (specs.OLMO, (Window(4), SelfExtend(5, 3)) * 2),
     "three": (
         specs.shallow(specs.GEMMA, 3),
         (LMInfinite(5, 2), ReRoPE(4, log_from=9), PerHead((Streaming(6, 1), Full()))),

@@ -24,7 +24,7 @@ def words(name: str) -> set[str]:
 @pytest.mark.parametrize("variant", ["", "tiny"])
 def test_every_field_of_a_config_is_read(name, variant):
     asked = request.parse(name, [f"--config={name}:{variant}"])
-    unread = {key for key in asked.config if key not in words(name)}
+    unread = set(asked.config) - words(name)
     assert not unread, f"configs/{name}.py sets {unread}, which experiments/{name}.py never reads"
 
 

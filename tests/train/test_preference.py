@@ -53,6 +53,7 @@ def log_probs(params, batch, answer):
     return (chosen * batch[f"{answer}weights"]).sum(1)
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_paper():
     made, batch = program(), pairs()
     state = made.start(making.params(), {"reference": reference()})

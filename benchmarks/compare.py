@@ -1,11 +1,11 @@
-"""lminf beside transformers on this machine: alternating runs, medians and ratios in one file.
+"""lminf beside transformers and llama.cpp on this machine: alternating runs, medians and ratios.
 
-    python benchmarks/compare.py --peer=.venv-parity/bin/python
-    python benchmarks/compare.py --peer=… --length=2048 --context=512 --rounds=1      a quick look
+    python -m benchmarks.compare --peer=PYTHON
+    python -m benchmarks.compare --peer=PYTHON --length=2048 --context=512 --rounds=1   a quick look
 
-Every measurement is a process of its own, and the two sides take turns, so that neither has the
-quiet half of the time. Writes benchmarks/results/<date>-<commit>.json; ratios above 1 mean that
-lminf is faster.
+PYTHON has what the extra `benchmarks` names. Every measurement is a process of its own, and the
+sides take turns, so that none has the quiet half of the time. Writes
+benchmarks/results/<date>-<commit>.json; ratios above 1 mean that lminf is faster.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,15 +27,54 @@ from lminf.lm.lm import LM
 from lminf.run import environment
 
 HERE = Path(__file__).parent
-READ = ("full", "lm_infinite:window=4096,sinks=10", "lm_infinite:window=2048,sinks=10")
-DECODE = ("full", "lm_infinite:window=4096,sinks=10")
 MODEL = "smollm2-135m-instruct"
+FULL, LAMBDA, NARROW = (
+    "full", "lm_infinite:window=4096,sinks=10", "lm_infinite:window=2048,sinks=10",
+)  # fmt: skip
+PEERS = {  # name -> script and its further arguments
+    "transformers": ("peer_transformers.py", ()),
+    "transformers bfloat16": ("peer_transformers.py", ("--dtype=bfloat16",)),
+    "llama.cpp": ("peer_llama_cpp.py", ()),
+}
+OURS = {  # name -> arguments of ours.py
+    FULL: (f"--policy={FULL}",),
+    LAMBDA: (f"--policy={LAMBDA}",),
+    NARROW: (f"--policy={NARROW}",),
+    "full bfloat16": (f"--policy={FULL}", "--dtype=bfloat16"),
+    "lm_infinite bfloat16": (f"--policy={LAMBDA}", "--dtype=bfloat16"),
+}
+
+
+class Goal(NamedTuple):
+    """That one side is so many times as fast as another, or needs so many times its memory."""
+
+    work: str
+    ours: str
+    peer: str
+    least: float | None = None  # times faster
+    memory: float | None = None  # the most times its peak memory
+
+
+GOALS = (
+    Goal("read", FULL, "transformers", least=1.5),
+    Goal("read", LAMBDA, "transformers", least=2.5),
+    Goal("read", NARROW, "transformers", least=3.4),
+    Goal("read", FULL, "transformers", memory=1.2),
+    Goal("read", "full bfloat16", "transformers bfloat16", least=1.0),
+    Goal("read", FULL, "llama.cpp", least=1.8),
+    Goal("decode", FULL, "transformers", least=2.0),
+    Goal("decode", LAMBDA, "transformers", least=2.0),
+    Goal("decode", "full bfloat16", FULL, least=1.0),
+    Goal("decode", "full bfloat16", "transformers bfloat16", least=1.0),
+    Goal("decode", FULL, "llama.cpp", least=0.45),
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peer", required=True, help="a Python with torch and transformers")
+    parser.add_argument("--peer", required=True, help="a Python with the extra `benchmarks`")
     parser.add_argument("--work", nargs="+", choices=("read", "decode"), default=["read", "decode"])
+    parser.add_argument("--only", nargs="+", choices=(*PEERS, *OURS), help="some of the sides")
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--new", type=int, default=32)
@@ -47,19 +87,21 @@ def main() -> None:
         ids = Path(folder) / "ids.npy"
         length = max(args.length, args.context)
         np.save(ids, LM.from_pretrained(MODEL).encode(sources.text_of(None), length=length)[0])
-        commands = peer_and_ours(args, ids)
-        runs: dict[str, list[dict]] = {name: [] for name in commands}
+        commands = peers_and_ours(args, ids)
+        runs: dict[tuple[str, str], list[dict]] = {name: [] for name in commands}
         for turn in range(args.rounds):
             for name, command in commands.items():
                 runs[name].append(measured(command))
-                print(f"{turn + 1}/{args.rounds}  {name}  {headline(runs[name][-1])}", flush=True)
+                line = f"{' '.join(name)}  {headline(runs[name][-1])}"
+                print(f"{turn + 1}/{args.rounds}  {line}", flush=True)
     described = environment.describe(environment.command_line())
     source = described["source"] or {}
     commit = source.get("commit") or "unknown"
-    found = {
+    results = {
         "arguments": {k: v for k, v in vars(args).items() if k not in ("out", "peer")},
-        "summary": summary(runs),
-        "runs": runs,
+        "summary": {" ".join(name): summary(each) for name, each in runs.items()},
+        "goals": [reached(goal, runs) for goal in GOALS if measures(goal, runs)],
+        "runs": {" ".join(name): each for name, each in runs.items()},
         # The whole difference from the commit would fill the file; that there is one, must be said.
         "environment": {
             **described,
@@ -68,27 +110,26 @@ def main() -> None:
     }
     out = args.out or HERE / "results" / f"{datetime.date.today()}-{commit[:7]}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found["summary"], indent=1))
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps({"summary": results["summary"], "goals": results["goals"]}, indent=1))
     print(out)
 
 
-def peer_and_ours(args: argparse.Namespace, ids: Path) -> dict[str, list[str]]:
-    """The commands to run, by name, in the order in which they take turns."""
+def peers_and_ours(args: argparse.Namespace, ids: Path) -> dict[tuple[str, str], list[str]]:
+    """The commands to run, by work and side, in the order in which they take turns."""
     sizes = [f"--length={args.length}", f"--context={args.context}", f"--new={args.new}"]
     model = str(fetch.fetch(MODEL))
-    peer = [args.peer, str(HERE / "peer_transformers.py")]
-    ours = [sys.executable, str(HERE / "ours.py")]
     commands = {}
     for work in args.work:
-        policies = {"read": READ, "decode": DECODE}[work]
-        commands[f"{work} transformers"] = [*peer, work, f"--model={model}", f"--ids={ids}", *sizes]
-        for policy in policies:
-            commands[f"{work} {policy}"] = [*ours, work, f"--policy={policy}", *sizes]
-    return commands
+        for name, (script, more) in PEERS.items():
+            given = [f"--model={model}", f"--ids={ids}", *sizes, *more]
+            commands[work, name] = [args.peer, str(HERE / script), work, *given]
+        for name, more in OURS.items():
+            commands[work, name] = [sys.executable, str(HERE / "ours.py"), work, *sizes, *more]
+    return {key: each for key, each in commands.items() if not args.only or key[1] in args.only}
 
 
-def measured(command: list[str]) -> dict:
+def measured(command: list[str]) -> dict[str, Any]:
     """What the command measured."""
     limited = {"OMP_NUM_THREADS": "2", "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
     ran = subprocess.run(
@@ -99,32 +140,49 @@ def measured(command: list[str]) -> dict:
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-def cost(run: dict) -> float:
+def cost(run: dict[str, Any]) -> float:
     """Seconds of a reading, or median milliseconds per token of a decoding."""
     return run["seconds"] if "seconds" in run else statistics.median(run["ms"])
 
 
-def headline(run: dict) -> str:
+def headline(run: dict[str, Any]) -> str:
     return f"{cost(run):.1f} {'s' if 'seconds' in run else 'ms/token'}"
 
 
-def summary(runs: dict[str, list[dict]]) -> dict:
-    """Median of each, how many times faster than the peer, and whether both computed the same."""
-    found = {}
-    for name, each in runs.items():
-        work = name.split()[0]
-        peer = runs[f"{work} transformers"]
-        middle = statistics.median(map(cost, each))
-        found[name] = {
-            "seconds" if work == "read" else "ms_per_token": middle,
-            "times_faster_than_transformers": statistics.median(map(cost, peer)) / middle,
-            "peak_memory_bytes": max(run["peak_memory_bytes"] for run in each),
-        }
-        if work == "read":
-            found[name]["nll"] = each[0]["nll"]
-        else:
-            found[name]["same_tokens"] = each[0]["wrote"] == peer[0]["wrote"]
-    return found
+def summary(each: list[dict[str, Any]]) -> dict[str, Any]:
+    """Median, least and greatest of a side's costs, its peak memory, and what it computed."""
+    costs = [cost(run) for run in each]
+    return {
+        "seconds" if "seconds" in each[0] else "ms_per_token": statistics.median(costs),
+        "range": [min(costs), max(costs)],
+        "peak_memory_bytes": max(run["peak_memory_bytes"] for run in each),
+        **{name: each[0][name] for name in ("nll", "wrote") if name in each[0]},
+    }
+
+
+def measures(goal: Goal, runs: dict[tuple[str, str], list[dict]]) -> bool:
+    return {(goal.work, goal.ours), (goal.work, goal.peer)} <= set(runs)
+
+
+def reached(goal: Goal, runs: dict[tuple[str, str], list[dict]]) -> dict[str, Any]:
+    """The goal, what was measured, and whether it is reached. Ratios are of runs that took turns:
+    the median over rounds, and their range.
+    """
+    ours, peer = runs[goal.work, goal.ours], runs[goal.work, goal.peer]
+    if goal.memory is not None:
+        sides = [max(run["peak_memory_bytes"] for run in each) for each in (ours, peer)]
+        ratio = sides[0] / sides[1]
+        found = {"at_most_times_the_memory": goal.memory, "measured": ratio}
+        return {**named(goal), **found, "reached": ratio <= goal.memory}
+    assert goal.least is not None
+    ratios = [cost(b) / cost(a) for a, b in zip(ours, peer, strict=True)]
+    ratio = statistics.median(ratios)
+    found = {"times_faster": goal.least, "measured": ratio, "range": [min(ratios), max(ratios)]}
+    return {**named(goal), **found, "reached": ratio >= goal.least}
+
+
+def named(goal: Goal) -> dict[str, str]:
+    return {"work": goal.work, "ours": goal.ours, "peer": goal.peer}
 
 
 if __name__ == "__main__":

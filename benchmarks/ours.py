@@ -11,6 +11,7 @@ import json
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lminf.attention.policy import POLICIES
@@ -30,10 +31,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=16384, help="tokens to read")
     parser.add_argument("--context", type=int, default=4096, help="tokens before the first new one")
     parser.add_argument("--new", type=int, default=32, help="tokens to decode")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
     devices.configure(fetch.compiled_folder())
     policy = parse_choice(args.policy, POLICIES, what="policy")
-    lm = LM.from_pretrained(args.model, policy=policy).with_devices(jax.local_devices())
+    lm = LM.from_pretrained(args.model, policy=policy, dtype=jnp.dtype(args.dtype))
+    lm = lm.with_devices(jax.local_devices())
     measured = {"read": read, "decode": decode}[args.work](lm, args)
     print(json.dumps({"policy": policy.name, "peak_memory_bytes": memory.peak_bytes(), **measured}))
 

@@ -4,7 +4,7 @@
     .venv-parity/bin/python benchmarks/peer_transformers.py decode --model=FILE.gguf --ids=ids.npy
 
 For a Python with torch and transformers; nothing of lminf is imported. The model is dequantised
-from the same file, in float32, on two threads.
+from the same file, on two threads.
 """
 
 import argparse
@@ -29,10 +29,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=16384, help="tokens to read")
     parser.add_argument("--context", type=int, default=4096, help="tokens before the first new one")
     parser.add_argument("--new", type=int, default=32, help="tokens to decode")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
     model = AutoModelForCausalLM.from_pretrained(
-        args.model.parent, gguf_file=args.model.name, dtype=torch.float32
+        args.model.parent, gguf_file=args.model.name, dtype=getattr(torch, args.dtype)
     ).eval()
     ids = torch.from_numpy(np.load(args.ids).astype(np.int64))[None]
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""The benchmark of a device: what it keeps when parts fail or the time ends, and its toy form."""
+"""What the benchmark of a device keeps when parts fail, its toy form, and goals beside peers."""
 
 import json
 
@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import device
+from benchmarks import compare, device
 
 
 def test_every_part_is_kept_and_one_that_fails_says_so(tmp_path, monkeypatch):
@@ -53,3 +53,26 @@ def test_training_is_timed_in_its_toy_form():
     assert row["tokens"] == 64
     assert 0 < row["mfu"] < 1
     np.testing.assert_allclose(row["loss"], np.log(257), atol=1)
+
+
+def run(seconds, memory):
+    return {"seconds": seconds, "peak_memory_bytes": memory}
+
+
+def test_a_goal_is_reached_by_the_median_of_runs_that_took_turns():
+    runs = {("read", "full"): [run(10, 3), run(20, 3), run(10, 3)],
+            ("read", "transformers"): [run(15, 2), run(20, 2), run(16, 2)]}  # fmt: skip
+    found = compare.reached(compare.Goal("read", "full", "transformers", least=1.5), runs)
+    assert (found["measured"], found["range"], found["reached"]) == (1.5, [1.0, 1.6], True)
+    assert not compare.reached(compare.Goal("read", "full", "transformers", least=1.6), runs)[
+        "reached"
+    ]
+    found = compare.reached(compare.Goal("read", "full", "transformers", memory=1.2), runs)
+    assert (found["measured"], found["reached"]) == (1.5, False)
+
+
+def test_every_goal_names_sides_that_are_measured():
+    for goal in compare.GOALS:
+        assert goal.ours in compare.OURS
+        assert goal.peer in compare.PEERS | compare.OURS
+        assert (goal.least is None) != (goal.memory is None)

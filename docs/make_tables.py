@@ -362,7 +362,8 @@ is in [studies](studies/step_sweep/report.md).
 
 `python -m experiments.train_throughput` ([report](results/train_throughput/report.md)): the median
 of three rounds, beside a plain torch loop of the same shape on the same machine.
-`benchmarks/compare.py` times reading and decoding beside transformers.
+`python -m benchmarks.compare --peer=PYTHON`, where PYTHON has the extra `benchmarks`, times reading
+and decoding in turns beside transformers and llama.cpp.
 
 {training}
 {targets}"""

@@ -10,6 +10,7 @@ of the group's, and with groups of one token it equals any partition into chunks
 read alone selects alone.
 """
 
+import abc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ RECEIVED_BLOCK = 256  # keys: the weights of 2,048 queries and 9 heads over them
 WHOLE_CALL = 2**31 - 1  # a group of all tokens of a call: each selects by itself
 
 
-class SparsePolicy(Policy):
+class SparsePolicy(Policy, abc.ABC):
     """Selects among all earlier tokens. Subclasses say which, and what they remember."""
 
     context_parallel = False
@@ -58,12 +59,12 @@ class SparsePolicy(Policy):
         assert isinstance(self.selected_distance, int)
         return self.selected_distance
 
+    @abc.abstractmethod
     def select(self, state: Any, query: "Query") -> tuple[Any, Any]:
         """Positions [B, P, X] of what these queries see, in lists of P heads (1, K or N), rising,
         -1 for none; and the state. Where all is at one distance, sinks and windows are added to
         it, and a query sees of it what is beyond its own window.
         """
-        raise NotImplementedError
 
     def attend(
         self, query: "Query", selected: Any

@@ -149,6 +149,8 @@ def test_a_policy_in_a_file_of_ones_own_is_found_from_its_folder(tmp_path, monke
          "window of the policy own_{}:P is 'all'; give a whole number"),
         ("class P(Policy):\n    window: int = 4\n    num_sinks: int",
          r"'own_{}:P' cannot be built \(AttributeError: .*mend its class"),
+        ("class P(SparsePolicy):\n    window: int = 4\n    num_sinks = 0\n    group = 1",
+         "cannot be built .TypeError: Can't instantiate .*'?select'?.; mend its class"),
         ("class P(Lambda):\n    window: int = 4\n    sinks: int = 1\n"
          "    def __post_init__(self):\n        1 / 0", "cannot be built .ZeroDivisionError"),
     ],
@@ -159,7 +161,8 @@ def test_a_class_of_ones_own_that_is_incomplete_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     module = f"own_{abs(hash(body))}"
     (tmp_path / f"{module}.py").write_text(
-        "from dataclasses import dataclass\nfrom lminf.attention.policy import Lambda, Policy\n\n\n"
+        "from dataclasses import dataclass\nfrom lminf.attention.policy import Lambda, Policy\n"
+        "from lminf.attention.sparse import SparsePolicy\n\n\n"
         f"@dataclass(frozen=True)\n{body}\n"
     )
     with pytest.raises(InputError, match=message.format(module.removeprefix("own_"))):

@@ -9,6 +9,7 @@ its last chunk may be short; a half that ends up no better goes left; the token 
 chunk is scored once more as a right half, so stages of single tokens rank all at one distance.
 """
 
+import abc
 import functools
 from dataclasses import dataclass
 from operator import attrgetter
@@ -41,21 +42,21 @@ class HierarchicalSelect(sparse.SparsePolicy):
     window_slack = 0  # tokens that a window may have beyond its width
     group = property(attrgetter("query_block"))
 
+    @abc.abstractmethod
     def kept(self, stage: int, slots: int) -> int:
         """Blocks that a stage keeps of a text of so many tokens."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def window_start(self, first: Int[Array, " B"]) -> Int[Array, " B"]:
         """Where the window of a block of queries begins."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def search(
         self, stage: int, query: sparse.Query, start: Array, before: Array | None
     ) -> Int[Array, "B K kept"]:
         """Numbers of the blocks that a stage keeps of those `before`, in order; first -1 for none.
         The first stage has `before` None, and everything from sinks to `start`.
         """
-        raise NotImplementedError
 
     def init_state(self, shape: caches.CacheShape) -> dict[str, Any]:
         stages = range(len(self.refreshes))

@@ -46,7 +46,7 @@ parity: $(PARITY_VENV)/.installed-parity
 	$(PARITY_VENV)/bin/python -m pytest -m parity -n $(WORKERS) --dist worksteal $(ARGS)
 
 aot: $(AOT_VENV)/.installed-aot
-	$(AOT_VENV)/bin/python -m pytest -m aot $(ARGS)
+	$(AOT_VENV)/bin/python -m pytest -m aot -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: lint-code lint-format lint-types
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,12 @@ DUMP = (
     "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_hlo_text=false "
     "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
 )
+DUMPED = tempfile.TemporaryDirectory(prefix="lminf-llo-")
+# libtpu reads these when it is first used, whichever test does it. Two workers compile; no chip is
+# there that they could both want.
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+os.environ["LIBTPU_INIT_ARGS"] = DUMP.format(DUMPED.name)
 
 
 def pytest_collection_modifyitems(items):
@@ -32,12 +39,9 @@ class Report(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def compile_tpu(tmp_path_factory):
+def compile_tpu():
     """`aot.compile_tpu`, but what comes back is a Report."""
-    folder = tmp_path_factory.mktemp("llo")
-    # libtpu reads both when it is first used, which is in this fixture.
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-    os.environ["LIBTPU_INIT_ARGS"] = DUMP.format(folder)
+    folder = Path(DUMPED.name)
 
     def compiled(fn, *shapes, topology: str) -> Report:
         for old in folder.iterdir():

@@ -104,7 +104,6 @@ def test_lambda_attention_under_vmap(compile_tpu):
     assert "lambda_forward" in report.bundles
 
 
-@pytest.mark.usefixtures("compile_tpu")  # for libtpu's environment
 @pytest.mark.parametrize("segments", [False, True])
 def test_lambda_attention_under_shard_map(segments):
     """Batch and heads over four chips, forward and backward, with jax's check of what varies."""

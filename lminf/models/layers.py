@@ -62,10 +62,10 @@ def _product(x: Float[Array, "R I"], w: Array, dtype: Any, transposed: bool) -> 
     rows, cpu = len(x), jax.default_backend() == "cpu"
     if cpu and rows == 1 and not transposed and w.dtype.itemsize < 4:
         return _row_product(x[0], w).reshape(1, -1).astype(dtype)
-    w = w.reshape(len(w), -1)
-    if cpu and transposed and rows <= FEW_ROWS and w.dtype == jnp.int8:
-        return _integer_product(x, w).astype(dtype)
-    w, axes = w.astype(x.dtype), "ri,oi->ro" if transposed else "ri,io->ro"
+    w, axes = w.reshape(len(w), -1), "ri,oi->ro" if transposed else "ri,io->ro"
+    if cpu and rows <= FEW_ROWS and w.dtype == jnp.int8:
+        return _integer_product(axes, x, w).astype(dtype)
+    w = w.astype(x.dtype)
     if not cpu or x.dtype != jnp.bfloat16:
         return jnp.einsum(axes, x, w, preferred_element_type=dtype)
     x = jnp.concatenate([x, x]) if rows == 1 else x
@@ -79,8 +79,10 @@ def _row_product(x: Float[Array, " I"], w: Shaped[Array, " I *O"]) -> Float32[Ar
     """One row times bfloat16 or int8 weights, on a CPU.
 
     Converted, multiplied and added in one loop: a dot would first write all of w to memory in
-    float32. Eight rows of w at a time, so that partial sums are seldom written. The sum is spelled
-    a - (-b) because XLA hands plain ones to a library that does convert w first.
+    float32. By [576, 1536] in bfloat16 this takes 0.16 ms, in int8 0.11; the dot takes 0.6 and 0.5,
+    and 0.28 of float32 weights (Intel Xeon with AMX, two cores). Eight rows of w at a time, so that
+    partial sums are seldom written. The sum is spelled a - (-b) because XLA hands plain ones to a
+    library that does convert w first: 0.6 ms.
     """
     parts = math.gcd(len(w), 8)
     x = x.astype(jnp.float32).reshape(parts, -1, *[1] * (w.ndim - 1))
@@ -89,11 +91,14 @@ def _row_product(x: Float[Array, " I"], w: Shaped[Array, " I *O"]) -> Float32[Ar
     return jax.lax.reduce(sum(terms[1:], terms[0]), jnp.float32(0), lambda a, b: a - (-b), (0,))
 
 
-def _integer_product(x: Float[Array, "R I"], w: Int8[Array, "O I"]) -> Float32[Array, "R O"]:
-    """Rows times transposed int8 weights, on a CPU, by its product of int8 matrices.
+def _integer_product(
+    axes: str, x: Float[Array, "R I"], w: Int8[Array, "..."]
+) -> Float32[Array, "R O"]:
+    """Few rows times int8 weights, on a CPU, by its product of int8 matrices.
 
     A row is split into three int8 digits of base 128, which say it to 2^-22 of its largest entry;
-    sums of products are exact in int32 up to 133,000 terms.
+    sums of products are exact in int32 up to 133,000 terms. By the head [49152, 576] one row takes
+    5 ms, where it takes 10 in float32, and 66 if the head is converted first (the same Xeon).
     """
     x = x.astype(jnp.float32)
     largest = jnp.abs(x).max(1, keepdims=True)
@@ -103,7 +108,7 @@ def _integer_product(x: Float[Array, "R I"], w: Int8[Array, "O I"]) -> Float32[A
         digits.append(jnp.round(rest))
         rest = (rest - digits[-1]) * 128
     stacked = jnp.concatenate(digits).astype(jnp.int8)
-    sums = jnp.einsum("ri,oi->ro", stacked, w, preferred_element_type=jnp.int32)
+    sums = jnp.einsum(axes, stacked, w, preferred_element_type=jnp.int32)
     high, middle, low = sums.astype(jnp.float32).reshape(3, len(x), -1)
     return (high + (middle + low / 128) / 128) * unit
 

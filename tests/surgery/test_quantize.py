@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from lminf import checkpoints
+from lminf.commands import plan
 from lminf.errors import InputError
 from lminf.models import cost, decoder, spec
 from lminf.models.quantization import QuantizedWeights, is_quantized
@@ -42,6 +43,10 @@ def test_memory_is_a_quarter_of_float32():
     small = jax.eval_shape(quantize, whole)
     assert 0.25 < cost.weight_bytes(small) / cost.weight_bytes(whole) < 0.26
     assert cost.weight_bytes(whole) == 4 * cost.parameters(shape)
+    planned = plan.weight_facts(shape, jnp.dtype("bfloat16"))
+    assert planned["weights_bytes"] == 2 * cost.parameters(shape)
+    # What is not a matrix is bfloat16: two norms in each layer, and the last.
+    assert planned["int8_weights_bytes"] == cost.weight_bytes(small) - 2 * 5 * 512
 
 
 def test_int8_weights_are_refused_where_they_mean_nothing(tmp_path):

@@ -47,7 +47,7 @@ def product(
 ) -> Float[Array, "R O"]:
     """x w as `dtype`, of w [I, *O], or [O, I] where it is transposed; *O becomes one axis."""
     if isinstance(w, QuantizedWeights):
-        out = _product(x, w.values, jnp.float32, transposed)
+        out = _product(x, w.qvalue, jnp.float32, transposed)
         return (out * w.scale.reshape(1, -1)).astype(dtype)
     return _product(x, w.astype(x.dtype), dtype, transposed)
 

@@ -123,7 +123,7 @@ class Experts(nn.Module):
         def project(x, name, columns):
             w = self.param(name, init, (s.experts, x.shape[2], columns))
             if isinstance(w, QuantizedWeights):
-                values = w.values.astype(x.dtype)
+                values = w.qvalue.astype(x.dtype)
                 y = jnp.einsum("eci,eio->eco", x, values, preferred_element_type=jnp.float32)
                 y = (y * w.scale).astype(x.dtype)
             else:

@@ -1,9 +1,13 @@
 """Weights in int8: symmetric, one scale for each output channel.
 
-    w[i, o] ~ values[i, o] scale[o],    scale[o] = max_i |w[i, o]| / 127
+    w[i, o] ~ qvalue[i, o] scale[o],    scale[o] = max_i |w[i, o]| / 127
 
-A product is taken with the values, and its result is multiplied by the scales: what is kept in
-memory, and read for every token, is a quarter of float32.
+A product is taken with qvalue, and its result is multiplied by the scales: what is kept in memory,
+and read for every token, is a quarter of float32.
+
+The names are those of qwix, whose provider intercepts the calls of one Linen module. It does not
+serve here: on a CPU each layer is a program of its own, heads are functions outside the module, and
+the products that are fast there (lminf.models.layers) are none of a library's.
 Source: vector-wise absmax quantisation, Dettmers et al. 2022, arXiv:2208.07339, section 2; only the
 weights are quantised here.
 """
@@ -23,18 +27,18 @@ LARGEST = 127  # -128 has no counterpart
 class QuantizedWeights(NamedTuple):
     """A matrix in int8, or a stack of them. It stands in a tree of parameters for the array."""
 
-    values: Int8[Array, "..."]
+    qvalue: Int8[Array, "..."]
     scale: Float32[Array, "..."]  # of length 1 along the axes that a product contracts
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the values."""
-        return self.values.shape
+        """That of the original array."""
+        return self.qvalue.shape
 
     @property
     def size(self) -> int:
         """How many values there are."""
-        return self.values.size
+        return self.qvalue.size
 
 
 Weights: TypeAlias = Float[Array, "..."] | QuantizedWeights
@@ -52,7 +56,7 @@ def dequantize(w: Weights, dtype: Any) -> Float[Array, "..."]:
     """The weights as an array of `dtype`, whether they are quantised or not."""
     if not isinstance(w, QuantizedWeights):
         return w.astype(dtype)
-    return (w.values.astype(jnp.float32) * w.scale).astype(dtype)
+    return (w.qvalue.astype(jnp.float32) * w.scale).astype(dtype)
 
 
 def is_quantized(params: Any) -> bool:

@@ -72,8 +72,8 @@ def test_no_weight_is_further_off_than_half_a_scale():
     quantized = quantization.quantize(w, contracted=(1,))
     error = np.abs(np.asarray(w) - np.asarray(quantization.dequantize(quantized, jnp.float32)))
     assert (error <= np.asarray(quantized.scale) * 0.5001).all()
-    assert quantized.values.dtype == jnp.int8
-    assert int(jnp.abs(quantized.values).min(1).max()) <= 127 == int(quantized.values.max())
+    assert quantized.qvalue.dtype == jnp.int8
+    assert int(jnp.abs(quantized.qvalue).min(1).max()) <= 127 == int(quantized.qvalue.max())
 
 
 def test_weights_that_are_not_numbers_are_not_hidden():

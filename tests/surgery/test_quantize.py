@@ -71,4 +71,4 @@ def test_dtype_of_the_scales_does_not_follow_the_weights():
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), making.params())
     quantized = quantize(half)["layers"]["mlp"]["w_up"]
     assert quantized.scale.dtype == jnp.float32
-    assert quantized.values.dtype == jnp.int8
+    assert quantized.qvalue.dtype == jnp.int8

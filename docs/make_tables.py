@@ -254,6 +254,45 @@ APPROACHES = {
 }
 
 
+KEPT = {
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "int8, float32 activations": "int8",
+    "int8, bfloat16 activations": "int8 under bfloat16",
+}
+
+
+def weights_speed() -> str:
+    """Memory and speed by how the weights are kept: benchmarks/results/weights-speed.jsonl."""
+    lines = [["weights", "memory", "ms a token after 512", "after 4,096", "tokens/s read"]]
+    for row in benchmark("weights-speed"):
+
+        def time(context: int, row: dict[str, Any] = row) -> str:
+            milliseconds = row[f"ms_per_token_after_{context}"]
+            return f"{milliseconds:.0f} ({row[f'time_of_float32_after_{context}']:.2f} ×)"
+
+        read = f"{row['read_tokens_per_second']:.0f} ({row['read_speed_of_float32']:.2f} ×)"
+        memory = f"{row['weights_bytes'] / 1e6:.0f} MB"
+        lines.append([KEPT[row["weights"]], memory, time(512), time(4096), read])
+    return markdown(lines)
+
+
+def weights_nll() -> str:
+    """Loss in int8 beside float32 by policy: benchmarks/results/weights-nll.jsonl."""
+    lines = [["policy", "tokens", "float32", "int8", "difference (95 %)"]]
+    for row in benchmark("weights-nll"):
+        difference = f"{row['difference']:+.4f} ± {row['half_width']:.4f}"
+        losses = [f"{row[f'nll_{kept}']:.4f}" for kept in ("float32", "int8")]
+        lines.append([f"`{row['policy']}`", f"{row['tokens']:,}", *losses, difference])
+    return markdown(lines)
+
+
+def benchmark(name: str) -> list[dict[str, Any]]:
+    """The rows of a committed benchmark."""
+    text = (ROOT / f"benchmarks/results/{name}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def vocabularies() -> str:
     """The vocabulary that each refitted approach predicts for a model, and its 95 % interval."""
     rows = Rows("vocab_law")
@@ -342,6 +381,22 @@ tokens and the size of the cache. [What a smaller cache costs in
 quality](results/kv_cache/report.md) is measured by `python -m experiments.kv_cache`.
 
 {decoding}
+## Weights in int8 and bfloat16
+
+`python -m benchmarks.weights speed` on an Intel Xeon with AMX, whose two cores other work shared:
+medians of 64 tokens under full attention, and of seven chunks of 512 tokens behind 512. All models
+take turns in one process; in parentheses, the median ratio to the float32 of the same turn, which
+says more than the times of a busy machine. In int8 a token that is
+written reads a quarter of the bytes; a text that is read is multiplied in float32 or bfloat16, for
+which the weights are converted first.
+
+{weights_speed}
+`python -m benchmarks.weights nll`, and with `--length=2048` the others: the first tokens of the
+same text, nats/token, at most 1,034 attended tokens where a number limits them; prompts of 1,536
+tokens where a policy acts at their end. Intervals are of the paired difference, from means of 64
+tokens.
+
+{weights_nll}
 ## Vocabulary size
 
 `python -m experiments.vocab_law` ([report](results/vocab_law/report.md)), refitted to the published
@@ -372,8 +427,8 @@ and decoding in turns beside transformers and llama.cpp.
 def results() -> str:
     """The page docs/results.md."""
     builders = (
-        length_generalization, passkeys_by_depth, passkeys_by_length, decoding, vocabularies,
-        regrets, training,
+        length_generalization, passkeys_by_depth, passkeys_by_length, decoding, weights_speed,
+        weights_nll, vocabularies, regrets, training,
     )  # fmt: skip
     built = {builder.__name__: builder() for builder in builders}
     names = {label: name for name, label in LABELS.items()}
@@ -417,6 +472,11 @@ positions are learnt, every policy that moves keys is refused, and so is a text 
 table of positions. A layer without positions of its own (SmolLM3, Cohere 2) attends under the same
 policies, as if all distances were alike. ALiBi's biases are exact here; transformers rounds
 Falcon's to bfloat16.
+
+`weights="int8"` (`--weights=int8`) keeps the matrices of every family in a quarter of the memory of
+float32, with one scale for each output channel; `lminf plan` states the bytes, and
+[results](results.md#weights-in-int8-and-bfloat16) what it costs in loss and gives in speed.
+Training, LoRA and export need floating-point weights.
 
 Not read: DeepSeek's MLA, which stores one vector a token from which the keys and values of all
 heads are made, where caches and policies here hold keys by head; recurrent layers, which keep a

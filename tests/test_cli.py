@@ -229,8 +229,9 @@ def test_the_type_of_numbers_is_chosen_on_the_command_line(command, monkeypatch)
 
     monkeypatch.setattr("lminf.lm.lm.LM.from_pretrained", from_pretrained)
     with pytest.raises(SystemExit):
-        cli.main([*command, "--dtype=bfloat16"])
+        cli.main([*command, "--dtype=bfloat16", "--weights=int8"])
     assert given["dtype"] == "bfloat16"
+    assert given["weights"] == "int8"
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,7 @@ def own_folder(tmp_path, monkeypatch):
 def test_a_policy_in_a_file_of_ones_own_is_known_to_the_command_line(own_folder, monkeypatch):
     spec = specs.change(specs.shallow(specs.LLAMA, 2), vocab_size=257)
     lm = LM(spec, specs.parameters(spec), ByteTokenizer())
-    monkeypatch.setattr(LM, "from_pretrained", lambda name, policy, dtype: lm.with_policy(policy))
+    monkeypatch.setattr(LM, "from_pretrained", lambda name, policy, **_: lm.with_policy(policy))
     args = cli.parse(["nll", "m", f"--policy=my_policies:{PULLED}"])
     assert _model.load(args).policy.name == f"my_policies:{PULLED}"
     mixed = lm.with_policy(f"per_layer:policies=(full,(my_policies:{PULLED}))")

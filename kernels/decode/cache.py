@@ -110,13 +110,23 @@ def append(
     prefix = (*prefix, jnp.arange(batch, dtype=jnp.int32)[:, None], slice(None))
 
     def write(stored: Array, slots: Int[Array, "B T"], fresh: Float[Array, "B T K X"]) -> Array:
+        fresh = fresh.astype(stored.dtype)
+        # XLA's CPU backend scatters bfloat16 in float32: it would convert all slots there and back
+        # for every token, nearly half of a step after 4,096. A select writes them once, in place.
+        alone = tokens == 1 and (layer is None or len(stored) == 1)
+        if alone and stored.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+            chosen = jnp.arange(stored.shape[-2], dtype=jnp.int32)[None] == slots
+            chosen, row = chosen[:, None, :, None], fresh.swapaxes(1, 2)
+            if layer is not None:
+                chosen, row = chosen[None], row[None]
+            return jnp.where(chosen, row, stored)
         # One scatter of rows [K, X]: XLA carries it out in place. One of a single row would become
         # an update that its CPU backend repeats for every reader, each time with a copy of all
         # slots: the second row is dropped.
         if slots.size == 1:
             slots = jnp.pad(slots, ((0, 0), (0, 1)), constant_values=stored.shape[-2])
             fresh = jnp.pad(fresh, ((0, 0), (0, 1), (0, 0), (0, 0)))
-        return stored.at[*prefix, slots].set(fresh.astype(stored.dtype), mode="drop")
+        return stored.at[*prefix, slots].set(fresh, mode="drop")
 
     length += count[:, 0]
     return RollingCache(

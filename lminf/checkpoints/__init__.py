@@ -14,6 +14,7 @@ from lminf.checkpoints import fetch, gguf, gguf_tokenizer, hf, hf_tokenizer
 from lminf.checkpoints.tensors import Progress
 from lminf.data.tokenizers import Tokenizer
 from lminf.errors import InputError, refusing
+from lminf.models.quantization import check_float
 from lminf.models.spec import ModelSpec
 from lminf.types import Params
 
@@ -101,6 +102,7 @@ def check_save(
         hf.must_be_new(Path(folder))
         hf.check_space(Path(folder), needed)
         return
+    check_float(checkpoint.params, purpose="export")
     policy = checkpoint.policy or FULL
     hf.check_save(Path(folder), checkpoint.spec, checkpoint.tokenizer, policy, needed)
 
@@ -111,6 +113,7 @@ def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
     The folder must be new or empty; it appears whole or not at all. A policy that config.json
     cannot express is written to lminf.json, where `load` finds it.
     """
+    check_float(checkpoint.params, purpose="export")
     policy = checkpoint.policy or FULL
     hf.save(Path(folder), checkpoint.spec, checkpoint.params, checkpoint.tokenizer, policy)
 

@@ -27,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "yarn:factor=4,trained_length=8192")  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="float32",
                         help="of weights and activations (float32)")  # fmt: skip
+    parser.add_argument("--weights", default="float", help="int8: matrices in a quarter of the "
+                        "memory of float32; float: in --dtype (float)")  # fmt: skip
     parser.add_argument("--special", choices=typing.get_args(Special), default="plain",
                         help="special tokens written out in texts: plain characters, or parsed as "
                         "tokens (plain)")  # fmt: skip
@@ -44,7 +46,9 @@ def load(args: argparse.Namespace) -> LM:
     policy = parse_policy(args.policy) if args.policy else None
     scaling = parse_choice(args.scaling, SCALINGS, what="scaling") if args.scaling else None
     devices.configure(fetch.compiled_folder())
-    lm = LM.from_pretrained(args.model, policy=policy, dtype=jnp.dtype(args.dtype))
+    lm = LM.from_pretrained(
+        args.model, policy=policy, dtype=jnp.dtype(args.dtype), weights=args.weights
+    )
     if policy is None and lm.policy != FULL:
         print(f"attending as trained, by {lm.policy.name} (lminf.json)", file=sys.stderr)
     if scaling is not None:

@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> None:
         "policy": lm.policy.name,
         "scaling": args.scaling,
         "dtype": args.dtype,
+        "weights": args.weights,
         "protocol": args.protocol,
         "model": args.model,
         "text_digests": [sources.digest(text) for text in texts],

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from rich.console import Console
 
@@ -23,12 +24,15 @@ from lminf.attention import policy as policies
 from lminf.attention.parsing import parse_policy
 from lminf.commands import sweep
 from lminf.errors import InputError
-from lminf.models import cost
+from lminf.models import cost, decoder
+from lminf.models.spec import ModelSpec
 from lminf.parallel import hardware, topology
 from lminf.parallel.hardware import Devices
 from lminf.run import request, tables
+from lminf.surgery.quantize import quantize
 from lminf.train import compiled, planning
 from lminf.train.step import TrainStep
+from lminf.types import Params
 
 SWEEPS = ("vocab_sweep", "step_sweep")
 DEFAULT = ("full", "window:window={w}", "lm_infinite:window={w},sinks=10")
@@ -48,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--length", type=int, help="tokens of the text; default: 4 x trained length"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
-                        help="of the cache (float32)")  # fmt: skip
+                        help="of weights and cache (float32)")  # fmt: skip
     parser.add_argument(
         "--override", dest="overrides", action="append", default=[], metavar="FIELD=VALUE",
         help="of the config, as in --override=mesh.fsdp=8; may repeat",
@@ -103,12 +107,26 @@ def run(args: argparse.Namespace) -> None:
         "model": args.model,
         "family": spec.family,
         "parameters": cost.parameters(spec),
+        **weight_facts(spec, jnp.dtype(args.dtype)),
         "matmul_flops_per_token": products,
         "trained_length": spec.trained_length,
         "length": length,
         "dtype": args.dtype,
     }
     show(args, facts, {"policies": rows})
+
+
+def weight_facts(spec: ModelSpec, dtype: Any) -> dict[str, int]:
+    """Bytes of a model's weights in `dtype`, and with its matrices in int8."""
+
+    def weights() -> Params:
+        params = decoder.init(spec, key=jax.random.key(0))
+        return jax.tree.map(lambda x: x.astype(dtype), params)
+
+    return {
+        "weights_bytes": cost.weight_bytes(jax.eval_shape(weights)),
+        "int8_weights_bytes": cost.weight_bytes(jax.eval_shape(lambda: quantize(weights()))),
+    }
 
 
 def plan_training(args: argparse.Namespace) -> None:

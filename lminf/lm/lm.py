@@ -23,18 +23,21 @@ from lminf.attention import cache, rope
 from lminf.attention import policy as policies
 from lminf.attention.parsing import parse_policy
 from lminf.attention.policy import FULL, AnyPolicy
+from lminf.config import closest
 from lminf.data.tokenizers import Special
 from lminf.errors import InputError
 from lminf.lm import generate, layerwise
 from lminf.lm.generate import CONTEXT, GREEDY, Forward, Sampling, TextStream
 from lminf.lm.nll import NLL, stream_nll
 from lminf.lm.protocol import OnAnswer, Score
-from lminf.models import cost, decoder
+from lminf.models import cost, decoder, quantization
 from lminf.models.spec import ModelSpec
 from lminf.parallel import hardware
+from lminf.surgery.quantize import quantize
 from lminf.types import Params
 
 Progress: TypeAlias = Callable[[int, int], None]  # (done, of), in tokens
+WEIGHTS = ("float", "int8")  # what a model's matrices may be kept in; float is the LM's dtype
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,14 +69,18 @@ class LM:
         *,
         policy: AnyPolicy | str | None = None,
         dtype: Any = jnp.float32,
+        weights: str = "float",
         progress: Progress | None = None,
     ) -> "LM":
         """A model that `lminf fetch` lists, a local folder, a .gguf file or a hub repository.
 
         Without a policy it attends as it was trained: as its lminf.json says, or else in full.
+        `dtype` is that of weights, activations and caches; weights="int8" keeps matrices in int8.
         """
         from lminf import checkpoints
 
+        if weights not in WEIGHTS:
+            raise InputError(f"weights={weights}: {closest(weights, WEIGHTS)}")
         if policy is not None:
             policy = parse_policy(policy)  # before anything is fetched
         loaded = checkpoints.load(name, dtype=dtype, progress=progress)
@@ -82,16 +89,17 @@ class LM:
                 f"{loaded.source} has no tokenizer; add its tokenizer.json, or read token ids "
                 f"with lminf.checkpoints.load"
             )
-        return cls(
-            loaded.spec, loaded.params, loaded.tokenizer, policy or loaded.policy or FULL, dtype
-        )
+        params = quantize(loaded.params) if weights == "int8" else loaded.params
+        return cls(loaded.spec, params, loaded.tokenizer, policy or loaded.policy or FULL, dtype)
 
     def __repr__(self) -> str:
         """Three lines: the model, what it was trained on, how it attends."""
-        spec, count = self.spec, sum(x.size for x in jax.tree.leaves(self.params))
+        spec, dtype = self.spec, jnp.dtype(self.dtype).name
+        count = quantization.parameters(self.params)
+        kept = f"int8 and {dtype}" if quantization.is_quantized(self.params) else dtype
         devices = 1 if self.mesh is None else self.mesh.size
         return (
-            f"LM of {count:,} parameters in {jnp.dtype(self.dtype).name}: {spec.num_layers} layers "
+            f"LM of {count:,} parameters in {kept}: {spec.num_layers} layers "
             f"of width {spec.width}, {spec.vocab_size:,} tokens\n"
             f"  trained at {spec.trained_length:,} tokens, positions {spec.encoding}\n"
             f"  policy {self.policy.name}, on {devices} device{'s' if devices > 1 else ''}"

@@ -10,12 +10,18 @@ import jax.numpy as jnp
 from lminf.attention.policy import LayerPolicy, PerHead, Policy
 from lminf.models import decoder
 from lminf.models.spec import ModelSpec
+from lminf.types import Params
 
 
 def parameters(spec: ModelSpec) -> int:
     """The number of parameters; a tied head counts once."""
     shapes = jax.eval_shape(lambda: decoder.init(spec, key=jax.random.key(0)))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def weight_bytes(params: Params) -> int:
+    """Bytes of parameters, or of their shapes; int8 ones with their scales."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 
 
 def active_parameters(spec: ModelSpec) -> int:

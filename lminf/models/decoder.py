@@ -22,6 +22,7 @@ from lminf.attention.policy import FULL, LayerPolicy
 from lminf.attention.scores import ScoreConfig
 from lminf.errors import InputError
 from lminf.models import heads, layer_scan, layers, moe
+from lminf.models.quantization import QuantizedWeights, dequantize
 from lminf.models.spec import ModelSpec
 from lminf.types import Hidden, Params, Positions, Tokens
 
@@ -100,16 +101,14 @@ class Decoder(nn.Module):
         s = self.spec
         self._check_inputs(tokens, embeds, caches, bidirectional)
         embed = self.param("embed", nn.initializers.normal(s.width**-0.5), (s.vocab_size, s.width))
-        stacked = {
-            name: self.param(name, lambda key, part=part: _init_layers(part, key))
-            for name, part in stages_of(s).items()
-        }
+        stacked = {name: self._stacked(name, part) for name, part in stages_of(s).items()}
         if embeds is None:
             assert tokens is not None
             # A table that is sharded by width is gathered first: looked up in shards, every row
             # would be sent twice.
-            table = {"embed": self.constrain(embed, "vocab", None)}
-            embeds = embed_tokens(s, table, tokens, dtype=self.dtype)
+            if not isinstance(embed, QuantizedWeights):
+                embed = self.constrain(embed, "vocab", None)
+            embeds = embed_tokens(s, {"embed": embed}, tokens, dtype=self.dtype)
         x = self._placed(embeds.astype(self.dtype), positions)
         x = self.constrain(x, "batch", "residual_length", None)
         if not s.tied:
@@ -140,6 +139,14 @@ class Decoder(nn.Module):
             s, self.variables["params"], self.policies, tuple(updated), tokens=tokens,
             positions=positions, hidden=x,
         )  # fmt: skip
+
+    def _stacked(self, name: str, part: ModelSpec) -> Params:
+        """The parameters of layers alike. Their shapes are checked where each layer uses them:
+        quantised ones have not the leaves of those that are initialised.
+        """
+        if self.is_initializing():
+            return self.param(name, lambda key: _init_layers(part, key))
+        return self.variables["params"][name]
 
     def _placed(self, x: Hidden, positions: Positions) -> Hidden:
         """`place_embeds` with this module's parameters."""
@@ -283,7 +290,8 @@ def embed_tokens(
     spec: ModelSpec, params: Params, tokens: Tokens, *, dtype: Any = jnp.float32
 ) -> Hidden:
     """What the layers read of tokens: rows of the embedding, times the spec's embed_scale."""
-    return params["embed"][tokens].astype(dtype) * jnp.asarray(spec.embed_scale, dtype)
+    rows = jax.tree.map(lambda leaf: leaf[tokens], params["embed"])
+    return dequantize(rows, dtype) * jnp.asarray(spec.embed_scale, dtype)
 
 
 def place_embeds(spec: ModelSpec, params: Params, x: Hidden, positions: Positions) -> Hidden:

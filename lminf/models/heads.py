@@ -11,21 +11,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lminf.models.layers import product
+from lminf.models.quantization import Weights
 from lminf.models.spec import ModelSpec
 from lminf.types import Params
 
 Pooling: TypeAlias = Literal["mean", "last"]
 
 
-def classifier(params: Params) -> Float[Array, "V D"]:
-    """The output embedding of the decoder's parameters: the input embedding where they are tied."""
+def classifier(params: Params) -> Weights:
+    """The output embedding [V, D] of a decoder: the input embedding where the two are tied."""
     return params.get("head", params["embed"])
 
 
 def lm(spec: ModelSpec, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Next-token logits, from the decoder's own parameters."""
-    weights, rows = classifier(params).astype(hidden.dtype), hidden.reshape(-1, hidden.shape[-1])
-    logits = product(rows, weights, dtype=jnp.float32, transposed=True)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    logits = product(rows, classifier(params), dtype=jnp.float32, transposed=True)
     logits = logits.reshape(*hidden.shape[:-1], -1)
     if spec.logit_scale != 1.0:
         logits = logits * spec.logit_scale

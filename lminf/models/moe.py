@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lminf.models.quantization import QuantizedWeights
 from lminf.models.spec import MoESpec
 from lminf.types import Hidden
 
@@ -120,8 +121,13 @@ class Experts(nn.Module):
         init = nn.initializers.lecun_normal(batch_axis=0)
 
         def project(x, name, columns):
-            w = self.param(name, init, (s.experts, x.shape[2], columns)).astype(x.dtype)
-            y = jnp.einsum("eci,eio->eco", x, w)
+            w = self.param(name, init, (s.experts, x.shape[2], columns))
+            if isinstance(w, QuantizedWeights):
+                values = w.qvalue.astype(x.dtype)
+                y = jnp.einsum("eci,eio->eco", x, values, preferred_element_type=jnp.float32)
+                y = (y * w.scale).astype(x.dtype)
+            else:
+                y = jnp.einsum("eci,eio->eco", x, w.astype(x.dtype))
             if not s.bias:
                 return y
             bias = self.param(f"b_{name}", nn.initializers.zeros, (s.experts, columns))

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from lminf import kernels
 from lminf.models import heads
+from lminf.models.quantization import dequantize
 from lminf.models.spec import ModelSpec
 from lminf.types import Params
 
@@ -21,7 +22,7 @@ def token_nll(
     """-log p(target) of every position, nats, float32. `options` go to the kernel."""
     loss = kernels.linear_cross_entropy(
         hidden,
-        heads.classifier(params).astype(hidden.dtype),
+        dequantize(heads.classifier(params), hidden.dtype),
         targets,
         bias=params["head_bias"] if spec.head_bias else None,
         logits_soft_cap=spec.final_soft_cap,

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from lminf import kernels
 from lminf.models import heads
+from lminf.models.quantization import dequantize
 from lminf.models.spec import ModelSpec
 from lminf.objectives.terms import TokenLoss
 from lminf.parallel import partition
@@ -27,7 +28,7 @@ def token_loss(
     """-log p(target) everywhere; no [B, T, V] array on any device, forward or backward."""
     rules = strategy.activations
     rows = partition.spec(("batch", "length"), targets.shape, rules, mesh)
-    classifier = heads.classifier(params).astype(hidden.dtype)
+    classifier = dequantize(heads.classifier(params), hidden.dtype)
     bias = params["head_bias"].astype(jnp.float32) if spec.head_bias else None
     over = partition.spec(("vocab",), classifier.shape[:1], rules, mesh)[0]
 

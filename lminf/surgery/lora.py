@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from lminf import ranges
 from lminf.errors import InputError
 from lminf.models import decoder
+from lminf.models.quantization import check_float
 from lminf.ranges import Range
 from lminf.types import Params
 
@@ -39,6 +40,7 @@ class LoRA:
 
     def init(self, params: Params, *, key: jax.Array) -> dict[str, Any]:
         """Adapters that change nothing yet: A is drawn, B is zero."""
+        check_float(params, purpose="LoRA")
         adapters = {}
         for group, matrices in params["layers"].items():
             for name, w in matrices.items():
@@ -57,6 +59,7 @@ class LoRA:
 
     def merge(self, params: Params, adapters: Mapping[str, Any]) -> Params:
         """The parameters of the adapted model, in the dtype of `params`."""
+        check_float(params, purpose="LoRA")
         layers = dict(params["layers"])
         for group, matrices in adapters["layers"].items():
             layers[group] = {

@@ -15,6 +15,7 @@ from lminf import ranges
 from lminf.attention.policy import LayerPolicy
 from lminf.errors import InputError
 from lminf.models import decoder
+from lminf.models.quantization import check_float
 from lminf.models.spec import ModelSpec
 from lminf.objectives import terms
 from lminf.objectives.terms import CrossEntropy, Term
@@ -187,6 +188,7 @@ class TrainStep:
 
         A reference that is not given is this model.
         """
+        check_float((params, references), purpose="training")
         exact, frozen = (
             jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
             for tree in (params, dict(references or {}))

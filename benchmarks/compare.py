@@ -41,6 +41,7 @@ OURS = {  # name -> arguments of ours.py
     LAMBDA: (f"--policy={LAMBDA}",),
     NARROW: (f"--policy={NARROW}",),
     "full bfloat16": (f"--policy={FULL}", "--dtype=bfloat16"),
+    "full int8": (f"--policy={FULL}", "--weights=int8"),
     "lm_infinite bfloat16": (f"--policy={LAMBDA}", "--dtype=bfloat16"),
 }
 
@@ -67,6 +68,7 @@ GOALS = (
     Goal("decode", "full bfloat16", FULL, least=1.0),
     Goal("decode", "full bfloat16", "transformers bfloat16", least=1.0),
     Goal("decode", FULL, "llama.cpp", least=0.45),
+    Goal("decode", "full int8", "llama.cpp", least=0.45),
 )
 
 

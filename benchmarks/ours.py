@@ -19,7 +19,7 @@ from lminf.checkpoints import fetch
 from lminf.config import parse_choice
 from lminf.data import sources
 from lminf.lm.generate import GREEDY, generate_tokens
-from lminf.lm.lm import LM
+from lminf.lm.lm import WEIGHTS, LM
 from lminf.run import devices, memory
 
 
@@ -32,10 +32,13 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=4096, help="tokens before the first new one")
     parser.add_argument("--new", type=int, default=32, help="tokens to decode")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--weights", choices=WEIGHTS, default="float")
     args = parser.parse_args()
     devices.configure(fetch.compiled_folder())
     policy = parse_choice(args.policy, POLICIES, what="policy")
-    lm = LM.from_pretrained(args.model, policy=policy, dtype=jnp.dtype(args.dtype))
+    lm = LM.from_pretrained(
+        args.model, policy=policy, dtype=jnp.dtype(args.dtype), weights=args.weights
+    )
     lm = lm.with_devices(jax.local_devices())
     measured = {"read": read, "decode": decode}[args.work](lm, args)
     print(json.dumps({"policy": policy.name, "peak_memory_bytes": memory.peak_bytes(), **measured}))

@@ -19,7 +19,7 @@ from lminf.checkpoints import fetch
 from lminf.config import parse_choice
 from lminf.data import sources
 from lminf.lm.generate import GREEDY, generate_tokens
-from lminf.lm.lm import WEIGHTS, LM
+from lminf.lm.lm import LM, WEIGHTS
 from lminf.run import devices, memory
 
 

@@ -39,8 +39,8 @@ def layer_params(spec: ModelSpec, params: Params) -> list[Params]:
     """The parameters of each layer, as views of the stacked arrays of one CPU device."""
 
     def view(x: jax.Array | np.ndarray, row: int) -> jax.Array:
-        committed = isinstance(x, jax.Array) and x.committed
-        return jax.device_put(np.asarray(x)[row], x.sharding if committed else None)
+        device = x.sharding if isinstance(x, jax.Array) and x.committed else None
+        return jax.device_put(np.asarray(x)[row], device)
 
     return [
         jax.tree.map(partial(view, row=row), params[name])

@@ -32,6 +32,8 @@ class NeedleTask:
     max_new_tokens = ANSWER_TOKENS
     stop: Sequence[str] = ()
     paired: Sequence[str] = ()
+    scope, diffusion = "low", "low"  # lminf.evals.suites.generated says of what
+    levels = ("depth", (0.0, 0.25, 0.5, 0.75, 1.0))
 
     def prompt(self, instance: Needle) -> str:
         return instance.prompt

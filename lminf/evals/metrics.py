@@ -39,9 +39,7 @@ def character_f1(completion: str, reference: str) -> float:
     """F1 of the characters, for languages without spaces. LongBench cuts words by jieba instead, so
     its scores of Chinese answers differ.
     """
-    one, two = ("".join(t.lower().translate(WIDE_PUNCTUATION).split())
-                for t in (completion, reference))  # fmt: skip
-    return bag_f1(one, two)
+    return bag_f1(_characters(completion), _characters(reference))
 
 
 def set_f1(found: Collection[Hashable], expected: Collection[Hashable]) -> float:
@@ -70,9 +68,30 @@ def rouge_l(completion: str, reference: str) -> float:
     """F1 of the longest common subsequence of words: lower case, letters and digits alone, without
     stemming, as rouge-score 0.1.2 computes it.
     """
-    found, expected = (re.findall(r"[a-z0-9]+", t.lower()) for t in (completion, reference))
+    found, expected = _rouge_words(completion), _rouge_words(reference)
     common = longest_common(found, expected)
     return 2 * common / (len(found) + len(expected)) if common else 0.0
+
+
+def rouge_l_recall(completion: str, reference: str) -> float:
+    """The share of the reference's words in the longest common subsequence."""
+    expected = _rouge_words(reference)
+    return longest_common(_rouge_words(completion), expected) / len(expected) if expected else 0.0
+
+
+def character_rouge_l(completion: str, reference: str) -> float:
+    """F1 of the longest common subsequence of characters, for languages without spaces."""
+    found, expected = _characters(completion), _characters(reference)
+    common = longest_common(found, expected)
+    return 2 * common / (len(found) + len(expected)) if common else 0.0
+
+
+def _rouge_words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
+def _characters(text: str) -> str:
+    return "".join(text.lower().translate(WIDE_PUNCTUATION).split())
 
 
 def edit_similarity(completion: str, reference: str) -> float:

@@ -11,9 +11,12 @@ from lminf.config import closest, parse_choice
 from lminf.errors import InputError
 from lminf.evals.key_value import KeyValue
 from lminf.evals.passkey import Passkey
-from lminf.evals.suites import ada_leval, needle_threading, ruler, ruler_aggregation
+from lminf.evals.suites import ada_leval, composed_files, needle_threading, ruler, ruler_aggregation
 from lminf.evals.suites.babilong import BabiLong
+from lminf.evals.suites.infinite_bench import InfiniteBench
 from lminf.evals.suites.long_ins import LongIns
+from lminf.evals.suites.longbench import LongBench, LongBenchV2
+from lminf.evals.suites.loogle import LooGLE
 from lminf.evals.suites.m4le import Composed
 from lminf.evals.suites.many_shot import ManyShot
 from lminf.evals.task import Task
@@ -37,9 +40,21 @@ SUITES: Mapping[str, Sequence[Any]] = {
     ),
     "ada_leval": (ada_leval.TSort, ada_leval.BestAnswer),
 }
+# The tasks of published files, which their field `path` gives.
+FILES: tuple[Any, ...] = (
+    LongBench,
+    LongBenchV2,
+    InfiniteBench,
+    LooGLE,
+    composed_files.NeedleThreadingFile,
+    composed_files.BestAnswerFile,
+    composed_files.LongInsFile,
+    composed_files.M4LEFile,
+    composed_files.SuperGPQA,
+)
 KINDS: tuple[Any, ...] = (
     Passkey, KeyValue, *(kind for kinds in SUITES.values() for kind in kinds), BabiLong, LongIns,
-    ManyShot, Composed,
+    ManyShot, Composed, *FILES,
 )  # fmt: skip
 TASKS: Mapping[str, Any] = {kind.name: kind for kind in KINDS}
 

@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     if arg == "tiny":
         c.model = "tiny"
-        c.tasks = ("single_needle:depth=0.0", "single_needle:depth=1.0", "niah_multivalue:values=2")
-        c.lengths, c.instances = (600, 1200), 2
+        c.tasks = ("single_needle:depth=0.0", "single_needle:depth=1.0", "m4le:ability=global")
+        c.lengths, c.instances = (400, 800), 2
         c.policies = ("full", "lm_infinite:window=64,sinks=4")
     return c

@@ -351,3 +351,27 @@ def test_a_task_is_measured_at_its_levels_unless_the_field_is_given():
 def test_a_task_that_is_not_there_is_refused_in_a_sentence(text, message):
     with pytest.raises(InputError, match=message):
         catalog.parse(text)
+
+
+# --- The text of the machine ----------------------------------------------------------------------
+
+
+def test_prose_is_the_paragraphs_of_a_file_without_lists_headings_and_code(tmp_path):
+    path = tmp_path / "text.txt"
+    lines = [f"Paragraph {n} is long enough to be one of the prose {'x' * 40}." for n in range(9)]
+    others = ["A heading", "  code(x)", "* A list of things", lines[0], f"{'A long line ' * 9}:"]
+    path.write_text("\n\n".join([*others[:3], *lines, *others[3:]]))
+    assert prose.paragraphs(str(path)) == tuple(lines)
+    assert prose.followed(str(path)) == tuple(range(8))
+    path.with_name("short.txt").write_text("\n\n".join(lines[:3]))
+    with pytest.raises(
+        InputError, match=r"short\.txt has 3 paragraphs of prose, which .* at least 8"
+    ):
+        prose.paragraphs(str(path.with_name("short.txt")))
+
+
+@pytest.mark.slow
+def test_the_documentation_of_python_fills_long_prompts():
+    for name in ("tsort", "best_answer", "document_qa", "common_words"):
+        (item,) = catalog.parse(name)[-1].instances(Budget.characters(150_000), count=1, key=(0,))
+        assert 149_000 < item.tokens <= 150_000

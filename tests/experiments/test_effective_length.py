@@ -20,7 +20,7 @@ from lminf.run import folder
 from tests.evals.suite_solvers import SOLVERS
 
 WINDOWED = "lm_infinite:window=700,sinks=4"
-TASKS = ("single_needle:depth=0.0", "single_needle:depth=1.0", "niah_multivalue:values=2",
+TASKS = ("single_needle:depth=0.0", "single_needle:depth=1.0", "multi_needle:needles=2",
          "single_thread:thread_length=2", "conditional_needle:needles=2")  # fmt: skip
 
 
@@ -40,7 +40,6 @@ def by_eye(random_lm, monkeypatch):
 
 
 STARTS = {
-    "special magic": SOLVERS["niah_multivalue"],
     "the character": SOLVERS["conditional_needle"],
     "follow the values": SOLVERS["single_thread"],
     "JSON": SOLVERS["single_needle"],
@@ -109,7 +108,7 @@ def test_right_and_wrong_answers_are_pooled_by_wilson_and_others_by_their_own_in
 
 @pytest.mark.slow
 def test_the_command_leaves_a_run_and_goes_on_with_one(tmp_path, capsys):
-    words = ["eval", "single_needle,niah_multivalue:values=2", "--model=m", "--lengths=1k",
+    words = ["eval", "single_needle,multi_needle:needles=2", "--model=m", "--lengths=1k",
              f"--policy=full,{WINDOWED}", "--instances=2", f"--out={tmp_path / 'run'}"]  # fmt: skip
     cli.main(words)
     assert "effective length" in capsys.readouterr().out

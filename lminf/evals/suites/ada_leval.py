@@ -108,7 +108,7 @@ class BestAnswer(SuiteTask):
 
     def item(self, budget: Budget, random: np.random.Generator) -> Item:
         paragraphs = prose.paragraphs(self.text)
-        asked = int(random.integers(len(paragraphs) - 1))
+        asked = int(random.choice(prose.followed(self.text)))
         near = sorted(range(len(paragraphs)), key=lambda index: abs(index - asked - 0.5))
         distractors = [index for index in near if index not in (asked, asked + 1)]
         ranks = random.random(len(distractors))  # the order in which they are shown

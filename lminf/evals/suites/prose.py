@@ -1,10 +1,13 @@
-"""Real text to hide things in: the interpreter's documentation, or a file.
+"""Real text to hide things in: the documentation in the interpreter's library, or a file.
 
 The text is read where it is installed and is not part of this repository. It differs with the
-version of Python, which the digest of the prompts in every row tells.
+version of Python, which the digest of the prompts in every row tells. It takes seconds to collect,
+once a process, and holds 170,000 tokens of SmolLM2 in articles of a few paragraphs; where the order of a
+long text matters, a book is better.
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -19,17 +22,41 @@ WORD = re.compile(r"\b[a-z]{4,9}\b")
 
 
 @functools.cache
-def paragraphs(path: str | None) -> Sequence[str]:
-    """The paragraphs of prose, each on one line: no lists, tables, headings or code."""
-    blocks = re.split(r"\n\s*\n", sources.text_of(path))
-    lines = [" ".join(block.split()) for block in blocks if block[:1].isupper()]
-    prose = tuple(dict.fromkeys(line for line in lines if len(line) >= 80 and line[-1] in ".!?"))
-    if len(prose) < 8:
+def articles(path: str | None) -> Sequence[Sequence[str]]:
+    """The paragraphs of prose of each article, or of the whole file, each on one line and there
+    once: no lists, tables, headings or code.
+    """
+    seen: set[str] = set()
+    found = []
+    for text in [sources.read_text(path)] if path else sources.python_prose():
+        blocks = re.split(r"\n\s*\n", text)
+        lines = [" ".join(block.split()) for block in blocks if block[:1].isupper()]
+        prose = [line for line in dict.fromkeys(lines) if len(line) >= 80 and line[-1] in ".!?"]
+        found.append(tuple(line for line in prose if line not in seen))
+        seen.update(prose)
+    if len(seen) < 8:
         raise InputError(
-            f"{path} has {len(prose)} paragraphs of prose, which are set apart by blank lines, "
+            f"{path} has {len(seen)} paragraphs of prose, which are set apart by blank lines, "
             f"begin with a capital and end with a full stop; give a text of at least 8"
         )
-    return prose
+    return tuple(found)
+
+
+@functools.cache
+def paragraphs(path: str | None) -> Sequence[str]:
+    """The paragraphs of all articles."""
+    return tuple(itertools.chain(*articles(path)))
+
+
+@functools.cache
+def followed(path: str | None) -> Sequence[int]:
+    """The indices of the paragraphs that another one of the same article follows."""
+    first = 0
+    indices: list[int] = []
+    for article in articles(path):
+        indices += range(first, first + len(article) - 1)
+        first += len(article)
+    return tuple(indices)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from lminf.evals import runner
 from lminf.evals.runner import Cell, Subject
 from lminf.evals.suites import catalog, composed_files, longbench
 from lminf.evals.suites.infinite_bench import InfiniteBench
+from lminf.evals.suites.long_icl import LongICL
 from lminf.evals.suites.longbench import LongBench, LongBenchV2
 from lminf.evals.suites.loogle import LooGLE
 from lminf.evals.suites.needle_threading import SingleThread
@@ -124,6 +125,7 @@ def test_a_file_that_is_not_there_or_has_too_few_questions_is_refused(file_of, t
 def test_every_reader_takes_its_path_on_the_command_line():
     for kind in catalog.FILES:
         (task,) = catalog.parse(f"{kind.name}:path=some/file.jsonl")
+        assert kind.scope in ("low", "high")
         assert task == kind("some/file.jsonl")
     with pytest.raises(InputError, match="lacks path"):
         catalog.parse("longbench")
@@ -290,3 +292,29 @@ def test_super_gpqa_has_up_to_ten_options_and_disciplines(file_of):
     assert score_of(task, "A") == 0
     with pytest.raises(InputError, match='has no discipline "Art"; it has Law'):
         composed_files.SuperGPQA(task.path, discipline="Art").questions()
+
+
+def test_long_icl_shows_rounds_of_all_labels_or_groups_of_them(file_of):
+    shots = [{"text": f"text {n}", "label": n % 3} for n in range(9)]
+    path, examples = file_of("test.json", [{"text": "new", "label": 1}]), file_of("s.json", shots)
+
+    def labels(task):
+        (item,) = task.instances(Budget.characters(900), count=1, key=(0,))
+        return "".join(line[-1] for line in item.prompt.split("\n") if line.startswith("Label: "))
+
+    assert labels(LongICL(path, shots=examples, rounds=2)) == "012012"
+    assert labels(LongICL(path, shots=examples, rounds=2, order="grouped")) == "001122"
+    assert score_of(LongICL(path, shots=examples), " 1.") == 1
+    assert score_of(LongICL(path, shots=examples), " 2") == 0
+    relation = {"sentence": "He left.", "subject_entity": "He", "object_entity": "it",
+                "relation": "per:title"}  # fmt: skip
+    task = LongICL(file_of("tacred.json", [relation]), shots=file_of("t.json", [relation]))
+    assert (
+        "Text: He left.\nSubject: He; object: it\nLabel: per:title" in task.questions()[0].context
+    )
+    with pytest.raises(InputError, match="give it with shots=FILE"):
+        LongICL(path).questions()
+    with pytest.raises(InputError, match=r"neither 'text' nor 'sentence' \(it has 'x'\)"):
+        LongICL(path, shots=file_of("x.json", [{"x": 1}])).questions()
+    with pytest.raises(InputError, match=r"takes \d+ characters, more than the length 99"):
+        LongICL(path, shots=examples).instances(Budget.characters(99), count=1, key=(0,))

@@ -12,13 +12,18 @@ from lminf.errors import InputError
 from lminf.evals import runner
 from lminf.evals.runner import Cell, Subject
 from lminf.evals.suites import ada_leval, catalog, generated, needle_threading, prose
+from lminf.evals.suites.long_write import LongWrite
 from lminf.evals.suites.many_shot import ManyShot
 from lminf.evals.task import Budget
 from lminf.lm.scripted import Scripted
 from tests.evals import suite_solvers
 
-GENERATED = [kind.name for kind in catalog.KINDS if issubclass(kind, generated.SuiteTask)
-             and kind not in catalog.FILES]  # fmt: skip
+# Those whose prompts fill a budget.
+GENERATED = [
+    kind.name
+    for kind in catalog.KINDS
+    if issubclass(kind, generated.SuiteTask) and kind not in (*catalog.FILES, LongWrite)
+]
 LENGTH = 9_000  # characters
 WORDS = [a + b + c for a, b, c in itertools.product(
     ("tar", "mel", "sop", "ling", "dra", "ove", "ki", "bu"), ("ed", "in", "as", "or", "um", "et"),
@@ -262,6 +267,20 @@ def test_who_reads_only_the_last_half_finds_the_late_needles():
 
     found = [row["score"] for row in rows_of(catalog.parse("single_needle"), last_half)]
     assert found == [0, 0, 0, 1, 1]
+
+
+# --- Long writing ---------------------------------------------------------------------------------
+
+
+def test_long_writing_is_scored_by_the_words_written():
+    def write(prompt):  # half of them
+        return "w " * (int(re.search(r"of (\d+) words", prompt)[1]) // 2)
+
+    assert [row["score"] for row in rows_of(catalog.parse("long_write"), write)] == [0.5] * 3
+    assert [row["score"] for row in rows_of([LongWrite(20)], lambda _: "w " * 20)] == [1]
+    assert {task.max_new_tokens for task in catalog.parse("long_write")} == {1000, 4000, 16_000}
+    with pytest.raises(InputError, match=r"a prompt with 1 request takes \d+ characters"):
+        items_of(LongWrite(20), 10)
 
 
 # --- Answers in text ------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ from lminf.evals.passkey import Passkey
 from lminf.evals.suites import ada_leval, composed_files, needle_threading, ruler, ruler_aggregation
 from lminf.evals.suites.babilong import BabiLong
 from lminf.evals.suites.infinite_bench import InfiniteBench
+from lminf.evals.suites.long_icl import LongICL
 from lminf.evals.suites.long_ins import LongIns
+from lminf.evals.suites.long_write import LongWrite
 from lminf.evals.suites.longbench import LongBench, LongBenchV2
 from lminf.evals.suites.loogle import LooGLE
 from lminf.evals.suites.m4le import Composed
@@ -51,10 +53,11 @@ FILES: tuple[Any, ...] = (
     composed_files.LongInsFile,
     composed_files.M4LEFile,
     composed_files.SuperGPQA,
+    LongICL,
 )
 KINDS: tuple[Any, ...] = (
     Passkey, KeyValue, *(kind for kinds in SUITES.values() for kind in kinds), BabiLong, LongIns,
-    ManyShot, Composed, *FILES,
+    ManyShot, Composed, LongWrite, *FILES,
 )  # fmt: skip
 TASKS: Mapping[str, Any] = {kind.name: kind for kind in KINDS}
 

@@ -315,20 +315,22 @@ def test_a_label_is_the_last_one_mentioned(completion, label):
 # --- Filling a budget -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [17, 57, 58, 1000, 12345])
-def test_filling_asks_the_tokenizer_a_handful_of_times(size):
+def test_filling_leaves_no_room_for_one_more_and_asks_the_tokenizer_a_handful_of_times():
     asked = []
 
     def encode(text):
         asked.append(text)
         return text
 
-    lengths = np.random.default_rng(0).integers(1, 20, 5000).cumsum()
-    filled = generated.fill(
-        Budget(size, encode, "characters"), lambda n: "x" * int(lengths[n]), part="line"
-    )
-    assert filled.tokens == lengths[filled.parts] <= size < lengths[filled.parts + 1]
-    assert len(asked) <= 12
+    random = np.random.default_rng(0)
+    parts = np.where(random.random(5000) < 0.2, random.integers(50, 90, 5000), 1)  # unlike ones
+    lengths = np.concatenate([[17], 17 + parts.cumsum()])
+    for size in (17, 18, *random.integers(19, lengths[-2], 60)):
+        asked.clear()
+        budget = Budget(int(size), encode, "characters")
+        filled = generated.fill(budget, lambda n: "x" * int(lengths[n]), part="line")
+        assert filled.tokens == lengths[filled.parts] <= size < lengths[filled.parts + 1]
+        assert len(asked) <= 25
 
 
 def test_filling_stops_where_there_is_no_more():

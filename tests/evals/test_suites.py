@@ -24,7 +24,7 @@ GENERATED = [
     for kind in catalog.KINDS
     if issubclass(kind, generated.SuiteTask) and kind not in (*catalog.FILES, LongWrite)
 ]
-LENGTH = 9_000  # characters
+LENGTH = 6_000  # characters
 WORDS = [a + b + c for a, b, c in itertools.product(
     ("tar", "mel", "sop", "ling", "dra", "ove", "ki", "bu"), ("ed", "in", "as", "or", "um", "et"),
     ("a", "ish", "on", "ik", "us", "em", "o", "ir", "ur", "y"))]  # fmt: skip
@@ -64,7 +64,7 @@ def solver_of(name, book):
     return suite_solvers.SOLVERS[name]
 
 
-def rows_of(tasks, answer, *, length=LENGTH, count=6):
+def rows_of(tasks, answer, *, length=LENGTH, count=3):
     subject = Subject(Scripted(answer), {"model": "scripted"})
     cells = [Cell(task, length, count) for task in tasks]
     return list(runner.measure([subject], cells, budget=Budget.characters, seed=0))
@@ -99,7 +99,7 @@ PARAGRAPH, SENTENCE = 420, 120  # the longest of the book
 
 
 @pytest.mark.parametrize("name", GENERATED)
-@pytest.mark.parametrize("length", [6000, 9001])
+@pytest.mark.parametrize("length", [5001])
 def test_a_prompt_fills_its_budget_to_within_one_part(name, length, tasks_of):
     of_prose = PARAGRAPH if name in ("document_qa", "best_answer") else SENTENCE
     for task in tasks_of(name):
@@ -208,7 +208,7 @@ def test_a_haystack_is_a_json_object_of_different_keys_and_values():
         (item,) = items_of(task, count=1)
         pairs = suite_solvers.pairs_of(item.prompt)
         keys, values = zip(*pairs, strict=True)
-        assert len(set(keys)) == len(keys) > 80
+        assert len(set(keys)) == len(keys) > 60
         assert len(set(values)) == len(values)
         # Of a chain's values all but the last are keys.
         assert len(set(keys) & set(values)) == task.threads * (task.thread_length - 1)
@@ -260,12 +260,13 @@ def test_half_of_the_values_of_a_list_score_a_half():
     assert task.score(task.parse(" ".join(["0" * 8, *item.answer[::-1]])), item) == 1
 
 
-def test_who_reads_only_the_last_half_finds_the_late_needles():
-    def last_half(prompt):
-        pairs = dict(suite_solvers.pairs_of(prompt)[-50:])
-        return pairs.get(suite_solvers.keys_asked(prompt)[0], "?")
+def test_who_reads_only_the_last_third_finds_the_late_needles():
+    def last_third(prompt):
+        pairs = suite_solvers.pairs_of(prompt)
+        late = dict(pairs[-(len(pairs) // 3) :])
+        return late.get(suite_solvers.keys_asked(prompt)[0], "?")
 
-    found = [row["score"] for row in rows_of(catalog.parse("single_needle"), last_half)]
+    found = [row["score"] for row in rows_of(catalog.parse("single_needle"), last_third)]
     assert found == [0, 0, 0, 1, 1]
 
 

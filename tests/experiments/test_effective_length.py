@@ -76,7 +76,7 @@ def test_the_figures_are_a_panel_a_task_and_a_map_where_there_are_levels(rows):
     figures = effective_length.plot(rows)
     assert set(figures) == {"scores", "single_needle"}
     assert all(isinstance(figure, Figure) for figure in figures.values())
-    one = effective_length.plot([row for row in rows if row["length"] == 700])
+    one = effective_length.plot([row for row in rows if row["length"] == 700][:2])
     assert set(one) == {"scores", "single_needle"}
 
 

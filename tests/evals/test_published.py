@@ -187,6 +187,9 @@ def test_version_2_is_scored_by_letter(file_of):
     assert "\n(C) option C\n" in item.prompt
     assert score_of(task, "C) option C") == 1
     assert score_of(task, "The correct answer is (A)") == 0
+    likeliest = LongBenchV2(task.path, answers="likeliest")
+    assert "".join(likeliest.choices(item)) == "ABCD"
+    assert task.choices(item) == ()
     with pytest.raises(InputError, match="another version"):
         LongBench(file_of("qasper.json", [record])).questions()
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lminf.evals.suites import prose
-from lminf.evals.suites.generated import Item, SuiteTask, fill
+from lminf.evals.suites.generated import Answers, Item, SuiteTask, fill
 from lminf.evals.suites.ruler import Share
 from lminf.evals.task import Budget
 
@@ -57,6 +57,7 @@ class TSort(SuiteTask):
     """The order of the segments as a JSON list: the numbers of the first to the last."""
 
     text: str | None = None  # a file of prose; none: the interpreter's documentation
+    answers: Answers = "written"
 
     name = "tsort"
     scope, diffusion = "high", "high"
@@ -89,7 +90,8 @@ class TSort(SuiteTask):
         filled = fill(budget, prompt, part="word", least=1, most=most)
         prose.check_filled(filled, most, self.text, budget)
         answer = tuple(order.index(place) + 1 for place in range(SEGMENTS))
-        return Item(filled.prompt, answer, filled.tokens)
+        options = tuple(f" [{', '.join(each)}]" for each in ORDERS)
+        return Item(filled.prompt, answer, filled.tokens, options=options)
 
     def parse(self, completion: str) -> tuple[int, ...] | None:
         return order_in(completion)
@@ -101,6 +103,7 @@ class BestAnswer(SuiteTask):
 
     depth: Share | None = None  # share of the candidates before it; none: drawn
     text: str | None = None
+    answers: Answers = "written"
 
     name = "best_answer"
     scope, diffusion = "high", "high"
@@ -135,7 +138,8 @@ class BestAnswer(SuiteTask):
         filled = fill(budget, prompt, part="candidate", least=2, most=len(distractors) + 1)
         prose.check_filled(filled, len(distractors) + 1, self.text, budget)
         answer = shown(filled.parts).index(asked + 1) + 1, filled.parts
-        return Item(filled.prompt, answer, filled.tokens)
+        options = tuple(f" A{label}" for label in range(1, filled.parts + 1))
+        return Item(filled.prompt, answer, filled.tokens, options=options)
 
     def parse(self, completion: str) -> str:
         return completion  # which numbers are labels depends on the instance

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from lminf.evals.suites.generated import Item, SuiteTask, fill
+from lminf.evals.suites.generated import Answers, Item, SuiteTask, fill
 from lminf.evals.suites.ruler import scattered
 from lminf.evals.task import Budget
 
@@ -30,6 +30,7 @@ class BabiLong(SuiteTask):
 
     facts: Literal[1, 2, 3] = 1
     text: str | None = None  # a file of prose; none: the interpreter's documentation
+    answers: Answers = "written"
 
     name = "babilong"
     scope, diffusion = "low", "high"
@@ -44,7 +45,8 @@ class BabiLong(SuiteTask):
             "latest facts.\n"
         )
         filled = fill(budget, lambda count: task + body(count) + question, part="sentence")
-        return Item(filled.prompt, answer, filled.tokens)
+        options = tuple(f" {place}" for place in PLACES)
+        return Item(filled.prompt, answer, filled.tokens, options=options)
 
     def _story(self, random: np.random.Generator) -> tuple[list[str], str, str]:
         """Facts in order, the question and its answer."""

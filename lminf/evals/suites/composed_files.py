@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from lminf.errors import InputError
 from lminf.evals import metrics
 from lminf.evals.suites import ada_leval, published
+from lminf.evals.suites.generated import Answers
 from lminf.evals.suites.needle_threading import UUID, UUID_TOKENS
 from lminf.evals.suites.published import PublishedTask, Question
 from lminf.ranges import Range
@@ -175,6 +176,7 @@ class SuperGPQA(PublishedTask):
     """SuperGPQA: a question with up to ten options, by the letter of the answer."""
 
     discipline: str | None = None  # none: all of the file
+    answers: Answers = "written"
 
     name = "super_gpqa"
     scope, diffusion = "low", "high"
@@ -195,6 +197,7 @@ class SuperGPQA(PublishedTask):
                 record["question"],
                 f"{published.lettered(record['options'])}\nAnswer:",
                 (record["answer_letter"], len(record["options"])),
+                [f" {letter}" for letter in LETTERS[: len(record["options"])]],
             )
             for record in records
             if self.discipline in (None, record["discipline"])

@@ -22,6 +22,9 @@ from lminf.evals.score import Interval, mean_score, success_rate
 from lminf.evals.task import Budget
 
 Level: TypeAlias = Literal["low", "high"]
+# Whether a model writes its answer, or that of the options is taken which it finds likeliest. The
+# prompt is then read once for each of them, but a model that cannot answer freely can be measured.
+Answers: TypeAlias = Literal["written", "likeliest"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Item:
     answer: Any
     tokens: int  # of the prompt, in the unit of its budget
     cut: int = 0  # characters left out of the middle of a published context
+    options: Sequence[str] = ()  # continuations of the prompt, one of which is right
 
 
 class SuiteTask:
@@ -41,6 +45,7 @@ class SuiteTask:
     scope: ClassVar[Level]
     diffusion: ClassVar[Level]
     levels: ClassVar[tuple[str, tuple[Any, ...]] | None] = None
+    answers: Answers = "written"
     stop: Sequence[str] = ("\n",)
     paired: Sequence[str] = ()
 
@@ -61,7 +66,7 @@ class SuiteTask:
         return instance.prompt
 
     def choices(self, instance: Item) -> Sequence[str]:
-        return ()
+        return instance.options if self.answers == "likeliest" else ()
 
     def score(self, answer: Any, instance: Item) -> float:
         return float(answer == instance.answer)

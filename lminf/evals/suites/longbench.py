@@ -17,6 +17,7 @@ from lminf.atomic import read_bytes
 from lminf.errors import InputError
 from lminf.evals import metrics
 from lminf.evals.suites import published
+from lminf.evals.suites.generated import Answers
 from lminf.evals.suites.published import PublishedTask, Question
 
 
@@ -145,6 +146,8 @@ class LongBench(PublishedTask):
 class LongBenchV2(PublishedTask):
     """Four options on a long text, by the letter of the answer."""
 
+    answers: Answers = "written"
+
     name = "longbench_v2"
     max_new_tokens = 32
 
@@ -157,7 +160,7 @@ class LongBenchV2(PublishedTask):
                 f"\n\nQuestion: {record['question']}"
                 f"{published.lettered([record[choice] for choice in choices])}\n"
                 f"Answer with the letter of the right option.\nThe correct answer is (",
-                record["answer"],
+                record["answer"], "ABCD",
             )
             for record in published.records(self.path, "LongBench v2", fields)
         ]  # fmt: skip

@@ -20,7 +20,7 @@ import numpy as np
 
 from lminf.errors import InputError
 from lminf.evals.suites import prose
-from lminf.evals.suites.generated import Item, SuiteTask, fill
+from lminf.evals.suites.generated import Answers, Item, SuiteTask, fill
 from lminf.evals.suites.ruler import Share
 from lminf.evals.task import Budget
 from lminf.ranges import Range
@@ -46,11 +46,11 @@ class ManyShot(SuiteTask):
     order: Literal["shuffled", "grouped"] = "grouped"
     depth: Share = 0.5  # of the label asked for among the labels, where they are grouped
     text: str | None = None  # a file to take words from; none: the interpreter's documentation
+    answers: Answers = "written"
 
     name = "many_shot"
     scope, diffusion = "high", "low"
     levels = ("depth", (0.0, 0.25, 0.5, 0.75, 1.0))
-    paired = ("depth",)
     max_new_tokens = 10
 
     def item(self, budget: Budget, random: np.random.Generator) -> Item:
@@ -81,7 +81,8 @@ class ManyShot(SuiteTask):
             return f"{lines}\nSentence: {QUESTION.format(tool=tool)}\nLabel:"
 
         filled = fill(budget, prompt, part="example", least=self.labels)
-        return Item(filled.prompt, names[asked], filled.tokens)
+        options = tuple(f" {name}" for name in names)
+        return Item(filled.prompt, names[asked], filled.tokens, options=options)
 
     def _tools(self, random: np.random.Generator) -> list[list[str]]:
         """Different words for every label, none of them a word of the phrases."""

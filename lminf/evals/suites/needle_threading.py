@@ -90,7 +90,6 @@ class SingleNeedle(Threading):
     name = "single_needle"
     scope, diffusion = "low", "low"
     levels = ("depth", (0.0, 0.25, 0.5, 0.75, 1.0))
-    paired = ("depth",)
 
     def hidden(self, random: np.random.Generator) -> tuple[list[Pair], str, list[str]]:
         key, value = uuid(random), uuid(random)

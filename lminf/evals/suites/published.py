@@ -30,6 +30,7 @@ class Question(NamedTuple):
     context: str  # of which the middle can be left out
     after: str
     answer: Any
+    options: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,6 @@ class PublishedTask(SuiteTask):
     too_long: Literal["middle", "refuse"] = "middle"
 
     scope, diffusion = "high", "high"
-    paired = ("length",)  # a coordinate of the cell: the key is the same at every length
     stop = ()
 
     def questions(self) -> Sequence[Question]:
@@ -54,14 +54,15 @@ class PublishedTask(SuiteTask):
                 f"{self.path} holds {len(questions)} questions, fewer than the {count} instances "
                 f"asked for; ask for at most {len(questions)}"
             )
-        order = np.random.default_rng(key).permutation(len(questions))
+        # By the seed alone, of which a runner makes the key of every cell.
+        order = np.random.default_rng(key[0]).permutation(len(questions))
         return [self._fitted(budget, questions[index]) for index in order[:count]]
 
     def _fitted(self, budget: Budget, question: Question) -> Item:
-        before, context, after, answer = question
+        before, context, after, answer, options = question
         text = before + context + after
         if (tokens := budget.count(text)) <= budget.size:
-            return Item(text, answer, tokens)
+            return Item(text, answer, tokens, options=options)
         if self.too_long == "refuse":
             raise InputError(
                 f"a prompt of {self.path} takes {tokens} {budget.unit}, more than the length "
@@ -74,7 +75,8 @@ class PublishedTask(SuiteTask):
             return before + head + tail + after
 
         filled = fill(budget, shortened, part="character of its context", most=len(context))
-        return Item(filled.prompt, answer, filled.tokens, cut=len(context) - filled.parts)
+        cut = len(context) - filled.parts
+        return Item(filled.prompt, answer, filled.tokens, cut, options)
 
 
 @functools.lru_cache(maxsize=8)

@@ -101,7 +101,6 @@ class MultiKey(Needles):
     name = "niah_multikey"
     scope, diffusion = "low", "low"
     levels = ("depth", (0.0, 0.25, 0.5, 0.75, 1.0))
-    paired = ("depth",)
 
     def lines(self, random: np.random.Generator) -> tuple[list[tuple[str, int]], list[str]]:
         keys = drawn_words(random, self.keys, self.text)

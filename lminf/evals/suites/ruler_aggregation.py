@@ -94,7 +94,6 @@ class DocumentQA(SuiteTask):
     name = "document_qa"
     scope, diffusion = "low", "low"
     levels = ("depth", (0.0, 0.25, 0.5, 0.75, 1.0))
-    paired = ("depth",)
     max_new_tokens = 12
 
     def item(self, budget: Budget, random: np.random.Generator) -> Item:

@@ -277,10 +277,10 @@ def test_who_reads_only_the_last_third_finds_the_late_needles():
 def test_of_options_the_likeliest_is_the_answer(name, tasks_of, book):
     solver = solver_of(name, book)
     tasks = [dataclasses.replace(task, answers="likeliest") for task in tasks_of(name)]
-    for row in rows_of(tasks, lambda prompt: f" {solver(prompt)}", length=3000, count=2):
+    for row in rows_of(tasks, lambda prompt: f" {solver(prompt)}\n", length=4000, count=6):
         assert row["answers"] == "likeliest"
         assert row["score"] == 1
-    for item in items_of(tasks[0], 3000):
+    for item in items_of(tasks[0], 4000, count=2):
         right = [option for option in item.options
                  if tasks[0].score(tasks[0].parse(option), item) == 1]  # fmt: skip
         assert len(right) == 1

@@ -138,7 +138,8 @@ class BestAnswer(SuiteTask):
         filled = fill(budget, prompt, part="candidate", least=2, most=len(distractors) + 1)
         prose.check_filled(filled, len(distractors) + 1, self.text, budget)
         answer = shown(filled.parts).index(asked + 1) + 1, filled.parts
-        options = tuple(f" A{label}" for label in range(1, filled.parts + 1))
+        # Complete lines: what A1 begins, A12 goes on with, and is never likelier.
+        options = tuple(f" A{label}\n" for label in range(1, filled.parts + 1))
         return Item(filled.prompt, answer, filled.tokens, options=options)
 
     def parse(self, completion: str) -> str:

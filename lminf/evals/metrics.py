@@ -1,22 +1,21 @@
 """Scores of a completion against a reference, as benchmarks define them: pure functions of text.
 
 All are shares from 0 to 1 unless they say otherwise. Sources: LongBench (Bai et al. 2024,
-arXiv:2308.14508) for F1, classes and edit similarity; Rouge-L of Lin 2004; LooGLE (Li et al. 2024,
-arXiv:2311.04939) for orders; LongWriter (Bai et al. 2024, arXiv:2408.07055) for lengths; FollowIR
-(Weller et al. 2024, arXiv:2403.15246) for ranks.
+arXiv:2308.14508) for F1, classes and edit similarity; Rouge-L of Lin 2004; RULER (Hsieh et al.
+2024, arXiv:2404.06654) for lists; LooGLE (Li et al. 2024, arXiv:2311.04939) for orders; LongWriter
+(Bai et al. 2024, arXiv:2408.07055) for lengths; FollowIR (Weller et al. 2024, arXiv:2403.15246) for
+ranks.
 """
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Hashable, Sequence
 from typing import NamedTuple
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
-WIDE_PUNCTUATION = str.maketrans(
-    "", "", string.punctuation + "，。！？；：、（）《》「」『』【】〔〕…—～·“”‘’　"
-)
 
 
 def normalized(text: str) -> list[str]:
@@ -91,7 +90,8 @@ def _rouge_words(text: str) -> list[str]:
 
 
 def _characters(text: str) -> str:
-    return "".join(text.lower().translate(WIDE_PUNCTUATION).split())
+    """Letters and digits of any script, without punctuation, symbols and spaces."""
+    return "".join(c for c in text.lower() if unicodedata.category(c)[0] not in "PSZC")
 
 
 def edit_similarity(completion: str, reference: str) -> float:
@@ -124,6 +124,11 @@ def number_share(completion: str, number: int) -> float:
     """The share of the numbers of an answer that are the right one."""
     numbers = [int(digits) for digits in re.findall(r"[0-9]+", completion)]
     return numbers.count(number) / len(numbers) if numbers else 0.0
+
+
+def string_match_all(completion: str, expected: Sequence[str]) -> float:
+    """The share of the expected texts that an answer contains, in any case, as RULER has it."""
+    return sum(text.lower() in completion.lower() for text in expected) / len(expected)
 
 
 def numbers_in(completion: str) -> frozenset[int]:

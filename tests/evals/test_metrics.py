@@ -95,6 +95,10 @@ def test_a_class_shares_its_point_with_the_others_that_are_named():
     assert metrics.classified("Country", "City", classes) == 0
 
 
+def test_lists_are_scored_by_the_texts_that_an_answer_contains():
+    assert metrics.string_match_all("It is 12, and ALPHA.", ["12", "alpha", "beta", "3"]) == 0.5
+
+
 def test_of_several_numbers_each_counts_its_share():
     assert metrics.number_share("Paragraph 12", 12) == 1
     assert metrics.number_share("12 or 13", 12) == 0.5

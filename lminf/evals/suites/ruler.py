@@ -9,19 +9,18 @@ The forms are the paper's; prose, words and sentences are our own, so scores are
 its tables. Source: Hsieh et al. 2024, arXiv:2404.06654.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 
+from lminf.evals import metrics
 from lminf.evals.suites import prose
 from lminf.evals.suites.generated import Item, SuiteTask, fill
 from lminf.evals.task import Budget
 from lminf.ranges import Range
 
-NUMBER = re.compile(r"\d+")
 NUMBER_TOKENS = 10  # seven digits, where every one is a token, and the marks between numbers
 Several = Annotated[int, Range(min=1, max=100)]
 Share = Annotated[float, Range(min=0, max=1)]
@@ -81,13 +80,11 @@ class Needles(SuiteTask):
         answers = [value for key, value in pairs if key in asked]
         return Item(filled.prompt, answers, filled.tokens)
 
-    def parse(self, completion: str) -> list[int]:
-        return [int(number) for number in NUMBER.findall(completion)]
+    def parse(self, completion: str) -> str:
+        return completion
 
-    def score(self, answer: Any, instance: Item) -> float:
-        """The share of the expected numbers among as many as are expected, from the first."""
-        expected = instance.answer
-        return len(set(answer[: len(expected)]) & set(expected)) / len(expected)
+    def score(self, answer: str, instance: Item) -> float:
+        return metrics.string_match_all(answer, [str(number) for number in instance.answer])
 
 
 @dataclass(frozen=True)
@@ -184,13 +181,11 @@ class VariableTracking(SuiteTask):
         filled = fill(budget, lambda count: task + body(count) + question, part="sentence")
         return Item(filled.prompt, chains[0], filled.tokens)
 
-    def parse(self, completion: str) -> list[str]:
-        return re.findall(r"\b[A-Z]{5}\b", completion)
+    def parse(self, completion: str) -> str:
+        return completion
 
-    def score(self, answer: Any, instance: Item) -> float:
-        """The share of the variables that are named."""
-        expected = instance.answer
-        return len(set(answer[: len(expected)]) & set(expected)) / len(expected)
+    def score(self, answer: str, instance: Item) -> float:
+        return metrics.string_match_all(answer, instance.answer)
 
 
 # --- What is drawn --------------------------------------------------------------------------------

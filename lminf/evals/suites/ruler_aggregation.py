@@ -10,11 +10,12 @@ of the prose at hand, with one answer each.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 
 from lminf.errors import InputError
+from lminf.evals import metrics
 from lminf.evals.suites import prose
 from lminf.evals.suites.generated import Item, SuiteTask, fill, place
 from lminf.evals.suites.ruler import Share, drawn_words
@@ -71,14 +72,11 @@ class CommonWords(SuiteTask):
         prose.check_filled(filled, len(others), self.text, budget)
         return Item(filled.prompt, common, filled.tokens)
 
-    def parse(self, completion: str) -> list[str]:
-        return re.findall(r"[a-z]+", completion.lower())
+    def parse(self, completion: str) -> str:
+        return completion
 
-    def score(self, answer: Any, instance: Item) -> float:
-        """The share of the common words among the words that are named first."""
-        expected = instance.answer
-        named = [word for word in dict.fromkeys(answer) if word != "and"]
-        return len(set(named[: len(expected)]) & set(expected)) / len(expected)
+    def score(self, answer: str, instance: Item) -> float:
+        return metrics.string_match_all(answer, instance.answer)
 
 
 BLANK = "_____"

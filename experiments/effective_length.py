@@ -15,6 +15,7 @@ from lminf.lm.prefix import SharedPrefix
 from lminf.run import plots, style
 from lminf.run.folder import Row, RunFolder
 
+MAY_CHANGE = ("tasks", "policies", "lengths")  # of a run that goes on: each cell is by itself
 QUARTERS = [(scope, diffusion) for scope in ("low", "high") for diffusion in ("low", "high")]
 
 
@@ -122,4 +123,4 @@ def level_of(task: str) -> str | None:
 
 
 if __name__ == "__main__":
-    main(run, plot, table=table, resumes=True)
+    main(run, plot, table=table, resumes=True, may_change=MAY_CHANGE)

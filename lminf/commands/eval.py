@@ -1,7 +1,7 @@
 """lminf eval TASK[,TASK…]: how well models answer under policies, by task and prompt length.
 
 The run is one of the experiment effective_length, and `lminf show` shows it again. The same command
-with the same --out goes on where a run was stopped.
+with the same --out goes on where a run was stopped; tasks, policies and lengths may be added.
 """
 
 import argparse
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from lminf.config import signature, split_choices
 from lminf.errors import InputError
 
-EXPERIMENT = "effective_length"
 LENGTH = re.compile(r"([1-9][0-9]{0,8})(k?)")
 
 
@@ -52,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
 
     _main.main(
         effective_length.run, effective_length.plot, table=effective_length.table, resumes=True,
+        may_change=effective_length.MAY_CHANGE,
         argv=[*words, *(["--debug"] if args.debug else [])],
     )  # fmt: skip
 

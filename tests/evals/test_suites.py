@@ -120,7 +120,8 @@ def test_the_same_key_draws_the_same_and_another_key_does_not(name, tasks_of):
 @pytest.mark.parametrize("name", GENERATED)
 def test_a_budget_that_holds_no_instance_is_refused_with_the_least_that_does(name, tasks_of):
     for task in tasks_of(name):
-        with pytest.raises(InputError, match=r"a length of at least (\d+)$") as refusal:
+        message = rf"^{name}\b.*: a prompt with .* a length of at least (\d+)$"
+        with pytest.raises(InputError, match=message) as refusal:
             items_of(task, 60, count=1)
         least = int(str(refusal.value).split()[-1])
         assert items_of(task, least, count=1)

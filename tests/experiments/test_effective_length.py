@@ -43,6 +43,7 @@ STARTS = {
     "the character": SOLVERS["conditional_needle"],
     "follow the values": SOLVERS["single_thread"],
     "JSON": SOLVERS["single_needle"],
+    "were sent to": SOLVERS["m4le"],
 }
 
 
@@ -122,6 +123,14 @@ def test_the_command_leaves_a_run_and_goes_on_with_one(tmp_path, capsys):
                 for line in answers}) == len(answers) == 24  # fmt: skip
     cli.main(words)
     assert folder.RunFolder(tmp_path / "run").rows() == rows
+    words[1] = "multi_needle:needles=3,m4le:ability=global"
+    words[3] = "--lengths=2k,1k"
+    cli.main(words)
+    more = folder.RunFolder(tmp_path / "run").rows()
+    assert more[: len(rows)] == rows
+    assert len(more) == len(rows) + 2 * 2 * 2
+    with pytest.raises(SystemExit):
+        cli.main([*words[:-2], "--instances=3", words[-1]])
     cli.main(["show", str(tmp_path / "run")])
     assert "diffusion" in capsys.readouterr().out
 

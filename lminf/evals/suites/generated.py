@@ -56,7 +56,11 @@ class SuiteTask:
         """Each instance has a random stream of its own, so that cells with the same key have the
         same draws whatever else differs.
         """
-        return [self.item(budget, np.random.default_rng((*key, index))) for index in range(count)]
+        try:
+            return [self.item(budget, np.random.default_rng((*key, n))) for n in range(count)]
+        except InputError as error:
+            level = f":{self.levels[0]}={getattr(self, self.levels[0])}" if self.levels else ""
+            raise InputError(f"{self.name}{level}: {error}") from error
 
     def item(self, budget: Budget, random: np.random.Generator) -> Item:
         """One instance whose prompt fills the budget."""

@@ -23,6 +23,7 @@ COMMANDS = {  # the module is lminf.commands.<name>
     "fetch": "a named model into the user's cache folder",
     "nll": "how well a model predicts a text, by position",
     "generate": "what a model says next",
+    "eval": "how well a model answers, by task, prompt length and policy",
     "plan": "parameters, FLOPs and cache sizes of a model; runs nothing",
     "tokenize": "texts into a token store, for training",
     "data": "what token stores hold, and what data plans make of them",

@@ -14,6 +14,7 @@ exist; a mistyped name is answered with the closest valid one.
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -183,6 +184,17 @@ def parse_choice(text: str, choices: Mapping[str, type], *, what: str = "choice"
     if missing:
         raise InputError(f"{text!r} lacks {', '.join(missing)}; {signature(kind, name)}")
     return _construct(kind, values, repr(text))
+
+
+def split_choices(text: str) -> list[str]:
+    """`a,b:x=1,y=2` as `a` and `b:x=1,y=2`: field=value belongs to the choice before it."""
+    written: list[str] = []
+    for part in _split(text, text):
+        if written and re.match(r"\s*\w+\s*=", part):
+            written[-1] += f",{part}"
+        else:
+            written.append(part.strip())
+    return written
 
 
 def _split(text: str, whole: str) -> list[str]:

@@ -29,7 +29,7 @@ RANGES = {
             # measuring
             "block", "capacities", "continuation", "draws", "key_value_lengths",
             "key_value_prompts", "lengths", "passkey_length", "passkeys", "positions", "prompt",
-            "prompts", "queries",
+            "prompts", "queries", "instances",
         ),
         COUNT,
     ),

@@ -15,6 +15,10 @@ from tests.models import specs
 
 @pytest.fixture(scope="session")
 def random_lm() -> LM:
+    return small_lm()
+
+
+def small_lm() -> LM:
     """A byte model of the tiny one's form but two narrow layers, not trained."""
     shape = spec.llama(
         vocab_size=257, width=32, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=48,

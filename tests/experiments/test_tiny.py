@@ -14,8 +14,8 @@ from lminf.run import folder
 pytestmark = pytest.mark.slow
 
 NAMES = (
-    "decode_cost", "diagnose_lengths", "kv_cache", "length_generalization", "long_context_eval",
-    "passkey",
+    "decode_cost", "diagnose_lengths", "effective_length", "kv_cache", "length_generalization",
+    "long_context_eval", "passkey",
 )  # fmt: skip
 
 

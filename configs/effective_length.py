@@ -1,0 +1,41 @@
+"""How far each policy answers, task by task of the evaluation suite.
+
+Question   Up to which prompt length does each policy answer as well as it answers short prompts, on
+           tasks of narrow and wide scope whose facts are easy and hard to find?
+Paper      Goldman et al. 2024 (arXiv:2407.00402) for scope and diffusion; lminf.evals.suites names
+           the source of each task
+Command    python -m experiments.effective_length
+Time       not measured; it reads 3.7 million tokens, which take hours on two CPU cores, and the
+           same command with the same --out resumes
+Expected   not measured. `lminf eval` chooses tasks, model, policies and lengths
+Tiny       --config=:tiny trains a byte model at 64 tokens, which answers nothing: under 2 minutes
+"""
+
+from ml_collections import ConfigDict
+
+from lminf.configs import base
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    c = base.get_config(arg)
+    c.model = "smollm2-135m-instruct"  # prompted raw, not through its chat template
+    # Names of `lminf eval --list`, one of each quarter of scope and diffusion.
+    c.tasks = (
+        "niah_multikey:depth=0.5",
+        "babilong:facts=1",
+        "niah_multivalue:values=2",
+        "common_words:common=1",
+    )
+    c.lengths = (1024, 2048, 4096, 8192)  # tokens of the whole prompt
+    c.instances = 20  # of each task at each level and length
+    c.policies = (
+        "full",
+        "lm_infinite:window=4096,sinks=10",
+        "streaming:window=4096,sinks=10",
+    )
+    if arg == "tiny":
+        c.model = "tiny"
+        c.tasks = ("single_needle:depth=0.0", "single_needle:depth=1.0", "m4le:ability=global")
+        c.lengths, c.instances = (400, 800), 2
+        c.policies = ("full", "lm_infinite:window=64,sinks=4")
+    return c

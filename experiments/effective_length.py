@@ -1,0 +1,126 @@
+"""Tasks of the evaluation suite by prompt length, level of difficulty and policy."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+from lminf.attention.parsing import parse_policy
+from lminf.evals.runner import Subject
+from lminf.evals.suites import catalog, summary
+from lminf.experiments import _evals, _models
+from lminf.experiments._main import main
+from lminf.lm.prefix import SharedPrefix
+from lminf.run import plots, style
+from lminf.run.folder import Row, RunFolder
+
+MAY_CHANGE = ("tasks", "policies", "lengths")  # of a run that goes on: each cell is by itself
+QUARTERS = [(scope, diffusion) for scope in ("low", "high") for diffusion in ("low", "high")]
+
+
+def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
+    tasks = [task for text in c.tasks for task in catalog.parse(text)]
+    policies = [parse_policy(text) for text in c.policies]
+    cells = _evals.cells(tasks, c.lengths, [c.instances] * len(c.lengths))
+    lm = _models.load(c.model, seed=c.seed)
+
+    def facts(length: int, instances: Sequence[Any]) -> Mapping[str, Any]:
+        return {
+            "trained_length": lm.spec.trained_length,
+            "mean_tokens": sum(each.tokens for each in instances) / len(instances),
+            "cut_prompts": sum(getattr(each, "cut", 0) > 0 for each in instances),
+        }
+
+    subjects = [
+        Subject(
+            SharedPrefix(lm.with_policy(policy)), {"model": c.model, "policy": policy.name}, facts
+        )
+        for policy in policies
+    ]
+    for row in _evals.measure(c, out, lm, subjects, cells):
+        kind = catalog.TASKS[row["task"]]
+        yield {**row, "scope": kind.scope, "diffusion": kind.diffusion}
+
+
+# --- What is shown --------------------------------------------------------------------------------
+
+
+def plot(rows: list[Row]) -> Mapping[str, Figure]:
+    """Scores by length, a panel a task; for every task with levels, a map of length and level."""
+    figures = {}
+    names = dict.fromkeys(row["policy"] for row in rows)
+    short = {name: each.replace("\n", ", ") for name, each in style.short_names(names).items()}
+    pooled = over_levels(rows)
+    if len({row["length"] for row in rows}) > 1:
+        figures["scores"] = plots.curves(
+            pooled, x="length", y="score", by="policy", panel="task", interval=("low", "high"),
+            log_x=True, mark=rows[0]["trained_length"], y_limits=(-0.04, 1.04),
+            x_label="prompt (tokens)", y_label="score (95 % interval)",
+        )  # fmt: skip
+    else:
+        figures["scores"] = plots.heatmap(
+            [{**row, "line": short[row["policy"]]} for row in pooled],
+            x="task", y="line", value="score", limits=(0, 1), x_label="", y_label="",
+        )  # fmt: skip
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task = [row for row in rows if row["task"] == task]
+        level = level_of(task)
+        if level is None or len({row[level] for row in of_task}) < 2:
+            continue
+        cells = [{**row, "line": f"{short[row['policy']]}, {level} {row[level]}",
+                  "written": f"{row['score']:.2f}"} for row in of_task]  # fmt: skip
+        cells.sort(key=lambda row: list(names).index(row["policy"]))
+        figures[task] = plots.heatmap(
+            cells, x="length", y="line", value="score", limits=(0, 1), text="written",
+            x_label="prompt (tokens)", y_label="", value_label="score", title=task,
+        )  # fmt: skip
+    return figures
+
+
+def table(rows: list[Row]) -> list[Row]:
+    """A task and policy a line, by scope and diffusion: scores by length, and the longest length
+    that is answered as well as the shortest.
+    """
+    lines = []
+    lengths = sorted({row["length"] for row in rows})
+    for scope, diffusion in QUARTERS:
+        quarter = [row for row in rows if (row["scope"], row["diffusion"]) == (scope, diffusion)]
+        for task in dict.fromkeys(row["task"] for row in quarter):
+            for policy in dict.fromkeys(row["policy"] for row in rows):
+                own = [row for row in quarter if (row["task"], row["policy"]) == (task, policy)]
+                cells = {row["length"]: row for row in over_levels(own)}
+                if own:
+                    lines.append({
+                        "scope": scope, "diffusion": diffusion, "task": task, "policy": policy,
+                        **{f"{length:,}": text_of(cells.get(length)) for length in lengths},
+                        "instances": sum(row["instances"] for row in own),
+                        "effective length": summary.effective_length(own),
+                    })  # fmt: skip
+    return lines
+
+
+def text_of(row: Row | None) -> str:
+    return f"{row['score']:.2f} ({row['low']:.2f}–{row['high']:.2f})" if row else "–"
+
+
+def over_levels(rows: list[Row]) -> list[Row]:
+    """One row for each task, policy and length."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["task"], row["policy"], row["length"]), []).append(row)
+    return [
+        {"task": task, "policy": policy, "length": length,
+         **dict(zip(("score", "low", "high"), summary.interval(group), strict=True))}
+        for (task, policy, length), group in groups.items()
+    ]  # fmt: skip
+
+
+def level_of(task: str) -> str | None:
+    """The field of the task that says how hard it is."""
+    kind = catalog.TASKS.get(task)
+    return kind.levels[0] if kind is not None and kind.levels else None
+
+
+if __name__ == "__main__":
+    main(run, plot, table=table, resumes=True, may_change=MAY_CHANGE)

@@ -1,0 +1,79 @@
+"""BABILong's form: facts about people, places and things among sentences of real prose.
+
+    facts=1   where somebody is: the last of their moves
+    facts=2   where a thing is: who took it, and where they went
+    facts=3   where a thing was before: who carried it, and where they came from
+
+Source: Kuratov et al. 2024, arXiv:2406.10149, over tasks 1 to 3 of bAbI (Weston et al. 2015,
+arXiv:1502.05698). The world and its sentences are generated here.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from lminf.evals.suites.generated import Answers, Item, SuiteTask, fill
+from lminf.evals.suites.ruler import scattered
+from lminf.evals.task import Budget
+
+PEOPLE = ("Mary", "John", "Sandra", "Daniel", "Emily", "Victor")
+PLACES = ("kitchen", "garden", "office", "bathroom", "hallway", "bedroom")
+THINGS = ("apple", "football", "milk", "lantern")
+MOVES = 8  # sentences about moves that do not matter to the answer
+
+
+@dataclass(frozen=True)
+class BabiLong(SuiteTask):
+    """A place of six, which so many facts of the text tell."""
+
+    facts: Literal[1, 2, 3] = 1
+    text: str | None = None  # a file of prose; none: the interpreter's documentation
+    answers: Answers = "written"
+
+    name = "babilong"
+    scope, diffusion = "low", "high"
+    levels = ("facts", (1, 2, 3))
+    max_new_tokens = 10
+
+    def item(self, budget: Budget, random: np.random.Generator) -> Item:
+        story, question, answer = self._story(random)
+        body = scattered(story, sorted(random.random(len(story))), self.text, random.random())
+        task = (
+            "Facts about people are hidden in the following text. Answer the question from the "
+            "latest facts.\n"
+        )
+        filled = fill(budget, lambda count: task + body(count) + question, part="sentence")
+        options = tuple(f" {place}" for place in PLACES)
+        return Item(filled.prompt, answer, filled.tokens, options=options)
+
+    def _story(self, random: np.random.Generator) -> tuple[list[str], str, str]:
+        """Facts in order, the question and its answer."""
+        hero, *others = (str(name) for name in random.permutation(PEOPLE))
+        thing = str(random.choice(THINGS))
+        route = [str(place) for place in random.permutation(PLACES)]
+        moves = [(str(random.choice(others)), str(random.choice(PLACES))) for _ in range(MOVES)]
+        story = [f"{who} went to the {where}." for who, where in moves]
+        own = [f"{hero} went to the {where}." for where in route[:3]]
+        if self.facts == 1:
+            facts, answer = own, route[2]
+            question = f"\nWhere is {hero}? {hero} is in the"
+        elif self.facts == 2:
+            facts, answer = [own[0], f"{hero} took the {thing}.", *own[1:]], route[2]
+            question = f"\nWhere is the {thing}? The {thing} is in the"
+        else:
+            facts, answer = [own[0], f"{hero} took the {thing}.", *own[1:]], route[1]
+            question = (
+                f"\nWhere was the {thing} before the {route[2]}? "
+                f"Before the {route[2]} the {thing} was in the"
+            )
+        # The hero's facts keep their order among the others.
+        for share, fact in zip(sorted(random.random(len(facts)))[::-1], facts[::-1], strict=True):
+            story.insert(int(share * (MOVES + 1)), fact)
+        return story, question, answer
+
+    def parse(self, completion: str) -> str | None:
+        """The first place that is named."""
+        named = re.search("|".join(PLACES), completion.lower())
+        return named[0] if named else None

@@ -1,0 +1,212 @@
+"""Tasks of RULER's kinds, generated here: several needles in prose, and variables to trace.
+
+    niah_multikey      one of several lines that look alike is asked for
+    niah_multivalue    one key has several values, and all are asked for
+    niah_multiquery    several of the keys are asked for
+    variable_tracking  which variables have a value, through chains of assignments
+
+The forms are the paper's; prose, words and sentences are our own, so scores are not comparable with
+its tables. Source: Hsieh et al. 2024, arXiv:2404.06654.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+
+from lminf.evals import metrics
+from lminf.evals.suites import prose
+from lminf.evals.suites.generated import Item, SuiteTask, fill
+from lminf.evals.task import Budget
+from lminf.ranges import Range
+
+NUMBER_TOKENS = 10  # seven digits, where every one is a token, and the marks between numbers
+Several = Annotated[int, Range(min=1, max=100)]
+Share = Annotated[float, Range(min=0, max=1)]
+
+TASK = "Some special magic numbers are hidden within the following text. Remember them.\n"
+LINE = "One of the special magic numbers for {key} is: {value}."
+
+
+def scattered(
+    lines: Sequence[str], shares: Sequence[float], text: str | None, start: float
+) -> Callable[[int], str]:
+    """Sentences of prose -> that many of them as one text, the lines among them at the shares."""
+    filler = prose.sentences(text)
+
+    def make(count: int) -> str:
+        parts = prose.endless(filler, int(start * len(filler)), count)
+        order = sorted(range(len(lines)), key=lambda index: -shares[index])
+        for index in order:  # from the last, so that the places of the others stay
+            parts.insert(round(shares[index] * count), lines[index])
+        return " ".join(parts)
+
+    return make
+
+
+class Needles(SuiteTask):
+    """Lines of keys and numbers in prose; a subclass draws them, and says what is asked."""
+
+    text: str | None
+
+    @property
+    def expected(self) -> int:
+        """Numbers in an answer."""
+        return 1
+
+    @property
+    def max_new_tokens(self) -> int:
+        return NUMBER_TOKENS * self.expected + 4
+
+    def lines(self, random: np.random.Generator) -> tuple[list[tuple[str, int]], list[str]]:
+        """Keys with their numbers, and the keys asked for; the first line is among the answers."""
+        raise NotImplementedError
+
+    def shares(self, random: np.random.Generator, count: int) -> list[float]:
+        return list(random.random(count))
+
+    def item(self, budget: Budget, random: np.random.Generator) -> Item:
+        pairs, asked = self.lines(random)
+        shares = self.shares(random, len(pairs))
+        hidden = [LINE.format(key=key, value=value) for key, value in pairs]
+        body = scattered(hidden, shares, self.text, random.random())
+        keys = " and ".join(asked)
+        question = (
+            f"\nWhat are all the special magic numbers for {keys} mentioned in the text? "
+            f"The special magic numbers for {keys} mentioned in the text are"
+        )
+        filled = fill(budget, lambda count: TASK + body(count) + question, part="sentence")
+        answers = [value for key, value in pairs if key in asked]
+        return Item(filled.prompt, answers, filled.tokens)
+
+    def parse(self, completion: str) -> str:
+        return completion
+
+    def score(self, answer: str, instance: Item) -> float:
+        return metrics.string_match_all(answer, [str(number) for number in instance.answer])
+
+
+@dataclass(frozen=True)
+class MultiKey(Needles):
+    """One number, beside lines of other keys that look like its own."""
+
+    depth: Share = 0.5  # of the line that is asked for
+    keys: Several = 4
+    text: str | None = None  # a file of prose; none: the interpreter's documentation
+
+    name = "niah_multikey"
+    scope, diffusion = "low", "low"
+    levels = ("depth", (0.0, 0.25, 0.5, 0.75, 1.0))
+
+    def lines(self, random: np.random.Generator) -> tuple[list[tuple[str, int]], list[str]]:
+        keys = drawn_words(random, self.keys, self.text)
+        return list(zip(keys, drawn_numbers(random, self.keys), strict=True)), keys[:1]
+
+    def shares(self, random: np.random.Generator, count: int) -> list[float]:
+        return [self.depth, *super().shares(random, count)[1:]]
+
+
+@dataclass(frozen=True)
+class MultiValue(Needles):
+    """All numbers of one key."""
+
+    values: Several = 4
+    text: str | None = None
+
+    name = "niah_multivalue"
+    scope, diffusion = "high", "low"
+    levels = ("values", (2, 4, 8))
+
+    @property
+    def expected(self) -> int:
+        return self.values
+
+    def lines(self, random: np.random.Generator) -> tuple[list[tuple[str, int]], list[str]]:
+        keys = drawn_words(random, 1, self.text)
+        return [(keys[0], number) for number in drawn_numbers(random, self.values)], keys
+
+
+@dataclass(frozen=True)
+class MultiQuery(Needles):
+    """The numbers of several keys."""
+
+    queries: Several = 4
+    text: str | None = None
+
+    name = "niah_multiquery"
+    scope, diffusion = "high", "low"
+    levels = ("queries", (2, 4, 8))
+
+    @property
+    def expected(self) -> int:
+        return self.queries
+
+    def lines(self, random: np.random.Generator) -> tuple[list[tuple[str, int]], list[str]]:
+        keys = drawn_words(random, self.queries, self.text)
+        return list(zip(keys, drawn_numbers(random, self.queries), strict=True)), keys
+
+
+@dataclass(frozen=True)
+class VariableTracking(SuiteTask):
+    """The variables that a value was passed on to, each assignment a line of the text."""
+
+    hops: Annotated[int, Range(min=1, max=25)] = 4  # assignments after the first of a chain
+    chains: Annotated[int, Range(min=1, max=20)] = 2  # one of which is asked for
+    text: str | None = None
+
+    name = "variable_tracking"
+    scope, diffusion = "low", "high"
+    levels = ("hops", (1, 2, 4))
+
+    @property
+    def max_new_tokens(self) -> int:
+        return 8 * (self.hops + 1)
+
+    def item(self, budget: Budget, random: np.random.Generator) -> Item:
+        names = drawn_names(random, self.chains * (self.hops + 1))
+        chains = [names[i :: self.chains] for i in range(self.chains)]
+        numbers = drawn_numbers(random, self.chains)
+        lines, shares = [], []
+        for chain, number in zip(chains, numbers, strict=True):
+            values = [str(number), *(f"VAR {name}" for name in chain)]
+            lines += [f"VAR {name} = {value}." for name, value in zip(chain, values, strict=False)]
+            shares += sorted(random.random(len(chain)))
+        body = scattered(lines, shares, self.text, random.random())
+        question = (
+            f"\nFind all variables that are assigned the value {numbers[0]} in the text above. "
+            f"The {len(chains[0])} variables that are assigned the value {numbers[0]} are:"
+        )
+        task = "Track the chains of variable assignments hidden in the following text.\n"
+        filled = fill(budget, lambda count: task + body(count) + question, part="sentence")
+        return Item(filled.prompt, chains[0], filled.tokens)
+
+    def parse(self, completion: str) -> str:
+        return completion
+
+    def score(self, answer: str, instance: Item) -> float:
+        return metrics.string_match_all(answer, instance.answer)
+
+
+# --- What is drawn --------------------------------------------------------------------------------
+
+
+def drawn_words(random: np.random.Generator, count: int, text: str | None) -> list[str]:
+    """Different words of the text."""
+    return [str(word) for word in random.choice(prose.words(text), count, replace=False)]
+
+
+def drawn_numbers(random: np.random.Generator, count: int) -> list[int]:
+    """Different numbers of seven digits."""
+    numbers: dict[int, None] = {}
+    while len(numbers) < count:
+        numbers[int(random.integers(1_000_000, 10_000_000))] = None
+    return list(numbers)
+
+
+def drawn_names(random: np.random.Generator, count: int) -> list[str]:
+    """Different names of five capital letters."""
+    names: dict[str, None] = {}
+    while len(names) < count:
+        names["".join(map(chr, random.integers(ord("A"), ord("Z") + 1, 5)))] = None
+    return list(names)

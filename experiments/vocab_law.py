@@ -14,7 +14,14 @@ from lminf.experiments._main import main
 from lminf.run import plots, style, tables
 from lminf.run.folder import Row, RunFolder
 from lminf.run.progress import track
-from lminf.scaling import diagnostics, published, robust_fit, synthetic, vocab_loss
+from lminf.scaling import (
+    diagnostics,
+    published,
+    recommend_vocab,
+    robust_fit,
+    synthetic,
+    vocab_loss,
+)
 from lminf.scaling import fertility as fertilities
 from lminf.scaling.fertility import Fertility
 from lminf.scaling.tables import VocabTable
@@ -23,7 +30,9 @@ from lminf.scaling.vocab_derivative import PUBLISHED_SIZES, DerivativeFit
 from lminf.scaling.vocab_isoflop import IsoflopFit, envelope, measured
 from lminf.scaling.vocab_loss import LossFit
 
-SEPARATE = ("calibration", "sensitivity", "leave one family out", "exponent by metric")
+SEPARATE = (
+    "recommendation", "calibration", "sensitivity", "leave one family out", "exponent by metric",
+)  # fmt: skip
 
 
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
@@ -72,6 +81,8 @@ def measure(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
             low, high = law.intervals.get(name, (None, None))
             yield {"part": "constant", "law": law.version, "constant": name, "value": value,
                    "low": low, "high": high}  # fmt: skip
+    yield from recommendations(c.n_nv, c.long)
+    yield from without_a_run(table, c.n_nv[0])
     for row in calibration(table, laws):
         yield {"part": "calibration", **row}
     for row in metric_exponents(table):
@@ -94,6 +105,37 @@ def measure(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     for n, v, f, loss in zip(kept.n_nv, kept.n_v, kept.flops, kept.loss, strict=True):
         yield {"part": "envelope", "n_nv": n, "n_v": v, "flops": f, "loss": loss}
     yield from isoflop_rows(table)
+
+
+def recommendations(sizes: Sequence[float], long: Sequence[tuple[float, float]]) -> Iterator[Row]:
+    """The recommended vocabulary at the compute-optimal FLOPs of each size, and at (N, tokens)."""
+    refits = recommend_vocab.published_refits()
+    for n_nv, tokens in [*((size, None) for size in sizes), *long]:
+        found = recommend_vocab.recommend(refits, n_nv=n_nv, tokens=tokens)
+        low, high = found.interval
+        yield {
+            "part": "recommendation", "n_nv": n_nv, "tokens": tokens, "flops": found.flops,
+            "vocab": found.vocab_size, "determined": found.determined, "low": low, "high": high,
+            "waste": found.waste, "waste_by_laws": found.waste_by_laws, "flat": found.flat,
+            **{f"waste_{size}": lost for size, lost in found.costs.items()},
+            **{f"{r.choice} {end}": value for r in found.ranges
+               for end, value in (("low", r.low), ("high", r.high))},
+            "note": found.sentences()[0],
+        }  # fmt: skip
+
+
+def without_a_run(table: VocabTable, n_nv: float) -> Iterator[Row]:
+    """V at n_nv by approach 1, without interpolation, when each run is left out in turn."""
+    for run in np.unique(table.run):
+        out = table.run == run
+        law = IsoflopFit(densify="none").fit(
+            table.select(~out), fertility=fertilities.PUBLISHED, draws=0
+        )
+        yield {
+            "part": "leave one run out", "n_nv": n_nv, "left_out_n_nv": float(table.n_nv[out][0]),
+            "left_out_vocab": float(table.vocab_size[out][0]),
+            "vocab": law.optimum(n_nv=n_nv).vocab_size,
+        }  # fmt: skip
 
 
 def calibration(table: VocabTable, laws: Sequence[VocabLaw]) -> list[Row]:
@@ -231,8 +273,9 @@ def predictions(law: VocabLaw, sizes: Sequence[float]) -> Iterator[Row]:
         row = {"part": "prediction", "law": law.version, "n_nv": n_nv}
         try:
             optimum = law.optimum(n_nv=n_nv)
-            low, high = law.interval(n_nv=n_nv)[:2] if law.draws else (None, None)
-            row |= {"vocab": optimum.vocab_size, "low": low, "high": high, "flops": optimum.flops}
+            low, high, method = law.interval(n_nv=n_nv) if law.draws else (None, None, "no draws")
+            row |= {"vocab": optimum.vocab_size, "low": low, "high": high, "flops": optimum.flops,
+                    "rows": law.diagnostics.get("rows"), "interval": method}  # fmt: skip
         except InputError as error:
             row["note"] = str(error)
         yield row
@@ -250,17 +293,35 @@ def isoflop_rows(table: VocabTable) -> Iterator[Row]:
 
 
 def table(rows: list[Row]) -> list[Row]:
-    """Predicted V by law and size; the other parts are in rows.jsonl and files of their own."""
-    return [
+    """The recommendations, then V by law and size with the rows that each was fitted to; the other
+    parts are in rows.jsonl and files of their own."""
+    chosen = [
+        {
+            "law": "recommendation" if row["determined"] else "not determined; best compromise",
+            "N_nv": f"{row['n_nv']:.3g}" + (f", D {row['tokens']:.3g}" if row["tokens"] else ""),
+            **{name: _whole(row[name]) for name in ("vocab", "low", "high")},
+            "interval": f"other laws, rows, FLOPs limits; wastes {100 * row['waste']:.0f} %",
+        }
+        for row in rows
+        if row["part"] == "recommendation"
+    ]
+    return chosen + [
         {
             "law": row["law"],
             "N_nv": f"{row['n_nv']:.3g}",
-            **{name: row.get(name) and round(row[name]) for name in ("vocab", "low", "high")},
+            **{name: _whole(row.get(name)) for name in ("vocab", "low", "high")},
+            "rows": row.get("rows"),
+            "interval": row.get("interval", ""),
             "note": row.get("note", ""),
         }
         for row in rows
         if row["part"] == "prediction"
     ]
+
+
+def _whole(value: float | None) -> int | str:
+    """Entries; an end that is no number is open."""
+    return "open" if value is None else round(value)
 
 
 def plot(rows: list[Row]) -> Mapping[str, Figure]:

@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
         c.data = ""
         c.draws = 20
         c.n_nv = (3e9, 7e9)
-        c.long = ()
+        c.long = ((8e9, 15e12),)
         c.profile = (0.5, 1.0, 2.0)
         c.sensitivity = False
     return c

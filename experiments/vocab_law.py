@@ -114,9 +114,10 @@ def recommendations(sizes: Sequence[float], long: Sequence[tuple[float, float]])
         found = recommend_vocab.recommend(refits, n_nv=n_nv, tokens=tokens)
         low, high = found.interval
         yield {
-            "part": "recommendation", "n_nv": n_nv, "tokens": tokens, "flops": found.flops,
+            "part": "recommendation", "rows": refits.rows, "n_nv": n_nv, "tokens": tokens, "flops": found.flops,
             "vocab": found.vocab_size, "determined": found.determined, "low": low, "high": high,
-            "waste": found.waste, "waste_by_laws": found.waste_by_laws, "flat": found.flat,
+            "waste": found.waste, "waste_by_laws": found.waste_by_laws,
+            "flat low": found.flat[0], "flat high": found.flat[1],
             **{f"waste_{size}": lost for size, lost in found.costs.items()},
             **{f"{r.choice} {end}": value for r in found.ranges
                for end, value in (("low", r.low), ("high", r.high))},
@@ -300,7 +301,8 @@ def table(rows: list[Row]) -> list[Row]:
             "law": "recommendation" if row["determined"] else "not determined; best compromise",
             "N_nv": f"{row['n_nv']:.3g}" + (f", D {row['tokens']:.3g}" if row["tokens"] else ""),
             **{name: _whole(row[name]) for name in ("vocab", "low", "high")},
-            "interval": f"other laws, rows, FLOPs limits; wastes {100 * row['waste']:.0f} %",
+            "rows": row["rows"],
+            "note": f"wastes {100 * row['waste']:.0f} % of the FLOPs under another choice",
         }
         for row in rows
         if row["part"] == "recommendation"
@@ -310,9 +312,8 @@ def table(rows: list[Row]) -> list[Row]:
             "law": row["law"],
             "N_nv": f"{row['n_nv']:.3g}",
             **{name: _whole(row.get(name)) for name in ("vocab", "low", "high")},
-            "rows": row.get("rows"),
-            "interval": row.get("interval", ""),
-            "note": row.get("note", ""),
+            "rows": row.get("rows") or "as published",
+            "note": row.get("note", "") or row["interval"].partition("; ")[2],
         }
         for row in rows
         if row["part"] == "prediction"

@@ -40,6 +40,7 @@ class Refits:
     """Approach 3 fitted to the published sweep under every choice, by all of `MODES`."""
 
     source: str  # which rows
+    rows: int
     all_rows: Laws  # above the released FLOPs limit
     limits: Mapping[float, Laws]
     resampled: Sequence[Laws]  # families with replacement
@@ -70,7 +71,7 @@ def published_refits() -> Refits:
         for kind in ("all_rows", "limits", "families")
     }
     limits = dict(zip(data["flops_limits"], of["limits"], strict=True))
-    return Refits(data["source"], of["all_rows"][0], limits, of["families"])
+    return Refits(data["source"], data["rows"], of["all_rows"][0], limits, of["families"])
 
 
 class Range(NamedTuple):

@@ -190,7 +190,7 @@ class DerivativeFit:
             },
             columns=table.ranged,
             draws=resampled,
-            diagnostics={},
+            diagnostics={"rows": len(table)},
         )  # fmt: skip
 
 

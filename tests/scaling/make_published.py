@@ -105,6 +105,7 @@ def refits(table: VocabTable) -> dict:
     return {
         "source": f"the {len(table):,} rows of arXiv:2407.13623's data file, sha256 "
         f"{table.digest[:8]}, with alpha2 and beta in [0.1, 1)",
+        "rows": len(table),
         "parameters": list(vocab_loss.PARAMETERS),
         "ln_k_nnv": float(f"{budget_constant(table, fertility.PUBLISHED):.9g}"),
         "flops_limits": list(FLOPS_LIMITS),

@@ -114,8 +114,8 @@ def recommendations(sizes: Sequence[float], long: Sequence[tuple[float, float]])
         found = recommend_vocab.recommend(refits, n_nv=n_nv, tokens=tokens)
         low, high = found.interval
         yield {
-            "part": "recommendation", "rows": refits.rows, "n_nv": n_nv, "tokens": tokens, "flops": found.flops,
-            "vocab": found.vocab_size, "determined": found.determined, "low": low, "high": high,
+            "part": "recommendation", "rows": refits.rows, "n_nv": n_nv, "tokens": tokens,
+            "flops": found.flops, "vocab": found.vocab_size, "determined": found.determined, "low": low, "high": high,
             "waste": found.waste, "waste_by_laws": found.waste_by_laws,
             "flat low": found.flat[0], "flat high": found.flat[1],
             **{f"waste_{size}": lost for size, lost in found.costs.items()},

@@ -115,8 +115,8 @@ def recommendations(sizes: Sequence[float], long: Sequence[tuple[float, float]])
         low, high = found.interval
         yield {
             "part": "recommendation", "rows": refits.rows, "n_nv": n_nv, "tokens": tokens,
-            "flops": found.flops, "vocab": found.vocab_size, "determined": found.determined, "low": low, "high": high,
-            "waste": found.waste, "waste_by_laws": found.waste_by_laws,
+            "flops": found.flops, "vocab": found.vocab_size, "determined": found.determined,
+            "low": low, "high": high, "waste": found.waste, "waste_by_laws": found.waste_by_laws,
             "flat low": found.flat[0], "flat high": found.flat[1],
             **{f"waste_{size}": lost for size, lost in found.costs.items()},
             **{f"{r.choice} {end}": value for r in found.ranges

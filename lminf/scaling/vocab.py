@@ -3,7 +3,7 @@
 N_nv and N_v in raw parameters, D in raw tokens, F in raw FLOPs = 6 (N_nv + N_v) D.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,9 +47,6 @@ class VocabLaw(Law):
     """Common to the three approaches; each says how N_v follows from its constants."""
 
     ignores_budget: ClassVar[bool] = False
-
-    def require_optimum(self) -> None:
-        """Error where no query of the law has an optimum."""
 
     def n_v(self, constants: Constants, *, n_nv: float, width: float, flops: Draws) -> Draws:
         """Optimal N_v for each draw of the constants; -inf or inf where there is none: the loss is
@@ -100,14 +97,14 @@ class VocabLaw(Law):
     ) -> Optimum:
         """Optimal vocabulary. Width `d` from the published ladder and FLOPs compute-optimal if
         not given; `tokens` instead of `flops` fixes the training tokens at the optimum."""
-        self.require_optimum()
         constants = {name: np.array([value]) for name, value in self.constants.items()}
         width, *solution = self._solve(constants, n_nv, d, flops, tokens)
         n_v, budget = (float(draws[0]) for draws in solution)
         if not np.isfinite(n_v):
             raise InputError(
                 f"{self.version}: no loss-optimal vocabulary exists between {SMALLEST_VOCAB:g} and "
-                f"{LARGEST_VOCAB:g} at N_nv={n_nv:g}, F={budget:.3g}"
+                f"{LARGEST_VOCAB:g} at N_nv={n_nv:g}, F={budget:.3g}; use another approach"
+                + "".join(f" ({note})" for note in self.warnings)
             )
         vocab = n_v / width
         trained = budget / (6 * (n_nv + n_v))
@@ -150,15 +147,3 @@ def without(optima: Draws) -> str:
         if count
     ]  # fmt: skip
     return f"; {below + above} of {np.size(optima)} draws have no optimum: {' and '.join(reasons)}"
-
-
-def bisect(
-    function: Callable[[np.ndarray], np.ndarray], low: np.ndarray, high: np.ndarray
-) -> np.ndarray:
-    """Root of an increasing function per draw in [low, high]; NaN where its sign is constant."""
-    valid = (function(low) < 0) & (function(high) > 0)
-    for _ in range(80):
-        middle = 0.5 * (low + high)
-        below = function(middle) < 0
-        low, high = np.where(below, middle, low), np.where(below, high, middle)
-    return np.where(valid, 0.5 * (low + high), np.nan)

@@ -126,14 +126,6 @@ class LossLaw(vocab.VocabLaw):
         reached = self.loss_at_budget(vocab_size=vocab_sizes, flops=flops, **query)
         return 1 - np.exp(np.interp(-np.asarray(reached), -best, shares[:, 0]))
 
-    def require_optimum(self) -> None:
-        if self.constants["alpha2"] <= 0:
-            raise InputError(
-                f"{self.version}: alpha2 is not identified (the fit turns it negative, "
-                f"{self.constants['alpha2']:.3g}), so this law has no optimal vocabulary; fit with "
-                "bounds or use another approach"
-            )
-
 
 def loss_of(
     constants: Mapping[str, Any], n_nv: ArrayLike, n_v: np.ndarray, data: np.ndarray

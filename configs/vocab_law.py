@@ -24,14 +24,12 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data = "../shared/data/scaling_vocab/exp_data.csv"  # "" draws a synthetic sweep
     c.draws = 300  # bootstrap draws over runs
     c.n_nv = (3e9, 7e9, 13e9, 70e9)  # parameters of the models that V is predicted for
-    c.long = ((8e9, 15e12), (70e9, 15e12))  # (parameters, tokens) far beyond compute-optimal
     c.profile = (-2.0, -1.0, -0.5, 0.1, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # alpha2
     c.sensitivity = True  # refit under every choice: half of the time
     if arg == "tiny":
         c.data = ""
         c.draws = 20
         c.n_nv = (3e9, 7e9)
-        c.long = ((8e9, 15e12),)
         c.profile = (0.5, 1.0, 2.0)
         c.sensitivity = False
     return c

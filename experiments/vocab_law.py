@@ -30,6 +30,7 @@ from lminf.scaling.vocab_derivative import PUBLISHED_SIZES, DerivativeFit
 from lminf.scaling.vocab_isoflop import IsoflopFit, envelope, measured
 from lminf.scaling.vocab_loss import LossFit
 
+LONG = ((8e9, 15e12), (70e9, 15e12))  # (parameters, tokens) far beyond compute-optimal
 SEPARATE = (
     "recommendation", "calibration", "sensitivity", "leave one family out", "exponent by metric",
 )  # fmt: skip
@@ -81,7 +82,7 @@ def measure(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
             low, high = law.intervals.get(name, (None, None))
             yield {"part": "constant", "law": law.version, "constant": name, "value": value,
                    "low": low, "high": high}  # fmt: skip
-    yield from recommendations(c.n_nv, c.long)
+    yield from recommendations(c.n_nv)
     yield from without_a_run(table, c.n_nv[0])
     for row in calibration(table, laws):
         yield {"part": "calibration", **row}
@@ -107,10 +108,10 @@ def measure(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     yield from isoflop_rows(table)
 
 
-def recommendations(sizes: Sequence[float], long: Sequence[tuple[float, float]]) -> Iterator[Row]:
-    """The recommended vocabulary at the compute-optimal FLOPs of each size, and at (N, tokens)."""
+def recommendations(sizes: Sequence[float]) -> Iterator[Row]:
+    """The recommended vocabulary at the compute-optimal FLOPs of each size, and of LONG runs."""
     refits = recommend_vocab.published_refits()
-    for n_nv, tokens in [*((size, None) for size in sizes), *long]:
+    for n_nv, tokens in [*((size, None) for size in sizes), *LONG]:
         found = recommend_vocab.recommend(refits, n_nv=n_nv, tokens=tokens)
         low, high = found.interval
         yield {

@@ -118,6 +118,13 @@ def test_draws_without_an_optimum_are_counted_and_are_no_number():
     assert "of 100 draws have no optimum: in" in span.method
 
 
+@pytest.mark.parametrize("n_nv", [3e9, 7e9, 13e9, 70e9])
+def test_the_published_envelope_lies_in_the_middle_of_its_draws(n_nv):
+    law = published.ISOFLOP
+    width, n_v, _ = law._solve(law.constant_draws(), n_nv, None, None, None)
+    assert 0.3 < np.mean(n_v / width < law.optimum(n_nv=n_nv).vocab_size) < 0.7
+
+
 def test_approach_2_has_a_spread_and_no_sampling_distribution():
     assert "no sampling distribution" in published.DERIVATIVE.interval(n_nv=7e9).method
 

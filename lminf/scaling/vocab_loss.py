@@ -41,6 +41,10 @@ STARTS = np.array(
     list(itertools.product(*[(0, 2.5, 5)] * 3, (0, 2), (0, 0.5, 1), (0, 0.5, 1))),
     np.float64,
 )  # fmt: skip
+# Without bounds also from negative alpha2, with a term of V as small as the others: there true tokens
+# have their least objective, and no optimum.
+NEGATIVE = list(itertools.product((0, 2.5), (-12,), (0, 2.5), (0, 2), (-2,), (0.3, 0.6)))
+STARTS_OF = {"published": STARTS, "wide": np.concatenate([STARTS, np.array(NEGATIVE, float)])}
 # "published": the range that the released code accepts. "wide": no bound that could matter.
 BOUNDS = {
     "published": ([-20, -20, -20, -20, 0.1, 0.1], [60, 60, 60, 60, 1.0, 1.0]),
@@ -197,7 +201,7 @@ class LossFit:
         columns = self.columns(kept, fertility)
         lower, upper = (np.array(bound, float) for bound in BOUNDS[self.bounds])
         point = robust_fit.minimise(
-            residual, columns, starts=STARTS, lower=lower, upper=upper,
+            residual, columns, starts=STARTS_OF[self.bounds], lower=lower, upper=upper,
             weights=np.ones((1, len(kept))),
         )  # fmt: skip
         robust_fit.require_determined("approach 3", PARAMETERS, residual, columns, point)
@@ -239,7 +243,7 @@ class LossFit:
                 "mode": self.mode,
                 "bounds": self.bounds,
                 "flops_limit": self.limit(table),
-                "starts": len(STARTS),
+                "starts": len(STARTS_OF[self.bounds]),
                 "fertility": fertility.to_json(),
             },
             columns=kept.ranged,

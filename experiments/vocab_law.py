@@ -30,6 +30,7 @@ from lminf.scaling.vocab_derivative import PUBLISHED_SIZES, DerivativeFit
 from lminf.scaling.vocab_isoflop import IsoflopFit, envelope, measured
 from lminf.scaling.vocab_loss import LossFit
 
+EDGES = (2e3, 1e6)  # of the figure, entries
 LONG = ((8e9, 15e12), (70e9, 15e12))  # (parameters, tokens) far beyond compute-optimal
 SEPARATE = (
     "recommendation", "calibration", "sensitivity", "leave one family out", "exponent by metric",
@@ -353,14 +354,23 @@ def isoflops(rows: list[Row]) -> dict[str, Figure]:
 
 
 def approaches(rows: list[Row]) -> dict[str, Figure]:
-    """Each approach refitted and as published, with the intervals of its draws."""
-    named = [{**row, "approach": approach(row["law"]), "fit": fitted(row["law"])} for row in rows]
+    """Each approach refitted and as published, with the intervals of its draws; one that is open
+    runs to the edge."""
+    named = [
+        {
+            **row, "approach": approach(row["law"]), "fit": fitted(row["law"]),
+            **{end: edge if row.get(end) is None else row[end]
+               for end, edge in zip(("low", "high"), EDGES, strict=True)},
+        }
+        for row in rows
+        if row.get("vocab") is not None
+    ]  # fmt: skip
     return {
         "approaches": plots.curves(
             named, x="n_nv", y="vocab", by="fit", panel="approach", log_x=True, log_y=True,
-            interval=("low", "high"), band=True, y_limits=(2e3, 5e6),
+            interval=("low", "high"), band=True, y_limits=EDGES,
             x_label="non-vocabulary parameters (count)",
-            y_label="best vocabulary (entries; bands: 95 %)",
+            y_label="best vocabulary (entries; bands: 95 %, to an edge: open)",
         )
     }  # fmt: skip
 

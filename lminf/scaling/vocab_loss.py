@@ -41,8 +41,8 @@ STARTS = np.array(
     list(itertools.product(*[(0, 2.5, 5)] * 3, (0, 2), (0, 0.5, 1), (0, 0.5, 1))),
     np.float64,
 )  # fmt: skip
-# Without bounds also from negative alpha2, with a term of V as small as the others: there true tokens
-# have their least objective, and no optimum.
+# Without bounds also from negative alpha2, with a term of V as small as the others: there true
+# tokens have their least objective, and no optimum.
 NEGATIVE = list(itertools.product((0, 2.5), (-12,), (0, 2.5), (0, 2), (-2,), (0.3, 0.6)))
 STARTS_OF = {"published": STARTS, "wide": np.concatenate([STARTS, np.array(NEGATIVE, float)])}
 # "published": the range that the released code accepts. "wide": no bound that could matter.

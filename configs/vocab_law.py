@@ -6,7 +6,7 @@ Paper      Scaling Laws with Vocabulary (Tao et al. 2024, arXiv:2407.13623)
 Command    python -m experiments.vocab_law --config.data=../shared/data/scaling_vocab/exp_data.csv
 Data       exp_data.csv of github.com/sail-sg/scaling-with-vocab; --config.data= generates a small
            sweep
-Time       about a minute on two CPU cores
+Time       ten minutes on two CPU cores shared by four, half of it resampling
 Expected   all 1,200 rows: V 28K at 3B, 43K at 7B, 53K at 13B, not determined at 70B and 15T
            tokens; approach 1 44,026 at 3B, approach 3 as released 36.5K, 60.4K at 70B with one
            covariate

@@ -15,7 +15,14 @@ from lminf.experiments import _tables
 from lminf.experiments._main import main
 from lminf.run import plots, style
 from lminf.run.folder import Row, RunFolder
-from lminf.scaling import baselines, diagnostics, published, regret, synthetic
+from lminf.scaling import (
+    baselines,
+    diagnostics,
+    published,
+    recommend_step,
+    regret,
+    synthetic,
+)
 from lminf.scaling.steps import StepFit, fit_bowl
 
 
@@ -42,12 +49,23 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
         means = {
             method: _finite(regret.mean_regret(groups, method)[0]) for method in regret.METHODS
         }
-        yield {"part": "gap", "law": name, **means, "clipped": sum(g.clipped for g in groups)}
+        low, high = map(_finite, regret.interval(groups, "linear"))
+        yield {"part": "gap", "law": name, **means, "low": low, "high": high,
+               "groups": len(groups), "runs": len(table),
+               "clipped": sum(g.clipped for g in groups)}  # fmt: skip
         for g in groups:
             yield {"part": "point", "law": name, "n": g.n, "d": g.d, "lr": g.lr,
                    "batch": g.batch, "gap": _finite(g.regret["linear"])}  # fmt: skip
+    unseen = []
     for row in diagnostics.leave_one_group_out(procedure, table):
+        unseen.append(row.get("gap_per_mille", np.nan))
         yield {"part": "leave one group out", **row}
+    yield {"part": "gap", "law": "refit without the group", "linear": _finite(np.mean(unseen)),
+           "groups": len(unseen), "runs": len(table)}  # fmt: skip
+    for name in recommend_step.COMPARED:
+        distance = recommend_step.distance(name)._asdict()
+        yield {"part": "distance in octaves", **{k: v if k == "rule" else _finite(v)
+                                                 for k, v in distance.items()}}  # fmt: skip
     for what, lr_factor, batch_factor in (
         ("lr x 2", 2, 1), ("lr / 2", 0.5, 1), ("batch x 2", 1, 2), ("batch / 2", 1, 0.5),
         ("both x 2", 2, 2),
@@ -72,7 +90,7 @@ def _finite(value):
 
 
 def table(rows: list[Row]) -> list[Row]:
-    """Mean gap by law; the other parts are in rows.jsonl."""
+    """Mean gap by law, with the interval of `linear` over groups; the rest is in rows.jsonl."""
     return [
         {key: value for key, value in row.items() if key != "part"}
         for row in rows
@@ -91,6 +109,7 @@ LOOKS = {
     "deepseek": style.Look("DeepSeek", "#D55E00", "D"),
     "porian": style.Look("Porian et al.", "#FFFFFF", "^"),
     "moonlight": style.Look("Moonlight", "#8C8C8C", "X"),
+    "fixed": style.Look("one setting for all", "#F0E442", "d"),
 }
 
 

@@ -14,7 +14,14 @@ from lminf.experiments._main import main
 from lminf.run import plots, style, tables
 from lminf.run.folder import Row, RunFolder
 from lminf.run.progress import track
-from lminf.scaling import diagnostics, published, robust_fit, synthetic, vocab_loss
+from lminf.scaling import (
+    diagnostics,
+    published,
+    recommend_vocab,
+    robust_fit,
+    synthetic,
+    vocab_loss,
+)
 from lminf.scaling import fertility as fertilities
 from lminf.scaling.fertility import Fertility
 from lminf.scaling.tables import VocabTable
@@ -23,7 +30,11 @@ from lminf.scaling.vocab_derivative import PUBLISHED_SIZES, DerivativeFit
 from lminf.scaling.vocab_isoflop import IsoflopFit, envelope, measured
 from lminf.scaling.vocab_loss import LossFit
 
-SEPARATE = ("calibration", "sensitivity", "leave one family out", "exponent by metric")
+EDGES = (2e3, 1e6)  # of the figure, entries
+LONG = ((8e9, 15e12), (70e9, 15e12))  # (parameters, tokens) far beyond compute-optimal
+SEPARATE = (
+    "recommendation", "calibration", "sensitivity", "leave one family out", "exponent by metric",
+)  # fmt: skip
 
 
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
@@ -72,6 +83,8 @@ def measure(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
             low, high = law.intervals.get(name, (None, None))
             yield {"part": "constant", "law": law.version, "constant": name, "value": value,
                    "low": low, "high": high}  # fmt: skip
+    yield from recommendations(c.n_nv)
+    yield from without_a_run(table, c.n_nv[0])
     for row in calibration(table, laws):
         yield {"part": "calibration", **row}
     for row in metric_exponents(table):
@@ -94,6 +107,38 @@ def measure(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     for n, v, f, loss in zip(kept.n_nv, kept.n_v, kept.flops, kept.loss, strict=True):
         yield {"part": "envelope", "n_nv": n, "n_v": v, "flops": f, "loss": loss}
     yield from isoflop_rows(table)
+
+
+def recommendations(sizes: Sequence[float]) -> Iterator[Row]:
+    """The recommended vocabulary at the compute-optimal FLOPs of each size, and of LONG runs."""
+    refits = recommend_vocab.published_refits()
+    for n_nv, tokens in [*((size, None) for size in sizes), *LONG]:
+        found = recommend_vocab.recommend(refits, n_nv=n_nv, tokens=tokens)
+        low, high = found.interval
+        yield {
+            "part": "recommendation", "rows": refits.rows, "n_nv": n_nv, "tokens": tokens,
+            "flops": found.flops, "vocab": found.vocab_size, "determined": found.determined,
+            "low": low, "high": high, "waste": found.waste, "waste_by_laws": found.waste_by_laws,
+            "flat low": found.flat[0], "flat high": found.flat[1],
+            **{f"waste_{size}": lost for size, lost in found.costs.items()},
+            **{f"{r.choice} {end}": value for r in found.ranges
+               for end, value in (("low", r.low), ("high", r.high))},
+            "note": found.sentences()[0],
+        }  # fmt: skip
+
+
+def without_a_run(table: VocabTable, n_nv: float) -> Iterator[Row]:
+    """V at n_nv by approach 1, without interpolation, when each run is left out in turn."""
+    for run in np.unique(table.run):
+        out = table.run == run
+        law = IsoflopFit(densify="none").fit(
+            table.select(~out), fertility=fertilities.PUBLISHED, draws=0
+        )
+        yield {
+            "part": "leave one run out", "n_nv": n_nv, "left_out_n_nv": float(table.n_nv[out][0]),
+            "left_out_vocab": float(table.vocab_size[out][0]),
+            "vocab": law.optimum(n_nv=n_nv).vocab_size,
+        }  # fmt: skip
 
 
 def calibration(table: VocabTable, laws: Sequence[VocabLaw]) -> list[Row]:
@@ -231,8 +276,9 @@ def predictions(law: VocabLaw, sizes: Sequence[float]) -> Iterator[Row]:
         row = {"part": "prediction", "law": law.version, "n_nv": n_nv}
         try:
             optimum = law.optimum(n_nv=n_nv)
-            low, high = law.interval(n_nv=n_nv)[:2] if law.draws else (None, None)
-            row |= {"vocab": optimum.vocab_size, "low": low, "high": high, "flops": optimum.flops}
+            low, high, method = law.interval(n_nv=n_nv) if law.draws else (None, None, "no draws")
+            row |= {"vocab": optimum.vocab_size, "low": low, "high": high, "flops": optimum.flops,
+                    "rows": law.diagnostics.get("rows"), "interval": method}  # fmt: skip
         except InputError as error:
             row["note"] = str(error)
         yield row
@@ -250,17 +296,35 @@ def isoflop_rows(table: VocabTable) -> Iterator[Row]:
 
 
 def table(rows: list[Row]) -> list[Row]:
-    """Predicted V by law and size; the other parts are in rows.jsonl and files of their own."""
-    return [
+    """The recommendations, then V by law and size with the rows that each was fitted to; the other
+    parts are in rows.jsonl and files of their own."""
+    chosen = [
+        {
+            "law": "recommendation" if row["determined"] else "not determined; best compromise",
+            "N_nv": f"{row['n_nv']:.3g}" + (f", D {row['tokens']:.3g}" if row["tokens"] else ""),
+            **{name: _whole(row[name]) for name in ("vocab", "low", "high")},
+            "rows": row["rows"],
+            "note": f"wastes {100 * row['waste']:.0f} % of the FLOPs under another choice",
+        }
+        for row in rows
+        if row["part"] == "recommendation"
+    ]
+    return chosen + [
         {
             "law": row["law"],
             "N_nv": f"{row['n_nv']:.3g}",
-            **{name: row.get(name) and round(row[name]) for name in ("vocab", "low", "high")},
-            "note": row.get("note", ""),
+            **{name: _whole(row.get(name)) for name in ("vocab", "low", "high")},
+            "rows": row.get("rows") or "as published",
+            "note": row.get("note", "") or row["interval"].partition("; ")[2],
         }
         for row in rows
         if row["part"] == "prediction"
     ]
+
+
+def _whole(value: float | None) -> int | str:
+    """Entries; an end that is no number is open."""
+    return "open" if value is None else round(value)
 
 
 def plot(rows: list[Row]) -> Mapping[str, Figure]:
@@ -290,14 +354,23 @@ def isoflops(rows: list[Row]) -> dict[str, Figure]:
 
 
 def approaches(rows: list[Row]) -> dict[str, Figure]:
-    """Each approach refitted and as published, with the intervals of its draws."""
-    named = [{**row, "approach": approach(row["law"]), "fit": fitted(row["law"])} for row in rows]
+    """Each approach refitted and as published, with the intervals of its draws; one that is open
+    runs to the edge."""
+    named = [
+        {
+            **row, "approach": approach(row["law"]), "fit": fitted(row["law"]),
+            **{end: edge if row.get(end) is None else row[end]
+               for end, edge in zip(("low", "high"), EDGES, strict=True)},
+        }
+        for row in rows
+        if row.get("vocab") is not None
+    ]  # fmt: skip
     return {
         "approaches": plots.curves(
             named, x="n_nv", y="vocab", by="fit", panel="approach", log_x=True, log_y=True,
-            interval=("low", "high"), band=True, y_limits=(2e3, 5e6),
+            interval=("low", "high"), band=True, y_limits=EDGES,
             x_label="non-vocabulary parameters (count)",
-            y_label="best vocabulary (entries; bands: 95 %)",
+            y_label="best vocabulary (entries; bands: 95 %, to an edge: open)",
         )
     }  # fmt: skip
 

@@ -123,6 +123,12 @@ RULES = {
             lambda q: 0.0065 * compute(q) ** 0.4138,
             "C = 6 N D",
         ),
+        Rule(
+            "fixed",
+            lambda _: 2.0**-9,
+            lambda _: 192 * 2048.0,
+            "one setting for every model: what a law has to beat",
+        ),
     )
 }
 NOT_IMPLEMENTED = {"meituan": "a power law in the loss whose constants were not published"}

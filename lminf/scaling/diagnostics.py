@@ -101,18 +101,10 @@ class Mistake(NamedTuple):
 
 def mistake(law: LossLaw, *, n_nv: float, vocab_size: float, width: float, flops: float) -> Mistake:
     """Excess loss of V, and the share of the FLOPs at which the best V would have done as well."""
-    reached = float(law.loss_at_budget(n_nv=n_nv, vocab_size=vocab_size, width=width, flops=flops))
-
-    def best(budget: float) -> float:
-        size = law.optimum(n_nv=n_nv, d=width, flops=budget).vocab_size
-        return float(law.loss_at_budget(n_nv=n_nv, vocab_size=size, width=width, flops=budget))
-
-    excess = reached - best(flops)
-    low, high = np.log(1e-3), 0.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (low, middle) if best(flops * np.exp(middle)) < reached else (middle, high)
-    return Mistake(excess, float(np.exp((low + high) / 2)))
+    query: Any = {"n_nv": n_nv, "width": width, "flops": flops}
+    best = law.optimum(n_nv=n_nv, d=width, flops=flops).vocab_size
+    reached, least = law.loss_at_budget(vocab_size=[vocab_size, best], **query)
+    return Mistake(float(reached - least), 1 - float(law.flops_lost(vocab_size, **query)))
 
 
 def leave_one_family_out(

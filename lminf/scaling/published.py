@@ -1,10 +1,9 @@
 """Published constants as named law versions, usable without any data.
 
 They are stored in published.json, in the format that `Law.save` writes. Their intervals are this
-project's own: the spread of re-fits to the five families and fourteen groups at hand, over
-resampled runs and groups, moved so that the re-fit falls on the published constants. The published
-constants of approach 3 come from six families and lie far from the re-fit, so there the draws stay
-where they are. tests/scaling/make_published.py makes the draws.
+project's own: the spread of re-fits to all six families (1,200 rows) and all 17 groups, over
+resampled runs and groups; those of the step law are moved so that the re-fit falls on the published
+constants. tests/scaling/make_published.py makes the draws.
 
 The exponent of approach 1 is printed as 0.41636; stored are the digits that reproduce all fourteen
 printed vocabularies. N_v of approach 2's anchor is 6144 x 512.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lminf.errors import InputError
-from lminf.scaling import laws
+from lminf.scaling import laws, resample
 from lminf.scaling.baselines import Query, Rule
 from lminf.scaling.surfaces import Surface, merged
 from lminf.scaling.tables import StepTable
@@ -117,6 +117,16 @@ def mean_regret(groups: list[GroupRegret], method: str) -> tuple[float, int]:
     values = np.array([group.regret[method] for group in groups])
     finite = np.isfinite(values)
     return (float(values[finite].mean()) if finite.any() else float("nan")), int(finite.sum())
+
+
+def interval(groups: list[GroupRegret], method: str) -> tuple[float, float]:
+    """95 % interval of the mean regret (per mille) over resampled groups."""
+    values = np.array([group.regret[method] for group in groups])
+    values = values[np.isfinite(values)]
+    if values.size < 2:
+        return float("nan"), float("nan")
+    weights = resample.bootstrap_weights(np.arange(values.size), draws=4000, seed=0)
+    return resample.percentile_interval(weights @ values / values.size)
 
 
 def plateau(table: StepTable) -> dict[float, float]:

@@ -38,8 +38,11 @@ def bootstrap_weights(
 
 
 def percentile_interval(values: Float[np.ndarray, " draws"]) -> tuple[float, float]:
-    """The 95 % interval of resampled values."""
-    low, high = np.percentile(np.asarray(values, np.float64), [2.5, 97.5])
+    """The 95 % interval of resampled values, of which some may be infinite."""
+    values = np.asarray(values, np.float64)
+    # Between a finite and an infinite value there is nothing to interpolate.
+    rule = "linear" if np.all(np.isfinite(values)) else "inverted_cdf"
+    low, high = np.percentile(values, [2.5, 97.5], method=rule)
     return float(low), float(high)
 
 

@@ -43,10 +43,12 @@ class StepLaw(Law):
         return Setting(float(np.exp(lr)), float(np.exp(batch)))
 
     def interval(self, *, n: float, d: float) -> dict[str, Interval]:
-        """95 % intervals of lr and batch (tokens) over the law's draws."""
+        """95 % intervals of lr and batch (tokens) over the law's draws; `method` says so where they
+        are outside the fitted range and hold the law's form to be exact."""
+        beyond = "; extrapolated: of the constants alone" if self.outside({"n": n, "d": d}) else ""
         settings = _log_setting(self.constant_draws(), np.log(n), np.log(d))
         return {
-            name: self.percentiles(np.exp(values))
+            name: self.percentiles(np.exp(values))._replace(method=self.resampling + beyond)
             for name, values in zip(("lr", "batch"), settings, strict=True)
         }
 

@@ -3,7 +3,7 @@
 N_nv and N_v in raw parameters, D in raw tokens, F in raw FLOPs = 6 (N_nv + N_v) D.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,7 +18,9 @@ from lminf.scaling.laws import Interval, Law
 
 Draws = Float[np.ndarray, " draws"]
 Constants = Mapping[str, Draws]
-SMALLEST_VOCAB = 64.0
+# Entries between which every law looks for its optimum: bytes, and four times the largest of public
+# models. A law whose loss is least at an end has no optimum.
+SMALLEST_VOCAB, LARGEST_VOCAB = 256.0, 1e6
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,9 @@ class VocabLaw(Law):
 
     ignores_budget: ClassVar[bool] = False
 
-    def require_optimum(self) -> None:
-        """Error where no query of the law has an optimum."""
-
     def n_v(self, constants: Constants, *, n_nv: float, width: float, flops: Draws) -> Draws:
-        """Optimal N_v for each draw of the constants; NaN where there is none."""
+        """Optimal N_v for each draw of the constants; -inf or inf where there is none: the loss is
+        least at the smallest or largest vocabulary."""
         raise NotImplementedError
 
     def budget(self, constants: Constants, n_nv: float) -> Draws:
@@ -78,12 +78,13 @@ class VocabLaw(Law):
             return width, self.n_v(constants, n_nv=n_nv, width=width, flops=budget), budget
         accounting.require_raw("tokens", tokens, "tokens")
         budget = n_v = np.full(shape, 6 * 1.05 * n_nv * tokens)
-        for _ in range(60):  # N_v ~ F^0.4 and N_v < N_nv: contracts by 5 or more each time
+        for _ in range(30):  # N_v ~ F^0.4 and N_v < N_nv: contracts by 5 or more each time
             n_v = self.n_v(constants, n_nv=n_nv, width=width, flops=budget)
             new = 6 * (n_nv + n_v) * tokens
-            if np.nanmax(np.abs(new / budget - 1), initial=0) < 1e-12:
+            found = np.isfinite(n_v)
+            if np.max(np.abs(new / budget - 1)[found], initial=0) < 1e-7:
                 break
-            budget = new
+            budget = np.where(found, new, budget)
         return width, n_v, budget
 
     def optimum(
@@ -96,14 +97,14 @@ class VocabLaw(Law):
     ) -> Optimum:
         """Optimal vocabulary. Width `d` from the published ladder and FLOPs compute-optimal if
         not given; `tokens` instead of `flops` fixes the training tokens at the optimum."""
-        self.require_optimum()
         constants = {name: np.array([value]) for name, value in self.constants.items()}
         width, *solution = self._solve(constants, n_nv, d, flops, tokens)
         n_v, budget = (float(draws[0]) for draws in solution)
         if not np.isfinite(n_v):
             raise InputError(
                 f"{self.version}: no loss-optimal vocabulary exists between {SMALLEST_VOCAB:g} and "
-                f"{self.fertility.cap:g} at N_nv={n_nv:g}, F={budget:.3g}"
+                f"{LARGEST_VOCAB:g} at N_nv={n_nv:g}, F={budget:.3g}; use another approach"
+                + "".join(f" ({note})" for note in self.warnings)
             )
         vocab = n_v / width
         trained = budget / (6 * (n_nv + n_v))
@@ -127,23 +128,22 @@ class VocabLaw(Law):
         flops: float | None = None,
         tokens: float | None = None,
     ) -> Interval:
-        """95 % interval of the optimal V (entries) over the law's draws."""
+        """95 % interval of the optimal V (entries) over the law's draws; an end is infinite where
+        more draws than it leaves out have no optimum, and `method` counts them."""
         width, n_v, _ = self._solve(self.constant_draws(), n_nv, d, flops, tokens)
-        sizes = n_v / width
-        none = ~np.isfinite(sizes)
-        # The optimum of a draw that has none is taken to be the smallest vocabulary.
-        low, high = resample.percentile_interval(np.where(none, SMALLEST_VOCAB, sizes))
-        note = f"; {none.sum()} of {none.size} draws have no optimum" if none.any() else ""
-        return Interval(low, high, self.resampling + note)
+        return Interval(*resample.percentile_interval(n_v / width), self.resampling + without(n_v))
 
 
-def bisect(
-    function: Callable[[np.ndarray], np.ndarray], low: np.ndarray, high: np.ndarray
-) -> np.ndarray:
-    """Root of an increasing function per draw in [low, high]; NaN where its sign is constant."""
-    valid = (function(low) < 0) & (function(high) > 0)
-    for _ in range(80):
-        middle = 0.5 * (low + high)
-        below = function(middle) < 0
-        low, high = np.where(below, middle, low), np.where(below, high, middle)
-    return np.where(valid, 0.5 * (low + high), np.nan)
+def without(optima: Draws) -> str:
+    """How many of the draws have no optimum and why, as the end of a sentence; "" where all do."""
+    below, above = int(np.sum(optima == -np.inf)), int(np.sum(optima == np.inf))
+    if not below + above:
+        return ""
+    reasons = [
+        f"in {count} the loss still falls at the {which} vocabulary searched ({bound:,.0f})"
+        for count, which, bound in (
+            (below, "smallest", SMALLEST_VOCAB), (above, "largest", LARGEST_VOCAB)
+        )
+        if count
+    ]  # fmt: skip
+    return f"; {below + above} of {np.size(optima)} draws have no optimum: {' and '.join(reasons)}"

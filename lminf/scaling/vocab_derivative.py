@@ -24,27 +24,35 @@ from lminf.scaling.vocab import Constants, Draws
 
 PUBLISHED_SIZES = (33e6, 85e6, 151e6, 302e6, 631e6, 1130e6, 2870e6)  # N_nv, parameters
 ANCHOR_FLOPS = 2.7e17
+SPREAD = (
+    "a spread over budgets of the anchor within 12 % and lists of sizes without one, which is no "
+    "sampling distribution"
+)
 ANCHOR_RANGE = 0.12  # the best size goes from 4096 to 10240 within +-12 % of the anchor budget
 
 
 def flops_root(
     n_nv: ArrayLike, *, width: ArrayLike, fertility: Fertility
 ) -> Float[np.ndarray, " sizes"]:
-    """V that minimises FLOPs at fixed text, in [64, the fertility's cap); NaN: no root."""
-    n_nv, width = np.atleast_1d(np.asarray(n_nv, np.float64)), np.asarray(width, np.float64)
+    """V that minimises FLOPs at fixed text, in the searched range; NaN: no root."""
 
-    def slope(log_v: np.ndarray) -> np.ndarray:
+    def slope(log_v: float, n_nv: float, width: float) -> float:
         """d/dV of (N_nv + V d) f(V): negative below the optimum, positive above."""
         size = np.exp(log_v)
         per_character = fertility.tokens_per_character(size)
-        return (n_nv + size * width) * fertility.slope(size) + per_character * width
+        return float((n_nv + size * width) * fertility.slope(size) + per_character * width)
 
-    low, cap = vocab.SMALLEST_VOCAB, min(fertility.cap, 1e7)
+    low, cap = vocab.SMALLEST_VOCAB, min(fertility.cap, vocab.LARGEST_VOCAB)
     if fertility.kind == "table":
         low, cap = fertility.fitted_range
-    inside = np.log(cap) - 1e-12  # at the cap itself f is constant and there is no root
-    root = vocab.bisect(slope, np.full(n_nv.shape, np.log(low)), np.full(n_nv.shape, inside))
-    return np.exp(root)
+    ends = (np.log(low), np.log(cap) - 1e-12)  # at the cap itself f is constant: no root
+    roots = [
+        optimize.root_scalar(slope, bracket=ends, args=pair, xtol=1e-13).root
+        if slope(ends[0], *pair) < 0 < slope(ends[1], *pair)
+        else np.nan
+        for pair in np.broadcast(np.atleast_1d(n_nv), width)
+    ]
+    return np.exp(roots)
 
 
 def fit_gamma(n_nv: Float[np.ndarray, " sizes"], n_v: Float[np.ndarray, " sizes"]) -> float:
@@ -170,7 +178,7 @@ class DerivativeFit:
             }
             resampled = laws.Resampled(
                 values,
-                f"{draws} draws of the anchor budget within 12 % and of the size list",
+                f"{draws} anchors: {SPREAD}",
                 {name: resample.percentile_interval(v) for name, v in values.items()},
             )
         return laws.fitted(
@@ -186,7 +194,7 @@ class DerivativeFit:
             },
             columns=table.ranged,
             draws=resampled,
-            diagnostics={},
+            diagnostics={"rows": len(table)},
         )  # fmt: skip
 
 

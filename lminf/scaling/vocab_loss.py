@@ -41,6 +41,10 @@ STARTS = np.array(
     list(itertools.product(*[(0, 2.5, 5)] * 3, (0, 2), (0, 0.5, 1), (0, 0.5, 1))),
     np.float64,
 )  # fmt: skip
+# Without bounds also from negative alpha2, with a term of V as small as the others: there true
+# tokens have their least objective, and no optimum.
+NEGATIVE = list(itertools.product((0, 2.5), (-12,), (0, 2.5), (0, 2), (-2,), (0.3, 0.6)))
+STARTS_OF = {"published": STARTS, "wide": np.concatenate([STARTS, np.array(NEGATIVE, float)])}
 # "published": the range that the released code accepts. "wide": no bound that could matter.
 BOUNDS = {
     "published": ([-20, -20, -20, -20, 0.1, 0.1], [60, 60, 60, 60, 1.0, 1.0]),
@@ -100,46 +104,31 @@ class LossLaw(vocab.VocabLaw):
         return loss_of(constants or self.constants, n_nv, n_v, data)
 
     def n_v(self, constants: Constants, *, n_nv: float, width: float, flops: Draws) -> Draws:
-        if self.mode == "consistent-reference":
-            return self._scan(constants, n_nv, width, flops)
-        alpha2, beta = constants["alpha2"], constants["beta"]
-        head = constants["ln_A2"] + np.log(np.maximum(alpha2, 1e-300))
-        data = constants["ln_B"] + np.log(np.maximum(beta, 1e-300)) + beta * np.log(6e15 / flops)
-
-        def slope(ln_n_v: np.ndarray) -> np.ndarray:
-            """ln of the cost of a parameter minus ln of its gain, in 1e6."""
-            total = np.log(n_nv / 1e6 + np.exp(ln_n_v))
-            return data + (beta - 1) * total - (head - (alpha2 + 1) * ln_n_v)
-
-        low = np.full(np.shape(alpha2), np.log(vocab.SMALLEST_VOCAB * width / 1e6))
-        high = np.full(np.shape(alpha2), np.log(1e7 * width / 1e6))
-        sound = (alpha2 > 0) & (beta > 0) & (beta < 1)
-        root = vocab.bisect(slope, low, high)
-        root = np.where(slope(high) < 0, high, root)  # still falling at 1e7 entries: the largest
-        return np.where(sound, np.exp(root) * 1e6, np.nan)
-
-    def _scan(self, constants: Constants, n_nv: float, width: float, flops: Draws) -> Draws:
-        """Minimum over ln V on a grid, then refined; H f(V / 1000) has no closed derivative."""
         columns = {name: np.asarray(constants[name])[:, None] for name in PARAMETERS}
-        low, high = np.log(2000.0), np.log(1e6)  # below 2000, V / 1000 leaves every tokenizer
+        low, high = np.log(vocab.SMALLEST_VOCAB), np.log(vocab.LARGEST_VOCAB)
         centre, span = np.full(np.shape(flops), (low + high) / 2), (high - low) / 2
-        for _ in range(8):
+        for _ in range(6):  # a grid, then finer ones: one search for the covariates of all modes
             grid = np.clip(centre[:, None] + np.linspace(-span, span, 101), low, high)
             loss = self.loss_at_budget(
                 n_nv=n_nv, vocab_size=np.exp(grid), width=width, flops=flops[:, None],
                 constants=columns,
             )  # fmt: skip
             centre = np.take_along_axis(grid, loss.argmin(1)[:, None], axis=1)[:, 0]
-            span /= 20
-        return np.where(centre <= low + 1e-9, np.nan, np.exp(centre) * width)
+            span /= 25
+        size = np.where(centre <= low + 1e-6, -np.inf, np.exp(centre) * width)
+        return np.where(centre >= high - 1e-6, np.inf, size)
 
-    def require_optimum(self) -> None:
-        if self.constants["alpha2"] <= 0:
-            raise InputError(
-                f"{self.version}: alpha2 is not identified (the fit turns it negative, "
-                f"{self.constants['alpha2']:.3g}), so this law has no optimal vocabulary; fit with "
-                "bounds or use another approach"
-            )
+    def flops_lost(
+        self, vocab_sizes: ArrayLike, *, n_nv: float, width: float, flops: float
+    ) -> Float[np.ndarray, " sizes"]:
+        """Share of the FLOPs that each vocabulary wastes: with the best one, the rest of them reach
+        the same loss. At most 0.99."""
+        shares = np.linspace(np.log(0.01), 0.0, 100)[:, None]
+        sizes = np.geomspace(vocab.SMALLEST_VOCAB, vocab.LARGEST_VOCAB, 200)
+        query: Any = {"n_nv": n_nv, "width": width}
+        best = self.loss_at_budget(vocab_size=sizes, flops=flops * np.exp(shares), **query).min(1)
+        reached = self.loss_at_budget(vocab_size=vocab_sizes, flops=flops, **query)
+        return 1 - np.exp(np.interp(-np.asarray(reached), -best, shares[:, 0]))
 
 
 def loss_of(
@@ -212,7 +201,7 @@ class LossFit:
         columns = self.columns(kept, fertility)
         lower, upper = (np.array(bound, float) for bound in BOUNDS[self.bounds])
         point = robust_fit.minimise(
-            residual, columns, starts=STARTS, lower=lower, upper=upper,
+            residual, columns, starts=STARTS_OF[self.bounds], lower=lower, upper=upper,
             weights=np.ones((1, len(kept))),
         )  # fmt: skip
         robust_fit.require_determined("approach 3", PARAMETERS, residual, columns, point)
@@ -238,7 +227,7 @@ class LossFit:
             resampled = laws.resampled(
                 dict(zip(PARAMETERS, sample.parameters.T, strict=True)),
                 sample.converged,
-                f"{draws} bootstrap draws over {cluster}s",
+                f"{draws} bootstrap draws over {cluster}s of {len(kept):,} rows",
             )
         on_bound = {
             name: float((upper if bound[i] > 0 else lower)[i])
@@ -254,7 +243,7 @@ class LossFit:
                 "mode": self.mode,
                 "bounds": self.bounds,
                 "flops_limit": self.limit(table),
-                "starts": len(STARTS),
+                "starts": len(STARTS_OF[self.bounds]),
                 "fertility": fertility.to_json(),
             },
             columns=kept.ranged,

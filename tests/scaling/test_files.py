@@ -176,3 +176,11 @@ def test_a_single_group_can_be_priced():
     table = data.dense_table()
     one = table.select(table.group == 3)
     assert np.isfinite(regret.regrets(one, [baselines.rule("step")])["step"][0].regret["linear"])
+
+
+@pytest.mark.slow
+def test_true_tokens_fit_all_rows_best_where_no_optimum_exists():
+    """From the published starts alone the search ended at alpha2 = 1.06, a local minimum."""
+    law = scaling.fit(LossFit("tokens", bounds="wide"), data.whole_vocab_table(), draws=0)
+    assert law.constants["alpha2"] < -1
+    assert law.diagnostics["objective"] < 0.06678

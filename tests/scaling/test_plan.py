@@ -12,7 +12,9 @@ import pytest
 from lminf import cli, scaling
 from lminf.errors import InputError
 from lminf.run import request, sweep
-from lminf.scaling import plan
+from lminf.scaling import fertility, plan
+from lminf.scaling.tables import StepTable, VocabTable
+from tests.scaling import data
 
 
 @pytest.mark.parametrize("budget", [2e12, 1e13, 1e15])
@@ -120,3 +122,41 @@ def test_the_documented_lines_end_in_a_step_law(tmp_path, monkeypatch, capsys):
     law = scaling.load("mine.json")
     assert law.kind == "step"
     assert all(map(math.isfinite, law.constants.values()))
+
+
+def test_a_planned_step_study_determines_a_law():
+    """Runs at the step law's point in every planned group give its exponents back."""
+    groups = plan.step(1e13, text_tokens=1e12).groups
+    n, d = (np.array(column, float) for column in zip(
+        *((group.shape.parameters, group.tokens) for group in groups), strict=True))  # fmt: skip
+    k = data.STEP_TRUTH
+    lr = np.exp(k["lr_ln_k"] + k["lr_n"] * np.log(n) + k["lr_d"] * np.log(d))
+    batch = np.exp(k["batch_ln_k"] + k["batch_d"] * np.log(d))
+    table = StepTable(n, n, d, lr, batch, np.full(n.size, 2.5), 6 * n, 64, "0" * 64)
+    law = scaling.fit(scaling.StepFit(), table, draws=0)
+    assert dict(law.constants) == pytest.approx({**k, "batch_n": 0.0})
+
+
+@pytest.mark.slow
+def test_a_planned_vocabulary_study_determines_a_law():
+    """Losses of the parametric form at the planned shapes, sizes and budgets give it back."""
+    planned = plan.vocab(1e15, text_tokens=1e15)
+    cells = [
+        (size, group.shape.width, group.shape.parameters, budget)
+        for group in planned.groups for size in planned.sizes for budget in plan.budgets(group)
+    ]  # fmt: skip
+    size, width, n, flops = np.array(cells, float).T
+    tokens = flops / (6 * (n + size * width))
+    k = data.VOCAB_TRUTH
+    # D in 1e9 and parameters in 1e6, as the law has them; A2 so that V matters at these sizes.
+    loss = (
+        np.exp(k["ln_A1"]) * (n / 1e6) ** -k["beta"]
+        + np.exp(k["ln_A2"]) * (size * width / 1e6) ** -k["alpha2"]
+        + np.exp(k["ln_B"]) * (tokens / 1e9) ** -k["beta"]
+        - np.exp(k["ln_E"])
+    )
+    characters = tokens / fertility.PUBLISHED.tokens_per_character(size)
+    table = VocabTable(size, width, characters, n, flops, loss, "0" * 64)
+    law = scaling.fit(scaling.LossFit(bounds="wide", flops_limit=0.0), table, draws=0)
+    for name, value in k.items():
+        assert law.constants[name] == pytest.approx(value, abs=1e-4)

@@ -1,5 +1,5 @@
-"""Diagnostics beside the laws: what the curves say directly, what a mistake costs, and how much a
-law rests on each family or group."""
+"""Diagnostics beside the laws: what the curves say directly, and how much a law rests on each
+family or group."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -90,21 +90,6 @@ def isoflop_curve(table: VocabTable, family: float, flops: float, metric: str) -
 def _vertex(x: Float[np.ndarray, " sizes"], y: Float[np.ndarray, " sizes"]) -> float:
     square, slope, _ = np.polyfit(x - x.mean(), y, 2)
     return float(x.mean() - slope / (2 * square)) if square > 0 else float("nan")
-
-
-class Mistake(NamedTuple):
-    """What a vocabulary off the optimum costs at a budget."""
-
-    excess_loss: float  # L_u, nats per token
-    compute_factor: float  # the optimum reaches the same loss with this share of the FLOPs
-
-
-def mistake(law: LossLaw, *, n_nv: float, vocab_size: float, width: float, flops: float) -> Mistake:
-    """Excess loss of V, and the share of the FLOPs at which the best V would have done as well."""
-    query: Any = {"n_nv": n_nv, "width": width, "flops": flops}
-    best = law.optimum(n_nv=n_nv, d=width, flops=flops).vocab_size
-    reached, least = law.loss_at_budget(vocab_size=[vocab_size, best], **query)
-    return Mistake(float(reached - least), 1 - float(law.flops_lost(vocab_size, **query)))
 
 
 def leave_one_family_out(

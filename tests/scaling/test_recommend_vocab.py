@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from lminf import scaling
+from lminf import cli, scaling
 from lminf.errors import InputError
 from lminf.scaling import fertility, published, recommend_vocab, vocab
 from lminf.scaling.vocab_isoflop import IsoflopFit
@@ -141,3 +141,15 @@ def test_the_interval_of_approach_1_holds_its_point_in_the_middle(table, reaches
     _, n_v, _ = law._solve(law.constant_draws(), 70e9, None, None, None)
     share = np.mean(n_v / 8192 < law.optimum(n_nv=70e9).vocab_size)
     assert 0.25 < share < 0.75
+
+
+def test_the_commands_end_in_the_recommendation(capsys):
+    for words, first in (
+        (["vocab", "--n", "3B"], "Take V = 27,904"),
+        (["vocab", "--n", "8B", "--tokens", "15T"], "Not determined: these runs leave"),
+        (["step", "--n", "1B", "--tokens", "100B"], "Take a peak learning rate of 0.0016"),
+    ):
+        cli.main(["scaling", "predict", *words])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert first in shown
+        assert "-inf" not in shown

@@ -1,6 +1,7 @@
 """lminf scaling predict step and chinchilla: rates, batches and shapes by each law."""
 
 import argparse
+import dataclasses
 import math
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from lminf.scaling import (
     baselines,
     chinchilla,
     published,
+    recommend_step,
 )
 
 
@@ -58,6 +60,7 @@ def step(args: argparse.Namespace) -> Result:
         if args.law in (None, "all")
         else []
     )
+    chosen = None if args.law else recommend_step.recommend(n=args.n, d=args.tokens)
     result = {
         "query": {"n": args.n, "tokens": args.tokens, "seq_len": seq_len, "loss": loss},
         "units": {
@@ -65,6 +68,8 @@ def step(args: argparse.Namespace) -> Result:
             "batch_tokens": "tokens", "batch_sequences": f"sequences of {seq_len} tokens",
         },
         "laws": rows,
+        "recommendation": chosen and {**dataclasses.asdict(chosen),
+                                      "sentences": chosen.sentences(seq_len)},
         "not_evaluated": excluded,
     }  # fmt: skip
 
@@ -100,6 +105,8 @@ def step(args: argparse.Namespace) -> Result:
                 console.print(f"    cost of a mistake (loss above the optimum, per mille): {costs}")
         for line in excluded:
             console.print(f"  not evaluated: {line}")
+        for sentence in chosen.sentences(seq_len) if chosen else ():
+            console.print(sentence)
 
     return result, text
 

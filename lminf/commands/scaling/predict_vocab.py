@@ -1,6 +1,8 @@
-"""lminf scaling predict vocab: the size that each law asks for, and what a mistake costs."""
+"""lminf scaling predict vocab: one size or why there is none, and the size of each law."""
 
 import argparse
+import dataclasses
+import math
 
 from rich.console import Console
 
@@ -9,17 +11,16 @@ from lminf.errors import InputError
 from lminf.run import tables as show
 from lminf.scaling import (
     accounting,
-    diagnostics,
     published,
+    recommend_vocab,
 )
 from lminf.scaling.vocab import VocabLaw
-from lminf.scaling.vocab_loss import LossLaw
 
 SPREAD_WARNING = 1.25  # largest over smallest V of the approaches
 
 
 def predict(args: argparse.Namespace) -> Result:
-    """Loss-optimal vocabulary (entries) by each law, and what half or twice of it costs."""
+    """The recommended vocabulary (entries) or that there is none, and each law's own optimum."""
     laws: list[VocabLaw] = list(published.VOCAB_LAWS.values())
     if args.law:
         laws = [vocab_law(name) for name in args.law.split(",")]
@@ -41,6 +42,9 @@ def predict(args: argparse.Namespace) -> Result:
         )
     outside = sorted({note for row in rows for note in row["warnings"] if "extrapolation" in note})
     warnings += outside[:1]
+    chosen = None
+    if not args.law:
+        chosen = recommend_vocab.recommend(recommend_vocab.published_refits(), **query)
     result = {
         "query": {
             "n": args.n,
@@ -50,6 +54,12 @@ def predict(args: argparse.Namespace) -> Result:
         },
         "units": {"n": "parameters", "flops": "FLOPs", "tokens": "tokens", "vocab": "entries"},
         "laws": rows,
+        "recommendation": chosen
+        and {
+            **dataclasses.asdict(chosen),
+            "interval": chosen.interval,
+            "sentences": chosen.sentences(multiple),
+        },
         "spread": max(sizes) / min(sizes),
         "warnings": warnings,
     }
@@ -85,11 +95,8 @@ def predict(args: argparse.Namespace) -> Result:
             for note in row["warnings"]:
                 if note not in outside:  # said once above
                     console.print(f"    {note}")
-            for what, cost in row.get("mistakes", {}).items():
-                console.print(
-                    f"    {what}: loss +{cost['excess_loss']:.4f} nats/token, as if trained with "
-                    f"{100 * cost['compute_factor']:.1f} % of the FLOPs"
-                )
+        for sentence in chosen.sentences(multiple) if chosen else ():
+            console.print(sentence)
 
     return result, text
 
@@ -100,12 +107,6 @@ def _vocab_row(law: VocabLaw, query, multiple: int) -> Row:
         low, high, method = law.interval(**query)
     else:
         low, high, method = None, None, "none: the law was fitted without draws"
-    costs = {}
-    if isinstance(law, LossLaw):
-        query = {"n_nv": optimum.n_nv, "width": optimum.width, "flops": optimum.flops}
-        for what, factor in (("half of V", 0.5), ("twice V", 2.0)):
-            cost = diagnostics.mistake(law, vocab_size=factor * optimum.vocab_size, **query)
-            costs[what] = cost._asdict()
     return {
         "law": law.version,
         "approach": law.procedure["approach"],
@@ -120,11 +121,11 @@ def _vocab_row(law: VocabLaw, query, multiple: int) -> Row:
         "head_share": optimum.head_share,
         "inside_fitted_range": not any("extrapolation" in note for note in optimum.warnings),
         "warnings": list(optimum.warnings),
-        **({"mistakes": costs} if costs else {}),
     }
 
 
 def _span(interval: Row) -> str:
     if interval["low"] is None:
         return "none"
-    return f"{interval['low']:,.0f} .. {interval['high']:,.0f}"
+    ends = (interval["low"], interval["high"])
+    return " .. ".join(f"{end:,.0f}" if math.isfinite(end) else "open" for end in ends)

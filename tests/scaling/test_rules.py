@@ -8,7 +8,6 @@ import pytest
 from lminf.errors import InputError
 from lminf.scaling import (
     baselines,
-    farseer,
     fertility,
     hyperparameters,
     practice,
@@ -71,17 +70,6 @@ def test_the_loss_is_linear_in_the_logarithm_of_the_input_vocabulary():
     np.testing.assert_allclose(losses, (2.8, 2.75, 2.7, 2.65))
     with pytest.raises(InputError, match="measure two sizes"):
         tokenization.input_vocabulary_loss(1e6, small=(1e5, 2.8), large=(1e5, 2.7))
-
-
-def test_farseer_falls_with_n_and_d_and_its_exponent_grows_with_n():
-    n, d = np.geomspace(1e8, 1e11, 20), np.geomspace(1e9, 1e13, 20)
-    loss = farseer.PUBLISHED.loss(n=n[:, None], d=d)
-    assert np.all(np.diff(loss, axis=0) < 0)
-    assert np.all(np.diff(loss, axis=1) < 0)
-    slope = np.diff(np.log(loss - farseer.PUBLISHED.floor(n)[:, None]), axis=1)
-    assert np.allclose(slope, slope[:, :1])  # at fixed N a power of D
-    best = farseer.PUBLISHED.optimum(flops=1e21)
-    assert 6 * math.prod(best) == pytest.approx(1e21)
 
 
 def test_one_rate_batch_and_decay_inside_the_fitted_range():

@@ -15,7 +15,7 @@ def first_integer(completion: str) -> int | None:
 
 
 class Interval(NamedTuple):
-    """The mean of some scores and its 95 % interval, all in [0, 1]."""
+    """The mean of some scores and its 95 % interval."""
 
     mean: float
     low: float
@@ -42,14 +42,36 @@ def mean_score(scores: Sequence[float], *, resamples: int = 2000, seed: int = 0)
 
     One score has no spread to resample: its interval is all of [0, 1].
     """
-    values = np.asarray(scores, np.float64)
-    if not len(values):
+    if not len(scores):
         raise ValueError("no scores to average")
-    if len(values) == 1:
-        return Interval(float(values[0]), 0.0, 1.0)
-    drawn = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
-    low, high = np.percentile(values[drawn].mean(1), [2.5, 97.5])
-    return Interval(float(values.mean()), float(low), float(high))
+    mean, low, high = over_documents(scores, resamples=resamples, seed=seed)
+    return Interval(mean, max(low, 0.0), min(high, 1.0))
+
+
+def over_documents(
+    values: Sequence[float], *, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Mean of one value a document with its 95 % bootstrap interval over documents.
+
+    The value may have any unit. What a document has several of (depths, tokens) enters as its
+    mean, because they are no independent samples. Two policies on the same documents are compared
+    by the differences document by document, which makes it the paired bootstrap. The interval of
+    one document is unbounded.
+    """
+    sample = np.asarray(values, np.float64)
+    if len(sample) < 2:
+        return Interval(float(sample.mean()), -math.inf, math.inf)
+    drawn = np.random.default_rng(seed).integers(0, len(sample), (resamples, len(sample)))
+    low, high = np.percentile(sample[drawn].mean(1), [2.5, 97.5])
+    return Interval(float(sample.mean()), float(low), float(high))
+
+
+def value_text(interval: Interval, *, digits: int = 2) -> str:
+    """`0.93 (0.67–1.19)`, or the mean alone where one document gives no interval."""
+    mean, low, high = interval
+    if not math.isfinite(low):
+        return f"{mean:.{digits}f} (n = 1)"
+    return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def pooled(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> list[dict[str, Any]]:

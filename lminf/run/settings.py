@@ -43,6 +43,7 @@ RANGES = {
     "num_layers": Range(min=1, max=2**12),
     "tokens": Range(min=1, max=2**63 - 1),  # read in all
     "length": Range(min=2, max=MOST),  # a token and the one it predicts
+    "documents": Range(min=1, max=10_000),  # read by an experiment, of each text or length
     "depths": SHARE,
     "key_value_depths": SHARE,
     "held_out": Range(above=0, below=1),

@@ -1,0 +1,48 @@
+"""What policies keep of tokens that have left every window, against what they cost.
+
+Question   How much of what was read far back does each policy keep, at equal attended tokens?
+Paper      LM-Infinite (Han et al. 2024, arXiv:2308.16137); InfLLM (Xiao et al. 2024,
+           arXiv:2402.04617); RULER (Hsieh et al. 2024, arXiv:2404.06654), for the key-value needles
+Command    python -m experiments.long_context_retrieval
+Time       hours
+Expected   LM-Infinite keeps nothing
+Tiny       --config=:tiny trains a byte model at 64 tokens, which retrieves nothing: under 2 minutes
+"""
+
+from ml_collections import ConfigDict
+
+from lminf.configs import base
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    c = base.get_config(arg)
+    c.model = "smollm2-135m-instruct"  # or a .gguf file, such as one of Qwen2.5
+    c.text = "code"  # or a folder or a pattern of files, a document each
+    c.lengths = (4096, 16_384, 32_768)  # tokens of a document
+    c.documents = 12  # of each length; two are each other's control
+    # Shares of the document before each sentence. All but the last are outside of 1,034 tokens.
+    c.depths = (0.04, 0.13, 0.22, 0.31, 0.40, 0.49, 0.58, 0.67, 0.94)
+    # All but Full attend to 1,034 tokens or a few more. Bounded policies keep so many, the others
+    # every token.
+    c.policies = (
+        "full",
+        "lm_infinite:window=1024,sinks=10",
+        "streaming:window=1024,sinks=10",
+        "sirllm:capacity=1024,sinks=10,recent=512,turn=256",
+        "tova:capacity=1024,sinks=10,turn=256",
+        "h2o:capacity=1024,sinks=10,recent=512,turn=256",
+        "infllm:window=512,sinks=10,topk=8,block=64,exec_block=256",
+        "topk:window=1024,sinks=10,topk=20,at=8",
+        "infinite_hip:topk=(2048,1024,512),window=512,sinks=10",
+        "longheads:attended=1024",
+    )
+    if arg == "tiny":
+        c.model = "tiny"
+        c.lengths, c.documents, c.depths = (512,), 2, (0.1, 0.4, 0.8)
+        c.policies = (
+            "full",
+            "lm_infinite:window=64,sinks=4",
+            "sirllm:capacity=96,sinks=4,recent=16,turn=32",
+            "infllm:window=32,sinks=4,topk=4,block=8,exec_block=16",
+        )
+    return c

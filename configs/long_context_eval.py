@@ -79,7 +79,6 @@ def get_config(arg: str = "") -> ConfigDict:
         c.policies = (
             "lm_infinite:window=4096,sinks=10",
             "streaming:window=4096,sinks=10",
-            "topk:window=4096,sinks=10,topk=20,at=8",
             "infllm:window=2048,sinks=10,topk=16",
             "sirllm:capacity=4096,sinks=10,recent=2048,turn=512",
             "tova:capacity=4096,sinks=10,turn=512",

@@ -3,9 +3,11 @@
 Question   How much of what was read far back does each policy keep, at equal attended tokens?
 Paper      LM-Infinite (Han et al. 2024, arXiv:2308.16137); InfLLM (Xiao et al. 2024,
            arXiv:2402.04617); RULER (Hsieh et al. 2024, arXiv:2404.06654), for the key-value needles
+Data       apt install anarchism, for prose; --config.text=code needs nothing
 Command    python -m experiments.long_context_retrieval
-Time       hours
-Expected   LM-Infinite keeps nothing
+Time       TIME
+Expected   EXPECTED
+Short      --config=:short is one length and five policies, SHORT
 Tiny       --config=:tiny trains a byte model at 64 tokens, which retrieves nothing: under 2 minutes
 """
 
@@ -13,32 +15,45 @@ from ml_collections import ConfigDict
 
 from lminf.configs import base
 
+VARIANTS = ("tiny", "short")
+# All but Full attend to 1,034 tokens or a few more. Bounded policies keep so many, the others every
+# token.
+FULL = "full"
+FORGETS = "lm_infinite:window=1024,sinks=10"
+SELECTS = "infllm:window=512,sinks=10,topk=8,block=64,exec_block=256"
+EVICTS = (
+    "sirllm:capacity=1024,sinks=10,recent=512,turn=256",
+    "tova:capacity=1024,sinks=10,turn=256",
+)
+
 
 def get_config(arg: str = "") -> ConfigDict:
-    c = base.get_config(arg)
+    c = base.get_config(arg, variants=VARIANTS)
     c.model = "smollm2-135m-instruct"  # or a .gguf file, such as one of Qwen2.5
-    c.text = "code"  # or a folder or a pattern of files, a document each
+    c.text = "/usr/share/doc/anarchism/markdown/sec*.md.gz"  # code, or files, a document each
     c.lengths = (4096, 16_384, 32_768)  # tokens of a document
     c.documents = 12  # of each length; two are each other's control
-    # Shares of the document before each sentence. All but the last are outside of 1,034 tokens.
+    # Shares of the document before each sentence. The last is inside a window of 1,024 tokens, to
+    # compare with.
     c.depths = (0.04, 0.13, 0.22, 0.31, 0.40, 0.49, 0.58, 0.67, 0.94)
-    # All but Full attend to 1,034 tokens or a few more. Bounded policies keep so many, the others
-    # every token.
+    c.beyond = 1024  # tokens: what is farther back is outside every window
     c.policies = (
-        "full",
-        "lm_infinite:window=1024,sinks=10",
+        FORGETS,
+        SELECTS,
+        FULL,
+        *EVICTS,
         "streaming:window=1024,sinks=10",
-        "sirllm:capacity=1024,sinks=10,recent=512,turn=256",
-        "tova:capacity=1024,sinks=10,turn=256",
         "h2o:capacity=1024,sinks=10,recent=512,turn=256",
-        "infllm:window=512,sinks=10,topk=8,block=64,exec_block=256",
         "topk:window=1024,sinks=10,topk=20,at=8",
         "infinite_hip:topk=(2048,1024,512),window=512,sinks=10",
         "longheads:attended=1024",
     )
+    if arg == "short":
+        c.lengths, c.policies = (4096,), (FORGETS, SELECTS, FULL, *EVICTS)
     if arg == "tiny":
-        c.model = "tiny"
+        c.model, c.text = "tiny", "code"
         c.lengths, c.documents, c.depths = (512,), 2, (0.1, 0.4, 0.8)
+        c.beyond = 96
         c.policies = (
             "full",
             "lm_infinite:window=64,sinks=4",

@@ -20,6 +20,7 @@ from lminf.checkpoints import hf
 from lminf.checkpoints.families import FAMILIES
 from lminf.checkpoints.gguf_architectures import ARCHITECTURES
 from lminf.evals import score
+from lminf.experiments import long_context_loss, long_context_retrieval
 from lminf.models.spec import ModelSpec
 from lminf.run import folder, header, tables
 
@@ -29,7 +30,7 @@ README, MODELS = ROOT / "README.md", FOLDER / "models.md"
 EXPERIMENTS, RESULTS = FOLDER / "experiments.md", FOLDER / "results.md"
 BEGIN, END = "<!-- table: docs/make_tables.py -->\n", "<!-- end of table -->\n"
 # Entries of a header that describe other variants of the experiment.
-VARIANTS = ("Sizes", "Pod", "Choosing", "Long", "All", "Loss")
+VARIANTS = ("Sizes", "Pod", "Choosing", "Long", "All", "Loss", "Short", "Distance")
 OPENING = """\
 # Experiments
 
@@ -41,7 +42,9 @@ the machine, the versions and the configuration of its run.
 Every experiment takes `--config=:tiny`, `--config.FIELD=VALUE` and `--out=DIR`, and writes a folder
 with its configuration, environment, `rows.jsonl`, figures and `report.md`. An experiment that is
 interrupted by Ctrl-C or SIGTERM keeps its rows. `train_lm`, `train_attention`, `long_context_eval`,
-`passkey`, `kv_cache` and sweeps resume when the same command is run again with the same `--out`.
+`long_context_retrieval`, `long_context_loss`, `passkey`, `kv_cache` and sweeps resume when the same
+command is run again with the same `--out`; the two in the middle also with more documents or other
+policies.
 Those that ask a model questions also keep every answer, in `answers.jsonl`.
 `lminf list NAME` prints the question, command, time and expected result of one experiment.
 """
@@ -203,6 +206,27 @@ def passkeys_by_depth() -> str:
             ]  # fmt: skip
             lines.append([f"{length:,} tokens, {name}", *cells])
     return markdown(lines)
+
+
+def aggregated(module: Any, *runs: str) -> str:
+    """The experiment's own tables of several runs: means over documents with intervals, which are
+    of many rows each, so that there is no line to link to.
+    """
+    lines = [line for run in runs for line in module.table(Rows(run).rows)]
+    return tables.markdown(lines) + "\n"
+
+
+def retrieval() -> str:
+    """What policies keep of what has left every window."""
+    return aggregated(long_context_retrieval, "long_context_retrieval_short")
+
+
+def claims() -> str:
+    """Differences of losses between policies, by kind of text."""
+    return "\n".join(
+        aggregated(long_context_loss, run)
+        for run in ("long_context_loss_short", "long_context_loss_distance")
+    )
 
 
 def decoding() -> str:
@@ -371,7 +395,7 @@ of three rounds, beside a plain torch loop of the same shape on the same machine
 def results() -> str:
     """The page docs/results.md."""
     builders = (
-        length_generalization, passkeys_by_depth, passkeys_by_length, decoding, vocabularies,
+        length_generalization, claims, retrieval, passkeys_by_depth, passkeys_by_length, decoding, vocabularies,
         regrets, training,
     )  # fmt: skip
     built = {builder.__name__: builder() for builder in builders}

@@ -78,7 +78,11 @@ def losses(
 
     readings = {
         REREAD: partial(reread.token_nll, lm, tokens),
-        **{model.policy.name: partial(model.token_nll, tokens) for model in models},
+        **{
+            model.policy.name: partial(model.token_nll, tokens)
+            for model in models
+            if not _evals.last_only(model)
+        },
     }
     for name, read in readings.items():
         if ("nll", name, len(tokens), None) in done:

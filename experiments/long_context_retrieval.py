@@ -42,7 +42,7 @@ class Measured(NamedTuple):
     # a policy that selects for the last token of a call alone, for which most tokens tell nothing.
     own: Float[np.ndarray, " D"] | None
     control: Float[np.ndarray, " D"] | None
-    margins: margin.Margins
+    asked: Float[np.ndarray, "D 1 V"]  # log-probabilities of what follows each question
 
 
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
@@ -52,13 +52,14 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
         )
     lm = _models.load(c.model, seed=c.seed)
     models = [lm.with_policy(text) for text in c.policies]
-    widest = max((m.policy.window for m in models if m.policy.window is not None), default=0)
+    for model in models:
+        if model.policy.window is not None and model.policy.window > c.beyond:
+            raise InputError(
+                f"{model.policy.name} has a window of more than beyond={c.beyond} tokens, so what "
+                f"is farther back than these may be in it; raise beyond or lower the window"
+            )
     done = {(row["length"], row["policy"], row["document"]) for row in out.rows()}
-    pairs = [
-        (length, number)
-        for length in c.lengths
-        for number in range(0, c.documents, 2)
-    ]
+    pairs = [(length, number) for length in c.lengths for number in range(0, c.documents, 2)]
     work = [
         (length, number, model)
         for length, number in pairs
@@ -77,7 +78,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
             seconds = (time.perf_counter() - started) / 2
             for index, (mine, its) in enumerate(zip(both, both[::-1], strict=True)):
                 yield from rows_of(
-                    c, model, pair[index], number + index, widest, mine, its.control, seconds
+                    c, model, pair[index], number + index, mine, its.control, seconds
                 )
             read += 2 * length
             progress.update(read)
@@ -102,7 +103,7 @@ def measure(lm: LM, own: Haystack, other: Haystack) -> Measured:
     questions = margin.tails(own)
     if _evals.last_only(lm):
         (asked,) = log_probs_after(lm, own.tokens, [questions])
-        return Measured(None, None, margin.margins(asked, own))
+        return Measured(None, None, asked)
     passages, control = (copy_gain.tails(each, lm.tokenizer.encode) for each in (own, other))
     copies = Tails(np.concatenate([passages.tokens, control.tokens]), copy_gain.COPIED)
     copied, asked = log_probs_after(lm, own.tokens, [copies, questions])
@@ -110,7 +111,7 @@ def measure(lm: LM, own: Haystack, other: Haystack) -> Measured:
     return Measured(
         copy_gain.log_prob(copied[:depths], own),
         copy_gain.log_prob(copied[depths:], other),
-        margin.margins(asked, own),
+        asked,
     )
 
 
@@ -119,23 +120,17 @@ def rows_of(
     lm: LM,
     document: Haystack,
     number: int,
-    widest: int,
     mine: Measured,
     control: Float[np.ndarray, " D"] | None,  # of this document's passages, after the other one
     seconds: float,
 ) -> Iterator[Row]:
     """One row of a document for the depths outside every window, and one for those inside."""
     length = len(document.tokens)
-    far = length - document.starts > widest
+    far = length - document.starts > c.beyond
     gain = None if mine.own is None or control is None else mine.own - control
-    values = {
-        "copy_gain": gain,
-        "needle_margin": mine.margins.needle,
-        "key_value_margin": mine.margins.key_value,
-        "rank": mine.margins.rank,
-    }
     for name, chosen in ((FAR, far), (NEAR, ~far)):
         if chosen.any():
+            margins = margin.margins(mine.asked, document, chosen)
             yield {
                 "model": c.model,
                 "policy": lm.policy.name,
@@ -143,11 +138,10 @@ def rows_of(
                 "document": number,
                 "place": name,
                 "depths": int(chosen.sum()),
-                "values": len(document.values),
-                **{
-                    measure: None if each is None else float(each[chosen].mean())
-                    for measure, each in values.items()
-                },
+                "copy_gain": None if gain is None else float(gain[chosen].mean()),
+                "needle_margin": float(margins.needle.mean()),
+                "key_value_margin": float(margins.key_value.mean()),
+                "rank": float(margins.rank.mean()),
                 **costs(lm, length),
                 "trained_length": lm.spec.trained_length,
                 "seconds": seconds,
@@ -182,7 +176,6 @@ def summary(rows: Sequence[Row], *, place: str = FAR) -> list[Row]:
             "cache_bytes": group[0]["cache_bytes"],
             "documents": len(group),
             "depths": group[0]["depths"],
-            "values": group[0]["values"],
             "seconds": float(np.mean([row["seconds"] for row in group])),
             **{
                 name: score.over_documents([row[name] for row in group])
@@ -209,9 +202,7 @@ def table(rows: list[Row]) -> list[Row]:
                 label: score.value_text(line[name]) if name in line else None
                 for name, label in MEASURES.items()
             },
-            "key-value margin inside": (
-                score.value_text(inside["key_value_margin"]) if inside else None
-            ),
+            "needle margin inside": score.value_text(inside["needle_margin"]) if inside else None,
             "seconds a document": line["seconds"],
         })  # fmt: skip
     return lines
@@ -245,4 +236,4 @@ def plot(rows: list[Row]) -> Mapping[str, Figure]:
 
 
 if __name__ == "__main__":
-    main(run, plot, table=table, resumes=True)
+    main(run, plot, table=table, resumes=True, may_change=("documents", "policies"))

@@ -1,4 +1,4 @@
-"""Real text with a key-value sentence at each of several depths: what is read once, and asked often.
+"""Real text with a key-value sentence at each of several depths: read once, asked at every depth.
 
 Copy gain and the margins of key-value questions are measured on the same document, so that one
 reading serves every depth of both. Each document has its own text, keys and values. The sentences
@@ -94,9 +94,9 @@ def value_tokens(encode: Encode) -> tuple[list[int], dict[str, int]]:
     tokens = {word: list(encode(f" {word}")) for word in WORDS}
     columns = zip(*tokens.values(), strict=False)
     common = next(index for index, column in enumerate(columns) if len(set(column)) > 1)
-    first = {word: ids[common] for word, ids in tokens.items()}
-    kept = {token: word for word, token in first.items()}
-    return tokens[WORDS[0]][:common], {word: token for token, word in kept.items()}
+    # Of words that begin with the same token one is kept.
+    by_token = {ids[common]: word for word, ids in tokens.items()}
+    return tokens[WORDS[0]][:common], {word: token for token, word in by_token.items()}
 
 
 def _keys(encode: Encode, random: np.random.Generator, count: int) -> list[int]:

@@ -48,9 +48,7 @@ def mean_score(scores: Sequence[float], *, resamples: int = 2000, seed: int = 0)
     return Interval(mean, max(low, 0.0), min(high, 1.0))
 
 
-def over_documents(
-    values: Sequence[float], *, resamples: int = 2000, seed: int = 0
-) -> Interval:
+def over_documents(values: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Interval:
     """Mean of one value a document with its 95 % bootstrap interval over documents.
 
     The value may have any unit. What a document has several of (depths, tokens) enters as its

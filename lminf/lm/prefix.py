@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, Int
 
@@ -101,10 +102,10 @@ def log_probs_after(
     longest = len(prefix) + max(each.tokens.shape[1] for each in tails)
     lm.check_length(longest)
     evict_every = common_eviction(lm.decoder.policies)
-    if len(prefix) % chunk_within(evict_every, decoding.STEP):
+    if len(prefix) % (evict_every or 1):
         raise InputError(
-            f"{lm.policy.name} evicts every {evict_every} tokens, so the {len(prefix)} tokens of a "
-            f"prefix must be a multiple of {chunk_within(evict_every, decoding.STEP)}"
+            f"{lm.policy.name} evicts every {evict_every} tokens, and a prefix of {len(prefix)} "
+            f"ends between; give a multiple of {evict_every} tokens"
         )
     step = chunk_within(evict_every, decoding.STEP)
     caches = decoding.empty_caches(lm, rows=1, longest=longest, room=0)
@@ -131,7 +132,9 @@ def _extended(
         chunk = tokens[:, begin : begin + step]
         positions = start + begin + np.arange(chunk.shape[1], dtype=np.int32)[None]
         positions = np.broadcast_to(positions, chunk.shape)
-        hidden, caches = lm.on_one_device.forward(chunk, positions, caches)
+        hidden, caches = lm.on_one_device.forward(
+            jnp.asarray(chunk), jnp.asarray(positions), caches
+        )
         states.append(hidden)
     return states, caches
 

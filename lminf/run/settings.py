@@ -27,7 +27,8 @@ RANGES = {
             "width", "num_heads", "num_kv_heads", "hidden_dim", "top_k", "vocab",
             "vocabs", "vocab_size", "seq_len",
             # measuring
-            "block", "capacities", "continuation", "draws", "key_value_lengths",
+            "beyond", "block", "capacities", "continuation", "documents", "draws",
+            "key_value_lengths",
             "key_value_prompts", "lengths", "passkey_length", "passkeys", "positions", "prompt",
             "prompts", "queries",
         ),
@@ -43,7 +44,6 @@ RANGES = {
     "num_layers": Range(min=1, max=2**12),
     "tokens": Range(min=1, max=2**63 - 1),  # read in all
     "length": Range(min=2, max=MOST),  # a token and the one it predicts
-    "documents": Range(min=1, max=10_000),  # read by an experiment, of each text or length
     "depths": SHARE,
     "key_value_depths": SHARE,
     "held_out": Range(above=0, below=1),

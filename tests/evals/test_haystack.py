@@ -11,6 +11,7 @@ from lminf.evals.haystack import WORDS, haystack, value_tokens
 
 TEXT = np.random.default_rng(0).integers(97, 123, 3000).astype(np.int32)  # bytes of letters
 DEPTHS = (0.05, 0.4, 0.8)
+EVERY = np.ones(3, bool)
 SENTENCE = re.compile(r"\nThe value of key (\d{5}) is (\w+)\.\n")
 
 
@@ -100,17 +101,30 @@ def test_margins_and_rank_by_hand():
     one, two, three = document.values
     logs[0, 0, [one, two, three]] = -1, -2, -4  # right and certain
     logs[1, 0, [one, two, three]] = -1, -2, -2  # among the document's values, and the wrong one
-    found = margin.margins(logs, document)
+    found = margin.margins(logs, document, EVERY)
     np.testing.assert_allclose(found.needle, [4, 3, 0])
     np.testing.assert_allclose(found.key_value, [-1 + 3, -2 + 1.5, 0])
     np.testing.assert_allclose(found.rank, [1, 2.5, 2])
+
+
+def test_a_value_that_is_still_seen_is_none_of_the_others():
+    """It would be likelier than all forgotten ones, which would have negative margins."""
+    document = draw()
+    logs = np.full((3, 1, 256), -5.0)
+    logs[:, 0, document.values[2]] = 0.0  # in the window, and copied whatever is asked
+    found = margin.margins(logs, document, np.array([True, True, False]))
+    np.testing.assert_allclose(found.key_value, [0, 0])
+    np.testing.assert_allclose(found.needle, [0, 0])
+    np.testing.assert_allclose(found.rank, [1.5, 1.5])
+    (alone,) = margin.margins(logs, document, np.array([False, False, True])).key_value
+    assert alone == 0
 
 
 def test_what_is_forgotten_has_margins_of_zero_and_middle_ranks():
     """Over documents, since values are drawn: any fixed preference of the model cancels."""
     preference = np.random.default_rng(1).normal(size=256)
     found = [
-        margin.margins(np.broadcast_to(preference, (3, 1, 256)), draw(key=(seed,)))
+        margin.margins(np.broadcast_to(preference, (3, 1, 256)), draw(key=(seed,)), EVERY)
         for seed in range(400)
     ]
     for values, expected in (

@@ -114,5 +114,5 @@ def test_what_follows_a_prefix_is_as_likely_as_in_one_text(lm, small_steps, poli
 def test_a_prefix_ends_where_the_policy_evicts(lm, small_steps):
     lm = lm.with_policy(SirLLM(32, recent=8, turn=16))
     tails = [prefix.Tails(np.zeros((1, 4), np.int32), 1)]
-    with pytest.raises(InputError, match="evicts every 16 tokens, so the 70 tokens of a prefix"):
+    with pytest.raises(InputError, match="evicts every 16 tokens, and a prefix of 70 ends between"):
         list(prefix.log_probs_after(lm, np.zeros(70, np.int32), tails))

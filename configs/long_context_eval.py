@@ -57,7 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.prompts = (2,)  # passkeys of each length, at each depth
     c.depths = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
     c.key_value_lengths = (4096,)
-    c.key_value_prompts = (3,)  # lists, of each of which one line is asked for at every depth
+    c.key_value_prompts = (2,)  # lists, of each of which one line is asked for, at each depth
     c.key_value_depths = c.depths
     c.policies = (
         *FORGETS,

@@ -31,7 +31,6 @@ class NeedleTask:
 
     max_new_tokens = ANSWER_TOKENS
     stop: Sequence[str] = ()
-    paired: Sequence[str] = ()
 
     def prompt(self, instance: Needle) -> str:
         return instance.prompt

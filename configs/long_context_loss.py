@@ -46,7 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "window:window=1024",
         )
     if arg == "distance":
-        c.texts, c.documents, c.length, c.beyond = TEXTS, 4, 16_384, 1024
+        c.texts, c.documents, c.length, c.beyond = TEXTS, 4, 12_288, 1024
         c.policies = ("lm_infinite:window=1024,sinks=10", "lambda:window=1024,sinks=10")
     if arg == "tiny":
         c.model, c.texts, c.documents = "tiny", (*REFERENCE, "code"), 2

@@ -345,19 +345,20 @@ and about 0 % of most other blocks. It is one text, so the table has no interval
 {length_generalization}
 ## What sinks, the distance limit and the window are worth
 
-`python -m experiments.long_context_loss --config=:short` ([report](results/long_context_loss_short/report.md))
-and `--config=:distance` ([report](results/long_context_loss_distance/report.md)): differences of losses in nats/token, document by document,
-with their 95 % bootstrap interval over documents. `copied from far back` is the share of tokens that end an exact copy of 17
-tokens from outside the window.
+`python -m experiments.long_context_loss --config=:short`
+([report](results/long_context_loss_short/report.md)) and `--config=:distance`
+([report](results/long_context_loss_distance/report.md)): differences of losses in nats/token,
+document by document, with their 95 % bootstrap interval over documents. `copied from far back` is
+the share of tokens that end an exact copy of 17 tokens from outside the window.
 
 {claims}
 ## What is kept of tokens that have left the window
 
 `python -m experiments.long_context_retrieval --config=:short`
 ([report](results/long_context_retrieval_short/report.md)). Each document is 4,096 tokens of prose
-of its own, with a key and value of its own at every depth. Copy gain: how much likelier 24 tokens of it are, after a cue of 8,
-than after another document. Needle margin: log-probability of a key's value against values that
-are not in the document. Key-value margin and rank: against the other values asked for (rank 1 of 8
+of its own, with a key and value of its own at every depth. Copy gain: how much likelier 24 tokens
+of it are, after a cue of 8, than after another document. Needle margin: log-probability of a key's
+value against values that are not in the document. Key-value margin and rank: against the other values asked for (rank 1 of 8
 is best, 4.5 is chance). Means over documents with 95 % bootstrap intervals; the last column is of a
 sentence inside the window.
 
@@ -416,8 +417,8 @@ of three rounds, beside a plain torch loop of the same shape on the same machine
 def results() -> str:
     """The page docs/results.md."""
     builders = (
-        length_generalization, claims, retrieval, passkeys_by_depth, passkeys_by_length, decoding, vocabularies,
-        regrets, training,
+        length_generalization, claims, retrieval, passkeys_by_depth, passkeys_by_length, decoding,
+        vocabularies, regrets, training,
     )  # fmt: skip
     built = {builder.__name__: builder() for builder in builders}
     names = {label: name for name, label in LABELS.items()}

@@ -27,6 +27,7 @@ from lminf.run.progress import Progress
 REREAD = "re-read"
 COPY = 17  # tokens of an exact copy, those before the last of which are its context
 ALL, NEW = "all", "not copied"  # the tokens that a loss is the mean of
+EVERY = "all texts"
 
 
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
@@ -102,28 +103,31 @@ def blocks(
 
 
 def differences(rows: Sequence[Row], column: str = "nll") -> list[Row]:
-    """Of each text, block and two neighbouring policies of the config: the difference of losses,
-    document by document, with its interval.
+    """Of each text and of all texts together, each block and two neighbouring policies of the
+    config: the difference of losses, document by document, with its interval.
     """
     found = []
     policies = list(dict.fromkeys(row["policy"] for row in rows))
-    by_cell = {(row["text"], row["start"], row["policy"], row["document"]): row for row in rows}
-    for text in dict.fromkeys(row["text"] for row in rows):
+    cells = {(row["policy"], row["start"], row["text"], row["document"]): row for row in rows}
+    texts = list(dict.fromkeys(row["text"] for row in rows))
+    together = [(EVERY, texts)] if len(texts) > 1 else []
+    for name, of in [*((text, [text]) for text in texts), *together]:
         for one, base in zip(policies[1:], policies, strict=False):
-            for start in sorted({row["start"] for row in rows if row["text"] == text}):
-                values = [
-                    row[column] - other[column]
-                    for (kind, first, policy, document), row in by_cell.items()
-                    if (kind, first, policy) == (text, start, one)
-                    if (other := by_cell.get((text, start, base, document))) is not None
-                    if row[column] is not None and other[column] is not None
-                ]
-                if values:
-                    stop = by_cell[text, start, one, 0]["stop"]
-                    found.append({
-                        "text": text, "difference": f"{one} − {base}", "start": start, "stop": stop,
-                        "documents": len(values), "interval": score.over_documents(values),
-                    })  # fmt: skip
+            blocks: dict[tuple[int, int], list[float]] = {}
+            for (policy, start, text, document), row in cells.items():
+                other = cells.get((base, start, text, document))
+                if policy != one or text not in of or other is None:
+                    continue
+                if row[column] is not None and other[column] is not None:
+                    values = blocks.setdefault((start, row["stop"]), [])
+                    values.append(row[column] - other[column])
+            found += [
+                {
+                    "text": name, "difference": f"{one} − {base}", "start": start, "stop": stop,
+                    "documents": len(values), "interval": score.over_documents(values),
+                }
+                for (start, stop), values in sorted(blocks.items())
+            ]  # fmt: skip
     return found
 
 
@@ -150,10 +154,11 @@ def table(rows: list[Row]) -> list[Row]:
         cell(text, "copied from far back", "share", len(of), {"start": start, "stop": stop}, value)
     for tokens, column in ((ALL, "nll"), (NEW, "nll_not_copied")):
         for row in differences(rows, column):
-            if tokens == ALL or row["text"] in copying:
+            if tokens == ALL or row["text"] in copying or (copying and row["text"] == EVERY):
                 value = score.value_text(row["interval"], digits=3)
                 cell(row["text"], row["difference"], tokens, row["documents"], row, value)
-    return sorted(lines.values(), key=lambda line: line["text"])
+    texts = list(dict.fromkeys(line["text"] for line in lines.values()))
+    return sorted(lines.values(), key=lambda line: texts.index(line["text"]))
 
 
 def plot(rows: list[Row]) -> Mapping[str, Figure]:

@@ -34,6 +34,14 @@ def test_a_claim_is_a_difference_document_by_document():
     assert isinstance(experiment.plot(ROWS)["long_context_loss"], Figure)
 
 
+def test_texts_are_shown_apart_and_together():
+    rows = ROWS[:4] + [{**row, "text": "prose", "nll": 2 * row["nll"]} for row in ROWS[:4]]
+    code, prose, both = experiment.differences(rows)
+    assert (code["text"], prose["text"], both["text"]) == ("code", "prose", "all texts")
+    assert [each["documents"] for each in (code, prose, both)] == [2, 2, 4]
+    assert both["interval"].mean == pytest.approx((0.1 + 0.3 + 0.2 + 0.6) / 4)
+
+
 def test_what_a_text_copies_is_shown_apart():
     rows = [row("re-read", 0, 1.0, copied=0.5, new=2.0), row(WINDOW, 0, 1.5, copied=0.5, new=2.1)]
     share, everything, new = experiment.table(rows)

@@ -358,9 +358,9 @@ the share of tokens that end an exact copy of 17 tokens from outside the window.
 ([report](results/long_context_retrieval_short/report.md)). Each document is 4,096 tokens of prose
 of its own, with a key and value of its own at every depth. Copy gain: how much likelier 24 tokens
 of it are, after a cue of 8, than after another document. Needle margin: log-probability of a key's
-value against values that are not in the document. Key-value margin and rank: against the other values asked for (rank 1 of 8
-is best, 4.5 is chance). Means over documents with 95 % bootstrap intervals; the last column is of a
-sentence inside the window.
+value against values that are not in the document. Key-value margin and rank: against the other
+values asked for (rank 1 of 8 is best, 4.5 is chance). Means over documents with 95 % bootstrap
+intervals; the last column is of a sentence inside the window.
 
 {retrieval}
 ## Passkeys by depth
@@ -369,9 +369,10 @@ sentence inside the window.
 ([report](results/long_context_eval/report.md), [report at 32,768
 tokens](results/long_context_eval_long/report.md)). Two prompts in each cell: correct answers /
 prompts. These rows asked for the same two keys in the same filler at every depth, so a line of the
-table rests on 2 prompts, not on 20; since then every cell has keys of its own. Policies attend to 2,058 tokens, top-k to 2,078. Losses of these policies up to 32,768
-tokens are in a [report of their own](results/long_context_eval_loss/report.md), and ten policies at
-4,096 tokens in [another](results/long_context_eval_all/report.md).
+table rests on 2 prompts, not on 20; since then every cell has keys of its own. Policies attend to
+2,058 tokens, top-k to 2,078. Losses of these policies up to 32,768 tokens are in a [report of their
+own](results/long_context_eval_loss/report.md), and ten policies at 4,096 tokens in
+[another](results/long_context_eval_all/report.md).
 
 {passkeys_by_depth}
 ## Passkeys by length

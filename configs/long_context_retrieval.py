@@ -53,11 +53,11 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg == "tiny":
         c.model, c.text = "tiny", "code"
         c.lengths, c.documents, c.depths = (512,), 2, (0.1, 0.4, 0.8)
-        c.beyond = 96
+        c.beyond = 64
         c.policies = (
             "full",
             "lm_infinite:window=64,sinks=4",
-            "sirllm:capacity=96,sinks=4,recent=16,turn=32",
+            "sirllm:capacity=64,sinks=4,recent=16,turn=16",
             "infllm:window=32,sinks=4,topk=4,block=8,exec_block=16",
         )
     return c

@@ -88,8 +88,8 @@ def test_prompts_that_cannot_be_are_refused(lm):
 @pytest.mark.parametrize(
     "policy",
     [
-        None,
-        pytest.param(LMInfinite(8, 2), marks=pytest.mark.slow),
+        LMInfinite(8, 2),
+        pytest.param(None, marks=pytest.mark.slow),  # the fixture's own
         pytest.param(InfLLM(8, 2, topk=2, block=4, exec_block=8), marks=pytest.mark.slow),
         pytest.param(SirLLM(32, recent=8, turn=16), marks=pytest.mark.slow),
     ],

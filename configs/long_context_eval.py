@@ -8,9 +8,9 @@ Time       about an hour on two CPU cores, mostly prefill of the long prompts; t
            the same --out resumes
 Expected   InfLLM and reading in segments find every key in 16,384 tokens; LM-Infinite and
            StreamingLLM find none that has left the window; LM-Infinite with top-k, placed 8 tokens
-           away, finds 11 of 18. These rows asked for the same two keys at every depth, and for lines
-           of the same three lists, so their intervals are too narrow; cells have keys of their own
-           since. No policy retrieves values by their keys in 4,096 tokens:
+           away, finds 11 of 18. These rows asked for the same two keys at every depth, and for
+           lines of the same three lists, so their intervals are too narrow; cells have keys of
+           their own since. No policy retrieves values by their keys in 4,096 tokens:
            long_context_retrieval measures what it knows of them
 Long       --config=:long uses prompts of 32,768 tokens: InfLLM finds 20 of 20 keys, top-k 7 of 18,
            LM-Infinite and StreamingLLM none outside their windows; an hour

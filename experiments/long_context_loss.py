@@ -164,11 +164,9 @@ def table(rows: list[Row]) -> list[Row]:
 def plot(rows: list[Row]) -> Mapping[str, Figure]:
     """The differences by position, a panel for each text."""
     points = [
-        {**row, "value": row["interval"].mean, "low": row["interval"].low,
-         "high": row["interval"].high}
+        {**row, "value": row["interval"].mean, **score.ends(row["interval"])}
         for row in differences(rows)
-        if np.isfinite(row["interval"].low)
-    ]  # fmt: skip
+    ]
     if not points:
         return {}
     return {

@@ -218,15 +218,12 @@ def plot(rows: list[Row]) -> Mapping[str, Figure]:
             "panel": f"{MEASURES[name]}, {line['length']:,} tokens",
             "megabytes": line["cache_bytes"] / 1e6,
             "value": line[name].mean,
-            "low": line[name].low,
-            "high": line[name].high,
+            **score.ends(line[name]),
         }
         for name in ("copy_gain", "key_value_margin")
         for line in lines
-        if name in line and np.isfinite(line[name].low)
+        if name in line
     ]
-    if not points:
-        return {}
     return {
         "long_context_retrieval": plots.curves(
             points, x="megabytes", y="value", by="policy", panel="panel", log_x=True,

@@ -21,10 +21,6 @@ VARIANTS = ("tiny", "short")
 FULL = "full"
 FORGETS = "lm_infinite:window=1024,sinks=10"
 SELECTS = "infllm:window=512,sinks=10,topk=8,block=64,exec_block=256"
-EVICTS = (
-    "sirllm:capacity=1024,sinks=10,recent=512,turn=256",
-    "tova:capacity=1024,sinks=10,turn=256",
-)
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -41,7 +37,8 @@ def get_config(arg: str = "") -> ConfigDict:
         FORGETS,
         SELECTS,
         FULL,
-        *EVICTS,
+        "sirllm:capacity=1024,sinks=10,recent=512,turn=256",
+        "tova:capacity=1024,sinks=10,turn=256",
         "streaming:window=1024,sinks=10",
         "h2o:capacity=1024,sinks=10,recent=512,turn=256",
         "topk:window=1024,sinks=10,topk=20,at=8",
@@ -49,7 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "longheads:attended=1024",
     )
     if arg == "short":
-        c.lengths, c.policies = (4096,), (FORGETS, SELECTS, FULL, *EVICTS)
+        c.lengths, c.policies = (4096,), (FORGETS, SELECTS, FULL)
     if arg == "tiny":
         c.model, c.text = "tiny", "code"
         c.lengths, c.documents, c.depths = (512,), 2, (0.1, 0.4, 0.8)

@@ -129,7 +129,7 @@ def rows_of(
     far = length - document.starts > c.beyond
     gain = None if mine.own is None or control is None else mine.own - control
     for name, chosen in ((FAR, far), (NEAR, ~far)):
-        if chosen.any():
+        if depths := int(chosen.sum()):
             margins = margin.margins(mine.asked, document, chosen)
             yield {
                 "model": c.model,
@@ -137,11 +137,12 @@ def rows_of(
                 "length": length,
                 "document": number,
                 "place": name,
-                "depths": int(chosen.sum()),
+                "depths": depths,
                 "copy_gain": None if gain is None else float(gain[chosen].mean()),
                 "needle_margin": float(margins.needle.mean()),
-                "key_value_margin": float(margins.key_value.mean()),
-                "rank": float(margins.rank.mean()),
+                # One value has no others.
+                "key_value_margin": float(margins.key_value.mean()) if depths > 1 else None,
+                "rank": float(margins.rank.mean()) if depths > 1 else None,
                 **costs(lm, length),
                 "trained_length": lm.spec.trained_length,
                 "seconds": seconds,

@@ -72,27 +72,38 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
         for length, number, model in work:
             if length not in stacks:
                 stacks = {length: drawn(c, lm, length)}
-            pair = stacks[length][number : number + 2]
+            pair, digests = zip(*stacks[length][number : number + 2], strict=True)
             started = time.perf_counter()
             both = [measure(model, own, other) for own, other in (pair, pair[::-1])]
             seconds = (time.perf_counter() - started) / 2
             for index, (mine, its) in enumerate(zip(both, both[::-1], strict=True)):
-                yield from rows_of(
-                    c, model, pair[index], number + index, mine, its.control, seconds
-                )
+                for row in rows_of(c, model, pair[index], mine, its.control):
+                    yield {
+                        "model": c.model,
+                        "policy": model.policy.name,
+                        "length": length,
+                        "document": number + index,
+                        "text_digest": digests[index],
+                        **row,
+                        "trained_length": lm.spec.trained_length,
+                        "seconds": seconds,
+                    }
             read += 2 * length
             progress.update(read)
 
 
-def drawn(c: ConfigDict, lm: LM, length: int) -> list[Haystack]:
-    """The documents of a length, with keys and values of their own."""
+def drawn(c: ConfigDict, lm: LM, length: int) -> list[tuple[Haystack, str]]:
+    """The documents of a length, with keys and values of their own, and digests of their texts."""
     bos = [lm.tokenizer.bos_id] if lm.tokenizer.add_bos else []
     return [
-        haystack(
-            text, lm.tokenizer.encode, length=length, depths=c.depths, space=copy_gain.SPACE,
-            key=(c.seed, length, number), bos=bos,
+        (
+            haystack(
+                text, lm.tokenizer.encode, length=length, depths=c.depths, space=copy_gain.SPACE,
+                key=(c.seed, length, number), bos=bos,
+            ),
+            digest,
         )
-        for number, (text, _) in enumerate(
+        for number, (text, digest) in enumerate(
             _texts.tokenised(lm, c.text, length=length, count=c.documents)
         )
     ]  # fmt: skip
@@ -119,10 +130,8 @@ def rows_of(
     c: ConfigDict,
     lm: LM,
     document: Haystack,
-    number: int,
     mine: Measured,
     control: Float[np.ndarray, " D"] | None,  # of this document's passages, after the other one
-    seconds: float,
 ) -> Iterator[Row]:
     """One row of a document for the depths outside every window, and one for those inside."""
     length = len(document.tokens)
@@ -132,10 +141,6 @@ def rows_of(
         if depths := int(chosen.sum()):
             margins = margin.margins(mine.asked, document, chosen)
             yield {
-                "model": c.model,
-                "policy": lm.policy.name,
-                "length": length,
-                "document": number,
                 "place": name,
                 "depths": depths,
                 "copy_gain": None if gain is None else float(gain[chosen].mean()),
@@ -144,8 +149,6 @@ def rows_of(
                 "key_value_margin": float(margins.key_value.mean()) if depths > 1 else None,
                 "rank": float(margins.rank.mean()) if depths > 1 else None,
                 **costs(lm, length),
-                "trained_length": lm.spec.trained_length,
-                "seconds": seconds,
             }
 
 
@@ -190,6 +193,7 @@ def summary(rows: Sequence[Row], *, place: str = FAR) -> list[Row]:
 def table(rows: list[Row]) -> list[Row]:
     """A policy and length a line, with n and the 95 % interval over documents of every measure."""
     near = {(line["length"], line["policy"]): line for line in summary(rows, place=NEAR)}
+    gains = paired_gains(rows)
     lines = []
     for line in summary(rows):
         inside = near.get((line["length"], line["policy"]))
@@ -203,10 +207,27 @@ def table(rows: list[Row]) -> list[Row]:
                 label: score.value_text(line[name]) if name in line else None
                 for name, label in MEASURES.items()
             },
+            "copy gain above the first policy": gains.get((line["length"], line["policy"])),
             "needle margin inside": score.value_text(inside["needle_margin"]) if inside else None,
             "seconds a document": line["seconds"],
         })  # fmt: skip
     return lines
+
+
+def paired_gains(rows: Sequence[Row]) -> dict[tuple[int, str], str]:
+    """(length, policy) -> copy gain above that of the first policy, document by document."""
+    first = rows[0]["policy"] if rows else None
+    gains = {
+        (row["length"], row["policy"], row["document"]): row["copy_gain"]
+        for row in rows
+        if row["place"] == FAR and row["copy_gain"] is not None
+    }
+    above: dict[tuple[int, str], list[float]] = {}
+    for (length, policy, document), gain in gains.items():
+        base = gains.get((length, first, document))
+        if policy != first and base is not None:
+            above.setdefault((length, policy), []).append(gain - base)
+    return {cell: score.value_text(score.over_documents(each)) for cell, each in above.items()}
 
 
 def plot(rows: list[Row]) -> Mapping[str, Figure]:

@@ -4,7 +4,8 @@
                                      − log p(token | another document, cue)      nats per token
 
 After the document its passage comes again: first the cue, which says which one, then the tokens
-that are scored. What a policy forgot it predicts as after the other document: a gain of 0.
+that are scored. What a policy forgot it predicts as after the other document, but for what the end
+of the document, which it still sees, tells of its topic: the gain of a window alone, to subtract.
 """
 
 import numpy as np

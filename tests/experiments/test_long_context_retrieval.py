@@ -24,6 +24,17 @@ def test_a_line_is_a_policy_with_n_and_intervals():
     assert isinstance(experiment.plot(rows)["long_context_retrieval"], Figure)
 
 
+def test_policies_are_compared_document_by_document():
+    rows = [
+        row(document, gain + more, policy=policy)
+        for policy, more in ((WINDOW, 0.0), ("full", 1.0))
+        for document, gain in enumerate((0.0, 5.0, 10.0))
+    ]
+    first, second = experiment.table(rows)
+    assert first["copy gain above the first policy"] is None
+    assert second["copy gain above the first policy"] == "1.00 (1.00 to 1.00)"
+
+
 def test_an_odd_document_has_no_control(rows_of):
     with pytest.raises(InputError, match="documents=3: two documents are each other's control"):
         rows_of("long_context_retrieval", documents=3)

@@ -30,7 +30,7 @@ README, MODELS = ROOT / "README.md", FOLDER / "models.md"
 EXPERIMENTS, RESULTS = FOLDER / "experiments.md", FOLDER / "results.md"
 BEGIN, END = "<!-- table: docs/make_tables.py -->\n", "<!-- end of table -->\n"
 # Entries of a header that describe other variants of the experiment.
-VARIANTS = ("Sizes", "Pod", "Choosing", "Long", "All", "Loss", "Short", "Distance")
+VARIANTS = ("Sizes", "Pod", "Choosing", "Long", "All", "Loss", "Short", "Distance", "Copies")
 OPENING = """\
 # Experiments
 
@@ -225,7 +225,11 @@ def claims() -> str:
     """Differences of losses between policies, by kind of text."""
     return "\n".join(
         aggregated(long_context_loss, run)
-        for run in ("long_context_loss_short", "long_context_loss_distance")
+        for run in (
+            "long_context_loss_short",
+            "long_context_loss_distance",
+            "long_context_loss_copies",
+        )
     )
 
 
@@ -339,17 +343,19 @@ float32 on two CPU cores.
 One text of 16,384 tokens, the Python language reference; each cell is the mean over 2,048 tokens.
 Re-reading gives every token a fresh full-attention context of at most 8,192 tokens: the reference
 that windowed attention replaces. Between 6k and 8k, 13 % of the tokens end an exact copy of 17
-tokens from more than 4,096 back, which no window has; so do 65 % of those from 26,624 to 28,672,
-and about 0 % of most other blocks. It is one text, so the table has no intervals.
+tokens from more than 4,096 back, which no window has: the next section shows the loss without them.
+It is one text, so the table has no intervals.
 
 {length_generalization}
 ## What sinks, the distance limit and the window are worth
 
 `python -m experiments.long_context_loss --config=:short`
-([report](results/long_context_loss_short/report.md)) and `--config=:distance`
-([report](results/long_context_loss_distance/report.md)): differences of losses in nats/token,
-document by document, with their 95 % bootstrap interval over documents. `copied from far back` is
-the share of tokens that end an exact copy of 17 tokens from outside the window.
+([report](results/long_context_loss_short/report.md)), `--config=:distance`
+([report](results/long_context_loss_distance/report.md)) and `--config=:copies`
+([report](results/long_context_loss_copies/report.md)): differences of losses in nats/token,
+document by document, with their 95 % bootstrap interval over documents where there are three or
+more. `copied from far back` is the share of tokens that end an exact copy of 17 tokens from outside
+the window. `lambda` is LM-Infinite without its distance limit, and `window` is that without sinks.
 
 {claims}
 ## What is kept of tokens that have left the window

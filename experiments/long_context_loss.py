@@ -163,6 +163,8 @@ def table(rows: list[Row]) -> list[Row]:
 
 def plot(rows: list[Row]) -> Mapping[str, Figure]:
     """The differences by position, a panel for each text."""
+    trained = rows[0]["trained_length"]
+    reached = max(row["stop"] for row in rows) >= trained
     points = [
         {**row, "value": row["interval"].mean, **score.ends(row["interval"])}
         for row in differences(rows)
@@ -172,8 +174,8 @@ def plot(rows: list[Row]) -> Mapping[str, Figure]:
     return {
         "long_context_loss": plots.curves(
             points, x="stop", y="value", by="difference", panel="text", interval=("low", "high"),
-            mark=rows[0]["trained_length"], x_label="position (tokens)",
-            y_label="difference of losses (nats/token)",
+            mark=trained if reached else None, x_label="position (tokens)",
+            y_label="loss above that of the policy before (nats/token)",
         )
     }  # fmt: skip
 

@@ -249,7 +249,7 @@ def plot(rows: list[Row]) -> Mapping[str, Figure]:
     return {
         "long_context_retrieval": plots.curves(
             points, x="megabytes", y="value", by="policy", panel="panel", log_x=True,
-            interval=("low", "high"), x_label="kept (MB)", y_label="kept of what left the window",
+            interval=("low", "high"), x_label="kept (MB)", y_label="kept (nats, nats/token)",
         )
     }  # fmt: skip
 

@@ -8,8 +8,10 @@ Time       about an hour on two CPU cores, mostly prefill of the long prompts; t
            the same --out resumes
 Expected   InfLLM and reading in segments find every key in 16,384 tokens; LM-Infinite and
            StreamingLLM find none that has left the window; LM-Infinite with top-k, placed 8 tokens
-           away, finds 11 of 18. No policy retrieves values by their keys in 4,096 tokens: the task
-           is beyond this model
+           away, finds 11 of 18. These rows asked for the same two keys at every depth, and for
+           lines of the same three lists, so their intervals are too narrow; cells have keys of
+           their own since. No policy retrieves values by their keys in 4,096 tokens:
+           long_context_retrieval measures what it knows of them
 Long       --config=:long uses prompts of 32,768 tokens: InfLLM finds 20 of 20 keys, top-k 7 of 18,
            LM-Infinite and StreamingLLM none outside their windows; an hour
 All        --config=:all compares ten methods at 4,096 tokens with 1,034 attended tokens. SirLLM,
@@ -18,7 +20,9 @@ All        --config=:all compares ten methods at 4,096 tokens with 1,034 attende
 Loss       --config=:loss reads 32,768 tokens under policies that extend beyond the training length,
            with about 4,106 attended tokens where a policy selects. Past 8,192 tokens all are on
            average at most 0.02 nats above re-reading, and only LongHeads is 0.1 above it in some
-           block; 50 minutes
+           block. What Self-Extend, ReRoPE and InfiniteHiP gain on it is one passage: 65 % of the
+           tokens from 26,624 to 28,672 end an exact copy of 17 tokens from farther back than a
+           window. Top-k has no loss: it selects for the last query of a call alone; 50 minutes
 Tiny       --config=:tiny trains a byte model at 64 tokens, which retrieves nothing: under 2 minutes
 """
 
@@ -57,7 +61,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.prompts = (2,)  # passkeys of each length, at each depth
     c.depths = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
     c.key_value_lengths = (4096,)
-    c.key_value_prompts = (3,)  # lists, of each of which one line is asked for at every depth
+    c.key_value_prompts = (2,)  # lists, of each of which one line is asked for, at each depth
     c.key_value_depths = c.depths
     c.policies = (
         *FORGETS,
@@ -79,7 +83,6 @@ def get_config(arg: str = "") -> ConfigDict:
         c.policies = (
             "lm_infinite:window=4096,sinks=10",
             "streaming:window=4096,sinks=10",
-            "topk:window=4096,sinks=10,topk=20,at=8",
             "infllm:window=2048,sinks=10,topk=16",
             "sirllm:capacity=4096,sinks=10,recent=2048,turn=512",
             "tova:capacity=4096,sinks=10,turn=512",

@@ -57,6 +57,13 @@ def subject(c: ConfigDict, lm: LM, segments: SegmentReader | None = None) -> Sub
     return Subject(segments or SharedPrefix(lm), {"model": c.model, "policy": name}, facts)
 
 
+def last_only(lm: LM) -> bool:
+    """Whether the policy selects for the last query of a call alone: the loss of a text that is
+    read in chunks is then that of the policy without selection, to which it adds nothing.
+    """
+    return any(getattr(policy, "last_only", False) for policy in lm.decoder.policies)
+
+
 def measure(
     c: ConfigDict, out: RunFolder, lm: LM, subjects: Sequence[Subject], cells: Sequence[Cell]
 ) -> Iterator[Row]:

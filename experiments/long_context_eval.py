@@ -1,7 +1,7 @@
 """What policies that choose by content find outside their window, beside those that forget it.
 
-The prompts of a task and length differ in where the key stands, or in what is asked, and are the
-same before: each policy reads what they share once (`lminf.lm.prefix`).
+Every cell has keys of its own. What the prompts of a task and length begin with alike, each policy
+reads once (`lminf.lm.prefix`).
 """
 
 import statistics
@@ -78,7 +78,11 @@ def losses(
 
     readings = {
         REREAD: partial(reread.token_nll, lm, tokens),
-        **{model.policy.name: partial(model.token_nll, tokens) for model in models},
+        **{
+            model.policy.name: partial(model.token_nll, tokens)
+            for model in models
+            if not _evals.last_only(model)
+        },
     }
     for name, read in readings.items():
         if ("nll", name, len(tokens), None) in done:

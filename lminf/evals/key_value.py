@@ -21,12 +21,11 @@ QUESTION = "What is the value of key {key}? The value of key {key} is"
 
 @dataclass(frozen=True)
 class KeyValue(NeedleTask):
-    """Key-value retrieval as a task of lminf.evals.runner; the same lists at every depth."""
+    """Key-value retrieval as a task of lminf.evals.runner."""
 
     depth: float  # share of the lines before the one asked for
 
     name = "key_value"
-    paired = ("depth",)
 
     def __post_init__(self):
         if not 0 <= self.depth <= 1:

@@ -33,7 +33,6 @@ class NeedleTask:
     levels = ("depth", (0.0, 0.25, 0.5, 0.75, 1.0))
     max_new_tokens = ANSWER_TOKENS
     stop: Sequence[str] = ()
-    paired: Sequence[str] = ()
 
     def prompt(self, instance: Needle) -> str:
         return instance.prompt

@@ -57,13 +57,6 @@ class Task(Protocol[InstanceT]):
         """Texts that end an answer."""
         ...
 
-    @property
-    def paired(self) -> Sequence[str]:
-        """Fields that do not enter the key: cells that differ in these alone have the same draws,
-        which makes their comparison a paired one and lets a model read once what they share.
-        """
-        ...
-
     def instances(self, budget: Budget, *, count: int, key: Sequence[int]) -> Sequence[InstanceT]:
         """`count` instances whose prompts fit the budget. More of them begin with the same ones.
 

@@ -9,19 +9,24 @@ others leave it, they go on from copies of its caches. Each prompt so meets the 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, Int
 
 from lminf.attention import cache
+from lminf.attention.policy import chunk_within, common_eviction
+from lminf.errors import InputError
 from lminf.lm import generate as decoding
 from lminf.lm.generate import GREEDY
 from lminf.lm.lm import LM
 from lminf.lm.protocol import OnAnswer, Score
+from lminf.models import heads
 
 TOGETHER = 8192  # prompt tokens read side by side: more of them is no faster on a CPU
+TAIL_ROWS = 16  # tails read side by side
 Chunk = tuple[Int[np.ndarray, "P C"], Int[np.ndarray, "P C"]]  # tokens, positions
 
 
@@ -77,6 +82,66 @@ class SharedPrefix:
                 for index in members:
                     on_answer(index, texts[index])
         return texts
+
+
+class Tails(NamedTuple):
+    """Texts of one length that follow the same prefix, each instead of the others."""
+
+    tokens: Int[np.ndarray, "R C"]
+    last: int  # tokens of each, counted from its end, whose predictions are asked for
+
+
+def log_probs_after(
+    lm: LM, prefix: Int[np.ndarray, " P"], tails: Sequence[Tails]
+) -> Iterator[Float32[np.ndarray, "R last V"]]:
+    """Log-probabilities (nats) of what follows each of the last tokens of every tail, which stands
+    directly after the prefix. The prefix is read once for all tails.
+
+    A policy that selects for the last query of a call alone does so for the last token of a tail.
+    """
+    longest = len(prefix) + max(each.tokens.shape[1] for each in tails)
+    lm.check_length(longest)
+    evict_every = common_eviction(lm.decoder.policies)
+    if len(prefix) % (evict_every or 1):
+        raise InputError(
+            f"{lm.policy.name} evicts every {evict_every} tokens, and a prefix of {len(prefix)} "
+            f"ends between; give a multiple of {evict_every} tokens"
+        )
+    step = chunk_within(evict_every, decoding.STEP)
+    caches = decoding.empty_caches(lm, rows=1, longest=longest, room=0)
+    _, caches = _extended(lm, np.asarray(prefix, np.int32)[None], 0, step, caches)
+    # Small caches fill the processor together; one that keeps every token does so by itself.
+    rows = TAIL_ROWS if all(policy.bounded for policy in lm.decoder.policies) else 1
+    for tokens, last in tails:
+        found = []
+        for start in range(0, len(tokens), rows):
+            some = np.asarray(tokens[start : start + rows], np.int32)
+            copies = _copies(caches, len(some))
+            states, _ = _extended(lm, some, len(prefix), step, copies)
+            states = np.concatenate([np.asarray(each) for each in states], 1)[:, -last:]
+            found.append(np.asarray(_log_probs(lm.spec, lm.params, states)))
+        yield np.concatenate(found)
+
+
+def _extended(
+    lm: LM, tokens: Int[np.ndarray, "R C"], start: int, step: int, caches: Any
+) -> tuple[list[jax.Array], Any]:
+    """Final hidden states of these tokens, which stand at `start`, and the caches with them."""
+    states = []
+    for begin in range(0, tokens.shape[1], step):
+        chunk = tokens[:, begin : begin + step]
+        positions = start + begin + np.arange(chunk.shape[1], dtype=np.int32)[None]
+        positions = np.broadcast_to(positions, chunk.shape)
+        hidden, caches = lm.on_one_device.forward(
+            jnp.asarray(chunk), jnp.asarray(positions), caches
+        )
+        states.append(hidden)
+    return states, caches
+
+
+@partial(jax.jit, static_argnums=0)
+def _log_probs(spec, params, hidden):
+    return jax.nn.log_softmax(heads.lm(spec, params, hidden), axis=-1)
 
 
 def _branches(

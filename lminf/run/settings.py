@@ -27,7 +27,8 @@ RANGES = {
             "width", "num_heads", "num_kv_heads", "hidden_dim", "top_k", "vocab",
             "vocabs", "vocab_size", "seq_len",
             # measuring
-            "block", "capacities", "continuation", "draws", "key_value_lengths",
+            "beyond", "block", "capacities", "continuation", "documents", "draws",
+            "key_value_lengths",
             "key_value_prompts", "lengths", "passkey_length", "passkeys", "positions", "prompt",
             "prompts", "queries", "instances",
         ),

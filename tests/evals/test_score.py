@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,3 +31,32 @@ def test_rows_are_pooled_by_their_columns():
     assert (a["score"], a["low"], a["high"]) == score.success_rate(5, 8)
     assert score.count_text(b) == "0/4"
     assert score.interval_text(a) == "5/8 = 0.62 (0.31–0.86)"
+
+
+def test_an_interval_over_documents_covers_the_mean_about_as_often_as_it_says():
+    random = np.random.default_rng(0)
+    for documents in (6, 12):
+        covered = [
+            low <= 3 <= high
+            for _ in range(300)
+            for _, low, high in [score.over_documents(random.normal(3, 1, documents))]
+        ]
+        assert 0.91 < np.mean(covered) < 0.985
+
+
+def test_differences_of_the_same_documents_make_the_paired_bootstrap():
+    """What documents have in common cancels, so that a small difference shows."""
+    documents = np.random.default_rng(0).normal(0, 10, 12)
+    gains = np.random.default_rng(1).normal(0.5, 0.1, 12)
+    paired = score.over_documents((documents + gains) - documents)
+    assert 0.3 < paired.low < paired.mean < paired.high < 0.7
+    alone = score.over_documents(documents + gains)
+    assert alone.high - alone.low > 5
+
+
+@pytest.mark.parametrize("values", [[1.5], [1.0, 2.0]])
+def test_one_or_two_documents_have_no_interval(values):
+    interval = score.over_documents(values)
+    assert interval == (1.5, -np.inf, np.inf)
+    assert score.value_text(interval) == "1.50"
+    assert score.value_text(score.Interval(0.5, -0.25, 1)) == "0.50 (-0.25 to 1.00)"

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
@@ -147,3 +148,28 @@ def test_losses_lie_beside_those_of_reading_again(measure):
     assert line["of the worst block"] >= line["nll above re-reading past the trained length"]
     assert set(long_context_eval.plot(rows)) == {"long_context_eval", "key_value", "above_reread"}
     assert set(long_context_eval.plot(losses)) == {"above_reread"}
+
+
+@pytest.mark.slow
+def test_a_policy_that_selects_for_the_last_query_alone_has_no_loss(measure, random_lm):
+    """Its rows would be vacuous: those of LM-Infinite, which it is for every other query."""
+    topk, base = "topk:window=64,sinks=4,topk=5,from_layer=0", "lm_infinite:window=64,sinks=4"
+    tokens = np.random.default_rng(0).integers(97, 123, 200)
+    selected, forgot = (random_lm.with_policy(each).token_nll(tokens) for each in (topk, base))
+    assert (np.abs(selected - forgot) > 1e-5).sum() <= 1
+    rows = measure(
+        prompts=(1,), depths=(0.1,), key_value_prompts=(1,), nll_length=200, block=100,
+        policies=(base, topk, LOOKS_UP),
+    )  # fmt: skip
+    losses = {}
+    for row in rows:
+        if row["task"] == "nll":
+            losses.setdefault(row["policy"], []).append(row["nll"])
+    assert len(losses) == 3  # with re-reading
+    assert not any(policy.startswith("topk") for policy in losses)
+    assert len({each[-1] for each in losses.values()}) == 3  # none is that of another
+
+
+def test_no_loss_of_the_configs_is_of_such_a_policy():
+    config = request.parse("long_context_eval", ["--config=long_context_eval:loss"]).config
+    assert not any(text.startswith("topk") for text in config.policies)

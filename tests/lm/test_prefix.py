@@ -83,3 +83,36 @@ def test_prompts_that_cannot_be_are_refused(lm):
         SharedPrefix(lm).generate([], max_new_tokens=3)
     with pytest.raises(InputError, match="max_new_tokens=0: give at least 1"):
         SharedPrefix(lm).generate(["abc"], max_new_tokens=0)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        LMInfinite(8, 2),
+        pytest.param(None, marks=pytest.mark.slow),  # the fixture's own
+        pytest.param(InfLLM(8, 2, topk=2, block=4, exec_block=8), marks=pytest.mark.slow),
+        pytest.param(SirLLM(32, recent=8, turn=16), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_what_follows_a_prefix_is_as_likely_as_in_one_text(lm, small_steps, policy):
+    lm = lm if policy is None else lm.with_policy(policy)
+    book = np.asarray(lm.tokenizer.encode(BOOK), np.int32)
+    before = book[:64]
+    tails = np.stack([book[start : start + 8] for start in (0, 20, 60)])
+    first, second = prefix.log_probs_after(
+        lm, before, [prefix.Tails(tails, 3), prefix.Tails(tails[:1, :5], 1)]
+    )
+    for tail, found in zip(tails, first, strict=True):
+        logits = lm.logits([np.concatenate([before, tail])], last=3)[0]
+        expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        np.testing.assert_allclose(found, expected, atol=2e-4)
+    assert second.shape == (1, 1, lm.spec.vocab_size)
+    np.testing.assert_allclose(np.exp(second).sum(-1), 1, atol=1e-4)
+
+
+def test_a_prefix_ends_where_the_policy_evicts(lm, small_steps):
+    lm = lm.with_policy(SirLLM(32, recent=8, turn=16))
+    tails = [prefix.Tails(np.zeros((1, 4), np.int32), 1)]
+    with pytest.raises(InputError, match="evicts every 16 tokens, and a prefix of 70 ends between"):
+        list(prefix.log_probs_after(lm, np.zeros(70, np.int32), tails))

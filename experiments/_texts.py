@@ -1,0 +1,57 @@
+"""Documents of several kinds of text, read where they are installed and never copied."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from lminf.data import documents, sources
+from lminf.errors import InputError
+from lminf.lm.lm import LM
+
+REFERENCE, CODE = "reference", "code"
+
+
+def texts(entry: str) -> list[str]:
+    """The documents of an entry of a config, in a mixed order: `reference` is the language
+    reference of this Python, one document; `code` are the source files of its library; anything
+    else is a file, a folder or a pattern of files, a document each.
+    """
+    if entry in ("", REFERENCE):
+        return [sources.python_topics()]
+    if entry == CODE:
+        from pydoc_data import topics
+
+        prose = set(topics.topics.values())
+        return [text for text in sources.python_library() if text not in prose]
+    found = sorted(documents.find([entry]), key=lambda each: sources.digest(each.path.name))
+    return ["".join(piece.text for piece in documents.read(each)) for each in found]
+
+
+def tokenised(
+    lm: LM, entry: str, *, length: int, count: int
+) -> list[tuple[Int[np.ndarray, " _"], str]]:
+    """(tokens without BOS, digest) of the first `count` documents of an entry that have `length`
+    tokens; refuses fewer.
+    """
+    found = []
+    for text in texts(entry):
+        if len(found) == count:
+            break
+        tokens = lm.tokenizer.encode(text) if len(text) >= length else ()  # a token has a character
+        if len(tokens) >= length:
+            found.append((np.asarray(tokens, np.int32), sources.digest(text)))
+    if len(found) < count:
+        raise InputError(
+            f"{entry or REFERENCE} has {len(found)} documents of {length} tokens, but {count} were "
+            f"asked for; name a folder with more or longer ones"
+        )
+    return found
+
+
+def kind(entry: str) -> str:
+    """What rows call an entry: its name, or the package whose files a pattern names."""
+    parts: Sequence[str] = [part for part in entry.split("/") if part and "*" not in part]
+    if "doc" in parts[:-1]:
+        return parts[parts.index("doc") + 1]
+    return parts[-1] if parts else REFERENCE

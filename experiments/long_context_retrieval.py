@@ -1,0 +1,258 @@
+"""What policies keep of what they read: copy gain and key-value margins, against what they cost.
+
+Two documents are read in turn: after each, its own passages and questions and the passages of the
+other one are scored. So every document has a control, and one reading serves all depths.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+from lminf.attention import policy as policies
+from lminf.errors import InputError
+from lminf.evals import copy_gain, margin, score
+from lminf.evals.haystack import Haystack, haystack
+from lminf.experiments import _evals, _models, _texts
+from lminf.experiments._main import main
+from lminf.lm.lm import LM
+from lminf.lm.prefix import Tails, log_probs_after
+from lminf.models import cost
+from lminf.run import plots, style
+from lminf.run.folder import Row, RunFolder
+from lminf.run.progress import Progress
+
+FAR, NEAR = "outside every window", "inside the widest"
+MEASURES = {
+    "copy_gain": "copy gain (nats/token)",
+    "needle_margin": "needle margin (nats)",
+    "key_value_margin": "key-value margin (nats)",
+    "rank": "rank",
+}
+
+
+class Measured(NamedTuple):
+    """What was scored after one document was read; each [D], by depth."""
+
+    # Mean log-probabilities of its passages and of the other document's, nats per token; None: of
+    # a policy that selects for the last token of a call alone, for which most tokens tell nothing.
+    own: Float[np.ndarray, " D"] | None
+    control: Float[np.ndarray, " D"] | None
+    asked: Float[np.ndarray, "D 1 V"]  # log-probabilities of what follows each question
+
+
+def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
+    if c.documents % 2:
+        raise InputError(
+            f"documents={c.documents}: two documents are each other's control; give an even number"
+        )
+    lm = _models.load(c.model, seed=c.seed)
+    models = [lm.with_policy(text) for text in c.policies]
+    for model in models:
+        if model.policy.window is not None and model.policy.window > c.beyond:
+            raise InputError(
+                f"{model.policy.name} has a window of more than beyond={c.beyond} tokens, so what "
+                f"is farther back than these may be in it; raise beyond or lower the window"
+            )
+    done = {(row["length"], row["policy"], row["document"]) for row in out.rows()}
+    pairs = [(length, number) for length in c.lengths for number in range(0, c.documents, 2)]
+    work = [
+        (length, number, model)
+        for length, number in pairs
+        for model in models
+        if not {(length, model.policy.name, number + i) for i in (0, 1)} <= done
+    ]
+    total = 2 * sum(length for length, _, _ in work)
+    with Progress(total, label="documents", unit="tokens") as progress:
+        read, stacks = 0, {}
+        for length, number, model in work:
+            if length not in stacks:
+                stacks = {length: drawn(c, lm, length)}
+            pair, digests = zip(*stacks[length][number : number + 2], strict=True)
+            started = time.perf_counter()
+            both = [measure(model, own, other) for own, other in (pair, pair[::-1])]
+            seconds = (time.perf_counter() - started) / 2
+            for index, (mine, its) in enumerate(zip(both, both[::-1], strict=True)):
+                for row in rows_of(c, model, pair[index], mine, its.control):
+                    yield {
+                        "model": c.model,
+                        "policy": model.policy.name,
+                        "length": length,
+                        "document": number + index,
+                        "text_digest": digests[index],
+                        **row,
+                        "trained_length": lm.spec.trained_length,
+                        "seconds": seconds,
+                    }
+            read += 2 * length
+            progress.update(read)
+
+
+def drawn(c: ConfigDict, lm: LM, length: int) -> list[tuple[Haystack, str]]:
+    """The documents of a length, with keys and values of their own, and digests of their texts."""
+    bos = [lm.tokenizer.bos_id] if lm.tokenizer.add_bos else []
+    return [
+        (
+            haystack(
+                text, lm.tokenizer.encode, length=length, depths=c.depths, space=copy_gain.SPACE,
+                key=(c.seed, length, number), bos=bos,
+            ),
+            digest,
+        )
+        for number, (text, digest) in enumerate(
+            _texts.tokenised(lm, c.text, length=length, count=c.documents)
+        )
+    ]  # fmt: skip
+
+
+def measure(lm: LM, own: Haystack, other: Haystack) -> Measured:
+    """Reads a document once and scores all that follows it."""
+    questions = margin.tails(own)
+    if _evals.last_only(lm):
+        (asked,) = log_probs_after(lm, own.tokens, [questions])
+        return Measured(None, None, asked)
+    passages, control = (copy_gain.tails(each, lm.tokenizer.encode) for each in (own, other))
+    copies = Tails(np.concatenate([passages.tokens, control.tokens]), copy_gain.COPIED)
+    copied, asked = log_probs_after(lm, own.tokens, [copies, questions])
+    depths = len(own.starts)
+    return Measured(
+        copy_gain.log_prob(copied[:depths], own),
+        copy_gain.log_prob(copied[depths:], other),
+        asked,
+    )
+
+
+def rows_of(
+    c: ConfigDict,
+    lm: LM,
+    document: Haystack,
+    mine: Measured,
+    control: Float[np.ndarray, " D"] | None,  # of this document's passages, after the other one
+) -> Iterator[Row]:
+    """One row of a document for the depths outside every window, and one for those inside."""
+    length = len(document.tokens)
+    far = length - document.starts > c.beyond
+    gain = None if mine.own is None or control is None else mine.own - control
+    for name, chosen in ((FAR, far), (NEAR, ~far)):
+        if depths := int(chosen.sum()):
+            margins = margin.margins(mine.asked, document, chosen)
+            yield {
+                "place": name,
+                "depths": depths,
+                "copy_gain": None if gain is None else float(gain[chosen].mean()),
+                "needle_margin": float(margins.needle.mean()),
+                # One value has no others.
+                "key_value_margin": float(margins.key_value.mean()) if depths > 1 else None,
+                "rank": float(margins.rank.mean()) if depths > 1 else None,
+                **costs(lm, length),
+            }
+
+
+def costs(lm: LM, length: int) -> dict[str, Any]:
+    """Tokens that a query attends to and bytes that are kept after a text of this length."""
+    seen = [cost.attended_tokens(part) for part in policies.head_policies(lm.policy)]
+    sizes = [length if each is None else min(each, length) for each in seen]
+    by_layer = lm.decoder.policies
+    return {
+        "attended": max(sizes),
+        "cache_bytes": cost.cache_bytes(lm.spec, by_layer, tokens=length, dtype=lm.dtype),
+    }
+
+
+# --- What is shown --------------------------------------------------------------------------------
+
+
+def summary(rows: Sequence[Row], *, place: str = FAR) -> list[Row]:
+    """A policy and length a line: the mean over documents of every measure with its interval."""
+    groups: dict[tuple[int, str], list[Row]] = {}
+    for row in rows:
+        if row["place"] == place:
+            groups.setdefault((row["length"], row["policy"]), []).append(row)
+    return [
+        {
+            "policy": policy,
+            "length": length,
+            "attended": group[0]["attended"],
+            "cache_bytes": group[0]["cache_bytes"],
+            "documents": len(group),
+            "depths": group[0]["depths"],
+            "seconds": float(np.mean([row["seconds"] for row in group])),
+            **{
+                name: score.over_documents([row[name] for row in group])
+                for name in MEASURES if group[0][name] is not None
+            },
+        }
+        for (length, policy), group in groups.items()
+    ]  # fmt: skip
+
+
+def table(rows: list[Row]) -> list[Row]:
+    """A policy and length a line, with n and the 95 % interval over documents of every measure."""
+    near = {(line["length"], line["policy"]): line for line in summary(rows, place=NEAR)}
+    gains = paired_gains(rows)
+    lines = []
+    for line in summary(rows):
+        inside = near.get((line["length"], line["policy"]))
+        lines.append({
+            "policy": line["policy"],
+            "length": line["length"],
+            "attended": line["attended"],
+            "kept (MB)": line["cache_bytes"] / 1e6,
+            "documents × depths": f"{line['documents']} × {line['depths']}",
+            **{
+                label: score.value_text(line[name]) if name in line else None
+                for name, label in MEASURES.items()
+            },
+            "copy gain above the first policy": gains.get((line["length"], line["policy"])),
+            "needle margin inside": score.value_text(inside["needle_margin"]) if inside else None,
+            "seconds a document": line["seconds"],
+        })  # fmt: skip
+    return lines
+
+
+def paired_gains(rows: Sequence[Row]) -> dict[tuple[int, str], str]:
+    """(length, policy) -> copy gain above that of the first policy, document by document."""
+    first = rows[0]["policy"] if rows else None
+    gains = {
+        (row["length"], row["policy"], row["document"]): row["copy_gain"]
+        for row in rows
+        if row["place"] == FAR and row["copy_gain"] is not None
+    }
+    above: dict[tuple[int, str], list[float]] = {}
+    for (length, policy, document), gain in gains.items():
+        base = gains.get((length, first, document))
+        if policy != first and base is not None:
+            above.setdefault((length, policy), []).append(gain - base)
+    return {cell: score.value_text(score.over_documents(each)) for cell, each in above.items()}
+
+
+def plot(rows: list[Row]) -> Mapping[str, Figure]:
+    """What a policy keeps against the bytes that it keeps, a panel for each length and measure."""
+    lines = summary(rows)
+    label = style.short_names(dict.fromkeys(row["policy"] for row in lines))
+    points = [
+        {
+            "policy": label[line["policy"]].replace("\n", ", "),
+            "panel": f"{MEASURES[name]}, {line['length']:,} tokens",
+            "megabytes": line["cache_bytes"] / 1e6,
+            "value": line[name].mean,
+            **score.ends(line[name]),
+        }
+        for name in ("copy_gain", "key_value_margin")
+        for line in lines
+        if name in line
+    ]
+    return {
+        "long_context_retrieval": plots.curves(
+            points, x="megabytes", y="value", by="policy", panel="panel", log_x=True,
+            interval=("low", "high"), x_label="kept (MB)", y_label="kept (nats, nats/token)",
+        )
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(run, plot, table=table, resumes=True, may_change=("documents", "policies"))

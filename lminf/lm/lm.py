@@ -268,29 +268,34 @@ class LM:
         return np.asarray(jax.nn.log_softmax(self.logits(prompts)[:, 0], axis=-1))
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[Score]:
-        """The probability of each continuation after its prompt.
-
-        Prompt and continuation are tokenised together and divided where the prompt's own tokens
-        end; spaces at the end of a prompt belong to the continuation.
+        """The probability of each continuation after its prompt, divided as encode_continuation
+        says.
         """
         scores = []
-        for prompt, continuation in zip(prompts, continuations, strict=True):
-            if not continuation:
-                raise InputError("a continuation is empty; give at least one character")
-            context = prompt.rstrip()
-            tokens = self.encode(prompt + continuation)[0]
-            start = len(self.encode(context)[0]) if context else int(self.tokenizer.add_bos)
-            if not 0 < start < len(tokens):
-                raise InputError(
-                    f"the prompt {prompt!r} leaves no token of {len(tokens)} before the "
-                    f"continuation or none of it; give a prompt of at least one token"
-                )
-            last = len(tokens) - start
-            log_probs = jax.nn.log_softmax(self.logits([tokens[:-1]], last=last)[0], axis=-1)
-            token_log_probs = np.asarray(log_probs[np.arange(last), tokens[start:]], np.float64)
-            greedy = bool((np.asarray(log_probs.argmax(-1)) == tokens[start:]).all())
-            scores.append(Score(float(token_log_probs.sum()), last, greedy))
+        for pair in zip(prompts, continuations, strict=True):
+            tokens, start = self.encode_continuation(*pair)
+            logits = self.logits([tokens[:-1]], last=len(tokens) - start)[0]
+            log_probs = np.asarray(jax.nn.log_softmax(logits, axis=-1))
+            scores.append(Score.of(log_probs, tokens[start:]))
         return scores
+
+    def encode_continuation(
+        self, prompt: str, continuation: str
+    ) -> tuple[Int[np.ndarray, " T"], int]:
+        """Token ids of both, tokenised together, and where the continuation begins: where the
+        prompt's own tokens end. Spaces at the end of a prompt belong to the continuation.
+        """
+        if not continuation:
+            raise InputError("a continuation is empty; give at least one character")
+        context = prompt.rstrip()
+        tokens = self.encode(prompt + continuation)[0]
+        start = len(self.encode(context)[0]) if context else int(self.tokenizer.add_bos)
+        if not 0 < start < len(tokens):
+            raise InputError(
+                f"the prompt {prompt!r} leaves no token of {len(tokens)} before the continuation "
+                f"or none of it; give a prompt of at least one token"
+            )
+        return tokens, start
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "B D"]:
         """One vector a text: the mean of the final hidden states of its tokens."""

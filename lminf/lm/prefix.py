@@ -6,10 +6,11 @@ others leave it, they go on from copies of its caches. Each prompt so meets the 
 `LM.generate` reads, in their order, and its answer is the same.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jaxtyping import Float32, Int
 
 from lminf.attention import cache
 from lminf.attention.policy import chunk_within, common_eviction
+from lminf.attention.sparse import WHOLE_CALL, SparsePolicy
 from lminf.errors import InputError
 from lminf.lm import generate as decoding
 from lminf.lm.generate import GREEDY
@@ -27,6 +29,7 @@ from lminf.models import heads
 
 TOGETHER = 8192  # prompt tokens read side by side: more of them is no faster on a CPU
 TAIL_ROWS = 16  # tails read side by side
+TAIL = 16  # tokens: continuations of a prompt are filled up to multiples of these
 Chunk = tuple[Int[np.ndarray, "P C"], Int[np.ndarray, "P C"]]  # tokens, positions
 
 
@@ -41,7 +44,24 @@ class SharedPrefix:
         return self.lm.count_tokens(text)
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[Score]:
-        return self.lm.score(prompts, continuations)
+        """As `LM.score`; what all continuations of a prompt follow is read once.
+
+        Policies that act at the end of a prompt or of a call read each by itself. Where queries
+        select in groups, the groups are those of a text that is read at once, without padding.
+        """
+        pairs = [
+            self.lm.encode_continuation(*pair) for pair in zip(prompts, continuations, strict=True)
+        ]
+        scores: dict[int, Score] = {}
+        for prompt in dict.fromkeys(prompts):
+            members = [index for index, other in enumerate(prompts) if other == prompt]
+            shared = _shared_tokens(self.lm, [pairs[index] for index in members])
+            if shared:
+                found = _scores_after(self.lm, shared, [pairs[index] for index in members])
+            else:
+                found = self.lm.score([prompt] * len(members), [continuations[i] for i in members])
+            scores |= dict(zip(members, found, strict=True))
+        return [scores[index] for index in range(len(pairs))]
 
     def next(self, prompts: Sequence[str]) -> Float32[np.ndarray, "B V"]:
         return self.lm.next(prompts)
@@ -84,10 +104,45 @@ class SharedPrefix:
         return texts
 
 
-class Tails(NamedTuple):
-    """Texts of one length that follow the same prefix, each instead of the others."""
+Pair: TypeAlias = tuple[Int[np.ndarray, " T"], int]  # tokens, and where the continuation begins
 
-    tokens: Int[np.ndarray, "R C"]
+
+def _shared_tokens(lm: LM, pairs: Sequence[Pair]) -> int:
+    """How many tokens to read once for all of these, so that each reads as it would by itself."""
+    policies = lm.decoder.policies
+    groups = [policy.group for policy in policies if isinstance(policy, SparsePolicy)]
+    if len(pairs) < 2 or WHOLE_CALL in groups or any(policy.needs_prompt for policy in policies):
+        return 0
+    shortest = min(start for _, start in pairs) - 1  # its last token predicts the continuation
+    alike = np.logical_and.reduce([pairs[0][0][:shortest] == ids[:shortest] for ids, _ in pairs])
+    common = shortest if alike.all() else int(alike.argmin())
+    step = math.lcm(*groups, common_eviction(policies) or 1)
+    return common // step * step
+
+
+def _scores_after(lm: LM, shared: int, pairs: Sequence[Pair]) -> list[Score]:
+    # One width, so that few programs are compiled.
+    longest = max(len(tokens) for tokens, _ in pairs) - 1 - shared
+    width = -(-longest // TAIL) * TAIL
+    tails = np.full((len(pairs), width), -1, np.int32)
+    for row, (tokens, _) in zip(tails, pairs, strict=True):
+        row[: len(tokens) - 1 - shared] = tokens[shared:-1]
+    first = min(start for _, start in pairs) - 1 - shared
+    scores = []
+    parts = [
+        Tails(tails[i : i + TAIL_ROWS], width - first) for i in range(0, len(tails), TAIL_ROWS)
+    ]
+    for log_probs in log_probs_after(lm, pairs[0][0][:shared], parts):
+        for row, (tokens, start) in zip(log_probs, pairs[len(scores) :], strict=False):
+            begin = start - 1 - shared - first
+            scores.append(Score.of(row[begin : begin + len(tokens) - start], tokens[start:]))
+    return scores
+
+
+class Tails(NamedTuple):
+    """Texts that follow the same prefix, each instead of the others."""
+
+    tokens: Int[np.ndarray, "R C"]  # -1 at the end of shorter ones: nothing there, and not read
     last: int  # tokens of each, counted from its end, whose predictions are asked for
 
 
@@ -131,9 +186,9 @@ def _extended(
     for begin in range(0, tokens.shape[1], step):
         chunk = tokens[:, begin : begin + step]
         positions = start + begin + np.arange(chunk.shape[1], dtype=np.int32)[None]
-        positions = np.broadcast_to(positions, chunk.shape)
+        positions = np.where(chunk >= 0, positions, -1)
         hidden, caches = lm.on_one_device.forward(
-            jnp.asarray(chunk), jnp.asarray(positions), caches
+            jnp.asarray(np.maximum(chunk, 0)), jnp.asarray(positions), caches
         )
         states.append(hidden)
     return states, caches

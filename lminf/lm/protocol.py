@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int
 
 
 class Score(NamedTuple):
@@ -13,6 +13,13 @@ class Score(NamedTuple):
     log_prob: float  # nats, of all its tokens together
     tokens: int
     greedy: bool  # whether every token is the most likely one
+
+    @classmethod
+    def of(cls, log_probs: Float32[np.ndarray, "T V"], tokens: Int[np.ndarray, " T"]) -> "Score":
+        """Of the tokens of a continuation, from what a model expects (nats) at each of them."""
+        chosen = np.asarray(log_probs[np.arange(len(tokens)), tokens], np.float64)
+        greedy = bool((log_probs.argmax(-1) == tokens).all())
+        return cls(float(chosen.sum()), len(tokens), greedy)
 
 
 OnAnswer: TypeAlias = Callable[[int, str], None]  # (index of the prompt, its complete answer)

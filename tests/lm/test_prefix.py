@@ -5,10 +5,14 @@ import pytest
 
 from lminf.attention.policies.eviction import SirLLM
 from lminf.attention.policies.infllm import InfLLM
+from lminf.attention.policies.prompt_compression import SnapKV
+from lminf.attention.policies.topk import TopK
 from lminf.attention.policy import LMInfinite
 from lminf.errors import InputError
-from lminf.lm import generate, prefix
+from lminf.lm import generate, layerwise, prefix
 from lminf.lm.prefix import SharedPrefix
+from lminf.lm.protocol import Score
+from lminf.models import heads
 
 BOOK = "It was the best of times, it was the worst of times, it was the age of wisdom."  # 78 bytes
 # Two leave the trunk at one place, one leaves it later, one is shorter, one begins otherwise.
@@ -116,3 +120,54 @@ def test_a_prefix_ends_where_the_policy_evicts(lm, small_steps):
     tails = [prefix.Tails(np.zeros((1, 4), np.int32), 1)]
     with pytest.raises(InputError, match="evicts every 16 tokens, and a prefix of 70 ends between"):
         list(prefix.log_probs_after(lm, np.zeros(70, np.int32), tails))
+
+
+def at_once(lm, text, last):
+    """The score of the last bytes of a text that is read in one call."""
+    ids = np.asarray(lm.tokenizer.encode(text), np.int32)
+    positions, caches = np.arange(len(ids), dtype=np.int32), lm.init_caches(batch=1, capacity=256)
+    hidden, _ = lm.forward(ids[None, :-1], positions[None, :-1], caches)
+    logits = np.asarray(heads.lm(lm.spec, lm.params, hidden))[0, -last:]
+    return Score.of(logits - np.log(np.exp(logits).sum(-1, keepdims=True)), ids[-last:])
+
+
+ENDS = [" Who?", " Why not him", " It", " Who goes there, at this time of the night?"]
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        LMInfinite(8, 2),
+        pytest.param(None, marks=pytest.mark.slow),
+        pytest.param(InfLLM(8, 2, topk=2, block=4, exec_block=8), marks=pytest.mark.slow),
+        pytest.param(SirLLM(32, recent=8, turn=16), marks=pytest.mark.slow),
+        pytest.param(TopK(8, 2, topk=2), marks=pytest.mark.slow),
+        pytest.param(SnapKV(32, window=8), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_score_is_that_of_the_text_alone(lm, small_steps, policy):
+    lm = lm if policy is None else lm.with_policy(policy)
+    prompts = [BOOK] * 2 + ["A tale: " + BOOK[:20]] + [BOOK] * 2
+    ends = [*ENDS[:2], ENDS[0], *ENDS[2:]]
+    alone = [lm.score([prompt], [end])[0] for prompt, end in zip(prompts, ends, strict=True)]
+    if isinstance(policy, InfLLM):  # padding enters its groups
+        alone = [
+            at_once(lm, prompt + end, len(end)) for prompt, end in zip(prompts, ends, strict=True)
+        ]
+    for found, expected in zip(SharedPrefix(lm).score(prompts, ends), alone, strict=True):
+        assert found.log_prob == pytest.approx(expected.log_prob, abs=5e-4)
+        assert found[1:] == expected[1:]
+
+
+def test_the_prompt_of_several_continuations_is_read_once(lm, small_steps, monkeypatch):
+    tokens, forward = [], layerwise.LayerwiseDecoder.__call__
+
+    def counted(self, ids, *rest):
+        tokens.append(ids.size)
+        return forward(self, ids, *rest)
+
+    monkeypatch.setattr(layerwise.LayerwiseDecoder, "__call__", counted)
+    lm = lm.with_policy(LMInfinite(8, 2))
+    SharedPrefix(lm).score([BOOK] * 4, ENDS)
+    assert sum(tokens) == len(BOOK) - 1 + 4 * 48  # the longest end has 43 bytes

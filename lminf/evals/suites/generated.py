@@ -47,7 +47,6 @@ class SuiteTask:
     levels: ClassVar[tuple[str, tuple[Any, ...]] | None] = None
     answers: Answers = "written"
     stop: Sequence[str] = ("\n",)
-    paired: Sequence[str] = ()
 
     def __post_init__(self):
         ranges.check(self)

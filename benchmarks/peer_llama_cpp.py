@@ -5,7 +5,7 @@
 
 For a Python with xllamacpp; nothing of lminf is imported. The file's own 4-bit weights are
 multiplied as they are, on two threads. Reading is its prompt phase, which computes the logits of
-the last token alone, so it has no NLL.
+the last token alone, so it has no NLL, and it reads no more than the trained length.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import numpy as np
 import xllamacpp
 
 THREADS = 2
+LIMIT = 8190  # tokens: its server takes no longer text than the model was trained on
 
 
 def main() -> None:
@@ -28,7 +29,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=4096, help="tokens before the first new one")
     parser.add_argument("--new", type=int, default=32, help="tokens to decode")
     args = parser.parse_args()
-    tokens, new = (args.length, 1) if args.work == "read" else (args.context, args.new + 1)
+    tokens, new = (
+        (min(args.length, LIMIT), 1) if args.work == "read" else (args.context, args.new + 1)
+    )
     params = xllamacpp.CommonParams()
     params.model.path = str(args.model)
     params.n_ctx, params.n_parallel, params.verbosity = tokens + new + 1, 1, 0
@@ -43,6 +46,8 @@ def main() -> None:
             "ignore_eos": True,
         }
     )
+    if "timings" not in answer:
+        raise SystemExit(f"llama.cpp answered {answer}")
     timings = answer["timings"]
     if timings["prompt_n"] != tokens or timings["predicted_n"] != new:
         raise SystemExit(f"asked for {tokens} tokens and {new} new ones, but it ran {timings}")

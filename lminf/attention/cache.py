@@ -184,11 +184,32 @@ def write(
     slots: Int[Array, "B T"] | Int[Array, "B T K"],
 ) -> Float[Array, "L B S K H"]:
     """`stored` with layer `layer`'s new rows in place, which may differ by key head."""
-    row = jnp.arange(len(new))[:, None]
+    row, layer = jnp.arange(len(new))[:, None], jnp.asarray(layer, jnp.int32)
     index = layer, row, slots
     if slots.ndim == 3:
         index = layer, row[..., None], slots, jnp.arange(slots.shape[2])[None, None]
-    return stored.at[index].set(new.astype(stored.dtype), mode="drop")
+    new = new.astype(stored.dtype)
+    if stored.dtype.itemsize == 2 and jax.default_backend() == "cpu":
+        return _written_as_bits(stored, new, index)
+    return stored.at[index].set(new, mode="drop")
+
+
+@jax.custom_jvp
+def _written_as_bits(stored: Array, new: Array, index: tuple[Array, ...]) -> Array:
+    """`stored.at[index].set(new)`. XLA's CPU backend scatters bfloat16 in float32: it would convert
+    the caches of all layers there and back in every layer. Integers it writes in place. Reading
+    8,192 tokens of SmolLM2-135M under Full took 48 s of processor time, 66 before (Intel Xeon).
+    """
+    bits, rows = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (stored, new))
+    return jax.lax.bitcast_convert_type(bits.at[index].set(rows, mode="drop"), stored.dtype)
+
+
+@_written_as_bits.defjvp
+def _(primals, tangents):
+    def written(stored, new):
+        return stored.at[primals[2]].set(new, mode="drop")
+
+    return _written_as_bits(*primals), jax.jvp(written, primals[:2], tangents[:2])[1]
 
 
 def write_pos(

@@ -134,3 +134,26 @@ def test_a_cache_is_stored_in_its_own_dtype():
     written = run(np.zeros((1, 1), np.int32), np.full((1, 1, 1, 2), 257, np.float32))
     assert written.dtype == jnp.bfloat16
     assert np.asarray(written, np.float32)[0, 0, 0, 0, 0] == 256
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+def test_bfloat16_is_written_as_float32_is_and_so_are_its_gradients(by_head):
+    """A slot past the end drops its row."""
+    random = np.random.default_rng(0)
+    stored, new = random.normal(size=(3, 2, 6, 2, 4)), random.normal(size=(2, 3, 2, 4))
+    slots = jnp.asarray([[4, 0, 6], [1, 5, 3]], jnp.int32)
+    if by_head:
+        slots = jnp.stack([slots, slots[:, ::-1]], -1)
+    factor = jnp.asarray(random.integers(-4, 5, stored.shape), jnp.float32)  # exact in bfloat16
+
+    def written(dtype):
+        def loss(stored, new):
+            out = cache.write(stored, new, 1, slots)
+            return (out.astype(jnp.float32) * factor).sum(), out
+
+        arrays = [jnp.asarray(x, jnp.bfloat16).astype(dtype) for x in (stored, new)]
+        return jax.tree.leaves(jax.grad(loss, (0, 1), has_aux=True)(*arrays))
+
+    for found, expected in zip(written(jnp.bfloat16), written(jnp.float32), strict=True):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(found.astype(jnp.float32), expected)

@@ -98,7 +98,7 @@ class Recommendation:
     costs: Mapping[int, float]  # entries -> share of the FLOPs wasted by the worst law
     ranges: tuple[Range, ...]
     fits: int  # of all laws under all choices
-    without: int  # those of them that have no optimum, and so no say
+    without: int  # those of them without an optimum, which are left out
     source: str
 
     @property
@@ -133,7 +133,7 @@ class Recommendation:
             first,
             f"FLOPs wasted by the worst law as fitted: {costs}.",
             f"V when one choice is varied: {ranges}. {self.without} of the {self.fits} fits have "
-            f"no optimum and no say. Fitted to {self.source}.",
+            f"no optimum and are left out. Fitted to {self.source}.",
             f"The laws say {laws}: {DISAGREEMENT}",
             TOKENIZATION,
         ]
@@ -210,7 +210,7 @@ def _optimum(law: LossLaw, *, n_nv: float, width: float, flops: float) -> float:
 
 def _minimax(laws: Laws, **query: float) -> tuple[float, Float[np.ndarray, " sizes"]]:
     """(V of least waste by the worst law, that waste for every one of SIZES). Laws without an
-    optimum have no say; where none has one, V is infinite."""
+    optimum are left out; where none has one, V is infinite."""
     optima = [_optimum(law, **query) for law in laws]
     inside = [law for law, size in zip(laws, optima, strict=True) if np.isfinite(size)]
     if not inside:

@@ -24,7 +24,7 @@ def seeds(folder: Path) -> None:
     rows = (table.vocab_size, table.width, table.characters, table.n_nv, table.flops, table.loss)
     _write(folder / "vocab.csv", VOCAB_COLUMNS, rows)
     grid = synthetic.step_grid(noise=0.001, seed=0)
-    grid = grid.select(np.arange(0, len(grid), 5))
+    grid = grid.select(np.arange(0, len(grid), 2))
     steps = np.round(grid.d / grid.batch)
     shape = (np.full(len(grid), 1024), np.full(len(grid), 8))
     rows = (*shape, grid.lr, grid.batch / 2048, steps, grid.loss, grid.d, grid.n)

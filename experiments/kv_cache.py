@@ -33,8 +33,9 @@ from lminf.run.progress import Progress
 
 
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
+    policies = list(choices(c))
     lm = _models.load(c.model, seed=c.seed)
-    models = [(family, lm.with_policy(policy)) for family, policy in choices(c)]
+    models = [(family, lm.with_policy(policy)) for family, policy in policies]
     yield from losses(c, out, models)
     subjects = [retrieval(c, family, model) for family, model in models]
     cell = Cell(Passkey(), c.passkey_length, c.passkeys)

@@ -13,6 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
+from lminf.attention.parsing import parse_policy
 from lminf.attention.policy import chunk_within, common_eviction
 from lminf.config import parse_choice
 from lminf.data import sources
@@ -43,11 +44,13 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
             c.key_value_lengths, c.key_value_prompts,
         ),
     ]  # fmt: skip
+    segments = {text: parse_choice(text, SEGMENTS) for text in c.policies if in_segments(text)}
+    policies = {text: parse_policy(text) for text in c.policies if text not in segments}
     lm = _models.load(c.model, seed=c.seed)
-    models = [lm.with_policy(text) for text in c.policies if not in_segments(text)]
+    models = [lm.with_policy(policy) for policy in policies.values()]
     subjects = [
-        _evals.subject(c, lm, SegmentReader(lm, parse_choice(text, SEGMENTS), text))
-        if in_segments(text) else _evals.subject(c, lm.with_policy(text))
+        _evals.subject(c, lm, SegmentReader(lm, segments[text], text))
+        if text in segments else _evals.subject(c, lm.with_policy(policies[text]))
         for text in c.policies
     ]  # fmt: skip
     yield from _evals.measure(c, out, lm, subjects, cells)

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from lminf.attention import policy as policies
+from lminf.attention.parsing import parse_policy
 from lminf.errors import InputError
 from lminf.evals import copy_gain, margin, score
 from lminf.evals.haystack import Haystack, haystack
@@ -50,14 +51,15 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
         raise InputError(
             f"documents={c.documents}: two documents are each other's control; give an even number"
         )
-    lm = _models.load(c.model, seed=c.seed)
-    models = [lm.with_policy(text) for text in c.policies]
-    for model in models:
-        if model.policy.window is not None and model.policy.window > c.beyond:
+    parsed = [parse_policy(text) for text in c.policies]
+    for policy in parsed:
+        if policy.window is not None and policy.window > c.beyond:
             raise InputError(
-                f"{model.policy.name} has a window of more than beyond={c.beyond} tokens, so what "
-                f"is farther back than these may be in it; raise beyond or lower the window"
+                f"{policy.name} has a window of more than beyond={c.beyond} tokens, so what is "
+                f"farther back than these may be in it; raise beyond or lower the window"
             )
+    lm = _models.load(c.model, seed=c.seed)
+    models = [lm.with_policy(policy) for policy in parsed]
     done = {(row["length"], row["policy"], row["document"]) for row in out.rows()}
     pairs = [(length, number) for length in c.lengths for number in range(0, c.documents, 2)]
     work = [

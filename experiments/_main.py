@@ -62,26 +62,26 @@ def main(
     devices.configure(fetch.compiled_folder())
     arguments = sys.argv[1:] if argv is None else list(argv)
     with exits.orderly(debug="--debug" in arguments):
-        asked = request.parse(Path(inspect.getfile(run)).stem, arguments)
-        if asked is None:  # --help
+        parsed = request.parse(Path(inspect.getfile(run)).stem, arguments)
+        if parsed is None:  # --help
             return
-        check(asked.config, asked.overrides)
+        check(parsed.config, parsed.overrides)
         if before is not None:
-            before(asked.config)
+            before(parsed.config)
         if not resumes:
-            with without_remains(asked.out or folder.runs_of(asked.experiment)):
-                measure(asked, run, plot, table)
+            with without_remains(parsed.out or folder.runs_of(parsed.experiment)):
+                measure(parsed, run, plot, table)
         elif leads():
-            names = names_in(asked.out)
+            names = names_in(parsed.out)
             # A new folder of the run's own name nobody else can want.
             with (
-                lock.held(asked.out)
-                if asked.out
-                else without_remains(folder.runs_of(asked.experiment))
+                lock.held(parsed.out)
+                if parsed.out
+                else without_remains(folder.runs_of(parsed.experiment))
             ):
-                measure(asked, run, plot, table, names=names, resumes=True, may_change=may_change)
+                measure(parsed, run, plot, table, names=names, resumes=True, may_change=may_change)
         else:
-            assist(asked, run)
+            assist(parsed, run)
 
 
 def leads() -> bool:
@@ -135,17 +135,17 @@ def measure(
         resume=resumes,
         may_change=may_change,
     )
-    started, before = time.monotonic(), out.rows()
-    if before and table:
+    started, earlier = time.monotonic(), out.rows()
+    if earlier and table:
         with foreign_rows_refused(out, asked.experiment):
-            table(before)
+            table(earlier)
 
     def nothing_new() -> bool:
         """The run was finished by an earlier call, whose report stays."""
-        return out.rows() == before and complete(out)
+        return out.rows() == earlier and complete(out)
 
     try:
-        for row in measured(run, asked, out, before):
+        for row in measured(run, asked, out, earlier):
             out.append_row(row)
         if not out.rows():
             raise InputError(f"{asked.experiment} measured nothing; give it something to measure")
@@ -160,16 +160,21 @@ def measure(
         raise
     seconds = time.monotonic() - started
     rows = out.rows()
-    with foreign_rows_refused(out, asked.experiment) if before else contextlib.nullcontext():
+    with foreign_rows_refused(out, asked.experiment) if earlier else contextlib.nullcontext():
         shown = table(rows) if table else rows
         drawn = plot(rows)
     figures = plots.write(out, drawn, asked.experiment)
     if not nothing_new():
         spent = (
-            f" in the last of several calls, which found {len(before)} of {len(rows)} rows there"
+            f" in the last of several calls, which found {len(earlier)} of {len(rows)} rows there"
         )
         write_report(
-            out, asked, table=shown, figures=figures, seconds=seconds, spent=spent if before else ""
+            out,
+            asked,
+            table=shown,
+            figures=figures,
+            seconds=seconds,
+            spent=spent if earlier else "",
         )
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     console.print(tables.rich_table(shown))
@@ -232,12 +237,12 @@ def keep_what_there_is(
     write_report(out, asked, table=rows, figures=[], seconds=seconds, state=state)
     if not rows:
         return f"no row was measured, as {out / 'report.md'} says"
-    after = (
+    how_to_go_on = (
         f"the same command with --out={out.path} goes on from there"
         if resumes
         else "this experiment cannot go on from there: begin again in another folder"
     )
-    return f"{len(rows)} rows are in {out / 'rows.jsonl'}; {after}"
+    return f"{len(rows)} rows are in {out / 'rows.jsonl'}; {how_to_go_on}"
 
 
 def write_report(

@@ -24,8 +24,8 @@ def texts(entry: str) -> list[str]:
 
         prose = set(topics.topics.values())
         return [text for text in sources.python_library() if text not in prose]
-    found = sorted(documents.find([entry]), key=lambda each: sources.digest(each.path.name))
-    return ["".join(piece.text for piece in documents.read(each)) for each in found]
+    files = sorted(documents.find([entry]), key=lambda each: sources.digest(each.path.name))
+    return ["".join(piece.text for piece in documents.read(each)) for each in files]
 
 
 def tokenised(
@@ -34,19 +34,19 @@ def tokenised(
     """(tokens without BOS, digest) of the first `count` documents of an entry that have `length`
     tokens; refuses fewer.
     """
-    found = []
+    selected = []
     for text in texts(entry):
-        if len(found) == count:
+        if len(selected) == count:
             break
         tokens = lm.tokenizer.encode(text) if len(text) >= length else ()  # a token has a character
         if len(tokens) >= length:
-            found.append((np.asarray(tokens, np.int32), sources.digest(text)))
-    if len(found) < count:
+            selected.append((np.asarray(tokens, np.int32), sources.digest(text)))
+    if len(selected) < count:
         raise InputError(
-            f"{entry or REFERENCE} has {len(found)} documents of {length} tokens, but {count} were "
-            f"asked for; name a folder with more or longer ones"
+            f"{entry or REFERENCE} has {len(selected)} documents of {length} tokens, but {count} "
+            f"were asked for; name a folder with more or longer ones"
         )
-    return found
+    return selected
 
 
 def kind(entry: str) -> str:

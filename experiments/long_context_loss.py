@@ -54,8 +54,8 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     with Progress(len(work) * c.length, label="documents", unit="tokens") as progress:
         for count, (entry, number, name) in enumerate(work, 1):
             if entry not in documents:
-                wanted = 1 if entry == _texts.REFERENCE else c.documents
-                documents[entry] = _texts.tokenised(lm, entry, length=c.length, count=wanted)
+                needed = 1 if entry == _texts.REFERENCE else c.documents
+                documents[entry] = _texts.tokenised(lm, entry, length=c.length, count=needed)
             text, digest = documents[entry][number]
             tokens = text[: c.length]
             started = time.perf_counter()
@@ -88,14 +88,14 @@ def blocks(
     copied = far_copies(tokens, length=COPY, beyond=c.beyond)[1:]
     for start in range(0, c.length, c.block):
         scored = slice(max(start - 1, 0), start + c.block - 1)
-        some, copy = nll[scored].astype(np.float64), copied[scored]
+        losses_of_block, copy = nll[scored].astype(np.float64), copied[scored]
         yield {
             "start": start,
             "stop": min(start + c.block, c.length),
-            "tokens": len(some),
+            "tokens": len(losses_of_block),
             "copied": float(copy.mean()),
-            "nll": float(some.mean()),
-            "nll_not_copied": float(some[~copy].mean()) if not copy.all() else None,
+            "nll": float(losses_of_block.mean()),
+            "nll_not_copied": float(losses_of_block[~copy].mean()) if not copy.all() else None,
         }
 
 
@@ -106,7 +106,7 @@ def differences(rows: Sequence[Row], column: str = "nll") -> list[Row]:
     """Of each text and of all texts together, each block and two neighbouring policies of the
     config: the difference of losses, document by document, with its interval.
     """
-    found = []
+    lines = []
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     cells = {(row["policy"], row["start"], row["text"], row["document"]): row for row in rows}
     texts = list(dict.fromkeys(row["text"] for row in rows))
@@ -115,20 +115,20 @@ def differences(rows: Sequence[Row], column: str = "nll") -> list[Row]:
         for one, base in zip(policies[1:], policies, strict=False):
             blocks: dict[tuple[int, int], list[float]] = {}
             for (policy, start, text, document), row in cells.items():
-                other = cells.get((base, start, text, document))
-                if policy != one or text not in of or other is None:
+                base_row = cells.get((base, start, text, document))
+                if policy != one or text not in of or base_row is None:
                     continue
-                if row[column] is not None and other[column] is not None:
+                if row[column] is not None and base_row[column] is not None:
                     values = blocks.setdefault((start, row["stop"]), [])
-                    values.append(row[column] - other[column])
-            found += [
+                    values.append(row[column] - base_row[column])
+            lines += [
                 {
                     "text": name, "difference": f"{one} − {base}", "start": start, "stop": stop,
                     "documents": len(values), "interval": score.over_documents(values),
                 }
                 for (start, stop), values in sorted(blocks.items())
             ]  # fmt: skip
-    return found
+    return lines
 
 
 def table(rows: list[Row]) -> list[Row]:

@@ -113,17 +113,17 @@ def recommendations(sizes: Sequence[float]) -> Iterator[Row]:
     """The recommended vocabulary at the compute-optimal FLOPs of each size, and of LONG runs."""
     refits = recommend_vocab.published_refits()
     for n_nv, tokens in [*((size, None) for size in sizes), *LONG]:
-        found = recommend_vocab.recommend(refits, n_nv=n_nv, tokens=tokens)
-        low, high = found.interval
+        best = recommend_vocab.recommend(refits, n_nv=n_nv, tokens=tokens)
+        low, high = best.interval
         yield {
             "part": "recommendation", "rows": refits.rows, "n_nv": n_nv, "tokens": tokens,
-            "flops": found.flops, "vocab": found.vocab_size, "determined": found.determined,
-            "low": low, "high": high, "waste": found.waste, "waste_by_laws": found.waste_by_laws,
-            "flat low": found.flat[0], "flat high": found.flat[1],
-            **{f"waste_{size}": lost for size, lost in found.costs.items()},
-            **{f"{r.choice} {end}": value for r in found.ranges
+            "flops": best.flops, "vocab": best.vocab_size, "determined": best.determined,
+            "low": low, "high": high, "waste": best.waste, "waste_by_laws": best.waste_by_laws,
+            "flat low": best.flat[0], "flat high": best.flat[1],
+            **{f"waste_{size}": lost for size, lost in best.costs.items()},
+            **{f"{r.choice} {end}": value for r in best.ranges
                for end, value in (("low", r.low), ("high", r.high))},
-            "note": found.sentences()[0],
+            "note": best.sentences()[0],
         }  # fmt: skip
 
 

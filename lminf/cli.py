@@ -80,20 +80,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The parsed arguments; `command` is the function to call with them."""
-    at = next((i for i, word in enumerate(arguments) if not word.startswith("-")), None)
-    if at is None:
+    command_index = next((i for i, word in enumerate(arguments) if not word.startswith("-")), None)
+    if command_index is None:
         return overview().parse_args(arguments)
-    name = arguments[at]
+    name = arguments[command_index]
     if name not in COMMANDS:
         raise InputError(f"there is no command {name!r}; {closest(name, COMMANDS)}")
     module = importlib.import_module(f"lminf.commands.{name}")
     # The help of `scaling` depends on the verb: it prints it itself.
-    own = name == "scaling"
-    parser = Parser(prog=f"lminf {name}", description=COMMANDS[name], add_help=not own)
+    prints_own_help = name == "scaling"
+    parser = Parser(prog=f"lminf {name}", description=COMMANDS[name], add_help=not prints_own_help)
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     module.add_arguments(parser)
     parser.set_defaults(command=module.run)
-    words = [*arguments[:at], *arguments[at + 1 :]]
+    words = [*arguments[:command_index], *arguments[command_index + 1 :]]
     if name in ("run", "sweep"):  # passes on what it does not know, so the order matters
         return parser.parse_args(words)
     # In any order: plain parsing gives up on an optional word that stands behind an option.

@@ -218,8 +218,8 @@ def _split(text: str, whole: str) -> list[str]:
 def _parse_value(text: str, hint: Any, choices: Mapping[str, type], where: str) -> Any:
     # Most specific first, so that `int | str` reads 12 as a number.
     for member in sorted(_members(hint), key=_specificity):
-        found, value = _parse_as(text, member, choices, where)
-        if found:
+        parsed, value = _parse_as(text, member, choices, where)
+        if parsed:
             return value
     nested = _nested(hint, choices) if any(map(_is_choice, _members(hint))) else {}
     if nested:

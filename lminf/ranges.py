@@ -116,7 +116,7 @@ def _problem(value: Any, hint: Any) -> str | None:
     if origin is tuple and isinstance(value, (tuple, list)):
         each = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         problems = (_problem(item, of) for item, of in zip(value, each, strict=False))
-        return next((f"{wanted} for each item" for wanted in problems if wanted), None)
+        return next((f"{problem} for each item" for problem in problems if problem), None)
     return None
 
 

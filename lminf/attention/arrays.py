@@ -43,8 +43,8 @@ def attend(
     """
     layer, tokens = _layer(policy), q.shape[1]
     if layer.evict_every is None or tokens <= layer.evict_every:
-        config, at = _config(encoding, q, scale, soft_cap), _positions(q, positions)
-        run = forms.prefill(layer, config, at, implementation=implementation)
+        config, positions_of_rows = _config(encoding, q, scale, soft_cap), _positions(q, positions)
+        run = forms.prefill(layer, config, positions_of_rows, implementation=implementation)
         return run(*map(jnp.asarray, (q, k, v)))
     if positions is not None:
         raise InputError(
@@ -105,8 +105,10 @@ def attend_stepwise(
             cache = cache.for_decoding()
 
         def read(carry, chunk, layout=cache.layout):
-            (kv, pos), (at, q, k, v) = carry, chunk
-            step, pos = forms.extend(layer, config, layout, pos, at, implementation=implementation)
+            (kv, pos), (new_pos, q, k, v) = carry, chunk
+            step, pos = forms.extend(
+                layer, config, layout, pos, new_pos, implementation=implementation
+            )
             out, kv = step(q, k, v, kv, jnp.int32(0))
             return (kv, pos), out
 

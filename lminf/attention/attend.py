@@ -98,8 +98,8 @@ def _over_sequence(policy, config, positions, segments, shards, implementation):
         segment_ids = kernels.SegmentIds(ids, shards.all(ids))
     elif halo:  # of the keys on other devices only the window's
         query_offset = min(policy.window - 1, total - shards.tokens)
-        before = jnp.arange(-query_offset, shards.tokens, dtype=positions.dtype)
-        key_pos = positions[:, :1] + before[None]
+        offsets = jnp.arange(-query_offset, shards.tokens, dtype=positions.dtype)
+        key_pos = positions[:, :1] + offsets[None]
 
     def keys(k, v):
         near = [shards.with_halo(x, query_offset) if halo else shards.all(x) for x in (k, v)]
@@ -200,12 +200,12 @@ def extend(
 
     def step(q, k, v, kv, layer, sinks=None):
         k, v = shards.all(k), shards.all(v)
-        after = kv._replace(
+        written = kv._replace(
             k=caches.write(kv.k, k, layer, to_slots), v=caches.write(kv.v, v, layer, to_slots)
         )
         options = {} if sinks is None else {"sinks": sinks}
-        out, state = read(q, k, v, kv, after, layer, **options)
-        return out, after._replace(state=state)
+        out, state = read(q, k, v, kv, written, layer, **options)
+        return out, written._replace(state=state)
 
     return step, new_pos
 

@@ -32,9 +32,9 @@ class ContextShards:
 
     def rows(self, x: Array, rows: Int[Array, "B R"]) -> Array:
         """[B, R, ...], from the devices that have them; row 0 is this device's first."""
-        here = ((rows >= 0) & (rows < self.tokens))[..., None, None]
+        mine = ((rows >= 0) & (rows < self.tokens))[..., None, None]
         local = caches.rows(x, jax.numpy.clip(rows, 0, self.tokens - 1))
-        return jax.lax.psum(jax.numpy.where(here, local, jax.numpy.zeros((), x.dtype)), self.axis)
+        return jax.lax.psum(jax.numpy.where(mine, local, jax.numpy.zeros((), x.dtype)), self.axis)
 
     def from_left(self, x: Array) -> Array:
         """The left neighbour's x; the first device gets the last one's."""

@@ -61,8 +61,8 @@ def prerotate(policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache) -> 
         return dict(zip("kv", jax.lax.map(lambda kv: part(*kv), (cache.k, cache.v)), strict=True))
 
     rotated = caches.PreRotated(window, sinks, ring=None not in counts)
-    main, other = (ring_of, sinks_of) if rotated.ring else (sinks_of, ring_of)
-    state = every_layer(other)
+    main, second = (ring_of, sinks_of) if rotated.ring else (sinks_of, ring_of)
+    state = every_layer(second)
     if layout.keeps_all:
         # In place, layer by layer: it may fill the memory.
         def change(layer, kv):
@@ -102,8 +102,8 @@ def extend(
             options |= {"head_window": windows, "global_count": counts}
         near_q, near_k, far_q, far_k = place(q, k)
         lengths = jnp.broadcast_to(length[None], (len(kv.k), len(length)))
-        main, other = (kv.k, kv.v), (kv.state["k"], kv.state["v"])
-        ring, far = (main, other) if layout.ring else (other, main)
+        main, second = (kv.k, kv.v), (kv.state["k"], kv.state["v"])
+        ring, far = (main, second) if layout.ring else (second, main)
         cache = kernels.RollingCache(*far, *ring, lengths)
         cache = rolling.append(cache, near_k, v, key_global=far_k, count=new, layer=layer)
         out = kernels.lambda_decode(
@@ -111,8 +111,8 @@ def extend(
         )
         assert isinstance(out, jax.Array)  # no residuals
         ring, far = (cache.k_ring, cache.v_ring), (cache.k_global, cache.v_global)
-        main, other = (ring, far) if layout.ring else (far, ring)
-        return out[:, None], caches.KVState(main[0], main[1], {"k": other[0], "v": other[1]})
+        main, second = (ring, far) if layout.ring else (far, ring)
+        return out[:, None], caches.KVState(main[0], main[1], {"k": second[0], "v": second[1]})
 
     return step
 

@@ -82,8 +82,8 @@ def _answering(policy: AnyPolicy) -> AnyPolicy:
 
 
 def _is_count(value: object) -> bool:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return value is None or (whole and ranges.Range(min=0).problem(value, whole=True) is None)
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    return value is None or (is_integer and ranges.Range(min=0).problem(value, whole=True) is None)
 
 
 def _imported(module: str, name: str) -> type[Policy]:

@@ -382,8 +382,8 @@ def check_trained(policy: AnyPolicy, trained_length: int) -> None:
 
 def common_eviction(by_layer: Sequence[LayerPolicy]) -> int | None:
     """Tokens after which every layer that evicts may do so; None: no layer does."""
-    every = [layer.evict_every for layer in by_layer if layer.evict_every is not None]
-    return math.gcd(*every) if every else None
+    turns = [layer.evict_every for layer in by_layer if layer.evict_every is not None]
+    return math.gcd(*turns) if turns else None
 
 
 def chunk_within(boundary: int | None, chunk: int) -> int:

@@ -383,5 +383,5 @@ def _multiply_high(
     half = jnp.uint32(0xFFFF)
     a_low, a_high, b_low, b_high = a & half, a >> 16, b & half, b >> 16
     middle = a_high * b_low + ((a_low * b_low) >> 16)
-    other = a_low * b_high + (middle & half)
-    return a_high * b_high + (middle >> 16) + (other >> 16)
+    low_middle = a_low * b_high + (middle & half)
+    return a_high * b_high + (middle >> 16) + (low_middle >> 16)

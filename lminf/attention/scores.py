@@ -91,8 +91,8 @@ class Placement:
                     f"NTKAware"
                 )
             self.length = positions.max(-1, keepdims=True) + 1
-        every = jnp.arange(table, dtype=jnp.int32)[None]
-        self.table = self.rotation(jnp.broadcast_to(every, (len(positions), table)))
+        table_pos = jnp.arange(table, dtype=jnp.int32)[None]
+        self.table = self.rotation(jnp.broadcast_to(table_pos, (len(positions), table)))
 
     def rotation(self, positions: Int[Array, "B X"], scale: float = 1.0) -> rope.Rotation | None:
         """To be computed once for all layers; None where the model does not rotate."""
@@ -215,8 +215,8 @@ def softmax(
     top = jax.lax.stop_gradient(jnp.maximum(logits.max(-1, keepdims=True), MASKED / 2))
     weights = jnp.exp(logits - top)
     total = weights.sum(-1, keepdims=True)
-    some = jnp.where(total == 0, 1.0, total)
-    return weights / some, jnp.where(total == 0, -jnp.inf, top + jnp.log(some))[..., 0]
+    divisor = jnp.where(total == 0, 1.0, total)
+    return weights / divisor, jnp.where(total == 0, -jnp.inf, top + jnp.log(divisor))[..., 0]
 
 
 def merge(*parts: tuple[Array, Array]) -> tuple[Float32[Array, "B T N H"], Float32[Array, "B N T"]]:
@@ -225,12 +225,12 @@ def merge(*parts: tuple[Array, Array]) -> tuple[Float32[Array, "B T N H"], Float
     top = jax.lax.stop_gradient(jnp.maximum(lses.max(0), MASKED))
     weights = jnp.exp(lses - top[None])
     total = weights.sum(0)
-    some = jnp.where(total == 0, 1.0, total)
-    shares = (weights / some[None]).swapaxes(2, 3)[..., None]
+    divisor = jnp.where(total == 0, 1.0, total)
+    shares = (weights / divisor[None]).swapaxes(2, 3)[..., None]
     out = sum(
         out.astype(jnp.float32) * share for (out, _), share in zip(parts, shares, strict=True)
     )
-    return jnp.asarray(out), jnp.where(total == 0, -jnp.inf, top + jnp.log(some))
+    return jnp.asarray(out), jnp.where(total == 0, -jnp.inf, top + jnp.log(divisor))
 
 
 def logits(
@@ -342,8 +342,8 @@ def by_head(
         for part, attend in parts.items():
             heads = np.array(key_heads[part])
             queries = heads_of[heads].reshape(-1)
-            some = (x[:, :, heads] for x in arrays)
-            outs.append(attend(q[:, :, queries], *some, terms.of(queries)))
+            of_heads = (x[:, :, heads] for x in arrays)
+            outs.append(attend(q[:, :, queries], *of_heads, terms.of(queries)))
         order = [head for heads in key_heads.values() for head in heads]
 
         def joined(*parts):

@@ -153,8 +153,8 @@ def best_of(ranks: Float[Array, "*B X"], count: int) -> Int[Array, "*B {count}"]
 
 def sinks(policy: Policy, like: Int[Array, "B P X"]) -> Int[Array, "B P G"]:
     """Positions of the policy's sinks, in lists as those of `like`."""
-    every = jnp.arange(policy.num_sinks or 0, dtype=jnp.int32)
-    return jnp.broadcast_to(every, (*like.shape[:2], len(every)))
+    sink_pos = jnp.arange(policy.num_sinks or 0, dtype=jnp.int32)
+    return jnp.broadcast_to(sink_pos, (*like.shape[:2], len(sink_pos)))
 
 
 # --- One layer ------------------------------------------------------------------------------------
@@ -186,8 +186,8 @@ def reader(
         del before
 
         def over(attend):
-            after = kv.k[layer], kv.v[layer]  # of a cache that keeps all: none is overwritten
-            return attend(q, k, v, *after, *after)
+            cached = kv.k[layer], kv.v[layer]  # of a cache that keeps all: none is overwritten
+            return attend(q, k, v, *cached, *cached)
 
         def one(q, rows_pos, pos, state):
             alone = selecting.shape[1] == 1

@@ -231,11 +231,11 @@ def read_spec(file: GGUFFile) -> ModelSpec:
         "tied": not known.has("output.weight"),
         "head_bias": False,
     }
-    own = architecture.own(known)
-    if "residual" not in own:
+    architecture_fields = architecture.own(known)
+    if "residual" not in architecture_fields:
         facts.only("use_parallel_residual", False)
     facts.refuse_others()
-    return ModelSpec(**(spec | own))
+    return ModelSpec(**(spec | architecture_fields))
 
 
 def _encoding(

@@ -102,8 +102,8 @@ def _granite(known: Known) -> dict[str, Any]:
 
 
 def _smollm3(known: Known) -> dict[str, Any]:
-    own = (NoEncoding() if (layer + 1) % 4 == 0 else None for layer in range(known.layers))
-    return {"layer_encodings": tuple(own) if known.layers >= 4 else ()}
+    encodings = (NoEncoding() if (layer + 1) % 4 == 0 else None for layer in range(known.layers))
+    return {"layer_encodings": tuple(encodings) if known.layers >= 4 else ()}
 
 
 def _gemma(known: Known) -> dict[str, Any]:
@@ -138,15 +138,15 @@ def _gemma3(known: Known) -> dict[str, Any]:
 
 
 def _olmo2(known: Known) -> dict[str, Any]:
-    own: dict[str, Any] = {"qk_norm": "all", "pre_norms": False, "post_norms": True}
+    norms: dict[str, Any] = {"qk_norm": "all", "pre_norms": False, "post_norms": True}
     windows = _local(known, 4, required=False)
     if set(windows) == {None}:
-        return own
+        return norms
     assert known.encoding is not None
     # Layers with a window are not scaled.
     sliding = Rotary(known.encoding.base, known.encoding.dim, "half", Unscaled())
     own_encodings = _own_encodings(known, sliding, windows)
-    return own | {"family": "olmo3", "windows": windows, "layer_encodings": own_encodings}
+    return norms | {"family": "olmo3", "windows": windows, "layer_encodings": own_encodings}
 
 
 def _phi3(known: Known) -> dict[str, Any]:
@@ -173,10 +173,10 @@ def _cohere(known: Known) -> dict[str, Any]:
 
 def _cohere2(known: Known) -> dict[str, Any]:
     windows = _local(known, 4)
-    own = tuple(NoEncoding() if width is None else None for width in windows)
+    encodings = tuple(NoEncoding() if width is None else None for width in windows)
     return _cohere(known) | {
         "windows": windows,
-        "layer_encodings": own if None in windows else (),
+        "layer_encodings": encodings if None in windows else (),
     }
 
 

@@ -155,13 +155,13 @@ def open_gguf(path: Path) -> GGUFFile:
         other_path = path.with_name(f"{name[1]}-{index + 1:05}-of-{name[3]}.gguf")
         if not other_path.is_file():
             raise InputError(f"{other_path} is missing, one of {parts} parts; fetch it too")
-        other = _open_part(other_path)
-        if (other.metadata.get("split.no"), other.metadata.get("split.count")) != (index, parts):
+        part = _open_part(other_path)
+        if (part.metadata.get("split.no"), part.metadata.get("split.count")) != (index, parts):
             raise InputError(f"{other_path} is no part of {path}; fetch both again")
-        if twice := tensors.keys() & other.tensors.keys():
+        if twice := tensors.keys() & part.tensors.keys():
             raise damaged(other_path, f"holds {shown(min(twice))}, as another part does")
-        tensors |= {key: record._replace(part=index) for key, record in other.tensors.items()}
-        data += other.data
+        tensors |= {key: record._replace(part=index) for key, record in part.tensors.items()}
+        data += part.data
     expected = first.metadata.get("split.tensors.count", len(tensors))
     if expected != len(tensors):
         raise damaged(path, f"has {len(tensors)} of {shown(expected)} tensors in its {parts} parts")

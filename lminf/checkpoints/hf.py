@@ -177,8 +177,8 @@ def read_policy(folder: Path) -> AnyPolicy | None:
 
 def must_be_new(folder: Path) -> None:
     """Refuses a folder that holds anything: nothing is ever overwritten."""
-    there = folder.exists() or folder.is_symlink()  # to nothing
-    if there and (not folder.is_dir() or any(folder.iterdir())):
+    exists = folder.exists() or folder.is_symlink()  # to nothing
+    if exists and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not an empty folder; choose a new one")
 
 

@@ -91,10 +91,10 @@ def read_by_type(fields: Fields, head_dim: int) -> tuple[rope.Rotary, rope.Rotar
         return full, rope.Rotary(float(local), head_dim, "half")
     sections = fields.part("rope_parameters", _BY_TYPE, {})
     encodings = []
-    for kind, others in (("full_attention", ("rope_theta",)), ("sliding_attention", ())):
+    for kind, equal_names in (("full_attention", ("rope_theta",)), ("sliding_attention", ())):
         given = sections.part(kind, _SCALING_SHAPE, _MEANINGLESS)
         theta = given["rope_theta"]
-        for name in others:
+        for name in equal_names:
             fields.same(name, theta)
         if kind == "sliding_attention":
             fields.same("rope_local_base_freq", theta)
@@ -111,11 +111,11 @@ def _either(given: Fields, fields: Fields, name: str, neox: bool, absent: float 
     """A value that stands in the section, or beside it under one of two names."""
     names = (_NEOX_NAMES[name], name) if neox else (name,)
     value = given.get(name)
-    for other in names:
-        value = fields.get(other) if value is None else value
-    for other in names:
+    for key in names:
+        value = fields.get(key) if value is None else value
+    for key in names:
         if value is not None:
-            fields.same(other, value)
+            fields.same(key, value)
     return absent if value is None else value
 
 

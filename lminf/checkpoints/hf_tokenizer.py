@@ -40,11 +40,11 @@ def read(folder: Path) -> Tokenizer | None:
     """
     path = folder / "tokenizer.json"
     if not path.exists():
-        others = [name for name in OTHER_FORMATS if (folder / name).exists()]
-        if not others:
+        unread = [name for name in OTHER_FORMATS if (folder / name).exists()]
+        if not unread:
             return None
         raise InputError(
-            f"{folder} has a tokenizer in {others[0]} but no tokenizer.json; save it once with "
+            f"{folder} has a tokenizer in {unread[0]} but no tokenizer.json; save it once with "
             f"transformers' fast tokenizer, which writes that file"
         )
     with refusing(str(path), kind="tokenizer"), _panics_unprinted():

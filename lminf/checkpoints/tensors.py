@@ -200,10 +200,10 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         *folders, name = path.split("/")
-        here = tree
+        subtree = tree
         for folder in folders:
-            here = here.setdefault(folder, {})
-        here[name] = value
+            subtree = subtree.setdefault(folder, {})
+        subtree[name] = value
     return tree
 
 

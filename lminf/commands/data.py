@@ -45,21 +45,22 @@ def run(args: argparse.Namespace) -> None:
     plans = {text: parse_plan(text) for text in args.plan or PLANS}
     tokenizer = named_tokenizer(args.tokenizer) if args.tokenizer else None
     corpora = corpus.open_corpora(args.paths, tokenizer)
-    first = np.cumsum([0, *(found.tokens for found in corpora)])
-    ends = np.concatenate([found.ends + at for found, at in zip(corpora, first, strict=False)])
-    held = [
-        {"tokens": found.tokens, "documents": len(found.ends), **_facts(found)} for found in corpora
+    first = np.cumsum([0, *(summary.tokens for summary in corpora)])
+    ends = np.concatenate([summary.ends + at for summary, at in zip(corpora, first, strict=False)])
+    facts = [
+        {"tokens": summary.tokens, "documents": len(summary.ends), **_facts(summary)}
+        for summary in corpora
     ]
     rows = []
     for name, plan in plans.items():
         made = Loader(corpora, plan, length=args.length, rows=args.batch, seed=0).schedule
-        found = statistics(made.taken, ends=ends)
-        rows.append({"plan": name, "steps": made.steps, **dataclasses.asdict(found)})
+        summary = statistics(made.taken, ends=ends)
+        rows.append({"plan": name, "steps": made.steps, **dataclasses.asdict(summary)})
     if args.json:
-        print(json.dumps({"corpora": held, "plans": rows}))
+        print(json.dumps({"corpora": facts, "plans": rows}))
         return
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    console.print(tables.rich_table(held, title="corpora"))
+    console.print(tables.rich_table(facts, title="corpora"))
     console.print(tables.rich_table(
         rows, title=f"one epoch in steps of {args.batch} x {args.length} tokens"
     ))  # fmt: skip

@@ -137,11 +137,11 @@ def read(name: str) -> Reading:
         damage.append(f"{run / 'environment.json'} names no experiment")
         experiment = ""
     # Kept results are called after their experiment, or EXPERIMENT_VARIANT.
-    own = run.path.resolve().name
-    experiment = _experiment_of(experiment) or experiment or _experiment_of(own) or ""
+    folder_name = run.path.resolve().name
+    experiment = _experiment_of(experiment) or experiment or _experiment_of(folder_name) or ""
     variant = environment.get("variant")
     changed = [f"{key}={value}" for key, value in overrides.items()]
-    title = " ".join([*([str(variant)] if variant else []), *changed]) or own
+    title = " ".join([*([str(variant)] if variant else []), *changed]) or folder_name
     return Reading(run, experiment, title, rows, damage)
 
 
@@ -180,6 +180,6 @@ def redraw(one: Reading) -> None:
     written = one.run / "report.md"
     if written.is_file():
         text = written.read_text(encoding="utf-8", errors="surrogateescape")
-        there = [f"plots/{path.name}" for path in one.run.plots.glob("*.png")]
-        new = report.with_results(text, table=one.summary(), figures=there)
+        pictures = [f"plots/{path.name}" for path in one.run.plots.glob("*.png")]
+        new = report.with_results(text, table=one.summary(), figures=pictures)
         one.run.write("report.md", new.encode(errors="surrogateescape"))

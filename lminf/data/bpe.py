@@ -31,10 +31,10 @@ def train(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         ),
     )
-    found = backend.get_vocab_size()
-    if found < vocab_size:
+    size = backend.get_vocab_size()
+    if size < vocab_size:
         raise InputError(
-            f"the text supports a vocabulary of {found}, not {vocab_size}: no further pair occurs "
+            f"the text supports a vocabulary of {size}, not {vocab_size}: no further pair occurs "
             f"twice; give more text or a smaller vocabulary"
         )
     return backend

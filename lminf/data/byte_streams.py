@@ -102,14 +102,14 @@ def compression_of(raw: BinaryIO, path: Path) -> str | None:
     """By the first bytes; an ending that says otherwise is an error."""
     head = raw.read(16)
     raw.seek(0)
-    found = next((name for name, magic in MAGIC.items() if head.startswith(magic)), None)
-    if found == "bzip2" and not (head[3:4].isdigit() and head[4:5] in b"1\x17"):
-        found = None  # a text that begins with BZh
+    compression = next((name for name, magic in MAGIC.items() if head.startswith(magic)), None)
+    if compression == "bzip2" and not (head[3:4].isdigit() and head[4:5] in b"1\x17"):
+        compression = None  # a text that begins with BZh
     stated = ENDINGS.get(path.suffix.lower())
-    if stated is not None and found != stated:
+    if stated is not None and compression != stated:
         raise InputError(f"{path} is not {stated} data, although its name ends in {path.suffix}; "
                          f"copy it again, or rename it")  # fmt: skip
-    return found
+    return compression
 
 
 class _Frames(io.RawIOBase):
@@ -184,7 +184,7 @@ def optional(module: str, path: Path) -> Any:
 def decoded(stream: Stream) -> Iterator[str]:
     """The text in blocks of characters, without its byte order mark."""
     path, decode = stream.path, codecs.getincrementaldecoder("utf-8")().decode
-    before, lines, empty = 0, 0, True
+    bytes_read, lines, empty = 0, 0, True
     pending = b""  # bytes of a character that a block cut in two: the decoder holds them
     for number in itertools.count():
         block = stream.read(BLOCK_BYTES)
@@ -192,12 +192,12 @@ def decoded(stream: Stream) -> Iterator[str]:
             nul = block.index(b"\0")
             raise InputError(
                 f"{path} line {lines + block.count(10, 0, nul) + 1} holds a zero byte (offset "
-                f"{before + nul}): it is a binary file; leave it out"
+                f"{bytes_read + nul}): it is a binary file; leave it out"
             )
         try:
             text = decode(block, final=not block)
         except UnicodeDecodeError as error:
-            nul = before - len(pending) + error.start
+            nul = bytes_read - len(pending) + error.start
             line = lines + (pending + block)[: error.start].count(10) + 1
             raise InputError(
                 f"{path} line {line} is not UTF-8 text: byte {(pending + block)[error.start]:#04x} "
@@ -205,12 +205,12 @@ def decoded(stream: Stream) -> Iterator[str]:
             ) from None
         if not block:
             break
-        before, lines = before + len(block), lines + block.count(10)
+        bytes_read, lines = bytes_read + len(block), lines + block.count(10)
         pending = _unfinished(pending + block)
         empty = empty and not text.strip()
         yield text.removeprefix("\ufeff") if number == 0 else text
     if empty:
-        raise InputError(f"{path} holds no text ({before} bytes); leave it out")
+        raise InputError(f"{path} holds no text ({bytes_read} bytes); leave it out")
 
 
 def _unfinished(data: bytes) -> bytes:

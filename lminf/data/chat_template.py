@@ -97,7 +97,7 @@ def split(
         return [piece.translate(str.maketrans(plainly)) for piece in [*parts, text[start:]]]
 
     # Roles choose what a template does, and some write '<|' + role + '|>'.
-    light, whole = (
+    light, replaced = (
         pieces(text)
         for text in render(
             template,
@@ -107,10 +107,10 @@ def split(
             ],
         )
     )
-    if "".join(light) == "".join(whole):
-        return whole
+    if "".join(light) == "".join(replaced):
+        return replaced
     # The template looks for such characters in messages, as for '</think>'.
-    if light[1::2] == whole[1::2]:
+    if light[1::2] == replaced[1::2]:
         return light
     raise _refusal("parts of a message form a special token together")
 

@@ -57,14 +57,14 @@ def hold_out(
     """
     if not 0 <= share < 1:
         raise InputError(f"a share of {share} cannot be held out; give 0 or more and less than 1")
-    kept = [found.tokens - int(found.tokens * share) for found in corpora]
+    kept = [store.tokens - int(store.tokens * share) for store in corpora]
     sizes = [
-        min(found.tokens - first, -(-at_most // len(corpora)))
-        for found, first in zip(corpora, kept, strict=True)
+        min(store.tokens - first, -(-at_most // len(corpora)))
+        for store, first in zip(corpora, kept, strict=True)
     ]
     ends = [
-        found.read([first], [size])[0]
-        for found, first, size in zip(corpora, kept, sizes, strict=True)
+        store.read([first], [size])[0]
+        for store, first, size in zip(corpora, kept, sizes, strict=True)
     ]
-    left = [found.before(first) for found, first in zip(corpora, kept, strict=True)]
+    left = [store.before(first) for store, first in zip(corpora, kept, strict=True)]
     return left, np.concatenate(ends).astype(np.int32)[:at_most]

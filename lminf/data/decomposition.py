@@ -127,7 +127,7 @@ def cut(
     Pieces of a document are disjoint and follow one another from its beginning; fewer than
     2^shortest + 1 tokens of its end are left out.
     """
-    at, left = found.starts.copy(), found.ends - found.starts
+    start, left = found.starts.copy(), found.ends - found.starts
     starts: dict[int, list[np.ndarray]] = {k: [] for k in range(shortest, longest + 1)}
     if beyond == "draw":
         lengths = np.arange(shortest, longest + 1)
@@ -139,16 +139,16 @@ def cut(
             u = uniform(number, seed=(seed, 3)) * cumulative[-1]
             drawn = lengths[np.searchsorted(cumulative, u, side="right")]
             for k in lengths.tolist():
-                starts[k].append(at[active[drawn == k]])
-            at[active] += (1 << drawn) + 1
+                starts[k].append(start[active[drawn == k]])
+            start[active] += (1 << drawn) + 1
             left[active] -= (1 << drawn) + 1
             active, turn = active[left[active] - 1 >= 2 << longest], turn + 1
     for k in range(longest, shortest - 1, -1):
         size = (1 << k) + 1
         count = np.maximum(left, 0) // size  # 0 or 1, save for the longest
         owner, place = packing.ragged(count)
-        starts[k].append(at[owner] + place * size)
-        at += count * size
+        starts[k].append(start[owner] + place * size)
+        start += count * size
         left -= count * size
     return {k: np.sort(np.concatenate(parts)) for k, parts in starts.items()}
 

@@ -77,9 +77,9 @@ class Loader:
         owner, place = packing.ragged(pieces.size)
         source = place + (np.cumsum(pieces.size + 1) - pieces.size - 1)[owner]
         # Where a piece begins in its row: what stands before it there.
-        before = np.cumsum(pieces.size) - pieces.size
+        offsets = np.cumsum(pieces.size) - pieces.size
         new_row = np.diff(pieces.row, prepend=-1) != 0
-        in_row = before - np.maximum.accumulate(np.where(new_row, before, 0))
+        in_row = offsets - np.maximum.accumulate(np.where(new_row, offsets, 0))
         slots = (pieces.row * pieces.length + in_row)[owner] + place
 
         def arranged(values: np.ndarray, dtype: type) -> np.ndarray:
@@ -134,11 +134,11 @@ def _host_rows(pieces: Spans, process: int, processes: int) -> Spans:
 
 def _same_tokenizer(stores: Sequence[TokenStore]) -> None:
     facts = [store.facts for store in stores if store.facts is not None]
-    for before, after in itertools.pairwise(facts):
-        if before.tokenizer_digest != after.tokenizer_digest:
+    for one, next_one in itertools.pairwise(facts):
+        if one.tokenizer_digest != next_one.tokenizer_digest:
             raise InputError(
-                f"the stores were written with different tokenizers, {before.tokenizer} and "
-                f"{after.tokenizer}; tokenize both texts with one of them"
+                f"the stores were written with different tokenizers, {one.tokenizer} and "
+                f"{next_one.tokenizer}; tokenize both texts with one of them"
             )
 
 

@@ -50,8 +50,8 @@ def documents(ends: Int[np.ndarray, " D"]) -> Documents:
 def ragged(counts: Int[np.ndarray, " N"]) -> tuple[np.ndarray, np.ndarray]:
     """(owner, place) of every element of lists with so many elements, one after another."""
     owner = np.repeat(np.arange(len(counts)), counts)
-    before = np.cumsum(counts) - counts
-    return owner, np.arange(len(owner)) - before[owner]
+    first = np.cumsum(counts) - counts
+    return owner, np.arange(len(owner)) - first[owner]
 
 
 class Concatenated:

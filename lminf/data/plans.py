@@ -100,8 +100,8 @@ class Concat:
     def layout(self, found: Documents, length: int) -> Layout:
         if self.documents == "apart":
             return Concatenated(found, length=length)
-        whole = Documents(found.starts[:1], found.ends[-1:])  # as if it were one document
-        return Concatenated(whole, length=length)
+        joined = Documents(found.starts[:1], found.ends[-1:])  # as if it were one document
+        return Concatenated(joined, length=length)
 
     def schedule(
         self, corpora: Sequence[Documents], *, length: int, rows: int, seed: int
@@ -233,8 +233,8 @@ class RowSchedule:
             return np.zeros_like(rows), rows
         slot = epochs(rows, period, seed=(self._seed, 2))
         part = np.searchsorted(self._until, slot, side="right")
-        before = self._until[part] - self._shares[part]
-        return part, rows // period * self._shares[part] + slot - before
+        first = self._until[part] - self._shares[part]
+        return part, rows // period * self._shares[part] + slot - first
 
 
 def epochs(

@@ -82,8 +82,8 @@ class TokenStore:
 
     def before(self, token: int) -> "TokenStore":
         """The part of the corpus up to, and without, that token."""
-        whole = int(np.searchsorted(self.ends, token, side="left"))
-        ends = np.append(self.ends[:whole], token) if token else self.ends[:0]
+        complete = int(np.searchsorted(self.ends, token, side="left"))
+        ends = np.append(self.ends[:complete], token) if token else self.ends[:0]
         return TokenStore(self.facts, self._tokens[:token], ts.array(ends), self._place)
 
     def read(self, starts: Sequence[int], sizes: Sequence[int]) -> list[Int[np.ndarray, " _"]]:
@@ -130,34 +130,34 @@ def open_store(
             f"{tokenizer_digest[:12]}); tokenize the text again, or use that tokenizer"
         )
     tokens, ends = place.array("tokens"), place.array("ends")
-    held, said = [
+    actual, stated = [
         [(tokens.dtype.name, tokens.shape), (ends.dtype.name, ends.shape)],
         [(facts.dtype, (facts.tokens,)), ("int64", (facts.documents,))],
     ]
-    if held != said:
+    if actual != stated:
         raise InputError(
             f"the token store {url} is damaged: its arrays of tokens and of documents' ends are "
-            f"{held}, where {FACTS} says {said}; write it again"
+            f"{actual}, where {FACTS} says {stated}; write it again"
         )
     return TokenStore(facts, tokens, ends, place)
 
 
 def read_facts(place: Storage) -> Facts | None:
     """The store's Facts; None where no finished store lies."""
-    found, _ = place.json(FACTS)
-    if found is None:
+    facts, _ = place.json(FACTS)
+    if facts is None:
         return None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise InputError(
             f"{place.url}/{FACTS} is not of the format {FORMAT}; write the store again"
         )
     defaults = {"special": "parse"}
-    found = {**defaults, **found}
-    check_shape(place, FACTS, typing.get_type_hints(Facts), found)
-    if not 0 < found["documents"] <= found["tokens"]:
-        raise InputError(f"{place.url}/{FACTS} is damaged: {found['tokens']} tokens in "
-                         f"{found['documents']} documents; write the store again")  # fmt: skip
-    return Facts(**{**found, "sources": tuple(found["sources"])})
+    facts = {**defaults, **facts}
+    check_shape(place, FACTS, typing.get_type_hints(Facts), facts)
+    if not 0 < facts["documents"] <= facts["tokens"]:
+        raise InputError(f"{place.url}/{FACTS} is damaged: {facts['tokens']} tokens in "
+                         f"{facts['documents']} documents; write the store again")  # fmt: skip
+    return Facts(**{**facts, "sources": tuple(facts["sources"])})
 
 
 def read_progress(place: Storage) -> tuple[dict[str, Any] | None, bytes]:

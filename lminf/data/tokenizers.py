@@ -86,13 +86,13 @@ class Tokenizer:
             return ids, ends
         if joined == b" " + data:  # the space that SentencePiece puts before a text
             return ids, np.maximum(ends - 1, 0)
-        whole = self._backend_for(text, special).encode(text, add_special_tokens=False)
+        encoding = self._backend_for(text, special).encode(text, add_special_tokens=False)
         bytes_before = np.cumsum([0, *(len(c.encode()) for c in text)])
         ends = np.maximum.accumulate(
-            [bytes_before[end] for _, end in whole.offsets], dtype=np.int64
+            [bytes_before[end] for _, end in encoding.offsets], dtype=np.int64
         )
         ends[-1:] = len(data)
-        return np.asarray(whole.ids, np.int32), ends
+        return np.asarray(encoding.ids, np.int32), ends
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, " T"]) -> str:
         """Text of the tokens; bytes that are not UTF-8 become U+FFFD."""

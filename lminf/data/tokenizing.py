@@ -89,7 +89,7 @@ def tokenize(
     total = sum(source.bytes for source in sources)
     if workers is None:
         workers = 0 if total < ALONE_BYTES else len(os.sched_getaffinity(0))
-    before = np.cumsum([0, *(source.bytes for source in sources)]).tolist()
+    bytes_before = np.cumsum([0, *(source.bytes for source in sources)]).tolist()
     items = _items(sources, state, field=field, split=split)
     encoder = Encoder(tokenizer, bos_id, end_id, dtype, special)
     for batch, encoded in _encoded(_batches(items), encoder, workers):
@@ -109,7 +109,7 @@ def tokenize(
         if writer.pending >= commit_tokens:
             writer.commit(dict(state))
         if progress:
-            progress(min(before[batch[-1].source] + batch[-1].piece.bytes_read, total), total)
+            progress(min(bytes_before[batch[-1].source] + batch[-1].piece.bytes_read, total), total)
     writer.commit(dict(state))
     if not writer.tokens:
         raise InputError(f"{', '.join(patterns)} hold no text; name texts to read")
@@ -145,11 +145,11 @@ def _end_id(tokenizer: Tokenizer, end: str | None, name: str) -> int:
 def _check_finished(
     out: str, facts: Facts, sources: Sequence[Source], request: dict[str, Any]
 ) -> None:
-    held = {
+    stored = {
         "tokenizer": facts.tokenizer_digest, "end of documents": facts.end_id,
         "field": facts.field, "split": facts.split, "special tokens": facts.special,
     }  # fmt: skip
-    differing = [name for name, value in held.items() if request[name] != value]
+    differing = [name for name, value in stored.items() if request[name] != value]
     if [(s["name"], s["bytes"]) for s in facts.sources] != [
         (str(s.path), s.bytes) for s in sources
     ]:
@@ -197,8 +197,8 @@ class Encoder(NamedTuple):
 
     def __call__(self, pieces: Sequence[Piece]) -> Encoded:
         parts, sizes, size_bytes, digests = [np.empty(0, np.int32)], [], 0, []
-        before = np.array([] if self.bos_id is None else [self.bos_id], np.int32)
-        after = np.array([self.end_id], np.int32)
+        prefix = np.array([] if self.bos_id is None else [self.bos_id], np.int32)
+        suffix = np.array([self.end_id], np.int32)
         for piece in pieces:
             data = piece.text.encode()
             size_bytes += len(data)
@@ -207,8 +207,8 @@ class Encoder(NamedTuple):
                 sizes.append(0)  # a document without text
                 continue
             ids = [self.tokenizer.encode(piece.text, special=self.special)]
-            ids = [before, *ids] if piece.first else ids
-            ids = [*ids, after] if piece.last else ids
+            ids = [prefix, *ids] if piece.first else ids
+            ids = [*ids, suffix] if piece.last else ids
             sizes.append(sum(map(len, ids)))
             parts += ids
         ids = np.concatenate(parts).astype(self.dtype)

@@ -68,9 +68,9 @@ class _Transformed(Sequence[tuple[Example, ...]]):
         made = [self.examples[index]]
         for stage, transform in enumerate(self.transforms):
             made = [
-                after
-                for number, before in enumerate(made)
-                for after in transform(before, (self.seed, index, stage, number))
+                result
+                for number, example in enumerate(made)
+                for result in transform(example, (self.seed, index, stage, number))
             ]
         return tuple(made)
 

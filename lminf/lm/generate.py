@@ -328,10 +328,10 @@ class TextStream:
 
     def _cut(self) -> bool:
         """Whether a stop string is there; it and what follows are then gone, and this is done."""
-        found = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
-        if found:
-            self.done, self._held = True, self._held[: min(found)]
-        return bool(found)
+        starts = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
+        if starts:
+            self.done, self._held = True, self._held[: min(starts)]
+        return bool(starts)
 
 
 def _overlap(text: str, stop: str) -> int:

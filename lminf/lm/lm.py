@@ -187,12 +187,12 @@ class LM:
         """
         by_layer = self.decoder.policies
         needed = batch * cost.cache_bytes(self.spec, by_layer, tokens=capacity, dtype=self.dtype)
-        there = hardware.memory_bytes(jax.local_devices()[0])
-        if there is not None and needed > there:
+        available = hardware.memory_bytes(jax.local_devices()[0])
+        if available is not None and needed > available:
             rows = "" if batch == 1 else f"{batch} texts of "
             raise InputError(
                 f"under {self.policy.name} the caches of {rows}{capacity} tokens take "
-                f"{needed / 1e9:.1f} GB, but this device has {there / 1e9:.1f} GB; read fewer "
+                f"{needed / 1e9:.1f} GB, but this device has {available / 1e9:.1f} GB; read fewer "
                 f"tokens or use a policy with a window, such as lm_infinite"
             )
         period = self.spec.num_layers if self._layerwise else None

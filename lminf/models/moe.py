@@ -53,8 +53,8 @@ def expert_slots(
     First choices of all tokens get slots before second ones; earlier tokens before later ones.
     """
     chosen = jax.nn.one_hot(expert.T.reshape(-1), experts, dtype=jnp.int32)  # [k T, E]
-    before = jnp.cumsum(chosen, axis=0) - chosen
-    slot = (before * chosen).sum(-1).reshape(expert.shape[::-1]).T
+    earlier_choices = jnp.cumsum(chosen, axis=0) - chosen
+    slot = (earlier_choices * chosen).sum(-1).reshape(expert.shape[::-1]).T
     return slot, slot < capacity
 
 

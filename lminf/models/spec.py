@@ -151,8 +151,8 @@ class ModelSpec:
     @property
     def encodings(self) -> tuple[Encoding, ...]:
         """[L] the encoding of every layer."""
-        own = self.layer_encodings or (None,) * self.num_layers
-        return tuple(self.encoding if encoding is None else encoding for encoding in own)
+        by_layer = self.layer_encodings or (None,) * self.num_layers
+        return tuple(self.encoding if encoding is None else encoding for encoding in by_layer)
 
     @property
     def context_length(self) -> int:

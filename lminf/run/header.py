@@ -54,8 +54,8 @@ def command(experiment: str) -> str:
     """What starts an experiment from here: `python -m experiments.NAME` in a checkout, where the
     files are that one would change, and `lminf run NAME` anywhere else.
     """
-    here = Path("experiments").resolve() == (ROOT / "experiments").resolve()
-    return f"python -m experiments.{experiment}" if here else f"lminf run {experiment}"
+    in_checkout = Path("experiments").resolve() == (ROOT / "experiments").resolve()
+    return f"python -m experiments.{experiment}" if in_checkout else f"lminf run {experiment}"
 
 
 def experiments(names: Sequence[str] = (), *, configs: Path = CONFIGS) -> list[Header]:

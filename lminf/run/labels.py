@@ -58,8 +58,8 @@ def spread(wanted: Sequence[float], heights: Sequence[float]) -> list[float]:
     for wish, offset in zip(wanted, offsets, strict=False):
         total, count = wish - offset, 1
         while blocks and blocks[-1][0] / blocks[-1][1] > total / count:
-            before = blocks.pop()
-            total, count = total + before[0], count + before[1]
+            block = blocks.pop()
+            total, count = total + block[0], count + block[1]
         blocks.append((total, count))
     starts = [total / count for total, count in blocks for _ in range(count)]
     return [start + offset for start, offset in zip(starts, offsets, strict=False)]

@@ -348,14 +348,14 @@ def _lines(
         if _measured(row, x, y) and str(row.get(by)) in points:
             points[str(row.get(by))].setdefault(row[x], []).append(row)
     lines = []
-    for name, found in points.items():
-        if not found:
+    for name, by_x in points.items():
+        if not by_x:
             continue
-        at = sorted(found)
-        ends = [[_mean(row.get(end) for row in found[place]) for place in at]
+        at = sorted(by_x)
+        ends = [[_mean(row.get(end) for row in by_x[place]) for place in at]
                 for end in interval or ("", "")]  # fmt: skip
-        draws = [(place, row[y]) for place in at for row in found[place] if len(found[place]) > 1]
-        means = [_mean(row[y] for row in found[place]) for place in at]
+        draws = [(place, row[y]) for place in at for row in by_x[place] if len(by_x[place]) > 1]
+        means = [_mean(row[y] for row in by_x[place]) for place in at]
         lines.append(Line(name, np.array(at, float), np.array(means), draws, *map(np.array, ends)))
     return lines
 

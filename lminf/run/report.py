@@ -32,7 +32,7 @@ def compose(
         changed = " with uncommitted changes (environment.json)" if source["diff"] else ""
         commit = f"commit {source['commit']}{changed}"
     packages = ", ".join(
-        f"{name} {found}" for name, found in described["packages"].items() if found
+        f"{name} {version}" for name, version in described["packages"].items() if version
     )
     parts = [
         f"# {header.title or header.name}",

@@ -90,16 +90,16 @@ def policy_of(name: str) -> tuple[str, str] | None:
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
     """The look of each line of one figure. Policies keep theirs; the rest take turns."""
-    chosen, others = {}, 0
+    chosen, unnamed = {}, 0
     labels = short_names(dict.fromkeys(names))
     for name, label in labels.items():
         policy = policy_of(name)
         if policy:
             chosen[name] = POLICIES[policy[0]]._replace(label=label)
         else:
-            colour, marker = PALETTE[others % len(PALETTE)], MARKERS[others % len(MARKERS)]
+            colour, marker = PALETTE[unnamed % len(PALETTE)], MARKERS[unnamed % len(MARKERS)]
             chosen[name] = Look(label, colour, marker)
-            others += 1
+            unnamed += 1
     return chosen
 
 

@@ -132,8 +132,8 @@ def step(budget: float, *, text_tokens: float, rates: int = 5, batches: int = 3)
     grid = tuple(peak * 2.0 ** (i - rates + 3) for i in range(rates))
     chosen = tuple(2 ** (lowest + i) for i in range(batches))
     # Whole steps of the largest batch: a group is of one D, whatever its batches.
-    whole = chosen[-1] * STEP_LENGTH
-    counts = [max(1, int(tokens * part / whole)) * whole for part in lengths]
+    multiple = chosen[-1] * STEP_LENGTH
+    counts = [max(1, int(tokens * part / multiple)) * multiple for part in lengths]
     groups = tuple(
         Group(shape, count, count * each)
         for shape, each in zip(shapes, per_token, strict=True)

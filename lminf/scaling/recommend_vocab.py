@@ -185,16 +185,16 @@ def recommend(
     by_rows = _wastes(size, refits.resampled, **query)
     fits = len(MODES) * (len(limits) + len(rows))
     waste = max(float(wasted.min()), max(by_limit), float(np.percentile(by_rows, 97.5)))
-    at = np.interp(np.log(PRICED), np.log(SIZES), wasted)
+    wasted_at = np.interp(np.log(PRICED), np.log(SIZES), wasted)
     least = float(wasted.min())
     flat = SIZES[wasted <= least + FLAT]
-    found = Recommendation(
+    chosen = Recommendation(
         n_nv, query["width"], query["flops"], size, False, by_law, least, waste,
-        (float(flat[0]), float(flat[-1])), dict(zip(PRICED, map(float, at), strict=True)),
+        (float(flat[0]), float(flat[-1])), dict(zip(PRICED, map(float, wasted_at), strict=True)),
         tuple(ranges), fits, fits - len(by_limit) - len(by_rows), refits.source,
     )  # fmt: skip
-    determined = found.waste <= MOST_WASTED and bool(np.all(np.isfinite(found.interval)))
-    return dataclasses.replace(found, determined=determined)
+    determined = chosen.waste <= MOST_WASTED and bool(np.all(np.isfinite(chosen.interval)))
+    return dataclasses.replace(chosen, determined=determined)
 
 
 def _named(query: Mapping[str, float]) -> dict[str, float]:

@@ -137,9 +137,9 @@ def minimise(
     lanes = few = _Lanes(residual, columns, weights, lower, upper)
     (draws, rows), count = weights.shape, len(starts)
     if rows > EXPLORED_ROWS:
-        some = np.sort(np.random.default_rng(0).permutation(rows)[:EXPLORED_ROWS])
-        part = {name: np.asarray(column)[..., some] for name, column in columns.items()}
-        few = _Lanes(residual, part, weights[:, some], lower, upper)
+        explored = np.sort(np.random.default_rng(0).permutation(rows)[:EXPLORED_ROWS])
+        part = {name: np.asarray(column)[..., explored] for name, column in columns.items()}
+        few = _Lanes(residual, part, weights[:, explored], lower, upper)
     with jax.enable_x64(True):
         theta = np.broadcast_to(np.asarray(starts, np.float64), (draws, *starts.shape))
         theta = np.clip(theta, lanes.lower[:, None], lanes.upper[:, None])
@@ -268,8 +268,8 @@ def _explore(residual, theta, data, weight, low, high, levels):
         fixed = _fixed(theta, slope, low, high)
         step = _step(curvature + _damping(curvature, damping), slope, fixed)
         new = jnp.clip(theta + step, low, high)
-        before = jnp.sum(weight * huber(r, level))
-        better = objective(residual, new, data, weight, level) < before
+        objective_before = jnp.sum(weight * huber(r, level))
+        better = objective(residual, new, data, weight, level) < objective_before
         theta = jnp.where(better, new, theta)
         return (theta, jnp.clip(jnp.where(better, damping * 0.2, damping * 5), 1e-9, 1e9)), None
 

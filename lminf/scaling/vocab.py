@@ -81,10 +81,10 @@ class VocabLaw(Law):
         for _ in range(30):  # N_v ~ F^0.4 and N_v < N_nv: contracts by 5 or more each time
             n_v = self.n_v(constants, n_nv=n_nv, width=width, flops=budget)
             new = 6 * (n_nv + n_v) * tokens
-            found = np.isfinite(n_v)
-            if np.max(np.abs(new / budget - 1)[found], initial=0) < 1e-7:
+            finite = np.isfinite(n_v)
+            if np.max(np.abs(new / budget - 1)[finite], initial=0) < 1e-7:
                 break
-            budget = np.where(found, new, budget)
+            budget = np.where(finite, new, budget)
         return width, n_v, budget
 
     def optimum(

@@ -130,8 +130,8 @@ def envelope(points: Points) -> Points:
     """Points that are strictly lower than all with fewer FLOPs."""
     order = np.argsort(points.flops, kind="stable")
     loss = points.loss[order]
-    before = np.concatenate([[np.inf], np.minimum.accumulate(loss)[:-1]])
-    keep = order[loss < before]
+    lowest_before = np.concatenate([[np.inf], np.minimum.accumulate(loss)[:-1]])
+    keep = order[loss < lowest_before]
     return Points(*(column[keep] for column in points))
 
 

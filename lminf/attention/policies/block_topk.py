@@ -72,9 +72,9 @@ class MoBA(sparse.SparsePolicy):
     def attend(self, query: sparse.Query, selected: Int[Array, "B N R M"]) -> tuple[Array, None]:
         if query.q.shape[1] > 1:
             return attend_blocks(query, selected, self.block), None
-        own = query.pos[:, None] // self.block
-        own = jnp.broadcast_to(own, (*selected.shape[:2], 1))
-        block_ids = jnp.concatenate([selected[:, :, 0], own], 2)
+        own_block = query.pos[:, None] // self.block
+        own_block = jnp.broadcast_to(own_block, (*selected.shape[:2], 1))
+        block_ids = jnp.concatenate([selected[:, :, 0], own_block], 2)
         return sparse.attend_list(self, query, sparse.block_positions(block_ids, self.block)), None
 
 
@@ -102,14 +102,14 @@ def attend_blocks(
         x = x[row, jnp.clip(index, 0, x.shape[1] - 1)]
         return x.reshape(batch * touched, size, *x.shape[2:])
 
-    own = kernels.lambda_attention(
+    near = kernels.lambda_attention(
         folded(placed, own_pos - query.first[:, None]), folded(k, own_pos), folded(v, own_pos),
         num_global=0, window_size=size, **options,
     )  # fmt: skip
-    assert isinstance(own, kernels.Residuals)
+    assert isinstance(near, kernels.Residuals)
     place = jnp.clip(jnp.maximum(query.rows_pos, 0) - start, 0, touched * size - 1)
-    out = own.out.reshape(batch, -1, heads, width)[row, place]  # [B, R, N, H]
-    lse = own.lse.swapaxes(1, 2).reshape(batch, -1, heads)[row, place].swapaxes(1, 2)  # [B, N, R]
+    out = near.out.reshape(batch, -1, heads, width)[row, place]  # [B, R, N, H]
+    lse = near.lse.swapaxes(1, 2).reshape(batch, -1, heads)[row, place].swapaxes(1, 2)  # [B, N, R]
     count = block_ids.shape[3]
     if not count:
         return out

@@ -78,15 +78,15 @@ class EvictionPolicy(Policy):
         """As `attend.extend`, for tokens that lie between two evictions; `evict` makes room before
         the first after one. A token goes to any empty slot, and nothing moves.
         """
-        tokens, every = positions.shape[1], self.turn
-        if tokens > every:
+        tokens, turn = positions.shape[1], self.turn
+        if tokens > turn:
             raise InputError(
-                f"{self.name} evicts before every {every} tokens, but {tokens} are to be read "
+                f"{self.name} evicts before every {turn} tokens, but {tokens} are to be read "
                 f"at once; read them in chunks through the cache, or give turn>={tokens}"
             )
         cache_pos = self.position_in_cache(positions)
-        starts = ((cache_pos >= 0) & (positions % every == 0)).any(1)[:, None, None]
-        first = jnp.where(cache_pos >= 0, positions, LAST).min(1) - every
+        starts = ((cache_pos >= 0) & (positions % turn == 0)).any(1)[:, None, None]
+        first = jnp.where(cache_pos >= 0, positions, LAST).min(1) - turn
         since = self.position_in_cache(jnp.maximum(first, 0))[:, None, None]
         placement = Placement(config, cache_pos, table=layout.slots)
         by_q, row = placement.rotation(cache_pos), jnp.arange(len(positions))[:, None, None]
@@ -222,11 +222,11 @@ class SirLLM(EvictionPolicy):
             raise InputError(f"score={self.score!r}; give 'surprise' or 'reference'")
 
     def init_state(self, shape: caches.CacheShape) -> dict[str, Any]:
-        before = {
+        last_read = {
             "hidden": jnp.zeros((shape.batch, shape.width), shape.dtype),
             "token": jnp.zeros(shape.batch, jnp.int32),
         }
-        return super().init_state(shape) | before  # of the token that was read last
+        return super().init_state(shape) | last_read  # of the token that was read last
 
     def end_of_turn(self, score: Any, pos: Any, since: Any) -> Array:
         of_turn = jnp.where(pos > since, score, 0.0).max(1, keepdims=True)
@@ -254,8 +254,8 @@ class SirLLM(EvictionPolicy):
         surprise = jnp.where(positions > 0, surprise, 0.0)  # nothing stands before the first
         state, cache_pos = cache.state, self.position_in_cache(positions)
         valid = (cache_pos >= 0)[None, :, None, None]  # beside slots [L, B, S, 1] of each token
-        here = (state["pos"][..., None] == cache_pos[None, :, None, None]) & valid
-        new = jnp.where(here, surprise[None, :, None, None], 0.0).sum(-1)
+        in_slot = (state["pos"][..., None] == cache_pos[None, :, None, None]) & valid
+        new = jnp.where(in_slot, surprise[None, :, None, None], 0.0).sum(-1)
         row, last = jnp.arange(len(tokens)), cache_pos.argmax(1)
         any_token = cache_pos[row, last] >= 0
         last_hidden = hidden[row, last].astype(before_hidden.dtype)
@@ -263,7 +263,7 @@ class SirLLM(EvictionPolicy):
         last_token = jnp.where(any_token, tokens[row, last], before_token)
         state = {
             "pos": state["pos"],
-            "score": jnp.where(here.any(-1), new, state["score"]),
+            "score": jnp.where(in_slot.any(-1), new, state["score"]),
             "hidden": jnp.broadcast_to(last_hidden[None], state["hidden"].shape),
             "token": jnp.broadcast_to(last_token[None], state["token"].shape),
         }

@@ -88,16 +88,16 @@ class HierarchicalSelect(sparse.SparsePolicy):
             for stage in range(len(self.refreshes)):
                 block_ids = self.search(stage, query, start, block_ids)
             return block_ids, start, {**state, "start": state["start"].at[layer].set(-1)}
-        before, known = state["start"][layer], []
-        stale = (before < 0) | (first % self.refreshes[0] == 0)
-        start = jnp.where(stale, start, before)
+        stored_start, refreshed = state["start"][layer], []
+        stale = (stored_start < 0) | (first % self.refreshes[0] == 0)
+        start = jnp.where(stale, start, stored_start)
         for stage, last in enumerate(state["block_ids"]):
             stale |= first % self.refreshes[stage] == 0
             search = functools.partial(self.search, stage, query, start, block_ids)
             block_ids = jax.lax.cond(stale.any(), search, lambda last=last: last[layer])
             block_ids = jnp.where(stale[:, None, None], block_ids, last[layer])
-            known.append(last.at[layer].set(block_ids))
-        state = {"block_ids": tuple(known), "start": state["start"].at[layer].set(start)}
+            refreshed.append(last.at[layer].set(block_ids))
+        state = {"block_ids": tuple(refreshed), "start": state["start"].at[layer].set(start)}
         return block_ids, start, state
 
 
@@ -272,10 +272,10 @@ class InfiniteHiP(HierarchicalSelect):
 
             def score(token):
                 """As the first of a left half and as that of a right one."""
-                both = sparse.largest_products(
+                products = sparse.largest_products(
                     query, jnp.concatenate(sides, 1), query.pos >= 0, self.sinks + token, key_pos
                 )
-                return both[:, :, 0], both[:, :, -1]
+                return products[:, :, 0], products[:, :, -1]
 
             def descend(_, ranges):
                 token, left, as_left, as_right = ranges

@@ -65,9 +65,9 @@ class PromptCompression(Policy):
         self, state: dict[str, Array], q: Float[Array, "B T N H"], layer: Any
     ) -> dict[str, Array]:
         """The state with the last queries of those that were read."""
-        before = state["q"]
-        last = jnp.concatenate([before[layer], q.astype(before.dtype)], 1)[:, -before.shape[2] :]
-        return {"q": before.at[layer].set(last)}
+        stored = state["q"]
+        last = jnp.concatenate([stored[layer], q.astype(stored.dtype)], 1)[:, -stored.shape[2] :]
+        return {"q": stored.at[layer].set(last)}
 
     def compress_prompt(
         self, config: ScoreConfig, cache: caches.Cache, *, length: int, room: int
@@ -115,8 +115,8 @@ class PromptCompression(Policy):
         positions: Int[Array, "B T"],
     ) -> tuple[Callable[..., tuple[Array, caches.KVState]], Int[Array, "B S"]]:
         """As `attend.extend`, over what is left of a prompt and the tokens after it."""
-        every = jnp.arange(1, layout.slots + 1, dtype=jnp.int32)[None]
-        filled = jnp.where(stored_pos >= 0, every, 0).max(1, keepdims=True)
+        slot_numbers = jnp.arange(1, layout.slots + 1, dtype=jnp.int32)[None]
+        filled = jnp.where(stored_pos >= 0, slot_numbers, 0).max(1, keepdims=True)
         slots = filled + jnp.arange(positions.shape[1], dtype=jnp.int32)[None]
         slots = jnp.where(positions >= 0, slots, layout.slots)
         new_pos = caches.write_pos(stored_pos, positions, slots)

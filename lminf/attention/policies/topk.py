@@ -61,8 +61,8 @@ class TopK(sparse.SparsePolicy):
             )
 
     def select(self, state: Any, query: sparse.Query) -> tuple[Int[Array, "B N X"], Any]:
-        every = jnp.arange(query.slots, dtype=jnp.int32)[None]
-        between = (every >= self.sinks) & (every <= query.pos - self.window)
+        slot_pos = jnp.arange(query.slots, dtype=jnp.int32)[None]
+        between = (slot_pos >= self.sinks) & (slot_pos <= query.pos - self.window)
         between &= query.layer >= self.from_layer
         q = query.placement.away(query.q, self.selected_distance)
         products = scores.dot(q, query.kv.k[query.layer].astype(q.dtype))[:, :, 0]

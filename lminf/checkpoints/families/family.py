@@ -147,8 +147,8 @@ def differing(
     encoding: rope.Encoding, by_layer: tuple[rope.Encoding, ...]
 ) -> tuple[rope.Encoding | None, ...]:
     """`ModelSpec.layer_encodings` of layers with these encodings."""
-    own = tuple(None if one == encoding else one for one in by_layer)
-    return own if any(one is not None for one in own) else ()
+    encodings = tuple(None if one == encoding else one for one in by_layer)
+    return encodings if any(one is not None for one in encodings) else ()
 
 
 # --- Writers --------------------------------------------------------------------------------------

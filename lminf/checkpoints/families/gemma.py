@@ -75,13 +75,13 @@ def _gemma3(fields: Fields, family: str) -> ModelSpec:
     fields.same("_sliding_window_pattern", pattern)  # as transformers 5 writes it
     windows = by_type(fields, window) or every(layers, pattern, window)
     full, sliding = hf_rotary.read_by_type(fields, fields["head_dim"])
-    own = tuple(full if width is None else sliding for width in windows)
+    encodings = tuple(full if width is None else sliding for width in windows)
     return _sandwiched(
         fields,
         family,
         windows=windows,
         encoding=full,
-        layer_encodings=differing(full, own),
+        layer_encodings=differing(full, encodings),
         qk_norm="head",
         attention_soft_cap=fields.get("attn_logit_softcapping"),
         final_soft_cap=fields.get("final_logit_softcapping"),

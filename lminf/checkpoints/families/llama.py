@@ -125,12 +125,12 @@ def _olmo3(fields: Fields, family: str) -> ModelSpec:
     width, heads = fields["hidden_size"], fields["num_attention_heads"]
     full, sliding = hf_rotary.read_by_type(fields, fields.get("head_dim") or width // heads)
     windows = by_type(fields, window) or every(layers, 4, window)
-    own = tuple(full if width is None else sliding for width in windows)
+    encodings = tuple(full if width is None else sliding for width in windows)
     return llama_like(
         fields,
         family,
         encoding=full,
-        layer_encodings=differing(full, own),
+        layer_encodings=differing(full, encodings),
         windows=windows,
         qk_norm="all",
         pre_norms=False,
@@ -159,13 +159,13 @@ def _smollm3(fields: Fields, family: str) -> ModelSpec:
     windows = by_type(fields, window)
     if windows is None:
         windows = tuple(None if rotary else window for rotary in rotates)
-    own = tuple(None if rotary else rope.NoEncoding() for rotary in rotates)
+    encodings = tuple(None if rotary else rope.NoEncoding() for rotary in rotates)
     return llama_like(
         fields,
         family,
         rotary={"base": None},
         windows=windows,
-        layer_encodings=own if 0 in rotates else (),
+        layer_encodings=encodings if 0 in rotates else (),
         tied=fields.get("tie_word_embeddings", True),
     )
 
@@ -240,7 +240,7 @@ def _stablelm_fields(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _cohere(fields: Fields, family: str) -> ModelSpec:
-    own: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
     if family == "cohere2":
         # Layers with a window are rotated, the others carry no positions.
         window, layers = fields["sliding_window"], fields["num_hidden_layers"]
@@ -255,9 +255,9 @@ def _cohere(fields: Fields, family: str) -> ModelSpec:
             fields.only(name, True)
         windows = by_type(fields, window) or every(layers, pattern, window)
         encodings = tuple(rope.NoEncoding() if w is None else None for w in windows)
-        own = {"windows": windows, "layer_encodings": encodings if None in windows else ()}
+        extra = {"windows": windows, "layer_encodings": encodings if None in windows else ()}
     elif fields.get("use_qk_norm", False):
-        own = {"qk_norm": "each_head"}
+        extra = {"qk_norm": "each_head"}
     return llama_like(
         fields,
         family,
@@ -266,17 +266,17 @@ def _cohere(fields: Fields, family: str) -> ModelSpec:
         residual="parallel_shared",
         logit_scale=float(fields.stated("logit_scale") or 1),
         tied=fields.get("tie_word_embeddings", True),
-        **own,
+        **extra,
     )
 
 
 def _cohere_fields(spec: ModelSpec) -> dict[str, Any]:
     values = llama_fields(spec)
     del values["rms_norm_eps"]
-    own = {"use_qk_norm": spec.qk_norm == "each_head"}
+    extra = {"use_qk_norm": spec.qk_norm == "each_head"}
     if spec.family == "cohere2":
-        own = window_fields(spec)
-    return values | own | {"layer_norm_eps": spec.norm.epsilon, "logit_scale": spec.logit_scale}
+        extra = window_fields(spec)
+    return values | extra | {"layer_norm_eps": spec.norm.epsilon, "logit_scale": spec.logit_scale}
 
 
 # --- Weight maps ----------------------------------------------------------------------------------

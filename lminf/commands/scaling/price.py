@@ -106,8 +106,8 @@ def loss_of_vocab_law(args: argparse.Namespace) -> Result:
         "warnings": list(law.warnings),
     }
     if law.mode == "reference":
-        other = loss_of(law.constants, table.n_nv, table.n_v, table.tokens) - table.loss
-        summary["rmse_with_true_tokens"] = float(np.sqrt(np.mean(other**2)))
+        residuals = loss_of(law.constants, table.n_nv, table.n_v, table.tokens) - table.loss
+        summary["rmse_with_true_tokens"] = float(np.sqrt(np.mean(residuals**2)))
         summary["warnings"].append(
             "the loss uses the covariate that was fitted, H f(V/1000); the optimum of this mode "
             "uses true tokens, with which the loss is off by rmse_with_true_tokens"

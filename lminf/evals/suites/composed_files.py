@@ -15,9 +15,9 @@ from typing import Annotated, Any
 from lminf.errors import InputError
 from lminf.evals import metrics
 from lminf.evals.suites import ada_leval, published
-from lminf.evals.suites.generated import Answers
 from lminf.evals.suites.needle_threading import UUID, UUID_TOKENS
 from lminf.evals.suites.published import PublishedTask, Question
+from lminf.evals.suites.suite_task import Answers
 from lminf.ranges import Range
 
 LETTERS = "ABCDEFGHIJ"

@@ -50,6 +50,7 @@ FILES: tuple[Any, ...] = (
     LooGLE,
     composed_files.NeedleThreadingFile,
     composed_files.BestAnswerFile,
+    composed_files.TSortFile,
     composed_files.LongInsFile,
     composed_files.M4LEFile,
     composed_files.SuperGPQA,

@@ -380,6 +380,7 @@ def test_a_task_is_measured_at_its_levels_unless_the_field_is_given():
     ("text", "message"),
     [
         ("single_nedle", "there is no task 'single_nedle'; did you mean 'single_needle'"),
+        ("copy_gain", "in nats, .*; `lminf run long_context_retrieval` measures it"),
         ("ruler:depth=1", "gives fields to a suite; give them to one of its tasks: niah_multikey"),
         ("single_needle:depht=0.5,depth=1", "single_needle has no field 'depht'"),
         ("single_needle:depth=2", r"SingleNeedle\.depth is 2"),

@@ -18,7 +18,8 @@ from lminf.configs import base
 
 def get_config(arg: str = "") -> ConfigDict:
     c = base.get_config(arg)
-    c.model = "smollm2-135m-instruct"  # prompted raw, not through its chat template
+    c.model = "smollm2-135m-instruct"
+    c.chat = False  # True: prompts are messages of a user, in the model's chat template
     # Names of `lminf eval --list`, one of each quarter of scope and diffusion.
     c.tasks = (
         "niah_multikey:depth=0.5",

@@ -1,6 +1,6 @@
 """Tasks in a run folder: answers go to its answers.jsonl as they come, rows to its rows.jsonl."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -65,17 +65,22 @@ def last_only(lm: LM) -> bool:
 
 
 def measure(
-    c: ConfigDict, out: RunFolder, lm: LM, subjects: Sequence[Subject], cells: Sequence[Cell]
+    c: ConfigDict,
+    out: RunFolder,
+    lm: LM,
+    subjects: Sequence[Subject],
+    cells: Sequence[Cell],
+    *,
+    encode: Callable[[str], Sequence[int]] | None = None,
 ) -> Iterator[Row]:
-    """The rows that the folder lacks; lengths are in tokens of `lm`."""
+    """The rows that the folder lacks; lengths are in tokens of `lm`, as `encode` reads a prompt."""
+    encode = encode or (lambda text: lm.encode(text)[0])
     answers = out / "answers.jsonl"
     with Progress(0, label="questions", unit="tokens") as progress:
         yield from runner.measure(
             subjects,
             cells,
-            budget=lambda size: Budget(
-                size, lambda text: lm.encode(text)[0], f"tokens of {c.model}"
-            ),
+            budget=lambda size: Budget(size, encode, f"tokens of {c.model}"),
             seed=c.seed,
             rows=out.rows(),
             answers=folder.read_lines(answers),

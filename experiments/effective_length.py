@@ -11,6 +11,7 @@ from lminf.evals.runner import Subject
 from lminf.evals.suites import catalog, summary
 from lminf.experiments import _evals, _models
 from lminf.experiments._main import main
+from lminf.lm.chat import ChatModel
 from lminf.lm.prefix import SharedPrefix
 from lminf.run import plots, style
 from lminf.run.folder import Row, RunFolder
@@ -32,13 +33,17 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
             "cut_prompts": sum(getattr(each, "cut", 0) > 0 for each in instances),
         }
 
+    models = [SharedPrefix(lm.with_policy(policy)) for policy in policies]
+    chats = [ChatModel(model) for model in models] if c.chat else []
     subjects = [
         Subject(
-            SharedPrefix(lm.with_policy(policy)), {"model": c.model, "policy": policy.name}, facts
+            model, {"model": c.model, "policy": policy.name, **({"chat": True} if c.chat else {})},
+            facts, ends_answers=c.chat,
         )
-        for policy in policies
-    ]
-    for row in _evals.measure(c, out, lm, subjects, cells):
+        for model, policy in zip(chats or models, policies, strict=True)
+    ]  # fmt: skip
+    encode = chats[0].encode if chats else None
+    for row in _evals.measure(c, out, lm, subjects, cells, encode=encode):
         kind = catalog.TASKS[row["task"]]
         yield {**row, "scope": kind.scope, "diffusion": kind.diffusion}
 

@@ -24,6 +24,7 @@ COMMANDS = {  # the module is lminf.commands.<name>
     "nll": "how well a model predicts a text, by position",
     "generate": "what a model says next",
     "eval": "how well a model answers, by task, prompt length and policy",
+    "harness": "tasks of lm-evaluation-harness, by model and policy",
     "plan": "parameters, FLOPs and cache sizes of a model; runs nothing",
     "tokenize": "texts into a token store, for training",
     "data": "what token stores hold, and what data plans make of them",
@@ -94,7 +95,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     module.add_arguments(parser)
     parser.set_defaults(command=module.run)
     words = [*arguments[:command_index], *arguments[command_index + 1 :]]
-    if name in ("run", "sweep"):  # passes on what it does not know, so the order matters
+    if name in ("run", "sweep", "harness"):  # passes on what it does not know, so the order matters
         return parser.parse_args(words)
     # In any order: plain parsing gives up on an optional word that stands behind an option.
     return parser.parse_intermixed_args(words)

@@ -1,5 +1,6 @@
 """The lminf command: every one starts, errors are one line, pipes may close."""
 
+import importlib.util
 import io
 import subprocess
 import sys
@@ -60,6 +61,14 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
         if arguments[:1] != ["run"]:  # which hands on what follows the name
             with pytest.raises(InputError):
                 cli.main(debugging)
+
+
+def test_the_harness_is_asked_for_where_it_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        cli.main(["harness", "run", "--tasks", "niah_single_1"])
+    printed = capsys.readouterr().err
+    assert printed.endswith("is not installed; run pip install 'lminf[harness]'\n")
 
 
 def test_fetch_without_a_name_lists_the_names(capsys):

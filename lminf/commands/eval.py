@@ -21,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct",
                         help="a table name, a folder, a .gguf file, owner/name; default: "
                         "smollm2-135m-instruct")  # fmt: skip
+    parser.add_argument("--chat", action="store_true",
+                        help="prompts are messages, in the chat template of the model")  # fmt: skip
     parser.add_argument("--policy", default="full", metavar="P[,P…]",
                         help="as in full,lm_infinite:window=4096,sinks=10 (full)")  # fmt: skip
     parser.add_argument("--lengths", default="4k", metavar="N[,N…]",
@@ -40,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
     fields = {
         "tasks": tuple(split_choices(args.tasks)),
         "model": args.model,
+        "chat": args.chat,
         "policies": tuple(split_choices(args.policy)),
         "lengths": lengths_of(args.lengths),
         "instances": args.instances,

@@ -31,6 +31,8 @@ SPACE = "▁"  # how SentencePiece vocabularies write a space
 PIECE_CHARS = 1 << 16  # long texts are encoded in pieces of about this length, in parallel
 PIECES_AT_ONCE = 256  # the library's record of an encoding takes ~100 bytes a token
 
+MESSAGE = "\ue000message\ue001"  # in chat_frame; no text has it
+
 # Where models stop when they have answered, beside the end of text that they declare.
 END_MARKERS = (
     "<|im_end|>",
@@ -113,10 +115,25 @@ class Tokenizer:
 
     def encode_chat(self, messages: Messages, *, reply: bool = True) -> Int[np.ndarray, " T"]:
         """Token ids of the conversation: only the template writes special tokens."""
-        pieces = self._split_chat(messages, reply=reply)
+        return self.encode_pieces(self._split_chat(messages, reply=reply))
+
+    def chat_frame(self) -> list[str]:
+        """What the template writes around one message of a user, up to where it is to reply, as
+        pieces for `encode_pieces`; the message is MESSAGE.
+        """
+        pieces = self._split_chat([{"role": "user", "content": MESSAGE}], reply=True)
+        if "".join(pieces[::2]).count(MESSAGE) != 1:
+            raise InputError(
+                "the chat template of this model does not write a message once and as it is, so "
+                "prompts cannot be counted in it; ask without it"
+            )
+        return pieces
+
+    def encode_pieces(self, pieces: Sequence[str]) -> Int[np.ndarray, " T"]:
+        """Token ids of plain text, special token, plain text, …, plain text."""
         text = "".join(pieces)
         _check_encodable(text)
-        if not self._controls or self._control.split(text) == pieces:
+        if not self._controls or self._control.split(text) == list(pieces):
             return self.encode(text, special="parse")
         hidden = self._hidden
         aliased = "".join(hidden.names.get(p, p) if i % 2 else p for i, p in enumerate(pieces))

@@ -216,3 +216,13 @@ def paired_mrr(old_rank: int, new_rank: int) -> float:
     if new_rank >= old_rank:
         return 1 - old_rank / new_rank
     return new_rank / old_rank - 1
+
+
+def average_precision(ranking: Sequence[Hashable], relevant: Collection[Hashable]) -> float:
+    """The mean, over what is relevant, of the precision at its place; what is missing has 0."""
+    found, total = 0, 0.0
+    for place, item in enumerate(ranking, 1):
+        if item in relevant:
+            found += 1
+            total += found / place
+    return total / len(relevant) if relevant else 0.0

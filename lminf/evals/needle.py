@@ -29,7 +29,7 @@ class Needle:
 class NeedleTask:
     """The part of a `Task` that does not depend on how the prompts are made."""
 
-    scope, diffusion = "low", "low"  # lminf.evals.suites.generated says of what
+    scope, diffusion = "low", "low"  # lminf.evals.suites.suite_task says of what
     levels = ("depth", (0.0, 0.25, 0.5, 0.75, 1.0))
     max_new_tokens = ANSWER_TOKENS
     stop: Sequence[str] = ()

@@ -52,6 +52,8 @@ class Subject:
     columns: Mapping[str, Any]  # that tell it from others, such as its model and policy
     # Further columns of a row, from its length and instances.
     facts: Callable[[int, Sequence[Any]], Mapping[str, Any]] = lambda length, instances: {}
+    # An assistant ends its turn, and may answer below an empty line; a text would go on for ever.
+    ends_answers: bool = False  # by itself, so that the task's `stop` is not needed
 
     def identity(self, cell: Cell) -> Row:
         """The columns that tell a row, or an answer, from others."""
@@ -186,7 +188,8 @@ def _ask(
         task = written[0].cell.task
         subject.model.generate(
             [question.prompt for question in written], max_new_tokens=task.max_new_tokens,
-            stop=task.stop, on_answer=lambda index, text: answered(written[index], text),
+            stop=() if subject.ends_answers else task.stop,
+            on_answer=lambda index, text: answered(written[index], text),
         )  # fmt: skip
 
 

@@ -271,13 +271,13 @@ class LM:
         """The probability of each continuation after its prompt, divided as encode_continuation
         says.
         """
-        scores = []
-        for pair in zip(prompts, continuations, strict=True):
-            tokens, start = self.encode_continuation(*pair)
-            logits = self.logits([tokens[:-1]], last=len(tokens) - start)[0]
-            log_probs = np.asarray(jax.nn.log_softmax(logits, axis=-1))
-            scores.append(Score.of(log_probs, tokens[start:]))
-        return scores
+        pairs = zip(prompts, continuations, strict=True)
+        return [self.score_tokens(*self.encode_continuation(*pair)) for pair in pairs]
+
+    def score_tokens(self, tokens: Int[np.ndarray, " T"], start: int) -> Score:
+        """The probability of the tokens from `start` on, after those before it."""
+        logits = self.logits([tokens[:-1]], last=len(tokens) - start)[0]
+        return Score.of(np.asarray(jax.nn.log_softmax(logits, axis=-1)), tokens[start:])
 
     def encode_continuation(
         self, prompt: str, continuation: str

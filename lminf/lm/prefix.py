@@ -31,6 +31,7 @@ TOGETHER = 8192  # prompt tokens read side by side: more of them is no faster on
 TAIL_ROWS = 16  # tails read side by side
 TAIL = 16  # tokens: continuations of a prompt are filled up to multiples of these
 Chunk = tuple[Int[np.ndarray, "P C"], Int[np.ndarray, "P C"]]  # tokens, positions
+Pair: TypeAlias = tuple[Int[np.ndarray, " T"], int]  # tokens, and where the continuation begins
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,15 @@ class SharedPrefix:
         scores: dict[int, Score] = {}
         for prompt in dict.fromkeys(prompts):
             members = [index for index, other in enumerate(prompts) if other == prompt]
-            shared = _shared_tokens(self.lm, [pairs[index] for index in members])
-            if shared:
-                found = _scores_after(self.lm, shared, [pairs[index] for index in members])
-            else:
-                found = self.lm.score([prompt] * len(members), [continuations[i] for i in members])
+            found = self.score_tokens([pairs[index] for index in members])
             scores |= dict(zip(members, found, strict=True))
         return [scores[index] for index in range(len(pairs))]
+
+    def score_tokens(self, pairs: Sequence[Pair]) -> list[Score]:
+        """As `LM.score_tokens`, of texts that begin alike."""
+        if shared := _shared_tokens(self.lm, pairs):
+            return _scores_after(self.lm, shared, pairs)
+        return [self.lm.score_tokens(*pair) for pair in pairs]
 
     def next(self, prompts: Sequence[str]) -> Float32[np.ndarray, "B V"]:
         return self.lm.next(prompts)
@@ -79,8 +82,8 @@ class SharedPrefix:
     ) -> list[str]:
         """What the model writes after each prompt: greedily, as `LM.generate` of it alone.
 
-        Prompts that leave the trunk together are read side by side, each with caches of its own
-        beside the trunk's.
+        Prompts that leave the trunk together, or share nothing with any, are read side by side,
+        each with caches of its own beside the trunk's.
         """
         lm = self.lm
         encoded = lm.encode_prompts(prompts)
@@ -102,9 +105,6 @@ class SharedPrefix:
                 for index in members:
                     on_answer(index, texts[index])
         return texts
-
-
-Pair: TypeAlias = tuple[Int[np.ndarray, " T"], int]  # tokens, and where the continuation begins
 
 
 def _shared_tokens(lm: LM, pairs: Sequence[Pair]) -> int:
@@ -164,7 +164,7 @@ def log_probs_after(
         )
     step = chunk_within(evict_every, decoding.STEP)
     caches = decoding.empty_caches(lm, rows=1, longest=longest, room=0)
-    _, caches = _extended(lm, np.asarray(prefix, np.int32)[None], 0, step, caches)
+    caches = _read_prefix(lm, np.asarray(prefix, np.int32), step, caches)
     # Small caches fill the processor together; one that keeps every token does so by itself.
     rows = TAIL_ROWS if all(policy.bounded for policy in lm.decoder.policies) else 1
     for tokens, last in tails:
@@ -176,6 +176,17 @@ def log_probs_after(
             states = np.concatenate([np.asarray(each) for each in states], 1)[:, -last:]
             found.append(np.asarray(_log_probs(lm.spec, lm.params, states)))
         yield np.concatenate(found)
+
+
+def _read_prefix(lm: LM, prefix: Int[np.ndarray, " P"], step: int, caches: Any) -> Any:
+    """The caches with the prefix in them."""
+    policies = lm.decoder.policies
+    if common_eviction(policies) or any(isinstance(policy, SparsePolicy) for policy in policies):
+        return _extended(lm, prefix[None], 0, step, caches)[1]  # padding would enter their groups
+    # Filled up to one of few widths: each width is compiled.
+    for tokens, positions in decoding.pieces(lm, [prefix]):
+        _, caches = lm.on_one_device.forward(jnp.asarray(tokens), jnp.asarray(positions), caches)
+    return caches
 
 
 def _extended(
@@ -200,11 +211,12 @@ def _log_probs(spec, params, hidden):
 
 
 def _branches(
-    lm: LM, chunks: Sequence[Chunk], empty: Callable[[], Any], rows: int
+    lm: LM, chunks: Sequence[Chunk], empty: Callable[..., Any], rows: int
 ) -> Iterator[tuple[list[int], int, Any]]:
     """Groups of prompts, how many chunks they share with the trunk, and caches that hold these."""
     shared = common_chunks(chunks)
-    left = set(range(len(shared)))
+    np.fill_diagonal(shared, 0)
+    left = set(np.flatnonzero(shared.any(1)).tolist())
     while left:  # prompts that share nothing with a trunk have one of their own
         trunk = max(sorted(left), key=lambda row: sum(shared[row, other] for other in left))
         family = sorted(row for row in left if row == trunk or shared[trunk, row] > 0)
@@ -221,6 +233,10 @@ def _branches(
                 (chunk,) = _of_rows(chunks[begun : begun + 1], [trunk])
                 # As a prompt is read that an answer follows, so that one program serves both.
                 _, caches = decoding.decode_step(lm, *chunk, caches, GREEDY, jax.random.key(0))
+    alone = np.flatnonzero(~shared.any(1)).tolist()
+    for start in range(0, len(alone), rows):
+        members = alone[start : start + rows]
+        yield members, 0, empty(rows=len(members))
 
 
 def common_chunks(chunks: Sequence[Chunk]) -> Int[np.ndarray, "P P"]:

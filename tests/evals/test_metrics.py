@@ -164,3 +164,9 @@ def test_ranks_that_fall_obey_and_ranks_that_rise_do_not():
     assert metrics.paired_mrr(1, 10) == pytest.approx(0.9)
     assert metrics.paired_mrr(10, 1) == pytest.approx(-0.9)
     assert metrics.paired_mrr(7, 7) == 0
+
+
+def test_average_precision_is_the_mean_of_the_precisions_at_what_is_relevant():
+    assert metrics.average_precision("abcd", {"a", "c"}) == pytest.approx((1 + 2 / 3) / 2)
+    assert metrics.average_precision("abcd", {"d", "x"}) == pytest.approx((1 / 4 + 0) / 2)
+    assert metrics.average_precision("abcd", set()) == 0

@@ -233,6 +233,41 @@ def test_loogle_has_questions_as_text_or_list_and_summaries(file_of):
         bad.questions()
 
 
+HIDDEN = {"<mask-0>": "Jane Roe", "<mask-1>": "Lima"}
+
+
+@pytest.mark.parametrize(
+    ("completion", "exact", "partial"),
+    [
+        (json.dumps(HIDDEN), 1, 1),
+        ("The masks: {'<mask-1>': 'Lima', '<mask-0>': 'Jane'}. {}", 0.5, 1),
+        ('{"<mask-0>": "Lima", "<mask-2>": "Jane Roe"}', 0, 0),
+        ("Jane Roe, Lima", 0, 0),
+        ("{'<mask-0>': __import__('os')} {\"<mask-0>\": \"Jane Roe\"}", 0.5, 0.5),
+    ],
+)
+def test_a_cloze_of_loogle_is_scored_by_its_masks(completion, exact, partial, file_of):
+    pairs = [{"Q": "<mask-0> went to <mask-1>.", "A": HIDDEN, "S": []}]
+    record = {"input": BOOK, "title": "T", "qa_pairs": str(pairs), "output": "none"}
+    path = file_of("shortdep_cloze.jsonl", [record])
+    assert score_of(LooGLE(path), completion) == exact
+    assert score_of(LooGLE(path, match="partial"), completion) == partial
+
+
+@pytest.mark.parametrize("answer", [[2, 4, 1, 3], "[2, 4, 1, 3]"])
+def test_tsort_is_read_with_its_prompts_and_never_cut(answer, file_of):
+    record = {"book_id": 1, "para_offset": [3, 9], "prompt": BOOK, "answer": answer}
+    task = composed_files.TSortFile(file_of("textsort_2k.json", [record]))
+    (item,) = task.instances(Budget.characters(20_000), count=1, key=(0,))
+    assert item.prompt == BOOK
+    assert score_of(task, "Answer: [2, 4, 1, 3]") == 1
+    assert score_of(task, "[1, 2, 3, 4]") == 0
+    with pytest.raises(InputError, match=r"takes \d+ characters, more than the length 500"):
+        task.instances(Budget.characters(500), count=1, key=(0,))
+    with pytest.raises(InputError, match="which is no order of four"):
+        composed_files.TSortFile(file_of("bad.json", [{**record, "answer": [1, 2]}])).questions()
+
+
 def test_needle_threading_is_read_with_the_end_of_a_thread_as_the_answer(file_of):
     (item,) = SingleThread(4).instances(Budget.characters(3000), count=1, key=(0,))
     table = dict(pairs_of(item.prompt))

@@ -10,8 +10,10 @@ from lminf.evals import runner, score
 from lminf.evals.key_value import KeyValue
 from lminf.evals.passkey import Passkey
 from lminf.evals.runner import Cell, Subject
+from lminf.evals.suites.needle_threading import SingleNeedle
 from lminf.evals.task import Budget
 from lminf.lm.scripted import Scripted
+from tests.evals.suite_solvers import looked_up
 
 CELLS = [
     Cell(Passkey(depth=0.1), 800, 4),
@@ -65,6 +67,15 @@ def test_an_oracle_scores_one_and_a_wrong_model_zero():
         )
     assert rows[0]["task"] == "passkey"
     assert rows[0]["depth"] == 0.1
+
+
+def test_a_model_that_ends_its_answers_itself_may_write_several_lines():
+    cells = [Cell(SingleNeedle(), 2000, 2)]  # it ends a text at the first line
+    for ends in (False, True):
+        model = Scripted(lambda prompt: f"Well:\n{looked_up(prompt)}")
+        subject = Subject(model, {}, ends_answers=ends)
+        (row,) = runner.measure([subject], cells, budget=Budget.characters, seed=0)
+        assert row["score"] == ends
 
 
 def test_cells_are_independent_samples():

@@ -11,7 +11,7 @@ import pytest
 from lminf.errors import InputError
 from lminf.evals import runner
 from lminf.evals.runner import Cell, Subject
-from lminf.evals.suites import ada_leval, catalog, generated, needle_threading, prose
+from lminf.evals.suites import ada_leval, catalog, generated, needle_threading, prose, published
 from lminf.evals.suites.long_write import LongWrite
 from lminf.evals.suites.many_shot import ManyShot
 from lminf.evals.task import Budget
@@ -22,7 +22,7 @@ from tests.evals import suite_solvers
 GENERATED = [
     kind.name
     for kind in catalog.KINDS
-    if issubclass(kind, generated.SuiteTask) and kind not in (*catalog.FILES, LongWrite)
+    if issubclass(kind, generated.GeneratedTask) and kind is not LongWrite
 ]
 LENGTH = 6_000  # characters
 WORDS = [a + b + c for a, b, c in itertools.product(
@@ -380,6 +380,7 @@ def test_a_task_is_measured_at_its_levels_unless_the_field_is_given():
     ("text", "message"),
     [
         ("single_nedle", "there is no task 'single_nedle'; did you mean 'single_needle'"),
+        ("copy_gain", "in nats, .*; `lminf run long_context_retrieval` measures it"),
         ("ruler:depth=1", "gives fields to a suite; give them to one of its tasks: niah_multikey"),
         ("single_needle:depht=0.5,depth=1", "single_needle has no field 'depht'"),
         ("single_needle:depth=2", r"SingleNeedle\.depth is 2"),
@@ -390,6 +391,24 @@ def test_a_task_is_measured_at_its_levels_unless_the_field_is_given():
 def test_a_task_that_is_not_there_is_refused_in_a_sentence(text, message):
     with pytest.raises(InputError, match=message):
         catalog.parse(text)
+
+
+def test_a_task_that_lacks_something_is_refused_in_a_sentence():
+    class Half(generated.GeneratedTask):
+        name = "half"
+        scope, diffusion = "low", "low"
+
+        def parse(self, completion):
+            return completion
+
+    class Read(published.PublishedTask):
+        name, max_new_tokens = "read", 5
+
+    with pytest.raises(InputError, match=r"Half of tests\.evals\.test_suites has no method 'item' "
+                       r"and no attribute 'max_new_tokens'; give them to its class$"):  # fmt: skip
+        Half()
+    with pytest.raises(InputError, match="has no method 'parse' and no method 'questions'; give"):
+        Read("file.json")
 
 
 # --- The text of the machine ----------------------------------------------------------------------

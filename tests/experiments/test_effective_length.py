@@ -65,6 +65,12 @@ def test_a_row_has_the_coordinates_of_its_task(rows):
         assert 0.8 * row["length"] < row["mean_tokens"] <= row["length"]
 
 
+def test_a_model_without_a_chat_template_is_not_asked_in_chat(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["eval", "single_needle:depth=1", "--chat", "--lengths=1k", f"--out={tmp_path}/a"])
+    assert "this model has no chat template" in capsys.readouterr().err
+
+
 def test_the_table_groups_by_scope_and_diffusion_and_says_how_far_a_policy_holds(rows):
     lines = effective_length.table(rows)
     assert [(line["scope"], line["diffusion"]) for line in lines[::2]] == effective_length.QUARTERS

@@ -73,6 +73,13 @@ def test_what_prompts_share_is_read_once(lm, small_steps, chunks_read):
     assert chunks_read == [1] * (3 + 3 + 3 + 3)
 
 
+def test_prompts_that_share_nothing_are_read_side_by_side(lm, small_steps, chunks_read):
+    prompts = [f"{n}{BOOK[:20]}" for n in range(3)]  # two chunks each
+    texts = SharedPrefix(lm, rows=2).generate(prompts, max_new_tokens=2)
+    assert chunks_read == [2, 2, 1, 1]
+    assert texts == [lm.generate(prompt, max_new_tokens=2) for prompt in prompts]
+
+
 def test_the_trunk_is_what_agrees_longest_with_the_others():
     letters = [np.frombuffer(text.encode(), np.uint8) for text in ("aabb", "aabc", "aacc", "dddd")]
     tokens = np.stack(letters)
@@ -170,4 +177,5 @@ def test_the_prompt_of_several_continuations_is_read_once(lm, small_steps, monke
     monkeypatch.setattr(layerwise.LayerwiseDecoder, "__call__", counted)
     lm = lm.with_policy(LMInfinite(8, 2))
     SharedPrefix(lm).score([BOOK] * 4, ENDS)
-    assert sum(tokens) == len(BOOK) - 1 + 4 * 48  # the longest end has 43 bytes
+    # The book in five chunks, of which the first is filled up; the longest end has 43 bytes.
+    assert sum(tokens) == 5 * 16 + 4 * 48

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from lminf.evals.suites import prose
-from lminf.evals.suites.generated import Answers, Item, SuiteTask, fill
+from lminf.evals.suites.generated import GeneratedTask, fill
 from lminf.evals.suites.ruler import Share
+from lminf.evals.suites.suite_task import Answers, Item
 from lminf.evals.task import Budget
 
 SEGMENTS = 4
@@ -53,7 +54,7 @@ def label_in(completion: str, candidates: int) -> int | None:
 
 
 @dataclass(frozen=True)
-class TSort(SuiteTask):
+class TSort(GeneratedTask):
     """The order of the segments as a JSON list: the numbers of the first to the last."""
 
     text: str | None = None  # a file of prose; none: the interpreter's documentation
@@ -98,7 +99,7 @@ class TSort(SuiteTask):
 
 
 @dataclass(frozen=True)
-class BestAnswer(SuiteTask):
+class BestAnswer(GeneratedTask):
     """The label of the passage that follows the one given."""
 
     depth: Share | None = None  # share of the candidates before it; none: drawn

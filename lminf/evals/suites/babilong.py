@@ -14,8 +14,9 @@ from typing import Literal
 
 import numpy as np
 
-from lminf.evals.suites.generated import Answers, Item, SuiteTask, fill
+from lminf.evals.suites.generated import GeneratedTask, fill
 from lminf.evals.suites.ruler import scattered
+from lminf.evals.suites.suite_task import Answers, Item
 from lminf.evals.task import Budget
 
 PEOPLE = ("Mary", "John", "Sandra", "Daniel", "Emily", "Victor")
@@ -25,7 +26,7 @@ MOVES = 8  # sentences about moves that do not matter to the answer
 
 
 @dataclass(frozen=True)
-class BabiLong(SuiteTask):
+class BabiLong(GeneratedTask):
     """A place of six, which so many facts of the text tell."""
 
     facts: Literal[1, 2, 3] = 1

@@ -50,6 +50,7 @@ FILES: tuple[Any, ...] = (
     LooGLE,
     composed_files.NeedleThreadingFile,
     composed_files.BestAnswerFile,
+    composed_files.TSortFile,
     composed_files.LongInsFile,
     composed_files.M4LEFile,
     composed_files.SuperGPQA,
@@ -60,6 +61,7 @@ KINDS: tuple[Any, ...] = (
     ManyShot, Composed, LongWrite, *FILES,
 )  # fmt: skip
 TASKS: Mapping[str, Any] = {kind.name: kind for kind in KINDS}
+IN_NATS = ("copy_gain", "needle_margin", "key_value_margin")  # no shares of right answers
 
 
 def parse(text: str) -> list[Task]:
@@ -72,6 +74,11 @@ def parse(text: str) -> list[Task]:
                 f"{', '.join(kind.name for kind in SUITES[name])}"
             )
         return [task for kind in SUITES[name] for task in parse(kind.name)]
+    if name in IN_NATS:
+        raise InputError(
+            f"{name} is measured in nats, which no answer tells; `lminf run "
+            f"long_context_retrieval` measures it"
+        )
     if name not in TASKS:
         raise InputError(f"there is no task {name!r}; {closest(name, [*TASKS, *SUITES])}")
     written = [text]

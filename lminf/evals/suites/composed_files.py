@@ -1,5 +1,5 @@
 """Published files of benchmarks that are also generated here: Needle Threading, BestAnswer,
-LongIns, M4LE; and SuperGPQA's multiple choice.
+TSort, LongIns, M4LE; and SuperGPQA's multiple choice.
 
 Their sources are named in needle_threading.py, ada_leval.py, long_ins.py and m4le.py; SuperGPQA: Du
 et al. 2025, arXiv:2502.14739.
@@ -10,14 +10,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from lminf.errors import InputError
 from lminf.evals import metrics
 from lminf.evals.suites import ada_leval, published
-from lminf.evals.suites.generated import Answers
 from lminf.evals.suites.needle_threading import UUID, UUID_TOKENS
 from lminf.evals.suites.published import PublishedTask, Question
+from lminf.evals.suites.suite_task import Answers
 from lminf.ranges import Range
 
 LETTERS = "ABCDEFGHIJ"
@@ -79,6 +79,31 @@ class BestAnswerFile(PublishedTask):
     def score(self, answer: str, instance: Any) -> float:
         label, candidates = instance.answer
         return float(ada_leval.label_in(answer, candidates) == label)
+
+
+@dataclass(frozen=True)
+class TSortFile(PublishedTask):
+    """Ada-LEval's TSort: the order of the segments, asked for with the prompts of the release."""
+
+    too_long: Literal["middle", "refuse"] = "refuse"  # without its middle no order can be told
+
+    name = "tsort_file"
+    max_new_tokens = 32
+
+    def questions(self) -> list[Question]:
+        return [
+            Question("", record["prompt"], "", self._order(record["answer"]))
+            for record in published.records(self.path, "Ada-LEval", ("prompt", "answer"))
+        ]
+
+    def _order(self, written: Any) -> tuple[int, ...]:
+        order = ada_leval.order_in(str(written))
+        if order is None:
+            raise InputError(f"{self.path} has {written!r} as an answer, which is no order of four")
+        return order
+
+    def parse(self, completion: str) -> tuple[int, ...] | None:
+        return ada_leval.order_in(completion)
 
 
 @dataclass(frozen=True)

@@ -1,55 +1,22 @@
-"""What the tasks of the suites share: instances, prompts that fill a budget, coordinates.
+"""Tasks whose prompts are drawn: instances from a random stream, prompts that fill a budget."""
 
-A task of a suite is a frozen dataclass whose fields have defaults: `SingleNeedle(depth=0.5)`. Its
-class says how its score is to be read:
-
-    scope       how much of the text an answer needs
-    diffusion   how hard that is to find and to extract
-    levels      a field, and its values at which it is measured unless that field is given
-
-Scope and diffusion are the coordinates of Goldman et al. 2024, arXiv:2407.00402.
-"""
-
+import abc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 
-from lminf import ranges
 from lminf.errors import InputError
-from lminf.evals.score import Interval, mean_score, success_rate
+from lminf.evals.suites.suite_task import Item, SuiteTask
 from lminf.evals.task import Budget
 
-Level: TypeAlias = Literal["low", "high"]
-# Whether a model writes its answer, or that of the options is taken which it finds likeliest. The
-# prompt is then read once for each of them, but a model that cannot answer freely can be measured.
-Answers: TypeAlias = Literal["written", "likeliest"]
 
+class GeneratedTask(SuiteTask):
+    """A task whose fields have defaults and whose instances are drawn one by one."""
 
-@dataclass(frozen=True)
-class Item:
-    """An instance: what is asked, and what is right."""
-
-    prompt: str
-    answer: Any
-    tokens: int  # of the prompt, in the unit of its budget
-    cut: int = 0  # characters left out of the middle of a published context
-    options: Sequence[str] = ()  # continuations of the prompt, one of which is right
-
-
-class SuiteTask:
-    """The part of a `Task` that does not depend on how its prompts are made."""
-
-    name: str
-    scope: ClassVar[Level]
-    diffusion: ClassVar[Level]
-    levels: ClassVar[tuple[str, tuple[Any, ...]] | None] = None
-    answers: Answers = "written"
-    stop: Sequence[str] = ("\n",)
-
-    def __post_init__(self):
-        ranges.check(self)
+    @abc.abstractmethod
+    def item(self, budget: Budget, random: np.random.Generator) -> Item:
+        """One instance whose prompt fills the budget."""
 
     def instances(self, budget: Budget, *, count: int, key: Sequence[int]) -> list[Item]:
         """Each instance has a random stream of its own, so that cells with the same key have the
@@ -60,25 +27,6 @@ class SuiteTask:
         except InputError as error:
             level = f":{self.levels[0]}={getattr(self, self.levels[0])}" if self.levels else ""
             raise InputError(f"{self.name}{level}: {error}") from error
-
-    def item(self, budget: Budget, random: np.random.Generator) -> Item:
-        """One instance whose prompt fills the budget."""
-        raise NotImplementedError
-
-    def prompt(self, instance: Item) -> str:
-        return instance.prompt
-
-    def choices(self, instance: Item) -> Sequence[str]:
-        return instance.options if self.answers == "likeliest" else ()
-
-    def score(self, answer: Any, instance: Item) -> float:
-        return float(answer == instance.answer)
-
-    def aggregate(self, scores: Sequence[float]) -> Interval:
-        """Wilson's interval where every answer is right or wrong; else the bootstrap's."""
-        if all(value in (0, 1) for value in scores):
-            return success_rate(round(sum(scores)), len(scores))
-        return mean_score(scores)
 
 
 class Filled(NamedTuple):

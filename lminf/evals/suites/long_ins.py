@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from lminf.evals import metrics
-from lminf.evals.suites.generated import Item, SuiteTask, fill
+from lminf.evals.suites.generated import GeneratedTask, fill
+from lminf.evals.suites.suite_task import Item
 from lminf.evals.task import Budget
 from lminf.ranges import Range
 
@@ -60,7 +61,7 @@ KINDS: dict[str, Callable[[np.random.Generator], Made]] = {
 
 
 @dataclass(frozen=True)
-class LongIns(SuiteTask):
+class LongIns(GeneratedTask):
     """The numbers of the questions whose answers are wrong, as a set."""
 
     form: Literal["gist", "list", "limt"] = "gist"

@@ -10,7 +10,8 @@ from typing import Annotated
 import numpy as np
 
 from lminf.evals import metrics
-from lminf.evals.suites.generated import Item, SuiteTask, fill
+from lminf.evals.suites.generated import GeneratedTask, fill
+from lminf.evals.suites.suite_task import Item
 from lminf.evals.task import Budget
 from lminf.ranges import Range
 
@@ -24,7 +25,7 @@ TOPICS = (
 
 
 @dataclass(frozen=True)
-class LongWrite(SuiteTask):
+class LongWrite(GeneratedTask):
     """The length of what is written, beside the number of words that was asked for."""
 
     words: Annotated[int, Range(min=10, max=100_000)] = 500

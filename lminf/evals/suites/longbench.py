@@ -17,8 +17,8 @@ from lminf.atomic import read_bytes
 from lminf.errors import InputError
 from lminf.evals import metrics
 from lminf.evals.suites import published
-from lminf.evals.suites.generated import Answers
 from lminf.evals.suites.published import PublishedTask, Question
+from lminf.evals.suites.suite_task import Answers
 
 
 class DataSet(NamedTuple):

@@ -17,7 +17,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from lminf.evals.suites.generated import Item, SuiteTask, fill
+from lminf.evals.suites.generated import GeneratedTask, fill
+from lminf.evals.suites.suite_task import Item
 from lminf.evals.task import Budget
 
 CITIES = (
@@ -36,7 +37,7 @@ CITY = re.compile("|".join(CITIES))
 
 
 @dataclass(frozen=True)
-class Composed(SuiteTask):
+class Composed(GeneratedTask):
     """The cities of the notes that are meant, or the city of most notes."""
 
     ability: Ability = "explicit_single"

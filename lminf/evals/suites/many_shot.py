@@ -20,8 +20,9 @@ import numpy as np
 
 from lminf.errors import InputError
 from lminf.evals.suites import prose
-from lminf.evals.suites.generated import Answers, Item, SuiteTask, fill
+from lminf.evals.suites.generated import GeneratedTask, fill
 from lminf.evals.suites.ruler import Share
+from lminf.evals.suites.suite_task import Answers, Item
 from lminf.evals.task import Budget
 from lminf.ranges import Range
 
@@ -39,7 +40,7 @@ LABEL = re.compile(r"[a-z]+")
 
 
 @dataclass(frozen=True)
-class ManyShot(SuiteTask):
+class ManyShot(GeneratedTask):
     """The label of a sentence."""
 
     labels: Annotated[int, Range(min=2, max=500)] = 28

@@ -11,6 +11,7 @@ Source: Roberts et al. 2024, arXiv:2411.05000. The sizes of the paper are charac
 of the budget. The prompt does not end in a space, which most tokenizers would join to the answer.
 """
 
+import abc
 import itertools
 import re
 from collections.abc import Callable, Sequence
@@ -19,7 +20,8 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from lminf.evals.suites.generated import Item, SuiteTask, fill, place
+from lminf.evals.suites.generated import GeneratedTask, fill, place
+from lminf.evals.suites.suite_task import Item
 from lminf.evals.task import Budget
 from lminf.ranges import Range
 
@@ -35,7 +37,7 @@ VALUE = "\nCorresponding value:"
 VALUES = "\nCorresponding values:"
 
 
-class Threading(SuiteTask):
+class Threading(GeneratedTask):
     """Pairs at drawn places of a haystack; a subclass says which, and what is asked."""
 
     @property
@@ -47,9 +49,9 @@ class Threading(SuiteTask):
     def max_new_tokens(self) -> int:
         return UUID_TOKENS * self.expected
 
+    @abc.abstractmethod
     def hidden(self, random: np.random.Generator) -> tuple[list[Pair], str, list[str]]:
         """The pairs to hide, in the order that `places` knows; the question; its answers."""
-        raise NotImplementedError
 
     def places(self, random: np.random.Generator, count: int) -> Callable[[int], list[int]]:
         """Pairs of the haystack -> where the `count` needles stand among them: all different."""

@@ -6,6 +6,7 @@ cut. The prompts are our own sentences unless a file holds whole prompts, so sco
 published ones and not equal to them.
 """
 
+import abc
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,8 @@ import numpy as np
 
 from lminf.atomic import read_bytes
 from lminf.errors import InputError
-from lminf.evals.suites.generated import Item, SuiteTask, fill
+from lminf.evals.suites.generated import fill
+from lminf.evals.suites.suite_task import Item, SuiteTask
 from lminf.evals.task import Budget
 
 Record: TypeAlias = Mapping[str, Any]
@@ -43,9 +45,9 @@ class PublishedTask(SuiteTask):
     scope, diffusion = "high", "high"
     stop = ()
 
+    @abc.abstractmethod
     def questions(self) -> Sequence[Question]:
         """All of the file, in its order."""
-        raise NotImplementedError
 
     def instances(self, budget: Budget, *, count: int, key: Sequence[int]) -> list[Item]:
         questions = _questions_of(self)

@@ -9,6 +9,7 @@ The forms are the paper's; prose, words and sentences are our own, so scores are
 its tables. Source: Hsieh et al. 2024, arXiv:2404.06654.
 """
 
+import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -17,7 +18,8 @@ import numpy as np
 
 from lminf.evals import metrics
 from lminf.evals.suites import prose
-from lminf.evals.suites.generated import Item, SuiteTask, fill
+from lminf.evals.suites.generated import GeneratedTask, fill
+from lminf.evals.suites.suite_task import Item
 from lminf.evals.task import Budget
 from lminf.ranges import Range
 
@@ -45,7 +47,7 @@ def scattered(
     return make
 
 
-class Needles(SuiteTask):
+class Needles(GeneratedTask):
     """Lines of keys and numbers in prose; a subclass draws them, and says what is asked."""
 
     text: str | None
@@ -59,9 +61,9 @@ class Needles(SuiteTask):
     def max_new_tokens(self) -> int:
         return NUMBER_TOKENS * self.expected + 4
 
+    @abc.abstractmethod
     def lines(self, random: np.random.Generator) -> tuple[list[tuple[str, int]], list[str]]:
         """Keys with their numbers, and the keys asked for; the first line is among the answers."""
-        raise NotImplementedError
 
     def shares(self, random: np.random.Generator, count: int) -> list[float]:
         return list(random.random(count))
@@ -148,7 +150,7 @@ class MultiQuery(Needles):
 
 
 @dataclass(frozen=True)
-class VariableTracking(SuiteTask):
+class VariableTracking(GeneratedTask):
     """The variables that a value was passed on to, each assignment a line of the text."""
 
     hops: Annotated[int, Range(min=1, max=25)] = 4  # assignments after the first of a chain

@@ -17,14 +17,15 @@ import numpy as np
 from lminf.errors import InputError
 from lminf.evals import metrics
 from lminf.evals.suites import prose
-from lminf.evals.suites.generated import Item, SuiteTask, fill, place
+from lminf.evals.suites.generated import GeneratedTask, fill, place
 from lminf.evals.suites.ruler import Share, drawn_words
+from lminf.evals.suites.suite_task import Item
 from lminf.evals.task import Budget
 from lminf.ranges import Range
 
 
 @dataclass(frozen=True)
-class CommonWords(SuiteTask):
+class CommonWords(GeneratedTask):
     """The most frequent words of a numbered list; every other word is there less often."""
 
     common: Annotated[int, Range(min=1, max=100)] = 5  # words to find
@@ -83,7 +84,7 @@ BLANK = "_____"
 
 
 @dataclass(frozen=True)
-class DocumentQA(SuiteTask):
+class DocumentQA(GeneratedTask):
     """The word left out of a sentence, which stands whole in one of the documents."""
 
     depth: Share = 0.5  # share of the documents before that one

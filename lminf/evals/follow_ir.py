@@ -1,0 +1,208 @@
+"""FollowIR: whether a ranking obeys an instruction that says what is not relevant.
+
+Every query has two instructions, of which the second one rules out documents that the first one has
+as relevant. A ranker that obeys moves them down:
+
+    p-MRR   mean over queries of the mean over ruled-out documents of metrics.paired_mrr: -1 to 1
+            and 0 for who ignores the instruction
+    MAP     mean average precision of the first 1,000 documents, under either instruction, over the
+            queries that have a relevant one
+
+Source: Weller et al. 2024, arXiv:2403.15246. The published data are folders, one a collection:
+corpus.jsonl (_id, title, text), queries.jsonl (_id, text, instruction_og, instruction_changed),
+qrels_og/test.tsv and qrels_changed/test.tsv (query-id, corpus-id, score), and top_ranked.jsonl
+(qid, pid), the documents to be ranked. Any function can rank; `by_model` asks a language model.
+"""
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+from lminf.atomic import read_bytes
+from lminf.errors import InputError
+from lminf.evals import metrics
+from lminf.evals.suites import published
+from lminf.lm.protocol import LanguageModel
+
+DEEPEST = 1000  # documents of a ranking that its average precision counts
+BENCHMARK = "FollowIR"
+
+
+class Instructed(NamedTuple):
+    """An instruction, and what it has as relevant."""
+
+    text: str
+    relevant: frozenset[str]  # documents
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query with its two instructions and the documents to be ranked, id -> text."""
+
+    text: str
+    original: Instructed
+    changed: Instructed
+    documents: Mapping[str, str]
+
+    @property
+    def ruled_out(self) -> list[str]:
+        """The documents that are relevant under the first instruction only."""
+        gone = self.original.relevant - self.changed.relevant
+        return [document for document in self.documents if document in gone]
+
+
+# (query, instruction, documents by id) -> ids, the most relevant first
+Ranker: TypeAlias = Callable[[str, str, Mapping[str, str]], Sequence[str]]
+
+
+class Result(NamedTuple):
+    """What a ranker obeys and finds."""
+
+    p_mrr: float  # -1 to 1, over `queries`
+    map_original: float
+    map_changed: float
+    queries: int  # in which a document is ruled out
+
+
+def evaluate(rank: Ranker, queries: Sequence[Query]) -> Result:
+    """Ranks the documents of every query under both instructions."""
+    moved: list[float] = []
+    precisions: tuple[list[float], list[float]] = [], []
+    for query in queries:
+        rankings = []
+        for instruction, found in zip((query.original, query.changed), precisions, strict=True):
+            rankings.append(_ranking(rank, query, instruction))
+            if instruction.relevant:
+                found.append(
+                    metrics.average_precision(rankings[-1][:DEEPEST], instruction.relevant)
+                )
+        before, after = rankings
+        if gone := query.ruled_out:
+            falls = [
+                metrics.paired_mrr(before.index(each) + 1, after.index(each) + 1) for each in gone
+            ]
+            moved.append(sum(falls) / len(falls))
+    if not moved:
+        raise InputError("no query has a document that its changed instruction rules out")
+    original, changed = (sum(each) / max(len(each), 1) for each in precisions)
+    return Result(sum(moved) / len(moved), original, changed, len(moved))
+
+
+def _ranking(rank: Ranker, query: Query, instruction: Instructed) -> list[str]:
+    ids = list(rank(query.text, instruction.text, query.documents))
+    if sorted(ids) != sorted(query.documents):
+        raise InputError(
+            f"a ranking for {query.text!r} has {len(ids)} documents, of {len(query.documents)} to "
+            f"rank; give each of them once"
+        )
+    return ids
+
+
+def by_model(model: LanguageModel) -> Ranker:
+    """Ranks by how much likelier `yes` is than `no` where a document's relevance is asked for."""
+    return partial(_by_model, model)
+
+
+def _by_model(
+    model: LanguageModel, query: str, instruction: str, documents: Mapping[str, str]
+) -> list[str]:
+    def odds(text: str) -> float:
+        prompt = (
+            f"Document: {text}\n\nQuery: {query}\n{instruction}\nIs this document relevant? Answer "
+            f"with yes or no.\nAnswer:"
+        )
+        yes, no = model.score([prompt] * 2, [" yes", " no"])
+        return yes.log_prob - no.log_prob
+
+    return sorted(documents, key=lambda document: -odds(documents[document]))
+
+
+# --- Data -----------------------------------------------------------------------------------------
+
+
+def read(folder: str | Path) -> list[Query]:
+    """The queries of a published collection, in the order of its file."""
+    folder = Path(folder)
+    corpus = {
+        str(each["_id"]): " ".join(filter(None, (each.get("title"), each["text"])))
+        for each in _records(folder / "corpus.jsonl", ("_id", "text"))
+    }
+    candidates: dict[str, list[str]] = {}
+    for each in _records(folder / "top_ranked.jsonl", ("qid", "pid")):
+        candidates.setdefault(str(each["qid"]), []).append(str(each["pid"]))
+    original, changed = (
+        _relevant(folder / name / "test.tsv") for name in ("qrels_og", "qrels_changed")
+    )
+    fields, none = ("_id", "text", "instruction_og", "instruction_changed"), frozenset()
+    queries = []
+    for each in _records(folder / "queries.jsonl", fields):
+        name = str(each["_id"])
+        ids = candidates.get(name, [])
+        missing = [document for document in ids if document not in corpus]
+        if missing or not ids:
+            lacking = f"lacks the document {missing[0]}" if ids else "has no documents to rank"
+            raise InputError(f"{folder} {lacking} for the query {name}; fetch it again")
+        queries.append(Query(
+            each["text"],
+            Instructed(each["instruction_og"], original.get(name, none)),
+            Instructed(each["instruction_changed"], changed.get(name, none)),
+            {document: corpus[document] for document in ids},
+        ))  # fmt: skip
+    return queries
+
+
+def _records(path: Path, fields: Sequence[str]) -> list[dict]:
+    return published.records(str(path), BENCHMARK, fields)
+
+
+def _relevant(path: Path) -> dict[str, frozenset[str]]:
+    """The documents with a score above 0 of each query."""
+    try:
+        rows = list(csv.DictReader(read_bytes(path).decode().splitlines(), delimiter="\t"))
+        found: dict[str, set[str]] = {}
+        for row in rows:
+            if float(row["score"]) > 0:
+                found.setdefault(row["query-id"], set()).add(row["corpus-id"])
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise InputError(
+            f"{path} is no table of query-id, corpus-id and score between tabs ({error}); it is "
+            f"not of {BENCHMARK}, or damaged"
+        ) from error
+    return {query: frozenset(documents) for query, documents in found.items()}
+
+
+CITIES = ("Lima", "Oslo", "Dakar", "Hanoi", "Quito", "Riga")
+GOODS = ("tents", "books", "bricks", "lamps", "boats", "clocks")
+
+
+def generate(*, count: int, documents: int, key: Sequence[int]) -> list[Query]:
+    """Queries of the published form about goods that are sent to cities, of which the changed
+    instruction rules one out.
+    """
+    queries = []
+    for number in range(count):
+        random = np.random.default_rng((*key, number))
+        goods = str(random.choice(GOODS))
+        out, other = (str(city) for city in random.choice(CITIES, 2, replace=False))
+        sent = [(str(random.choice(GOODS)), str(random.choice(CITIES))) for _ in range(documents)]
+        sent[:2] = (goods, out), (goods, other)  # one is ruled out and one is not
+        about = [index for index, (thing, _) in enumerate(sent) if thing == goods]
+        first = f"A relevant document says where {goods} were sent."
+        queries.append(Query(
+            f"Where were {goods} sent?",
+            Instructed(first, frozenset(map(str, about))),
+            Instructed(
+                f"{first} Documents about {out} are not relevant.",
+                frozenset(str(index) for index in about if sent[index][1] != out),
+            ),
+            {str(index): f"Some {thing} were sent to {city}."
+             for index, (thing, city) in enumerate(sent)},
+        ))  # fmt: skip
+    return queries

@@ -1,0 +1,124 @@
+"""FollowIR on generated queries: rankers that obey, ignore and defy an instruction; its files."""
+
+import json
+import re
+
+import pytest
+
+from lminf.errors import InputError
+from lminf.evals import follow_ir
+from lminf.lm.scripted import Scripted
+
+QUERIES = follow_ir.generate(count=5, documents=12, key=(0,))
+
+
+def obeying(query, instruction, documents):
+    """Relevant ones first, those about what the instruction rules out last; read from the texts."""
+    (goods,) = re.findall(r"Where were (\w+) sent", query)
+    out = re.findall(r"about (\w+) are not", instruction)
+    return sorted(documents, key=lambda name: (
+        goods not in documents[name] or any(city in documents[name] for city in out)
+    ))  # fmt: skip
+
+
+def ignoring(query, instruction, documents):
+    return obeying(query, "", documents)
+
+
+def test_who_obeys_moves_documents_down_and_who_ignores_does_not():
+    obeyed = follow_ir.evaluate(obeying, QUERIES)
+    assert obeyed.p_mrr > 0
+    assert (obeyed.map_original, obeyed.map_changed, obeyed.queries) == (1, 1, 5)
+    ignored = follow_ir.evaluate(ignoring, QUERIES)
+    assert ignored.p_mrr == 0
+    assert ignored.map_original == 1 > ignored.map_changed
+
+
+def test_p_mrr_is_the_mean_over_documents_of_a_query_and_then_over_queries():
+    def query(gone):
+        every = frozenset("abcd")
+        return follow_ir.Query(
+            "q", follow_ir.Instructed("one", every), follow_ir.Instructed("two", every - gone),
+            dict.fromkeys("abcd", ""),
+        )  # fmt: skip
+
+    rank = {"one": "abcd", "two": "bcad"}
+    found = follow_ir.evaluate(
+        lambda _, instruction, __: list(rank[instruction]),
+        [query(frozenset("ab")), query(frozenset("d")), query(frozenset())],
+    )
+    # a falls from 1 to 3, b rises from 2 to 1, d stays.
+    assert found.p_mrr == pytest.approx(((1 - 1 / 3 + 1 / 2 - 1) / 2 + 0) / 2)
+    assert found.queries == 2
+
+
+def test_a_language_model_ranks_by_yes_and_no():
+    def answer(prompt):
+        goods = re.search(r"Query: Where were (\w+) sent", prompt)[1]
+        text = prompt.split("\n")[0]
+        out = re.findall(r"about (\w+) are not", prompt)
+        return " yes" if goods in text and not any(city in text for city in out) else " no"
+
+    found = follow_ir.evaluate(follow_ir.by_model(Scripted(answer)), QUERIES)
+    assert found == follow_ir.evaluate(obeying, QUERIES)
+
+
+def test_a_ranking_has_every_document_once():
+    with pytest.raises(InputError, match="has 11 documents, of 12 to rank; give each of them once"):
+        follow_ir.evaluate(lambda _, __, documents: list(documents)[1:], QUERIES)
+    with pytest.raises(InputError, match="no query has a document that its changed instruction"):
+        follow_ir.evaluate(obeying, [])
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The queries as they are published."""
+
+    def lines(name, records):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, records)))
+
+    named = {f"q{n}": query for n, query in enumerate(QUERIES)}
+    lines("queries.jsonl", [
+        {"_id": name, "text": query.text, "instruction_og": query.original.text,
+         "instruction_changed": query.changed.text}
+        for name, query in named.items()
+    ])  # fmt: skip
+    pairs = [(name, each, text) for name, q in named.items() for each, text in q.documents.items()]
+    lines("corpus.jsonl", [{"_id": f"{n}-{d}", "title": "", "text": text} for n, d, text in pairs])
+    lines("top_ranked.jsonl", [{"qid": name, "pid": f"{name}-{d}"} for name, d, _ in pairs])
+    for kind, chosen in (("qrels_og", "original"), ("qrels_changed", "changed")):
+        (tmp_path / kind).mkdir()
+        rows = [f"{name}\t{name}-{d}\t{int(d in getattr(named[name], chosen).relevant)}"
+                for name, d, _ in pairs]  # fmt: skip
+        (tmp_path / kind / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *rows]))
+    return tmp_path
+
+
+def test_the_published_files_are_read(folder):
+    queries = follow_ir.read(folder)
+    assert [query.text for query in queries] == [query.text for query in QUERIES]
+    assert [len(query.ruled_out) for query in queries] == [len(q.ruled_out) for q in QUERIES]
+    assert follow_ir.evaluate(obeying, queries) == follow_ir.evaluate(obeying, QUERIES)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("qrels_og/test.tsv", "query\tdoc\n1\t2\n", "is no table of query-id, corpus-id and score"),
+        ("qrels_og/test.tsv", "query-id\tcorpus-id\tscore\nq\td\tx", "is no table of query-id"),
+        ("qrels_og/test.tsv", None, r"cannot read .*test\.tsv: No such file"),
+        ("corpus.jsonl", '{"_id": "q0-0", "text": ""}', "lacks the document q0-1 for the query q0"),
+        ("top_ranked.jsonl", '{"qid": "x", "pid": "y"}', "has no documents to rank for the query"),
+        ("queries.jsonl", '{"_id": 1}', "has no field 'text'"),
+    ],
+)
+def test_damaged_files_are_refused_in_a_sentence(name, text, message, folder):
+    if text is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        follow_ir.read(folder)

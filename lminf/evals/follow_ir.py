@@ -75,16 +75,17 @@ def evaluate(rank: Ranker, queries: Sequence[Query]) -> Result:
     precisions: tuple[list[float], list[float]] = [], []
     for query in queries:
         rankings = []
-        for instruction, found in zip((query.original, query.changed), precisions, strict=True):
+        for instruction, precision in zip((query.original, query.changed), precisions, strict=True):
             rankings.append(_ranking(rank, query, instruction))
             if instruction.relevant:
-                found.append(
+                precision.append(
                     metrics.average_precision(rankings[-1][:DEEPEST], instruction.relevant)
                 )
-        before, after = rankings
+        ranked_original, ranked_changed = rankings
         if gone := query.ruled_out:
             falls = [
-                metrics.paired_mrr(before.index(each) + 1, after.index(each) + 1) for each in gone
+                metrics.paired_mrr(ranked_original.index(each) + 1, ranked_changed.index(each) + 1)
+                for each in gone
             ]
             moved.append(sum(falls) / len(falls))
     if not moved:
@@ -164,10 +165,10 @@ def _relevant(path: Path) -> dict[str, frozenset[str]]:
     """The documents with a score above 0 of each query."""
     try:
         rows = list(csv.DictReader(read_bytes(path).decode().splitlines(), delimiter="\t"))
-        found: dict[str, set[str]] = {}
+        relevant: dict[str, set[str]] = {}
         for row in rows:
             if float(row["score"]) > 0:
-                found.setdefault(row["query-id"], set()).add(row["corpus-id"])
+                relevant.setdefault(row["query-id"], set()).add(row["corpus-id"])
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, csv.Error) as error:
@@ -175,7 +176,7 @@ def _relevant(path: Path) -> dict[str, frozenset[str]]:
             f"{path} is no table of query-id, corpus-id and score between tabs ({error}); it is "
             f"not of {BENCHMARK}, or damaged"
         ) from error
-    return {query: frozenset(documents) for query, documents in found.items()}
+    return {query: frozenset(documents) for query, documents in relevant.items()}
 
 
 CITIES = ("Lima", "Oslo", "Dakar", "Hanoi", "Quito", "Riga")
@@ -190,9 +191,9 @@ def generate(*, count: int, documents: int, key: Sequence[int]) -> list[Query]:
     for number in range(count):
         random = np.random.default_rng((*key, number))
         goods = str(random.choice(GOODS))
-        out, other = (str(city) for city in random.choice(CITIES, 2, replace=False))
+        out, excluded = (str(city) for city in random.choice(CITIES, 2, replace=False))
         sent = [(str(random.choice(GOODS)), str(random.choice(CITIES))) for _ in range(documents)]
-        sent[:2] = (goods, out), (goods, other)  # one is ruled out and one is not
+        sent[:2] = (goods, out), (goods, excluded)  # one is ruled out and one is not
         about = [index for index, (thing, _) in enumerate(sent) if thing == goods]
         first = f"A relevant document says where {goods} were sent."
         queries.append(Query(

@@ -39,9 +39,9 @@ def margins(
     """
     logs = log_probs[asked, 0].astype(np.float64)
     present, absent = logs[:, haystack.values[asked]], logs[:, haystack.absent]  # [Q, values]
-    own, others = np.diag(present), len(present) - 1
+    right, wrong_count = np.diag(present), len(present) - 1
     return Margins(
-        own - absent.mean(1),
-        own - (present.sum(1) - own) / others if others else np.zeros(1),
-        1 + (present > own[:, None]).sum(1) + ((present == own[:, None]).sum(1) - 1) / 2,
+        right - absent.mean(1),
+        right - (present.sum(1) - right) / wrong_count if wrong_count else np.zeros(1),
+        1 + (present > right[:, None]).sum(1) + ((present == right[:, None]).sum(1) - 1) / 2,
     )

@@ -67,9 +67,9 @@ def rouge_l(completion: str, reference: str) -> float:
     """F1 of the longest common subsequence of words: lower case, letters and digits alone, without
     stemming, as rouge-score 0.1.2 computes it.
     """
-    found, expected = _rouge_words(completion), _rouge_words(reference)
-    common = longest_common(found, expected)
-    return 2 * common / (len(found) + len(expected)) if common else 0.0
+    words, expected = _rouge_words(completion), _rouge_words(reference)
+    common = longest_common(words, expected)
+    return 2 * common / (len(words) + len(expected)) if common else 0.0
 
 
 def rouge_l_recall(completion: str, reference: str) -> float:
@@ -80,9 +80,9 @@ def rouge_l_recall(completion: str, reference: str) -> float:
 
 def character_rouge_l(completion: str, reference: str) -> float:
     """F1 of the longest common subsequence of characters, for languages without spaces."""
-    found, expected = _characters(completion), _characters(reference)
-    common = longest_common(found, expected)
-    return 2 * common / (len(found) + len(expected)) if common else 0.0
+    characters, expected = _characters(completion), _characters(reference)
+    common = longest_common(characters, expected)
+    return 2 * common / (len(characters) + len(expected)) if common else 0.0
 
 
 def _rouge_words(text: str) -> list[str]:
@@ -142,8 +142,8 @@ def letter_in(completion: str, letters: str = "ABCD") -> str | None:
     """
     text, one = completion.replace("*", ""), f"[{letters}]"
     for pattern in (rf"answer is:?\s*\(?({one})\b", rf"^\W*({one})\b"):
-        if found := re.search(pattern, text, re.IGNORECASE if "answer" in pattern else 0):
-            return found[1].upper()
+        if match := re.search(pattern, text, re.IGNORECASE if "answer" in pattern else 0):
+            return match[1].upper()
     alone = re.findall(rf"\b({one})\b(?!')", text)
     return alone[-1] if alone else None
 
@@ -189,8 +189,8 @@ def _swapped_distance(order: Sequence[int]) -> int:
 
     def gain(pair: tuple[int, int]) -> float:
         i, j = pair
-        before = abs(order[i] - i) + abs(order[j] - j)
-        return (before - abs(order[j] - i) - abs(order[i] - j)) / (j - i)
+        distance = abs(order[i] - i) + abs(order[j] - j)
+        return (distance - abs(order[j] - i) - abs(order[i] - j)) / (j - i)
 
     pairs = [(i, j) for i in range(len(order)) for j in range(i + 1, len(order))]
     while any(place != index for index, place in enumerate(order)):
@@ -220,9 +220,9 @@ def paired_mrr(old_rank: int, new_rank: int) -> float:
 
 def average_precision(ranking: Sequence[Hashable], relevant: Collection[Hashable]) -> float:
     """The mean, over what is relevant, of the precision at its place; what is missing has 0."""
-    found, total = 0, 0.0
+    hits, total = 0, 0.0
     for place, item in enumerate(ranking, 1):
         if item in relevant:
-            found += 1
-            total += found / place
+            hits += 1
+            total += hits / place
     return total / len(relevant) if relevant else 0.0

@@ -51,9 +51,9 @@ class ChatModel:
     def encode(self, prompt: str, answer: str = "") -> Int[np.ndarray, " T"]:
         """Token ids of the conversation up to where the assistant goes on, after this answer."""
         message, lead = split_lead(prompt)
-        *before, last = (piece.replace(MESSAGE, message) for piece in self._frame)
+        *head, last = (piece.replace(MESSAGE, message) for piece in self._frame)
         reply = lead + answer if lead else answer.lstrip(" ")
-        return self.model.lm.tokenizer.encode_pieces([*before, last + reply])
+        return self.model.lm.tokenizer.encode_pieces([*head, last + reply])
 
     def count_tokens(self, text: str) -> int:
         return len(self.encode(text))
@@ -62,7 +62,7 @@ class ChatModel:
         """Of each continuation as what the assistant goes on with."""
         scores: dict[int, Score] = {}
         for prompt in dict.fromkeys(prompts):
-            members = [index for index, other in enumerate(prompts) if other == prompt]
+            members = [index for index, each in enumerate(prompts) if each == prompt]
             start = len(self.encode(prompt))
             pairs = [(self.encode(prompt, continuations[index]), start) for index in members]
             if not all(len(tokens) > start for tokens, _ in pairs):

@@ -55,9 +55,9 @@ class SharedPrefix:
         ]
         scores: dict[int, Score] = {}
         for prompt in dict.fromkeys(prompts):
-            members = [index for index, other in enumerate(prompts) if other == prompt]
-            found = self.score_tokens([pairs[index] for index in members])
-            scores |= dict(zip(members, found, strict=True))
+            members = [index for index, each in enumerate(prompts) if each == prompt]
+            scored = self.score_tokens([pairs[index] for index in members])
+            scores |= dict(zip(members, scored, strict=True))
         return [scores[index] for index in range(len(pairs))]
 
     def score_tokens(self, pairs: Sequence[Pair]) -> list[Score]:
@@ -168,14 +168,14 @@ def log_probs_after(
     # Small caches fill the processor together; one that keeps every token does so by itself.
     rows = TAIL_ROWS if all(policy.bounded for policy in lm.decoder.policies) else 1
     for tokens, last in tails:
-        found = []
+        log_probs = []
         for start in range(0, len(tokens), rows):
-            some = np.asarray(tokens[start : start + rows], np.int32)
-            copies = _copies(caches, len(some))
-            states, _ = _extended(lm, some, len(prefix), step, copies)
+            batch = np.asarray(tokens[start : start + rows], np.int32)
+            copies = _copies(caches, len(batch))
+            states, _ = _extended(lm, batch, len(prefix), step, copies)
             states = np.concatenate([np.asarray(each) for each in states], 1)[:, -last:]
-            found.append(np.asarray(_log_probs(lm.spec, lm.params, states)))
-        yield np.concatenate(found)
+            log_probs.append(np.asarray(_log_probs(lm.spec, lm.params, states)))
+        yield np.concatenate(log_probs)
 
 
 def _read_prefix(lm: LM, prefix: Int[np.ndarray, " P"], step: int, caches: Any) -> Any:

@@ -112,9 +112,9 @@ class BestAnswer(GeneratedTask):
 
     def item(self, budget: Budget, random: np.random.Generator) -> Item:
         paragraphs = prose.paragraphs(self.text)
-        asked = int(random.choice(prose.followed(self.text)))
-        near = sorted(range(len(paragraphs)), key=lambda index: abs(index - asked - 0.5))
-        distractors = [index for index in near if index not in (asked, asked + 1)]
+        query = int(random.choice(prose.followed(self.text)))
+        near = sorted(range(len(paragraphs)), key=lambda index: abs(index - query - 0.5))
+        distractors = [index for index in near if index not in (query, query + 1)]
         ranks = random.random(len(distractors))  # the order in which they are shown
         drawn = random.random()
         depth = drawn if self.depth is None else self.depth
@@ -123,7 +123,7 @@ class BestAnswer(GeneratedTask):
             mixed = [
                 index for _, index in sorted(zip(ranks[: count - 1], distractors, strict=False))
             ]
-            mixed.insert(min(int(depth * count), count - 1), asked + 1)
+            mixed.insert(min(int(depth * count), count - 1), query + 1)
             return mixed
 
         def prompt(count: int) -> str:
@@ -131,14 +131,14 @@ class BestAnswer(GeneratedTask):
                 f"A{number}: {paragraphs[index]}" for number, index in enumerate(shown(count), 1)
             )
             return (
-                f"Passage: {paragraphs[asked]}\n\nOne of the following candidates is the passage "
-                f"that follows this one in its text.\n\n{listing}\n\nPassage: {paragraphs[asked]}\n"
+                f"Passage: {paragraphs[query]}\n\nOne of the following candidates is the passage "
+                f"that follows this one in its text.\n\n{listing}\n\nPassage: {paragraphs[query]}\n"
                 f"Answer with the label of the candidate that follows it, such as A2.\nAnswer:"
             )
 
         filled = fill(budget, prompt, part="candidate", least=2, most=len(distractors) + 1)
         prose.check_filled(filled, len(distractors) + 1, self.text, budget)
-        answer = shown(filled.parts).index(asked + 1) + 1, filled.parts
+        answer = shown(filled.parts).index(query + 1) + 1, filled.parts
         # Complete lines: what A1 begins, A12 goes on with, and is never likelier.
         options = tuple(f" A{label}\n" for label in range(1, filled.parts + 1))
         return Item(filled.prompt, answer, filled.tokens, options=options)

@@ -51,20 +51,20 @@ class BabiLong(GeneratedTask):
 
     def _story(self, random: np.random.Generator) -> tuple[list[str], str, str]:
         """Facts in order, the question and its answer."""
-        hero, *others = (str(name) for name in random.permutation(PEOPLE))
+        hero, *bystanders = (str(name) for name in random.permutation(PEOPLE))
         thing = str(random.choice(THINGS))
         route = [str(place) for place in random.permutation(PLACES)]
-        moves = [(str(random.choice(others)), str(random.choice(PLACES))) for _ in range(MOVES)]
+        moves = [(str(random.choice(bystanders)), str(random.choice(PLACES))) for _ in range(MOVES)]
         story = [f"{who} went to the {where}." for who, where in moves]
-        own = [f"{hero} went to the {where}." for where in route[:3]]
+        trips = [f"{hero} went to the {where}." for where in route[:3]]
         if self.facts == 1:
-            facts, answer = own, route[2]
+            facts, answer = trips, route[2]
             question = f"\nWhere is {hero}? {hero} is in the"
         elif self.facts == 2:
-            facts, answer = [own[0], f"{hero} took the {thing}.", *own[1:]], route[2]
+            facts, answer = [trips[0], f"{hero} took the {thing}.", *trips[1:]], route[2]
             question = f"\nWhere is the {thing}? The {thing} is in the"
         else:
-            facts, answer = [own[0], f"{hero} took the {thing}.", *own[1:]], route[1]
+            facts, answer = [trips[0], f"{hero} took the {thing}.", *trips[1:]], route[1]
             question = (
                 f"\nWhere was the {thing} before the {route[2]}? "
                 f"Before the {route[2]} the {thing} was in the"

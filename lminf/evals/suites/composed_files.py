@@ -184,8 +184,8 @@ class M4LEFile(PublishedTask):
         if how == "contains":
             return float(any(text.lower() in answer.lower() for text in right))
         if how == "equals":
-            found = answer.lower().rstrip(".。")
-            return float(any(text.lower().rstrip(".。") == found for text in right))
+            normalised = answer.lower().rstrip(".。")
+            return float(any(text.lower().rstrip(".。") == normalised for text in right))
         if how == "parts":
             return metrics.set_f1(_parts(answer), _parts(right[0]))
         return max(metrics.rouge_l_recall(answer, text) for text in right)

@@ -21,8 +21,8 @@ NUMBER = re.compile(r"\d+\.\d+|\d+")
 
 
 def first_number(completion: str, right: list[str]) -> float:
-    found = NUMBER.search(completion)
-    return float(found is not None and float(found[0]) == float(right[0]))
+    match = NUMBER.search(completion)
+    return float(match is not None and float(match[0]) == float(right[0]))
 
 
 def last_number(completion: str, right: list[str]) -> float:
@@ -52,8 +52,8 @@ def rouge(completion: str, right: list[str]) -> float:
 
 def results_in_order(completion: str, right: list[str]) -> float:
     """The share of the results before the first that is wrong."""
-    found = re.findall(r"\d+", completion)
-    same = [one == two for one, two in zip(found, right, strict=False)]
+    numbers = re.findall(r"\d+", completion)
+    same = [one == two for one, two in zip(numbers, right, strict=False)]
     return (same.index(False) if False in same else len(same)) / len(right)
 
 

@@ -108,11 +108,11 @@ class LongBench(PublishedTask):
 
     def questions(self) -> list[Question]:
         fields = ("input", "context", "answers", "all_classes")
-        before, after = self._template().split("{context}", 1)
+        head, tail = self._template().split("{context}", 1)
         return [
             Question(
-                before.replace("{input}", record["input"]), record["context"],
-                after.replace("{input}", record["input"]),
+                head.replace("{input}", record["input"]), record["context"],
+                tail.replace("{input}", record["input"]),
                 Answer(published.texts(record, "answers", self.path), record["all_classes"] or ()),
             )
             for record in published.records(self.path, "LongBench", fields)

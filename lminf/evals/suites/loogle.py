@@ -45,14 +45,16 @@ class LooGLE(PublishedTask):
 
     def _asked(self, context: str, pair: Mapping[str, Any]) -> Question:
         if hidden := pair["A"] if isinstance(pair["A"], dict) else None:
-            asked = (
+            request = (
                 f"\n\nEvery <mask-n> of the following sentences hides a person, place or "
                 f"organisation of the text above; equal masks hide the same.\n{pair['Q']}\nSay "
                 f'what they hide in a JSON object, such as {{"<mask-0>": "Jane Roe"}}.\nAnswer:'
             )
-            return Question("", context, asked, {mask: str(name) for mask, name in hidden.items()})
-        asked = f"\n\nAnswer the question from the text above.\nQuestion: {pair['Q']}\nAnswer:"
-        return Question("", context, asked, str(pair["A"]))
+            return Question(
+                "", context, request, {mask: str(name) for mask, name in hidden.items()}
+            )
+        request = f"\n\nAnswer the question from the text above.\nQuestion: {pair['Q']}\nAnswer:"
+        return Question("", context, request, str(pair["A"]))
 
     def _pairs(self, written: Any) -> list[dict[str, Any]]:
         try:
@@ -86,9 +88,9 @@ def masks_in(completion: str) -> dict[str, str]:
     for written in re.findall(r"\{[^{}]*\}", completion):
         for read in (json.loads, ast.literal_eval):
             try:
-                found = read(written)
+                parsed = read(written)
             except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 continue
-            if isinstance(found, dict):
-                return {str(mask): str(name) for mask, name in found.items()}
+            if isinstance(parsed, dict):
+                return {str(mask): str(name) for mask, name in parsed.items()}
     return {}

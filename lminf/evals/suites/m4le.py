@@ -84,9 +84,9 @@ class Composed(GeneratedTask):
 
     def _make_clear(self, composed: list[tuple[str, str]], city: str) -> None:
         """Makes the city that of every third note, and the others take turns."""
-        others = [other for other in CITIES if other != city]
+        decoys = [other for other in CITIES if other != city]
         for index, (goods, _) in enumerate(composed):
-            composed[index] = goods, city if index % 3 == 0 else others[index % len(others)]
+            composed[index] = goods, city if index % 3 == 0 else decoys[index % len(decoys)]
 
     def _question(self, special: str, meant: list[int]) -> str:
         numbers = ", ".join(str(index + 1) for index in meant)

@@ -57,9 +57,9 @@ class ManyShot(GeneratedTask):
     def item(self, budget: Budget, random: np.random.Generator) -> Item:
         names = drawn_labels(random, self.labels)
         tools = self._tools(random)
-        asked = min(int(self.depth * self.labels), self.labels - 1)
+        query_label = min(int(self.depth * self.labels), self.labels - 1)
         if self.order == "shuffled":
-            asked = 0  # where it stands is drawn with the rounds
+            query_label = 0  # where it stands is drawn with the rounds
         examples: list[tuple[int, str, str]] = []  # label, tool and sentence, in rounds
 
         def grow(count: int) -> None:
@@ -78,12 +78,12 @@ class ManyShot(GeneratedTask):
                 f"Sentence: {text}\nLabel: {names[label]}" for label, _, text in shown
             )
             # Of the first round, which every prompt has.
-            tool = next(tool for label, tool, _ in examples if label == asked)
+            tool = next(tool for label, tool, _ in examples if label == query_label)
             return f"{lines}\nSentence: {QUESTION.format(tool=tool)}\nLabel:"
 
         filled = fill(budget, prompt, part="example", least=self.labels)
         options = tuple(f" {name}" for name in names)
-        return Item(filled.prompt, names[asked], filled.tokens, options=options)
+        return Item(filled.prompt, names[query_label], filled.tokens, options=options)
 
     def _tools(self, random: np.random.Generator) -> list[list[str]]:
         """Different words for every label, none of them a word of the phrases."""
@@ -97,8 +97,8 @@ class ManyShot(GeneratedTask):
         return [[str(next(drawn)) for _ in range(TOOLS)] for _ in range(self.labels)]
 
     def parse(self, completion: str) -> str | None:
-        found = LABEL.search(completion.lower())
-        return found[0] if found else None
+        match = LABEL.search(completion.lower())
+        return match[0] if match else None
 
 
 def drawn_labels(random: np.random.Generator, count: int) -> list[str]:

@@ -27,19 +27,19 @@ def articles(path: str | None) -> Sequence[Sequence[str]]:
     once: no lists, tables, headings or code.
     """
     seen: set[str] = set()
-    found = []
+    selected = []
     for text in [sources.read_text(path)] if path else sources.python_prose():
         blocks = re.split(r"\n\s*\n", text)
         lines = [" ".join(block.split()) for block in blocks if block[:1].isupper()]
         prose = [line for line in dict.fromkeys(lines) if len(line) >= 80 and line[-1] in ".!?"]
-        found.append(tuple(line for line in prose if line not in seen))
+        selected.append(tuple(line for line in prose if line not in seen))
         seen.update(prose)
     if len(seen) < 8:
         raise InputError(
             f"{path} has {len(seen)} paragraphs of prose, which are set apart by blank lines, "
             f"begin with a capital and end with a full stop; give a text of at least 8"
         )
-    return tuple(found)
+    return tuple(selected)
 
 
 @functools.cache

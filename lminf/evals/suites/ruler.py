@@ -69,17 +69,17 @@ class Needles(GeneratedTask):
         return list(random.random(count))
 
     def item(self, budget: Budget, random: np.random.Generator) -> Item:
-        pairs, asked = self.lines(random)
+        pairs, queries = self.lines(random)
         shares = self.shares(random, len(pairs))
         hidden = [LINE.format(key=key, value=value) for key, value in pairs]
         body = scattered(hidden, shares, self.text, random.random())
-        keys = " and ".join(asked)
+        keys = " and ".join(queries)
         question = (
             f"\nWhat are all the special magic numbers for {keys} mentioned in the text? "
             f"The special magic numbers for {keys} mentioned in the text are"
         )
         filled = fill(budget, lambda count: TASK + body(count) + question, part="sentence")
-        answers = [value for key, value in pairs if key in asked]
+        answers = [value for key, value in pairs if key in queries]
         return Item(filled.prompt, answers, filled.tokens)
 
     def parse(self, completion: str) -> str:

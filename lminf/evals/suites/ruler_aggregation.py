@@ -51,13 +51,13 @@ class CommonWords(GeneratedTask):
 
     def item(self, budget: Budget, random: np.random.Generator) -> Item:
         words = drawn_words(random, len(prose.words(self.text)), self.text)
-        common, others = words[: self.common], words[self.common :]
+        common, rare = words[: self.common], words[self.common :]
         order: list[float] = []
 
         def prompt(count: int) -> str:
             """`count` other words, each its times."""
             listed = common * self.times + [
-                w for w in others[:count] for _ in range(self.other_times)
+                w for w in rare[:count] for _ in range(self.other_times)
             ]
             order.extend(random.random(max(len(listed) - len(order), 0)))
             mixed = [word for _, word in sorted(zip(order, listed, strict=False))]
@@ -69,8 +69,8 @@ class CommonWords(GeneratedTask):
                 f"{self.common} most common words in the list are:"
             )
 
-        filled = fill(budget, prompt, part="other word", least=1, most=len(others))
-        prose.check_filled(filled, len(others), self.text, budget)
+        filled = fill(budget, prompt, part="other word", least=1, most=len(rare))
+        prose.check_filled(filled, len(rare), self.text, budget)
         return Item(filled.prompt, common, filled.tokens)
 
     def parse(self, completion: str) -> str:
@@ -98,18 +98,18 @@ class DocumentQA(GeneratedTask):
     def item(self, budget: Budget, random: np.random.Generator) -> Item:
         documents = prose.paragraphs(self.text)
         order = random.permutation(len(documents))
-        own, sentence, word = self._question(documents, order, random)
-        others = [documents[index] for index in order if documents[index] != own]
-        asked = re.sub(rf"\b{word}\b", BLANK, sentence, count=1)
+        source, sentence, word = self._question(documents, order, random)
+        fillers = [documents[index] for index in order if documents[index] != source]
+        cloze = re.sub(rf"\b{word}\b", BLANK, sentence, count=1)
 
         def prompt(count: int) -> str:
             """`count` documents, one of them that of the question."""
-            shown = list(others[: count - 1])
-            shown.insert(place(count, self.depth), own)
+            shown = list(fillers[: count - 1])
+            shown.insert(place(count, self.depth), source)
             listing = "\n".join(f"Document {number}: {d}" for number, d in enumerate(shown, 1))
             return (
                 f"Read the documents and complete the sentence, which is in one of them.\n{listing}"
-                f"\nSentence: {asked}\nThe missing word, written in the place of {BLANK}, is"
+                f"\nSentence: {cloze}\nThe missing word, written in the place of {BLANK}, is"
             )
 
         filled = fill(budget, prompt, part="document", least=1, most=len(documents))
@@ -130,5 +130,5 @@ class DocumentQA(GeneratedTask):
         raise InputError(f"no sentence of {self.text} has a word to ask for; give a longer text")
 
     def parse(self, completion: str) -> str | None:
-        found = re.search(r"[A-Za-z]+", completion)
-        return found[0].lower() if found else None
+        match = re.search(r"[A-Za-z]+", completion)
+        return match[0].lower() if match else None

@@ -49,9 +49,9 @@ def effective_length(rows: Rows) -> int | None:
     low = intervals[lengths[0]].low
     if len(lengths) < 2 or low <= 0:
         return None
-    held = lengths[0]
+    longest = lengths[0]
     for length in lengths[1:]:
         if intervals[length].high < low:
             break
-        held = length
-    return held
+        longest = length
+    return longest

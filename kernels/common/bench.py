@@ -25,11 +25,8 @@ class Timing:
 def summary(seconds: list[float], calls: int = 1) -> Timing:
     """Timings of `calls` calls each, as milliseconds of one."""
     each = [1e3 * s / calls for s in seconds]
-    iqr = 0.0
-    if len(each) > 1:
-        low, _, high = statistics.quantiles(each, n=4)
-        iqr = high - low
-    return Timing(statistics.median(each), min(each), iqr, len(each))
+    low, _, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
+    return Timing(statistics.median(each), min(each), high - low, len(each))
 
 
 def interleaved(

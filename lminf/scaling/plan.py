@@ -20,14 +20,14 @@ SMALLEST = 2e9  # FLOPs of one run: below it a model has learned little more tha
 # curvature of a bowl, d2 loss / d(ln x)2. They make the expected interval, nothing else.
 MEASURED = {"vocab": (0.03, 1.1), "step": (0.01, 0.5)}
 STEPS = 256  # of a run at least: with fewer, a small model does not get below word frequencies
-VOCAB_LENGTH, STEP_LENGTH = 128, 64  # tokens of a sequence
+VOCAB_LENGTH, STEP_LENGTH = 128, 32  # tokens of a sequence
 STEP_VOCAB = 512  # entries
 SHARE = 0.8  # of the hours that training gets; the rest compiles and evaluates
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama shape with heads of 16 channels at least and an MLP of 8/3 widths."""
+    """A Llama shape with heads of 64 channels, or one, and an MLP of 8/3 widths."""
 
     layers: int
     width: int
@@ -35,7 +35,7 @@ class Shape:
     @property
     def heads(self) -> int:
         """Attention heads."""
-        return max(2, self.width // 64) if self.width >= 256 else self.width // 16
+        return max(1, self.width // 64)
 
     @property
     def hidden(self) -> int:

@@ -126,10 +126,11 @@ def step(budget: float, *, text_tokens: float, rates: int = 5, batches: int = 3)
     )
     assert point.batch is not None
     middle = max(2, round(math.log2(point.batch / STEP_LENGTH)))
-    lowest = max(0, middle - batches // 2)
-    # Far below its range the law's rate is several times too high: more of the grid lies below it.
+    # Far below its range the law's rate and batch are several times too high (docs/studies): they
+    # are the largest of the grid.
+    lowest = max(0, middle - batches + 1)
     peak = 2.0 ** round(math.log2(point.lr))
-    grid = tuple(peak * 2.0 ** (i - rates + 3) for i in range(rates))
+    grid = tuple(peak * 2.0 ** (i - rates + 1) for i in range(rates))
     chosen = tuple(2 ** (lowest + i) for i in range(batches))
     # Whole steps of the largest batch: a group is of one D, whatever its batches.
     whole = chosen[-1] * STEP_LENGTH

@@ -101,6 +101,25 @@ def bracket(curve: Curve) -> tuple[float | None, float | None]:
     return (below[-1] if below else None), (above[0] if above else None)
 
 
+def other_minima(curve: Curve) -> list[float]:
+    """x of further minima: less than their neighbours, and between them and the best one a loss
+    that is told apart from theirs."""
+    if curve.errors is None:
+        return []
+    least, means, errors = int(np.argmin(curve.means)), curve.means, curve.errors
+    found = []
+    for i, mean in enumerate(means):
+        beside = [means[j] for j in (i - 1, i + 1) if 0 <= j < len(means)]
+        between = range(min(i, least) + 1, max(i, least))
+        if mean < min(beside) and any(
+            means[j] > mean
+            and distinguishable(means[j], mean, float(np.hypot(errors[i], errors[j])))
+            for j in between
+        ):
+            found.append(float(curve.x[i]))
+    return found
+
+
 def vertex(x: np.ndarray, y: np.ndarray) -> tuple[float, float] | None:
     """(x, y) where the parabola through the least y and its neighbours is least; None at an end."""
     least = int(np.argmin(y))
@@ -138,4 +157,6 @@ def describe_minimum(curve: Curve, name: str) -> str:
         apart.append(f"told apart from {low:g} below and {high:g} above")
     else:
         apart.append("not told apart from any on both sides, so no optimum is claimed")
+    if others := other_minima(curve):
+        apart.append(f"no single bowl: a further minimum at {', '.join(f'{x:g}' for x in others)}")
     return f"{text}; {'; '.join(apart)} (noise {curve.sigma:.3f})."

@@ -63,15 +63,26 @@ class Surface:
             ]  # fmt: skip
         return kept
 
+    @cached_property
+    def design(self) -> tuple[np.ndarray, np.ndarray]:
+        """(terms of the rows, their losses)."""
+        names = ("n_v", "n_nv", "tokens", self.metric)
+        *sizes, loss = np.array([[row[name] for name in names] for row in self.near]).T
+        return polynomial(*sizes), loss
+
     def fit(self, weights: np.ndarray) -> np.ndarray | None:
         """The coefficients; None where the rows do not determine them."""
-        n_v, n_nv, tokens, loss = np.array(
-            [[row[name] for name in ("n_v", "n_nv", "tokens", self.metric)] for row in self.near]
-        ).T
-        root = np.sqrt(weights)
-        design = polynomial(n_v, n_nv, tokens) * root[:, None]
-        found, _, rank, _ = linalg.lstsq(design, loss * root)
-        return found if rank == design.shape[1] else None
+        (terms, loss), root = self.design, np.sqrt(weights)
+        found, _, rank, _ = linalg.lstsq(terms * root[:, None], loss * root)
+        return found if rank == terms.shape[1] else None
+
+    @property
+    def misfit(self) -> float | None:
+        """Root mean square of what it misses the rows by."""
+        if self.point is None:
+            return None
+        terms, loss = self.design
+        return float(np.sqrt(np.mean((terms @ self.point - loss) ** 2)))
 
     @cached_property
     def point(self) -> np.ndarray | None:
@@ -132,6 +143,7 @@ class Optimum:
     surface: float | None
     draws: np.ndarray
     without_a_size: list[float]  # the surface's, each size left out in turn
+    misfit: float | None  # of the whole surface, root mean square
 
     @property
     def bracketed(self) -> bool:
@@ -166,6 +178,6 @@ def optima_of(rows: list[Row], metric: str) -> list[Optimum]:
         found.append(Optimum(
             n_nv, budget, by_size, _noise.optimum(by_size),
             surface.optimum(n_nv, budget, surface.point), surface.sampled(n_nv, budget),
-            [v for v in without if v is not None],
+            [v for v in without if v is not None], surface.misfit,
         ))  # fmt: skip
     return found

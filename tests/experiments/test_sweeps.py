@@ -222,6 +222,15 @@ def test_the_best_sizes_neighbours_bracket_it():
     assert _noise.bracket(bowl(0.001, at=100))[0] is None
 
 
+def test_a_second_minimum_is_said():
+    assert _noise.other_minima(bowl(0.001)) == []
+    twice = _noise.Curve(SIZES, tuple([v - 1e-3, v + 1e-3] for v in (1.0, 0.5, 0.9, 0.6, 0.7)))
+    assert _noise.other_minima(twice) == [2048]
+    assert "no single bowl: a further minimum at 2048" in _noise.describe_minimum(twice, "V")
+    noisy = _noise.Curve(SIZES, tuple([v - 0.3, v + 0.3] for v in (1.0, 0.5, 0.9, 0.6, 0.7)))
+    assert _noise.other_minima(noisy) == []
+
+
 def test_a_batch_has_the_loss_of_its_best_rate_between_the_rates():
     rows = [
         {"lr": lr, "batch_tokens": batch, "loss": 1 + (np.log2(lr / 3) ** 2) / batch}

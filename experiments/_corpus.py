@@ -21,7 +21,7 @@ DESCRIPTIONS = {
     "prose": "the standard library's docstrings of 200 characters and more and the topics of the "
     "language reference, as the interpreter installs them (PSF licence)",
 }
-HELD_OUT = 100_000  # characters, the end of the text: the same span for every vocabulary
+HELD_OUT = 50_000  # characters, the end of the text: the same span for every vocabulary
 PIECE = 4000  # characters: files are cut, so that the held-out text is a sample of all of them
 
 
@@ -55,7 +55,7 @@ class Corpus:
     @cached_property
     def folder(self) -> Path:
         """Where tokenizers and tokens are kept between cells."""
-        return fetch.cache_folder() / "studies" / f"{self.name}-{self.digest}"
+        return fetch.cache_folder() / "studies" / f"{self.name}-{self.digest}-{HELD_OUT}"
 
     def tokenizers(self, vocab_sizes: Sequence[int]) -> dict[int, Tokenizer]:
         pieces = [self.train[i : i + 10_000] for i in range(0, len(self.train), 10_000)]

@@ -69,9 +69,9 @@ def optimum(curve: Curve) -> tuple[float | None, float | None, float | None]:
     if best is None:
         return None, None, None
     if curve.errors is None:
-        return float(np.exp(best)), None, None
+        return float(np.exp(best[0])), None, None
     low, high = np.percentile(sampled_optima(curve), [2.5, 97.5])
-    return float(np.exp(best)), float(low), float(high)
+    return float(np.exp(best[0])), float(low), float(high)
 
 
 def sampled_optima(curve: Curve, *, seed: int = 0) -> np.ndarray:
@@ -82,17 +82,51 @@ def sampled_optima(curve: Curve, *, seed: int = 0) -> np.ndarray:
     for noise in draws:
         values = curve.means + errors * noise
         inside = vertex(log_x, values)
-        optima.append(log_x[np.argmin(values)] if inside is None else inside)
+        optima.append(log_x[np.argmin(values)] if inside is None else inside[0])
     return np.exp(optima)
 
 
-def vertex(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Where the parabola through the least y and its neighbours is least; None at an end."""
+def bracket(curve: Curve) -> tuple[float | None, float | None]:
+    """The nearest x below and above the best one whose losses are told apart from its; None: none,
+    or no replicates to tell by."""
+    if curve.errors is None:
+        return None, None
+    least = int(np.argmin(curve.means))
+    apart = [
+        distinguishable(mean, curve.means[least], float(np.hypot(error, curve.errors[least])))
+        for mean, error in zip(curve.means, curve.errors, strict=True)
+    ]
+    below = [float(x) for x, told in zip(curve.x[:least], apart, strict=False) if told]
+    above = [float(x) for x, told in zip(curve.x[least:], apart[least:], strict=True) if told]
+    return (below[-1] if below else None), (above[0] if above else None)
+
+
+def other_minima(curve: Curve) -> list[float]:
+    """x of further minima: less than their neighbours, and between them and the best one a loss
+    that is told apart from theirs."""
+    if curve.errors is None:
+        return []
+    least, means, errors = int(np.argmin(curve.means)), curve.means, curve.errors
+    found = []
+    for i, mean in enumerate(means):
+        beside = [means[j] for j in (i - 1, i + 1) if 0 <= j < len(means)]
+        between = range(min(i, least) + 1, max(i, least))
+        if mean < min(beside) and any(
+            means[j] > mean
+            and distinguishable(means[j], mean, float(np.hypot(errors[i], errors[j])))
+            for j in between
+        ):
+            found.append(float(curve.x[i]))
+    return found
+
+
+def vertex(x: np.ndarray, y: np.ndarray) -> tuple[float, float] | None:
+    """(x, y) where the parabola through the least y and its neighbours is least; None at an end."""
     least = int(np.argmin(y))
     if least in (0, len(y) - 1):
         return None
-    a, b, _ = np.polyfit(x[least - 1 : least + 2], y[least - 1 : least + 2], 2)
-    return -b / (2 * a)
+    a, b, c = np.polyfit(x[least - 1 : least + 2], y[least - 1 : least + 2], 2)
+    return -b / (2 * a), c - b * b / (4 * a)
 
 
 def describe_minimum(curve: Curve, name: str) -> str:
@@ -118,4 +152,11 @@ def describe_minimum(curve: Curve, name: str) -> str:
             above = curve.means[neighbour] - curve.means[least]
             verdict = "told apart" if distinguishable(above, 0, error) else "not told apart"
             apart.append(f"{name} = {curve.x[neighbour]:g} is {above:.3f} above, {verdict}")
+    low, high = bracket(curve)
+    if low is not None and high is not None:
+        apart.append(f"told apart from {low:g} below and {high:g} above")
+    else:
+        apart.append("not told apart from any on both sides, so no optimum is claimed")
+    if others := other_minima(curve):
+        apart.append(f"no single bowl: a further minimum at {', '.join(f'{x:g}' for x in others)}")
     return f"{text}; {'; '.join(apart)} (noise {curve.sigma:.3f})."

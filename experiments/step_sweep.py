@@ -90,13 +90,19 @@ def along_rates(rows: list[Row], batch: float) -> _noise.Curve:
 
 
 def along_batches(rows: list[Row]) -> _noise.Curve:
-    """Of each batch the loss at its best rate."""
-    best: dict[int, list[float]] = {}
-    for (_, batch), values in cells_of(rows).items():
-        if batch not in best or np.mean(values) < np.mean(best[batch]):
-            best[batch] = values
-    batches = sorted(best)
-    return _noise.Curve(np.array(batches), tuple(best[batch] for batch in batches))
+    """Of each batch the loss at its best rate: for each seed the least of the parabola through its
+    best rate and the neighbours, since rates a factor of two apart cost more than batches do."""
+    by_batch: dict[int, dict[float, list[float]]] = {}
+    for (lr, batch), values in sorted(cells_of(rows).items()):
+        by_batch.setdefault(batch, {})[lr] = values
+    values_of = {batch: [] for batch in sorted(by_batch)}
+    for batch, values in values_of.items():
+        most = max(map(len, by_batch[batch].values()))  # without rates where a seed diverged
+        complete = {lr: losses for lr, losses in by_batch[batch].items() if len(losses) == most}
+        for losses in zip(*complete.values(), strict=True):
+            lowest = _noise.vertex(np.log(list(complete)), np.array(losses))
+            values.append(min(losses) if lowest is None else lowest[1])
+    return _noise.Curve(np.array(list(values_of)), tuple(values_of.values()))
 
 
 def table(rows: list[Row]) -> list[Row]:
@@ -143,11 +149,12 @@ def plateau(rows: list[Row]) -> str | None:
 
 
 def interior(rows: list[Row], best: Mapping[str, float]) -> str:
-    """In which directions the best cell is not at the edge of the grid."""
+    """In which directions the best cell is not at an edge: of its batch's rates, of all batches."""
+    of_batch = [row for row in rows if row["batch_tokens"] == best["batch_tokens"]]
     inside = [
         name
-        for name in ("lr", "batch_tokens")
-        if min(r[name] for r in rows) < best[name] < max(r[name] for r in rows)
+        for name, beside in (("lr", of_batch), ("batch_tokens", rows))
+        if min(r[name] for r in beside) < best[name] < max(r[name] for r in beside)
     ]
     return " and ".join({"lr": "lr", "batch_tokens": "batch"}[name] for name in inside) or "neither"
 
@@ -231,6 +238,14 @@ def describe_change(base: tuple[str, list[Row]], change: tuple[str, list[Row]]) 
         f"{other_title} against {title}, batch of {batch} tokens: this {moved}: by "
         f"{np.median(shift):+.2f} octaves (95 % {low:+.2f} .. {high:+.2f})"
     )
+    by_batch = [steady(along_batches(group), noise(group)) for group in (rows, changed)]
+    if min(len(curve.x) for curve in by_batch) > 2:
+        ratio = _noise.sampled_optima(by_batch[1], seed=1) / _noise.sampled_optima(by_batch[0])
+        low, high = np.percentile(np.log2(ratio), [2.5, 97.5])
+        text += (
+            f"; the best batch moves by {np.median(np.log2(ratio)):+.2f} octaves "
+            f"(95 % {low:+.2f} .. {high:+.2f})"
+        )
     if changed[0]["corpus"] != rows[0]["corpus"]:
         return f"{text}. Losses on other text are not comparable."
     i, j = int(np.argmin(one.means)), int(np.argmin(two.means))

@@ -6,25 +6,29 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
+from scipy import linalg, optimize
 
-from lminf.config import closest
 from lminf.errors import InputError
 from lminf.experiments import _corpus, _noise, _small
 from lminf.experiments._main import main
+from lminf.experiments._optima import (
+    NEAR,
+    RESAMPLED,
+    Optimum,
+    budgets_of,
+    curve,
+    optima_of,
+)
 from lminf.run import plots, style
 from lminf.run.folder import Row, RunFolder
-from lminf.scaling import accounting, collect, losses, published
+from lminf.scaling import accounting, collect, losses, published, vocab_derivative
+from lminf.scaling.fertility import PUBLISHED, Fertility
 
-MODES = ("checkpoints", "runs")
 METRICS = {"loss_u": "L_u (nats/token)", "bits_per_character": "bits per character"}
 
 
 def check(c: ConfigDict, given: Collection[str]) -> None:
     """Refuses settings that contradict each other."""
-    if c.budget_mode not in MODES:
-        raise InputError(
-            f"there is no budget mode {c.budget_mode!r}; {closest(c.budget_mode, MODES)}"
-        )
     if c.data.vocab not in c.data.vocabs:
         raise InputError(
             f"--config.data.vocab={c.data.vocab} is not one of data.vocabs={c.data.vocabs}, for "
@@ -32,9 +36,16 @@ def check(c: ConfigDict, given: Collection[str]) -> None:
         )
     if list(c.budgets) != sorted(c.budgets):
         raise InputError(f"--config.budgets={c.budgets}: give budgets that rise")
-    budgets = budgets_in_tokens(c)
-    for asked in [budgets] if c.budget_mode == "checkpoints" else [[budget] for budget in budgets]:
-        _small.check(c, budgets=asked)
+    if c.data.characters and "data.length" in given:
+        raise InputError(
+            f"--config.data.length={c.data.length}: rows have {c.data.characters} characters; "
+            f"give --config.data.characters=0 for rows of so many tokens"
+        )
+    if c.decay and not c.schedule.startswith("wsd"):
+        raise InputError(
+            f"--config.decay={c.decay}: {c.schedule} has no decay; give decay=0, or a wsd schedule"
+        )
+    _small.check(c, budgets=budgets_in_tokens(c))
 
 
 def budgets_in_tokens(c: ConfigDict) -> list[int]:
@@ -46,42 +57,43 @@ def budgets_in_tokens(c: ConfigDict) -> list[int]:
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     study = _corpus.corpus(c.data.corpus)
     tokenizer = study.tokenizers(c.data.vocabs)[c.data.vocab]
-    shape = _small.shape_of(c, c.data.vocab)
-    n_nv, n_v = _small.parameters(shape), c.data.vocab * shape.width
     tokens, held_out = study.tokens(tokenizer)
     log_unigram = losses.log_unigram(np.bincount(tokens, minlength=c.data.vocab))
     fertility = len(held_out) / _corpus.HELD_OUT
+    if c.data.characters:
+        c = c.copy_and_resolve_references()
+        c.data.length = max(2, round(c.data.characters * fertility))
+    shape = _small.shape_of(c, c.data.vocab)
+    n_nv, n_v = _small.parameters(shape), c.data.vocab * shape.width
     budgets = budgets_in_tokens(c)
-    # Checkpoints inside one long run, or for each budget a run whose schedule ends there.
-    runs = [budgets] if c.budget_mode == "checkpoints" else [[budget] for budget in budgets]
-    for budgets_of_run in runs:
-        for measured in _small.train(c, shape, tokens, held_out, budgets=budgets_of_run):
-            loss = float(measured.nll.mean())
-            yield {
-                "corpus": study.name, "text_digest": study.digest, "seed": measured.seed,
-                "budget_mode": c.budget_mode, "vocab_size": c.data.vocab,
-                "width": shape.width, "n_nv": n_nv, "n_v": n_v, "lr": measured.lr,
-                "tokens": measured.tokens, "characters": measured.tokens / fertility,
-                "tokens_per_character": fertility,
-                "budget": c.budgets[budgets.index(nearest(budgets, measured.tokens))],
-                "flops": float(accounting.training_flops(n_nv, n_v, measured.tokens)),
-                "loss": loss,
-                "loss_u": losses.unigram_normalised(measured.nll, measured.targets, log_unigram),
-                "bits_per_character": float(losses.bits_per_character(loss, fertility)),
-            }  # fmt: skip
+    for measured in _small.train(c, shape, tokens, held_out, budgets=budgets):
+        loss = float(measured.nll.mean())
+        yield {
+            "corpus": study.name, "text_digest": study.digest, "seed": measured.seed,
+            "budget_mode": "branches" if c.decay else "checkpoints", "vocab_size": c.data.vocab,
+            "width": shape.width, "n_nv": n_nv, "n_v": n_v, "lr": measured.lr,
+            "tokens": measured.tokens, "characters": measured.tokens / fertility,
+            "tokens_per_character": fertility,
+            "budget": c.budgets[budgets.index(nearest(budgets, measured.tokens))],
+            "flops": float(accounting.training_flops(n_nv, n_v, measured.tokens)),
+            "loss": loss,
+            "loss_u": losses.unigram_normalised(measured.nll, measured.targets, log_unigram),
+            "bits_per_character": float(losses.bits_per_character(loss, fertility)),
+        }  # fmt: skip
 
 
 def planned(c: ConfigDict) -> Row:
     """What a cell costs: a row of its counts, FLOPs as the law counts them, without attention."""
     shape = _small.shape_of(c, c.data.vocab)
     n_nv, n_v = _small.parameters(shape), c.data.vocab * shape.width
-    longest = max(c.budgets) if c.budget_mode == "checkpoints" else sum(c.budgets)
+    # The branches, and the trunk up to the last of them.
+    trained = c.decay * sum(c.budgets) + (1 - c.decay) * max(c.budgets)
     per_token = 6 * (n_nv + n_v)
     return {
         "layers": shape.num_layers, "width": shape.width, "n_nv": n_nv, "vocab": c.data.vocab,
         "n_v": n_v, "batch": c.data.batch, "tokens": int(max(c.budgets) / per_token),
         "flops_per_token": per_token, "runs": len(c.rates) * c.replicates,
-        "flops": float(longest) * len(c.rates) * c.replicates,
+        "flops": float(trained) * len(c.rates) * c.replicates,
     }  # fmt: skip
 
 
@@ -89,39 +101,35 @@ def nearest(values: Sequence[float], value: float) -> float:
     return min(values, key=lambda v: abs(v - value))
 
 
-def curve(rows: list[Row], n_nv: int, budget: float, metric: str) -> _noise.Curve:
-    """Of each size the mean over seeds of `metric` at its best rate, by rising size."""
-    cells = [row for row in rows if (row["n_nv"], row["budget"]) == (n_nv, budget)]
-    settings = _noise.settings(cells, ("vocab_size", "lr"), metric)
-    best: dict[int, tuple] = {}
-    for (size, lr), values in settings.items():
-        if size not in best or np.mean(values) < np.mean(best[size][1]):
-            best[size] = (lr, values)
-    sizes = sorted(best)
-    return _noise.Curve(
-        np.array(sizes), tuple(best[size][1] for size in sizes), tuple(best[s][0] for s in sizes)
-    )
-
-
-def budgets_of(rows: list[Row]) -> list[tuple[int, float]]:
-    return list(dict.fromkeys((row["n_nv"], row["budget"]) for row in rows))
-
-
 def table(rows: list[Row]) -> list[Row]:
-    """The best vocabulary of each budget by both metrics, beside the published law's."""
-    lines = []
-    for n_nv, budget in budgets_of(rows):
-        line = {"N_nv": n_nv, "FLOPs": f"{budget:.0e}"}
-        for metric in METRICS:
-            by_size = curve(rows, n_nv, budget, metric)
-            v, low, high = _noise.optimum(by_size)
-            line[f"least {metric} at V"] = int(by_size.x[np.argmin(by_size.means)])
-            line[f"optimum by {metric}"] = v and round(v)
-            line["95 % " + metric] = f"{low:.0f} .. {high:.0f}" if low and high else None
-            line["noise " + metric] = by_size.sigma
-        line["published law"] = round(published_optimum(rows, n_nv, budget))
-        lines.append(line)
-    return lines
+    """The best vocabulary of each shape and budget by both losses, beside the published law's."""
+    return [
+        {
+            "N_nv": one.n_nv, "FLOPs": f"{one.budget:.0e}", "loss": metric,
+            "least at V": int(one.by_size.x[np.argmin(one.by_size.means)]),
+            "told apart from": " and ".join(
+                "none" if v is None else f"{v:g}" for v in _noise.bracket(one.by_size)
+            ),
+            "parabola": one.parabola[0] and round(one.parabola[0]),
+            "95 % of noise": span(one.parabola[1:]),
+            "surface": one.surface and round(one.surface),
+            "95 % of runs": span(one.interval),
+            "without one size": span(ends(one.without_a_size)),
+            "noise": one.by_size.sigma,
+            "published law": round(published_optimum(rows, one.n_nv, one.budget)),
+        }
+        for metric in METRICS for one in optima_of(rows, metric)
+    ]  # fmt: skip
+
+
+def ends(values: Sequence[float]) -> tuple[float, float] | None:
+    return (min(values), max(values)) if values else None
+
+
+def span(interval: tuple[float | None, float | None] | None) -> str | None:
+    if interval is None or interval[0] is None or interval[1] is None:
+        return None
+    return f"{interval[0]:.0f} .. {interval[1]:.0f}"
 
 
 def published_optimum(rows: list[Row], n_nv: int, budget: float) -> float:
@@ -132,64 +140,131 @@ def published_optimum(rows: list[Row], n_nv: int, budget: float) -> float:
 def findings(rows: list[Row]) -> str:
     """What the rows say, in sentences; a difference within its noise is called none."""
     first = rows[0]
-    corpus = (
-        f"The text is `{first['corpus']}`, digest {first['text_digest']}: "
-        + (_corpus.DESCRIPTIONS[first["corpus"]])
-    )
     lines = [
-        corpus,
-        "A size counts at its best learning rate; noise is the standard deviation between seeds of "
-        "one setting, pooled over the sizes of a budget, and an interval is of optima of "
-        f"{_noise.DRAWS:,} draws of the losses with that noise: what a parabola through sizes a "
-        "factor of two apart is off by is not in it. Two losses are told apart where they differ "
-        "by more than twice the noise of their difference.",
+        f"The text is `{first['corpus']}`, digest {first['text_digest']}: "
+        f"{_corpus.DESCRIPTIONS[first['corpus']]}.",
+        "Noise is the standard deviation between seeds of one setting, pooled over the sizes of a "
+        "budget. Two losses are told apart where they differ by more than twice the noise of their "
+        "difference; an optimum is claimed only where a size below and a size above the best one "
+        "are. The parabola is of the best size and its neighbours, its interval of "
+        f"{_noise.DRAWS:,} draws of the losses with that noise. The surface is one quadratic in "
+        "ln N_v, ln N_nv and ln D, with a cube of ln N_v, for all shapes and budgets, fitted to "
+        f"the sizes within a factor of {NEAR} of each best one; its interval is of {RESAMPLED} "
+        "resamples of whole runs.",
     ]
     for metric, label in METRICS.items():
-        curves = {key: curve(rows, *key, metric) for key in budgets_of(rows)}
-        for (_, budget), by_size in curves.items():
-            lines.append(f"{budget:.0e} FLOPs, {label}: {_noise.describe_minimum(by_size, 'V')}")
-        for n_nv in dict.fromkeys(n_nv for n_nv, _ in curves):
-            lines.append(
-                describe_shift({key: c for key, c in curves.items() if key[0] == n_nv}, label)
-            )
-    rates = sorted({row["lr"] for row in rows})
-    edge = [
-        f"V = {size} at {budget:.0e}"
-        for key in budgets_of(rows)
-        for budget, by_size in [(key[1], curve(rows, *key, "loss_u"))]
-        for size, lr in zip(by_size.x, by_size.labels, strict=True)
-        if len(rates) > 2 and lr in (rates[0], rates[-1])
-    ]
-    if edge:
-        lines.append(
-            f"The best of the rates {', '.join(f'{r:g}' for r in rates)} is the first or the last "
-            f"for {'; '.join(edge)}: there a rate beyond them might do better."
-        )
-    return "\n\n".join(lines)
+        found = optima_of(rows, metric)
+        lines += [
+            f"N_nv = {one.n_nv:,}, {one.budget:.0e} FLOPs, {label}: "
+            f"{_noise.describe_minimum(one.by_size, 'V')}"
+            for one in found
+        ]
+        lines += [describe_methods(found, label), describe_shift(found, label)]
+        if metric == "loss_u":
+            lines.append(describe_law(rows, found))
+    return "\n\n".join(filter(None, [*lines, describe_rates(rows)]))
 
 
-def describe_shift(curves: Mapping[tuple[int, float], _noise.Curve], label: str) -> str:
-    """Whether the optimum rises with the budget: the exponent of V in FLOPs over draws."""
-    inside = {
-        key: by_size for key, by_size in curves.items() if _noise.optimum(by_size)[0] is not None
-    }
-    if len(inside) < 2:
-        return f"By {label} fewer than two budgets have an optimum between the sizes: no movement."
-    log_flops = np.log([budget for _, budget in inside])
-    # Draws of their own for each budget: with the same ones the slope would seem to have no noise.
-    drawn = np.log([_noise.sampled_optima(f, seed=i) for i, f in enumerate(inside.values())])
-    slopes = np.polyfit(log_flops, drawn, 1)[0]
-    vertex = np.log([_noise.optimum(by_size)[0] for by_size in inside.values()])
-    slope = np.polyfit(log_flops, vertex, 1)[0]
-    low, high = np.percentile(slopes, [2.5, 97.5])
-    verdict = (
-        "it rises with the budget" if low > 0
-        else "it falls with the budget" if high < 0
-        else "the noise does not let one say that it moves"
-    )  # fmt: skip
+def describe_methods(found: Sequence[Optimum], label: str) -> str:
+    """What the choice of a method moves, beside what the sample of runs does."""
+    claimed = [one for one in found if one.bracketed]
+    text = (
+        f"By {label} the optimum is told apart from sizes on both sides at {len(claimed)} of "
+        f"{len(found)} budgets of a shape"
+    )
+    fitted = [one for one in claimed if one.surface and one.interval]
+    if not fitted:
+        return text + "."
+    methods = max(max(one.methods) / min(one.methods) for one in fitted)
+    low_high = [one.interval for one in fitted if one.interval]
+    runs = max(high / low for low, high in low_high)
+    sizes = max(max(one.without_a_size) / min(one.without_a_size) for one in fitted)
     return (
-        f"By {label} the optimum goes as FLOPs^{slope:.2f} (95 % {low:.2f} .. {high:.2f}) at this "
-        f"one N_nv over {len(inside)} budgets: {verdict}."
+        f"{text}. There least size, parabola and surface lie within a factor of {methods:.2f} of "
+        f"each other at most, the surface's 95 % intervals over runs are at most a factor of "
+        f"{runs:.2f} wide, and leaving out any one size moves its optimum within a factor of "
+        f"{sizes:.2f}. The surface misses the losses that it is fitted to by "
+        f"{fitted[0].misfit:.3f}, root mean square; what seeds differ by is "
+        f"{np.median([one.by_size.sigma for one in fitted]):.3f}."
+    )
+
+
+def describe_shift(found: Sequence[Optimum], label: str) -> str:
+    """Whether the optimum moves with budget and shape: exponents over draws of the surface."""
+    claimed = [one for one in found if one.bracketed and one.interval]
+    design = np.array([[1, np.log(one.budget), np.log(one.n_nv)] for one in claimed])
+    if len(claimed) < 3 or np.linalg.matrix_rank(design) < 3:
+        return f"By {label} too few budgets and shapes have an optimum to say how it moves."
+    draws = np.log([one.draws for one in claimed])
+    draws = draws[:, np.isfinite(draws).all(0)]
+    slopes = linalg.lstsq(design, draws)[0][1:]
+    point = linalg.lstsq(design, np.log([one.surface for one in claimed]))[0][1:]
+    parts = []
+    for name, slope, sampled in zip(("FLOPs", "N_nv"), point, slopes, strict=True):
+        low, high = np.percentile(sampled, [2.5, 97.5])
+        verdict = "rises" if low > 0 else "falls" if high < 0 else "is not seen to move"
+        parts.append(f"{verdict} with {name} (as {name}^{slope:.2f}, 95 % {low:.2f} .. {high:.2f})")
+    return (
+        f"By {label} V of the surface's optimum {' and '.join(parts)}, over {len(claimed)} budgets "
+        f"of {len({one.n_nv for one in claimed})} shapes."
+    )
+
+
+def describe_law(rows: list[Row], found: Sequence[Optimum]) -> str:
+    """The published law's optima beside these, and what part the tokenizers have in it."""
+    claimed = [(one, one.surface or one.parabola[0]) for one in found if one.bracketed]
+    ratios = [v / published_optimum(rows, one.n_nv, one.budget) for one, v in claimed if v]
+    ours = collect.fertility(rows)
+    if not ratios or len(ours.constants) < 8:
+        return ""
+    law_range = published.ISOFLOP.fitted_range
+    sizes, measured = np.array(ours.constants).reshape(-1, 2).T
+    fitted, _ = optimize.curve_fit(lambda v, k, g, f0: k * v**-g + f0, sizes, measured,
+                                   p0=(10.0, 0.5, 0.2))  # fmt: skip
+    smooth = Fertility("fitted", "powerlaw", tuple(fitted), ours.fitted_range, np.inf)
+    width = next(row["width"] for row in rows if row["n_nv"] == claimed[-1][0].n_nv)
+    n_nv = claimed[-1][0].n_nv
+    theirs, here = (
+        float(vocab_derivative.flops_root(n_nv, width=width, fertility=f)[0])
+        for f in (PUBLISHED, smooth)
+    )
+    return (
+        f"The published law's optimum is {min(ratios):.1f} to {max(ratios):.1f} times smaller than "
+        f"the surface's. It is extrapolated {law_range['flops'][0] / claimed[-1][0].budget:,.0f} "
+        f"times in FLOPs and {law_range['n_nv'][0] / n_nv:,.0f} times in N_nv below its range, to "
+        f"sizes under the {law_range['vocab'][0]:,.0f} entries of its smallest vocabulary. Its "
+        f"fertility is not that of these tokenizers either: at V = {sizes[0]:.0f} it has "
+        f"{float(PUBLISHED.tokens_per_character(sizes[0])):.2f} tokens per character, measured are "
+        f"{measured[0]:.2f}. What fertility alone decides, the V of least FLOPs for a fixed text, "
+        f"is at N_nv = {n_nv:,} {theirs:,.0f} by the published one and {here:,.0f} by ours."
+    )
+
+
+def describe_rates(rows: list[Row]) -> str:
+    """Whether the peak that every size has is the best one, where others were tried."""
+    settings = _noise.settings(rows, ("n_nv", "budget", "vocab_size", "lr"), "loss")
+    tried: dict[tuple, dict[float, float]] = {}
+    for (*cell, lr), values in settings.items():
+        tried.setdefault(tuple(cell), {})[lr] = float(np.mean(values))
+    several = {cell: rates for cell, rates in tried.items() if len(rates) > 2}
+    if not several:
+        return ""
+    inside = sum(
+        min(rates, key=lambda lr: rates[lr]) not in (min(rates), max(rates))
+        for rates in several.values()
+    )
+    vertices = [
+        _noise.vertex(np.log2(sorted(rates)), np.array([rates[lr] for lr in sorted(rates)]))
+        for rates in several.values()
+    ]
+    middles = [np.log2(sorted(rates)[1]) for rates in several.values()]
+    off = [v[0] - at for v, at in zip(vertices, middles, strict=True) if v is not None]
+    text = f"At {inside} of {len(several)} shapes and sizes where three rates were tried the middle"
+    if not off:
+        return f"{text} one, which all sizes have, is the best."
+    return (
+        f"{text} one, which all sizes have, is the best; the parabola's best rate is there "
+        f"{min(off):+.2f} to {max(off):+.2f} octaves from it."
     )
 
 
@@ -198,48 +273,42 @@ def plot(rows: list[Row]) -> Mapping[str, Figure]:
     return figures | {"optimum": optima(rows)}
 
 
-LOSSES = {"loss_u": "L_u (nats/token)", "bits_per_character": "loss (bits/character)"}
-
-
 def bowls(rows: list[Row], metric: str) -> Figure:
-    """Every seed's loss at its size's best rate, and 95 % of the optimum of each budget."""
+    """Every seed's loss at its size's best rate."""
     shown = []
     for n_nv, budget in budgets_of(rows):
         by_size = curve(rows, n_nv, budget, metric)
         shown += [
-            {"vocab": int(size), "loss": value, "budget": f"{style.power(budget)} FLOPs"}
+            {"vocab": int(size), "loss": value, "budget": f"{style.power(budget)} FLOPs",
+             "shape": f"N = {n_nv:,}"}
             for size, values in zip(by_size.x, by_size.values, strict=True)
             for value in values
-        ]
-    figure = plots.curves(
-        shown, x="vocab", y="loss", by="budget", log_x=True, x_label="vocabulary (entries)",
-        y_label=LOSSES[metric], title="Every seed at the best rate; bars: 95 % of the optimum",
+        ]  # fmt: skip
+    return plots.curves(
+        shown, x="vocab", y="loss", by="budget", panel="shape", log_x=True,
+        x_label="vocabulary (entries)", y_label=METRICS[metric],
     )  # fmt: skip
-    for index, key in enumerate(budgets_of(rows)):
-        by_size = curve(rows, *key, metric)
-        best, low, high = _noise.optimum(by_size)
-        if best and low and high:
-            least = by_size.means.min()
-            colour = style.PALETTE[index % len(style.PALETTE)]
-            figure.axes[0].plot([low, high], [least, least], "-", color=colour, linewidth=5,
-                                alpha=0.35, solid_capstyle="butt")  # fmt: skip
-    return figure
 
 
 def optima(rows: list[Row]) -> Figure:
-    """The optimum by budget, with its interval, beside the published law."""
+    """The optima that sizes on both sides are told apart from, beside the published law."""
     shown = []
+    for metric, label in METRICS.items():
+        for one in optima_of(rows, metric):
+            best = one.surface or one.parabola[0]
+            low, high = one.interval or one.parabola[1:]
+            if best and one.bracketed:
+                shown.append({"by": f"least {label.partition(' (')[0]}", "flops": one.budget,
+                              "vocab": best, "low": low, "high": high,
+                              "shape": f"N = {one.n_nv:,}"})  # fmt: skip
     for n_nv, budget in budgets_of(rows):
-        for metric, label in METRICS.items():
-            best, low, high = _noise.optimum(curve(rows, n_nv, budget, metric))
-            if best is not None:
-                shown.append({"by": f"least {label.partition(' (')[0]}", "flops": budget,
-                              "vocab": best, "low": low, "high": high})  # fmt: skip
         shown.append({"by": "published law,\nfar below its range", "flops": budget,
-                      "vocab": published_optimum(rows, n_nv, budget)})  # fmt: skip
+                      "vocab": published_optimum(rows, n_nv, budget),
+                      "shape": f"N = {n_nv:,}"})  # fmt: skip
     return plots.curves(
-        shown, x="flops", y="vocab", by="by", log_x=True, log_y=True, interval=("low", "high"),
-        x_label="training compute (FLOPs)", y_label="best vocabulary (entries)",
+        shown, x="flops", y="vocab", by="by", panel="shape", log_x=True, log_y=True,
+        interval=("low", "high"), x_label="training compute (FLOPs)",
+        y_label="best vocabulary (entries)",
     )  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def cells_of(name: str, run_request: Request) -> tuple[sweep.Cell, ...]:
     refused = None
     for cell in cells:
         try:
-            check(cell.config, ())
+            check(cell.config, run_request.overrides)
         except InputError as error:
             refused = refused or InputError(f"every cell is refused, the first ({cell}): {error}")
         else:

@@ -37,7 +37,7 @@ RANGES = {
     **dict.fromkeys(
         (
             "seed", "sample", "count", "dense_layers", "shared_dim", "chunk", "layers",
-            "nll_length", "unbounded_to",
+            "nll_length", "unbounded_to", "characters",
         ),
         COUNT_OR_NONE,
     ),
@@ -45,6 +45,8 @@ RANGES = {
     "tokens": Range(min=1, max=2**63 - 1),  # read in all
     "length": Range(min=2, max=MOST),  # a token and the one it predicts
     "depths": SHARE,
+    "warmup": SHARE,
+    "decay": SHARE,
     "key_value_depths": SHARE,
     "held_out": Range(above=0, below=1),
     "clip": Range(min=0),  # 0: gradients are not clipped

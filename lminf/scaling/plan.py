@@ -20,14 +20,14 @@ SMALLEST = 2e9  # FLOPs of one run: below it a model has learned little more tha
 # curvature of a bowl, d2 loss / d(ln x)2. They make the expected interval, nothing else.
 MEASURED = {"vocab": (0.03, 1.1), "step": (0.01, 0.5)}
 STEPS = 256  # of a run at least: with fewer, a small model does not get below word frequencies
-VOCAB_LENGTH, STEP_LENGTH = 128, 64  # tokens of a sequence
+VOCAB_LENGTH, STEP_LENGTH = 128, 32  # tokens of a sequence
 STEP_VOCAB = 512  # entries
 SHARE = 0.8  # of the hours that training gets; the rest compiles and evaluates
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama shape with heads of 16 channels at least and an MLP of 8/3 widths."""
+    """A Llama shape with heads of 64 channels, or one, and an MLP of 8/3 widths."""
 
     layers: int
     width: int
@@ -35,7 +35,7 @@ class Shape:
     @property
     def heads(self) -> int:
         """Attention heads."""
-        return max(2, self.width // 64) if self.width >= 256 else self.width // 16
+        return max(1, self.width // 64)
 
     @property
     def hidden(self) -> int:
@@ -126,10 +126,11 @@ def step(budget: float, *, text_tokens: float, rates: int = 5, batches: int = 3)
     )
     assert point.batch is not None
     middle = max(2, round(math.log2(point.batch / STEP_LENGTH)))
-    lowest = max(0, middle - batches // 2)
-    # Far below its range the law's rate is several times too high: more of the grid lies below it.
+    # Far below its range the law's rate and batch are several times too high (docs/studies): they
+    # are the largest of the grid.
+    lowest = max(0, middle - batches + 1)
     peak = 2.0 ** round(math.log2(point.lr))
-    grid = tuple(peak * 2.0 ** (i - rates + 3) for i in range(rates))
+    grid = tuple(peak * 2.0 ** (i - rates + 1) for i in range(rates))
     chosen = tuple(2 ** (lowest + i) for i in range(batches))
     # Whole steps of the largest batch: a group is of one D, whatever its batches.
     multiple = chosen[-1] * STEP_LENGTH

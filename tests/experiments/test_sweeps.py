@@ -13,12 +13,13 @@ from lminf import cli
 from lminf.commands import sweep as command
 from lminf.configs import step_sweep, vocab_sweep
 from lminf.errors import InputError
-from lminf.experiments import _noise
+from lminf.experiments import _noise, _optima, _small
 from lminf.experiments import step_sweep as step_study
 from lminf.experiments import vocab_sweep as vocab_study
 from lminf.run import request, sweep
 from lminf.run.folder import RunFolder
 from lminf.scaling import accounting
+from lminf.train.schedules import WSD
 
 VARIANTS = [(name, v) for name in ("step_sweep", "vocab_sweep") for v in step_sweep.VARIANTS]
 
@@ -31,10 +32,17 @@ def test_every_cell_can_be_configured(name, variant):
     assert len({cell.key for cell in cells}) == len(cells) >= 2
 
 
-def test_fewer_rates_do_not_change_the_cells():
-    asked = request.parse("step_sweep", ["--config=step_sweep:laptop", "--config.rates=(1e-3,)"])
+def test_fewer_seeds_do_not_change_the_cells():
+    asked = request.parse("step_sweep", ["--config=step_sweep:laptop", "--config.replicates=1"])
     assert asked is not None
-    assert len(sweep.cells_of(asked)) == 12
+    assert len(sweep.cells_of(asked)) == 13
+
+
+def test_phases_are_shares_of_the_steps_where_the_schedule_names_none():
+    c = vocab_sweep.get_config("laptop")
+    assert _small.schedule_of(c, steps=400, first=100) == WSD(1, 0, warmup=10, decay=100)
+    c.schedule = "wsd:peak=1,floor=0,warmup=7,decay=0"
+    assert _small.schedule_of(c, steps=400, first=100) == WSD(1, 0, warmup=7, decay=100)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +56,12 @@ def test_fewer_rates_do_not_change_the_cells():
             "every cell is refused,.*=999",
         ),
         ("step_sweep", "data.batch=4", "every cell of this sweep sets data.batch itself"),
-        ("vocab_sweep", "budget_mode=run", "did you mean 'runs'"),
+        (
+            "vocab_sweep",
+            "data.length=64",
+            "rows have 256 characters; give --config.data.characters=0",
+        ),
+        ("vocab_sweep", "schedule=constant:peak=1", "constant:peak=1 has no decay; give decay=0"),
         ("vocab_sweep", "budgets=(2e10,1e10)", "give budgets that rise"),
         ("vocab_sweep", "data.vocab=256", "every cell of this sweep sets data.vocab itself"),
     ],
@@ -153,10 +166,79 @@ def test_a_best_size_at_the_edge_is_no_optimum():
 def test_what_the_noise_hides_is_not_claimed():
     assert "V = 1024 is 0.005 above, told apart" in _noise.describe_minimum(bowl(0.001), "V")
     assert "V = 1024 is 0.005 above, not told apart" in _noise.describe_minimum(bowl(0.02), "V")
-    rising = {(1, 10.0**e): bowl(0.001, at=400 * 1.4**e) for e in range(3)}
-    assert "it rises with the budget" in vocab_study.describe_shift(rising, "L_u")
-    hidden = {key: bowl(0.1, at=700 + 10 * i) for i, key in enumerate(rising)}
-    assert "does not let one say that it moves" in vocab_study.describe_shift(hidden, "L_u")
+
+
+def vocab_rows(sigma, slopes=(0.3, 0.2), shapes=((64, 170), (48, 128), (96, 256))):
+    """Two seeds of a bowl in ln V at every budget, whose least goes as given with FLOPs and N."""
+    noise = np.random.default_rng(0)
+    rows = []
+    for width, hidden in shapes:
+        n_nv = accounting.block_parameters(2, width, hidden)
+        for budget in (1e11, 2e11, 4e11):
+            at = 900 * (budget / 2e11) ** slopes[0] * (n_nv / 1e5) ** slopes[1]
+            for size in (256, 362, 512, 724, 1024, 1448, 2048, 2896, 4096):
+                n_v = size * width
+                values = 0.1 * np.log(size / at) ** 2 + sigma * noise.standard_normal(2)
+                rows += [
+                    {"n_nv": n_nv, "n_v": n_v, "width": width, "vocab_size": size, "lr": 1e-3,
+                     "seed": seed, "budget": budget, "tokens": budget / (6 * (n_nv + n_v)),
+                     "loss_u": value - 0.3 * np.log(budget)}
+                    for seed, value in enumerate(values)
+                ]  # fmt: skip
+    return rows
+
+
+def test_the_surface_finds_the_optima_and_how_they_move(monkeypatch):
+    """Of bowls that are parabolas at equal FLOPs, which is not the surface's own form."""
+    monkeypatch.setattr(_optima, "RESAMPLED", 40)
+    found = _optima.optima_of(vocab_rows(0.005), "loss_u")
+    assert len(found) == 9
+    for one in found:
+        truth = 900 * (one.budget / 2e11) ** 0.3 * (one.n_nv / 1e5) ** 0.2
+        assert one.bracketed
+        assert one.surface == pytest.approx(truth, rel=0.1)
+        low, high = one.interval
+        assert 0.8 * truth < low < one.surface < high < 1.25 * truth
+        assert one.without_a_size[0] == pytest.approx(truth, rel=0.25)
+    said = vocab_study.describe_shift(found, "L_u")
+    assert "rises with FLOPs (as FLOPs^0.3" in said
+    assert "rises with N_nv (as N_nv^0." in said
+    still = _optima.optima_of(vocab_rows(0.005, slopes=(0, 0)), "loss_u")
+    assert "is not seen to move with N_nv" in vocab_study.describe_shift(still, "L_u")
+
+
+def test_one_shape_has_no_surface_and_noise_no_bracket(monkeypatch):
+    monkeypatch.setattr(_optima, "RESAMPLED", 2)
+    found = _optima.optima_of(vocab_rows(0.005, shapes=((64, 170),)), "loss_u")
+    assert {one.surface for one in found} == {None}
+    assert "too few" in vocab_study.describe_shift(found, "L_u")
+    hidden = _optima.optima_of(vocab_rows(1.0), "loss_u")
+    assert not all(one.bracketed for one in hidden)
+
+
+def test_the_best_sizes_neighbours_bracket_it():
+    assert _noise.bracket(bowl(0.001)) == (256, 1024)
+    assert _noise.bracket(bowl(0.02)) == (256, 2048)
+    assert _noise.bracket(bowl(0.001, at=100))[0] is None
+
+
+def test_a_second_minimum_is_said():
+    assert _noise.other_minima(bowl(0.001)) == []
+    twice = _noise.Curve(SIZES, tuple([v - 1e-3, v + 1e-3] for v in (1.0, 0.5, 0.9, 0.6, 0.7)))
+    assert _noise.other_minima(twice) == [2048]
+    assert "no single bowl: a further minimum at 2048" in _noise.describe_minimum(twice, "V")
+    noisy = _noise.Curve(SIZES, tuple([v - 0.3, v + 0.3] for v in (1.0, 0.5, 0.9, 0.6, 0.7)))
+    assert _noise.other_minima(noisy) == []
+
+
+def test_a_batch_has_the_loss_of_its_best_rate_between_the_rates():
+    rows = [
+        {"lr": lr, "batch_tokens": batch, "loss": 1 + (np.log2(lr / 3) ** 2) / batch}
+        for lr in (1, 2, 4, 8) for batch in (10, 20)
+    ]  # fmt: skip
+    curve = step_study.along_batches(rows)
+    assert list(curve.x) == [10, 20]
+    np.testing.assert_allclose(curve.means, 1, atol=1e-9)
 
 
 def test_noise_is_what_seeds_differ_by():

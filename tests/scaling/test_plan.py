@@ -48,7 +48,7 @@ def test_all_batches_of_a_group_train_on_as_many_tokens():
         found = plan.step(budget, text_tokens=1e12)
         assert len({group.tokens for group in found.groups}) == 3
         for group in found.groups:
-            assert all(group.tokens % (64 * batch) == 0 for batch in found.batches)
+            assert all(group.tokens % (32 * batch) == 0 for batch in found.batches)
 
 
 def test_a_small_vocabulary_study_has_small_batches_for_its_steps():

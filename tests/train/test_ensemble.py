@@ -44,14 +44,14 @@ def data():
 
 @pytest.mark.slow
 def test_copies_are_the_separate_runs(program, data, monkeypatch):
-    monkeypatch.setattr("lminf.train.ensemble.AT_ONCE", 3)  # then 1 at a time
+    monkeypatch.setattr("lminf.train.ensemble.AT_ONCE", 3)
     schedule = Cosine(1.0, 1e-5, 2)
-    copies = Replicas(program, schedule, SEEDS, PEAKS, STEPS)
-    found = list(copies.train(copies.init(), data, (1, STEPS)))
-    assert [done for done, _, _ in found] == [1, STEPS]
-    losses = np.concatenate([losses for *_, losses in found])
+    copies = Replicas(program, SEEDS, PEAKS)
+    state, first = copies.train(copies.init(), data, until=1, schedule=schedule, steps=STEPS)
+    state, rest = copies.train(state, data, until=STEPS, schedule=schedule, steps=STEPS)
+    losses = np.concatenate([first, rest])
     assert losses.shape == (STEPS, len(SEEDS), len(PEAKS))
-    nll = np.asarray(copies.nll(found[-1][1].params, data[0].batch(0)))
+    nll = np.asarray(copies.nll(state.params, data[0].batch(0)))
     for (s, seed), (p, peak) in itertools.product(enumerate(SEEDS), enumerate(PEAKS)):
         own = dataclasses.replace(schedule, peak=peak)
         alone = dataclasses.replace(program, learning_rate=lambda step, own=own: own(step, STEPS))

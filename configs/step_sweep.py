@@ -3,7 +3,7 @@
 Question   Which learning rate and batch size give the least loss, and do the laws predict them?
 Paper      Step law (Li et al. 2025, arXiv:2503.04715)
 Command    lminf sweep step --config=step_sweep:laptop
-Time       :laptop 9 minutes on two idle cores, judged from single cells
+Time       :laptop took 1,010 s of processor time beside other work; 9 minutes on two idle cores
 Expected   minima that are interior in the learning rate and in the batch size, at a larger batch
            after 524,288 tokens of training than after 131,072
 Tiny       --config=:tiny: two batches, a minute

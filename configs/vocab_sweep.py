@@ -3,7 +3,7 @@
 Question   How large should the vocabulary of a model be for its budget?
 Paper      Scaling laws with vocabulary (Tao et al. 2024, arXiv:2407.13623)
 Command    lminf sweep vocab --config=vocab_sweep:laptop
-Time       :laptop 15 minutes on two idle cores, judged from single cells
+Time       :laptop took 1,770 s of processor time beside other work; 15 minutes on two idle cores
 Expected   minima of L_u and of bits per character between the sizes: with the budget that of L_u
            moves to larger vocabularies, that of bits per character to smaller ones
 Tiny       --config=:tiny: two sizes, a minute

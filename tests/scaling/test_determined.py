@@ -114,7 +114,7 @@ def test_the_help_of_a_verb_lists_its_flags_with_units(capsys):
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"), [("vocab", "single Non_vocab_parameters"), ("step", "N varies by only")]
+    ("kind", "message"), [("vocab", "does not determine ln_A1"), ("step", "N varies by only")]
 )
 def test_the_committed_studies_say_why_they_determine_no_law(kind, message, capsys):
     data_file = Path(__file__).parents[2] / f"docs/studies/{kind}_sweep/table.csv"

@@ -273,6 +273,9 @@ def plot(rows: list[Row]) -> Mapping[str, Figure]:
     return figures | {"optimum": optima(rows)}
 
 
+LOSSES = {"loss_u": "L_u (nats/token)", "bits_per_character": "loss (bits/character)"}
+
+
 def bowls(rows: list[Row], metric: str) -> Figure:
     """Every seed's loss at its size's best rate."""
     shown = []
@@ -286,7 +289,7 @@ def bowls(rows: list[Row], metric: str) -> Figure:
         ]  # fmt: skip
     return plots.curves(
         shown, x="vocab", y="loss", by="budget", panel="shape", log_x=True,
-        x_label="vocabulary (entries)", y_label=METRICS[metric],
+        x_label="vocabulary (entries)", y_label=LOSSES[metric],
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ if DEVICES not in os.environ.get("XLA_FLAGS", ""):
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import jax.experimental.compilation_cache.compilation_cache  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
@@ -34,6 +35,15 @@ if importlib.util.find_spec("beartype"):
 # Compiling is slow and its time varies, so no deadline; the same examples on every machine.
 hypothesis.settings.register_profile("lminf", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("lminf")
+
+
+@pytest.fixture(autouse=True)
+def programs_are_not_kept():
+    """A command that a test runs in this process may keep programs; those after it shall not."""
+    yield
+    if jax.config.jax_compilation_cache_dir is not None:
+        jax.config.update("jax_compilation_cache_dir", None)
+        jax.experimental.compilation_cache.compilation_cache.reset_cache()
 
 
 # These compile much and compute little in their slower lanes too: a fifth of the time is saved.

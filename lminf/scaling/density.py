@@ -24,6 +24,11 @@ from lminf.scaling.tables import LN_D_UNIT, LN_N_UNIT, CurveTable, require_sprea
 
 REFERENCE_TOKENS = 1e12  # D0: density compares with references trained on this much
 LOSS_PARAMETERS = ("ln_a", "ln_b", "alpha", "beta")  # N in 1e6 and D in 1e9 inside the fit
+LOSS_LOWER = np.array([-60, -60, 0.005, 0.005])
+LOSS_UPPER = np.array([60, 60, 4.0, 4.0])
+LOSS_STARTS = np.array(
+    list(itertools.product((-2, 0, 2), (-2, 0, 2), (0.1, 0.5), (0.1, 0.5))), float
+)
 SCORE_PARAMETERS = ("ln_c", "ln_steepness", "l", "d")
 
 
@@ -156,11 +161,9 @@ class DensityFit:
 
 
 def _fit_loss(columns: Mapping[str, np.ndarray], weights: np.ndarray) -> Solutions:
-    grid = itertools.product((-2, 0, 2), (-2, 0, 2), (0.1, 0.5), (0.1, 0.5))
-    starts = np.array(list(grid), float)
     return robust_fit.minimise(
-        loss_residual, columns, starts=starts, lower=np.array([-60, -60, 0.005, 0.005]),
-        upper=np.array([60, 60, 4.0, 4.0]), weights=weights, keep=4,
+        loss_residual, columns, starts=LOSS_STARTS, lower=LOSS_LOWER, upper=LOSS_UPPER,
+        weights=weights, keep=4,
     )  # fmt: skip
 
 

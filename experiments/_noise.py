@@ -107,7 +107,7 @@ def other_minima(curve: Curve) -> list[float]:
     if curve.errors is None:
         return []
     least, means, errors = int(np.argmin(curve.means)), curve.means, curve.errors
-    found = []
+    minima = []
     for i, mean in enumerate(means):
         beside = [means[j] for j in (i - 1, i + 1) if 0 <= j < len(means)]
         between = range(min(i, least) + 1, max(i, least))
@@ -116,8 +116,8 @@ def other_minima(curve: Curve) -> list[float]:
             and distinguishable(means[j], mean, float(np.hypot(errors[i], errors[j])))
             for j in between
         ):
-            found.append(float(curve.x[i]))
-    return found
+            minima.append(float(curve.x[i]))
+    return minima
 
 
 def vertex(x: np.ndarray, y: np.ndarray) -> tuple[float, float] | None:

@@ -73,8 +73,8 @@ class Surface:
     def fit(self, weights: np.ndarray) -> np.ndarray | None:
         """The coefficients; None where the rows do not determine them."""
         (terms, loss), root = self.design, np.sqrt(weights)
-        found, _, rank, _ = linalg.lstsq(terms * root[:, None], loss * root)
-        return found if rank == terms.shape[1] else None
+        coefficients, _, rank, _ = linalg.lstsq(terms * root[:, None], loss * root)
+        return coefficients if rank == terms.shape[1] else None
 
     @property
     def misfit(self) -> float | None:
@@ -115,8 +115,8 @@ class Surface:
             row = polynomial(*np.array([[n_v], [n_nv], [budget / (6 * (n_nv + n_v))]]))
             return float(row[0] @ coefficients)
 
-        found = optimize.minimize_scalar(loss, bounds=np.log(ends), method="bounded")
-        v = float(np.exp(found.x))
+        least = optimize.minimize_scalar(loss, bounds=np.log(ends), method="bounded")
+        v = float(np.exp(least.x))
         return v if ends[0] * 1.01 < v < ends[1] / 1.01 else None
 
     def sampled(self, n_nv: int, budget: float) -> np.ndarray:
@@ -158,10 +158,10 @@ class Optimum:
     @property
     def interval(self) -> tuple[float, float] | None:
         """95 % of the surface's optima over resampled runs."""
-        found = self.draws[np.isfinite(self.draws)]
-        if self.surface is None or len(found) < 0.9 * RESAMPLED:
+        finite = self.draws[np.isfinite(self.draws)]
+        if self.surface is None or len(finite) < 0.9 * RESAMPLED:
             return None
-        low, high = np.percentile(found, [2.5, 97.5])
+        low, high = np.percentile(finite, [2.5, 97.5])
         return float(low), float(high)
 
 
@@ -169,15 +169,15 @@ def optima_of(rows: list[Row], metric: str) -> list[Optimum]:
     """Of every shape and budget."""
     surface = Surface(rows, metric)
     left_out = [Surface(rows, metric, size) for size in sorted({r["vocab_size"] for r in rows})]
-    found = []
+    optima = []
     for n_nv, budget in budgets_of(rows):
         by_size = curve(rows, n_nv, budget, metric)
         if len(by_size.x) < 2:
             continue
         without = [one.optimum(n_nv, budget, one.point) for one in left_out]
-        found.append(Optimum(
+        optima.append(Optimum(
             n_nv, budget, by_size, _noise.optimum(by_size),
             surface.optimum(n_nv, budget, surface.point), surface.sampled(n_nv, budget),
             [v for v in without if v is not None], surface.misfit,
         ))  # fmt: skip
-    return found
+    return optima

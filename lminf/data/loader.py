@@ -134,11 +134,11 @@ def _host_rows(pieces: Spans, process: int, processes: int) -> Spans:
 
 def _same_tokenizer(stores: Sequence[TokenStore]) -> None:
     facts = [store.facts for store in stores if store.facts is not None]
-    for one, next_one in itertools.pairwise(facts):
-        if one.tokenizer_digest != next_one.tokenizer_digest:
+    for first, second in itertools.pairwise(facts):
+        if first.tokenizer_digest != second.tokenizer_digest:
             raise InputError(
-                f"the stores were written with different tokenizers, {one.tokenizer} and "
-                f"{next_one.tokenizer}; tokenize both texts with one of them"
+                f"the stores were written with different tokenizers, {first.tokenizer} and "
+                f"{second.tokenizer}; tokenize both texts with one of them"
             )
 
 

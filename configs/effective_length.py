@@ -17,8 +17,9 @@ from lminf.configs import base
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    c = base.get_config(arg)
+    c = base.get_config(arg, variants=("tiny", "short"))
     c.model = "smollm2-135m-instruct"
+    c.dtype = "float32"  # of weights, activations and caches
     c.chat = False  # True: prompts are messages of a user, in the model's chat template
     # Names of `lminf eval --list`, one of each quarter of scope and diffusion.
     c.tasks = (
@@ -34,6 +35,18 @@ def get_config(arg: str = "") -> ConfigDict:
         "lm_infinite:window=4096,sinks=10",
         "streaming:window=4096,sinks=10",
     )
+    if arg == "short":
+        c.dtype = "bfloat16"  # two thirds of the time of float32 on a CPU with AMX
+        c.tasks = (
+            "niah_multikey:depth=0.5,keys=5,questions=5",
+            "niah_multivalue:values=2,questions=5",
+        )
+        c.instances = 50
+        c.policies = (
+            "full",
+            "lm_infinite:window=2048,sinks=10",
+            "infllm:window=1024,sinks=10,topk=16,block=64,exec_block=256",
+        )
     if arg == "tiny":
         c.model = "tiny"
         c.tasks = ("single_needle:depth=0.0", "single_needle:depth=1.0", "m4le:ability=global")

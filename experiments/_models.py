@@ -1,6 +1,9 @@
 """The model of an experiment: a named checkpoint, or the tiny one that is trained on the spot."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lminf.attention.policy import FULL
@@ -8,7 +11,7 @@ from lminf.data.sources import text_of
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.data.windows import RandomWindows
 from lminf.errors import InputError
-from lminf.lm.lm import LM
+from lminf.lm.lm import DTYPES, LM
 from lminf.models import spec
 from lminf.parallel import mesh, partition
 from lminf.run.progress import Progress
@@ -23,12 +26,18 @@ TINY = "tiny"
 TINY_LENGTH, TINY_STEPS, TINY_BATCH, TINY_RATE = 64, 200, 32, 3e-3
 
 
-def load(name: str, *, seed: int) -> LM:
+def load(name: str, *, seed: int, dtype: str = "float32") -> LM:
     """The model, attending in full. `tiny` is trained here, on the default text."""
+    if dtype not in DTYPES:
+        raise InputError(f"--config.dtype={dtype}: choose one of {', '.join(DTYPES)}")
     if name == TINY:
-        return train_tiny(seed=seed)
+        trained = train_tiny(seed=seed)
+        params = jax.tree.map(lambda array: array.astype(dtype), trained.params)
+        return dataclasses.replace(trained, params=params, dtype=jnp.dtype(dtype))
     with Progress(1, label=f"loading {name}", unit="tensors") as progress:
-        lm = LM.from_pretrained(name, policy=FULL, progress=_showing(progress))
+        lm = LM.from_pretrained(
+            name, policy=FULL, dtype=jnp.dtype(dtype), progress=_showing(progress)
+        )
     return lm.with_devices(jax.local_devices())
 
 

@@ -24,7 +24,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     tasks = [task for text in c.tasks for task in catalog.parse(text)]
     policies = [parse_policy(text) for text in c.policies]
     cells = _evals.cells(tasks, c.lengths, [c.instances] * len(c.lengths))
-    lm = _models.load(c.model, seed=c.seed)
+    lm = _models.load(c.model, seed=c.seed, dtype=c.dtype)
 
     def facts(length: int, instances: Sequence[Any]) -> Mapping[str, Any]:
         return {

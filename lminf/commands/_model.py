@@ -13,10 +13,8 @@ from lminf.attention.rope import SCALINGS
 from lminf.checkpoints import fetch
 from lminf.config import parse_choice
 from lminf.data.tokenizers import Special
-from lminf.lm.lm import LM
+from lminf.lm.lm import DTYPES, LM
 from lminf.run import devices
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "smollm2-135m-instruct")  # fmt: skip
     parser.add_argument("--chat", action="store_true",
                         help="prompts are messages, in the chat template of the model")  # fmt: skip
+    parser.add_argument("--dtype", default="float32",
+                        help="of weights, activations and caches: float32, bfloat16 or float16 "
+                        "(float32)")  # fmt: skip
     parser.add_argument("--policy", default="full", metavar="P[,P…]",
                         help="as in full,lm_infinite:window=4096,sinks=10 (full)")  # fmt: skip
     parser.add_argument("--lengths", default="4k", metavar="N[,N…]",
@@ -43,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
         "tasks": tuple(split_choices(args.tasks)),
         "model": args.model,
         "chat": args.chat,
+        "dtype": args.dtype,
         "policies": tuple(split_choices(args.policy)),
         "lengths": lengths_of(args.lengths),
         "instances": args.instances,

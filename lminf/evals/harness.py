@@ -30,14 +30,13 @@ from lminf.config import closest
 from lminf.errors import InputError
 from lminf.lm import generate
 from lminf.lm.generate import GREEDY, Sampling
-from lminf.lm.lm import LM
+from lminf.lm.lm import DTYPES, LM
 from lminf.lm.prefix import TOGETHER, Pair, SharedPrefix
 from lminf.lm.protocol import OnAnswer
 from lminf.models import quantization
 
 MODEL = "lminf"  # what the harness calls it
 ARGUMENTS = ("pretrained", "policy", "dtype", "weights", "max_length", "batch_size")
-DTYPES = ("float32", "bfloat16", "float16")
 NEW_TOKENS = 256  # of an answer, where a task does not say: the harness's own default
 NO_EFFECT = {"num_beams": 1, "repetition_penalty": 1.0}  # options of tasks, at these values
 

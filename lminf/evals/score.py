@@ -31,11 +31,36 @@ def success_rate(successes: int, trials: int, *, z: float = 1.959964) -> Interva
     """
     if not 0 <= successes <= trials or trials == 0:
         raise ValueError(f"{successes} successes in {trials} trials")
-    rate = successes / trials
+    return _wilson(successes / trials, trials, z)
+
+
+def _wilson(rate: float, trials: float, z: float = 1.959964) -> Interval:
     centre = (rate + z * z / (2 * trials)) / (1 + z * z / trials)
     spread = z * math.sqrt(rate * (1 - rate) / trials + (z / (2 * trials)) ** 2)
     spread /= 1 + z * z / trials
     return Interval(rate, max(0.0, centre - spread), min(1.0, centre + spread))
+
+
+def of_groups(scores: Sequence[float], size: int) -> Interval:
+    """Mean of scores in [0, 1] of which each `size` in turn belong together, as questions about one
+    text do, with its 95 % interval; the last group may be smaller.
+
+    Scores of 0 and 1 have Wilson's interval of as many independent trials as would have the
+    variance that the groups show: at least one a group, at most one a score (the design effect,
+    Kish 1965). Of other scores it is the bootstrap over groups.
+    """
+    groups = [np.asarray(scores[i : i + size], np.float64) for i in range(0, len(scores), size)]
+    rate, count = float(np.mean(scores)), len(groups)
+    if not all(score in (0, 1) for score in scores):
+        _, low, high = over_documents([group.mean() for group in groups])
+        return Interval(rate, max(low, 0.0), min(high, 1.0))
+    # Of a ratio of sums, as groups may differ in size (Cochran 1977, equation 6.9).
+    residuals = np.array([group.sum() - rate * len(group) for group in groups])
+    variance = float((residuals**2).sum()) * count / max(count - 1, 1) / len(scores) ** 2
+    trials = rate * (1 - rate) / variance if variance > 0 else len(scores)
+    if rate in (0, 1):  # no variance to compare
+        trials = count
+    return _wilson(rate, min(max(trials, count), len(scores)))
 
 
 def mean_score(scores: Sequence[float], *, resamples: int = 4000, seed: int = 0) -> Interval:

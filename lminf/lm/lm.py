@@ -37,6 +37,7 @@ from lminf.surgery.quantize import quantize
 from lminf.types import Params
 
 Progress: TypeAlias = Callable[[int, int], None]  # (done, of), in tokens
+DTYPES = ("float32", "bfloat16", "float16")
 WEIGHTS = ("float", "int8")  # what a model's matrices may be kept in; float is the LM's dtype
 
 

@@ -60,3 +60,26 @@ def test_one_or_two_documents_have_no_interval(values):
     assert interval == (1.5, -np.inf, np.inf)
     assert score.value_text(interval) == "1.50"
     assert score.value_text(score.Interval(0.5, -0.25, 1)) == "0.50 (-0.25 to 1.00)"
+
+
+def test_questions_of_one_text_count_as_many_as_their_spread_shows():
+    rng = np.random.default_rng(0)
+    covered, widths = 0, []
+    for _ in range(400):
+        rates = rng.beta(1.2, 1.2, 16)  # a text is easy or hard for all its questions
+        scores = (rng.random((16, 4)) < rates[:, None]).astype(float).ravel()
+        interval = score.of_groups(list(scores), 4)
+        covered += interval.low <= 0.5 <= interval.high
+        widths.append(interval.high - interval.low)
+    assert 0.91 <= covered / 400 <= 0.99
+    independent = score.success_rate(32, 64)
+    assert np.mean(widths) > 1.2 * (independent.high - independent.low)
+
+
+def test_groups_that_agree_in_everything_are_one_trial_each():
+    assert score.of_groups([1.0] * 12, 4) == score.success_rate(3, 3)
+    alternating = score.of_groups([1.0, 0.0] * 20, 2)
+    assert alternating == score.success_rate(20, 40)
+    # The last group may be smaller, and scores may be shares.
+    mean, low, high = score.of_groups([0.5, 0.75, 0.25, 1.0, 0.0, 0.5, 0.25], 2)
+    assert 0 <= low < mean < high <= 1

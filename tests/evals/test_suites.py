@@ -139,6 +139,42 @@ def test_every_quarter_of_scope_and_diffusion_has_a_task():
     assert quarters == {("low", "low"), ("low", "high"), ("high", "low"), ("high", "high")}
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "niah_multikey:keys=6,questions=6,depth=0.5",
+        "niah_multivalue:values=2,questions=6",
+        "babilong:facts=1,questions=6",
+    ],
+)
+def test_several_questions_of_a_text_share_it_to_the_last_line(text, book):
+    (task,) = catalog.parse(f"{text},text={book}")
+    items = items_of(task, count=15)
+    assert len({item.prompt for item in items}) == 15
+    for first in range(0, 15, 6):
+        texts = {item.prompt.rsplit("\n", 1)[0] for item in items[first : first + 6]}
+        assert len(texts) == 1
+    for item in items:
+        assert LENGTH - SENTENCE - 40 < item.tokens == len(item.prompt) <= LENGTH
+        assert task.score(task.parse(solver_of(task.name, book)(item.prompt)), item) == 1
+    # The interval is that of texts if all questions of a text have one outcome.
+    interval = task.aggregate([1] * 12 + [0] * 12)
+    assert interval.high - interval.low > 0.6
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("niah_multikey:keys=3,questions=4", "4 questions of 3 keys"),
+        ("babilong:facts=2,questions=2", "which answers 1; give at most questions=1"),
+        ("babilong:facts=1,questions=7", "which answers 6"),
+    ],
+)
+def test_more_questions_than_a_text_answers_are_refused(text, message):
+    with pytest.raises(InputError, match=message):
+        catalog.parse(text)
+
+
 # --- Chance ---------------------------------------------------------------------------------------
 
 

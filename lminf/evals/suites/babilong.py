@@ -14,52 +14,72 @@ from typing import Literal
 
 import numpy as np
 
-from lminf.evals.suites.generated import GeneratedTask, fill
-from lminf.evals.suites.ruler import scattered
+from lminf.errors import InputError
+from lminf.evals.suites.generated import SharedTextTask, fill
+from lminf.evals.suites.ruler import Several, scattered
 from lminf.evals.suites.suite_task import Answers, Item
 from lminf.evals.task import Budget
 
 PEOPLE = ("Mary", "John", "Sandra", "Daniel", "Emily", "Victor")
 PLACES = ("kitchen", "garden", "office", "bathroom", "hallway", "bedroom")
 THINGS = ("apple", "football", "milk", "lantern")
+MOVE = "{who} went to the {where}."
+WHERE = "\nWhere is {who}? {who} is in the"
 MOVES = 8  # sentences about moves that do not matter to the answer
 
 
 @dataclass(frozen=True)
-class BabiLong(GeneratedTask):
+class BabiLong(SharedTextTask):
     """A place of six, which so many facts of the text tell."""
 
     facts: Literal[1, 2, 3] = 1
     text: str | None = None  # a file of prose; none: the interpreter's documentation
     answers: Answers = "written"
+    questions: Several = 1  # asked of one text, each about another person; of facts=1
 
     name = "babilong"
     scope, diffusion = "low", "high"
     levels = ("facts", (1, 2, 3))
     max_new_tokens = 10
 
-    def item(self, budget: Budget, random: np.random.Generator) -> Item:
-        story, question, answer = self._story(random)
+    def __post_init__(self):
+        super().__post_init__()
+        if self.questions > (most := len(PEOPLE) if self.facts == 1 else 1):
+            raise InputError(
+                f"babilong: {self.questions} questions of a text with facts={self.facts}, which "
+                f"answers {most}; give at most questions={most}"
+            )
+
+    def items(self, budget: Budget, random: np.random.Generator) -> list[Item]:
+        story, answers = self._story(random)
         body = scattered(story, sorted(random.random(len(story))), self.text, random.random())
         task = (
             "Facts about people are hidden in the following text. Answer the question from the "
             "latest facts.\n"
         )
-        filled = fill(budget, lambda count: task + body(count) + question, part="sentence")
+        longest = max(answers, key=budget.count)
+        filled = fill(budget, lambda count: task + body(count) + longest, part="sentence")
+        shared = filled.prompt.removesuffix(longest)
         options = tuple(f" {place}" for place in PLACES)
-        return Item(filled.prompt, answer, filled.tokens, options=options)
+        return [
+            Item(prompt, answer, budget.count(prompt), options=options)
+            for question, answer in answers.items()
+            for prompt in [shared + question]
+        ]
 
-    def _story(self, random: np.random.Generator) -> tuple[list[str], str, str]:
-        """Facts in order, the question and its answer."""
+    def _story(self, random: np.random.Generator) -> tuple[list[str], dict[str, str]]:
+        """Facts in order, and the questions with their answers."""
         hero, *bystanders = (str(name) for name in random.permutation(PEOPLE))
         thing = str(random.choice(THINGS))
         route = [str(place) for place in random.permutation(PLACES)]
         moves = [(str(random.choice(bystanders)), str(random.choice(PLACES))) for _ in range(MOVES)]
-        story = [f"{who} went to the {where}." for who, where in moves]
-        trips = [f"{hero} went to the {where}." for where in route[:3]]
+        asked = bystanders[: self.questions - 1]  # each of whom moves
+        moves[: len(asked)] = [(who, where) for who, (_, where) in zip(asked, moves, strict=False)]
+        story = [MOVE.format(who=who, where=where) for who, where in moves]
+        trips = [MOVE.format(who=hero, where=where) for where in route[:3]]
         if self.facts == 1:
             facts, answer = trips, route[2]
-            question = f"\nWhere is {hero}? {hero} is in the"
+            question = WHERE.format(who=hero)
         elif self.facts == 2:
             facts, answer = [trips[0], f"{hero} took the {thing}.", *trips[1:]], route[2]
             question = f"\nWhere is the {thing}? The {thing} is in the"
@@ -72,7 +92,8 @@ class BabiLong(GeneratedTask):
         # The hero's facts keep their order among the others.
         for share, fact in zip(sorted(random.random(len(facts)))[::-1], facts[::-1], strict=True):
             story.insert(int(share * (MOVES + 1)), fact)
-        return story, question, answer
+        last = dict(moves)  # of the moves of one person the last
+        return story, {question: answer} | {WHERE.format(who=who): last[who] for who in asked}
 
     def parse(self, completion: str) -> str | None:
         """The first place that is named."""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lminf.errors import InputError
+from lminf.evals.score import Interval, of_groups
 from lminf.evals.suites.suite_task import Item, SuiteTask
 from lminf.evals.task import Budget
 
@@ -22,11 +23,43 @@ class GeneratedTask(SuiteTask):
         """Each instance has a random stream of its own, so that cells with the same key have the
         same draws whatever else differs.
         """
+        return self._drawn(lambda random: [self.item(budget, random)], count, key)
+
+    def _drawn(
+        self, items: Callable[[np.random.Generator], list[Item]], texts: int, key: Sequence[int]
+    ) -> list[Item]:
         try:
-            return [self.item(budget, np.random.default_rng((*key, n))) for n in range(count)]
+            streams = (np.random.default_rng((*key, text)) for text in range(texts))
+            return [item for stream in streams for item in items(stream)]
         except InputError as error:
             level = f":{self.levels[0]}={getattr(self, self.levels[0])}" if self.levels else ""
             raise InputError(f"{self.name}{level}: {error}") from error
+
+
+class SharedTextTask(GeneratedTask):
+    """A task that asks `questions` of every text, which a model can read once for all of them.
+
+    Answers to questions of one text are no independent samples. The interval accounts for that.
+    """
+
+    questions: int
+
+    @abc.abstractmethod
+    def items(self, budget: Budget, random: np.random.Generator) -> list[Item]:
+        """The questions of one text, each as an instance; the longest prompt fills the budget."""
+
+    def item(self, budget: Budget, random: np.random.Generator) -> Item:
+        return self.items(budget, random)[0]
+
+    def instances(self, budget: Budget, *, count: int, key: Sequence[int]) -> list[Item]:
+        """Each text has a random stream of its own; the last may be asked fewer questions."""
+        texts = -(-count // self.questions)
+        return self._drawn(lambda random: self.items(budget, random), texts, key)[:count]
+
+    def aggregate(self, scores: Sequence[float]) -> Interval:
+        if self.questions == 1:
+            return super().aggregate(scores)
+        return of_groups(scores, self.questions)
 
 
 class Filled(NamedTuple):

@@ -16,9 +16,10 @@ from typing import Annotated
 
 import numpy as np
 
+from lminf.errors import InputError
 from lminf.evals import metrics
 from lminf.evals.suites import prose
-from lminf.evals.suites.generated import GeneratedTask, fill
+from lminf.evals.suites.generated import GeneratedTask, SharedTextTask, fill
 from lminf.evals.suites.suite_task import Item
 from lminf.evals.task import Budget
 from lminf.ranges import Range
@@ -28,6 +29,10 @@ Several = Annotated[int, Range(min=1, max=100)]
 Share = Annotated[float, Range(min=0, max=1)]
 
 TASK = "Some special magic numbers are hidden within the following text. Remember them.\n"
+QUESTION = (
+    "\nWhat are all the special magic numbers for {keys} mentioned in the text? "
+    "The special magic numbers for {keys} mentioned in the text are"
+)
 LINE = "One of the special magic numbers for {key} is: {value}."
 
 
@@ -47,10 +52,11 @@ def scattered(
     return make
 
 
-class Needles(GeneratedTask):
+class Needles(SharedTextTask):
     """Lines of keys and numbers in prose; a subclass draws them, and says what is asked."""
 
     text: str | None
+    questions: int = 1
 
     @property
     def expected(self) -> int:
@@ -62,25 +68,28 @@ class Needles(GeneratedTask):
         return NUMBER_TOKENS * self.expected + 4
 
     @abc.abstractmethod
-    def lines(self, random: np.random.Generator) -> tuple[list[tuple[str, int]], list[str]]:
-        """Keys with their numbers, and the keys asked for; the first line is among the answers."""
+    def lines(self, random: np.random.Generator) -> tuple[list[tuple[str, int]], list[list[str]]]:
+        """Keys with their numbers, and the keys that each question asks for; the first line is an
+        answer to the first question.
+        """
 
     def shares(self, random: np.random.Generator, count: int) -> list[float]:
         return list(random.random(count))
 
-    def item(self, budget: Budget, random: np.random.Generator) -> Item:
+    def items(self, budget: Budget, random: np.random.Generator) -> list[Item]:
         pairs, queries = self.lines(random)
         shares = self.shares(random, len(pairs))
         hidden = [LINE.format(key=key, value=value) for key, value in pairs]
         body = scattered(hidden, shares, self.text, random.random())
-        keys = " and ".join(queries)
-        question = (
-            f"\nWhat are all the special magic numbers for {keys} mentioned in the text? "
-            f"The special magic numbers for {keys} mentioned in the text are"
-        )
-        filled = fill(budget, lambda count: TASK + body(count) + question, part="sentence")
-        answers = [value for key, value in pairs if key in queries]
-        return Item(filled.prompt, answers, filled.tokens)
+        questions = [QUESTION.format(keys=" and ".join(keys)) for keys in queries]
+        longest = max(questions, key=budget.count)
+        filled = fill(budget, lambda count: TASK + body(count) + longest, part="sentence")
+        shared = filled.prompt.removesuffix(longest)
+        return [
+            Item(prompt, [value for key, value in pairs if key in keys], budget.count(prompt))
+            for keys, question in zip(queries, questions, strict=True)
+            for prompt in [shared + question]
+        ]
 
     def parse(self, completion: str) -> str:
         return completion
@@ -93,17 +102,27 @@ class Needles(GeneratedTask):
 class MultiKey(Needles):
     """One number, beside lines of other keys that look like its own."""
 
-    depth: Share = 0.5  # of the line that is asked for
+    depth: Share = 0.5  # of the line that the first question asks for; others stand anywhere
     keys: Several = 4
+    questions: Several = 1  # asked of one text, each for another key
     text: str | None = None  # a file of prose; none: the interpreter's documentation
 
     name = "niah_multikey"
     scope, diffusion = "low", "low"
     levels = ("depth", (0.0, 0.25, 0.5, 0.75, 1.0))
 
-    def lines(self, random: np.random.Generator) -> tuple[list[tuple[str, int]], list[str]]:
+    def __post_init__(self):
+        super().__post_init__()
+        if self.questions > self.keys:
+            raise InputError(
+                f"niah_multikey: {self.questions} questions of {self.keys} keys; give at most as "
+                f"many questions as keys"
+            )
+
+    def lines(self, random: np.random.Generator) -> tuple[list[tuple[str, int]], list[list[str]]]:
         keys = drawn_words(random, self.keys, self.text)
-        return list(zip(keys, drawn_numbers(random, self.keys), strict=True)), keys[:1]
+        pairs = list(zip(keys, drawn_numbers(random, self.keys), strict=True))
+        return pairs, [[key] for key in keys[: self.questions]]
 
     def shares(self, random: np.random.Generator, count: int) -> list[float]:
         return [self.depth, *super().shares(random, count)[1:]]
@@ -113,7 +132,8 @@ class MultiKey(Needles):
 class MultiValue(Needles):
     """All numbers of one key."""
 
-    values: Several = 4
+    values: Several = 4  # of a key
+    questions: Several = 1  # asked of one text, each for a key of its own
     text: str | None = None
 
     name = "niah_multivalue"
@@ -124,9 +144,11 @@ class MultiValue(Needles):
     def expected(self) -> int:
         return self.values
 
-    def lines(self, random: np.random.Generator) -> tuple[list[tuple[str, int]], list[str]]:
-        keys = drawn_words(random, 1, self.text)
-        return [(keys[0], number) for number in drawn_numbers(random, self.values)], keys
+    def lines(self, random: np.random.Generator) -> tuple[list[tuple[str, int]], list[list[str]]]:
+        keys = drawn_words(random, self.questions, self.text)
+        numbers = drawn_numbers(random, self.values * self.questions)
+        pairs = [(keys[index // self.values], number) for index, number in enumerate(numbers)]
+        return pairs, [[key] for key in keys]
 
 
 @dataclass(frozen=True)
@@ -144,9 +166,9 @@ class MultiQuery(Needles):
     def expected(self) -> int:
         return self.queries
 
-    def lines(self, random: np.random.Generator) -> tuple[list[tuple[str, int]], list[str]]:
+    def lines(self, random: np.random.Generator) -> tuple[list[tuple[str, int]], list[list[str]]]:
         keys = drawn_words(random, self.queries, self.text)
-        return list(zip(keys, drawn_numbers(random, self.queries), strict=True)), keys
+        return list(zip(keys, drawn_numbers(random, self.queries), strict=True)), [keys]
 
 
 @dataclass(frozen=True)

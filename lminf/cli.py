@@ -29,6 +29,7 @@ COMMANDS = {  # the module is lminf.commands.<name>
     "tokenize": "texts into a token store, for training",
     "data": "what token stores hold, and what data plans make of them",
     "convert": "a checkpoint into another format",
+    "expand-vocab": "a model with more tokens for a text",
     "scaling": "scaling laws: fits and predictions",
 }
 
@@ -87,7 +88,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     name = arguments[command_index]
     if name not in COMMANDS:
         raise InputError(f"there is no command {name!r}; {closest(name, COMMANDS)}")
-    module = importlib.import_module(f"lminf.commands.{name}")
+    module = importlib.import_module(f"lminf.commands.{name.replace('-', '_')}")
     # The help of `scaling` depends on the verb: it prints it itself.
     prints_own_help = name == "scaling"
     parser = Parser(prog=f"lminf {name}", description=COMMANDS[name], add_help=not prints_own_help)

@@ -1,0 +1,199 @@
+"""What new tokens' rows are worth before any training, by what they are made of."""
+
+import html.parser
+from collections.abc import Iterator, Sequence
+
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+from lminf.errors import InputError
+from lminf.evals import score
+from lminf.experiments import _models, _texts
+from lminf.experiments._main import main
+from lminf.lm.expand_vocab import expand_vocab
+from lminf.lm.lm import LM
+from lminf.run import plots
+from lminf.run.folder import Row, RunFolder
+from lminf.run.progress import Progress
+
+NONE = "none"  # the model as it is, without new tokens
+LEAST_CHARS = 40  # of a paragraph of a page; shorter ones are names of buttons and links
+
+
+def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
+    texts = {"target": pages(c.text), "other": pages(c.other_text)}
+    held_out = {
+        language: [page[: c.characters] for page in of_language if len(page) >= c.characters]
+        for language, of_language in texts.items()
+    }
+    for language, long_pages in held_out.items():
+        if len(long_pages) < c.documents:
+            name = c.text if language == "target" else c.other_text
+            raise InputError(
+                f"{name} has {len(long_pages)} pages of {c.characters} characters, but "
+                f"{c.documents} were asked for; ask for fewer with --config.documents"
+            )
+        del long_pages[c.documents :]
+    measured = set(held_out["target"])
+    others = [page for page in texts["target"] if page[: c.characters] not in measured]
+    sample = list(first_characters(others, c.sample_characters))
+    lm = _models.load(c.model, seed=c.seed, dtype=c.dtype)
+    cells = [(0, NONE, 0)] + [
+        (tokens, rows, seed)
+        for tokens in c.tokens
+        for rows in c.rows
+        for seed in range(c.replicates if rows == "random" else 1)
+    ]
+    done = {(row["tokens"], row["rows"], row["seed"]) for row in out.rows()}
+    missing = [cell for cell in cells if cell not in done]
+    with Progress(len(missing), label="vocabularies") as progress:
+        for count, (tokens, rows, seed) in enumerate(missing, 1):
+            model = lm
+            if rows != NONE:
+                model = expand_vocab(lm, sample, tokens=tokens, rows=rows, seed=seed)
+            for language, documents in held_out.items():
+                for number, text in enumerate(documents):
+                    yield {
+                        "model": c.model, "tokens": tokens, "rows": rows, "seed": seed,
+                        "language": language, "document": number, **measure(model, text),
+                    }  # fmt: skip
+            progress.update(count)
+
+
+def measure(lm: LM, text: str) -> Row:
+    """Loss and length of a text, by its characters: vocabularies differ in what a token is."""
+    nll = lm.nll(text)
+    return {
+        "bits_per_character": nll.bits_per_byte * len(text.encode()) / len(text),
+        "characters_per_token": len(text) / lm.count_tokens(text),
+    }
+
+
+def first_characters(pages: Sequence[str], characters: int) -> Iterator[str]:
+    """The pages, and of the last one what is left of so many characters."""
+    for page in pages:
+        if characters > 0:
+            yield page[:characters]
+        characters -= len(page)
+
+
+# --- Texts ----------------------------------------------------------------------------------------
+
+
+def pages(entry: str) -> list[str]:
+    """The documents of an entry (`_texts.texts`), of HTML their paragraphs, each once."""
+    known: set[str] = set()
+    if not entry.endswith(".html"):
+        return _texts.texts(entry)
+    found = []
+    for page in _texts.texts(entry):
+        parser = Paragraphs()
+        parser.feed(page)
+        lines = [line for line in dict.fromkeys(parser.lines) if line not in known]
+        known.update(lines)
+        if lines:
+            found.append("\n".join(lines))
+    return found
+
+
+class Paragraphs(html.parser.HTMLParser):
+    """The text between tags outside of scripts and styles."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines: list[str] = []
+        self._skipped = 0
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self._skipped += tag in ("script", "style")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._skipped -= tag in ("script", "style")
+
+    def handle_data(self, data: str) -> None:
+        line = " ".join(data.split())
+        if not self._skipped and len(line) >= LEAST_CHARS:
+            self.lines.append(line)
+
+
+# --- What is shown --------------------------------------------------------------------------------
+
+
+def summary(rows: list[Row]) -> list[Row]:
+    """A number of tokens, kind of rows and language a line: means over documents with intervals."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["language"], row["tokens"], row["rows"]), []).append(row)
+    return [
+        {
+            "language": language, "tokens": tokens, "rows": kind, "group": group,
+            "bits": score.over_documents(list(of_documents(group).values())),
+            "characters_per_token":
+                sum(row["characters_per_token"] for row in group) / len(group),
+        }
+        for (language, tokens, kind), group in groups.items()
+    ]  # fmt: skip
+
+
+def of_documents(group: list[Row]) -> dict[int, float]:
+    """Bits per character of each document: the mean over seeds."""
+    values: dict[int, list[float]] = {}
+    for row in group:
+        values.setdefault(row["document"], []).append(row["bits_per_character"])
+    return {number: sum(each) / len(each) for number, each in values.items()}
+
+
+def table(rows: list[Row]) -> list[Row]:
+    """Bits per character with 95 % intervals over documents. The last columns are paired: what the
+    new tokens cost against the model without them.
+    """
+    lines = {(line["language"], line["tokens"], line["rows"]): line for line in summary(rows)}
+    shown = []
+    for (language, tokens, kind), line in lines.items():
+        if language != "target":
+            continue
+        other = lines["other", tokens, kind]
+        shown.append({
+            "new tokens": tokens,
+            "rows": kind,
+            "documents": len(of_documents(line["group"])),
+            "characters a token": f"{line['characters_per_token']:.2f}",
+            "bits/character": score.value_text(line["bits"]),
+            "above the model without": above(line, lines["target", 0, NONE]),
+            "other language": score.value_text(other["bits"]),
+            "other, above": above(other, lines["other", 0, NONE]),
+        })  # fmt: skip
+    return shown
+
+
+def above(line: Row, base: Row) -> str | None:
+    if line is base:
+        return None
+    values, of_base = of_documents(line["group"]), of_documents(base["group"])
+    differences = [values[number] - of_base[number] for number in values if number in of_base]
+    return score.value_text(score.over_documents(differences)) if differences else None
+
+
+def plot(rows: list[Row]) -> Figure:
+    """Bits per character by the number of new tokens, a line for what their rows are made of."""
+    lines = summary(rows)
+    base = {line["language"]: line["bits"] for line in lines if line["rows"] == NONE}
+    names = {"target": "the language of the new tokens", "other": "the other language"}
+    points = [
+        {"panel": names[line["language"]], "rows": line["rows"], "tokens": line["tokens"],
+         "bits": line["bits"].mean, **score.ends(line["bits"])}
+        for line in lines if line["rows"] != NONE
+    ]  # fmt: skip
+    points += [
+        {**point, "rows": "without", "bits": base[language].mean, **score.ends(base[language])}
+        for language in base for point in points
+        if point["panel"] == names[language] and point["rows"] == points[0]["rows"]
+    ]  # fmt: skip
+    return plots.curves(
+        points, x="tokens", y="bits", by="rows", panel="panel", log_x=True,
+        interval=("low", "high"), x_label="new tokens", y_label="bits/character (95 %)",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(run, plot, table=table, resumes=True, may_change=("tokens", "rows"))

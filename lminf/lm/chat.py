@@ -60,18 +60,17 @@ class ChatModel:
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[Score]:
         """Of each continuation as what the assistant goes on with."""
-        scores: dict[int, Score] = {}
-        for prompt in dict.fromkeys(prompts):
-            members = [index for index, each in enumerate(prompts) if each == prompt]
-            start = len(self.encode(prompt))
-            pairs = [(self.encode(prompt, continuations[index]), start) for index in members]
-            if not all(len(tokens) > start for tokens, _ in pairs):
-                raise InputError("a continuation is empty; give at least one character")
-            scores |= dict(zip(members, self.model.score_tokens(pairs), strict=True))
-        return [scores[index] for index in range(len(prompts))]
+        starts = {prompt: len(self.encode(prompt)) for prompt in prompts}
+        pairs = [
+            (self.encode(prompt, continuation), starts[prompt])
+            for prompt, continuation in zip(prompts, continuations, strict=True)
+        ]
+        if not all(len(tokens) > start for tokens, start in pairs):
+            raise InputError("a continuation is empty; give at least one character")
+        return self.model.score_pairs(prompts, pairs)
 
     def next(self, prompts: Sequence[str]) -> Float32[np.ndarray, "B V"]:
-        return self.model.lm.next([self.encode(prompt) for prompt in prompts])
+        return self.model.next([self.encode(prompt) for prompt in prompts])
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "B D"]:
         return self.model.embed(texts)

@@ -114,8 +114,8 @@ def summary(measured: Sequence[Measured]) -> Result:
     ]
     if not measured or not columns[0]:
         raise InputError("no query has a document that its changed instruction rules out")
-    means = (score.over_documents(column or [0.0]) for column in columns)
-    return Result(*means, len(columns[0]))
+    p_mrr, original, changed = (score.over_documents(column or [0.0]) for column in columns)
+    return Result(p_mrr, original, changed, len(columns[0]))
 
 
 def _ranking(rank: Ranker, query: Query, instruction: Instructed) -> list[str]:

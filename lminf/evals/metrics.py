@@ -92,7 +92,7 @@ def bleu(completion: str, reference: str, *, tokenize: Literal["13a", "zh"]) -> 
     (Post 2018, arXiv:1804.08771). What no four in a row have in common is smoothed exponentially.
     """
     try:
-        import sacrebleu
+        import sacrebleu  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(
             "translations are scored by sacrebleu, which is not installed; run pip install "

@@ -14,9 +14,8 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from lminf.data.tokenizers import MESSAGE
-from lminf.errors import InputError
 from lminf.lm.prefix import SharedPrefix
-from lminf.lm.protocol import OnAnswer, Score
+from lminf.lm.protocol import OnAnswer, Score, check_apart
 
 ENDS = re.compile(r"\n|[.?] ")  # what a beginning of an answer may follow
 
@@ -60,13 +59,12 @@ class ChatModel:
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[Score]:
         """Of each continuation as what the assistant goes on with."""
-        starts = {prompt: len(self.encode(prompt)) for prompt in prompts}
-        pairs = [
-            (self.encode(prompt, continuation), starts[prompt])
-            for prompt, continuation in zip(prompts, continuations, strict=True)
-        ]
-        if not all(len(tokens) > start for tokens, start in pairs):
-            raise InputError("a continuation is empty; give at least one character")
+        own = {prompt: self.encode(prompt) for prompt in prompts}
+        pairs = []
+        for prompt, continuation in zip(prompts, continuations, strict=True):
+            tokens = self.encode(prompt, continuation)
+            check_apart(own[prompt], tokens, prompt, continuation)
+            pairs.append((tokens, len(own[prompt])))
         return self.model.score_pairs(prompts, pairs)
 
     def next(self, prompts: Sequence[str]) -> Float32[np.ndarray, "B V"]:

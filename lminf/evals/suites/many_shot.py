@@ -114,10 +114,10 @@ def drawn_examples(
 ) -> Iterator[Example]:
     """Rounds without end, of one example of each label in a drawn order."""
     while True:
-        for label in random.permutation(len(tools)):
+        for label in map(int, random.permutation(len(tools))):
             tool = tools[label][int(random.integers(TOOLS))]
             phrase = PHRASES[int(random.integers(len(PHRASES)))]
-            yield Example(int(label), tool, phrase.format(tool=tool))
+            yield Example(label, tool, phrase.format(tool=tool))
 
 
 def ordered(examples: Sequence[Example], order: Order) -> list[Example]:

@@ -10,13 +10,14 @@ arXiv:2309.17249): by the mean probability of a label over the questions of a pr
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from lminf.attention.parsing import parse_policy
+from lminf.config import closest
 from lminf.errors import InputError
 from lminf.evals import score
 from lminf.evals.suites import many_shot
@@ -44,6 +45,9 @@ class Drawn(NamedTuple):
 
 
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
+    for order in c.orders:
+        if order not in (orders := get_args(many_shot.Order)):
+            raise InputError(f"there is no order {order!r}; {closest(order, orders)}")
     lm = _models.load(c.model, seed=c.seed)
     models = [lm.with_policy(parse_policy(text)) for text in c.policies]
     done = {identity(row) for row in out.rows()}
@@ -115,6 +119,7 @@ def measure(lm: LM, document: Drawn, rounds: int, order: many_shot.Order) -> Ite
     last = {example.label: index for index, example in enumerate(examples)}
     asked = np.array([place[tool] for tool in document.tools]) * len(QUARTERS) // len(examples) + 1
     answered = np.array([last[label] for label in answers]) * len(QUARTERS) // len(examples) + 1
+    seconds = (time.perf_counter() - started) / len(QUARTERS)
     for quarter in QUARTERS:
         members = asked == quarter
         yield {
@@ -126,7 +131,7 @@ def measure(lm: LM, document: Drawn, rounds: int, order: many_shot.Order) -> Ite
             "right_calibrated": int(calibrated[members].sum()),
             "answers_from_here": int((answered == quarter).sum()),
             "trained_length": lm.spec.trained_length,
-            "seconds": (time.perf_counter() - started) / len(QUARTERS),
+            "seconds": seconds,
         }
 
 

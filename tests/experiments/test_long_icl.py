@@ -113,6 +113,11 @@ def test_labels_that_the_tokenizer_begins_alike_are_refused(rows_by):
         rows_by(reader(), labels=20)
 
 
+def test_an_order_that_there_is_not_is_refused(rows_by):
+    with pytest.raises(InputError, match="there is no order 'sorted'"):
+        rows_by(reader(), orders=("shuffled", "sorted"))
+
+
 @pytest.mark.slow
 def test_a_model_is_asked(rows_of, words):
     rows = rows_of("long_icl", **{**OPTIONS, "text": words, "rounds": (1,), "documents": 1})

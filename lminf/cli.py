@@ -24,6 +24,7 @@ COMMANDS = {  # the module is lminf.commands.<name>
     "nll": "how well a model predicts a text, by position",
     "generate": "what a model says next",
     "eval": "how well a model answers, by task, prompt length and policy",
+    "rerank": "whether a model's ranking of documents obeys an instruction (FollowIR)",
     "harness": "tasks of lm-evaluation-harness, by model and policy",
     "plan": "parameters, FLOPs and cache sizes of a model; runs nothing",
     "tokenize": "texts into a token store, for training",

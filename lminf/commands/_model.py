@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="of weights and activations (float32)")  # fmt: skip
     parser.add_argument("--weights", default="float", help="int8: matrices in a quarter of the "
                         "memory of float32; float: in --dtype (float)")  # fmt: skip
+
+
+def add_special(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--special", choices=typing.get_args(Special), default="plain",
                         help="special tokens written out in texts: plain characters, or parsed as "
                         "tokens (plain)")  # fmt: skip

@@ -29,6 +29,7 @@ Encoded: TypeAlias = Sequence[tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     _model.add_arguments(parser)
+    _model.add_special(parser)
     parser.add_argument("--text", action="append", metavar="FILE",
                         help="may repeat; default: the interpreter's documentation")  # fmt: skip
     parser.add_argument("--field", default="text", help="of the documents in JSON and parquet; "

@@ -15,6 +15,7 @@ qrels_og/test.tsv and qrels_changed/test.tsv (query-id, corpus-id, score), and t
 """
 
 import csv
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,8 @@ import numpy as np
 
 from lminf.atomic import read_bytes
 from lminf.errors import InputError
-from lminf.evals import metrics
+from lminf.evals import metrics, score
+from lminf.evals.score import Interval
 from lminf.evals.suites import published
 from lminf.lm.protocol import LanguageModel
 
@@ -55,43 +57,65 @@ class Query:
         gone = self.original.relevant - self.changed.relevant
         return [document for document in self.documents if document in gone]
 
+    @property
+    def digest(self) -> str:
+        """Of all that it holds."""
+        held = (self.text, *self.original, *self.changed, *self.documents.items())
+        parts = (sorted(each) if isinstance(each, frozenset) else each for each in held)
+        return hashlib.sha256(repr(list(parts)).encode()).hexdigest()[:16]
+
 
 # (query, instruction, documents by id) -> ids, the most relevant first
 Ranker: TypeAlias = Callable[[str, str, Mapping[str, str]], Sequence[str]]
 
 
-class Result(NamedTuple):
-    """What a ranker obeys and finds."""
+class Measured(NamedTuple):
+    """What the two rankings of a query are worth; None: it has no document to tell it by."""
 
-    p_mrr: float  # -1 to 1, over `queries`
-    map_original: float
-    map_changed: float
+    p_mrr: float | None
+    ap_original: float | None  # average precision
+    ap_changed: float | None
+
+
+class Result(NamedTuple):
+    """What a ranker obeys and finds: means over queries with their 95 % intervals."""
+
+    p_mrr: Interval  # -1 to 1
+    map_original: Interval
+    map_changed: Interval
     queries: int  # in which a document is ruled out
 
 
 def evaluate(rank: Ranker, queries: Sequence[Query]) -> Result:
     """Ranks the documents of every query under both instructions."""
-    moved: list[float] = []
-    precisions: tuple[list[float], list[float]] = [], []
-    for query in queries:
-        rankings = []
-        for instruction, precision in zip((query.original, query.changed), precisions, strict=True):
-            rankings.append(_ranking(rank, query, instruction))
-            if instruction.relevant:
-                precision.append(
-                    metrics.average_precision(rankings[-1][:DEEPEST], instruction.relevant)
-                )
-        ranked_original, ranked_changed = rankings
-        if gone := query.ruled_out:
-            falls = [
-                metrics.paired_mrr(ranked_original.index(each) + 1, ranked_changed.index(each) + 1)
-                for each in gone
-            ]
-            moved.append(sum(falls) / len(falls))
-    if not moved:
+    return summary([measure(rank, query) for query in queries])
+
+
+def measure(rank: Ranker, query: Query) -> Measured:
+    """Ranks the documents of a query under both instructions."""
+    both = query.original, query.changed
+    original, changed = (_ranking(rank, query, instruction) for instruction in both)
+    falls = [
+        metrics.paired_mrr(original.index(each) + 1, changed.index(each) + 1)
+        for each in query.ruled_out
+    ]
+    precisions = [
+        metrics.average_precision(ranking[:DEEPEST], instruction.relevant)
+        if instruction.relevant else None
+        for ranking, instruction in zip((original, changed), both, strict=True)
+    ]  # fmt: skip
+    return Measured(sum(falls) / len(falls) if falls else None, *precisions)
+
+
+def summary(measured: Sequence[Measured]) -> Result:
+    """The means of what was measured of each query."""
+    columns = [
+        [value for value in column if value is not None] for column in zip(*measured, strict=True)
+    ]
+    if not measured or not columns[0]:
         raise InputError("no query has a document that its changed instruction rules out")
-    original, changed = (sum(each) / max(len(each), 1) for each in precisions)
-    return Result(sum(moved) / len(moved), original, changed, len(moved))
+    p_mrr, original, changed = (score.over_documents(column or [0.0]) for column in columns)
+    return Result(p_mrr, original, changed, len(columns[0]))
 
 
 def _ranking(rank: Ranker, query: Query, instruction: Instructed) -> list[str]:
@@ -105,7 +129,9 @@ def _ranking(rank: Ranker, query: Query, instruction: Instructed) -> list[str]:
 
 
 def by_model(model: LanguageModel) -> Ranker:
-    """Ranks by how much likelier `yes` is than `no` where a document's relevance is asked for."""
+    """Ranks by how likely it is that a document is relevant: by the log-probability of `true` less
+    that of `false`.
+    """
     return partial(_by_model, model)
 
 
@@ -114,11 +140,11 @@ def _by_model(
 ) -> list[str]:
     def odds(text: str) -> float:
         prompt = (
-            f"Document: {text}\n\nQuery: {query}\n{instruction}\nIs this document relevant? Answer "
-            f"with yes or no.\nAnswer:"
+            f"Document: {text}\n\nQuery: {query}\n{instruction}\nThe document is relevant, true "
+            f"or false?\nAnswer:"
         )
-        yes, no = model.score([prompt] * 2, [" yes", " no"])
-        return yes.log_prob - no.log_prob
+        true, false = model.score([prompt] * 2, [" true", " false"])
+        return true.log_prob - false.log_prob
 
     return sorted(documents, key=lambda document: -odds(documents[document]))
 

@@ -12,7 +12,9 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Hashable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+from lminf.errors import InputError
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -83,6 +85,21 @@ def character_rouge_l(completion: str, reference: str) -> float:
     characters, expected = _characters(completion), _characters(reference)
     common = longest_common(characters, expected)
     return 2 * common / (len(characters) + len(expected)) if common else 0.0
+
+
+def bleu(completion: str, reference: str, *, tokenize: Literal["13a", "zh"]) -> float:
+    """BLEU of one text, of up to four words in a row, or characters of Chinese (`zh`), by sacrebleu
+    (Post 2018, arXiv:1804.08771). What no four in a row have in common is smoothed exponentially.
+    """
+    try:
+        import sacrebleu  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise InputError(
+            "translations are scored by sacrebleu, which is not installed; run pip install "
+            "'lminf[translation]'"
+        ) from error
+    scored = sacrebleu.sentence_bleu(completion, [reference], tokenize=tokenize)
+    return min(scored.score / 100, 1.0)  # of equal texts it is a rounding error more
 
 
 def _rouge_words(text: str) -> list[str]:

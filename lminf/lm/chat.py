@@ -14,9 +14,8 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from lminf.data.tokenizers import MESSAGE
-from lminf.errors import InputError
 from lminf.lm.prefix import SharedPrefix
-from lminf.lm.protocol import OnAnswer, Score
+from lminf.lm.protocol import OnAnswer, Score, check_apart
 
 ENDS = re.compile(r"\n|[.?] ")  # what a beginning of an answer may follow
 
@@ -60,18 +59,16 @@ class ChatModel:
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[Score]:
         """Of each continuation as what the assistant goes on with."""
-        scores: dict[int, Score] = {}
-        for prompt in dict.fromkeys(prompts):
-            members = [index for index, each in enumerate(prompts) if each == prompt]
-            start = len(self.encode(prompt))
-            pairs = [(self.encode(prompt, continuations[index]), start) for index in members]
-            if not all(len(tokens) > start for tokens, _ in pairs):
-                raise InputError("a continuation is empty; give at least one character")
-            scores |= dict(zip(members, self.model.score_tokens(pairs), strict=True))
-        return [scores[index] for index in range(len(prompts))]
+        own = {prompt: self.encode(prompt) for prompt in prompts}
+        pairs = []
+        for prompt, continuation in zip(prompts, continuations, strict=True):
+            tokens = self.encode(prompt, continuation)
+            check_apart(own[prompt], tokens, prompt, continuation)
+            pairs.append((tokens, len(own[prompt])))
+        return self.model.score_pairs(prompts, pairs)
 
     def next(self, prompts: Sequence[str]) -> Float32[np.ndarray, "B V"]:
-        return self.model.lm.next([self.encode(prompt) for prompt in prompts])
+        return self.model.next([self.encode(prompt) for prompt in prompts])
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "B D"]:
         return self.model.embed(texts)

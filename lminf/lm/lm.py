@@ -29,7 +29,7 @@ from lminf.errors import InputError
 from lminf.lm import generate, layerwise
 from lminf.lm.generate import CONTEXT, GREEDY, Forward, Sampling, TextStream
 from lminf.lm.nll import NLL, stream_nll
-from lminf.lm.protocol import OnAnswer, Score
+from lminf.lm.protocol import OnAnswer, Score, check_apart
 from lminf.models import cost, decoder, quantization
 from lminf.models.spec import ModelSpec
 from lminf.parallel import hardware
@@ -290,13 +290,11 @@ class LM:
             raise InputError("a continuation is empty; give at least one character")
         context = prompt.rstrip()
         tokens = self.encode(prompt + continuation)[0]
-        start = len(self.encode(context)[0]) if context else int(self.tokenizer.add_bos)
-        if not 0 < start < len(tokens):
-            raise InputError(
-                f"the prompt {prompt!r} leaves no token of {len(tokens)} before the continuation "
-                f"or none of it; give a prompt of at least one token"
-            )
-        return tokens, start
+        own = self.encode(context)[0] if context else tokens[: int(self.tokenizer.add_bos)]
+        if not len(own):
+            raise InputError("a prompt has no tokens, so nothing follows it; give at least one")
+        check_apart(own, tokens, prompt, continuation)
+        return tokens, len(own)
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "B D"]:
         """One vector a text: the mean of the final hidden states of its tokens."""

@@ -6,6 +6,7 @@ others leave it, they go on from copies of its caches. Each prompt so meets the 
 `LM.generate` reads, in their order, and its answer is the same.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -50,9 +51,11 @@ class SharedPrefix:
         Policies that act at the end of a prompt or of a call read each by itself. Where queries
         select in groups, the groups are those of a text that is read at once, without padding.
         """
-        pairs = [
-            self.lm.encode_continuation(*pair) for pair in zip(prompts, continuations, strict=True)
-        ]
+        pairs = zip(prompts, continuations, strict=True)
+        return self.score_pairs(prompts, [self.lm.encode_continuation(*pair) for pair in pairs])
+
+    def score_pairs(self, prompts: Sequence[str], pairs: Sequence[Pair]) -> list[Score]:
+        """As `LM.score_tokens` of each pair; those of one prompt, whatever its tokens, together."""
         scores: dict[int, Score] = {}
         for prompt in dict.fromkeys(prompts):
             members = [index for index, each in enumerate(prompts) if each == prompt]
@@ -62,12 +65,23 @@ class SharedPrefix:
 
     def score_tokens(self, pairs: Sequence[Pair]) -> list[Score]:
         """As `LM.score_tokens`, of texts that begin alike."""
-        if shared := _shared_tokens(self.lm, pairs):
-            return _scores_after(self.lm, shared, pairs)
-        return [self.lm.score_tokens(*pair) for pair in pairs]
+        if not (shared := _shared_tokens(self.lm, pairs)):
+            return [self.lm.score_tokens(*pair) for pair in pairs]
+        scores = {
+            index: Score.of(log_probs, pairs[index][0][pairs[index][1] :])
+            for index, log_probs in _log_probs_of(self.lm, shared, pairs)
+        }
+        return [scores[index] for index in range(len(pairs))]
 
-    def next(self, prompts: Sequence[str]) -> Float32[np.ndarray, "B V"]:
-        return self.lm.next(prompts)
+    def next(self, prompts: Sequence[str | np.ndarray]) -> Float32[np.ndarray, "B V"]:
+        """As `LM.next`; what all prompts begin with is read once if it is most of them."""
+        encoded = self.lm.encode_prompts(prompts)
+        pairs = [(np.append(ids, 0), len(ids)) for ids in encoded]  # the last one is not read
+        shared = _shared_tokens(self.lm, pairs)
+        if 2 * shared <= max(map(len, encoded), default=0):
+            return self.lm.next(prompts)
+        log_probs = dict(_log_probs_of(self.lm, shared, pairs))
+        return np.concatenate([log_probs[index] for index in range(len(pairs))])
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "B D"]:
         return self.lm.embed(texts)
@@ -120,23 +134,33 @@ def _shared_tokens(lm: LM, pairs: Sequence[Pair]) -> int:
     return common // step * step
 
 
-def _scores_after(lm: LM, shared: int, pairs: Sequence[Pair]) -> list[Score]:
+def _log_probs_of(
+    lm: LM, shared: int, pairs: Sequence[Pair]
+) -> Iterator[tuple[int, Float32[np.ndarray, "_ V"]]]:
+    """The index of each pair, in any order, and the log-probabilities (nats) of what follows at
+    each token of its continuation. Pairs that differ in their last token alone, such as the letters
+    of options, have one tail.
+    """
+    members: dict[bytes, list[int]] = {}
+    for index, (tokens, _) in enumerate(pairs):
+        members.setdefault(tokens[shared:-1].tobytes(), []).append(index)
     # One width, so that few programs are compiled.
     longest = max(len(tokens) for tokens, _ in pairs) - 1 - shared
     width = -(-longest // TAIL) * TAIL
-    tails = np.full((len(pairs), width), -1, np.int32)
-    for row, (tokens, _) in zip(tails, pairs, strict=True):
+    tails = np.full((len(members), width), -1, np.int32)
+    for row, (index, *_) in zip(tails, members.values(), strict=True):
+        tokens, _ = pairs[index]
         row[: len(tokens) - 1 - shared] = tokens[shared:-1]
     first = min(start for _, start in pairs) - 1 - shared
-    scores = []
-    parts = [
-        Tails(tails[i : i + TAIL_ROWS], width - first) for i in range(0, len(tails), TAIL_ROWS)
-    ]
-    for log_probs in log_probs_after(lm, pairs[0][0][:shared], parts):
-        for row, (tokens, start) in zip(log_probs, pairs[len(scores) :], strict=False):
+    parts = np.array_split(tails, -(-len(tails) // TAIL_ROWS))  # of nearly one size
+    results = log_probs_after(
+        lm, pairs[0][0][:shared], [Tails(part, width - first) for part in parts]
+    )
+    for log_probs, indices in zip(itertools.chain(*results), members.values(), strict=True):
+        for index in indices:
+            tokens, start = pairs[index]
             begin = start - 1 - shared - first
-            scores.append(Score.of(row[begin : begin + len(tokens) - start], tokens[start:]))
-    return scores
+            yield index, log_probs[begin : begin + len(tokens) - start]
 
 
 class Tails(NamedTuple):

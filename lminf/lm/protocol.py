@@ -6,6 +6,8 @@ from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Int
 
+from lminf.errors import InputError
+
 
 class Score(NamedTuple):
     """How well a continuation follows its prompt."""
@@ -20,6 +22,22 @@ class Score(NamedTuple):
         chosen = np.asarray(log_probs[np.arange(len(tokens)), tokens], np.float64)
         greedy = bool((log_probs.argmax(-1) == tokens).all())
         return cls(float(chosen.sum()), len(tokens), greedy)
+
+
+def check_apart(
+    own: Int[np.ndarray, " P"], tokens: Int[np.ndarray, " T"], prompt: str, continuation: str
+) -> None:
+    """Refuses a continuation without tokens of its own, where `own` are those of the prompt and
+    `tokens` those of both: the probability of one that is merged with the prompt's end is none of
+    the continuation.
+    """
+    if np.array_equal(own, tokens):
+        raise InputError("a continuation is empty; give at least one character")
+    if not np.array_equal(own, tokens[: len(own)]):
+        raise InputError(
+            f"the tokenizer merges the beginning of {continuation[:40]!r} with the end of its "
+            f"prompt ({prompt[-40:]!r}); begin it with a space, or end the prompt elsewhere"
+        )
 
 
 OnAnswer: TypeAlias = Callable[[int, str], None]  # (index of the prompt, its complete answer)

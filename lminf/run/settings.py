@@ -22,7 +22,7 @@ RANGES = {
         (
             # training
             "steps", "grad_accum_steps", "every", "evaluate_every", "last", "batches", "log_every",
-            "batch", "replicates", "rounds",
+            "batch", "replicates", "rounds", "labels",
             # shapes
             "width", "num_heads", "num_kv_heads", "hidden_dim", "top_k", "vocab",
             "vocabs", "vocab_size", "seq_len",

@@ -5,8 +5,12 @@ import re
 
 import pytest
 
+from lminf import cli
+from lminf.attention.policy import FULL
+from lminf.commands import _model, rerank
 from lminf.errors import InputError
 from lminf.evals import follow_ir
+from lminf.evals.suites import catalog
 from lminf.lm.scripted import Scripted
 
 QUERIES = follow_ir.generate(count=5, documents=12, key=(0,))
@@ -27,11 +31,11 @@ def ignoring(query, instruction, documents):
 
 def test_who_obeys_moves_documents_down_and_who_ignores_does_not():
     obeyed = follow_ir.evaluate(obeying, QUERIES)
-    assert obeyed.p_mrr > 0
-    assert (obeyed.map_original, obeyed.map_changed, obeyed.queries) == (1, 1, 5)
+    assert obeyed.p_mrr.low > 0
+    assert (obeyed.map_original.mean, obeyed.map_changed.mean, obeyed.queries) == (1, 1, 5)
     ignored = follow_ir.evaluate(ignoring, QUERIES)
-    assert ignored.p_mrr == 0
-    assert ignored.map_original == 1 > ignored.map_changed
+    assert ignored.p_mrr == (0, 0, 0)
+    assert ignored.map_original.mean == 1 > ignored.map_changed.high
 
 
 def test_p_mrr_is_the_mean_over_documents_of_a_query_and_then_over_queries():
@@ -48,16 +52,16 @@ def test_p_mrr_is_the_mean_over_documents_of_a_query_and_then_over_queries():
         [query(frozenset("ab")), query(frozenset("d")), query(frozenset())],
     )
     # a falls from 1 to 3, b rises from 2 to 1, d stays.
-    assert found.p_mrr == pytest.approx(((1 - 1 / 3 + 1 / 2 - 1) / 2 + 0) / 2)
+    assert found.p_mrr.mean == pytest.approx(((1 - 1 / 3 + 1 / 2 - 1) / 2 + 0) / 2)
     assert found.queries == 2
 
 
-def test_a_language_model_ranks_by_yes_and_no():
+def test_a_language_model_ranks_by_how_likely_true_is():
     def answer(prompt):
         goods = re.search(r"Query: Where were (\w+) sent", prompt)[1]
         text = prompt.split("\n")[0]
         out = re.findall(r"about (\w+) are not", prompt)
-        return " yes" if goods in text and not any(city in text for city in out) else " no"
+        return f" {str(goods in text and not any(city in text for city in out)).lower()}"
 
     found = follow_ir.evaluate(follow_ir.by_model(Scripted(answer)), QUERIES)
     assert found == follow_ir.evaluate(obeying, QUERIES)
@@ -122,3 +126,50 @@ def test_damaged_files_are_refused_in_a_sentence(name, text, message, folder):
         (folder / name).write_text(text)
     with pytest.raises(InputError, match=message):
         follow_ir.read(folder)
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ranked(folder, monkeypatch):
+    """What `lminf rerank` prints of that collection, and how many queries it ranked."""
+    count = 0
+
+    def counted(query, instruction, documents):
+        nonlocal count
+        count += 1
+        return obeying(query, instruction, documents)
+
+    class Model:
+        policy = FULL
+
+    monkeypatch.setattr(_model, "load", lambda args: Model())
+    monkeypatch.setattr(follow_ir, "by_model", lambda model: counted)
+
+    def run(*words):
+        nonlocal count
+        count = 0
+        rerank.run(cli.parse(["rerank", "m", str(folder), *words]))
+        return count
+
+    return run
+
+
+def test_the_command_prints_means_with_intervals_and_goes_on(ranked, tmp_path, capsys):
+    out = tmp_path / "ranks.jsonl"
+    assert ranked(f"--out={out}") == 2 * 5
+    printed = capsys.readouterr().out
+    obeyed = follow_ir.evaluate(obeying, QUERIES)
+    assert f"{obeyed.p_mrr.mean:.3f} ({obeyed.p_mrr.low:.3f} to" in " ".join(printed.split())
+    lines = out.read_text().splitlines()
+    assert len(lines) == 5
+    out.write_text("\n".join([*lines[:3], ""]))
+    assert ranked(f"--out={out}") == 2 * 2
+    assert sorted(out.read_text().splitlines()) == sorted(lines)
+    assert ranked(f"--out={out}", "--dtype=bfloat16") == 2 * 5  # rows of another model
+
+
+def test_the_catalogue_names_the_command():
+    with pytest.raises(InputError, match=r"two rankings of .*; `lminf rerank MODEL"):
+        catalog.parse("follow_ir:path=x")

@@ -1,7 +1,9 @@
 """Readers of published files, on tiny files of their shape: what is asked, scored and refused."""
 
 import json
+import sys
 
+import numpy as np
 import pytest
 
 from lminf.errors import InputError
@@ -114,6 +116,38 @@ def test_a_file_of_another_kind_or_version_is_refused_in_a_sentence(
         LongBench(str(tmp_path / name)).instances(Budget.characters(900), count=1, key=(0,))
 
 
+OTHER_FILES = [
+    ("infinite_bench", "passkey.jsonl", r"has no field 'context' .* not of ∞Bench, or of another"),
+    ("longbench_v2", "data.json", r"has no field 'question' .* not of LongBench v2, or of another"),
+    ("loogle", "longdep_qa.jsonl", r"has no field 'input' .* not of LooGLE, or of another"),
+    ("needle_threading_file", "x.json", r"no field 'haystack' .* not of Needle Threading, or"),
+    ("best_answer_file", "x.json", r"no field 'question' .* not of Ada-LEval, or of another"),
+    ("tsort_file", "x.json", r"no field 'prompt' .* not of Ada-LEval, or of another"),
+    ("long_ins_file", "x.json", r"no field 'Data' .* not of LongIns, or of another"),
+    ("m4le_file", "wow.jsonl", r"no field 'instruction' .* not of M4LE, or of another"),
+    ("super_gpqa", "x.jsonl", r"no field 'question' .* not of SuperGPQA, or of another"),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "message"), OTHER_FILES)
+def test_every_reader_refuses_what_is_of_another_version_in_a_sentence(
+    name, file, message, file_of
+):
+    (task,) = catalog.parse(f"{name}:path={file_of(file, [{'x': 1}])}")
+    with pytest.raises(InputError, match=message):
+        task.instances(Budget.characters(900), count=1, key=(0,))
+
+
+def test_a_budget_below_what_stands_around_a_context_is_refused_with_the_least(file_of):
+    task = LongBench(file_of("qasper.jsonl", [longbench_record()]))
+    with pytest.raises(
+        InputError, match=r"no character.* ask for a length of at least (\d+)$"
+    ) as no:
+        task.instances(Budget.characters(10), count=1, key=(0,))
+    least = int(str(no.value).split()[-1])
+    assert task.instances(Budget.characters(least), count=1, key=(0,))[0].tokens == least
+
+
 def test_a_file_that_is_not_there_or_has_too_few_questions_is_refused(file_of, tmp_path):
     with pytest.raises(InputError, match=r"cannot read .*: No such file"):
         LongBench(str(tmp_path / "qasper.jsonl")).questions()
@@ -220,6 +254,12 @@ def test_a_task_of_infinite_bench_has_its_score(name, answer, options, completio
     assert score_of(InfiniteBench(file_of(f"{name}.jsonl", [record])), completion) == score
 
 
+def test_a_task_that_infinite_bench_does_not_have_is_refused_in_a_sentence(file_of):
+    record = {"context": BOOK, "input": "Which?", "answer": "x", "options": []}
+    with pytest.raises(InputError, match="data set 'nothing', which ∞Bench does not have; it has"):
+        InfiniteBench(file_of("nothing.jsonl", [record])).questions()
+
+
 def test_loogle_has_questions_as_text_or_list_and_summaries(file_of):
     pairs = [{"Q": "Who?", "A": "Jane Roe", "S": ["x"]}, {"Q": "When?", "A": 1999, "S": []}]
     record = {"input": BOOK, "title": "T", "qa_pairs": str(pairs), "output": "none"}
@@ -305,6 +345,11 @@ def test_long_ins_is_read_with_numbers_in_brackets(file_of):
     ("name", "right", "completion", "score"),
     [
         ("nq-open", ["Roe"], "It was Jane Roe", 1),
+        ("nq-open", ["Roe"], "It was Jane. Or Roe", 0),
+        ("dureader", ["北京"], "在北京。不是上海", 1),
+        ("wow", ["Article 3"], "article 3, article 4", 1),
+        ("wow", ["Article 4"], "article 3, article 4", 0),
+        ("bigpatent_global_cls", ["Physics"], "Label: Physics", 0),
         ("wikitext-103", ["Paragraph 3."], "paragraph 3", 1),
         ("marc", ["review 1, review 3."], "review 3, review 4.", 0.5),
         ("arxiv", ["one two three four"], "one two", 0.5),
@@ -318,7 +363,39 @@ def test_m4le_is_read_with_its_own_prompts(name, right, completion, score, file_
     with pytest.raises(InputError, match="no instance of the bucket 2000"):
         composed_files.M4LEFile(task.path, bucket=2000).questions()
     with pytest.raises(InputError, match="which M4LE as it is scored here does not have"):
-        composed_files.M4LEFile(file_of("tedtalks-en2zh.jsonl", [record])).questions()
+        composed_files.M4LEFile(file_of("lcsts.jsonl", [record])).questions()
+
+
+TRANSLATION = {"instruction": "Translate.", "input": BOOK, "answers": ["the cat sat on the mat"],
+               "input_length": 9, "total_length": 10, "length_bucket": 1000}  # fmt: skip
+
+
+def test_translations_are_refused_before_anything_is_asked_where_bleu_is_missing(
+    file_of, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    task = composed_files.M4LEFile(file_of("tedtalks-zh2en.jsonl", [TRANSLATION]))
+    with pytest.raises(InputError, match=r"sacrebleu, which is not installed; .*'lminf\[transl"):
+        task.instances(Budget.characters(20_000), count=1, key=(0,))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("name", "right", "completion", "precisions", "brevity"),
+    [  # of 1 to 4 in a row; none in common is half of one, Chen and Cherry 2014 (method 3)
+        ("tedtalks-zh2en", "the cat sat on the mat", "the cat is on the mat",
+         (5 / 6, 3 / 5, 1 / 4, 1 / (2 * 3)), 1),
+        ("open-subtitles-en2zh", "我爱北京天安门", "我爱北京", (1, 1, 1, 1), np.exp(1 - 7 / 4)),
+        ("news-commentary-zh2en", "a\nb c d", "a\nb c d", (1, 1, 1, 1), 1),
+        ("tedtalks-en2zh", "我爱北京", "", (0, 0, 0, 0), 0),
+    ],
+)  # fmt: skip
+def test_translations_are_scored_by_bleu(name, right, completion, precisions, brevity, file_of):
+    """Papineni et al. 2002: the geometric mean of the precisions, times the brevity penalty."""
+    task = composed_files.M4LEFile(file_of(f"{name}.jsonl", [{**TRANSLATION, "answers": right}]))
+    assert task.stop == ()  # they may have several lines
+    expected = float(np.prod(precisions)) ** (1 / 4) * brevity
+    assert score_of(task, completion) == pytest.approx(expected)
 
 
 def test_super_gpqa_has_up_to_ten_options_and_disciplines(file_of):

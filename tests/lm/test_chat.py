@@ -68,6 +68,18 @@ def test_answers_and_their_probabilities_are_those_of_the_conversation():
         model.score(PROMPTS[:1], [" "])
 
 
+@pytest.mark.parametrize("prompt", ["Say the. the", "the"])
+def test_a_continuation_that_the_tokenizer_merges_is_refused_in_a_sentence(prompt):
+    chat = chat_model(CHATML)
+    message = r"merges the beginning of 'e cat' with the end of its prompt \('.*th'\); begin it"
+    for model in (chat.model.lm, chat.model):
+        with pytest.raises(InputError, match=message):
+            model.score([prompt[:-1]], ["e cat"])
+    if "." in prompt:  # the end of the prompt begins the reply
+        with pytest.raises(InputError, match=message):
+            chat.score([prompt[:-1]], ["e cat"])
+
+
 def test_a_model_without_a_template_for_messages_is_refused():
     with pytest.raises(InputError, match="this model has no chat template; generate from a plain"):
         chat_model(None)

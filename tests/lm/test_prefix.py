@@ -179,3 +179,38 @@ def test_the_prompt_of_several_continuations_is_read_once(lm, small_steps, monke
     SharedPrefix(lm).score([BOOK] * 4, ENDS)
     # The book in five chunks, of which the first is filled up; the longest end has 43 bytes.
     assert sum(tokens) == 5 * 16 + 4 * 48
+
+
+def test_options_that_differ_in_their_last_token_are_read_as_one(lm, small_steps, monkeypatch):
+    rows, forward = [], layerwise.LayerwiseDecoder.__call__
+
+    def counted(self, ids, *rest):
+        rows.append(len(ids))
+        return forward(self, ids, *rest)
+
+    lm = lm.with_policy(LMInfinite(8, 2))
+    alone = [lm.score([BOOK], [end])[0] for end in (" A", " B", " Cat")]
+    monkeypatch.setattr(layerwise.LayerwiseDecoder, "__call__", counted)
+    found = SharedPrefix(lm).score([BOOK] * 3, [" A", " B", " Cat"])
+    assert max(rows) == 2  # of " A" and " B", and of " Cat"
+    for one, expected in zip(found, alone, strict=True):
+        assert one.log_prob == pytest.approx(expected.log_prob, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        LMInfinite(8, 2),
+        pytest.param(SirLLM(32, recent=8, turn=16), marks=pytest.mark.slow),
+        pytest.param(TopK(8, 2, topk=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_what_follows_prompts_that_begin_alike_is_what_follows_each(lm, small_steps, policy):
+    shared = SharedPrefix(lm.with_policy(policy))
+    prompts = [BOOK + end for end in ENDS]
+    assert shared.next(prompts) == pytest.approx(
+        np.concatenate([shared.lm.next([prompt]) for prompt in prompts]), abs=5e-4
+    )
+    others = ["Once", BOOK, "A"]  # that share nothing
+    assert shared.next(others) == pytest.approx(shared.lm.next(others), abs=5e-4)

@@ -79,6 +79,11 @@ def parse(text: str) -> list[Task]:
             f"{name} is measured in nats, which no answer tells; `lminf run "
             f"long_context_retrieval` measures it"
         )
+    if name == "follow_ir":
+        raise InputError(
+            "follow_ir compares two rankings of many documents, which no answer to a prompt is; "
+            "`lminf rerank MODEL FOLDER` measures it"
+        )
     if name not in TASKS:
         raise InputError(f"there is no task {name!r}; {closest(name, [*TASKS, *SUITES])}")
     written = [text]

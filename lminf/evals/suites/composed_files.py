@@ -134,7 +134,7 @@ class LongInsFile(PublishedTask):
 
 
 # The release's score of each task of M4LE: whether an answer contains a right one, is one, the F1
-# of its parts between commas, or the recall of Rouge-L.
+# of its parts between commas, the recall of Rouge-L, or BLEU of Chinese or of English.
 M4LE = {
     **dict.fromkeys(("arxiv", "pubmed", "booksum", "cnnnews", "wikihow", "bigpatent_global_sum"),
                     "recall"),
@@ -146,20 +146,43 @@ M4LE = {
                      "thucnews_semantic-multiple"), "equals"),
     **dict.fromkeys(("marc", "online-shopping", "mnds-news_explicit-multiple",
                      "thucnews_explicit-multiple"), "parts"),
+    **{f"{name}-{languages}": f"bleu_{languages[-2:]}"
+       for name in ("open-subtitles", "news-commentary", "tedtalks")
+       for languages in ("en2zh", "zh2en")},
+}  # fmt: skip
+# Where the release ends the answers to questions, beside the end of a line.
+M4LE_ENDS = {
+    **dict.fromkeys(("triviaqa", "newsqa", "duorc", "nq-open", "hotpotqa"), "."),
+    **dict.fromkeys(("c3", "dureader", "drcd_semantic-single"), "。"),
+    "wow": ",", "drcd_explicit-single": "，", "bigpatent_global_cls": ":",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class M4LEFile(PublishedTask):
-    """A task of M4LE, with the release's prompts. Its translations, which need BLEU, and its
-    Chinese summaries are not scored here.
+    """A task of M4LE, with the release's prompts. Its Chinese summaries are not scored here. The
+    BLEU of a translation is of that text by itself, where the release has one BLEU for all.
     """
 
     bucket: Annotated[int, Range(min=1, max=10**6)] | None = None  # words; none: all of the file
 
     name = "m4le_file"
-    max_new_tokens = 128
-    stop = ("\n",)
+
+    @property
+    def _kind(self) -> str:
+        return published.one_of(Path(self.path).stem, M4LE, self.path, "M4LE as it is scored here")
+
+    @property
+    def _translates(self) -> bool:
+        return self._kind.startswith("bleu")
+
+    @property
+    def max_new_tokens(self) -> int:
+        return 1024 if self._translates else 128
+
+    @property
+    def stop(self) -> Sequence[str]:
+        return () if self._translates else ("\n",)
 
     def questions(self) -> list[Question]:
         fields = ("instruction", "input", "answers", "length_bucket")
@@ -169,7 +192,8 @@ class M4LEFile(PublishedTask):
         ]  # fmt: skip
         if not records:
             raise InputError(f"{self.path} has no instance of the bucket {self.bucket}")
-        published.one_of(Path(self.path).stem, M4LE, self.path, "M4LE as it is scored here")
+        if self._translates:
+            metrics.bleu("", "", tokenize="13a")  # refuses here, before a model has translated
         return [
             Question(f"{record['instruction']}\n", record["input"], "",
                      published.texts(record, "answers", self.path))
@@ -177,18 +201,22 @@ class M4LEFile(PublishedTask):
         ]  # fmt: skip
 
     def parse(self, completion: str) -> str:
-        return completion.strip()
+        end = M4LE_ENDS.get(Path(self.path).stem)
+        return (completion.split(end)[0] if end else completion).strip()
 
     def score(self, answer: str, instance: Any) -> float:
-        right, how = instance.answer, M4LE[Path(self.path).stem]
-        if how == "contains":
+        right, kind = instance.answer, self._kind
+        if kind == "contains":
             return float(any(text.lower() in answer.lower() for text in right))
-        if how == "equals":
+        if kind == "equals":
             normalised = answer.lower().rstrip(".。")
             return float(any(text.lower().rstrip(".。") == normalised for text in right))
-        if how == "parts":
+        if kind == "parts":
             return metrics.set_f1(_parts(answer), _parts(right[0]))
-        return max(metrics.rouge_l_recall(answer, text) for text in right)
+        if kind == "recall":
+            return max(metrics.rouge_l_recall(answer, text) for text in right)
+        tokenize = "zh" if kind == "bleu_zh" else "13a"
+        return max(metrics.bleu(answer, text, tokenize=tokenize) for text in right)
 
 
 def _parts(text: str) -> set[str]:

@@ -12,9 +12,11 @@ Source of the form: Li et al. 2024, arXiv:2404.02060 (LongICLBench), whose six s
 labels and one to five rounds of examples; their grouped order shows the effect of position.
 """
 
+import itertools
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -37,6 +39,15 @@ PHRASES = (
 PHRASE_WORDS = {word.strip(".") for phrase in PHRASES for word in phrase.split()}
 QUESTION = "Everyone here has heard of the {tool}."
 LABEL = re.compile(r"[a-z]+")
+Order: TypeAlias = Literal["shuffled", "grouped"]
+
+
+class Example(NamedTuple):
+    """A sentence that mentions a tool of its label."""
+
+    label: int
+    tool: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,7 @@ class ManyShot(GeneratedTask):
     """The label of a sentence."""
 
     labels: Annotated[int, Range(min=2, max=500)] = 28
-    order: Literal["shuffled", "grouped"] = "grouped"
+    order: Order = "grouped"
     depth: Share = 0.5  # of the label asked for among the labels, where they are grouped
     text: str | None = None  # a file to take words from; none: the interpreter's documentation
     answers: Answers = "written"
@@ -56,45 +67,21 @@ class ManyShot(GeneratedTask):
 
     def item(self, budget: Budget, random: np.random.Generator) -> Item:
         names = drawn_labels(random, self.labels)
-        tools = self._tools(random)
+        tools = drawn_tools(random, self.labels, self.text)
         query_label = min(int(self.depth * self.labels), self.labels - 1)
         if self.order == "shuffled":
             query_label = 0  # where it stands is drawn with the rounds
-        examples: list[tuple[int, str, str]] = []  # label, tool and sentence, in rounds
-
-        def grow(count: int) -> None:
-            while len(examples) < count:
-                for label in random.permutation(self.labels):
-                    tool = tools[label][int(random.integers(TOOLS))]
-                    phrase = PHRASES[int(random.integers(len(PHRASES)))]
-                    examples.append((int(label), tool, phrase.format(tool=tool)))
+        drawn, examples = drawn_examples(random, tools), []
 
         def prompt(count: int) -> str:
-            grow(count)
-            shown = examples[:count]
-            if self.order == "grouped":
-                shown = sorted(shown, key=lambda example: example[0])
-            lines = "\n".join(
-                f"Sentence: {text}\nLabel: {names[label]}" for label, _, text in shown
-            )
+            examples.extend(itertools.islice(drawn, max(count - len(examples), 0)))
             # Of the first round, which every prompt has.
-            tool = next(tool for label, tool, _ in examples if label == query_label)
-            return f"{lines}\nSentence: {QUESTION.format(tool=tool)}\nLabel:"
+            tool = next(each.tool for each in examples if each.label == query_label)
+            return shown(ordered(examples[:count], self.order), names) + question(tool)
 
         filled = fill(budget, prompt, part="example", least=self.labels)
         options = tuple(f" {name}" for name in names)
         return Item(filled.prompt, names[query_label], filled.tokens, options=options)
-
-    def _tools(self, random: np.random.Generator) -> list[list[str]]:
-        """Different words for every label, none of them a word of the phrases."""
-        known = [word for word in prose.words(self.text) if word not in PHRASE_WORDS]
-        if len(known) < self.labels * TOOLS:
-            raise InputError(
-                f"{self.text} has {len(known)} words of four to nine letters, but labels="
-                f"{self.labels} need {self.labels * TOOLS}; give fewer labels, or a longer text"
-            )
-        drawn = iter(random.choice(known, self.labels * TOOLS, replace=False))
-        return [[str(next(drawn)) for _ in range(TOOLS)] for _ in range(self.labels)]
 
     def parse(self, completion: str) -> str | None:
         match = LABEL.search(completion.lower())
@@ -108,3 +95,41 @@ def drawn_labels(random: np.random.Generator, count: int) -> list[str]:
         drawn = zip(random.choice(list(CONSONANTS), 3), random.choice(list(VOWELS), 3), strict=True)
         names["".join(c + v for c, v in drawn)] = None
     return list(names)
+
+
+def drawn_tools(random: np.random.Generator, labels: int, text: str | None) -> list[list[str]]:
+    """Different words for every label, none of them a word of the phrases."""
+    known = [word for word in prose.words(text) if word not in PHRASE_WORDS]
+    if len(known) < labels * TOOLS:
+        raise InputError(
+            f"{text or 'the documentation of Python'} has {len(known)} words of four to nine "
+            f"letters, but labels={labels} need {labels * TOOLS}; give fewer, or a longer text"
+        )
+    drawn = iter(random.choice(known, labels * TOOLS, replace=False))
+    return [[str(next(drawn)) for _ in range(TOOLS)] for _ in range(labels)]
+
+
+def drawn_examples(
+    random: np.random.Generator, tools: Sequence[Sequence[str]]
+) -> Iterator[Example]:
+    """Rounds without end, of one example of each label in a drawn order."""
+    while True:
+        for label in map(int, random.permutation(len(tools))):
+            tool = tools[label][int(random.integers(TOOLS))]
+            phrase = PHRASES[int(random.integers(len(PHRASES)))]
+            yield Example(label, tool, phrase.format(tool=tool))
+
+
+def ordered(examples: Sequence[Example], order: Order) -> list[Example]:
+    """The examples as a prompt has them."""
+    return sorted(examples, key=lambda each: each.label) if order == "grouped" else list(examples)
+
+
+def shown(examples: Sequence[Example], names: Sequence[str]) -> str:
+    """The examples with the names of their labels."""
+    return "\n".join(f"Sentence: {each.text}\nLabel: {names[each.label]}" for each in examples)
+
+
+def question(tool: str) -> str:
+    """What follows the examples."""
+    return f"\nSentence: {QUESTION.format(tool=tool)}\nLabel:"

@@ -1,0 +1,57 @@
+"""lminf rerank MODEL FOLDER: whether a model's ranking of documents obeys an instruction.
+
+FOLDER is a collection of FollowIR. With --out=FILE every query is a line of that file as soon as it
+is measured; the same command goes on, and other policies add theirs.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lminf.commands import _model
+from lminf.evals import follow_ir, score
+from lminf.evals.follow_ir import Measured
+from lminf.lm.prefix import SharedPrefix
+from lminf.run import folder, tables
+from lminf.run.progress import Progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    _model.add_arguments(parser)
+    parser.add_argument("folder", help="a published collection of FollowIR")
+    parser.add_argument("--out", metavar="FILE", help=".jsonl; a query a line, to go on from")
+
+
+def run(args: argparse.Namespace) -> None:
+    queries = follow_ir.read(args.folder)
+    rows = folder.read_lines(Path(args.out)) if args.out else []
+    lm = _model.load(args)
+    rank = follow_ir.by_model(SharedPrefix(lm))
+    columns = {"model": args.model, "policy": lm.policy.name, "dtype": args.dtype,
+               "weights": args.weights, "scaling": args.scaling}  # fmt: skip
+    measured: list[Measured] = []
+    with Progress(len(queries), label=lm.policy.name, unit="queries") as progress:
+        for count, query in enumerate(queries, 1):
+            identity = {**columns, "query_digest": query.digest}
+            row = next((row for row in rows if identity.items() <= row.items()), None)
+            if row is None:
+                row = {**identity, **follow_ir.measure(rank, query)._asdict()}
+                if args.out:
+                    folder.append_line(Path(args.out), row)
+            measured.append(Measured(*(row[name] for name in Measured._fields)))
+            progress.update(count)
+    Console(highlight=False).print(tables.rich_table([line(measured)], title=lm.policy.name))
+
+
+def line(measured: list[Measured]) -> dict[str, Any]:
+    """The line of the table: means over queries with their 95 % intervals."""
+    result = follow_ir.summary(measured)
+    return {
+        "queries": len(measured),
+        "with a document ruled out": result.queries,
+        "p-MRR": score.value_text(result.p_mrr, digits=3),
+        "MAP, original instruction": score.value_text(result.map_original, digits=3),
+        "MAP, changed instruction": score.value_text(result.map_changed, digits=3),
+    }

@@ -31,6 +31,8 @@ RANGES = {
             "key_value_lengths",
             "key_value_prompts", "lengths", "passkey_length", "passkeys", "positions", "prompt",
             "prompts", "queries", "instances",
+            # worlds
+            "sentences", "test_sentences", "people",
         ),
         COUNT,
     ),

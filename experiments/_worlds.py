@@ -87,24 +87,37 @@ def hidden(
 def measure(
     copies: Replicas,
     params: Params,
-    tokens: Int[np.ndarray, "N T"],
-    targets: Int[np.ndarray, "N T"],
-) -> tuple[Float[np.ndarray, "seeds N T"], Bool[np.ndarray, "seeds N T"]]:
-    """(nats of each target, whether it is the likeliest token) of every model."""
-    rows = min(len(tokens), max(1, MEASURED // tokens.shape[1]))
+    tokens: Int[np.ndarray, "S N T"],
+    targets: Int[np.ndarray, "S N T"],
+) -> tuple[Float[np.ndarray, "S N T"], Bool[np.ndarray, "S N T"]]:
+    """(nats of each target, whether it is the likeliest token): of model s, of its own rows."""
+    count, length = tokens.shape[1:]
+    rows = min(count, max(1, MEASURED // length))
     parts = []
-    for start in range(0, len(tokens), rows):
-        batch = np.arange(start, start + rows) % len(tokens)  # one shape, so one program
-        parts.append(_measured(copies.program, params, tokens[batch], targets[batch]))
-    nll, best = (np.concatenate(part, 2)[:, 0, : len(tokens)] for part in zip(*parts, strict=True))
+    for start in range(0, count, rows):
+        batch = np.arange(start, start + rows) % count  # one shape, so one program
+        parts.append(_measured(copies.program, params, tokens[:, batch], targets[:, batch]))
+    nll, best = (np.concatenate(part, 1)[:, :count] for part in zip(*parts, strict=True))
     return nll, best
 
 
 @partial(jax.jit, static_argnums=0)
 def _measured(program: TrainStep, params, tokens, targets):
-    def one(params):
+    def one(params, tokens, targets):
         logits = heads.lm(program.spec, params, hidden(program, params, tokens))
         chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
         return jax.nn.logsumexp(logits, -1) - chosen, logits.argmax(-1) == targets
 
-    return jax.vmap(jax.vmap(one))(params)
+    return jax.vmap(one)(params, tokens, targets)
+
+
+def one_peak(state: State) -> Params:
+    """Parameters [seeds, ...] of replicas that have one learning rate."""
+    return jax.tree.map(lambda leaf: leaf[:, 0], state.params)
+
+
+def over_seeds(values: list[float]) -> str | None:
+    """`mean (least–largest)`."""
+    if not values:
+        return None
+    return f"{np.mean(values):.2f} ({min(values):.2f}–{max(values):.2f})"

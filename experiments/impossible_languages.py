@@ -61,7 +61,14 @@ def of_each(copies: Replicas, state: State, world: World) -> list[Row]:
     """
     documents = [document[:-1] for document in world.documents("test")]  # without their ends
     tokens, targets, there = _worlds.padded(documents)
-    nll, _ = _worlds.measure(copies, state.params, tokens, targets)
+
+    def nll_of(targets: np.ndarray) -> np.ndarray:
+        each = [
+            np.broadcast_to(rows, (len(copies.seeds), *rows.shape)) for rows in (tokens, targets)
+        ]
+        return _worlds.measure(copies, _worlds.one_peak(state), *each)[0]
+
+    nll = nll_of(targets)
     of_sentences = (nll * there).sum(-1) / there.sum(-1)
     rows: list[Row] = [
         {"perplexity": float(np.exp(mean)), "sentences": len(documents)}
@@ -76,8 +83,7 @@ def of_each(copies: Replicas, state: State, world: World) -> list[Row]:
     row, place = marked.T
     without = targets.copy()
     without[row, place] = targets[row, place + 1]
-    left_out, _ = _worlds.measure(copies, state.params, tokens, without)
-    gain = (left_out - nll)[:, row, place].mean(-1)
+    gain = (nll_of(without) - nll)[:, row, place].mean(-1)
     return [
         {**own, "marker_gain": float(more), "markers": len(marked)}
         for own, more in zip(rows, gain, strict=True)
@@ -105,25 +111,18 @@ def table(rows: list[Row]) -> list[Row]:
     return [
         {
             "family": own[0]["family"], "language": name, "seeds": len(own),
-            "perplexity": over_seeds([row["perplexity"] for row in own]),
-            "times its control": over_seeds([
+            "perplexity": _worlds.over_seeds([row["perplexity"] for row in own]),
+            "times its control": _worlds.over_seeds([
                 row["perplexity"] / control["perplexity"]
                 for row in own for control in controls[row["family"]]
                 if control["seed"] == row["seed"]
             ]),
-            "marker gain (nats)": over_seeds([
+            "marker gain (nats)": _worlds.over_seeds([
                 row["marker_gain"] for row in own if "marker_gain" in row
             ]),
         }
         for name, own in lines.items()
     ]  # fmt: skip
-
-
-def over_seeds(values: list[float]) -> str | None:
-    """`mean (least–largest)`."""
-    if not values:
-        return None
-    return f"{np.mean(values):.2f} ({min(values):.2f}–{max(values):.2f})"
 
 
 if __name__ == "__main__":

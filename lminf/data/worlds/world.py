@@ -53,10 +53,11 @@ class World:
 
     @cached_property
     def _ids(self) -> dict[str, int]:
-        return {word: i + 1 for i, word in enumerate(self.vocabulary)}
+        return {word: i for i, word in enumerate((END, *self.vocabulary))}
 
     def encode(self, words: Iterable[str]) -> Int[np.ndarray, " T"]:
-        """Token ids, int32: those that `tokenizer` gives the words with spaces between them."""
+        """Token ids, int32: those that `tokenizer` gives the words with spaces between them, and 0
+        for END."""
         return np.array([self._ids[word] for word in words], np.int32)
 
     def documents(self, name: str) -> list[Int[np.ndarray, " _"]]:

@@ -7,7 +7,16 @@ import pytest
 
 from lminf.data.worlds import impossible
 from lminf.data.worlds.impossible import (
-    CLITICS, LANGUAGES, MARKERS, PLURAL, REVERSED, SINGULAR, Deterministic, EvenOdd, Local, Word,
+    CLITICS,
+    LANGUAGES,
+    MARKERS,
+    PLURAL,
+    REVERSED,
+    SINGULAR,
+    Deterministic,
+    EvenOdd,
+    Local,
+    Word,
 )  # fmt: skip
 from lminf.errors import InputError
 from tests import stated_ranges

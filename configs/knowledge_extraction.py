@@ -22,20 +22,20 @@ VARIANTS = ("tiny", "h100", "pod")
 
 def get_config(arg: str = "") -> ConfigDict:
     c = base.get_config(arg, variants=VARIANTS)
-    c.people = 200  # half of them are asked about in training, the others at the end
+    c.people = 100  # half of them are asked about in training, the others at the end
     c.sizes = to_config(Sizes(first=20, middle=20, last=200, years=10, cities=10, universities=10,
                               majors=10, employers=20))  # fmt: skip
     c.augmentations = ("single", "multi5+permute", "multi5+permute+fullname")
-    c.question_share = 0.5  # of the rows: questions and answers of the train people
+    c.question_share = 0.25  # of the rows: questions and answers of the train people
     c.model = shape(width=64, layers=2, heads=2, kv_heads=2, hidden=170)
     c.length, c.batch = 128, 8  # tokens of a row, and rows of a step
-    c.steps = 1000
+    c.steps = 800
     c.replicates = 3  # seeds from c.seed on: people, their biographies and initial parameters
     c.optimizer = "adamw:b2=0.95,weight_decay=0.1"
     c.schedule = "cosine:peak=4e-3,floor=4e-4,warmup=50"
     c.dtype, c.remat, c.grad_accum_steps = "float32", "none", 1
     c.probe = ConfigDict()
-    c.probe.steps, c.probe.batch, c.probe.rate = 100, 32, 1e-2  # batch: people of a step
+    c.probe.steps, c.probe.batch, c.probe.rate = 60, 50, 1e-2  # batch: people of a step
     c.probe.seed = 0
     if arg == "tiny":
         c.people, c.augmentations = 16, ("single", "multi2+permute")

@@ -1,7 +1,7 @@
 """Linear probes of a frozen model: what its hidden states say of a subject.
 
 A probe is a linear classifier of hidden states behind a low-rank change of the embedding, which
-adapts the frozen model to the probe's inputs. All attributes and places share one change here.
+adapts the frozen model to the probe's inputs; every attribute has its own.
 Source: Allen-Zhu and Li 2023, arXiv:2309.14316, P-probing and Q-probing.
 """
 
@@ -25,45 +25,43 @@ def accuracies(
     program: TrainStep,
     params: Params,
     tokens: Int[np.ndarray, "S N T"],
-    places: Int[np.ndarray, "S N J"],
+    places: Int[np.ndarray, "S N"],
     labels: Int[np.ndarray, "S N A"],
     *,
     num_train: int,
     rank: int,
-) -> Float[np.ndarray, "S J A"]:
-    """Shares of right attributes from the hidden states at each place, for the rows from
-    `num_train` on; the rows before train the probes. Row n of model s is its own subject.
+) -> Float[np.ndarray, "S A"]:
+    """Shares of right attributes, by the hidden state at each row's place, of the rows from
+    `num_train` on; the rows before train the probes. Row n of model s is a subject of its own.
     """
     settings = (c.steps, min(c.batch, num_train), c.rate, rank, num_train, int(labels.max()) + 1)
-    keys = jax.random.split(jax.random.key(c.seed), len(tokens))
+    keys = jax.random.split(jax.random.key(c.seed), labels.shape[::2])
     return np.asarray(_fitted(program, settings, params, tokens, places, labels, keys))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _fitted(program: TrainStep, settings, params, tokens, places, labels, keys):
     steps, batch, rate, rank, num_train, classes = settings
-    optimizer = optax.adamw(rate, weight_decay=0.1)
+    optimizer, width = optax.adamw(rate, weight_decay=0.1), program.spec.width
 
     def logits(probe, params, tokens, places):
         embeds = decoder.embed_tokens(program.spec, params, tokens)
         embeds += probe["up"][tokens] @ probe["down"]
         states = _worlds.hidden(program, params, tokens, embeds=embeds)
-        states = jnp.take_along_axis(states, places[..., None], 1).astype(jnp.float32)
-        return jnp.einsum("njd,jadc->njac", states, probe["w"])
+        states = jnp.take_along_axis(states, places[:, None, None], 1)[:, 0]
+        return states.astype(jnp.float32) @ probe["w"]
 
     def one(params, tokens, places, labels, key):
-        width, attributes = program.spec.width, labels.shape[1]
         first, *keys = jax.random.split(key, steps + 1)
         probe = {
             "up": jnp.zeros((program.spec.vocab_size, rank)),
             "down": jax.random.normal(first, (rank, width)) * width**-0.5,
-            "w": jnp.zeros((places.shape[1], attributes, width, classes)),
+            "w": jnp.zeros((width, classes)),
         }
 
         def loss(probe, rows):
-            scores = logits(probe, params, tokens[rows], places[rows])
-            scores = jax.nn.log_softmax(scores)
-            return -jnp.take_along_axis(scores, labels[rows][:, None, :, None], -1).mean()
+            scores = jax.nn.log_softmax(logits(probe, params, tokens[rows], places[rows]))
+            return -jnp.take_along_axis(scores, labels[rows][:, None], 1).mean()
 
         def step(carry, key):
             probe, state = carry
@@ -74,6 +72,7 @@ def _fitted(program: TrainStep, settings, params, tokens, places, labels, keys):
         (probe, _), _ = jax.lax.scan(step, (probe, optimizer.init(probe)), jnp.stack(keys))
         rest = slice(num_train, None)
         best = logits(probe, params, tokens[rest], places[rest]).argmax(-1)
-        return (best == labels[rest][:, None]).mean(0)
+        return (best == labels[rest]).mean()
 
-    return jax.vmap(one)(params, tokens, places, labels, keys)
+    of_attributes = jax.vmap(one, in_axes=(None, None, None, 1, 0))
+    return jax.vmap(of_attributes)(params, tokens, places, labels, keys)

@@ -115,24 +115,23 @@ def measures(
         exact, first = (kind.reshape(len(people), len(persons), -1)[:, group] for kind in kinds)
         for s, a in np.ndindex(len(people), len(ATTRIBUTES)):
             yield {"measure": measure, "seed": copies.seeds[s], "attribute": ATTRIBUTES[a],
-                   "accuracy": exact[s, :, a].mean(), "first_word": first[s, :, a].mean(),
+                   "accuracy": float(exact[s, :, a].mean()),
+                   "first_word": float(first[s, :, a].mean()),
                    "n": len(group)}  # fmt: skip
     labels = np.stack([[own.labels[name] for name in LABELS] for own in people]).swapaxes(1, 2)
     named = [encode((*own.name(person), END)) for own in people for person in persons]
-    ends = np.full((len(named), 1), len(named[0]))
-    for probe, documents, places, rank in (
-        (P_PROBE, biographies, np.sort(spans[..., 0]), P_RANK), (Q_PROBE, named, ends, Q_RANK),
-    ):  # fmt: skip
-        # A place is behind what stands before it, so the row has one token more than the document.
+    before = [text[:first] for text, first in zip(biographies, spans[..., 0].min(1), strict=True)]
+    for probe, documents, rank in ((P_PROBE, before, P_RANK), (Q_PROBE, named, Q_RANK)):
+        # The state behind the last word: a row has one token more than its document.
         tokens, _, _ = _worlds.padded([np.append(document, 0) for document in documents])
+        places = np.array([len(document) for document in documents])
         shares = _probes.accuracies(
             c.probe, copies.program, params, by_seed(tokens, people), by_seed(places, people),
             labels, num_train=num_train, rank=rank,
         )  # fmt: skip
-        for s, j, a in np.ndindex(shares.shape):
+        for s, a in np.ndindex(shares.shape):
             yield {"measure": probe, "seed": copies.seeds[s], "attribute": LABELS[a],
-                   "place": j + 1, "accuracy": shares[s, j, a],
-                   "n": len(persons) - num_train}  # fmt: skip
+                   "accuracy": float(shares[s, a]), "n": len(persons) - num_train}  # fmt: skip
 
 
 def right(
@@ -157,12 +156,10 @@ def by_seed(rows: np.ndarray, seeds: Sequence) -> np.ndarray:
 
 
 def means(rows: list[Row]) -> list[Row]:
-    """A row for each augmentation, measure and seed: the mean over attributes. Of the P-probe, that
-    at the first place.
-    """
+    """A row for each augmentation, measure and seed: the mean over attributes."""
     groups: dict[tuple, list[float]] = {}
     for row in rows:
-        if row["scale"] == "scaled down" and row.get("place", 1) == 1:
+        if row["scale"] == "scaled down":
             key = row["augmentation"], row["measure"], row["seed"]
             groups.setdefault(key, []).append(row["accuracy"])
     return [

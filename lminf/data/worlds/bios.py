@@ -108,7 +108,8 @@ def parse_augmentation(text: str) -> Augmentation:
     for part in text.split("+"):
         multi = re.fullmatch(r"multi(\d{1,4})", part)
         named = {"multi": int(multi[1])} if multi else {part: True}
-        if not (multi or part in ("permute", "fullname") or text == "single") or part in settings:
+        known = multi or part in ("permute", "fullname") or text == "single"
+        if not known or set(named) & set(settings):
             raise InputError(f"there is no augmentation {text!r}; give single, or multi5, permute "
                              f"and fullname with + between them, each once")  # fmt: skip
         settings |= {} if text == "single" else named

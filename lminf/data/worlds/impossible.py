@@ -16,7 +16,7 @@ from jaxtyping import Int
 from lminf import ranges
 from lminf.data import permutation
 from lminf.data.worlds.world import Question, Words, World
-from lminf.errors import InputError
+from lminf.errors import InputError, refusing
 from lminf.ranges import Range
 
 REVERSED, SINGULAR, PLURAL = MARKERS = ("<rev>", "<sg>", "<pl>")
@@ -305,8 +305,10 @@ def _noun_phrase(draws: _Draws, plural: bool) -> Iterator[Word]:
 
 def read_tagged(path: Path) -> list[Sentence]:
     """The sentences of a text that is tagged: a sentence a line, each word as text/tag/lemma."""
+    with refusing(str(path), kind="tagged text", advice="write it as UTF-8"):
+        lines = path.read_text(encoding="utf-8").splitlines()
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         parts = [word.rsplit("/", 2) for word in line.split()]
         if any(len(part) != 3 or not all(part) for part in parts):
             raise InputError(f"{path} line {number} has a word that is not text/tag/lemma; tag the "

@@ -3,8 +3,12 @@
 Question   Is a language harder to learn the less its word order follows its sentences?
 Paper      Mission: Impossible Language Models (Kallini et al. 2024, arXiv:2401.06416)
 Command    python -m experiments.impossible_languages
-Time       about 5 minutes on two CPU cores; the same command with the same --out resumes
-Expected   TODO
+Time       took 430 s of processor time beside other work; 4 minutes on two idle cores; the same
+           command with the same --out resumes
+Expected   shuffles are harder the wider they reach: 12.5 for the control, 20, 30 and 54 in windows
+           of 3, 5 and 10 words, 75 for whole sentences, where 300 steps do not tell a permutation
+           for each length from one for each sentence. Reversal costs nothing at this scale; hops
+           cost 5 % of perplexity and their markers are less well predicted
 Tiny       --config=:tiny: three languages, 20 steps, under a minute
 Pod        --config=:pod: the paper's shape, batch and steps, on 2 M generated sentences or a tagged
            text (text=FILE); --config=:h100 an eighth of the batch. Not run here

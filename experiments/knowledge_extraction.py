@@ -88,7 +88,7 @@ class Mixed:
         documents = self.questions if rng.random() < self.share else self.biographies
         row = [np.zeros(1, np.int32)]  # what ends the document before
         while sum(map(len, row)) <= self.length:
-            row.append(documents[rng.integers(len(documents))])
+            row.append(documents[int(rng.integers(len(documents)))])
         return np.concatenate(row)[: self.length + 1]
 
 

@@ -15,6 +15,7 @@ from lminf.config import closest, parse_choice
 from lminf.data.worlds import bios, impossible
 from lminf.data.worlds.world import World
 from lminf.errors import InputError
+from lminf.ranges import Range
 
 OPTIONS = {  # world -> the options that it reads, with their defaults
     "bios": {"people": 2000, "augment": "single"},
@@ -39,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if "://" in args.out:
+        raise InputError(f"--out={args.out}: a world is written into a folder; name one, and copy "
+                         f"its stores from there")  # fmt: skip
+    if problem := Range(min=0, max=2**31 - 1).problem(args.seed, whole=True):
+        raise InputError(f"--seed={args.seed}: give {problem}")
     world = made(args)
     out = Path(args.out).expanduser()
     facts = world.write(out)

@@ -17,6 +17,7 @@ import tokenizers
 from jaxtyping import Int
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from lminf.atomic import disk_errors
 from lminf.data import tokenizing
 from lminf.data.store import Facts
 from lminf.data.tokenizers import SPACE, Tokenizer
@@ -69,8 +70,8 @@ class World:
     def _texts(self) -> dict[str, Sequence[Words]]:
         asked = {
             f"questions_{split}": [question.prompt + question.answer for question in questions]
-            for split, questions in self.questions.items()
-        }
+            for split, questions in self.questions.items() if questions
+        }  # fmt: skip
         return {**self.corpus, **asked}
 
     def write(self, folder: Path) -> dict[str, Facts]:
@@ -79,9 +80,13 @@ class World:
         Beside the store NAME lie its texts, NAME.jsonl; questions.jsonl and truth.jsonl have what
         the world asks and what is true in it.
         """
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{folder} is there and not empty; name a new folder with --out")
-        folder.mkdir(parents=True, exist_ok=True)
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.iterdir()):
+                raise InputError(f"{folder} is there and not empty; name a new folder with --out")
+            return self._write(folder)
+
+    def _write(self, folder: Path) -> dict[str, Facts]:
         asked = [
             {"split": split, **question._asdict()}
             for split, questions in self.questions.items() for question in questions

@@ -178,6 +178,18 @@ def test_the_command_writes_token_stores_of_the_world(tmp_path, capsys):
         cli.main([*arguments, f"--out={out}", "--debug"])
 
 
+def test_a_world_that_asks_nothing_has_no_store_of_questions(tmp_path):
+    out = tmp_path / "world"
+    cli.main(["world", "impossible", "--sentences=30", "--held-out=10", f"--out={out}"])
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["test", "train"]
+    assert store.open_store(str(out / "test")).ends.size == 10
+    (tmp_path / "file").write_text("")
+    below = tmp_path / "file/below"
+    for place, message in ((below, "cannot write"), ("gs://bucket/x", "into a folder")):
+        with pytest.raises(InputError, match=message):
+            cli.main(["world", "bios", "--people=4", f"--out={place}", "--debug"])
+
+
 @pytest.mark.parametrize("sample", [FEW, ALL, PEOPLE], ids=lambda own: type(own).__name__)
 def test_numbers_outside_their_range_are_refused_by_field(sample):
     assert stated_ranges.without_range(type(sample)) == []
@@ -195,6 +207,8 @@ def test_numbers_outside_their_range_are_refused_by_field(sample):
         (["bios", "--augment=permute+permute"], "there is no augmentation 'permute.permute'"),
         (["bios", "--augment=multi5+multi3"], "there is no augmentation 'multi5.multi3'"),
         (["bios", "--language=local"], "--language is not of the world bios; leave it out"),
+        (["bios", "--seed=-1"], "--seed=-1: give a whole number of at least 0"),
+        (["impossible", "--seed=-1"], "--seed=-1: give a whole number of at least 0"),
         (["biographies"], "there is no world 'biographies'; use bios, impossible"),
         (["impossible", "--language=locl"], "no language is called 'locl'; did you mean"),
         (["impossible", "--sentences=5"], "1000 of the 5 sentences that the language keeps cannot"),

@@ -31,6 +31,8 @@ RANGES = {
             "key_value_lengths",
             "key_value_prompts", "lengths", "passkey_length", "passkeys", "positions", "prompt",
             "prompts", "queries", "instances",
+            # worlds
+            "sentences", "test_sentences", "people",
         ),
         COUNT,
     ),
@@ -47,6 +49,7 @@ RANGES = {
     "depths": SHARE,
     "warmup": SHARE,
     "decay": SHARE,
+    "question_share": SHARE,
     "key_value_depths": SHARE,
     "held_out": Range(above=0, below=1),
     "clip": Range(min=0),  # 0: gradients are not clipped
@@ -54,6 +57,7 @@ RANGES = {
     "threshold": Range(min=0, max=1),
     "rope_base": Range(min=1),
     "rates": AMOUNT,
+    "rate": AMOUNT,
     "budgets": AMOUNT,
     "n_nv": Range(min=1e4, max=1e14),  # as tables of runs have it
     "profile": Range(),  # exponents; of train_lm, steps

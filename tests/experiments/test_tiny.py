@@ -15,7 +15,8 @@ pytestmark = pytest.mark.slow
 
 NAMES = (
     "decode_cost", "diagnose_lengths", "effective_length", "kv_cache", "length_generalization",
-    "long_context_eval", "long_context_loss", "long_context_retrieval", "long_icl", "passkey",
+    "impossible_languages", "knowledge_extraction", "long_context_eval", "long_context_loss",
+    "long_context_retrieval", "long_icl", "passkey", "vocab_expansion",
 )  # fmt: skip
 
 

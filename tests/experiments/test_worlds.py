@@ -1,0 +1,85 @@
+"""Experiments on worlds: what a row of training holds, and when an answer counts as right."""
+
+import numpy as np
+import pytest
+
+from lminf.errors import InputError
+from lminf.experiments import _worlds, impossible_languages, knowledge_extraction
+from lminf.experiments.knowledge_extraction import HELD_OUT, Mixed
+from lminf.run import request
+
+BIOGRAPHIES = [np.array([5, 6, 7, 0]), np.array([8, 9, 0])]
+QUESTIONS = [np.array([3, 0]), np.array([4, 0])]
+
+
+def test_rows_are_whole_documents_of_one_kind_with_their_ends():
+    data = Mixed(BIOGRAPHIES, QUESTIONS, 0.25, length=20, rows=4, seed=3)
+    kinds = []
+    for step in range(100):
+        batch = data.batch(step)
+        assert batch["tokens"].shape == batch["targets"].shape == (4, 20)
+        for tokens, targets in zip(batch["tokens"], batch["targets"], strict=True):
+            np.testing.assert_array_equal(tokens[1:], targets[:-1])
+            row = [*tokens.tolist(), int(targets[-1])]
+            documents = " ".join(map(str, row)).removeprefix("0 ").split(" 0")
+            whole = {document.strip() for document in documents[:-1]}
+            kinds.append(whole <= {"3", "4"})
+            assert whole <= {"3", "4"} or whole <= {"5 6 7", "8 9"}
+    # Four standard deviations of a share of 400.
+    assert abs(np.mean(kinds) - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5
+    again = Mixed(BIOGRAPHIES, QUESTIONS, 0.25, length=20, rows=4, seed=3).batch(99)
+    np.testing.assert_array_equal(again["tokens"], data.batch(99)["tokens"])
+
+
+def test_padded_rows_predict_each_word_from_those_before_it():
+    tokens, targets, there = _worlds.padded([np.array([5, 6, 7]), np.array([8])])
+    assert tokens.tolist() == [[0, 5, 6], [0, 8, 0]]
+    assert targets.tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert there.tolist() == [[True] * 3, [True, False, False]]
+
+
+def test_an_answer_is_right_where_each_of_its_words_is_the_likeliest(monkeypatch):
+    best = np.array([[[1, 1, 0, 1, 1], [0, 1, 1, 1, 0]]], bool)
+    monkeypatch.setattr(_worlds, "measure", lambda *_: (None, best))
+    copies = type("Copies", (), {"seeds": (0,)})()
+    spans = np.array([[[0, 2], [1, 3], [3, 5]], [[0, 2], [1, 4], [3, 5]]])
+    documents = [np.arange(1, 6), np.arange(1, 6)]
+    exact, first = knowledge_extraction.right(copies, None, documents, spans)  # pyright: ignore
+    assert exact.tolist() == [[[True, False, True], [False, True, False]]]
+    assert first.tolist() == [[[True, True, True], [False, True, True]]]
+
+
+def test_a_table_stands_beside_the_published_numbers():
+    rows = [
+        {"augmentation": "single", "scale": "published", "measure": HELD_OUT, "accuracy": 0.097},
+        *({"augmentation": "single", "scale": "scaled down", "measure": HELD_OUT, "seed": seed,
+           "attribute": attribute, "accuracy": (seed + place) / 10}
+          for seed in (0, 1) for place, attribute in enumerate("abc")),
+    ]  # fmt: skip
+    assert knowledge_extraction.table(rows) == [
+        {"right values": HELD_OUT, "single, scaled down": "0.15 (0.10–0.20)",
+         "single, published": 0.097},
+    ]  # fmt: skip
+
+
+def test_generated_sentences_are_not_counted_where_a_text_is_read():
+    words = ["--config=impossible_languages:tiny", "--config.text=a.txt", "--config.sentences=9"]
+    asked = request.parse("impossible_languages", words)
+    assert asked is not None
+    with pytest.raises(InputError, match=r"--config\.sentences counts those of the grammar"):
+        impossible_languages.check(asked.config, asked.overrides)
+
+
+@pytest.mark.slow
+def test_languages_that_are_finished_are_not_trained_again(rows_of):
+    names = ("control", "no_hop")
+    rows = rows_of("impossible_languages", languages=names, replicates=1)
+    assert [(row["language"], row["step"]) for row in rows] == [
+        (name, step) for name in names for step in (10, 20)
+    ]
+    assert all(0 < row["perplexity"] < 140 for row in rows)  # of a vocabulary of 132
+    assert [row.get("markers", 0) > 0 for row in rows] == [False, False, True, True]
+    assert rows_of("impossible_languages", rows, languages=names, replicates=1) == []
+    control, no_hop = impossible_languages.table(rows)
+    assert control["perplexity"].startswith(f"{rows[1]['perplexity']:.2f}")
+    assert no_hop["times its control"] == "1.00 (1.00–1.00)"

@@ -57,10 +57,11 @@ RANGES = {
     "budgets": AMOUNT,
     "n_nv": Range(min=1e4, max=1e14),  # as tables of runs have it
     "profile": Range(),  # exponents; of train_lm, steps
+    "stages": Range(),  # texts
 }  # fmt: skip
 # Tuples hold something, but for these of an experiment.
 MAY_BE_EMPTY = {
-    "train_lm.profile",
+    "train_lm.profile", "train_lm.stages",
     *(f"long_context_eval.{task}{name}" for task in ("", "key_value_")
       for name in ("lengths", "prompts")),
 }  # fmt: skip

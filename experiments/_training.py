@@ -1,5 +1,6 @@
 """From the config of a training run to the values that the library takes."""
 
+import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,10 +160,17 @@ def shape_to_plan(c: ConfigDict) -> ModelSpec:
 def stages_of(c: ConfigDict) -> Stages:
     """The stages of a run; without any, the run is one."""
     if c.stages:
-        return Stages(tuple(parse_choice(f"stage:{text}", STAGES) for text in c.stages))
+        return Stages(tuple(stage_of(text) for text in c.stages))
     schedule = parse_choice(c.schedule, SCHEDULES, what="schedule")
     tokens = c.steps * c.data.batch * c.data.length
     return Stages((Stage(tokens, c.data.length, c.data.batch, schedule),))
+
+
+def stage_of(text: str) -> Stage:
+    """The stage that `tokens=…,length=…,batch=…,schedule=(…)` describes."""
+    stage = parse_choice(f"stage:{text}", STAGES)
+    choices = {name: _unwrapped(getattr(stage, name)) for name in ("plan", "transforms")}
+    return dataclasses.replace(stage, **choices)
 
 
 def program_of(
@@ -220,12 +228,12 @@ def data_of(
     loaders = [
         loader.Loader(
             corpora,
-            loader.parse_plan(_unwrapped(stage.plan or c.data.plan)),
+            loader.parse_plan(stage.plan or c.data.plan),
             length=stage.length,
             rows=stage.batch,
             seed=c.seed + index,  # of its own, or each stage would begin with the same rows
             transforms=loader.parse_transforms(
-                _unwrapped(stage.transforms or c.data.transforms), vocab_size=vocab_size
+                stage.transforms or c.data.transforms, vocab_size=vocab_size
             ),
         )
         for index, stage in enumerate(stages.stages)

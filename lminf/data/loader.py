@@ -164,18 +164,20 @@ class Loader:
                 weights[start:stop] = made.get("weights", 1)
         return read, weights
 
-    def _read(self, starts: Int[np.ndarray, " P"], sizes: Int[np.ndarray, " P"]):
-        """The tokens of every piece, in order."""
-        store_of = np.searchsorted(self._first, starts, side="right") - 1
-        texts: list[Any] = [None] * len(starts)
-        for number, store in enumerate(self._stores):
-            in_store = np.flatnonzero(store_of == number)
-            local = (starts[in_store] - self._first[number]).tolist()
-            for index, part in zip(
-                in_store.tolist(), store.read(local, sizes[in_store].tolist()), strict=True
-            ):
-                texts[index] = part
-        return texts
+    def _read(
+        self, starts: Int[np.ndarray, " P"], sizes: Int[np.ndarray, " P"]
+    ) -> list[Int[np.ndarray, " _"]]:
+        """The tokens of every piece, in order; a piece may go on from one store into the next."""
+        parts: list[list[Any]] = [[] for _ in range(len(starts))]
+        for store, (first, last) in zip(
+            self._stores, itertools.pairwise(self._first.tolist()), strict=True
+        ):
+            begin, end = np.maximum(starts, first), np.minimum(starts + sizes, last)
+            inside = np.flatnonzero(begin < end)
+            found = store.read((begin - first)[inside].tolist(), (end - begin)[inside].tolist())
+            for index, part in zip(inside.tolist(), found, strict=True):
+                parts[index].append(part)
+        return [part for of_piece in parts for part in of_piece]
 
 
 def _host_rows(pieces: Spans, process: int, processes: int) -> Spans:

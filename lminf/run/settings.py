@@ -30,7 +30,7 @@ RANGES = {
             "beyond", "block", "capacities", "continuation", "documents", "draws",
             "key_value_lengths",
             "key_value_prompts", "lengths", "passkey_length", "passkeys", "positions", "prompt",
-            "prompts", "queries", "instances",
+            "prompts", "queries", "instances", "contexts", "num_keys", "num_values",
         ),
         COUNT,
     ),
@@ -49,6 +49,7 @@ RANGES = {
     "decay": SHARE,
     "key_value_depths": SHARE,
     "held_out": Range(above=0, below=1),
+    "long_share": Range(above=0, below=1),
     "clip": Range(min=0),  # 0: gradients are not clipped
     "z_loss": Range(min=0, max=1),
     "threshold": Range(min=0, max=1),

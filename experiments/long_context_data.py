@@ -1,11 +1,12 @@
 """One model of short contexts, trained further at long ones by several recipes of data."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from scipy import stats
@@ -146,11 +147,13 @@ class Study:
 
     # --- Measuring --------------------------------------------------------------------------------
 
-    def measured(self, program: TrainStep, state: State, **facts) -> Iterator[Row]:
+    def measured(
+        self, program: TrainStep, state: State, *, recipe: str, seed: int
+    ) -> Iterator[Row]:
         """Accuracy of needles by distance, and the loss of long documents by position."""
-        size = self.short.length
+        size, facts = self.short.length, {"recipe": recipe, "seed": seed}
         for length in (size + 3, self.long.length):
-            needles = self.world.needles(self.c.contexts, size, length, seed=(facts["seed"], 3))
+            needles = self.world.needles(self.c.contexts, size, length, seed=(seed, 3))
             right = self.answers(program, state, needles) == needles.answers
             width = self.long.length // EIGHTHS
             for start in range(0, length, width):
@@ -160,7 +163,7 @@ class Study:
                            "stop": start + width, "questions": int(here.sum()),
                            "accuracy": float(right[here].mean())}  # fmt: skip
         length = self.long.length
-        texts = self.world.documents(self.c.documents, length, seed=(facts["seed"], 4))
+        texts = self.world.documents(self.c.documents, length, seed=(seed, 4))
         tokens = np.stack(texts)
         nll = self.each(
             tokens, lambda rows: program.nll(state, {"tokens": rows[:, :-1],
@@ -176,7 +179,7 @@ class Study:
         answer = partial(_likeliest, program, questions)
         return self.each(needles.tokens, lambda rows: answer(state.params, rows))
 
-    def each(self, rows: np.ndarray, measure) -> np.ndarray:
+    def each(self, rows: np.ndarray, measure: Callable[[Array], Array]) -> np.ndarray:
         """`measure` of some rows at a time, over all of them."""
         found = []
         for start in range(0, len(rows), AT_ONCE):

@@ -33,8 +33,8 @@ def test_tokens_of_a_mixture_are_in_the_published_shares(monkeypatch):
                 )
     total = counted.total()
     for source, name in enumerate(names):
-        # Rows are in the exact shares; best fit leaves less than 3 % of their places empty.
-        assert counted[source] / total == pytest.approx(prolong.SHARES[name], rel=0.03)
+        # Rows are in the exact shares, but best fit leaves a few of their places empty.
+        assert counted[source] / total == pytest.approx(prolong.SHARES[name], abs=0.005)
 
 
 def test_shares_of_sources_that_are_left_out_go_to_the_others():

@@ -125,8 +125,8 @@ class Study:
         ]
 
     def written(self, tokens: int, size: int, seed: int, stream: int) -> store.TokenStore:
-        documents = self.world.documents(-(-tokens // size), size, seed=(seed, stream))
-        return store.from_documents(documents)
+        count = min(-(-tokens // size), self.c.distinct)
+        return store.from_documents(self.world.documents(count, size, seed=(seed, stream)))
 
     def loader(self, corpora: Sequence[store.TokenStore], stage: Stage, seed: int) -> Prefetched:
         transforms = parse_transforms(stage.transforms, vocab_size=self.world.vocab_size)

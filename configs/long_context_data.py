@@ -40,7 +40,6 @@ def get_config(arg: str = "") -> ConfigDict:
     # Of the tokens, in documents as long as a row of the long stage; the others are as long as one
     # of the short stage. A mixture has as many long ones as its weights ask for.
     c.long_share = 0.05
-    c.distinct = 50_000  # documents of each length at most; what more tokens take is read again
     c.replicates = 5  # seeds
     c.contexts = 128  # that needles are asked in, of each length
     c.documents = 32  # long ones that losses by position are of
@@ -87,7 +86,6 @@ def large(c: ConfigDict, size: str) -> None:
         c.model = shape(width=2048, layers=16, heads=16, kv_heads=8, hidden=8192)
         c.mesh.data, c.mesh.fsdp, c.strategy = 1, -1, "zero3"
         short, long, rows, shortest = 8192, 65_536, 2048, 13
-        c.distinct = 8192
     c.short_stage = (
         f"tokens={4000 * short * rows},length={short},batch={rows},plan=(best_fit),"
         f"schedule=(constant:peak=6e-4,warmup=200)"

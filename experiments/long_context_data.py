@@ -34,6 +34,7 @@ from lminf.train.step import State, TrainStep
 EIGHTHS = 8  # of a long row, with a loss and an accuracy each
 SHORT_ONLY = "short stage only"
 AT_ONCE = 16  # contexts of one evaluation
+DISTINCT = 2**28  # tokens of a corpus at most: what a stage takes beyond it are further epochs
 
 
 def check(c: ConfigDict, given: Collection[str] = ()) -> None:
@@ -103,8 +104,9 @@ class Study:
 
     def train_short(self, seed: int) -> State:
         """The state after the short stage, which all recipes go on from."""
-        data = self.loader([self.written(self.short.tokens, self.short.length, seed, 0)],
-                           self.short, seed)  # fmt: skip
+        tokens = min(self.short.tokens, DISTINCT)
+        corpus = self.written(tokens, self.short.length, seed, 0)
+        data = self.loader([corpus], self.short, seed)
         state = self.programs[0].init(key=jax.random.key(seed))
         return self.fit(0, state, data, label=f"seed {seed}, short")
 
@@ -114,18 +116,18 @@ class Study:
         return self.fit(1, state, data, label=f"seed {seed}, {name}")
 
     def corpora(self, stage: Stage, seed: int) -> list[store.TokenStore]:
-        """Short and long documents, for about one epoch of the stage."""
-        plan = parse_plan(stage.plan)
+        """Short and long documents, for about one epoch of the stage if that is not too much."""
+        plan, tokens = parse_plan(stage.plan), min(stage.tokens, DISTINCT)
         long = self.c.long_share
         if isinstance(plan, Mixture):
             long = plan.weights[1] / sum(plan.weights)
         return [
-            self.written(round(stage.tokens * (1 - long)), self.short.length, seed, 1),
-            self.written(round(stage.tokens * long), self.long.length, seed, 2),
+            self.written(round(tokens * (1 - long)), self.short.length, seed, 1),
+            self.written(round(tokens * long), self.long.length, seed, 2),
         ]
 
     def written(self, tokens: int, size: int, seed: int, stream: int) -> store.TokenStore:
-        count = min(-(-tokens // size), self.c.distinct)
+        count = -(-tokens // size)
         return store.from_documents(self.world.documents(count, size, seed=(seed, stream)))
 
     def loader(self, corpora: Sequence[store.TokenStore], stage: Stage, seed: int) -> Prefetched:

@@ -30,7 +30,7 @@ RANGES = {
             "beyond", "block", "capacities", "continuation", "documents", "draws",
             "key_value_lengths",
             "key_value_prompts", "lengths", "passkey_length", "passkeys", "positions", "prompt",
-            "prompts", "queries", "instances", "contexts", "distinct", "num_keys", "num_values",
+            "prompts", "queries", "instances", "contexts", "num_keys", "num_values",
         ),
         COUNT,
     ),

@@ -52,8 +52,7 @@ def check(c: ConfigDict, given: Collection[str] = ()) -> None:
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     check(c)
     names = (SHORT_ONLY, *sorted(c.recipes, key=lambda name: name != "plain"))
-    rows = [row for row in out.rows() if row["part"] == "position"]
-    done = {(row["recipe"], row["seed"]) for row in rows if row["stop"] == row["length"]}
+    done = finished(out.rows())
     out.keep(lambda row: (row["recipe"], row["seed"]) in done)  # what an interrupted call left
     study = Study(c)
     for seed in range(c.seed, c.seed + c.replicates):
@@ -67,6 +66,15 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
             else:
                 state = study.train_long(jax.tree.map(jnp.copy, start), name, seed)
                 yield from study.measured(study.programs[1], state, recipe=name, seed=seed)
+
+
+def finished(rows: Sequence[Row]) -> set[tuple[str, int]]:
+    """Recipes and seeds with all their rows; the loss of the last positions comes last."""
+    return {
+        (row["recipe"], row["seed"])
+        for row in rows
+        if row["part"] == "position" and row["stop"] == row["length"]
+    }
 
 
 def stages_of(c: ConfigDict, recipe: str) -> Stages:
@@ -235,6 +243,8 @@ def table(rows: list[Row]) -> list[Row]:
     """Means over seeds with 95 % intervals, and the needles found beyond plain packing by the same
     seeds.
     """
+    done = finished(rows)
+    rows = [row for row in rows if (row["recipe"], row["seed"]) in done]
     recipes = list(dict.fromkeys(row["recipe"] for row in rows))
     measured = {recipe: by_seed(rows, recipe) for recipe in recipes}
     lines = []

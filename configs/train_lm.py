@@ -28,14 +28,19 @@ def get_config(arg: str = "") -> ConfigDict:
     # "" is the interpreter's reference documentation.
     c.data.path = ""
     c.data.plan = "windows"  # or concat, best_fit, decomposition, mixture:weights=(3,1), …
+    c.data.transforms = ""  # of rows: untie_the_knots:…, per_sequence, or both with a comma
     c.data.tokenizer = "bytes"  # or a model whose tokenizer to use; `init` has its own
-    c.data.length = 256  # tokens of a row
-    c.data.batch = 16  # rows of a step, over all devices
+    # Tokens of a row, and rows of a step over all devices; with stages, of what is evaluated.
+    c.data.length, c.data.batch = 256, 16
     c.data.held_out = 0.05  # share of each text, its end, kept for evaluation
     c.model = shape(width=256, layers=6, heads=4, kv_heads=2, hidden=768)
     c.experts = base.experts(hidden=384)  # experts.count=8 makes it a mixture of experts
     c.attention = ""  # the policy of all layers; "" is that of `init`, or else full
     c.steps = 1000
+    # In place of `steps` and `schedule`, texts such as
+    # "tokens=65536,length=512,batch=8,rope_base=1e5,schedule=(constant:peak=1e-3)", which may have
+    # a plan=(…) and transforms=(…) of their own.
+    c.stages = ()
     c.optimizer = "adamw:b2=0.95,weight_decay=0.1"
     c.schedule = "cosine:peak=2e-3,floor=2e-4,warmup=50"
     c.clip = 1.0  # of the gradient's norm

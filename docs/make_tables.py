@@ -30,7 +30,18 @@ README, MODELS = ROOT / "README.md", FOLDER / "models.md"
 EXPERIMENTS, RESULTS = FOLDER / "experiments.md", FOLDER / "results.md"
 BEGIN, END = "<!-- table: docs/make_tables.py -->\n", "<!-- end of table -->\n"
 # Entries of a header that describe other variants of the experiment.
-VARIANTS = ("Sizes", "Pod", "Choosing", "Long", "All", "Loss", "Short", "Distance", "Copies")
+VARIANTS = (
+    "Sizes",
+    "H100",
+    "Pod",
+    "Choosing",
+    "Long",
+    "All",
+    "Loss",
+    "Short",
+    "Distance",
+    "Copies",
+)
 OPENING = """\
 # Experiments
 

@@ -1,6 +1,7 @@
 """From the config of a training run to the values that the library takes."""
 
-from collections.abc import Collection, Iterator, Mapping
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,10 @@ from lminf.parallel import mesh, partition
 from lminf.parallel.distributed import Distributed
 from lminf.run import trackers
 from lminf.surgery.lora import LoRA
-from lminf.train import schedules
 from lminf.train.batches import Batches, HostShard
 from lminf.train.optim import OPTIMIZERS
 from lminf.train.schedules import SCHEDULES
+from lminf.train.stages import STAGES, Stage, StagedBatches, Stages
 from lminf.train.step import REMAT, TrainStep
 from lminf.types import Params
 
@@ -64,17 +65,22 @@ def check(c: ConfigDict, given: Collection[str] = ()) -> None:
         if name.startswith(("model.", "experts.")) or name == "data.tokenizer":
             raise InputError(f"--config.{name}: the model of init={c.init} has its own; leave one "
                              f"of the two out")  # fmt: skip
+    for name in given if c.stages else ():
+        if name in ("steps", "schedule"):
+            raise InputError(
+                f"--config.{name}: each of the stages has its own; leave one of the two out"
+            )
     check_experts(c, given)
-    schedules.check_steps(parse_choice(c.schedule, SCHEDULES, what="schedule"), c.steps)
+    steps_in_all = stages_of(c).steps
     if c.export and c.checkpoint.folder and Path(c.export) == Path(c.checkpoint.folder):
         raise InputError(
             f"--config.export={c.export} is also the folder of the checkpoints; name another one"
         )
-    steps = [step for step in c.profile if isinstance(step, int) and 1 <= step <= c.steps]
+    steps = [step for step in c.profile if isinstance(step, int) and 1 <= step <= steps_in_all]
     if c.profile and not (len(c.profile) == len(steps) == 2 and steps[0] <= steps[1]):
         raise InputError(
             f"--config.profile={c.profile}: give the first and the last step to trace, of the "
-            f"{c.steps} from 1 on, as in (5,9)"
+            f"{steps_in_all} from 1 on, as in (5,9)"
         )
 
 
@@ -151,24 +157,40 @@ def shape_to_plan(c: ConfigDict) -> ModelSpec:
     return shape_of(c, tokenizer_of(c.data.tokenizer).vocab_size)
 
 
+def stages_of(c: ConfigDict) -> Stages:
+    """The stages of a run; without any, the run is one."""
+    if c.stages:
+        return Stages(tuple(stage_of(text) for text in c.stages))
+    schedule = parse_choice(c.schedule, SCHEDULES, what="schedule")
+    tokens = c.steps * c.data.batch * c.data.length
+    return Stages((Stage(tokens, c.data.length, c.data.batch, schedule),))
+
+
+def stage_of(text: str) -> Stage:
+    """The stage that `tokens=…,length=…,batch=…,schedule=(…)` describes."""
+    stage = parse_choice(f"stage:{text}", STAGES)
+    choices = {name: _unwrapped(getattr(stage, name)) for name in ("plan", "transforms")}
+    return dataclasses.replace(stage, **choices)
+
+
 def program_of(
     c: ConfigDict, shape: ModelSpec, policy: AnyPolicy | None = None, *, absent: int | None = None
 ) -> TrainStep:
-    """The step of this config on all devices, or planned for so many that are `absent`."""
+    """The step of this config on all devices, or planned for so many that are `absent`; of its
+    first stage.
+    """
     strategy = partition.parse(c.strategy)
     sizes = from_config(c.mesh, mesh.MeshShape)
     laid_out = mesh.make(sizes) if absent is None else mesh.absent(sizes, absent)
     partition.check(strategy, laid_out)
-    schedule = parse_choice(c.schedule, SCHEDULES, what="schedule")
     policy = policy_of(c, None) if policy is None else policy
-    steps = c.steps
-    return TrainStep(
+    program = TrainStep(
         shape,
         policies.by_layer(policy, windows=shape.windows, num_kv_heads=shape.num_kv_heads),
         laid_out,
         strategy,
         parse_choice(c.optimizer, OPTIMIZERS, what="optimizer").build(),
-        lambda step: schedule(step, steps),
+        lambda step: step,  # each stage has its own
         dtype=DTYPES[known(c.dtype, DTYPES, "dtype")],
         remat=known(c.remat, REMAT, "remat policy"),
         grad_accum_steps=c.grad_accum_steps,
@@ -176,6 +198,7 @@ def program_of(
         objective=terms.language_modeling(shape, z_loss=c.z_loss),
         lora=parse_choice(c.lora, {"lora": LoRA}, what="adapter") if c.lora else None,
     )
+    return stages_of(c).programs(program)[0]
 
 
 def known(name: str, table: Mapping[str, Any], what: str) -> str:
@@ -191,19 +214,40 @@ class Data:
     held_out: list[Mapping[str, np.ndarray]]  # batches, for evaluation
 
 
-def data_of(c: ConfigDict, tokenizer: Tokenizer | ByteTokenizer, share: HostShard) -> Data:
-    """Batches of the stores or texts by the plan; the end of each is held out, in every process."""
+def data_of(
+    c: ConfigDict, tokenizer: Tokenizer | ByteTokenizer, share: HostShard, *, vocab_size: int
+) -> Data:
+    """Batches of the stores or texts by the plan of each stage, for a model of so many tokens; the
+    end of each text is held out, in every process.
+    """
     size = {"length": c.data.length, "rows": c.data.batch}
-    plan = loader.parse_plan(c.data.plan)
     corpora = corpus.open_corpora(c.data.path, tokenizer)
     needed = c.evaluate.batches * c.data.batch * c.data.length + 1
     corpora, held_out = corpus.hold_out(corpora, c.data.held_out, at_most=needed)
-    train = loader.Loader(corpora, plan, seed=c.seed, **size)
+    stages = stages_of(c)
+    loaders = [
+        loader.Loader(
+            corpora,
+            loader.parse_plan(stage.plan or c.data.plan),
+            length=stage.length,
+            rows=stage.batch,
+            seed=c.seed + index,  # of its own, or each stage would begin with the same rows
+            transforms=loader.parse_transforms(
+                stage.transforms or c.data.transforms, vocab_size=vocab_size
+            ),
+        )
+        for index, stage in enumerate(stages.stages)
+    ]
     return Data(
-        loader.Prefetched(train, **share._asdict()),
-        train.schedule.shapes,
+        StagedBatches(stages, [loader.Prefetched(each, **share._asdict()) for each in loaders]),
+        tuple(dict.fromkeys(shape for each in loaders for shape in each.schedule.shapes)),
         windows.consecutive(held_out, at_most=c.evaluate.batches, **size),
     )
+
+
+def _unwrapped(text: str) -> str:
+    """A choice that stands in parentheses inside another one."""
+    return text[1:-1] if text.startswith("(") and text.endswith(")") else text
 
 
 def token_bytes(tokenizer: Tokenizer | ByteTokenizer) -> np.ndarray:
@@ -240,8 +284,9 @@ def rates_moved(c: ConfigDict, earlier_steps: int, done: int) -> str | None:
     )
 
 
-def boundaries(start: int, steps: int, interval: int) -> Iterator[int]:
-    """The multiples of `interval` after `start`, up to and with `steps`."""
-    while start < steps:
-        start = min((start // interval + 1) * interval, steps)
+def boundaries(start: int, ends: Sequence[int], interval: int) -> Iterator[int]:
+    """The multiples of `interval` after `start` and the `ends` of stages, up to the last one."""
+    while start < ends[-1]:
+        end = next(end for end in ends if start < end)
+        start = min((start // interval + 1) * interval, end)
         yield start

@@ -61,7 +61,7 @@ def losses(
 ) -> Iterator[Row]:
     """Held-out losses along the training, and by position at its end."""
     with Progress(c.steps, label=training.name) as progress:
-        for steps in _training.boundaries(0, c.steps, c.evaluate_every):
+        for steps in _training.boundaries(0, [c.steps], c.evaluate_every):
             training.fit(steps, progress)
             nll = training.nll(measured)
             facts = {"policy": training.name, "step": steps}

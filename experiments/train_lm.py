@@ -47,18 +47,20 @@ check = _training.check
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     memory.keep_pages()
     check(c)
-    ended = finished(c, out)
+    stages = _training.stages_of(c)
+    ended = finished(c, out, stages.steps)
     if c.export and not ended:
         checkpoints.check_save(c.export)  # before the model is read
     start = _training.start_of(c)
-    program = _training.program_of(c, start.spec, start.policy)
+    programs = stages.programs(_training.program_of(c, start.spec, start.policy))
+    program = programs[-1]
     place = {"mesh": program.mesh, "strategy": program.strategy}
     share = batches.share(**place)
-    data = _training.data_of(c, start.tokenizer, share)
+    data = _training.data_of(c, start.tokenizer, share, vocab_size=start.spec.vocab_size)
     for shape in data.shapes:
         example = dict.fromkeys(("tokens", "targets"), np.zeros(shape, np.int32))
         batches.check(example, grad_accum_steps=c.grad_accum_steps, arrays=program.arrays, **place)
-    lm = LM(start.spec, {}, start.tokenizer, start.policy)
+    lm = LM(program.spec, {}, start.tokenizer, start.policy)
     if not ended:
         check_ending(c, program, lm)
     facts = {"config": c.to_json(), "source": environment.commit()}
@@ -71,12 +73,16 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     alone = jax.process_count() == 1
     listening = stopping.listening() if alone else contextlib.nullcontext()
     needed = 0 if ended else _training.state_bytes(program)
-    with checkpoint_folder(store, c, needed=needed) as planned, store, listening:
+    with (
+        checkpoint_folder(store, c, steps=stages.steps, needed=needed) as planned,
+        store,
+        listening,
+    ):
         state = initial_state(program, start, store, seed=c.seed)
         done = int(state.step)
-        if ended and done >= c.steps:
+        if ended and done >= stages.steps:
             return
-        check_rows(c, out, store, done)
+        check_rows(out, store, done, stages.steps)
         if done:
             say(f"going on from step {done}")
         if done and planned != c.steps and (moved := _training.rates_moved(c, planned, done)):
@@ -84,16 +90,19 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
         if leads():
             out.keep_until(done)
             out.keep(lambda row: row["part"] not in AT_THE_END)
-        watch = Watch(c, program, data, out, done, skipped=int(state.skipped))
+        watch = Watch(c, stages, programs, data, out, done, skipped=int(state.skipped))
         watch.trackers = trackers.opened(c.watch if leads() else "", out.path, c.to_dict())
-        evaluator = Evaluator(program, data.held_out, _training.token_bytes(start.tokenizer), place)
+        evaluator = Evaluator(data.held_out, _training.token_bytes(start.tokenizer), place)
+        compiled = [watch.split.compiling(each.step, key=lambda _, batch: shapes(batch))
+                    for each in programs]  # fmt: skip
         with contextlib.ExitStack() as stack:
             stack.enter_context(watch.progress)
             for watcher in watch.trackers:
                 stack.callback(watcher.close)
-            for until in _training.boundaries(done, c.steps, c.evaluate.every):
+            for until in _training.boundaries(done, stages.ends, c.evaluate.every):
+                stage, _ = stages.find(done)
                 state = fit(
-                    watch.split.compiling(program.step, key=lambda _, batch: shapes(batch)),
+                    compiled[stage],
                     state,
                     lambda step: batches.put(data.train.batch(step), **place, share=share),
                     steps=until,
@@ -107,9 +116,9 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
                     save(store, watch, done, state)
                 elif done == until:  # also when asked to stop: the loss is due
                     with watch.split.part("eval"):
-                        evaluated = evaluator(state)
+                        evaluated = evaluator(programs[stage], state)
                     watch.show(done, {f"held_out_{name}": x for name, x in evaluated.means.items()})
-                    yield {"part": "loss", "step": done, "tokens": done * watch.tokens_per_step,
+                    yield {"part": "loss", "step": done, "tokens": stages.tokens(done),
                            "train_loss": watch.smoothed, **evaluated.means,
                            **watch.split.seconds()}  # fmt: skip
                     save(store, watch, done, state, loss=evaluated.means["loss"])
@@ -118,7 +127,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
                     say(f"saved step {done}; the same command goes on from there")
                     raise stopping.ending()
         with watch.split.part("eval"):
-            evaluated = evaluator(state)
+            evaluated = evaluator(program, state)
         for first, last, nll in evaluated.by_position:
             yield {"part": "position", "step": done, "start": first, "stop": last, "loss": nll}
         if not (c.evaluate.sample or c.export):
@@ -136,7 +145,7 @@ AT_THE_END = ("position", "sample")  # parts that are measured once all steps ar
 EIGHTHS = 8  # of the window, with a loss each
 
 
-def finished(c: ConfigDict, out: RunFolder) -> bool:
+def finished(c: ConfigDict, out: RunFolder, steps: int) -> bool:
     """Whether an earlier call of the command did all that this one would; the process that has the
     rows tells the others.
     """
@@ -145,7 +154,7 @@ def finished(c: ConfigDict, out: RunFolder) -> bool:
         if type(row.get("step")) is not int:
             raise InputError(f"{out.path} holds rows without a whole number of steps, which are "
                              f"not of this run; name another folder with --out")  # fmt: skip
-    at_end = [row["part"] for row in rows if row["step"] == c.steps]
+    at_end = [row["part"] for row in rows if row["step"] == steps]
     done = (
         at_end.count("position") == min(EIGHTHS, c.data.length)
         and (not c.evaluate.sample or "sample" in at_end)
@@ -158,9 +167,9 @@ def finished(c: ConfigDict, out: RunFolder) -> bool:
     return done
 
 
-def check_rows(c: ConfigDict, out: RunFolder, store: native.Store, done: int) -> None:
+def check_rows(out: RunFolder, store: native.Store, done: int, steps: int) -> None:
     """Refuses a finished run whose losses are in another folder: there would be none to draw."""
-    if done >= c.steps and leads() and not any(row["part"] == "loss" for row in out.rows()):
+    if done >= steps and leads() and not any(row["part"] == "loss" for row in out.rows()):
         raise InputError(
             f"{store.folder} holds all {done} steps of this run, but {out.path} none of its "
             f"losses; name the run's own folder with --out, or give more --config.steps"
@@ -185,15 +194,17 @@ def absolute(folder: str) -> str:
 
 
 @contextlib.contextmanager
-def checkpoint_folder(store: native.Store, c: ConfigDict, *, needed: int) -> Iterator[int]:
+def checkpoint_folder(
+    store: native.Store, c: ConfigDict, *, steps: int, needed: int
+) -> Iterator[int]:
     """Locks the folder of checkpoints, which must be new or this run's; yields the number of steps
     that an earlier call planned.
     """
     store.check_folder()
     latest = max((saved.step for saved in store.saved()), default=0)
-    if latest > c.steps:
+    if latest > steps:
         raise InputError(
-            f"--config.steps={c.steps}: {store.folder} holds {latest} steps of this run; give as "
+            f"--config.steps={steps}: {store.folder} holds {latest} steps of this run; give as "
             f"many or more, or begin again in another folder with --out"
         )
     earlier, now = store.settings(), json.loads(json.dumps(request.to_dict(c)))
@@ -203,18 +214,18 @@ def checkpoint_folder(store: native.Store, c: ConfigDict, *, needed: int) -> Ite
             f"{store.folder} holds checkpoints of a run with {changed}; give it the same settings "
             f"to go on with it, or name another folder with --config.checkpoint.folder"
         )
-    steps = c.steps if earlier is None else earlier.get("steps", c.steps)
+    planned = c.steps if earlier is None else earlier.get("steps", c.steps)
     path = Path(store.folder)
     if not leads() or "://" in str(store.folder):  # a lock is no use in an object store
         if leads():
             store.own(now)
-        yield steps
+        yield planned
         return
     check_space(path / "state", needed)
     with lock.held(path, option="--config.checkpoint.folder"):
         store.check_folder()
         store.own(now)
-        yield steps
+        yield planned
 
 
 def initial_state(
@@ -280,16 +291,18 @@ def say(text: str) -> None:
 class Watch:
     """Looks at every step: metrics.jsonl, the progress line, losses that are not finite."""
 
-    def __init__(self, c, program, data, out, done, *, skipped):
+    def __init__(self, c, stages, programs, data, out, done, *, skipped):
         self.c, self.data, self.out, self.skipped = c, data, out, skipped
-        self.tokens_per_step = c.data.batch * c.data.length
+        self.stages = stages
         earlier = out.metrics()[-1:] if leads() else []
         self.split = PhaseTimer(*earlier)
-        self.progress = Progress(c.steps, label="training", start=done)
+        self.progress = Progress(stages.steps, label="training", start=done)
         self.average, self.smoothed = Smoothed(half_life=20), None
-        flops = planning.flops_per_token(program, c.data.length) * self.tokens_per_step
-        peak = hardware.peak_flops(jax.local_devices()[0]) * program.mesh.size
-        self.step_share = flops / peak  # seconds of a step at full speed
+        peak = hardware.peak_flops(jax.local_devices()[0]) * programs[0].mesh.size
+        self.seconds_per_token = [  # of each stage at full speed
+            planning.flops_per_token(program, stage.length) / peak
+            for program, stage in zip(programs, stages.stages, strict=True)
+        ]
         self.last = (done, self.split.seconds()["seconds_train"])
         self.traced = None
         self.trackers: Sequence[trackers.Tracker] = ()
@@ -303,16 +316,18 @@ class Watch:
         if not leads() or done % self.c.log_every:
             return
         seconds = self.split.seconds()
-        steps, train = done - self.last[0], seconds["seconds_train"] - self.last[1]
+        tokens = self.stages.tokens(done) - self.stages.tokens(self.last[0])
+        train = seconds["seconds_train"] - self.last[1]
         self.last = (done, seconds["seconds_train"])
-        speed = steps / train if train > 0 else 0.0
+        speed = tokens / train if train > 0 else 0.0
+        stage, _ = self.stages.find(done - 1)
         values = {
             "loss": loss if math.isfinite(loss) else None,
             "grad_norm": float(metrics.grad_norm) if metrics.finite else None,
             "rate": float(metrics.learning_rate),
             "skipped": self.skipped,
-            "tokens_per_second": speed * self.tokens_per_step,
-            "mfu": speed * self.step_share,
+            "tokens_per_second": speed,
+            "mfu": speed * self.seconds_per_token[stage],
             "memory_bytes": memory.peak_bytes(),
             **{name: float(value) for name, value in metrics.reported.items()},
             **seconds,
@@ -372,12 +387,12 @@ class Evaluation:
 class Evaluator:
     """The loss of the held-out batches."""
 
-    def __init__(self, program, held_out, token_bytes, place):
-        self.program, self.held_out, self.token_bytes = program, held_out, token_bytes
+    def __init__(self, held_out, token_bytes, place):
+        self.held_out, self.token_bytes = held_out, token_bytes
         self.placed = [batches.put(batch, **place) for batch in held_out]
 
-    def __call__(self, state) -> Evaluation:
-        nll = [np.asarray(self.program.nll(state, batch)) for batch in self.placed]
+    def __call__(self, program, state) -> Evaluation:
+        nll = [np.asarray(program.nll(state, batch)) for batch in self.placed]
         targets = np.concatenate([batch["targets"] for batch in self.held_out])
         return Evaluation(np.concatenate(nll), self.token_bytes[targets])
 

@@ -20,7 +20,8 @@ from lminf.run import header, request, settings, sweep
 from lminf.surgery.lora import LoRA
 from lminf.train.ensemble import Replicas
 from lminf.train.optim import OPTIMIZERS
-from lminf.train.schedules import SCHEDULES
+from lminf.train.schedules import SCHEDULES, Constant
+from lminf.train.stages import Stage
 from lminf.train.step import TrainStep
 from tests import stated_ranges
 from tests.run.resolved import forms
@@ -74,14 +75,15 @@ def test_numbers_without_a_range_are_found():
 # --- Training and experiments ---------------------------------------------------------------------
 
 TRAINING = (
-    *PLANS.values(), *OPTIMIZERS.values(), *SCHEDULES.values(), LoRA, MeshShape, Distributed,
-    TrainStep, Replicas,
+    *PLANS.values(), *OPTIMIZERS.values(), *SCHEDULES.values(), LoRA, MeshShape, Stage,
+    Distributed, TrainStep, Replicas,
 )  # fmt: skip
 VALID = {
     "Cosine": {"floor": 1e-5, "warmup": 1},
     "WSD": {"floor": 1e-5, "warmup": 1, "decay": 1},
     "Infinite": {"constant": 1e-4, "floor": 1e-5, "warmup": 1, "cooldown": 1, "anneal": 1},
     "Mixture": {"weights": (1.0,)},
+    "Stage": {"tokens": 8, "length": 4, "batch": 2, "schedule": Constant(1e-3)},
     "Rewarm": {"floor": 1e-5, "starts": (5,)},
 }
 

@@ -141,9 +141,17 @@ def plan_training(args: argparse.Namespace) -> None:
     devices = hardware.parse(args.devices)
     start = _training.shape_to_plan(c)
     program = _training.program_of(c, start, absent=devices.count)
-    memory = planning.device_bytes(program, rows=c.data.batch, length=c.data.length)
-    tokens = c.steps * c.data.batch * c.data.length
-    flops = planning.flops_per_token(program, c.data.length) * tokens
+    stages = _training.stages_of(c)
+    staged = list(zip(stages.programs(program), stages.stages, strict=True))
+    memory, largest = max(
+        ((planning.device_bytes(each, rows=s.batch, length=s.length), s) for each, s in staged),
+        key=lambda taken: taken[0].total,
+    )
+    tokens = stages.tokens(stages.steps)
+    flops = sum(
+        planning.flops_per_token(each, s.length) * s.steps * s.batch * s.length
+        for each, s in staged
+    )
     seconds = flops / (devices.count * devices.kind.peak_flops * args.mfu)
     facts = {
         "config": args.config,
@@ -160,7 +168,7 @@ def plan_training(args: argparse.Namespace) -> None:
         "optimizer_bytes": memory.optimizer,
         "activation_bytes": memory.activations,
         "total_bytes": memory.total,
-        **compiled_facts(program, devices, rows=c.data.batch, length=c.data.length),
+        **compiled_facts(program, devices, rows=largest.batch, length=largest.length),
         "device_memory_bytes": devices.kind.memory_bytes,
         "fits": memory.total <= devices.kind.memory_bytes,
     }

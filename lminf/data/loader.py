@@ -1,5 +1,7 @@
 """Batches from token stores by a plan: `batch(step)`, on any number of processes.
 
+Transforms change the rows of a plan, each by its number among all rows that are ever read.
+
 No iterator and no state: a resumed run needs its step and nothing else. Grain's MapDataset, a pure
 map from index to element too, was left out: it would bring JAX and five packages into a layer that
 needs none of them, for the prefetching that `Prefetched` does in one thread.
@@ -12,14 +14,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
-from lminf.config import parse_choice
+from lminf.config import parse_choice, split_choices
 from lminf.data import packing
 from lminf.data.decomposition import Decomposition
 from lminf.data.packing import Documents, Spans
 from lminf.data.plans import BestFit, Concat, Mixture, Plan, Schedule, Windows
 from lminf.data.store import TokenStore
+from lminf.data.transforms import Example, PerSequence, RowTransform, transform_row
+from lminf.data.untie_the_knots import UntieTheKnots
 from lminf.errors import InputError
 
 PLANS = {
@@ -29,6 +33,7 @@ PLANS = {
     "decomposition": Decomposition,
     "mixture": Mixture,
 }
+TRANSFORMS = {"untie_the_knots": UntieTheKnots, "per_sequence": PerSequence}
 
 
 def parse_plan(text: str) -> Plan:
@@ -36,11 +41,37 @@ def parse_plan(text: str) -> Plan:
     return parse_choice(text, PLANS, what="data plan")
 
 
+def parse_transforms(text: str, *, vocab_size: int) -> tuple[RowTransform, ...]:
+    """The transforms of rows that `untie_the_knots:…,per_sequence` describes, in that order, for a
+    model of so many tokens.
+    """
+    parsed = [parse_choice(each, TRANSFORMS, what="transform") for each in split_choices(text)]
+    for transform in parsed:
+        beyond = [token for token in transform.token_ids if token >= vocab_size]
+        if beyond:
+            raise InputError(
+                f"{text!r} writes the token {beyond[0]}, which the vocabulary of {vocab_size:,} "
+                f"tokens lacks; reserve tokens below {vocab_size} that no text holds"
+            )
+    return tuple(parsed)
+
+
 class Loader:
-    """The batches of a plan. `length` and `rows` give the tokens of a step."""
+    """The batches of a plan. `length` and `rows` give the tokens of a step.
+
+    Each row, with the target of its last token, is an example of the transforms, which must leave
+    it as long as it is.
+    """
 
     def __init__(
-        self, stores: Sequence[TokenStore], plan: Plan, *, length: int, rows: int, seed: int
+        self,
+        stores: Sequence[TokenStore],
+        plan: Plan,
+        *,
+        length: int,
+        rows: int,
+        seed: int,
+        transforms: Sequence[RowTransform] = (),
     ):
         _same_tokenizer(stores)
         self._stores = stores
@@ -51,17 +82,22 @@ class Loader:
         ]
         self._ends = np.concatenate([corpus.ends for corpus in corpora])
         self.schedule: Schedule = plan.schedule(corpora, length=length, rows=rows, seed=seed)
+        self._transforms, self._seed = tuple(transforms), seed
+        self._most_rows = max(count for count, _ in self.schedule.shapes)
+        if transforms:
+            self.batch(0)  # what cannot be transformed is refused now
 
     def batch(self, step: int, *, process: int = 0, processes: int = 1) -> dict[str, np.ndarray]:
         """The batch of a step, or that process's equal share of its rows, [rows, length] each.
 
-        tokens and targets; weights (0 for padding) where rows may be short; where several documents
-        stand in a row, positions in each document and segments, of which padding is the last.
+        tokens and targets; weights (0 for padding) where rows may be short or are transformed;
+        where several documents stand in a row, positions in each document and segments, of which
+        padding is the last.
         """
         pieces = self.schedule.at(step)
         if processes != 1:
             pieces = _host_rows(pieces, process, processes)
-        return self._filled(pieces)
+        return self._filled(pieces, first_row=step * self._most_rows + process * pieces.rows)
 
     def documents(self, step: int) -> list[int]:
         """Numbers of the documents whose tokens are in the batch, counted over all stores."""
@@ -71,9 +107,10 @@ class Loader:
         owner, place = packing.ragged(last - first + 1)
         return np.unique(first[owner] + place).tolist()
 
-    def _filled(self, pieces: Spans) -> dict[str, np.ndarray]:
+    def _filled(self, pieces: Spans, *, first_row: int) -> dict[str, np.ndarray]:
         shape = (pieces.rows, pieces.length)
         read = np.concatenate([np.empty(0, np.int32), *self._read(pieces.start, pieces.size + 1)])
+        read, weights = self._transformed(read, pieces, first_row)
         owner, place = packing.ragged(pieces.size)
         source = place + (np.cumsum(pieces.size + 1) - pieces.size - 1)[owner]
         # Where a piece begins in its row: what stands before it there.
@@ -91,8 +128,8 @@ class Loader:
             "tokens": arranged(read[source], np.int32),
             "targets": arranged(read[source + 1], np.int32),
         }
-        if self.schedule.padded:
-            batch["weights"] = arranged(np.ones(len(slots)), np.float32)
+        if self.schedule.padded or self._transforms:
+            batch["weights"] = arranged(weights[source + 1], np.float32)
         if self.schedule.document_mask:
             number = np.arange(len(pieces.row))
             in_order = number - np.maximum.accumulate(np.where(new_row, number, 0)) + 1
@@ -106,18 +143,41 @@ class Loader:
             batch["segments"] = np.where(beyond >= 0, count[:, None] + 1, batch["segments"])
         return batch
 
-    def _read(self, starts: Int[np.ndarray, " P"], sizes: Int[np.ndarray, " P"]):
-        """The tokens of every piece, in order."""
-        store_of = np.searchsorted(self._first, starts, side="right") - 1
-        texts: list[Any] = [None] * len(starts)
-        for number, store in enumerate(self._stores):
-            in_store = np.flatnonzero(store_of == number)
-            local = (starts[in_store] - self._first[number]).tolist()
-            for index, part in zip(
-                in_store.tolist(), store.read(local, sizes[in_store].tolist()), strict=True
-            ):
-                texts[index] = part
-        return texts
+    def _transformed(
+        self, read: Int[np.ndarray, " K"], pieces: Spans, first_row: int
+    ) -> tuple[Int[np.ndarray, " K"], Float[np.ndarray, " K"]]:
+        """(tokens, weights as targets) of all pieces, with the token after each."""
+        weights = np.ones(len(read), np.float32)
+        if not self._transforms:
+            return read, weights
+        of_piece = np.repeat(np.arange(len(pieces.row)), pieces.size + 1)
+        edges = np.searchsorted(pieces.row[of_piece], np.arange(pieces.rows + 1))
+        read = read.astype(np.int32)
+        for row, (start, stop) in enumerate(itertools.pairwise(edges.tolist())):
+            example: Example = {"tokens": read[start:stop]}
+            if self.schedule.document_mask:
+                example = {**example, "segments": of_piece[start:stop]}
+            if start < stop:  # a row of padding holds nothing to transform
+                index = (self._seed, first_row + row)
+                made = transform_row(self._transforms, example, index)
+                read[start:stop] = made["tokens"]
+                weights[start:stop] = made.get("weights", 1)
+        return read, weights
+
+    def _read(
+        self, starts: Int[np.ndarray, " P"], sizes: Int[np.ndarray, " P"]
+    ) -> list[Int[np.ndarray, " _"]]:
+        """The tokens of every piece, in order; a piece may go on from one store into the next."""
+        parts: list[list[Any]] = [[] for _ in range(len(starts))]
+        for store, (first, last) in zip(
+            self._stores, itertools.pairwise(self._first.tolist()), strict=True
+        ):
+            begin, end = np.maximum(starts, first), np.minimum(starts + sizes, last)
+            inside = np.flatnonzero(begin < end)
+            found = store.read((begin - first)[inside].tolist(), (end - begin)[inside].tolist())
+            for index, part in zip(inside.tolist(), found, strict=True):
+                parts[index].append(part)
+        return [part for of_piece in parts for part in of_piece]
 
 
 def _host_rows(pieces: Spans, process: int, processes: int) -> Spans:

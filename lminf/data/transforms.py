@@ -34,6 +34,15 @@ class Transform(Protocol):
         ...
 
 
+class RowTransform(Transform, Protocol):
+    """A transform of packed rows, which leaves each as long as it is."""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The tokens that it may write; the vocabulary must have them."""
+        ...
+
+
 def apply(
     transforms: Sequence[Transform], examples: Sequence[Example], *, seed: int
 ) -> Sequence[tuple[Example, ...]]:
@@ -65,14 +74,28 @@ class _Transformed(Sequence[tuple[Example, ...]]):
             indices = self.indices[index]
             return _Transformed(self.transforms, self.examples, self.seed, indices)
         index = self.indices[index]
-        made = [self.examples[index]]
-        for stage, transform in enumerate(self.transforms):
-            made = [
-                result
-                for number, example in enumerate(made)
-                for result in transform(example, (self.seed, index, stage, number))
-            ]
-        return tuple(made)
+        return _made(self.transforms, self.examples[index], (self.seed, index))
+
+
+def _made(transforms: Sequence[Transform], example: Example, key: Key) -> tuple[Example, ...]:
+    made = [example]
+    for stage, transform in enumerate(transforms):
+        made = [
+            result
+            for number, each in enumerate(made)
+            for result in transform(each, (*key, stage, number))
+        ]
+    return tuple(made)
+
+
+def transform_row(transforms: Sequence[Transform], row: Example, key: tuple[int, int]) -> Example:
+    """What a row becomes under the transforms; `key` is the seed and the row's number."""
+    made = _made(transforms, row, key)
+    if len(made) != 1 or len(made[0]["tokens"]) != len(row["tokens"]):
+        lengths = " and ".join(str(len(each["tokens"])) for each in made) or "no"
+        raise InputError(f"the transforms make {lengths} tokens of a row of {len(row['tokens'])}; "
+                         f"give transforms that keep the length of rows")  # fmt: skip
+    return made[0]
 
 
 @dataclass(frozen=True)
@@ -160,6 +183,29 @@ class CompletionOnly:
         weights = np.array(example.get("weights", np.ones(len(tokens))), np.float32)
         weights[:end] = 0
         return ({**example, "weights": weights},)
+
+
+@dataclass(frozen=True)
+class PerSequence:
+    """Examples in which the targets of each document share a weight of 1.
+
+    The loss is then the mean over documents of their mean loss; without it, every token counts the
+    same, and a long document as much as its tokens. Of a packed row each segment is a document, and
+    its first token, which nothing predicts, is no target. Source: Bai et al. 2024, "LongWriter",
+    arXiv:2408.07055, which finds that it shortens long answers.
+    """
+
+    token_ids = ()  # it writes no tokens
+
+    def __call__(self, example: Example, key: Key) -> Sequence[Example]:
+        count = len(example["tokens"])
+        segments = example.get("segments", np.zeros(count, np.int32))
+        first = np.diff(segments, prepend=segments[:1] - 1) != 0
+        weights = np.where(first, 0, example.get("weights", np.ones(count)))
+        document = np.cumsum(first) - 1
+        totals = np.bincount(document, weights)[document] if count else weights
+        shares = np.divide(weights, totals, out=np.zeros(count), where=totals > 0)
+        return ({**example, "weights": shares.astype(np.float32)},)
 
 
 def _end_of(tokens: Int[np.ndarray, " T"], template: Int[np.ndarray, " R"]) -> int | None:

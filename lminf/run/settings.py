@@ -30,7 +30,7 @@ RANGES = {
             "beyond", "block", "capacities", "continuation", "documents", "draws",
             "key_value_lengths",
             "key_value_prompts", "lengths", "passkey_length", "passkeys", "positions", "prompt",
-            "prompts", "queries", "instances",
+            "prompts", "queries", "instances", "contexts", "num_keys", "num_values",
             # worlds
             "sentences", "test_sentences", "people",
         ),
@@ -52,6 +52,7 @@ RANGES = {
     "question_share": SHARE,
     "key_value_depths": SHARE,
     "held_out": Range(above=0, below=1),
+    "long_share": Range(above=0, below=1),
     "clip": Range(min=0),  # 0: gradients are not clipped
     "z_loss": Range(min=0, max=1),
     "threshold": Range(min=0, max=1),
@@ -61,10 +62,11 @@ RANGES = {
     "budgets": AMOUNT,
     "n_nv": Range(min=1e4, max=1e14),  # as tables of runs have it
     "profile": Range(),  # exponents; of train_lm, steps
+    "stages": Range(),  # texts
 }  # fmt: skip
 # Tuples hold something, but for these of an experiment.
 MAY_BE_EMPTY = {
-    "train_lm.profile",
+    "train_lm.profile", "train_lm.stages",
     *(f"long_context_eval.{task}{name}" for task in ("", "key_value_")
       for name in ("lengths", "prompts")),
 }  # fmt: skip

@@ -340,6 +340,18 @@ def test_stores_one_after_another_are_one_corpus():
         np.testing.assert_array_equal(a[2:], b[2:])
 
 
+def test_a_row_goes_on_from_one_store_into_the_next():
+    lengths = [20, 30, 25]
+    together = Loader([corpus(lengths)], Concat(), length=16, rows=2, seed=0)
+    ends = np.cumsum(lengths)
+    texts = np.split(np.arange(ends[-1]), ends[:-1])
+    parts = [store.from_documents([text]) for text in texts]
+    apart = Loader(parts, Concat(), length=16, rows=2, seed=0)
+    for step in range(int(np.ceil(together.schedule.steps))):
+        for name, array in together.batch(step).items():
+            np.testing.assert_array_equal(apart.batch(step)[name], array)
+
+
 def test_prefetched_batches_are_the_same_in_any_order():
     loaded = Loader([corpus(LONG)], Concat(), length=16, rows=4, seed=0)
     ahead = Prefetched(loaded)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lminf.data import transforms
-from lminf.data.transforms import CompletionOnly, FillInTheMiddle
+from lminf.data.transforms import CompletionOnly, FillInTheMiddle, PerSequence
 from lminf.errors import InputError
 from tests import stated_ranges
 
@@ -144,6 +144,34 @@ def test_only_what_follows_the_response_template_counts():
     ((made,),) = transforms.apply([CompletionOnly((9, 9, 8))], [weighed], seed=0)
     np.testing.assert_array_equal(made["weights"], [0, 0, 0, 0, 0, 0, 0.5, 0.5, 0.5])
     np.testing.assert_array_equal(weighed["weights"], np.full(9, 0.5))  # not changed in place
+
+
+# --- Weights --------------------------------------------------------------------------------------
+
+
+def test_per_sequence_gives_each_document_the_same_say():
+    """The loss is the mean of the documents' means; per token it is the mean of all tokens."""
+    rng = np.random.default_rng(0)
+    sizes, nll = [2, 9, 1, 5], rng.random(17)
+    segments = np.repeat(np.arange(4), sizes)
+    weights = np.array([0, 1, 0, 0, 1, 1, 1, 1, 0.5, 1, 1, 1, 1, 0, 0, 0, 0], np.float32)
+    example = {"tokens": np.arange(17), "segments": segments, "weights": weights}
+    ((made,),) = transforms.apply([PerSequence()], [example], seed=0)
+    assert made["weights"].dtype == np.float32
+    means = []
+    for document in range(4):
+        place = np.flatnonzero(segments == document)[1:]  # nothing predicts the first token
+        if weights[place].sum():
+            assert made["weights"][place].sum() == pytest.approx(1)
+            means.append(np.average(nll[place], weights=weights[place]))
+        else:
+            assert not made["weights"][segments == document].any()
+    assert len(means) == 2
+    assert np.average(nll, weights=made["weights"]) == pytest.approx(np.mean(means))
+    ((alone,),) = transforms.apply([PerSequence()], [{"tokens": np.arange(5)}], seed=0)
+    np.testing.assert_array_equal(alone["weights"], [0, 0.25, 0.25, 0.25, 0.25])
+    ((none,),) = transforms.apply([PerSequence()], [{"tokens": np.arange(0)}], seed=0)
+    assert none["weights"].shape == (0,)
 
 
 # --- Refusals -------------------------------------------------------------------------------------

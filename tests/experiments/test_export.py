@@ -103,7 +103,7 @@ def test_the_exported_model_has_the_loss_of_the_last_evaluation(policy, tmp_path
         rows = list(train_lm.run(c, out))
     lm = LM.from_pretrained(str(tmp_path / "model"))
     share = train_lm.batches.WHOLE
-    batch = _training.data_of(c, ByteTokenizer(), share).held_out[0]
+    batch = _training.data_of(c, ByteTokenizer(), share, vocab_size=257).held_out[0]
     rows_of = [np.append(row, batch["targets"][i, -1]) for i, row in enumerate(batch["tokens"])]
     nll = np.mean([lm.token_nll(ids.astype(np.int32)) for ids in rows_of])
     assert nll == pytest.approx(next(r["loss"] for r in rows if r["part"] == "loss"), abs=1e-4)

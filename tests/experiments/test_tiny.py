@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from lminf.experiments import _main, _models
@@ -38,10 +39,40 @@ def rows_of_tiny(tiny_lm, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_it_leaves_rows_figures_and_a_report(name, rows_of_tiny, tmp_path):
     assert rows_of_tiny(name)
-    report = (tmp_path / "run" / "report.md").read_text()
-    figures = list((tmp_path / "run" / "plots").glob("*.png"))
+    check_report(tmp_path / "run")
+
+
+def check_report(out):
+    report = (out / "report.md").read_text()
+    figures = list((out / "plots").glob("*.png"))
     assert figures
     assert all(f"plots/{figure.name}" in report for figure in figures)
+
+
+@pytest.fixture
+def compiled_fast():
+    """Much is compiled and little computed."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("compiled_fast")
+def test_recipes_of_data_for_long_contexts_are_measured_and_resumed(tmp_path):
+    """It trains models of its own. What an interrupted call left of a recipe is measured again."""
+    out, words = folder.RunFolder(tmp_path / "run"), ["--config=:tiny", f"--out={tmp_path / 'run'}"]
+    module = importlib.import_module("lminf.experiments.long_context_data")
+    whole = []
+    for _ in range(2):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax
+            _main.main(module.run, module.plot, table=module.table, resumes=True, argv=words)
+        rows = {json.dumps(row) for row in out.rows()}
+        assert len(rows) == len(out.rows())
+        check_report(out.path)
+        whole.append(rows)
+        out.keep(lambda row: row["recipe"] != "untie_the_knots" or row["part"] == "needle")
+    assert whole[0] == whole[1]
+    assert len({row["recipe"] for row in out.rows()}) == 6
 
 
 def test_full_attention_breaks_past_its_training_length_and_lm_infinite_does_not(rows_of_tiny):

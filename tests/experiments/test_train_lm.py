@@ -15,8 +15,10 @@ import pytest
 
 from lminf import checkpoints, cli
 from lminf.checkpoints import native
+from lminf.data import tokenizing
+from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
-from lminf.experiments import train_lm
+from lminf.experiments import _training, train_lm
 from lminf.run import folder, request
 from tests.checkpoints import making
 
@@ -92,6 +94,68 @@ def test_a_killed_run_goes_on_and_equals_one_that_was_not(tmp_path):
     before = {name: (out / name).read_text() for name in ("rows.jsonl", "report.md")}
     finish(out, *steps)
     assert {name: (out / name).read_text() for name in before} == before
+
+
+STAGES = (
+    "tokens=4096,length=16,batch=8,schedule=(cosine:peak=3e-3,floor=1e-3,warmup=4)",
+    "tokens=4096,length=64,batch=2,schedule=(wsd:peak=1e-3,floor=1e-4,warmup=4,decay=8),"
+    "rope_base=1e5,plan=(mixture:weights=(3,1)),"
+    "transforms=(untie_the_knots:end_id=256,knot_ids=(248,249,250,251))",
+)
+
+
+@pytest.fixture(scope="module")
+def two_stores(tmp_path_factory):
+    """Two stores of the same tokenizer, and one of another."""
+    folder = tmp_path_factory.mktemp("stores")
+    for name, size in (("a", 3), ("b", 40)):
+        lines = [json.dumps({"text": f"{name} {i} " * (size + i % 9)}) for i in range(200)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+        source = [str(folder / f"{name}.jsonl")]
+        tokenizing.tokenize(source, ByteTokenizer(), str(folder / name), name="bytes")
+    tokenizing.tokenize(source, making.tiny_tokenizer(), str(folder / "other"), name="tiny")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_of_stages_that_was_killed_equals_one_that_was_not(tmp_path, two_stores):
+    """Rows, data, rates and the rotary base change at step 32 of 64, and the kill is behind it."""
+    stages = (
+        f"--config.stages={STAGES!r}", "--config.checkpoint.every=10", "--config.evaluate.every=25",
+        f"--config.data.path={two_stores}/a,{two_stores}/b",
+        "--config.data.plan=mixture:weights=(1,3)", f"--config.export={tmp_path}/model",
+    )  # fmt: skip
+    out = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(out, *stages), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    wait_for(process, lambda: (out / "metrics.jsonl").exists()
+             and max(losses_so_far(out), default=0) >= 33)  # fmt: skip
+    process.kill()
+    process.communicate()
+    resumed = finish(out, *stages)
+    assert "going on from step" in resumed.stderr
+    exported = checkpoints.load(f"{tmp_path}/model")
+    assert exported.spec.encoding.base == 1e5
+    assert exported.spec.trained_length == 64
+    finish(tmp_path / "whole", *stages, "--config.export=")
+    assert losses(out) == losses(tmp_path / "whole")
+    assert sorted(losses(out)) == list(range(1, 65))
+    rows = [row for row in folder.RunFolder(out).rows() if row["part"] == "loss"]
+    assert [(row["step"], row["tokens"]) for row in rows] == [
+        (25, 25 * 128), (32, 4096), (50, 50 * 128), (64, 8192)
+    ]  # fmt: skip
+    rates = {row["step"]: row["rate"] for row in folder.RunFolder(out).metrics()}
+    assert rates[33] == 0  # the second stage warms up again
+    assert rates[40] == pytest.approx(1e-3)
+
+
+@pytest.mark.slow
+def test_stores_of_different_tokenizers_are_not_mixed(two_stores):
+    c = settings(f"data.path={two_stores}/a,{two_stores}/other", "data.plan=mixture:weights=(1,1)")
+    with pytest.raises(InputError, match=r"other was written with the tokenizer tiny"):
+        _training.data_of(c, ByteTokenizer(), train_lm.batches.WHOLE, vocab_size=257)
 
 
 def folders(path):
@@ -313,7 +377,8 @@ def settings(*changes):
 
 def own(tmp_path, *changes, needed=0):
     store = native.Store(str(tmp_path / "checkpoints"), last=1)
-    return train_lm.checkpoint_folder(store, settings(*changes), needed=needed)
+    c = settings(*changes)
+    return train_lm.checkpoint_folder(store, c, steps=c.steps, needed=needed)
 
 
 @pytest.mark.parametrize(
@@ -377,13 +442,13 @@ def test_a_disk_without_room_for_the_state_is_found_before_the_first_step(tmp_pa
 
 
 def test_a_finished_run_is_not_reported_in_a_folder_without_its_losses(tmp_path):
-    c, store = settings("steps=6"), native.Store(str(tmp_path / "checkpoints"), last=1)
+    c, store = settings(), native.Store(str(tmp_path / "checkpoints"), last=1)
     out = folder.RunFolder(tmp_path)
     with pytest.raises(InputError, match=r"holds all 6 steps of this run, but .* none of its loss"):
-        train_lm.check_rows(c, out, store, 6)
-    train_lm.check_rows(c, out, store, 5)
+        train_lm.check_rows(out, store, 6, 6)
+    train_lm.check_rows(out, store, 5, 6)
     out.append_row({"part": "loss", "step": 6})
-    train_lm.check_rows(c, out, store, 6)
+    train_lm.check_rows(out, store, 6, 6)
     out.append_row({"part": "loss", "step": "six"})
     with pytest.raises(InputError, match="rows without a whole number of steps"):
-        train_lm.finished(c, out)
+        train_lm.finished(c, out, 6)

@@ -52,6 +52,17 @@ def test_settings_that_cannot_be_are_one_sentence(change, message):
         ("schedule=rewarm:peak=1,floor=0,starts=(200,)", "run ends after 200 steps, before the"),
         ("profile=(190,201)", "give the first and the last step to trace, of the 200"),
         ("processes.index=1", "index=1 and .* count=1: this process is alone"),
+        (
+            "data.transforms=untie_the_knots:end_id=256,knot_ids=(248,249,250,257)",
+            "writes the token 257, which the vocabulary of 257 tokens lacks",
+        ),
+        ("data.transforms=per_seqence", "no transform is called 'per_seqence'; did you mean"),
+        ("stages=('tokens=9,length=4,batch=2',)", "lacks schedule; stage"),
+        (
+            "stages=('tokens=9,length=4,batch=2,schedule=(constant:peak=1),plan=(concot)',)",
+            "no data plan is called 'concot'; did you mean 'concat'",
+        ),
+        ("stages=('tokens=9,length=1,batch=2,schedule=(constant:peak=1)',)", "Stage.length is 1"),
     ],
 )
 def test_settings_that_would_fail_later_are_refused_at_once(change, message, tmp_path):
@@ -74,6 +85,10 @@ def test_settings_that_would_fail_later_are_refused_at_once(change, message, tmp
         ("experts.top_k=2", "config.experts.top_k: there are no experts; give their number"),
         ("experts.count=2 experts.dense_layers=4", "dense_layers=4 of 4 layers: no layer is left"),
         ("processes.count=2 processes.index=2 processes.coordinator=a:1", "index=2 of count=2"),
+        (
+            "stages=('tokens=9,length=4,batch=2,schedule=(constant:peak=1)',) steps=5",
+            "config.steps: each of the stages has its own",
+        ),
         ("processes.count=2", "at coordinator=''; give every process its own index"),
         ("processes.count=0 processes.index=1", "the cluster says who takes part"),
     ],

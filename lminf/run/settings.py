@@ -30,7 +30,7 @@ RANGES = {
             "beyond", "block", "capacities", "continuation", "documents", "draws",
             "key_value_lengths",
             "key_value_prompts", "lengths", "passkey_length", "passkeys", "positions", "prompt",
-            "prompts", "queries", "instances",
+            "prompts", "queries", "instances", "longest", "requested", "max_new_tokens",
         ),
         COUNT,
     ),
@@ -53,6 +53,8 @@ RANGES = {
     "z_loss": Range(min=0, max=1),
     "threshold": Range(min=0, max=1),
     "rope_base": Range(min=1),
+    "beta": AMOUNT,
+    "preference_scale": AMOUNT,
     "rates": AMOUNT,
     "budgets": AMOUNT,
     "n_nv": Range(min=1e4, max=1e14),  # as tables of runs have it

@@ -22,7 +22,7 @@ VARIANTS = ("tiny", "h100", "pod")
 def get_config(arg: str = "") -> ConfigDict:
     c = base.get_config(arg, variants=VARIANTS)
     c.methods = ("none", "sft", "dpo", "longpo")
-    c.replicates = 4  # seeds from c.seed on
+    c.replicates = 3  # seeds from c.seed on
     c.model = shape(width=32, layers=2, heads=2, kv_heads=2, hidden=64)
     c.optimizer = "adamw:b2=0.95,weight_decay=0.1"
     c.length, c.batch, c.steps = 64, 16, 800  # characters of a short prompt; rows of a step
@@ -53,6 +53,5 @@ def get_config(arg: str = "") -> ConfigDict:
         c.tuning.lengths = (4096, 8192, 16_384) if arg == "h100" else (16_384, 32_768, 65_536)
         c.tuning.prompts, c.tuning.batch, c.tuning.steps = 4096, 16, 500
         c.tuning.schedule = "cosine:peak=1e-4,floor=1e-6,warmup=50"
-        c.replicates = 3
         c.lengths = (1024, *c.tuning.lengths, 2 * c.tuning.lengths[-1])
     return c

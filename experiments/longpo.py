@@ -39,7 +39,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     counts = Counter((row["method"], row["seed"]) for row in out.rows())
     done = {model for model, count in counts.items() if count == len(c.lengths)}
     out.keep(lambda row: (row["method"], row["seed"]) in done)
-    missing = [(method, seed) for method in c.methods for seed in _seeds.seeds(c)
+    missing = [(method, seed) for seed in _seeds.seeds(c) for method in c.methods
                if (method, seed) not in done]  # fmt: skip
     if not missing:
         return

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.slow
 
 NAMES = (
     "decode_cost", "diagnose_lengths", "effective_length", "kv_cache", "length_generalization",
-    "long_context_eval", "long_context_loss", "long_context_retrieval", "passkey",
+    "long_context_eval", "long_context_loss", "long_context_retrieval", "long_output", "longpo",
+    "passkey",
 )  # fmt: skip
 
 

@@ -127,41 +127,56 @@ def token_weights(batch: Batch, prefix: str = "") -> Float[Array, "B T"]:
     return jnp.ones(targets.shape, jnp.float32) if weights is None else weights
 
 
-@dataclass(frozen=True)
-class _OfTokens:
-    """A mean over the targets that count."""
-
-    arrays = ("tokens", "targets")
-    references = ()
-
-    def weight(self, batch: Batch) -> Float[Array, ""]:
-        weights = batch.get("weights")
-        total = jnp.float32(batch["targets"].size) if weights is None else weights.sum()
-        return jnp.maximum(total, 1.0)
+def _counted(batch: Batch, prefix: str = "") -> Float[Array, ""]:
+    """The targets that count, at least 1."""
+    weights = batch.get(f"{prefix}weights")
+    total = jnp.float32(batch[f"{prefix}targets"].size) if weights is None else weights.sum()
+    return jnp.maximum(total, 1.0)
 
 
 @dataclass(frozen=True)
-class CrossEntropy(_OfTokens):
-    """-log p of the next token, nats per token; reported as `loss`."""
+class CrossEntropy:
+    """-log p of the next token, nats per token; reported as `loss`.
+
+    With a `prefix`, of the sequences `{prefix}tokens`: "chosen_" makes it fine-tuning on the better
+    answers of pairs.
+    """
 
     scale: Annotated[float, Range(above=0)] = 1.0
+    prefix: str = ""
+
+    references = ()
 
     def __post_init__(self):
         ranges.check(self)
 
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        return f"{self.prefix}tokens", f"{self.prefix}targets"
+
+    def weight(self, batch: Batch) -> Float[Array, ""]:
+        return _counted(batch, self.prefix)
+
     def __call__(self, model, references):
-        total = (token_weights(model.batch) * model.token_loss().nll).sum()
+        weights = token_weights(model.batch, self.prefix)
+        total = (weights * model.token_loss(self.prefix).nll).sum()
         return total, {"loss": total}
 
 
 @dataclass(frozen=True)
-class ZLoss(_OfTokens):
+class ZLoss:
     """Squared log of the softmax's denominator, which keeps logits from drifting."""
 
     scale: Annotated[float, Range(above=0)]
 
+    arrays = ("tokens", "targets")
+    references = ()
+
     def __post_init__(self):
         ranges.check(self)
+
+    def weight(self, batch: Batch) -> Float[Array, ""]:
+        return _counted(batch)
 
     def __call__(self, model, references):
         return (token_weights(model.batch) * jnp.square(model.token_loss().lse)).sum(), {}

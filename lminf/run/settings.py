@@ -31,6 +31,7 @@ RANGES = {
             "key_value_lengths",
             "key_value_prompts", "lengths", "passkey_length", "passkeys", "positions", "prompt",
             "prompts", "queries", "instances", "contexts", "num_keys", "num_values",
+            "longest", "requested", "max_new_tokens",
             # worlds
             "sentences", "test_sentences", "people",
         ),
@@ -57,6 +58,8 @@ RANGES = {
     "z_loss": Range(min=0, max=1),
     "threshold": Range(min=0, max=1),
     "rope_base": Range(min=1),
+    "beta": AMOUNT,
+    "preference_scale": AMOUNT,
     "rates": AMOUNT,
     "rate": AMOUNT,
     "budgets": AMOUNT,

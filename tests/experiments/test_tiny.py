@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 NAMES = (
     "decode_cost", "diagnose_lengths", "effective_length", "kv_cache", "length_generalization",
     "impossible_languages", "knowledge_extraction", "long_context_eval", "long_context_loss",
-    "long_context_retrieval", "long_icl", "passkey", "vocab_expansion",
+    "long_context_retrieval", "long_icl", "long_output", "longpo", "passkey", "vocab_expansion",
 )  # fmt: skip
 
 

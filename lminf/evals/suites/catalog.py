@@ -16,7 +16,7 @@ from lminf.evals.suites.babilong import BabiLong
 from lminf.evals.suites.infinite_bench import InfiniteBench
 from lminf.evals.suites.long_icl import LongICL
 from lminf.evals.suites.long_ins import LongIns
-from lminf.evals.suites.long_write import LongWrite
+from lminf.evals.suites.long_write import LongBenchWrite, LongWrite
 from lminf.evals.suites.longbench import LongBench, LongBenchV2
 from lminf.evals.suites.loogle import LooGLE
 from lminf.evals.suites.m4le import Composed
@@ -55,6 +55,7 @@ FILES: tuple[Any, ...] = (
     composed_files.M4LEFile,
     composed_files.SuperGPQA,
     LongICL,
+    LongBenchWrite,
 )
 KINDS: tuple[Any, ...] = (
     Passkey, KeyValue, *(kind for kinds in SUITES.values() for kind in kinds), BabiLong, LongIns,

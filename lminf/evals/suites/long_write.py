@@ -1,16 +1,21 @@
 """LongBench-Write's lengths: a text of so many words is asked for, and its length is scored.
 
-Source: Bai et al. 2024, arXiv:2408.07055. Quality, which the paper has a model judge, is not
-scored. The requests are our own; they do not fill their budget.
+Source: Bai et al. 2024, arXiv:2408.07055. Quality, which the paper has a model judge, is in
+lminf.evals.writing_quality. The requests that are generated are our own; they do not fill their
+budget.
 """
 
+import re
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
+from lminf.errors import InputError
 from lminf.evals import metrics
+from lminf.evals.suites import published
 from lminf.evals.suites.generated import GeneratedTask, fill
+from lminf.evals.suites.published import PublishedTask, Question, Record
 from lminf.evals.suites.suite_task import Item
 from lminf.evals.task import Budget
 from lminf.ranges import Range
@@ -22,6 +27,16 @@ TOPICS = (
     "a journey by night train", "the rules of a village game", "rivers and their bridges",
     "the first year of a theatre", "a garden on a roof", "maps that were wrong",
 )  # fmt: skip
+TOKENS_PER_WORD = 4  # of an answer's limit: twice the words, at two tokens a word
+CHINESE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+FULL_WIDTH = re.compile(r"[\u3000-\u303f\uff00-\uffef]")  # the punctuation beside it
+Words = Annotated[int, Range(min=0, max=10**6)]
+
+
+def count_words(text: str) -> int:
+    """Chinese characters, and words between them."""
+    others = FULL_WIDTH.sub(" ", CHINESE.sub(" ", text))
+    return len(CHINESE.findall(text)) + len(others.split())
 
 
 @dataclass(frozen=True)
@@ -37,8 +52,7 @@ class LongWrite(GeneratedTask):
 
     @property
     def max_new_tokens(self) -> int:
-        """Enough for twice the words, at two tokens a word."""
-        return 4 * self.words
+        return TOKENS_PER_WORD * self.words
 
     def item(self, budget: Budget, random: np.random.Generator) -> Item:
         form, topic = str(random.choice(FORMS)), str(random.choice(TOPICS))
@@ -47,7 +61,54 @@ class LongWrite(GeneratedTask):
         return Item(request, self.words, filled.tokens)
 
     def parse(self, completion: str) -> int:
-        return len(completion.split())
+        return count_words(completion)
 
     def score(self, answer: int, instance: Item) -> float:
         return metrics.length_score(answer, instance.answer)
+
+
+@dataclass(frozen=True)
+class LongBenchWrite(PublishedTask):
+    """The requests of a published file with the words that each asks for, scored by length.
+
+    The paper groups them by `least` and `below` words: 0 to 500, to 2000, to 4000, to 20000. A file
+    of LongWrite-Ruler in the same form is read too. Requests are never cut.
+    """
+
+    least: Words = 0
+    below: Words = 20_000
+
+    name = "longbench_write"
+    scope, diffusion = "high", "low"
+
+    @property
+    def max_new_tokens(self) -> int:
+        return TOKENS_PER_WORD * max(question.answer for question in self.questions())
+
+    def questions(self) -> list[Question]:
+        records = published.records(self.path, "LongBench-Write", ("prompt", "length"))
+        lengths = [_words(record, self.path) for record in records]
+        asked = [
+            Question(f"{record['prompt']}\n\n", "", "", words)
+            for record, words in zip(records, lengths, strict=True)
+            if self.least <= words < self.below
+        ]
+        if not asked:
+            raise InputError(
+                f"{self.path} has no request of {self.least} to {self.below} words; its requests "
+                f"are of {min(lengths)} to {max(lengths)}"
+            )
+        return asked
+
+    def parse(self, completion: str) -> int:
+        return count_words(completion)
+
+    def score(self, answer: int, instance: Any) -> float:
+        return metrics.length_score(answer, instance.answer)
+
+
+def _words(record: Record, path: str) -> int:
+    words = record["length"]
+    if type(words) is not int or words < 1:
+        raise InputError(f"{path} asks for a text of {words!r} words; give a number above 0")
+    return words

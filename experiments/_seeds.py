@@ -1,0 +1,104 @@
+"""Small models that differ in their seed, trained side by side; means and intervals over seeds."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from scipy import stats
+
+from lminf.attention.policy import FULL
+from lminf.config import parse_choice
+from lminf.data.tokenizers import ByteTokenizer
+from lminf.evals.score import Interval
+from lminf.lm.lm import LM
+from lminf.models import spec
+from lminf.models.spec import ModelSpec
+from lminf.objectives.terms import CrossEntropy, Term
+from lminf.parallel import mesh, partition
+from lminf.run.folder import Row
+from lminf.run.progress import Progress
+from lminf.train import schedules
+from lminf.train.batches import Batches
+from lminf.train.ensemble import Replicas
+from lminf.train.optim import OPTIMIZERS
+from lminf.train.schedules import SCHEDULES
+from lminf.train.step import TrainStep
+from lminf.types import Params
+
+
+def seeds(c: ConfigDict) -> tuple[int, ...]:
+    return tuple(range(c.seed, c.seed + c.replicates))
+
+
+def shape_of(c: ConfigDict) -> ModelSpec:
+    return spec.llama(
+        vocab_size=ByteTokenizer().vocab_size, trained_length=c.length, **c.model.to_dict()
+    )
+
+
+def program(
+    c: ConfigDict, *, schedule: str, steps: int, objective: tuple[Term, ...] = (CrossEntropy(),)
+) -> TrainStep:
+    """The step of a run of so many steps on one device, in full attention."""
+    shape, rate = shape_of(c), parse_choice(schedule, SCHEDULES, what="schedule")
+    schedules.check_steps(rate, steps)
+    return TrainStep(
+        shape,
+        (FULL,) * shape.num_layers,
+        mesh.single(),
+        partition.STRATEGIES["data"],
+        parse_choice(c.optimizer, OPTIMIZERS, what="optimizer").build(),
+        lambda step: rate(step, steps),
+        objective=objective,
+    )
+
+
+def train(
+    c: ConfigDict,
+    data: Sequence[Batches],
+    *,
+    schedule: str,
+    steps: int,
+    label: str,
+    start: Sequence[LM] | None = None,
+) -> list[LM]:
+    """A model of every seed, trained on its own data; from the models of `start`, or fresh ones."""
+    rate = parse_choice(schedule, SCHEDULES, what="schedule")
+    step = program(c, schedule=schedule, steps=steps)
+    copies = Replicas(step, seeds(c), (rate.peak,))
+    state = copies.init()
+    if start is not None:
+        params = jax.tree.map(lambda *leaves: np.stack(leaves)[:, None], *(m.params for m in start))
+        state = jax.jit(jax.vmap(jax.vmap(step.state_of)))(params)
+    with Progress(steps, label=label) as progress:
+        state, _ = copies.train(
+            state, data, until=steps, schedule=rate, steps=steps, progress=progress.update
+        )
+    return [language_model(c, jax.tree.map(lambda x, i=i: x[i, 0], jax.device_get(state.params)))
+            for i in range(len(data))]  # fmt: skip
+
+
+def language_model(c: ConfigDict, params: Params) -> LM:
+    return LM(shape_of(c), params, ByteTokenizer())
+
+
+# --- Seeds ----------------------------------------------------------------------------------------
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean over seeds with its 95 % interval by Student's t; unbounded for one seed."""
+    mean, count = float(np.mean(values)), len(values)
+    if count < 2:
+        return Interval(mean, -math.inf, math.inf)
+    half = stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / math.sqrt(count)
+    return Interval(mean, float(mean - half), float(mean + half))
+
+
+def over_seeds(rows: Sequence[Row], by: Sequence[str], value: str) -> dict[tuple, Interval]:
+    """Mean and interval of `value` for every combination of the columns `by`."""
+    groups: dict[tuple, list[float]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in by), []).append(row[value])
+    return {key: interval(values) for key, values in groups.items()}

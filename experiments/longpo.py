@@ -1,0 +1,220 @@
+"""What a small model that is good at short prompts learns about long ones from its own answers.
+
+A document is a row of characters: eight facts, each of them one character that names a key and its
+value, among characters that say nothing. A prompt is a document and a key; the answer is its value.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+from lminf.data import pairs
+from lminf.evals import score
+from lminf.experiments import _seeds
+from lminf.experiments._main import main
+from lminf.lm.lm import LM
+from lminf.objectives.preference import DPO, longpo
+from lminf.objectives.terms import CrossEntropy, Term
+from lminf.programs.longpo import AnswerPair, Prompts, rounds
+from lminf.run import folder, memory, plots
+from lminf.run.folder import Row, RunFolder
+from lminf.run.progress import Progress
+from lminf.train.loop import fit
+from lminf.train.step import TrainStep
+
+KEYS = VALUES = 8
+FACT, KEY, VALUE, FILLER = 32, 96, 104, 112  # first characters of each kind, eight or more of them
+TRAINING, MEASURED = 0, 1  # random streams
+
+
+def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
+    memory.keep_pages()
+    # A model of which a row is missing is measured anew.
+    counts = Counter((row["method"], row["seed"]) for row in out.rows())
+    done = {model for model, count in counts.items() if count == len(c.lengths)}
+    out.keep(lambda row: (row["method"], row["seed"]) in done)
+    missing = [(method, seed) for seed in _seeds.seeds(c) for method in c.methods
+               if (method, seed) not in done]  # fmt: skip
+    if not missing:
+        return
+    data = [Lookups(c.length, c.batch, seed) for seed in _seeds.seeds(c)]
+    models = _seeds.train(c, data, schedule=c.schedule, steps=c.steps, label="short prompts")
+    base = dict(zip(_seeds.seeds(c), models, strict=True))
+    trainings = {method: Training(c, method) for method in c.methods}
+    for method, seed in missing:
+        lm = trainings[method].learned(base[seed], out, seed)
+        for length in c.lengths:
+            yield {"method": method, "seed": seed, "length": length, **measured(c, lm, length)}
+
+
+# --- Documents ------------------------------------------------------------------------------------
+
+
+def documents(
+    random: np.random.Generator, rows: int, length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(documents [rows, length], and of every key its value and its place [rows, KEYS])."""
+    content = random.integers(FILLER, FILLER + 8, (rows, length))
+    values = random.integers(0, VALUES, (rows, KEYS))
+    places = np.argsort(random.random((rows, length)), axis=1)[:, :KEYS]
+    np.put_along_axis(content, places, FACT + VALUES * np.arange(KEYS) + values, axis=1)
+    return content, values, places
+
+
+@dataclass(frozen=True)
+class Lookups:
+    """Batches of documents, each with many questions about its facts and their answers."""
+
+    length: int
+    rows: int
+    seed: int
+
+    def documents(self, step: int) -> Sequence[int]:
+        return range(step * self.rows, (step + 1) * self.rows)
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        random = np.random.default_rng((self.seed, TRAINING, step))
+        count = int(random.integers(1, (self.length - KEYS) // 2))
+        content, values, _ = documents(random, self.rows, self.length + 1 - 2 * count)
+        keys = random.integers(0, KEYS, (self.rows, count))
+        answers = VALUE + np.take_along_axis(values, keys, axis=1)
+        asked = np.stack([KEY + keys, answers], axis=2).reshape(self.rows, -1)
+        text = np.concatenate([content, asked], axis=1).astype(np.int32)
+        counts = np.zeros(text.shape, np.float32)
+        counts[:, content.shape[1] + 1 :: 2] = 1
+        return {"tokens": text[:, :-1], "targets": text[:, 1:], "weights": counts[:, 1:]}
+
+
+def questions(
+    key: Sequence[int], count: int, *, short: int, long: int
+) -> tuple[list[Prompts], list[str]]:
+    """Prompts of `long` and of `short` characters with one question each, and the right answers."""
+    random = np.random.default_rng(key)
+    content, values, places = documents(random, count, long - 1)
+    prompts, answers = [], []
+    for row, asked in enumerate(random.integers(0, KEYS, count)):
+        place = int(places[row, asked])
+        first, last = max(0, place - short + 2), min(place, long - short)
+        start = int(random.integers(first, last + 1))
+        document, question = bytes(content[row].tolist()).decode(), chr(KEY + asked)
+        prompts.append(Prompts(document[start : start + short - 1] + question, document + question))
+        answers.append(chr(VALUE + values[row, asked]))
+    return prompts, answers
+
+
+def measured(c: ConfigDict, lm: LM, length: int) -> Row:
+    """The share of questions answered after prompts of this length, and nats of right answers."""
+    key = c.seed, MEASURED, length
+    prompts, answers = questions(key, c.instances, short=KEYS, long=length)
+    log_probs = lm.next([each.long for each in prompts])
+    right = np.array([ord(answer) for answer in answers])
+    correct = int((log_probs.argmax(1) == right).sum())
+    nats = -log_probs[np.arange(len(right)), right].mean(dtype=np.float64)
+    return {"instances": len(right), "score": correct / len(right), "nats": float(nats)}
+
+
+# --- Methods --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Training:
+    """Rounds of one method."""
+
+    c: ConfigDict
+    method: str
+
+    @cached_property
+    def objective(self) -> tuple[Term, ...]:
+        return {
+            "sft": (CrossEntropy(prefix="chosen_"),),
+            "dpo": (DPO(self.c.beta),),
+            "longpo": longpo(beta=self.c.beta, scale=self.c.preference_scale),
+        }[self.method]
+
+    @cached_property
+    def step(self) -> TrainStep:
+        tuning = self.c.tuning
+        return _seeds.program(
+            self.c, schedule=tuning.schedule, steps=tuning.steps, objective=self.objective
+        )
+
+    def learned(self, lm: LM, out: RunFolder, seed: int) -> LM:
+        """The model after all rounds, whose answers are kept in the run's folder."""
+        if self.method == "none":
+            return lm
+        path, tuning = out / "answers.jsonl", self.c.tuning
+
+        def prompts_of(_, length: int) -> list[Prompts]:
+            key = seed, TRAINING, length
+            return questions(key, tuning.prompts, short=self.c.length, long=length)[0]
+
+        *_, lm = rounds(
+            lm, tuning.lengths, prompts_of=prompts_of, train=partial(self.train, seed),
+            max_new_tokens=1, name=f"{self.method}, seed {seed}", rows=folder.read_lines(path),
+            record=partial(folder.append_line, path),
+        )  # fmt: skip
+        return lm
+
+    def train(self, seed: int, lm: LM, found: Sequence[AnswerPair], index: int) -> LM:
+        tuning = self.c.tuning
+        # Half a character is no token of the answer that is meant.
+        made = [pair.tokens(lm.tokenizer.encode) for pair in found if pair.rejected.isascii()]
+        if not made:
+            return lm
+        sizes = {"length": tuning.lengths[index], "reference_length": self.c.length}
+
+        def batch(step: int):
+            random = np.random.default_rng((seed, TRAINING, index, step))
+            chosen = random.integers(0, len(made), tuning.batch)
+            arrays = pairs.batch([made[i] for i in chosen], **sizes)
+            return {name: jax.numpy.asarray(array) for name, array in arrays.items()}
+
+        label = f"{self.method}, seed {seed}, prompts of {tuning.lengths[index]}"
+        with Progress(tuning.steps, label=label) as progress:
+            state = fit(
+                self.step.step, self.step.start(lm.params), batch, steps=tuning.steps,
+                watch=lambda done, metrics: progress.update(done, loss=float(metrics.loss)),
+            )  # fmt: skip
+        return _seeds.language_model(self.c, jax.device_get(state.params))
+
+
+# --- What is shown --------------------------------------------------------------------------------
+
+
+def plot(rows: list[Row]) -> Figure:
+    means = _seeds.over_seeds(rows, ("method", "length"), "score")
+    points = [{"method": method, "length": length, "score": value.mean, **score.ends(value)}
+              for (method, length), value in means.items()]  # fmt: skip
+    return plots.curves(
+        points, x="length", y="score", by="method", interval=("low", "high"), log_x=True,
+        x_label="prompt (tokens)", y_label="questions answered (share, 95 % over seeds)",
+    )  # fmt: skip
+
+
+def table(rows: list[Row]) -> list[Row]:
+    """Questions answered by method and length, and what LongPO has above each other method with
+    the same seed; means over seeds with 95 % intervals.
+    """
+    scores = {(row["method"], row["length"], row["seed"]): row["score"] for row in rows}
+    above = [
+        {"method": f"longpo above {method}", "length": length,
+         "score": scores["longpo", length, seed] - value}
+        for (method, length, seed), value in scores.items()
+        if method != "longpo" and ("longpo", length, seed) in scores
+    ]  # fmt: skip
+    lines: dict[str, Row] = {}
+    for (method, length), value in _seeds.over_seeds(
+        [*rows, *above], ("method", "length"), "score"
+    ).items():
+        lines.setdefault(method, {"method": method})[str(length)] = score.value_text(value)
+    return list(lines.values())
+
+
+if __name__ == "__main__":
+    main(run, plot, table=table, resumes=True)

@@ -40,7 +40,7 @@ RANGES = {
     **dict.fromkeys(
         (
             "seed", "sample", "count", "dense_layers", "shared_dim", "chunk", "layers",
-            "nll_length", "unbounded_to", "characters",
+            "nll_length", "unbounded_to", "characters", "sample_characters",
         ),
         COUNT_OR_NONE,
     ),

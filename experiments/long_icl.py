@@ -223,7 +223,7 @@ def plot(rows: list[Row]) -> Mapping[str, Figure]:
             y_label="calibrated accuracy (95 %)",
         ),
         "places": plots.heatmap(
-            cells, x="quarter", y="line", value="accuracy", limits=(0, 1), y_label="",
+            cells, x="quarter", y="line", value="accuracy", limits=(0, None), y_label="",
             x_label="quarter of the examples that the relevant one stands in",
             value_label="calibrated accuracy",
         ),

@@ -6,7 +6,7 @@ the longest answer that it will see.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from lminf.data.tokenizers import ByteTokenizer
+from lminf.errors import InputError
 from lminf.evals import metrics, score
 from lminf.experiments import _seeds
 from lminf.experiments._main import main
@@ -26,8 +27,24 @@ ASKED = 10  # a line feed, between a request and its answer
 (END,) = ByteTokenizer().eos_ids
 
 
+def check(c: ConfigDict, given: Collection[str] = ()) -> None:
+    """Refuses numbers that there are no characters for, and answers that do not fit in a row."""
+    highest = max(*c.longest, *c.requested)
+    if highest > NUMBERS:
+        raise InputError(
+            f"--config.longest and --config.requested go up to {highest}, but there are {NUMBERS} "
+            f"numbers; give none above it"
+        )
+    if max(c.longest) > c.tuning.length - 2:
+        raise InputError(
+            f"--config.longest={c.longest}: an answer of {max(c.longest)} characters with its "
+            f"request and end does not fit; give --config.tuning.length>={max(c.longest) + 2}"
+        )
+
+
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     memory.keep_pages()
+    check(c)
     # A fine-tuning of which a row is missing is measured anew.
     counts = Counter(row["longest_trained"] for row in out.rows())
     done = {longest for longest, n in counts.items() if n == c.replicates * len(c.requested)}
@@ -145,4 +162,4 @@ def table(rows: list[Row]) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main(run, plot, table=table, resumes=True)
+    main(run, plot, table=table, resumes=True, check=check)

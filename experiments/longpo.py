@@ -5,7 +5,7 @@ value, among characters that say nothing. A prompt is a document and a key; the 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -14,7 +14,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
+from lminf.config import closest
 from lminf.data import pairs
+from lminf.errors import InputError
 from lminf.evals import score
 from lminf.experiments import _seeds
 from lminf.experiments._main import main
@@ -31,10 +33,30 @@ from lminf.train.step import TrainStep
 KEYS = VALUES = 8
 FACT, KEY, VALUE, FILLER = 32, 96, 104, 112  # first characters of each kind, eight or more of them
 TRAINING, MEASURED = 0, 1  # random streams
+METHODS = ("none", "sft", "dpo", "longpo")
+
+
+def check(c: ConfigDict, given: Collection[str] = ()) -> None:
+    """Refuses methods that there are none of, and documents without room for their facts."""
+    for method in c.methods:
+        if method not in METHODS:
+            raise InputError(f"there is no method {method!r}; {closest(method, METHODS)}")
+    least = KEYS + 4
+    if min(c.length, *c.lengths) < least:
+        raise InputError(
+            f"prompts of {min(c.length, *c.lengths)} characters do not hold {KEYS} facts and a few "
+            f"others; give at least {least} for --config.length and --config.lengths"
+        )
+    if min(c.tuning.lengths) <= c.length:
+        raise InputError(
+            f"--config.tuning.lengths={c.tuning.lengths}: long prompts are longer than the short "
+            f"ones of --config.length={c.length}"
+        )
 
 
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     memory.keep_pages()
+    check(c)
     # A model of which a row is missing is measured anew.
     counts = Counter((row["method"], row["seed"]) for row in out.rows())
     done = {model for model, count in counts.items() if count == len(c.lengths)}
@@ -217,4 +239,4 @@ def table(rows: list[Row]) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main(run, plot, table=table, resumes=True)
+    main(run, plot, table=table, resumes=True, check=check)

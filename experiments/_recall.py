@@ -13,8 +13,8 @@ from jaxtyping import Int
 
 from lminf.errors import InputError
 
-END, KNOTS = 0, (1, 2, 3, 4)  # the token that ends a document, and those kept for knots
-FIRST = 8  # token of the first pair
+END = 0  # the token that ends a document
+FIRST = 8  # token of the first pair; those between are kept for knots
 ASKED = 8  # tokens of a document for each of its pairs
 
 

@@ -6,10 +6,9 @@ Command    python -m experiments.knowledge_extraction
 Time       took 430 s of processor time beside other work; 4 minutes on two idle cores; the same
            command with the same --out resumes
 Expected   all memorise the biographies (87 to 100 %), but test people's questions are answered by
-           chance (9 %, range of three seeds 6 to 11) from one biography each, and in 20 % (14 to
-           29) and 42 % (25 to 55) of cases from five in random order, without and with full names.
-           The probes do not show it: 50 people train them, the Q-probe stays at chance (10 %), and
-           the P-probe at what the sentence itself tells of the value that comes next
+           chance from one biography each (9 % right, three seeds 6 to 11), and better from five in
+           random order: 20 % (14 to 29), with full names 42 % (25 to 55). The probes, which only
+           50 people train, do not show it: the Q-probe stays at chance, 10 %
 Tiny       --config=:tiny: 16 people, 20 steps, under a minute
 Pod        --config=:pod: the paper's 100,000 people and shape, on one device; --config=:h100 10,000
            people. Not run here

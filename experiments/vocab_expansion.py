@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
+from lminf.data import documents, sources
 from lminf.errors import InputError
 from lminf.evals import score
 from lminf.experiments import _models, _texts
@@ -86,9 +87,10 @@ def pages(entry: str) -> list[str]:
     if not entry.endswith(".html"):
         return _texts.texts(entry)
     found = []
-    for page in _texts.texts(entry):
+    files = sorted(documents.find([entry]), key=lambda each: sources.digest(each.path.name))
+    for file in files:
         parser = Paragraphs()
-        parser.feed(page)
+        parser.feed(file.path.read_text(encoding="utf-8"))
         lines = [line for line in dict.fromkeys(parser.lines) if line not in known]
         known.update(lines)
         if lines:

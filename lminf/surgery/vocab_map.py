@@ -38,16 +38,17 @@ class VocabMap:
     matrix: sparse.csr_array  # [V_new, V_old], float64
     unseen: Bool[np.ndarray, " V_new"]  # rows to draw
     old_tokens: int  # of the old vocabulary; its rows stay
+    old_rows: int  # V_old, of which those beyond the tokens are padding
 
     def table(self, old: Float[Array, "V_old ..."], *, seed: int) -> Float[Array, "V_new ..."]:
         """The new table, or vector, of the old one's dtype. The same seed draws the same rows."""
         values = np.asarray(old, np.float32).reshape(len(old), -1)
-        if len(values) != self.matrix.shape[1]:
+        if len(values) != self.old_rows:
             raise InputError(
-                f"the table has {len(values)} rows but the map is one of {self.matrix.shape[1]}; "
+                f"the table has {len(values)} rows but the map is one of {self.old_rows}; "
                 f"build it for this model"
             )
-        new = np.zeros((self.matrix.shape[0], values.shape[1]), np.float32)
+        new = np.zeros((len(self.unseen), values.shape[1]), np.float32)
         new[: self.old_tokens] = values[: self.old_tokens]
         new[self.old_tokens :] = self.matrix[self.old_tokens :] @ values.astype(np.float64)
         known, drawn = values[: self.old_tokens], int(self.unseen.sum())
@@ -77,7 +78,7 @@ def vocab_map(rows: Sequence[Row], *, old_tokens: int, old_rows: int) -> VocabMa
     unseen = np.zeros(new_rows, bool)
     unseen[old_tokens : old_tokens + len(rows)] = [not row for row in rows]
     matrix = sparse.csr_array((shares, (at, of)), shape=(new_rows, old_rows))
-    return VocabMap(matrix, unseen, old_tokens)
+    return VocabMap(matrix, unseen, old_tokens, old_rows)
 
 
 def uniform(ids: Sequence[int]) -> Row:
@@ -144,4 +145,4 @@ def expand(
         name: vocabulary.table(value, seed=seed) if name in tables else value
         for name, value in params.items()
     }
-    return dataclasses.replace(spec, vocab_size=vocabulary.matrix.shape[0]), expanded
+    return dataclasses.replace(spec, vocab_size=len(vocabulary.unseen)), expanded

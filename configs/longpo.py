@@ -50,8 +50,8 @@ def get_config(arg: str = "") -> ConfigDict:
         c.model = shape(width=width, heads=width // 64, kv_heads=width // 64, **sizes)
         c.length, c.batch, c.steps = 1024, 64, 20_000
         c.schedule = "cosine:peak=1e-3,floor=1e-5,warmup=500"
-        c.tuning.lengths = (4096, 8192, 16_384) if arg == "h100" else (16_384, 32_768, 65_536)
-        c.tuning.prompts, c.tuning.batch, c.tuning.steps = 4096, 16, 500
+        c.tuning.lengths = (4096, 8192, 16_384) if arg == "h100" else (8192, 16_384, 32_768)
+        c.tuning.prompts, c.tuning.batch, c.tuning.steps = 4096, 8, 500
         c.tuning.schedule = "cosine:peak=1e-4,floor=1e-6,warmup=50"
         c.lengths = (1024, *c.tuning.lengths, 2 * c.tuning.lengths[-1])
     return c

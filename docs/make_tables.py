@@ -43,8 +43,9 @@ Every experiment takes `--config=:tiny`, `--config.FIELD=VALUE` and `--out=DIR`,
 with its configuration, environment, `rows.jsonl`, figures and `report.md`. An experiment that is
 interrupted by Ctrl-C or SIGTERM keeps its rows. `train_lm`, `train_attention`, `long_context_eval`,
 `long_context_retrieval`, `long_context_loss`, `passkey`, `kv_cache`, `effective_length` and sweeps
-resume when the same command is run again with the same `--out`; `long_context_retrieval` and
-`long_context_loss` also with more documents or other policies.
+resume when the same command is run again with the same `--out`, and so do `longpo` and
+`long_output`; `long_context_retrieval` and `long_context_loss` also with more documents or other
+policies.
 Those that ask a model questions also keep every answer, in `answers.jsonl`.
 `lminf list NAME` prints the question, command, time and expected result of one experiment.
 """

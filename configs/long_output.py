@@ -4,8 +4,12 @@ Question   Does a model write no more than the longest answer that it was fine-t
            was trained on longer texts?
 Paper      LongWriter (Bai et al. 2024, arXiv:2408.07055)
 Command    python -m experiments.long_output
-Time       TODO
-Expected   TODO
+Time       3 minutes of processor time, which took 19 minutes beside other work; the same command
+           with the same --out resumes
+Expected   the longest output is the longest answer trained on, 16, 32 and 64, with each of 5 seeds,
+           and lengths that were trained on are met (scores 0.99 to 1.00). Asked for more a model
+           writes no more: mostly less than its longest answer. Here the number that the longest
+           answer ends with was always followed by an end
 Tiny       --config=:tiny trains one seed for a few steps, which teaches nothing: seconds
 Sizes      --config=:h100, :pod on one device; a pod runs its seeds as commands of their own, with
            --config.seed and --config.replicates=1

@@ -4,8 +4,14 @@ Question   Does a model that is good at short prompts answer long ones better af
            its own short answers, and does it stay as good at short ones?
 Paper      LongPO (Chen et al. 2025, arXiv:2502.13922)
 Command    python -m experiments.longpo
-Time       TODO
-Expected   TODO
+Time       4 minutes of processor time, which took 22 minutes beside other work; the same command
+           with the same --out resumes
+Expected   of prompts of 256 characters LongPO answers 0.15 more (0.08 to 0.22, 3 seeds) than the
+           model before it, of 512 0.16 more, and of 64 0.02 less (0.06 less to 0.02 more). LongPO,
+           DPO and fine-tuning cannot be told apart: the intervals of their differences hold 0 at
+           every length; a right answer costs 0.37 nats less than after DPO at 256 (1.09 less to
+           0.36 more). Published for Mistral-7B on InfiniteBench, of which this is a scaled-down
+           form: 13.8 before, 30.0 fine-tuned, 25.6 DPO, 39.3 LongPO
 Tiny       --config=:tiny trains one seed for a few steps, which teaches nothing: seconds
 Sizes      --config=:h100, :pod on one device a seed; a pod runs its seeds as commands of their own,
            with --config.seed and --config.replicates=1
@@ -50,8 +56,8 @@ def get_config(arg: str = "") -> ConfigDict:
         c.model = shape(width=width, heads=width // 64, kv_heads=width // 64, **sizes)
         c.length, c.batch, c.steps = 1024, 64, 20_000
         c.schedule = "cosine:peak=1e-3,floor=1e-5,warmup=500"
-        c.tuning.lengths = (4096, 8192, 16_384) if arg == "h100" else (16_384, 32_768, 65_536)
-        c.tuning.prompts, c.tuning.batch, c.tuning.steps = 4096, 16, 500
+        c.tuning.lengths = (4096, 8192, 16_384) if arg == "h100" else (8192, 16_384, 32_768)
+        c.tuning.prompts, c.tuning.batch, c.tuning.steps = 4096, 8, 500
         c.tuning.schedule = "cosine:peak=1e-4,floor=1e-6,warmup=50"
         c.lengths = (1024, *c.tuning.lengths, 2 * c.tuning.lengths[-1])
     return c

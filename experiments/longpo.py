@@ -134,7 +134,8 @@ def measured(c: ConfigDict, lm: LM, length: int) -> Row:
     """The share of questions answered after prompts of this length, and nats of right answers."""
     key = c.seed, MEASURED, length
     prompts, answers = questions(key, c.instances, short=KEYS, long=length)
-    log_probs = lm.next([each.long for each in prompts])
+    long, batch = [each.long for each in prompts], c.tuning.batch
+    log_probs = np.concatenate([lm.next(long[i : i + batch]) for i in range(0, len(long), batch)])
     right = np.array([ord(answer) for answer in answers])
     correct = int((log_probs.argmax(1) == right).sum())
     nats = -log_probs[np.arange(len(right)), right].mean(dtype=np.float64)
@@ -178,8 +179,8 @@ class Training:
 
         *_, lm = rounds(
             lm, tuning.lengths, prompts_of=prompts_of, train=partial(self.train, seed),
-            max_new_tokens=1, name=f"{self.method}, seed {seed}", rows=folder.read_lines(path),
-            record=partial(folder.append_line, path),
+            max_new_tokens=1, batch=tuning.batch, name=f"{self.method}, seed {seed}",
+            rows=folder.read_lines(path), record=partial(folder.append_line, path),
         )  # fmt: skip
         return lm
 
@@ -220,21 +221,23 @@ def plot(rows: list[Row]) -> Figure:
 
 
 def table(rows: list[Row]) -> list[Row]:
-    """Questions answered by method and length, and what LongPO has above each other method with
-    the same seed; means over seeds with 95 % intervals.
+    """Questions answered and nats of right answers by method and length, and what LongPO has above
+    each other method with the same seed; means over seeds with 95 % intervals.
     """
-    scores = {(row["method"], row["length"], row["seed"]): row["score"] for row in rows}
-    above = [
-        {"method": f"longpo above {method}", "length": length,
-         "score": scores["longpo", length, seed] - value}
-        for (method, length, seed), value in scores.items()
-        if method != "longpo" and ("longpo", length, seed) in scores
-    ]  # fmt: skip
     lines: dict[str, Row] = {}
-    for (method, length), value in _seeds.over_seeds(
-        [*rows, *above], ("method", "length"), "score"
-    ).items():
-        lines.setdefault(method, {"method": method})[str(length)] = score.value_text(value)
+    for column in ("score", "nats"):
+        ours = {(row["length"], row["seed"]): row[column] for row in rows
+                if row["method"] == "longpo"}  # fmt: skip
+        above = [
+            {**row, "method": f"longpo above {row['method']}", column: ours[key] - row[column]}
+            for row in rows
+            if row["method"] != "longpo" and (key := (row["length"], row["seed"])) in ours
+        ]
+        for (method, length), value in _seeds.over_seeds(
+            [*rows, *above], ("method", "length"), column
+        ).items():
+            name = f"{method}, {column}"
+            lines.setdefault(name, {"method": name})[str(length)] = score.value_text(value)
     return list(lines.values())
 
 

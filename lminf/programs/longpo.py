@@ -86,14 +86,19 @@ def instruct(
 
 
 def answer_pairs(
-    model: TextGenerator, prompts: Sequence[Prompts], *, max_new_tokens: int
+    model: TextGenerator, prompts: Sequence[Prompts], *, max_new_tokens: int, batch: int
 ) -> list[AnswerPair]:
-    """The pairs that teach something: both answers are there, and they differ."""
-    chosen, rejected = (
-        model.generate(texts, max_new_tokens=max_new_tokens)
-        for texts in ([each.short for each in prompts], [each.long for each in prompts])
-    )
-    pairs = [AnswerPair(*answers) for answers in zip(prompts, chosen, rejected, strict=True)]
+    """The pairs that teach something: both answers are there, and they differ. The model is asked
+    `batch` prompts at a time.
+    """
+    pairs = []
+    for start in range(0, len(prompts), batch):
+        group = prompts[start : start + batch]
+        chosen, rejected = (
+            model.generate(texts, max_new_tokens=max_new_tokens)
+            for texts in ([each.short for each in group], [each.long for each in group])
+        )
+        pairs += [AnswerPair(*answers) for answers in zip(group, chosen, rejected, strict=True)]
     return [
         pair for pair in pairs if pair.chosen and pair.rejected and pair.chosen != pair.rejected
     ]
@@ -106,6 +111,7 @@ def rounds(
     prompts_of: Callable[[TextGenerator, int], Sequence[Prompts]],
     train: Callable[[ModelT, Sequence[AnswerPair], int], ModelT],
     max_new_tokens: int,
+    batch: int,
     name: str,
     rows: Sequence[Row] = (),
     record: Callable[[Row], object] = lambda row: None,
@@ -121,7 +127,9 @@ def rounds(
         raise InputError(f"the rounds' lengths are {tuple(lengths)}; give lengths that rise")
     for index, length in enumerate(lengths):
         recorded = Recorded(model, f"{name}, round {index}", rows, record)
-        pairs = answer_pairs(recorded, prompts_of(recorded, length), max_new_tokens=max_new_tokens)
+        pairs = answer_pairs(
+            recorded, prompts_of(recorded, length), max_new_tokens=max_new_tokens, batch=batch
+        )
         if pairs:
             model = train(model, pairs, index)
         yield model

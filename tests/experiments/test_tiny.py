@@ -10,75 +10,60 @@ import jax
 import pytest
 
 from lminf.experiments import _main, _models
-from lminf.run import folder
+from lminf.run import folder, request
 
 pytestmark = pytest.mark.slow
 
 NAMES = (
     "decode_cost", "diagnose_lengths", "effective_length", "kv_cache", "length_generalization",
-    "impossible_languages", "knowledge_extraction", "long_context_eval", "long_context_loss",
-    "long_context_retrieval", "long_icl", "long_output", "longpo", "passkey", "vocab_expansion",
+    "long_context_eval", "long_context_loss", "long_context_retrieval", "long_icl", "passkey",
+    "vocab_expansion",
 )  # fmt: skip
-TRAINING = ("impossible_languages", "knowledge_extraction")  # with optax, which mixes dtypes
+TRAINING = ("long_output", "longpo")  # models of their own
 
 
 @pytest.fixture
 def rows_of_tiny(tiny_lm, monkeypatch, tmp_path):
     monkeypatch.setattr(_models, "load", lambda *_, **__: tiny_lm)
 
-    def measure(name):
-        module = importlib.import_module(f"lminf.experiments.{name}")
-        trains = name in TRAINING
-        with (
-            jax.numpy_dtype_promotion("standard" if trains else "strict"),
-            jax.numpy_rank_promotion("allow" if trains else "raise"),
-        ):
-            _main.main(
-                module.run, module.plot, table=module.table,
-                argv=["--config=:tiny", f"--out={tmp_path / 'run'}"],
-            )  # fmt: skip
-        return folder.RunFolder(tmp_path / "run").rows()
+    return lambda name: measure(name, tmp_path)
 
-    return measure
+
+def measure(name, tmp_path):
+    module = importlib.import_module(f"lminf.experiments.{name}")
+    _main.main(
+        module.run, module.plot, table=module.table,
+        argv=["--config=:tiny", f"--out={tmp_path / 'run'}"],
+    )  # fmt: skip
+    return folder.RunFolder(tmp_path / "run").rows()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_leaves_rows_figures_and_a_report(name, rows_of_tiny, tmp_path):
     assert rows_of_tiny(name)
-    check_report(tmp_path / "run")
+    assert_complete(tmp_path)
 
 
-def check_report(out):
-    report = (out / "report.md").read_text()
-    figures = list((out / "plots").glob("*.png"))
+@pytest.mark.parametrize("name", TRAINING)
+def test_it_trains_and_goes_on_with_the_models_that_are_missing(name, tmp_path):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes
+        rows = measure(name, tmp_path)
+        assert_complete(tmp_path)
+        module = importlib.import_module(f"lminf.experiments.{name}")
+        config = request.parse(name, [f"--config={name}:tiny"]).config
+        out = folder.RunFolder(tmp_path / "run")
+        assert list(module.run(config, out)) == []
+        out.keep(lambda row: row != rows[-1])
+        again = list(module.run(config, out))
+        assert again == rows[-len(again) :]
+        assert 1 <= len(again) < len(rows)
+
+
+def assert_complete(tmp_path):
+    report = (tmp_path / "run" / "report.md").read_text()
+    figures = list((tmp_path / "run" / "plots").glob("*.png"))
     assert figures
     assert all(f"plots/{figure.name}" in report for figure in figures)
-
-
-@pytest.fixture
-def compiled_fast():
-    """Much is compiled and little computed."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("compiled_fast")
-def test_recipes_of_data_for_long_contexts_are_measured_and_resumed(tmp_path):
-    """It trains models of its own. What an interrupted call left of a recipe is measured again."""
-    out, words = folder.RunFolder(tmp_path / "run"), ["--config=:tiny", f"--out={tmp_path / 'run'}"]
-    module = importlib.import_module("lminf.experiments.long_context_data")
-    whole = []
-    for _ in range(2):
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax
-            _main.main(module.run, module.plot, table=module.table, resumes=True, argv=words)
-        rows = {json.dumps(row) for row in out.rows()}
-        assert len(rows) == len(out.rows())
-        check_report(out.path)
-        whole.append(rows)
-        out.keep(lambda row: row["recipe"] != "untie_the_knots" or row["part"] == "needle")
-    assert whole[0] == whole[1]
-    assert len({row["recipe"] for row in out.rows()}) == 6
 
 
 def test_full_attention_breaks_past_its_training_length_and_lm_infinite_does_not(rows_of_tiny):

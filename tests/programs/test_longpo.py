@@ -42,7 +42,7 @@ def test_chunks_that_a_document_does_not_have_are_refused(chunk_len):
 def test_pairs_without_a_difference_or_an_answer_are_left_out():
     answers = {"s1": "a", "l1": "b", "s2": "a", "l2": "a", "s3": "", "l3": "b", "s4": "a", "l4": ""}
     prompts = [Prompts(f"s{n}", f"l{n}") for n in range(1, 5)]
-    pairs = longpo.answer_pairs(Scripted(answers.__getitem__), prompts, max_new_tokens=5)
+    pairs = longpo.answer_pairs(Scripted(answers.__getitem__), prompts, max_new_tokens=5, batch=3)
     assert pairs == [AnswerPair(Prompts("s1", "l1"), "a", "b")]
 
 
@@ -70,7 +70,7 @@ def steps(asked, trained, rows, *, die=None):
         return [Prompts(f"s{length}-{n}", f"l{length}-{n}") for n in range(2)]
 
     return longpo.rounds(
-        model(0), LENGTHS, prompts_of=prompts_of, train=train, max_new_tokens=3, name="m",
+        model(0), LENGTHS, prompts_of=prompts_of, train=train, max_new_tokens=3, batch=2, name="m",
         rows=list(rows), record=rows.append,
     )  # fmt: skip
 
@@ -99,12 +99,18 @@ def test_rounds_that_were_killed_go_on_with_the_answers_that_are_missing(die):
 def test_lengths_that_do_not_rise_are_refused_and_a_round_without_pairs_changes_nothing():
     model = Scripted(lambda prompt: "same")
     refused = longpo.rounds(
-        model, (8, 8), prompts_of=lambda *_: [], train=lambda *_: model, max_new_tokens=1, name=""
+        model,
+        (8, 8),
+        prompts_of=lambda *_: [],
+        train=lambda *_: model,
+        max_new_tokens=1,
+        batch=1,
+        name="",
     )
     with pytest.raises(InputError, match=r"the rounds' lengths are \(8, 8\); give lengths that ri"):
         next(refused)
     kept = longpo.rounds(
         model, (8,), prompts_of=lambda *_: [Prompts("s", "l")], train=lambda *_: None,
-        max_new_tokens=1, name="",
+        max_new_tokens=1, batch=1, name="",
     )  # fmt: skip
     assert list(kept) == [model]

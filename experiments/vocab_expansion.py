@@ -152,9 +152,9 @@ def table(rows: list[Row]) -> list[Row]:
     lines = {(line["language"], line["tokens"], line["rows"]): line for line in summary(rows)}
     shown = []
     for (language, tokens, kind), line in lines.items():
-        if language != "target":
+        other = lines.get(("other", tokens, kind))
+        if language != "target" or other is None:
             continue
-        other = lines["other", tokens, kind]
         shown.append({
             "new tokens": tokens,
             "rows": kind,

@@ -43,7 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.lengths = (64, 128, 256, 512)  # characters of the prompts that are measured
     c.instances = 256  # questions of each length
     if arg == "tiny":
-        c.replicates = 1
+        c.methods, c.replicates = ("none", "longpo"), 1
         c.model = shape(width=16, layers=1, heads=1, kv_heads=1, hidden=16)
         c.length, c.batch, c.steps = 24, 4, 8
         c.schedule = "cosine:peak=1e-2,floor=1e-4,warmup=2"

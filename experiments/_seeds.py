@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import jax
 import numpy as np
@@ -24,7 +26,7 @@ from lminf.train.batches import Batches
 from lminf.train.ensemble import Replicas
 from lminf.train.optim import OPTIMIZERS
 from lminf.train.schedules import SCHEDULES
-from lminf.train.step import TrainStep
+from lminf.train.step import State, TrainStep
 from lminf.types import Params
 
 
@@ -55,29 +57,40 @@ def program(
     )
 
 
-def train(
-    c: ConfigDict,
-    data: Sequence[Batches],
-    *,
-    schedule: str,
-    steps: int,
-    label: str,
-    start: Sequence[LM] | None = None,
-) -> list[LM]:
-    """A model of every seed, trained on its own data; from the models of `start`, or fresh ones."""
-    rate = parse_choice(schedule, SCHEDULES, what="schedule")
-    step = program(c, schedule=schedule, steps=steps)
-    copies = Replicas(step, seeds(c), (rate.peak,))
-    state = copies.init()
-    if start is not None:
-        params = jax.tree.map(lambda *leaves: np.stack(leaves)[:, None], *(m.params for m in start))
-        state = jax.jit(jax.vmap(jax.vmap(step.state_of)))(params)
-    with Progress(steps, label=label) as progress:
-        state, _ = copies.train(
-            state, data, until=steps, schedule=rate, steps=steps, progress=progress.update
-        )
-    return [language_model(c, jax.tree.map(lambda x, i=i: x[i, 0], jax.device_get(state.params)))
-            for i in range(len(data))]  # fmt: skip
+@dataclass(frozen=True)
+class Training:
+    """Trainings of a model of every seed, compiled once for all that have this many steps."""
+
+    c: ConfigDict
+    schedule: str
+    steps: int
+
+    @cached_property
+    def copies(self) -> Replicas:
+        step = program(self.c, schedule=self.schedule, steps=self.steps)
+        return Replicas(step, seeds(self.c), (self.rate.peak,))
+
+    @property
+    def rate(self) -> schedules.Schedule:
+        return parse_choice(self.schedule, SCHEDULES, what="schedule")
+
+    def run(
+        self, data: Sequence[Batches], *, label: str, start: Sequence[LM] | None = None
+    ) -> list[LM]:
+        """The models, each trained on its own data; from those of `start`, or fresh ones."""
+        state = self.copies.init() if start is None else self._started(start)
+        with Progress(self.steps, label=label) as progress:
+            state, _ = self.copies.train(
+                state, data, until=self.steps, schedule=self.rate, steps=self.steps,
+                progress=progress.update,
+            )  # fmt: skip
+        params = jax.device_get(state.params)
+        return [language_model(self.c, jax.tree.map(lambda x, i=i: x[i, 0], params))
+                for i in range(len(data))]  # fmt: skip
+
+    def _started(self, models: Sequence[LM]) -> State:
+        params = jax.tree.map(lambda *x: np.stack(x)[:, None], *(each.params for each in models))
+        return jax.vmap(jax.vmap(self.copies.program.state_of))(params)
 
 
 def language_model(c: ConfigDict, params: Params) -> LM:

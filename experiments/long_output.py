@@ -52,15 +52,13 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
         return
     out.keep(lambda row: row["longest_trained"] in done)
     texts = [Texts(c.length, c.batch, seed) for seed in _seeds.seeds(c)]
-    start = _seeds.train(c, texts, schedule=c.schedule, steps=c.steps, label="texts")
+    start = _seeds.Training(c, c.schedule, c.steps).run(texts, label="texts")
+    tuning = _seeds.Training(c, c.tuning.schedule, c.tuning.steps)
     for longest in c.longest:
         if longest in done:
             continue
         answers = [Answers(c.tuning.length, c.batch, seed, longest) for seed in _seeds.seeds(c)]
-        models = _seeds.train(
-            c, answers, schedule=c.tuning.schedule, steps=c.tuning.steps, start=start,
-            label=f"answers up to {longest}",
-        )  # fmt: skip
+        models = tuning.run(answers, label=f"answers up to {longest}", start=start)
         yield from [
             {"longest_trained": longest, "seed": seed, **row}
             for seed, lm in zip(_seeds.seeds(c), models, strict=True) for row in written(c, lm)

@@ -66,7 +66,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     if not missing:
         return
     data = [Lookups(c.length, c.batch, seed) for seed in _seeds.seeds(c)]
-    models = _seeds.train(c, data, schedule=c.schedule, steps=c.steps, label="short prompts")
+    models = _seeds.Training(c, c.schedule, c.steps).run(data, label="short prompts")
     base = dict(zip(_seeds.seeds(c), models, strict=True))
     trainings = {method: Training(c, method) for method in c.methods}
     for method, seed in missing:

@@ -206,3 +206,16 @@ def test_gradients_are_finite_differences():
         slope = sum(float((g * d).sum()) for g, d in zip(
             jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True))  # fmt: skip
         assert slope == pytest.approx((moved[0] - moved[1]) / (2 * step), rel=0.02, abs=0.02)
+
+
+@pytest.mark.slow
+def test_on_a_mesh_and_in_pieces_it_is_the_same():
+    found = []
+    sharded = {"strategy": "zero3", "fsdp": 2, "data": 2, "grad_accum_steps": 2}
+    for changes in ({}, sharded):
+        made = making.program(objective=longpo(beta=BETA, scale=SCALE), **changes)
+        state, metrics = made.step(made.start(making.params()),
+                                   making.put(made, batch_of(drawn_pairs())))  # fmt: skip
+        found.append((state.params, float(metrics.loss), float(metrics.reported["margin"])))
+    assert found[1][1:] == pytest.approx(found[0][1:], abs=making.ATOL)
+    assert making.largest_difference(found[0][0], found[1][0]) < 1e-3

@@ -177,7 +177,7 @@ class Rewarm:
 
 
 def _warm(step, warmup: int) -> Float[Array, ""]:
-    return _share(step, 0, warmup) if warmup else jnp.float32(1)
+    return _share(step, 0, warmup) if warmup else jnp.ones(jnp.shape(step), jnp.float32)
 
 
 Schedule: TypeAlias = Constant | Cosine | WSD | Infinite | Rewarm

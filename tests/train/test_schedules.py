@@ -82,3 +82,10 @@ def test_rewarming_returns_to_the_peak_and_decays_to_the_floor_again():
     assert found[40] == pytest.approx(1e-4)
     assert found[52] == pytest.approx(1e-3)
     assert found[100] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("schedule", [Constant(0.5), *ALL], ids=str)
+def test_steps_at_once_have_the_rates_of_each(schedule):
+    at_once = schedule(np.arange(4), STEPS)
+    assert at_once.shape == (4,)
+    np.testing.assert_allclose(at_once, [schedule(step, STEPS) for step in range(4)], rtol=1e-6)

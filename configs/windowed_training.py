@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.steps = 200
     c.schedule = "cosine:peak=4e-3,floor=4e-4,warmup=20"
     c.optimizer = "adamw:b2=0.95,weight_decay=0.1"
-    c.replicates = 3  # seeds from c.seed on: initial parameters and the rows of each step
+    c.replicates = 5  # seeds from c.seed on: initial parameters and the rows of each step
     c.dtype, c.remat = "float32", "none"
     c.mesh, c.strategy = to_config(MeshShape()), "data"
     lengths(c, 64, times=32)

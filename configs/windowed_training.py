@@ -8,7 +8,7 @@ Paper      LM-Infinite (Han et al. 2024, arXiv:2308.16137) changes only how a mo
 Command    python -m experiments.windowed_training
 Time       TIME
 Expected   EXPECTED
-Tiny       --config=:tiny trains 1 layer at 16 bytes and reads 128: under a minute
+Tiny       --config=:tiny trains 1 layer at 16 bytes and reads 64: under a minute
 H100       --config=:h100: 1,024 and 32,768 bytes on one GPU; give it a larger text, text=FILE
 Pod        --config=:pod: 4,096 and 131,072 bytes; text=FILE. Not run here
 """
@@ -42,7 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
         c.model = shape(width=32, layers=1, heads=2, kv_heads=2, hidden=64)
         c.batch, c.steps = 8, 10
         c.schedule = "cosine:peak=4e-3,floor=4e-4,warmup=2"
-        lengths(c, 16, times=8)
+        lengths(c, 16, times=4)
         c.policies, c.read_scalings = c.policies[:2], c.read_scalings[:1]
     elif arg:
         large(c, arg)

@@ -50,13 +50,12 @@ def check(c: ConfigDict, given: Collection[str] = ()) -> None:
 
 
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
-    rows = out.rows()
-    if any(row["part"] == "speed" for row in rows):  # the last part
+    study, rows = Study(c), out.rows()
+    timed = [row for row in rows if row["part"] == "speed"]  # the last part
+    if len(timed) == 2 * len(study.trained):  # at two lengths
         return
-    check(c)
-    study = Study(c)
     done = finished(rows, study)
-    out.keep(lambda row: (row["trained"], row["seed"]) in done)  # what an interrupted call left
+    out.keep(lambda row: (row["trained"], row.get("seed")) in done)  # what an interrupted call left
     for seed in range(c.seed, c.seed + c.replicates):
         for name in study.trained:
             if (name, seed) not in done:
@@ -90,8 +89,13 @@ class Study:
         self.text, held_out = np.split(tokens, [round(len(tokens) * (1 - c.held_out))])
         at_once = c.batch * c.length // self.long
         self.held_out = windows.consecutive(
-            held_out, length=self.long, rows=at_once, at_most=c.contexts // at_once
+            held_out, length=self.long, rows=at_once, at_most=-(-c.contexts // at_once)
         )
+        if (count := at_once * len(self.held_out)) < c.contexts:
+            raise InputError(
+                f"--config.contexts={c.contexts}: the held-out end of the text has {count} rows of "
+                f"{self.long} bytes; hold out more of it, or give a longer text"
+            )
 
     def program(self, policy: AnyPolicy) -> TrainStep:
         c = self.c
@@ -200,7 +204,7 @@ class Study:
                 self.trained.items(), quartiles, strict=True
             ):
                 arguments = compiled.shapes_of(program, rows, length)
-                memory = compiled.memory_of(program.step.lower(*arguments).compile())  # pyright: ignore[reportFunctionMemberAccess]
+                memory = compiled.memory_of(program.step.lower(*arguments).compile())
                 yield {"part": "speed", "trained": name, "length": length, "rows": rows,
                        "ms_per_step": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high,
                        "steps": TIMED, "tokens_per_second": rows * length / median,
@@ -229,28 +233,31 @@ def losses(rows: Sequence[Row]) -> dict[tuple[str, str], dict[int, dict[int, Row
 
 
 def table(rows: list[Row]) -> list[Row]:
-    """Mean losses of the first and the last block with 95 % intervals over seeds, the last also
-    above that of re-reading by the same seeds; and of trainings their speed and memory.
+    """Mean losses of the first and the last block with 95 % intervals over seeds; the last one also
+    above that of re-reading, and of the model trained in full and read alike, by the same seeds;
+    and of trainings their speed and memory.
     """
     found, lines = losses(rows), []
-    base = found.get((FULL.name, REREAD), {})
     for (trained, read), blocks in found.items():
-        first, last = min(blocks), max(blocks)
-        any_row = next(iter(blocks[last].values()))
+        first, last = (list(blocks[start].values()) for start in (min(blocks), max(blocks)))
         line: Row = {"trained with": trained, "read with": read}
-        for start in (first, last):
-            block = list(blocks[start].values())
-            line[f"loss {block[0]['start']:,}–{block[0]['stop']:,}"] = interval(
-                [row["loss"] for row in block]
-            )
-        paired = [row["loss"] - base[last][seed]["loss"] for seed, row in blocks[last].items()
-                  if last in base and seed in base[last]]  # fmt: skip
-        line["last, above re-reading"] = interval(paired) if paired and read != REREAD else None
-        line |= {"attended": any_row["attended"], "cache kB": any_row["cache_bytes"] / 1e3}
+        for block in (first, last):
+            column = f"loss {block[0]['start']:,}–{block[0]['stop']:,}"
+            line[column] = interval([row["loss"] for row in block])
+        for column, base in (
+            ("last, above re-reading", (FULL.name, REREAD)),
+            ("last, above trained in full", (FULL.name, read)),
+        ):
+            against = found.get(base, {}).get(max(blocks), {})
+            paired = [row["loss"] - against[row["seed"]]["loss"] for row in last
+                      if row["seed"] in against and base != (trained, read)]  # fmt: skip
+            line[column] = interval(paired) if paired else None
+        line |= {"attended": last[0]["attended"], "cache kB": last[0]["cache_bytes"] / 1e3}
         lines.append(line)
     for row in rows:
         if row["part"] == "speed":
-            line = next(l for l in lines if l["trained with"] == l["read with"] == row["trained"])
+            own = {"trained with": row["trained"], "read with": row["trained"]}
+            line = next(line for line in lines if own.items() <= line.items())
             line[f"training tokens/s, rows of {row['length']:,}"] = round(row["tokens_per_second"])
             line[f"peak MB, rows of {row['length']:,}"] = row["peak_bytes"] / 1e6
     return lines

@@ -18,8 +18,10 @@ NAMES = (
     "decode_cost", "diagnose_lengths", "effective_length", "kv_cache", "length_generalization",
     "impossible_languages", "knowledge_extraction", "long_context_eval", "long_context_loss",
     "long_context_retrieval", "long_icl", "long_output", "longpo", "passkey", "vocab_expansion",
+    "windowed_training",
 )  # fmt: skip
-TRAINING = ("impossible_languages", "knowledge_extraction")  # with optax, which mixes dtypes
+# With optax, which mixes dtypes.
+TRAINING = ("impossible_languages", "knowledge_extraction", "windowed_training")
 
 
 @pytest.fixture

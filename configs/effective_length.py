@@ -41,12 +41,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "niah_multikey:depth=0.5,keys=5,questions=5",
             "niah_multivalue:values=2,questions=5",
         )
-        c.instances = 50
-        c.policies = (
-            "full",
-            "lm_infinite:window=2048,sinks=10",
-            "infllm:window=1024,sinks=10,topk=16,block=64,exec_block=256",
-        )
+        c.lengths, c.instances = (1024, 2048, 4096), 50
+        c.policies = ("full", "lm_infinite:window=2048,sinks=10")
     if arg == "tiny":
         c.model = "tiny"
         c.tasks = ("single_needle:depth=0.0", "single_needle:depth=1.0", "m4le:ability=global")

@@ -51,7 +51,7 @@ def train(
     """(steps, state) after every so many steps, and after the last."""
     state, schedule = copies.init(), parse_choice(c.schedule, SCHEDULES, what="schedule")
     with Progress(c.steps, label=label) as progress:
-        for until in _training.boundaries(0, c.steps, every):
+        for until in _training.boundaries(0, [c.steps], every):
             state, _ = copies.train(
                 state, data, until=until, schedule=schedule, steps=c.steps,
                 progress=progress.update,

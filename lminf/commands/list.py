@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
         for experiment in headers:
             table.add_row(experiment.name, experiment.title)
         console.print(table)
-        print("\nlminf list NAME: question, command, time, what to expect")
+        print("lminf list NAME: question, command, time, what to expect")
         return
     for experiment in headers:
         console.print(f"{experiment.name}: {experiment.title}", style="bold")

@@ -34,7 +34,12 @@ def memory(program: TrainStep, devices: Devices, *, rows: int, length: int) -> M
     arguments = shapes_of(program, rows, length)
     step: Any = program.step  # jitted
     with platforms.assuming(chips[0]):
-        analysis: Any = step.lower(*arguments).compile().memory_analysis()
+        return memory_of(step.lower(*arguments).compile())
+
+
+def memory_of(compiled: Any) -> Memory:
+    """What a compiled step (jax.stages.Compiled) takes."""
+    analysis = compiled.memory_analysis()
     fresh = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return Memory(analysis.argument_size_in_bytes, analysis.temp_size_in_bytes + max(fresh, 0))
 

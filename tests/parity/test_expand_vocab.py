@@ -5,8 +5,6 @@ logits.
 import jax
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from lminf import checkpoints
 from lminf.data import bpe
@@ -21,7 +19,7 @@ GREEK = ["η γάτα κάθισε στο χαλί και μετά ο σκύλο
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_transformers_has_the_same_tokens_and_logits(tied, tmp_path):
+def test_transformers_has_the_same_tokens_and_logits(peer, tied, tmp_path):
     tokenizer = bpe.cut(bpe.train([ENGLISH], 280), 280)
     shape = spec.llama(
         vocab_size=280, width=32, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=48,
@@ -33,8 +31,8 @@ def test_transformers_has_the_same_tokens_and_logits(tied, tmp_path):
         tmp_path / "model",
         checkpoints.Checkpoint(expanded.spec, expanded.params, expanded.tokenizer, "test"),
     )
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    their_tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    theirs = peer.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    their_tokens = peer.transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     again = LM.from_pretrained(str(tmp_path / "model"))
     assert theirs.config.vocab_size == 312
     for text in (GREEK[0], ENGLISH[:80], "Μια γάτα, a cat… 漢\n"):
@@ -42,7 +40,7 @@ def test_transformers_has_the_same_tokens_and_logits(tied, tmp_path):
         assert their_tokens(text)["input_ids"] == ids.tolist()
         assert again.tokenizer.encode(text).tolist() == ids.tolist()
         assert their_tokens.decode(ids.tolist()) == text
-        with torch.no_grad():
-            logits = theirs(torch.tensor(ids[None].astype(np.int64))).logits[0].numpy()
+        with peer.torch.no_grad():
+            logits = theirs(peer.torch.tensor(ids[None].astype(np.int64))).logits[0].numpy()
         ours = expanded.logits([ids], last=len(ids))[0]
         np.testing.assert_allclose(ours, logits, atol=2e-5)

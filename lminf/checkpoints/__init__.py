@@ -98,13 +98,14 @@ def check_save(
     """Refuses what `save` would refuse, before the work is done: a place that is taken, cannot be
     written or lacks `needed` bytes, and a model (whose parameters are not read) without a format.
     """
+    path = _local(folder)
     if checkpoint is None:
-        hf.must_be_new(Path(folder))
-        hf.check_space(Path(folder), needed)
+        hf.must_be_new(path)
+        hf.check_space(path, needed)
         return
     check_float(checkpoint.params, purpose="export")
     policy = checkpoint.policy or FULL
-    hf.check_save(Path(folder), checkpoint.spec, checkpoint.tokenizer, policy, needed)
+    hf.check_save(path, checkpoint.spec, checkpoint.tokenizer, policy, needed)
 
 
 def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
@@ -115,7 +116,16 @@ def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
     """
     check_float(checkpoint.params, purpose="export")
     policy = checkpoint.policy or FULL
-    hf.save(Path(folder), checkpoint.spec, checkpoint.params, checkpoint.tokenizer, policy)
+    path = _local(folder)
+    hf.save(path, checkpoint.spec, checkpoint.params, checkpoint.tokenizer, policy)
+
+
+def _local(folder: str | os.PathLike[str]) -> Path:
+    """The folder's path; as one, `gs://bucket` would be a local folder called `gs:`."""
+    if "://" in os.fspath(folder):
+        raise InputError(f"{folder} is no folder; a model is written into one: name it, and copy "
+                         f"it from there")  # fmt: skip
+    return Path(folder)
 
 
 def _locate(name: str, progress: Progress | None) -> Path:

@@ -11,6 +11,7 @@ import numpy as np
 
 from lminf import checkpoints
 from lminf.attention.policy import FULL
+from lminf.commands import _model
 from lminf.data import documents
 from lminf.errors import InputError
 from lminf.run.progress import Progress
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="what new rows are made of: the old tokens that stand in their place "
                         "(align), that they are merged from, that spell them (mean), or noise; "
                         "default: align")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of rows that are drawn (0)")
+    parser.add_argument("--seed", type=_model.seed, default=0, help="of rows that are drawn (0)")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lminf.atomic import check_space
 from lminf.commands import _model
 from lminf.evals import follow_ir, score
 from lminf.evals.follow_ir import Measured
@@ -27,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     queries = follow_ir.read(args.folder)
     rows = folder.read_lines(Path(args.out)) if args.out else []
+    if args.out:
+        check_space(Path(args.out), 0)
     lm = _model.load(args)
     rank = follow_ir.by_model(SharedPrefix(lm))
     columns = {"model": args.model, "policy": lm.policy.name, "dtype": args.dtype,

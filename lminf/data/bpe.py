@@ -87,12 +87,15 @@ def _backend(model: models.BPE) -> tokenizers.Tokenizer:
 AUXILIARY_SIZE = 50_000  # of the vocabulary whose merges are taken over, as published
 
 
-def extend(tokenizer: Tokenizer, texts: Sequence[str], count: int) -> Tokenizer:
+def extend(
+    tokenizer: Tokenizer, texts: Sequence[str], count: int, *, multiple: int = 1
+) -> Tokenizer:
     """The tokenizer with `count` more tokens for these texts; old tokens keep their ids.
 
     A BPE vocabulary is trained on the texts alone. Its tokens that the tokenizer lacks are added in
     the order of their merges, which follow those that are there. InputError if there are fewer, or
-    if the tokenizer is no BPE. Source: Yamaguchi et al. 2024, arXiv:2406.11477.
+    if the tokenizer is no BPE; what it says to ask for makes a vocabulary of a `multiple`. Source:
+    Yamaguchi et al. 2024, arXiv:2406.11477.
     """
     parts = json.loads(tokenizer.backend.to_str())
     model = parts["model"]
@@ -119,9 +122,11 @@ def extend(tokenizer: Tokenizer, texts: Sequence[str], count: int) -> Tokenizer:
             if len(parts_of) > 1:
                 merges.append(parts_of)
     if len(added) < count:
+        most = len(added) - (tokenizer.vocab_size + len(added)) % multiple
         raise InputError(
-            f"the text gives {len(added)} tokens that the tokenizer lacks, not {count}: give more "
-            f"text, or --tokens={len(added)} or fewer"
+            f"the text gives {len(added)} tokens that the tokenizer lacks, not the {count} that a "
+            f"vocabulary of {tokenizer.vocab_size + count} takes: give more text"
+            f"{f', or --tokens={most} or fewer' if most > 0 else ''}"
         )
     # The library numbers added tokens that the model lacks anew, behind the model's.
     model["vocab"] |= {token["content"]: token["id"] for token in parts["added_tokens"]} | added

@@ -16,6 +16,7 @@ qrels_og/test.tsv and qrels_changed/test.tsv (query-id, corpus-id, score), and t
 
 import csv
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -157,7 +158,7 @@ def read(folder: str | Path) -> list[Query]:
     folder = Path(folder)
     corpus = {
         str(each["_id"]): " ".join(filter(None, (each.get("title"), each["text"])))
-        for each in _records(folder / "corpus.jsonl", ("_id", "text"))
+        for each in _records(folder / "corpus.jsonl", ("_id", "text"), texts=("title", "text"))
     }
     candidates: dict[str, list[str]] = {}
     for each in _records(folder / "top_ranked.jsonl", ("qid", "pid")):
@@ -167,7 +168,7 @@ def read(folder: str | Path) -> list[Query]:
     )
     fields, none = ("_id", "text", "instruction_og", "instruction_changed"), frozenset()
     queries = []
-    for each in _records(folder / "queries.jsonl", fields):
+    for each in _records(folder / "queries.jsonl", fields, texts=fields[1:]):
         name = str(each["_id"])
         ids = candidates.get(name, [])
         missing = [document for document in ids if document not in corpus]
@@ -180,11 +181,26 @@ def read(folder: str | Path) -> list[Query]:
             Instructed(each["instruction_changed"], changed.get(name, none)),
             {document: corpus[document] for document in ids},
         ))  # fmt: skip
+    if not any(query.ruled_out for query in queries):
+        raise InputError(
+            f"{folder} has no query whose changed instruction rules a document out, which is what "
+            f"is measured; fetch qrels_og and qrels_changed again"
+        )
     return queries
 
 
-def _records(path: Path, fields: Sequence[str]) -> list[dict]:
-    return published.records(str(path), BENCHMARK, fields)
+def _records(path: Path, fields: Sequence[str], *, texts: Sequence[str] = ()) -> list[dict]:
+    """Records that have the fields; those of `texts` are texts, and null only where optional."""
+    records = published.records(str(path), BENCHMARK, fields)
+    for number, record in enumerate(records, 1):
+        for name in texts:
+            value = record.get(name)
+            if not isinstance(value, str) and (value is not None or name in fields):
+                raise InputError(
+                    f"record {number} of {path} has {value!r} as {name!r}, which is no text; it is "
+                    f"not of {BENCHMARK}, or damaged"
+                )
+    return records
 
 
 def _relevant(path: Path) -> dict[str, frozenset[str]]:
@@ -193,7 +209,9 @@ def _relevant(path: Path) -> dict[str, frozenset[str]]:
         rows = list(csv.DictReader(read_bytes(path).decode().splitlines(), delimiter="\t"))
         relevant: dict[str, set[str]] = {}
         for row in rows:
-            if float(row["score"]) > 0:
+            if not math.isfinite(value := float(row["score"])):
+                raise ValueError(f"a score of {value}")
+            if value > 0:
                 relevant.setdefault(row["query-id"], set()).add(row["corpus-id"])
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error

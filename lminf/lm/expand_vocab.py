@@ -26,7 +26,7 @@ def expand_vocab(lm: LM, texts: Sequence[str], *, tokens: int, rows: Rows, seed:
     # Rows that the table has beyond its tokens are taken first.
     beyond = old.vocab_size + tokens - lm.spec.vocab_size
     count = tokens + (-(old.vocab_size + tokens) % MULTIPLE if beyond > 0 else 0)
-    new = bpe.extend(old, texts, count)
+    new = bpe.extend(old, texts, count, multiple=MULTIPLE if beyond > 0 else 1)
     mapping = vocab_map.vocab_map(
         new_rows(old, new, texts, rows),
         old_tokens=old.vocab_size, old_rows=lm.spec.vocab_size,

@@ -41,8 +41,11 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
     data = (line + "\n").encode()
     if path.exists():
         check_regular(path)  # opening a pipe would wait for its reader
-    with disk_errors(path), open(path, "ab", buffering=0) as file:
-        end = file.tell()
+    with disk_errors(path), open(path, "ab+", buffering=0) as file:
+        if end := file.seek(0, os.SEEK_END):
+            file.seek(end - 1)
+            if file.read(1) != b"\n":  # an editor left it out
+                data = b"\n" + data
         try:
             # A full disk can accept part of a line without an error.
             if file.write(data) != len(data):

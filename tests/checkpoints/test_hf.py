@@ -415,6 +415,13 @@ def test_the_template_file_and_a_list_of_templates_are_read(tmp_path):
 # --- Saving ---------------------------------------------------------------------------------------
 
 
+def test_an_address_is_refused_as_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="gs://bucket/model is no folder; a model is written into"):
+        checkpoints.check_save("gs://bucket/model")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_holds_something_is_not_written_into(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match="not an empty folder"):

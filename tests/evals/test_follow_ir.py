@@ -114,7 +114,27 @@ def test_the_published_files_are_read(folder):
         ("qrels_og/test.tsv", "query\tdoc\n1\t2\n", "is no table of query-id, corpus-id and score"),
         ("qrels_og/test.tsv", "query-id\tcorpus-id\tscore\nq\td\tx", "is no table of query-id"),
         ("qrels_og/test.tsv", None, r"cannot read .*test\.tsv: No such file"),
-        ("corpus.jsonl", '{"_id": "q0-0", "text": ""}', "lacks the document q0-1 for the query q0"),
+        (
+            "qrels_og/test.tsv",
+            "query-id\tcorpus-id\tscore\nq\td\tnan",
+            "between tabs .a score of nan",
+        ),
+        (
+            "corpus.jsonl",
+            '{"_id": "q0-0", "text": 7}',
+            "record 1 of .* has 7 as 'text', which is no",
+        ),
+        ("corpus.jsonl", '{"_id": "q0-0", "title": [], "text": ""}', r"has \[\] as 'title'"),
+        (
+            "queries.jsonl",
+            '{"_id": 1, "text": "", "instruction_og": null, "instruction_changed": ""}',
+            "has None as 'instruction_og', which is no text",
+        ),
+        (
+            "corpus.jsonl",
+            '{"_id": "q0-0", "title": null, "text": ""}',
+            "lacks the document q0-1 for the query q0",
+        ),
         ("top_ranked.jsonl", '{"qid": "x", "pid": "y"}', "has no documents to rank for the query"),
         ("queries.jsonl", '{"_id": 1}', "has no field 'text'"),
     ],
@@ -125,6 +145,12 @@ def test_damaged_files_are_refused_in_a_sentence(name, text, message, folder):
     else:
         (folder / name).write_text(text)
     with pytest.raises(InputError, match=message):
+        follow_ir.read(folder)
+
+
+def test_a_collection_that_rules_nothing_out_is_refused_before_it_is_ranked(folder):
+    (folder / "qrels_changed/test.tsv").write_text((folder / "qrels_og/test.tsv").read_text())
+    with pytest.raises(InputError, match="no query whose changed instruction rules a document out"):
         follow_ir.read(folder)
 
 
@@ -168,6 +194,13 @@ def test_the_command_prints_means_with_intervals_and_goes_on(ranked, tmp_path, c
     assert ranked(f"--out={out}") == 2 * 2
     assert sorted(out.read_text().splitlines()) == sorted(lines)
     assert ranked(f"--out={out}", "--dtype=bfloat16") == 2 * 5  # rows of another model
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_ranked(ranked, tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(InputError, match=r"cannot write .*; name another folder"):
+        ranked(f"--out={tmp_path / 'taken' / 'ranks.jsonl'}")
+    assert (tmp_path / "taken").read_text() == ""
 
 
 def test_the_catalogue_names_the_command():

@@ -366,6 +366,22 @@ def test_m4le_is_read_with_its_own_prompts(name, right, completion, score, file_
         composed_files.M4LEFile(file_of("lcsts.jsonl", [record])).questions()
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "record", "message"),
+    [
+        (composed_files.M4LEFile, "wow.jsonl",
+         {"instruction": "", "input": 5, "answers": "x", "length_bucket": 1},
+         "question 1 of .* has int for a text; a field is of another type"),
+        (composed_files.LongInsFile, "256.json", {"Data": "x", "error": 7},
+         "could not be read as a file of long_ins_file .*not iterable.*; a field is of another"),
+    ],
+)  # fmt: skip
+def test_a_field_of_another_type_is_refused_in_a_sentence(kind, name, record, message, file_of):
+    task = kind(file_of(name, [record]))
+    with pytest.raises(InputError, match=message):
+        task.instances(Budget.characters(20_000), count=1, key=(0,))
+
+
 TRANSLATION = {"instruction": "Translate.", "input": BOOK, "answers": ["the cat sat on the mat"],
                "input_length": 9, "total_length": 10, "length_bucket": 1000}  # fmt: skip
 

@@ -120,6 +120,12 @@ def test_a_line_that_is_not_json_is_named(tmp_path):
         folder.read_lines(tmp_path / "rows.jsonl")
 
 
+def test_a_row_goes_on_a_line_of_its_own_behind_one_without_an_end(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"mine": 1}')
+    folder.append_line(tmp_path / "rows.jsonl", {"a": 2})
+    assert folder.read_lines(tmp_path / "rows.jsonl") == [{"mine": 1}, {"a": 2}]
+
+
 def test_a_long_diff_is_cut_and_says_so(tmp_path, monkeypatch):
     (tmp_path / ".git").mkdir()
     monkeypatch.setattr(environment, "SOURCE", tmp_path)

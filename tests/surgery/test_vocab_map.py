@@ -3,11 +3,13 @@
 import dataclasses
 import itertools
 import random
+import re
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lminf import cli
 from lminf.data import bpe
 from lminf.data.tokenizers import ByteTokenizer, Tokenizer
 from lminf.errors import InputError
@@ -72,15 +74,34 @@ def test_tokens_come_in_the_order_of_their_merges(old, greek, new):
 
 
 def test_too_few_new_tokens_are_refused_with_their_number(old):
-    with pytest.raises(InputError, match=r"gives (\d+) tokens .* not 500") as refusal:
+    with pytest.raises(
+        InputError, match=r"gives (\d+) tokens .* not the 500 that a vocab"
+    ) as refusal:
         bpe.extend(old, [text_of(GREEK[:2], 50, 0)], 500)
     least = int(str(refusal.value).split(" gives ")[1].split()[0])
     assert bpe.extend(old, [text_of(GREEK[:2], 50, 0)], least).vocab_size == 300 + least
 
 
+def test_the_number_that_a_refusal_advises_works(old):
+    texts = [text_of(GREEK[:2], 50, 0)]
+    with pytest.raises(
+        InputError, match=r"a vocabulary of \d+ takes: .*--tokens=\d+ or fewer"
+    ) as refusal:
+        expand_vocab(lm_of(old), texts, tokens=500, rows="mean", seed=0)
+    advised = int(re.search(r"--tokens=(\d+)", str(refusal.value))[1])
+    expanded = expand_vocab(lm_of(old), texts, tokens=advised, rows="mean", seed=0)
+    assert expanded.spec.vocab_size % 8 == 0
+
+
 def test_a_text_without_new_tokens_is_refused(old):
-    with pytest.raises(InputError, match="gives 0 tokens"):
+    with pytest.raises(InputError, match=r"gives 0 tokens .* give more text$"):
         bpe.extend(old, ["x"], 1)
+
+
+def test_a_negative_seed_is_refused():
+    words = ["expand-vocab", "m", "--text=x", "--tokens=8", "--out=y"]
+    with pytest.raises(InputError, match="-1 is no seed"):
+        cli.parse([*words, "--seed=-1"])
 
 
 # --- Rows -----------------------------------------------------------------------------------------

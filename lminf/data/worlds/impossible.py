@@ -314,6 +314,8 @@ def read_tagged(path: Path) -> list[Sentence]:
             raise InputError(f"{path} line {number} has a word that is not text/tag/lemma; tag the "
                              f"text, as in walks/VBZ/walk")  # fmt: skip
         found.append(tuple(Word(*part) for part in parts))
+    if not any(found):
+        raise InputError(f"{path} has no sentence; write one a line, as in the/DT/the dog/NN/dog")
     return found
 
 
@@ -329,8 +331,10 @@ def world(tagged: Sequence[Sentence], language: Language, *, held_out: int, seed
         if (tokens := language(sentence, (seed, number))) is not None
     ]
     if not 0 < held_out < len(made):
-        raise InputError(f"{held_out} of the {len(made)} sentences that the language keeps cannot "
-                         f"be held out; give more sentences, or hold out fewer")  # fmt: skip
+        raise InputError(
+            f"{held_out:,} sentences cannot be held out: the language keeps {len(made):,} of "
+            f"{len(tagged):,}, and training needs some too; give more sentences, or hold out fewer"
+        )
     first = len(made) - held_out
     questions = [
         Question(tokens[:place], (token,), subject, "number")

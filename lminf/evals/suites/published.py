@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from lminf.atomic import read_bytes
-from lminf.errors import InputError
+from lminf.errors import InputError, refusing
 from lminf.evals.suites.generated import fill
 from lminf.evals.suites.suite_task import Item, SuiteTask
 from lminf.evals.task import Budget
@@ -83,7 +83,16 @@ class PublishedTask(SuiteTask):
 
 @functools.lru_cache(maxsize=8)
 def _questions_of(task: PublishedTask) -> Sequence[Question]:
-    return task.questions()
+    advice = "a field is of another type than the published ones; fetch it again"
+    with refusing(task.path, kind=f"file of {task.name}", advice=advice):
+        questions = task.questions()
+        for number, question in enumerate(questions, 1):
+            if not isinstance(question.context, str):
+                kind = type(question.context).__name__
+                raise InputError(
+                    f"question {number} of {task.path} has {kind} for a text; {advice}"
+                )
+        return questions
 
 
 # --- Files ----------------------------------------------------------------------------------------

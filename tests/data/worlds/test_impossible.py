@@ -5,6 +5,7 @@ import collections
 import numpy as np
 import pytest
 
+from lminf import cli
 from lminf.data.worlds import impossible
 from lminf.data.worlds.impossible import (
     CLITICS,
@@ -34,6 +35,22 @@ def spoken(language, sentences=SENTENCES):
 
 def words_of(text):
     return tuple(Word(*word.split("/")) for word in text.split())
+
+
+def test_sentences_that_cannot_be_held_out_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"300 sentences cannot be held out: .* keeps 300 of 300"):
+        impossible.world(SENTENCES, impossible.Control(), held_out=300)
+    (tmp_path / "empty.txt").write_text("\n\n")
+    with pytest.raises(InputError, match=r"empty\.txt has no sentence; write one a line"):
+        impossible.read_tagged(tmp_path / "empty.txt")
+
+
+@pytest.mark.parametrize("option", ["--held-out=-1", "--sentences=0"])
+def test_a_number_out_of_range_is_refused_by_the_name_of_its_option(option, tmp_path):
+    args = cli.parse(["world", "impossible", option, f"--out={tmp_path / 'new'}"])
+    with pytest.raises(InputError, match=f"^{option}: give a whole number of at least 1"):
+        args.command(args)
+    assert not (tmp_path / "new").exists()
 
 
 # --- The grammar ----------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def made(args: argparse.Namespace) -> World:
             raise InputError(f"--{name.replace('_', '-')} is not of the world {args.world}; "
                              f"leave it out")  # fmt: skip
     for name in ("sentences", "held_out"):
-        if name in given and (problem := Range(min=1).problem(given[name], whole=True)):
+        if name in given and (problem := Range(min=1, max=10**7).problem(given[name], whole=True)):
             raise InputError(f"--{name.replace('_', '-')}={given[name]}: give {problem}")
     settings = OPTIONS[args.world] | given
     if args.world == "bios":

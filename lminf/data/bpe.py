@@ -144,16 +144,14 @@ def _trained_like(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> dict[s
     parts |= {"added_tokens": [], "post_processor": None}
     parts["model"] |= {"vocab": {}, "merges": [], "unk_token": None, "byte_fallback": False}
     auxiliary = tokenizers.Tokenizer.from_str(json.dumps(parts))
-    by_bytes = "ByteLevel" in json.dumps([parts["pre_tokenizer"], parts["normalizer"]])
     if parts["pre_tokenizer"] is None:  # SentencePiece's: words are told apart while merging
         auxiliary.pre_tokenizer = pre_tokenizers.Split(SPACE, "merged_with_next")
     auxiliary.train_from_iterator(
         texts,
+        # Without all bytes to begin with: SmolLM2 lacks 21 of them, which are in no UTF-8 text or
+        # in rare scripts, and they would be the first tokens to be added.
         trainers.BpeTrainer(  # pyright: ignore[reportCallIssue]
-            vocab_size=AUXILIARY_SIZE,
-            min_frequency=2,
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if by_bytes else [],
+            vocab_size=AUXILIARY_SIZE, min_frequency=2, show_progress=False
         ),
     )
     return json.loads(auxiliary.to_str())["model"]

@@ -8,6 +8,7 @@ import re
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from lminf import cli
 from lminf.data import bpe
@@ -80,6 +81,18 @@ def test_too_few_new_tokens_are_refused_with_their_number(old):
         bpe.extend(old, [text_of(GREEK[:2], 50, 0)], 500)
     least = int(str(refusal.value).split(" gives ")[1].split()[0])
     assert bpe.extend(old, [text_of(GREEK[:2], 50, 0)], least).vocab_size == 300 + least
+
+
+def test_bytes_that_the_texts_do_not_hold_get_no_token(greek):
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=60, show_progress=False)  # pyright: ignore[reportCallIssue]
+    backend.train_from_iterator([text_of(LATIN, 300, 0)], trainer)
+    lacking = Tokenizer(backend, {}, False, (), None)  # most bytes, as SmolLM2's lacks 21
+    added = bpe.extend(lacking, greek, 40).token_bytes[lacking.vocab_size :]
+    assert len(added) == 40
+    assert all(token in "\n".join(greek).encode() for token in added)
 
 
 def test_the_number_that_a_refusal_advises_works(old):

@@ -211,7 +211,10 @@ def test_numbers_outside_their_range_are_refused_by_field(sample):
         (["impossible", "--seed=-1"], "--seed=-1: give a whole number of at least 0"),
         (["biographies"], "there is no world 'biographies'; use bios, impossible"),
         (["impossible", "--language=locl"], "no language is called 'locl'; did you mean"),
-        (["impossible", "--sentences=5"], "1000 of the 5 sentences that the language keeps cannot"),
+        (
+            ["impossible", "--sentences=5"],
+            "1,000 sentences cannot be held out: the language keeps 5 of 5",
+        ),
         (["impossible", "--tagged=no.txt"], "no.txt could not be read"),
         (["impossible", "--tagged=no.txt", "--sentences=9"], "--sentences counts those of the gra"),
     ],

@@ -6,6 +6,7 @@ text: differences between them are paired.
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -157,7 +158,7 @@ class Study:
             nll = np.concatenate([self.reread(training, batch) for batch in self.held_out])
             yield from self.by_position(nll, None, trained=name, seed=seed, read=REREAD)
 
-    def by_position(self, nll: np.ndarray, reader: TrainStep | None, **facts) -> Iterator[Row]:
+    def by_position(self, nll: np.ndarray, reader: TrainStep | None, **facts: Any) -> Iterator[Row]:
         """Mean loss of each block, and what the reading needs: most tokens that a query attends to,
         and bytes of the caches at the end of the row; without a `reader`, of fresh windows.
         """

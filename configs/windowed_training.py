@@ -18,7 +18,7 @@ Expected   in the last half of 2,048 bytes, in nats/byte over five seeds: a mode
            steps have 1.4 times the speed of full attention in rows of 2,048 and 0.95 times in rows
            of 64, and take 7 % and 6 % more memory; caches are 55 and 31 kB instead of 3.1 MB
 Tiny       --config=:tiny trains 1 layer at 16 bytes and reads 64: under a minute
-H100       --config=:h100: 1,024 and 32,768 bytes of a larger text (text=FILE), one GPU; not run here
+H100       --config=:h100: 1,024 and 32,768 bytes of a larger text, text=FILE; not run here
 Pod        --config=:pod: 4,096 and 131,072 bytes of such a text; not run here
 """
 

@@ -6,11 +6,20 @@ Question   Does a model that is trained with LM-Infinite's mask at a length read
 Paper      LM-Infinite (Han et al. 2024, arXiv:2308.16137) changes only how a model reads: training
            with its mask is our own question
 Command    python -m experiments.windowed_training
-Time       TIME
-Expected   EXPECTED
+Time       took 330 s of processor time, in 12 minutes beside other work on two cores of an Intel
+           Xeon; the same command with the same --out resumes
+Expected   in the last half of 2,048 bytes, in nats/byte over five seeds: a model trained in full at
+           64 reads 3.35 in full, 3.12 with NTK-aware and 2.52 with YaRN scaling, and 1.60 to 1.62
+           under LM-Infinite with no training for it; 1.60 when it re-reads. Five seeds do not tell
+           training with the mask from that: paired differences to the same window without it are
+           -0.009 (95 % interval -0.020 to 0.003) for a window of 32 and -0.026 (-0.055 to 0.002)
+           for 16, and no smaller within the first 64 bytes. A window of 16 costs this small model
+           nothing beside re-reading 64, so it cannot show what a narrow window loses. On a CPU the
+           steps have 1.4 times the speed of full attention in rows of 2,048 and 0.95 times in rows
+           of 64, and take 7 % and 6 % more memory; caches are 55 and 31 kB instead of 3.1 MB
 Tiny       --config=:tiny trains 1 layer at 16 bytes and reads 64: under a minute
-H100       --config=:h100: 1,024 and 32,768 bytes on one GPU; give it a larger text, text=FILE
-Pod        --config=:pod: 4,096 and 131,072 bytes; text=FILE. Not run here
+H100       --config=:h100: 1,024 and 32,768 bytes of a larger text, text=FILE; not run here
+Pod        --config=:pod: 4,096 and 131,072 bytes of such a text; not run here
 """
 
 from ml_collections import ConfigDict

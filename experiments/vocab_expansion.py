@@ -17,15 +17,16 @@ from lminf.run import plots
 from lminf.run.folder import Row, RunFolder
 from lminf.run.progress import Progress
 
+IDENTITY = ("tokens", "rows", "seed", "language", "document")  # what tells a row from others
 NONE = "none"  # the model as it is, without new tokens
 LEAST_CHARS = 40  # of a paragraph of a page; shorter ones are names of buttons and links
 
 
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
-    texts = {"target": pages(c.text), "other": pages(c.other_text)}
+    all_pages = {"target": pages(c.text), "other": pages(c.other_text)}
     held_out = {
         language: [page[: c.characters] for page in of_language if len(page) >= c.characters]
-        for language, of_language in texts.items()
+        for language, of_language in all_pages.items()
     }
     for language, long_pages in held_out.items():
         if len(long_pages) < c.documents:
@@ -36,7 +37,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
             )
         del long_pages[c.documents :]
     measured = set(held_out["target"])
-    others = [page for page in texts["target"] if page[: c.characters] not in measured]
+    others = [page for page in all_pages["target"] if page[: c.characters] not in measured]
     sample = list(first_characters(others, c.sample_characters))
     lm = _models.load(c.model, seed=c.seed, dtype=c.dtype)
     cells = [(0, NONE, 0)] + [
@@ -45,19 +46,24 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
         for rows in c.rows
         for seed in range(c.replicates if rows == "random" else 1)
     ]
-    done = {(row["tokens"], row["rows"], row["seed"]) for row in out.rows()}
-    missing = [cell for cell in cells if cell not in done]
-    with Progress(len(missing), label="vocabularies") as progress:
-        for count, (tokens, rows, seed) in enumerate(missing, 1):
+    done = {tuple(row[name] for name in IDENTITY) for row in out.rows()}
+    with Progress(len(cells), label="vocabularies") as progress:
+        for count, cell in enumerate(cells, 1):
+            tokens, rows, seed = cell
+            texts = {
+                (language, number): text
+                for language, of_language in held_out.items()
+                for number, text in enumerate(of_language)
+                if (*cell, language, number) not in done
+            }
             model = lm
-            if rows != NONE:
+            if texts and rows != NONE:
                 model = expand_vocab(lm, sample, tokens=tokens, rows=rows, seed=seed)
-            for language, documents in held_out.items():
-                for number, text in enumerate(documents):
-                    yield {
-                        "model": c.model, "tokens": tokens, "rows": rows, "seed": seed,
-                        "language": language, "document": number, **measure(model, text),
-                    }  # fmt: skip
+            for (language, number), text in texts.items():
+                yield {
+                    "model": c.model, "tokens": tokens, "rows": rows, "seed": seed,
+                    "language": language, "document": number, **measure(model, text),
+                }  # fmt: skip
             progress.update(count)
 
 

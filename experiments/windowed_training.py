@@ -6,6 +6,7 @@ text: differences between them are paired.
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -157,7 +158,7 @@ class Study:
             nll = np.concatenate([self.reread(training, batch) for batch in self.held_out])
             yield from self.by_position(nll, None, trained=name, seed=seed, read=REREAD)
 
-    def by_position(self, nll: np.ndarray, reader: TrainStep | None, **facts) -> Iterator[Row]:
+    def by_position(self, nll: np.ndarray, reader: TrainStep | None, **facts: Any) -> Iterator[Row]:
         """Mean loss of each block, and what the reading needs: most tokens that a query attends to,
         and bytes of the caches at the end of the row; without a `reader`, of fresh windows.
         """
@@ -264,24 +265,43 @@ def table(rows: list[Row]) -> list[Row]:
 
 
 def plot(rows: list[Row]) -> Mapping[str, Figure]:
-    drawn: list[Row] = []
-    for (trained, read), blocks in losses(rows).items():
-        for seeds in blocks.values():
-            mean = _seeds.interval([row["loss"] for row in seeds.values()])
-            first = next(iter(seeds.values()))
-            drawn.append({
-                "model": f"trained {'in full' if trained == FULL.name else 'with a window'}",
-                "read": read, "stop": first["stop"], "loss": mean.mean,
-                **({"low": mean.low, "high": mean.high} if len(seeds) > 1 else {}),
-            })  # fmt: skip
-    ends = {"interval": ("low", "high")} if all("low" in row for row in drawn) else {}
-    mark = min(row["stop"] for row in drawn)
-    return {
-        "windowed_training": plots.curves(
-            drawn, x="stop", y="loss", by="read", panel="model", mark=mark, log_x=True,
-            x_label="position (tokens)", y_label="held-out loss (nats/token)", **ends,
-        ),
+    """Losses by position read without a window, and those with one above re-reading."""
+    found = losses(rows)
+    base = found.get((FULL.name, REREAD), {})
+    loss: list[Row] = []
+    above: list[Row] = []
+    for (trained, read), blocks in found.items():
+        far = any(row["attended"] == row["stop"] for row in blocks[max(blocks)].values())
+        for start, seeds in blocks.items():
+            line: Row = {"read": read, "stop": next(iter(seeds.values()))["stop"]}
+            if far or read == REREAD:
+                loss.append({**line, **point([row["loss"] for row in seeds.values()])})
+            elif paired := [row["loss"] - base[start][seed]["loss"] for seed, row in seeds.items()
+                            if seed in base.get(start, {})]:  # fmt: skip
+                how = "in full" if trained == FULL.name else "with the window that reads"
+                above.append({**line, "trained": f"trained {how}", **point(paired)})
+    settings: dict[str, Any] = {
+        "x": "stop", "y": "value", "by": "read", "log_x": True, "x_label": "position (tokens)",
+        "mark": min(row["stop"] for row in rows if row["part"] == "position"),
+        "interval": ("low", "high"),
     }  # fmt: skip
+    figures = {}
+    if loss:  # an interrupted run may have one and not the other
+        y_label = "held-out loss (nats/token)"
+        figures["windowed_training"] = plots.curves(loss, y_label=y_label, **settings)
+    if above:
+        y_label = "loss above re-reading (nats/token)"
+        figures["above_rereading"] = plots.curves(
+            above, y_label=y_label, panel="trained", **settings
+        )
+    return figures
+
+
+def point(values: Sequence[float]) -> Row:
+    found = _seeds.interval(values)
+    if len(values) < 2:
+        return {"value": found.mean}
+    return {"value": found.mean, "low": found.low, "high": found.high}
 
 
 if __name__ == "__main__":

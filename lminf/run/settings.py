@@ -47,6 +47,7 @@ RANGES = {
     "num_layers": Range(min=1, max=2**12),
     "tokens": Range(min=1, max=2**63 - 1),  # read in all
     "length": Range(min=2, max=MOST),  # a token and the one it predicts
+    "times": Range(min=2, max=2**16),  # the trained length
     "depths": SHARE,
     "warmup": SHARE,
     "decay": SHARE,

@@ -1,0 +1,59 @@
+"""Rows of an extended vocabulary from a small model: what they say, and going on where it stopped."""
+
+import json
+
+import pytest
+
+from lminf.errors import InputError
+from lminf.experiments import vocab_expansion as experiment
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """(words of one script, words of another), as pages of HTML and of plain text."""
+    greek, latin = tmp_path / "greek", tmp_path / "latin"
+    for folder, words in ((greek, "γάτα σκύλος χαλί δρόμος"), (latin, "cat dog mat road")):
+        folder.mkdir()
+        for page in range(6):
+            line = f"{page} " + " ".join(words.split() * 8)
+            (folder / f"{page}.html").write_text(
+                f"<html><script>var x = '{'y' * 60}';</script><p>{line}</p><a>menu</a></html>"
+            )
+    return f"{greek}/*.html", f"{latin}/*.html"
+
+
+def options(texts):
+    return {
+        "text": texts[0], "other_text": texts[1], "tokens": (7,), "rows": ("mean", "random"),
+        "replicates": 2, "documents": 2, "characters": 60, "sample_characters": 1000,
+    }  # fmt: skip
+
+
+def test_pages_are_their_paragraphs_without_scripts_and_menus(texts):
+    pages = experiment.pages(texts[1])
+    assert len(pages) == 6
+    assert all("cat dog" in page and "yyy" not in page for page in pages)
+    assert not any("menu" in page for page in pages)
+
+
+def test_new_tokens_shorten_their_language_alone(rows_of, texts):
+    rows = rows_of("vocab_expansion", **options(texts))
+    assert len(rows) == (1 + 1 + 2) * 2 * 2
+    lines = {line["rows"]: line for line in experiment.table(rows)}
+    assert set(lines) == {"none", "mean", "random"}
+    assert float(lines["mean"]["characters a token"]) > float(lines["none"]["characters a token"])
+    assert lines["none"]["above the model without"] is None
+    others = {(r["rows"], r["characters_per_token"]) for r in rows if r["language"] == "other"}
+    assert len({length for _, length in others}) == 1
+
+
+def test_a_stopped_run_measures_what_is_missing(rows_of, texts):
+    rows = rows_of("vocab_expansion", **options(texts))
+    missing = rows_of("vocab_expansion", rows[:3], **options(texts))
+    assert json.dumps(missing) == json.dumps(rows[3:])
+    assert rows_of("vocab_expansion", rows, **options(texts)) == []
+
+
+def test_too_few_pages_are_refused(rows_of, texts):
+    with pytest.raises(InputError, match="has 6 pages of 60 characters, but 9 were asked for"):
+        rows_of("vocab_expansion", **{**options(texts), "documents": 9})

@@ -1,4 +1,4 @@
-"""Rows of an extended vocabulary from a small model: what they say, and going on where it stopped."""
+"""Rows of an extended vocabulary from a small model: what they say, and how a run goes on."""
 
 import json
 

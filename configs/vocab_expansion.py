@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # Of the language of the new tokens: texts they are chosen from, and others to measure.
     c.text = "/usr/share/libreoffice/help/el/text/**/*.html"
     c.other_text = "/usr/share/libreoffice/help/en-US/text/**/*.html"
-    c.tokens = (200, 1000, 5000)  # new ones; with the old, multiples of 8
+    c.tokens = (200, 1000)  # new ones; with the old, multiples of 8
     c.rows = ("random", "mean", "merge", "align")  # what their rows are made of
     c.replicates = 2  # draws of random rows
     c.sample_characters = 2_000_000  # of the texts that tokens are chosen from

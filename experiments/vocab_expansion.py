@@ -3,6 +3,7 @@
 import html.parser
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
@@ -183,23 +184,11 @@ def above(line: Row, base: Row) -> str | None:
 
 
 def plot(rows: list[Row]) -> Figure:
-    """Bits per character by the number of new tokens, a line for what their rows are made of."""
-    lines = summary(rows)
-    base = {line["language"]: line["bits"] for line in lines if line["rows"] == NONE}
-    names = {"target": "the language of the new tokens", "other": "the other language"}
-    points = [
-        {"panel": names[line["language"]], "rows": line["rows"], "tokens": line["tokens"],
-         "bits": line["bits"].mean, **score.ends(line["bits"])}
-        for line in lines if line["rows"] != NONE
-    ]  # fmt: skip
-    points += [
-        {**point, "rows": "without", "bits": base[language].mean, **score.ends(base[language])}
-        for language in base for point in points
-        if point["panel"] == names[language] and point["rows"] == points[0]["rows"]
-    ]  # fmt: skip
-    return plots.curves(
-        points, x="tokens", y="bits", by="rows", panel="panel", log_x=True,
-        interval=("low", "high"), x_label="new tokens", y_label="bits/character (95 %)",
+    """Means and documents in the language of the new tokens, by what their rows are made of."""
+    target = [row for row in rows if row["language"] == "target"]
+    return plots.bars(
+        target, x="tokens", y="bits_per_character", by="rows", center=np.mean,
+        x_label="new tokens", y_label="bits/character",
     )  # fmt: skip
 
 

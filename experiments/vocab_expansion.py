@@ -185,10 +185,13 @@ def above(line: Row, base: Row) -> str | None:
 
 def plot(rows: list[Row]) -> Figure:
     """Means and documents in the language of the new tokens, by what their rows are made of."""
-    target = [row for row in rows if row["language"] == "target"]
+    target = [
+        {**row, "added": f"{row['tokens']:,} new tokens" if row["tokens"] else "as it is"}
+        for row in rows if row["language"] == "target"
+    ]  # fmt: skip
     return plots.bars(
-        target, x="tokens", y="bits_per_character", by="rows", center=np.mean,
-        x_label="new tokens", y_label="bits/character",
+        target, x="added", y="bits_per_character", by="rows", center=np.mean,
+        x_label="", y_label="loss (bits/character)",
     )  # fmt: skip
 
 

@@ -8,6 +8,11 @@ Command    python -m experiments.effective_length
 Time       not measured; it reads 3.7 million tokens, which take hours on two CPU cores, and the
            same command with the same --out resumes
 Expected   not measured. `lminf eval` chooses tasks, model, policies and lengths
+Short      --config=:short asks SmolLM2-135M in bfloat16 for one of five numbers in prose, 10 texts
+           of each length and 5 questions of each: full attention answers 0.54 at 1,024 tokens (0.37 to
+           0.70), 0.50 at 2,048 (0.37 to 0.63) and 0.24 at 4,096 (0.14 to 0.37), LM-Infinite with a
+           window of 2,048 0.56, 0.52 and 0.18 (0.08 to 0.35). The two cannot be told apart: most of
+           the loss at 4,096 is the model's own
 Tiny       --config=:tiny trains a byte model at 64 tokens, which answers nothing: under 2 minutes
 """
 
@@ -37,10 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     if arg == "short":
         c.dtype = "bfloat16"  # two thirds of the time of float32 on a CPU with AMX
-        c.tasks = (
-            "niah_multikey:depth=0.5,keys=5,questions=5",
-            "niah_multivalue:values=2,questions=5",
-        )
+        c.tasks = ("niah_multikey:depth=0.5,keys=5,questions=5",)
         c.lengths, c.instances = (1024, 2048, 4096), 50
         c.policies = ("full", "lm_infinite:window=2048,sinks=10")
     if arg == "tiny":

@@ -10,8 +10,8 @@ Time       not measured; it reads 3.7 million tokens, which take hours on two CP
 Expected   not measured. `lminf eval` chooses tasks, model, policies and lengths
 Short      --config=:short asks SmolLM2-135M in bfloat16 for one of five numbers in prose, 10 texts
            of each length and 5 questions of each: full attention answers 0.54 at 1,024 tokens
-           (0.37 to 0.70), 0.50 at 2,048 (0.37 to 0.63) and 0.24 at 4,096 (0.14 to 0.37), LM-
-           Infinite with a window of 2,048 0.56, 0.52 and 0.18 (0.08 to 0.35). The two cannot be
+           (0.37 to 0.70), 0.50 at 2,048 (0.37 to 0.63) and 0.24 at 4,096 (0.14 to 0.37),
+           LM-Infinite with a window of 2,048 0.56, 0.52 and 0.18 (0.08 to 0.35). The two cannot be
            told apart: most of the loss at 4,096 is the model's own
 Tiny       --config=:tiny trains a byte model at 64 tokens, which answers nothing: under 2 minutes
 """

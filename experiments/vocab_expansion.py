@@ -38,8 +38,8 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
             )
         del long_pages[c.documents :]
     measured = set(held_out["target"])
-    others = [page for page in all_pages["target"] if page[: c.characters] not in measured]
-    sample = list(first_characters(others, c.sample_characters))
+    unmeasured = [page for page in all_pages["target"] if page[: c.characters] not in measured]
+    sample = list(first_characters(unmeasured, c.sample_characters))
     lm = _models.load(c.model, seed=c.seed, dtype=c.dtype)
     cells = [(0, NONE, 0)] + [
         (tokens, rows, seed)
@@ -93,7 +93,7 @@ def pages(entry: str) -> list[str]:
     known: set[str] = set()
     if not entry.endswith(".html"):
         return _texts.texts(entry)
-    found = []
+    paragraphs = []
     files = sorted(documents.find([entry]), key=lambda each: sources.digest(each.path.name))
     for file in files:
         parser = Paragraphs()
@@ -101,8 +101,8 @@ def pages(entry: str) -> list[str]:
         lines = [line for line in dict.fromkeys(parser.lines) if line not in known]
         known.update(lines)
         if lines:
-            found.append("\n".join(lines))
-    return found
+            paragraphs.append("\n".join(lines))
+    return paragraphs
 
 
 class Paragraphs(html.parser.HTMLParser):

@@ -37,6 +37,13 @@ def lm(spec: ModelSpec, params: Params, hidden: Float[Array, "*B D"]) -> Float[A
     return logits
 
 
+def scaled(spec: ModelSpec, hidden: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """Hidden states whose product with the classifier has the scale of `lm`'s logits: for losses,
+    which form that product in pieces."""
+    scale = jnp.asarray(spec.logit_scale, hidden.dtype)
+    return hidden if spec.logit_scale == 1.0 else hidden * scale
+
+
 def embed(
     hidden: Float[Array, "B T D"], mask: Bool[Array, "B T"], *, pooling: Pooling = "mean"
 ) -> Float[Array, "B D"]:

@@ -21,7 +21,7 @@ def token_nll(
 ) -> Float[Array, "B T"]:
     """-log p(target) of every position, nats, float32. `options` go to the kernel."""
     loss = kernels.linear_cross_entropy(
-        hidden,
+        heads.scaled(spec, hidden),
         dequantize(heads.classifier(params), hidden.dtype),
         targets,
         bias=params["head_bias"] if spec.head_bias else None,

@@ -27,6 +27,7 @@ def token_loss(
 ) -> TokenLoss:
     """-log p(target) everywhere; no [B, T, V] array on any device, forward or backward."""
     rules = strategy.activations
+    hidden = heads.scaled(spec, hidden)
     rows = partition.spec(("batch", "length"), targets.shape, rules, mesh)
     classifier = dequantize(heads.classifier(params), hidden.dtype)
     bias = params["head_bias"].astype(jnp.float32) if spec.head_bias else None

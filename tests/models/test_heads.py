@@ -1,5 +1,7 @@
 """Heads are functions of hidden states: pooled vectors, and probes that learn from them."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,9 @@ import pytest
 
 from lminf.attention.policy import FULL
 from lminf.models import decoder, heads
+from lminf.objectives import cross_entropy
+from lminf.parallel import mesh, partition
+from lminf.parallel.loss import token_loss
 from tests.attention import cases
 from tests.models import specs
 
@@ -35,6 +40,40 @@ def test_pooling_sums_in_float32(hidden):
     pooled = cases.compiled(lambda x: heads.embed(x, jnp.ones((3, 6), bool)))(short)
     assert pooled.dtype == jnp.float32
     np.testing.assert_allclose(pooled, short.astype(np.float32).mean(1), atol=1e-6)
+
+
+LOGITS = {
+    "scale": {"logit_scale": 0.25},
+    "scale and bias": {"logit_scale": 0.25, "head_bias": True},
+    "scale, cap": {"logit_scale": 3.0, "final_soft_cap": 2.0},
+    "cap and bias": {"final_soft_cap": 2.0, "head_bias": True},
+}
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_losses_are_of_the_logits_that_are_sampled(name, hidden):
+    """Granite and Cohere scale their logits, Gemma caps them, GPT-J adds a bias."""
+    shape = specs.change(specs.LLAMA, **LOGITS[name])
+    rng = np.random.default_rng(1)
+    params = {
+        "head": rng.normal(size=(shape.vocab_size, WIDTH)).astype(np.float32),
+        "embed": np.zeros((shape.vocab_size, WIDTH), np.float32),
+        "head_bias": rng.normal(size=shape.vocab_size).astype(np.float32),
+    }
+    targets = rng.integers(0, shape.vocab_size, hidden.shape[:2]).astype(np.int32)
+    z = hidden.astype(np.float64) @ params["head"].T.astype(np.float64) * shape.logit_scale
+    z = z + (params["head_bias"] if shape.head_bias else 0)
+    if shape.final_soft_cap:
+        z = shape.final_soft_cap * np.tanh(z / shape.final_soft_cap)
+    expected = np.log(np.exp(z).sum(-1)) - np.take_along_axis(z, targets[..., None], 2)[..., 0]
+    np.testing.assert_allclose(
+        cases.compiled(partial(heads.lm, shape))(params, hidden), z, atol=1e-4
+    )
+    nll = cases.compiled(partial(cross_entropy.token_nll, shape))(params, hidden, targets)
+    np.testing.assert_allclose(nll, expected, atol=1e-4)
+    place = {"mesh": mesh.single(), "strategy": partition.STRATEGIES["data"]}
+    trained = cases.compiled(partial(token_loss, shape, **place))(params, hidden, targets)
+    np.testing.assert_allclose(trained.nll, expected, atol=1e-4)
 
 
 # Each probe: its initial parameters, its loss, and how well it does on tokens it did not see.

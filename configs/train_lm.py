@@ -42,6 +42,8 @@ def get_config(arg: str = "") -> ConfigDict:
     # a plan=(…) and transforms=(…) of their own.
     c.stages = ()
     c.optimizer = "adamw:b2=0.95,weight_decay=0.1"
+    # completep:width=256,layers=6 for an optimizer and a schedule tuned on a model of that size.
+    c.completep = ""
     c.schedule = "cosine:peak=2e-3,floor=2e-4,warmup=50"
     c.clip = 1.0  # of the gradient's norm
     c.z_loss = 0.0  # weight of the squared log-partition

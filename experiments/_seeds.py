@@ -109,6 +109,12 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, float(mean - half), float(mean + half))
 
 
+def interval_text(values: Sequence[float]) -> str:
+    """`0.930 (0.672 to 1.188)`: the mean over seeds and its 95 % interval."""
+    mean, low, high = interval(values)
+    return f"{mean:.3f}" if len(values) < 2 else f"{mean:.3f} ({low:.3f} to {high:.3f})"
+
+
 def over_seeds(rows: Sequence[Row], by: Sequence[str], value: str) -> dict[tuple, Interval]:
     """Mean and interval of `value` for every combination of the columns `by`."""
     groups: dict[tuple, list[float]] = {}

@@ -17,7 +17,7 @@ from lminf.attention import policy as policies
 from lminf.config import parse_choice
 from lminf.data import windows
 from lminf.errors import InputError
-from lminf.experiments._training import experts_of
+from lminf.experiments._training import experts_of, optimizer_of, transfer_of
 from lminf.models import spec
 from lminf.models.spec import ModelSpec
 from lminf.objectives import terms
@@ -26,7 +26,6 @@ from lminf.run.progress import Progress
 from lminf.scaling import accounting
 from lminf.train import schedules
 from lminf.train.ensemble import Replicas
-from lminf.train.optim import OPTIMIZERS
 from lminf.train.schedules import SCHEDULES
 from lminf.train.step import State, TrainStep
 
@@ -46,11 +45,27 @@ class Measured:
 
 
 def shape_of(c: ConfigDict, vocab_size: int) -> ModelSpec:
-    return spec.llama(
+    shape = spec.llama(
         vocab_size=vocab_size,
         trained_length=c.data.length,
         moe=experts_of(c.get("experts")),
         **c.model.to_dict(),
+    )
+    transfer = transfer_of(c)
+    return transfer.spec(shape) if transfer else shape
+
+
+def program_of(c: ConfigDict, shape: ModelSpec) -> TrainStep:
+    """The step of such a model on one device, in full attention; every copy has its own rate."""
+    return TrainStep(
+        shape,
+        (policies.FULL,) * shape.num_layers,
+        mesh.single(),
+        partition.parse("data"),
+        optimizer_of(c, shape),
+        learning_rate=lambda step: step,
+        clip=c.clip or None,
+        objective=terms.language_modeling(shape),
     )
 
 
@@ -115,18 +130,8 @@ def train(
             f"{stops[-1] * per_step} tokens are asked for and the text has {len(tokens)}; take a "
             f"smaller budget: no token is read twice"
         )
-    program = TrainStep(
-        shape,
-        (policies.FULL,) * shape.num_layers,
-        mesh.make(mesh.MeshShape(), jax.devices()[:1]),
-        partition.parse("data"),
-        parse_choice(c.optimizer, OPTIMIZERS, what="optimizer").build(),
-        learning_rate=lambda step: step,  # every copy has its own
-        clip=c.clip or None,
-        objective=terms.language_modeling(shape),
-    )
     seeds = tuple(range(c.seed, c.seed + c.replicates))
-    copies = Replicas(program, seeds, tuple(c.rates))
+    copies = Replicas(program_of(c, shape), seeds, tuple(c.rates))
     data = [Once(tokens, c.data.length, c.data.batch, seed) for seed in seeds]
     trunk, seen = copies.init(), []
     with Progress(stops[-1], label="training side by side") as progress:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from lminf import checkpoints
@@ -27,6 +28,7 @@ from lminf.parallel.distributed import Distributed
 from lminf.run import trackers
 from lminf.surgery.lora import LoRA
 from lminf.train.batches import Batches, HostShard
+from lminf.train.completep import CompleteP
 from lminf.train.optim import OPTIMIZERS
 from lminf.train.schedules import SCHEDULES
 from lminf.train.stages import STAGES, Stage, StagedBatches, Stages
@@ -55,6 +57,11 @@ def check(c: ConfigDict, given: Collection[str] = ()) -> None:
         raise InputError(
             f"--config.experts.count={c.experts.count}: models with experts are neither read nor "
             f"written in others' formats; leave out init and export"
+        )
+    if c.init and c.completep:
+        raise InputError(
+            f"--config.completep={c.completep}: a model that is trained already has multipliers of "
+            f"its own; leave one of init and completep out"
         )
     if c.lora and not c.init:
         raise InputError(
@@ -135,9 +142,23 @@ def tokenizer_of(name: str) -> Tokenizer | ByteTokenizer:
 def shape_of(c: ConfigDict, vocab_size: int) -> ModelSpec:
     sizes = {"vocab_size": vocab_size, "trained_length": c.data.length, **c.model.to_dict()}
     try:
-        return spec.llama(**sizes, moe=experts_of(c.experts))
+        shape = spec.llama(**sizes, moe=experts_of(c.experts))
     except (ArithmeticError, ValueError) as error:  # heads that do not divide, or none
         raise InputError(f"--config.model is no shape ({error}); choose other sizes") from error
+    transfer = transfer_of(c)
+    return transfer.spec(shape) if transfer else shape
+
+
+def transfer_of(c: ConfigDict) -> CompleteP | None:
+    """The base model whose optimizer settings these are; None where they are the model's own."""
+    text = c.get("completep")
+    return parse_choice(text, {"completep": CompleteP}, what="parametrization") if text else None
+
+
+def optimizer_of(c: ConfigDict, shape: ModelSpec) -> optax.GradientTransformation:
+    """The optimizer for a learning rate of 1."""
+    optimizer, transfer = parse_choice(c.optimizer, OPTIMIZERS, what="optimizer"), transfer_of(c)
+    return transfer.optimizer(optimizer, shape) if transfer else optimizer.build()
 
 
 def experts_of(c: ConfigDict) -> MoESpec | None:
@@ -189,7 +210,7 @@ def program_of(
         policies.by_layer(policy, windows=shape.windows, num_kv_heads=shape.num_kv_heads),
         laid_out,
         strategy,
-        parse_choice(c.optimizer, OPTIMIZERS, what="optimizer").build(),
+        optimizer_of(c, shape),
         lambda step: step,  # each stage has its own
         dtype=DTYPES[known(c.dtype, DTYPES, "dtype")],
         remat=known(c.remat, REMAT, "remat policy"),

@@ -9,7 +9,6 @@ import numpy as np
 from jaxtyping import Array
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
-from scipy import stats
 
 from lminf.attention import policy as policies
 from lminf.config import from_config, parse_choice
@@ -17,7 +16,7 @@ from lminf.data import store
 from lminf.data.loader import Loader, Prefetched, parse_plan, parse_transforms
 from lminf.data.plans import Mixture
 from lminf.evals import perplexity
-from lminf.experiments import _training
+from lminf.experiments import _seeds, _training
 from lminf.experiments._main import main
 from lminf.experiments._recall import Needles, Recall
 from lminf.models import heads, spec
@@ -209,15 +208,6 @@ def _likeliest(program: TrainStep, questions: int, params, tokens):
 # --- Showing --------------------------------------------------------------------------------------
 
 
-def interval(values: Sequence[float]) -> str:
-    """`0.93 (0.67 to 1.19)`: the mean over seeds and its 95 % interval by Student's t."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return f"{mean:.3f}"
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return f"{mean:.3f} ({mean - half:.3f} to {mean + half:.3f})"
-
-
 def by_seed(rows: Sequence[Row], recipe: str) -> dict[str, dict[int, float]]:
     """Column -> seed -> value of one recipe."""
     own = [row for row in rows if row["recipe"] == recipe]
@@ -250,12 +240,13 @@ def table(rows: list[Row]) -> list[Row]:
     lines = []
     for recipe, columns in measured.items():
         line: Row = {"recipe": recipe}
-        line |= {column: interval(list(values.values())) for column, values in columns.items()}
+        for column, values in columns.items():
+            line[column] = _seeds.interval_text(list(values.values()))
         if "plain" in measured and recipe not in ("plain", SHORT_ONLY):
             column = list(columns)[1]
             base = measured["plain"][column]
             more = [x - base[seed] for seed, x in columns[column].items() if seed in base]
-            line["needles beyond plain"] = interval(more) if more else None
+            line["needles beyond plain"] = _seeds.interval_text(more) if more else None
         lines.append(line)
     return lines
 

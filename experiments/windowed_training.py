@@ -215,14 +215,6 @@ class Study:
 # --- Showing --------------------------------------------------------------------------------------
 
 
-def interval(values: Sequence[float]) -> str:
-    """`0.93 (0.67 to 1.19)`: the mean over seeds and its 95 % interval."""
-    found = _seeds.interval(values)
-    if len(values) < 2:
-        return f"{found.mean:.3f}"
-    return f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})"
-
-
 def losses(rows: Sequence[Row]) -> dict[tuple[str, str], dict[int, dict[int, Row]]]:
     """(trained, read) -> start of the block -> seed -> row."""
     found: dict[tuple[str, str], dict[int, dict[int, Row]]] = {}
@@ -244,7 +236,7 @@ def table(rows: list[Row]) -> list[Row]:
         line: Row = {"trained with": trained, "read with": read}
         for block in (first, last):
             column = f"loss {block[0]['start']:,}–{block[0]['stop']:,}"
-            line[column] = interval([row["loss"] for row in block])
+            line[column] = _seeds.interval_text([row["loss"] for row in block])
         for column, base in (
             ("last, above re-reading", (FULL.name, REREAD)),
             ("last, above trained in full", (FULL.name, read)),
@@ -252,7 +244,7 @@ def table(rows: list[Row]) -> list[Row]:
             against = found.get(base, {}).get(max(blocks), {})
             paired = [row["loss"] - against[row["seed"]]["loss"] for row in last
                       if row["seed"] in against and base != (trained, read)]  # fmt: skip
-            line[column] = interval(paired) if paired else None
+            line[column] = _seeds.interval_text(paired) if paired else None
         line |= {"attended": last[0]["attended"], "cache kB": last[0]["cache_bytes"] / 1e3}
         lines.append(line)
     for row in rows:

@@ -22,10 +22,10 @@ RANGES = {
         (
             # training
             "steps", "grad_accum_steps", "every", "evaluate_every", "last", "batches", "log_every",
-            "batch", "replicates", "rounds", "labels",
+            "batch", "replicates", "rounds", "labels", "coordinate_steps",
             # shapes
             "width", "num_heads", "num_kv_heads", "hidden_dim", "top_k", "vocab",
-            "vocabs", "vocab_size", "seq_len",
+            "vocabs", "vocab_size", "seq_len", "head_dim", "base_width", "widths",
             # measuring
             "beyond", "block", "capacities", "continuation", "documents", "draws",
             "key_value_lengths",
@@ -44,7 +44,7 @@ RANGES = {
         ),
         COUNT_OR_NONE,
     ),
-    "num_layers": Range(min=1, max=2**12),
+    **dict.fromkeys(("num_layers", "base_layers", "layer_counts"), Range(min=1, max=2**12)),
     "tokens": Range(min=1, max=2**63 - 1),  # read in all
     "length": Range(min=2, max=MOST),  # a token and the one it predicts
     "times": Range(min=2, max=2**16),  # the trained length
@@ -63,6 +63,7 @@ RANGES = {
     "preference_scale": AMOUNT,
     "rates": AMOUNT,
     "rate": AMOUNT,
+    "coordinate_rate": AMOUNT,
     "budgets": AMOUNT,
     "n_nv": Range(min=1e4, max=1e14),  # as tables of runs have it
     "profile": Range(),  # exponents; of train_lm, steps
@@ -70,7 +71,7 @@ RANGES = {
 }  # fmt: skip
 # Tuples hold something, but for these of an experiment.
 MAY_BE_EMPTY = {
-    "train_lm.profile", "train_lm.stages",
+    "train_lm.profile", "train_lm.stages", "rate_transfer.widths", "rate_transfer.layer_counts",
     *(f"long_context_eval.{task}{name}" for task in ("", "key_value_")
       for name in ("lengths", "prompts")),
 }  # fmt: skip

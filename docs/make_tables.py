@@ -479,8 +479,8 @@ own](results/long_context_eval_loss/report.md), and ten policies at 4,096 tokens
 ## Passkeys by length
 
 `python -m experiments.passkey` ([report](results/passkey/report.md)). Correct answers / prompts,
-with the key at 10 % (early) and at 90 % (late) of the prompt. Two to four prompts in each cell;
-[the table](experiments.md#passkey) has the intervals.
+with the key at 10 % (early) and at 90 % (late) of the prompt. The prompts of a cell differ in their
+keys alone; [the table](experiments.md#passkey) has the intervals.
 
 {passkeys_by_length}
 ## Decoding

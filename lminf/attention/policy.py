@@ -109,10 +109,10 @@ class LayerPolicy(Named):
         return ()
 
     def observe_hidden(
-        self, cache: Any, *, tokens: Array, positions: Array, hidden: Array, logits: Callable
+        self, layer_caches: Any, *, tokens: Array, positions: Array, hidden: Array, logits: Callable
     ) -> Any:
-        """The cache once the model has read these tokens and come to these final states [B, T, D];
-        `logits(hidden)` are what it expects after them.
+        """The caches of the layers under this policy, once the model has read these tokens and come
+        to these final states [B, T, D]; `logits(hidden)` are what it expects after them.
         """
         raise NotImplementedError
 

@@ -277,13 +277,19 @@ def observed(
     hidden: Hidden,
 ) -> tuple[cache.Cache, ...]:
     """The caches, updated by the policies that observe hidden states."""
-    head = partial(heads.lm, spec, params)
-    return tuple(
-        policy.observe_hidden(layer, tokens=tokens, positions=positions, hidden=hidden, logits=head)
-        if policy.needs_hidden
-        else layer
-        for policy, layer in zip(policies, caches, strict=False)  # caches may be of one period
-    )
+    head, updated = partial(heads.lm, spec, params), list(caches)
+    layers_of: dict[LayerPolicy, list[int]] = {}
+    for layer, policy in enumerate(policies[: len(caches)]):  # caches may be of one period
+        if policy.needs_hidden:
+            layers_of.setdefault(policy, []).append(layer)
+    for policy, indices in layers_of.items():
+        observing = policy.observe_hidden(
+            [caches[layer] for layer in indices],
+            tokens=tokens, positions=positions, hidden=hidden, logits=head,
+        )  # fmt: skip
+        for layer, new in zip(indices, observing, strict=True):
+            updated[layer] = new
+    return tuple(updated)
 
 
 def embed_tokens(

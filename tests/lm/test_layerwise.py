@@ -119,3 +119,14 @@ def test_a_token_is_read_without_a_copy_of_its_layers_cache(policy):
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in (cache.k, cache.v))
     assert memory.alias_size_in_bytes >= size
     assert memory.temp_size_in_bytes < size / 2
+
+
+def test_the_surprise_of_a_token_is_computed_once_for_all_layers(lm):
+    """The head's product is most of what it costs."""
+    lm = lm.with_policy(SirLLM(32, recent=8, turn=16))
+    caches, tokens = lm.init_caches(batch=1, capacity=32), jnp.zeros((1, 1), jnp.int32)
+    assert len(caches) > 1
+    observe = layerwise.observe_program(lm.spec, lm.decoder.policies)
+    hidden = jnp.zeros((1, 1, lm.spec.width))
+    program = str(jax.make_jaxpr(observe)(lm.params, caches, tokens, tokens, hidden))
+    assert program.count("dot_general") == 1

@@ -30,8 +30,10 @@ from lminf.errors import InputError
 from lminf.kernels.common import masks
 
 # Both take sinks=, a learnt logit of each query head (scores.HeadTerms).
-Prefill: TypeAlias = Callable[..., Array]  # (q, k, v) -> out [B, T, heads, H]
-Extend: TypeAlias = Callable[..., tuple[Array, caches.KVState]]  # (q, k, v, kv, layer) -> out, kv
+# (q, k, v) -> out [B, T, heads, H]; with layer_index= where the policy differs_by_layer.
+Prefill: TypeAlias = Callable[..., Array]
+# (q, k, v, kv, row of kv) -> out, kv; with layer_index= where the policy differs_by_layer.
+Extend: TypeAlias = Callable[..., tuple[Array, caches.KVState]]
 
 
 # --- A whole sequence -----------------------------------------------------------------------------
@@ -72,14 +74,14 @@ def _prefill_through_cache(policy, config, positions, segments, context_axis):
             f"its own row"
         )
 
-    def run(q, k, v):
+    def run(q, k, v, **options):
         (batch, tokens, heads, width), kv_heads = q.shape, k.shape[2]
         shape = caches.CacheShape(batch, tokens, heads, kv_heads, width, k.dtype)
         empty = caches.create(policy, shape, layers=1)
         step, _ = extend(
             policy, config, empty.layout, empty.pos, positions, context_axis=context_axis
         )
-        return step(q, k, v, empty.kv, jnp.int32(0))[0]
+        return step(q, k, v, empty.kv, jnp.int32(0), **options)[0]
 
     return run
 
@@ -198,12 +200,11 @@ def extend(
             out = attend(q, k, v, *stored, sinks=sinks)
             return out, policy.observe_queries(kv.state, q, layer)
 
-    def step(q, k, v, kv, layer, sinks=None):
+    def step(q, k, v, kv, layer, **options):
         k, v = shards.all(k), shards.all(v)
         written = kv._replace(
             k=caches.write(kv.k, k, layer, to_slots), v=caches.write(kv.v, v, layer, to_slots)
         )
-        options = {} if sinks is None else {"sinks": sinks}
         out, state = read(q, k, v, kv, written, layer, **options)
         return out, written._replace(state=state)
 

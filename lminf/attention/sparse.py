@@ -91,7 +91,8 @@ class Query:
     rows_pos: Int[Array, "B R"]  # rising by one along the rows, empty ones too
     pos: Int[Array, "B R"]  # -1 where the row is empty; the first is only in an empty group
     kv: caches.KVState  # of all layers, with the call's keys and values in it
-    layer: Array
+    layer: Array  # row of the cache's arrays
+    layer_index: Array  # of the layers with this policy, from 0 on
     alone: bool  # whether it is all that the call reads, one token
     config: ScoreConfig
     placement: Placement
@@ -167,8 +168,8 @@ def reader(
     positions: Int[Array, "B T"],
     over_positions: Callable[[Policy], Callable],
 ) -> Callable[..., tuple[Array, Any]]:
-    """(q, k, v, kv before, kv after the chunk is written, layer) -> out, state. `over_positions`
-    makes the function that attends under a policy of positions.
+    """(q, k, v, kv before, kv after the chunk is written, layer, layer_index) -> out, state.
+    `over_positions` makes the function that attends under a policy of positions.
     """
     if policy.ranks_by_products and isinstance(config.encoding, rope.Alibi):
         raise InputError(
@@ -182,8 +183,9 @@ def reader(
     window_read = by_head(policy, config, over_positions) if windowed else None
     dense_read = by_head(FULL, config, over_positions) if policy.dense_layers else None
 
-    def read(q, k, v, before, kv, layer):
+    def read(q, k, v, before, kv, layer, *, layer_index=None):
         del before
+        index = layer if layer_index is None else layer_index
 
         def over(attend):
             cached = kv.k[layer], kv.v[layer]  # of a cache that keeps all: none is overwritten
@@ -191,7 +193,7 @@ def reader(
 
         def one(q, rows_pos, pos, state):
             alone = selecting.shape[1] == 1
-            query = Query(q, rows_pos, pos, kv, layer, alone, config, placement)
+            query = Query(q, rows_pos, pos, kv, layer, index, alone, config, placement)
             selected, state = policy.select(state, query)
             out, received = policy.attend(query, selected)
             return out, policy.observe(state, query, received)
@@ -205,7 +207,7 @@ def reader(
         if dense_read is None:
             return sparse()
         return jax.lax.cond(
-            layer < policy.dense_layers,
+            index < policy.dense_layers,
             lambda: (over(dense_read).astype(q.dtype), kv.state),
             sparse,
         )

@@ -11,6 +11,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -71,6 +72,11 @@ class LayerwiseDecoder:
                 stages, module.policies, decoder.score_configs(spec), strict=True
             )
         ]
+        before = [module.policies[:layer] for layer in range(spec.num_layers)]
+        self.indices = [
+            jnp.int32(earlier.count(policy))
+            for earlier, policy in zip(before, module.policies, strict=True)
+        ]
         self.embed, self.final_norm = embed_program(spec, module.dtype), norm_program(spec)
         self.observe = None
         if any(policy.needs_hidden for policy in module.policies):
@@ -81,8 +87,9 @@ class LayerwiseDecoder:
     ) -> tuple[Hidden, tuple[cache.Cache, ...]]:
         """Hidden states, and the caches, which are used up, with these tokens in them."""
         x, updated = self.embed(self.params, tokens, positions), []
-        for program, params, layer in zip(self.programs, self.by_layer, caches, strict=True):
-            x, layer = program(params, x, positions, layer)
+        layers_ = zip(self.programs, self.by_layer, caches, self.indices, strict=True)
+        for program, params, layer, index in layers_:
+            x, layer = program(params, x, positions, layer, index)
             updated.append(layer)
         hidden = self.final_norm(self.params, x)
         if self.observe is not None:

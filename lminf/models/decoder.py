@@ -193,7 +193,9 @@ class Decoder(nn.Module):
         """How each layer of a period attends, and the positions that its cache then holds."""
         options = {"context_axis": self.context_axis, "implementation": self.implementation}
         period = len(caches) if caches else period_of(self.spec, self.policies)
-        layers_ = list(zip(self.policies[:period], score_configs(self.spec)[:period], strict=True))
+        policies = self.policies[:period]
+        layers_ = list(zip(policies, score_configs(self.spec)[:period], strict=True))
+        indices = [layer_scan.index_of(policies, place) for place in range(period)]
         if bidirectional:
             runs = {
                 config: bidirectional_prefill(config, positions, segments=segments)
@@ -208,14 +210,18 @@ class Decoder(nn.Module):
                 )
                 for policy, config in layers_
             }
-            return [layer_scan.without_cache(prefills[layer]) for layer in layers_], ()
+            attentions = [
+                layer_scan.without_cache(prefills[layer], options)
+                for layer, options in zip(layers_, indices, strict=True)
+            ]
+            return attentions, ()
         extends = [
             attend.extend(policy, config, layer.layout, layer.pos, positions, **options)
             for (policy, config), layer in zip(layers_, caches, strict=True)
         ]
         attentions = [
-            layer_scan.with_cache(extend, layer, length)
-            for (extend, _), layer in zip(extends, caches, strict=True)
+            layer_scan.with_cache(extend, options, layer, length)
+            for (extend, _), options, layer in zip(extends, indices, caches, strict=True)
         ]
         return attentions, [new_positions for _, new_positions in extends]
 
@@ -249,17 +255,21 @@ def run_layer(
     x: Hidden,
     positions: Positions,
     layer_cache: cache.Cache,
+    index: Any,
     **options: Any,
 ) -> tuple[Hidden, cache.Cache]:
     """Hidden states after one layer of a stage's spec, with its own parameters and its own cache,
-    and the cache with these tokens in it. `options` are those of attend.extend.
+    and the cache with these tokens in it. `index` is that of the layer among those with the policy,
+    int32 []; `options` are those of attend.extend.
     """
     extend, new_positions = attend.extend(
         policy, config, layer_cache.layout, layer_cache.pos, positions, **options
     )
 
+    of_layer = layer_scan.index_of((policy,), 0)(index)
+
     def attend_layer(q, k, v, **sinks):
-        return extend(q, k, v, layer_cache.kv, jnp.int32(0), **sinks)
+        return extend(q, k, v, layer_cache.kv, jnp.int32(0), **sinks, **of_layer)
 
     out: Any = layers.Block(spec).apply({"params": params}, x, attend_layer)
     x, kv = out

@@ -16,10 +16,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lminf.attention import attend, cache
+from lminf.attention.policy import LayerPolicy
 from lminf.errors import InputError
 from lminf.types import Hidden, Params
 
 KV: TypeAlias = Any  # cache.KVState, of one layer or of all; None without a cache
+Options: TypeAlias = Callable[[Any], dict[str, Any]]  # row of its arrays -> of `attend`
 Attend: TypeAlias = Callable[..., tuple[Array, KV]]  # (q, k, v, kv, row)
 # (block, x, its parameters, attend, kv, row) -> x, kv, what the layer sowed
 RunLayer: TypeAlias = Callable[[Any, Hidden, Params, Attend, KV, Any], tuple[Hidden, KV, Any]]
@@ -33,24 +35,41 @@ class LayerAttention(NamedTuple):
     in_place: bool = True
 
 
-def without_cache(prefill: attend.Prefill) -> LayerAttention:
+def index_of(policies: Sequence[LayerPolicy], place: int) -> Options:
+    """What the attention of a place in a period is told of its layer: which of all layers with its
+    policy it is, where that changes anything.
+    """
+    alike = [other for other, policy in enumerate(policies) if policy == policies[place]]
+    if not getattr(policies[place], "differs_by_layer", False):  # a mix of heads has no such parts
+        return lambda row: {}
+    return lambda row: {"layer_index": row * len(alike) + alike.index(place)}
+
+
+def without_cache(prefill: attend.Prefill, options: Options = lambda row: {}) -> LayerAttention:
     """Attention of a text over itself."""
-    return LayerAttention(lambda q, k, v, kv, row, **sinks: (prefill(q, k, v, **sinks), kv))
+    return LayerAttention(
+        lambda q, k, v, kv, row, **sinks: (prefill(q, k, v, **sinks, **options(row)), kv)
+    )
 
 
-def with_cache(extend: attend.Extend, layer_cache: cache.Cache, tokens: int) -> LayerAttention:
+def with_cache(
+    extend: attend.Extend, options: Options, layer_cache: cache.Cache, tokens: int
+) -> LayerAttention:
     """Attention of `tokens` new tokens over a cache.
 
     One token is written into the arrays of all layers in place. A longer chunk that overwrites
     slots which it also reads would make XLA copy all layers in every layer, so it is sliced.
     """
+
+    def extend_row(q, k, v, kv, row, **sinks):
+        return extend(q, k, v, kv, row, **sinks, **options(row))
+
     if tokens == 1 or layer_cache.layout.keeps_all:
-        return LayerAttention(extend, layer_cache.kv)
+        return LayerAttention(extend_row, layer_cache.kv)
 
     def extend_slice(q, k, v, kv, row, **sinks):
-        del row
         kv = jax.tree.map(lambda x: x[None], kv)
-        out, kv = extend(q, k, v, kv, jnp.int32(0), **sinks)
+        out, kv = extend(q, k, v, kv, jnp.int32(0), **sinks, **options(row))
         return out, jax.tree.map(lambda x: x[0], kv)
 
     return LayerAttention(extend_slice, layer_cache.kv, in_place=False)

@@ -40,23 +40,23 @@ class Sharded:
         # Slopes and mixes count all heads, so those stay together.
         together = isinstance(policy, PerHead) or isinstance(config.encoding, rope.Alibi)
 
-        def read(q, k, v):
+        def read(q, k, v, **options):
             key_heads = partition.spec(("kv_heads",), k.shape[2:3], rules, self.mesh)[0]
             across = None if together else key_heads
             heads = PartitionSpec(*rows, across)
 
-            def local(q, k, v, positions, segments):
+            def local(q, k, v, positions, segments, options):
                 return attend.prefill(
                     policy, config, positions, segments=segments, context_axis=rows[1],
                     implementation=implementation,
-                )(q, k, v)  # fmt: skip
+                )(q, k, v, **options)  # fmt: skip
 
             return jax.shard_map(
                 local,
                 mesh=self.mesh,
-                in_specs=(heads, heads, heads, rows, rows),
+                in_specs=(heads, heads, heads, rows, rows, PartitionSpec()),
                 out_specs=heads,
                 check_vma=False,  # kernels' loops start from constants, which it would refuse
-            )(q, k, v, positions, segments)
+            )(q, k, v, positions, segments, options)
 
         return read

@@ -10,8 +10,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lminf.attention.policies.eviction import SirLLM
+from lminf.attention.policies.hip import HiP, InfiniteHiP
 from lminf.attention.policies.infllm import InfLLM
+from lminf.attention.policies.topk import TopK
 from lminf.attention.policy import Full, Lambda, LMInfinite
+from lminf.data.tokenizers import ByteTokenizer
 from lminf.lm import layerwise
 from lminf.lm.lm import LM
 from lminf.models import decoder
@@ -46,6 +49,48 @@ def test_losses_and_answers_are_those_of_the_scan(lm, small_steps, scanned, poli
     other = scanned(lm)
     np.testing.assert_allclose(other.token_nll(ids), losses, atol=1e-5)
     assert other.generate(TEXT, max_new_tokens=8) == answer
+
+
+INFINITE_HIP = InfiniteHiP((8, 2), (8, 4), (4, 2), window=8, sinks=2, query_block=8)
+
+
+def by_layers(layers: int) -> list:
+    """Policies that do in so many layers at the start what they do not do in the others."""
+    return [
+        TopK(8, sinks=2, topk=3, from_layer=layers),
+        HiP(topk=4, window=8, sinks=2, query_block=8, refresh=1, dense_layers=layers),
+        dataclasses.replace(INFINITE_HIP, dense_layers=layers),
+        dataclasses.replace(INFINITE_HIP, ordered_layers=layers),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", range(4), ids=["topk", "hip", "infinite_hip", "ordered"])
+def test_a_policy_does_in_each_layer_what_it_says_of_it(kind, scanned):
+    """With a cache for each layer, with one for all, and without: of no layer, one, and all."""
+    spec = dataclasses.replace(specs.shallow(specs.LLAMA, 3), vocab_size=257, trained_length=64)
+    lm = LM(spec, specs.parameters(spec), ByteTokenizer())
+    tokens = np.random.default_rng(0).integers(0, 256, (1, 40)).astype(np.int32)
+    positions = np.arange(40, dtype=np.int32)[None]
+
+    def last_hidden(lm):
+        caches = lm.init_caches(batch=1, capacity=40)
+        return np.asarray(lm.forward(tokens, positions, caches)[0][0, -1])
+
+    found = []
+    for layers in (0, 1, 3):
+        one = lm.with_policy(by_layers(layers)[kind])
+        found.append(last_hidden(one))
+        assert isinstance(one.forward, layerwise.LayerwiseDecoder)
+        apply = cases.compiled(lambda *args, one=one: one.decoder.apply(
+            {"params": lm.params}, *args[:1], positions=args[1])[0])  # fmt: skip
+        np.testing.assert_allclose(apply(tokens, positions)[0, -1], found[-1], atol=1e-5)
+    assert min(abs(found[1] - other).max() for other in (found[0], found[2])) > 1e-4
+    if kind < 3:
+        everywhere = LMInfinite(8, 2) if kind == 0 else Full()
+        np.testing.assert_allclose(last_hidden(lm.with_policy(everywhere)), found[2], atol=1e-5)
+    one = scanned(lm.with_policy(by_layers(1)[kind]))
+    assert not isinstance(one.forward, layerwise.LayerwiseDecoder)
+    np.testing.assert_allclose(last_hidden(one), found[1], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -113,8 +158,8 @@ def test_a_token_is_read_without_a_copy_of_its_layers_cache(policy):
 
     cache = jax.eval_shape(prepared)
     x = jax.ShapeDtypeStruct((1, 1, spec.width), jnp.float32)
-    position = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    memory = program.lower(params, x, position, cache).compile(cases.fast_options())
+    position, index = (jax.ShapeDtypeStruct(size, jnp.int32) for size in ((1, 1), ()))
+    memory = program.lower(params, x, position, cache, index).compile(cases.fast_options())
     memory = memory.memory_analysis()
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in (cache.k, cache.v))
     assert memory.alias_size_in_bytes >= size

@@ -39,6 +39,7 @@ class HierarchicalSelect(sparse.SparsePolicy):
     refreshes: Any
 
     ranks_by_products = True
+    differs_by_layer = True
     window_slack = 0  # tokens that a window may have beyond its width
     group = property(attrgetter("query_block"))
 
@@ -301,6 +302,6 @@ class InfiniteHiP(HierarchicalSelect):
         def alike():  # all keys equally far away, one token more on the left: none is rotated
             return largest([query.placement.away(query.q, self.window + n) for n in (1, 0)], None)
 
-        best = jax.lax.cond(query.layer < self.ordered_layers, ordered, alike)
+        best = jax.lax.cond(query.layer_index < self.ordered_layers, ordered, alike)
         _, best = jax.lax.top_k(jnp.where(tokens > 0, best, -jnp.inf), kept)
         return jnp.sort(jnp.take_along_axis(number, best, 2), axis=2)

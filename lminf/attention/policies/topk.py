@@ -40,6 +40,7 @@ class TopK(sparse.SparsePolicy):
     group = 1
     last_only = True
     needs_rotary = True
+    differs_by_layer = True
     max_selected = property(attrgetter("topk"))
 
     @property
@@ -63,7 +64,7 @@ class TopK(sparse.SparsePolicy):
     def select(self, state: Any, query: sparse.Query) -> tuple[Int[Array, "B N X"], Any]:
         slot_pos = jnp.arange(query.slots, dtype=jnp.int32)[None]
         between = (slot_pos >= self.sinks) & (slot_pos <= query.pos - self.window)
-        between &= query.layer >= self.from_layer
+        between &= query.layer_index >= self.from_layer
         q = query.placement.away(query.q, self.selected_distance)
         products = scores.dot(q, query.kv.k[query.layer].astype(q.dtype))[:, :, 0]
         products = jnp.where(between[:, None], products, -jnp.inf)

@@ -23,7 +23,6 @@ from lminf.models.spec import ModelSpec
 from lminf.objectives import terms
 from lminf.parallel import mesh, partition
 from lminf.run.progress import Progress
-from lminf.scaling import accounting
 from lminf.train import schedules
 from lminf.train.ensemble import Replicas
 from lminf.train.optim import OPTIMIZERS
@@ -52,11 +51,6 @@ def shape_of(c: ConfigDict, vocab_size: int) -> ModelSpec:
         moe=experts_of(c.get("experts")),
         **c.model.to_dict(),
     )
-
-
-def parameters(shape: ModelSpec, *, active: bool = False) -> int:
-    """N: all but the vocabulary, as both laws count it; `active`: what one token uses of it."""
-    return accounting.spec_parameters(shape, active=active)
 
 
 def check(c: ConfigDict, *, budgets: Sequence[int]) -> None:

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from scipy import linalg, optimize
 
 from lminf.errors import InputError
-from lminf.experiments import _corpus, _noise, _small
+from lminf.experiments import _collect, _corpus, _noise, _small
 from lminf.experiments._main import main
 from lminf.experiments._optima import (
     NEAR,
@@ -19,9 +19,10 @@ from lminf.experiments._optima import (
     curve,
     optima_of,
 )
+from lminf.models import cost
 from lminf.run import plots, style
 from lminf.run.folder import Row, RunFolder
-from lminf.scaling import accounting, collect, losses, published, vocab_derivative
+from lminf.scaling import accounting, losses, published, vocab_derivative
 from lminf.scaling.fertility import PUBLISHED, Fertility
 
 METRICS = {"loss_u": "L_u (nats/token)", "bits_per_character": "bits per character"}
@@ -50,7 +51,8 @@ def check(c: ConfigDict, given: Collection[str]) -> None:
 
 def budgets_in_tokens(c: ConfigDict) -> list[int]:
     shape = _small.shape_of(c, c.data.vocab)
-    per_token = accounting.training_flops(_small.parameters(shape), c.data.vocab * shape.width, 1)
+    n_nv, n_v = cost.block_parameters(shape), c.data.vocab * shape.width
+    per_token = accounting.training_flops(n_nv, n_v, 1)
     return [int(flops / per_token) for flops in c.budgets]
 
 
@@ -64,7 +66,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
         c = c.copy_and_resolve_references()
         c.data.length = max(2, round(c.data.characters * fertility))
     shape = _small.shape_of(c, c.data.vocab)
-    n_nv, n_v = _small.parameters(shape), c.data.vocab * shape.width
+    n_nv, n_v = cost.block_parameters(shape), c.data.vocab * shape.width
     budgets = budgets_in_tokens(c)
     for measured in _small.train(c, shape, tokens, held_out, budgets=budgets):
         loss = float(measured.nll.mean())
@@ -85,7 +87,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
 def planned(c: ConfigDict) -> Row:
     """What a cell costs: a row of its counts, FLOPs as the law counts them, without attention."""
     shape = _small.shape_of(c, c.data.vocab)
-    n_nv, n_v = _small.parameters(shape), c.data.vocab * shape.width
+    n_nv, n_v = cost.block_parameters(shape), c.data.vocab * shape.width
     # The branches, and the trunk up to the last of them.
     trained = c.decay * sum(c.budgets) + (1 - c.decay) * max(c.budgets)
     per_token = 6 * (n_nv + n_v)
@@ -214,7 +216,7 @@ def describe_law(rows: list[Row], found: Sequence[Optimum]) -> str:
     """The published law's optima beside these, and what part the tokenizers have in it."""
     claimed = [(one, one.surface or one.parabola[0]) for one in found if one.bracketed]
     ratios = [v / published_optimum(rows, one.n_nv, one.budget) for one, v in claimed if v]
-    ours = collect.fertility(rows)
+    ours = _collect.fertility(rows)
     if not ratios or len(ours.constants) < 8:
         return ""
     law_range = published.ISOFLOP.fitted_range
@@ -318,8 +320,8 @@ def optima(rows: list[Row]) -> Figure:
 def files(rows: list[Row]) -> dict[str, str]:
     """What stands beside the report: the table that `lminf scaling fit vocab` takes, and the
     tokens per character of its tokenizers."""
-    measured = json.dumps(collect.fertility(rows).to_json(), indent=2) + "\n"
-    return {"table.csv": collect.vocab(rows), "table.fertility.json": measured}
+    measured = json.dumps(_collect.fertility(rows).to_json(), indent=2) + "\n"
+    return {"table.csv": _collect.vocab(rows), "table.fertility.json": measured}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import numpy as np
 from jaxtyping import Array
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
-from scipy import stats
 
 from lminf.attention import policy as policies
 from lminf.config import from_config, parse_choice
@@ -17,7 +16,7 @@ from lminf.data import store
 from lminf.data.loader import Loader, Prefetched, parse_plan, parse_transforms
 from lminf.data.plans import Mixture
 from lminf.evals import perplexity
-from lminf.experiments import _training
+from lminf.experiments import _seeds, _training
 from lminf.experiments._main import main
 from lminf.experiments._recall import Needles, Recall
 from lminf.models import heads, spec
@@ -167,11 +166,11 @@ class Study:
             right = self.answers(program, state, needles) == needles.answers
             width = self.long.length // EIGHTHS
             for start in range(0, length, width):
-                here = (needles.distances >= start) & (needles.distances < start + width)
-                if here.any():
+                in_bin = (needles.distances >= start) & (needles.distances < start + width)
+                if in_bin.any():
                     yield {"part": "needle", **facts, "length": length, "start": start,
-                           "stop": start + width, "questions": int(here.sum()),
-                           "accuracy": float(right[here].mean())}  # fmt: skip
+                           "stop": start + width, "questions": int(in_bin.sum()),
+                           "accuracy": float(right[in_bin].mean())}  # fmt: skip
         length = self.long.length
         texts = self.world.documents(self.c.documents, length, seed=(seed, 4))
         tokens = np.stack(texts)
@@ -191,12 +190,12 @@ class Study:
 
     def each(self, rows: np.ndarray, measure: Callable[[Array], Array]) -> np.ndarray:
         """`measure` of some rows at a time, over all of them."""
-        found = []
+        parts = []
         for start in range(0, len(rows), AT_ONCE):
-            some = rows[np.arange(start, start + AT_ONCE) % len(rows)]  # of one shape
-            placed = batches.put({"tokens": some}, **self.place)["tokens"]
-            found.append(np.asarray(measure(placed)))
-        return np.concatenate(found)[: len(rows)]
+            chunk = rows[np.arange(start, start + AT_ONCE) % len(rows)]  # of one shape
+            placed = batches.put({"tokens": chunk}, **self.place)["tokens"]
+            parts.append(np.asarray(measure(placed)))
+        return np.concatenate(parts)[: len(rows)]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -209,34 +208,25 @@ def _likeliest(program: TrainStep, questions: int, params, tokens):
 # --- Showing --------------------------------------------------------------------------------------
 
 
-def interval(values: Sequence[float]) -> str:
-    """`0.93 (0.67 to 1.19)`: the mean over seeds and its 95 % interval by Student's t."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return f"{mean:.3f}"
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return f"{mean:.3f} ({mean - half:.3f} to {mean + half:.3f})"
-
-
 def by_seed(rows: Sequence[Row], recipe: str) -> dict[str, dict[int, float]]:
     """Column -> seed -> value of one recipe."""
-    own = [row for row in rows if row["recipe"] == recipe]
+    of_recipe = [row for row in rows if row["recipe"] == recipe]
     long = max(row["length"] for row in rows)
-    found: dict[str, dict[int, float]] = {}
-    for seed in dict.fromkeys(row["seed"] for row in own):
-        here = [row for row in own if row["seed"] == seed]
-        needles = [row for row in here if row["part"] == "needle"]
+    columns: dict[str, dict[int, float]] = {}
+    for seed in dict.fromkeys(row["seed"] for row in of_recipe):
+        of_seed = [row for row in of_recipe if row["seed"] == seed]
+        needles = [row for row in of_seed if row["part"] == "needle"]
         for column, chosen in (
             ("needles, one document", [row for row in needles if row["length"] < long]),
             (f"needles, {long:,} tokens", [row for row in needles if row["length"] == long]),
         ):
-            asked = sum(row["questions"] for row in chosen)
+            questions = sum(row["questions"] for row in chosen)
             right = sum(row["questions"] * row["accuracy"] for row in chosen)
-            found.setdefault(column, {})[seed] = right / asked
-        losses = [row["loss"] for row in here if row["part"] == "position"]
-        found.setdefault("loss, long documents", {})[seed] = float(np.mean(losses))
-        found.setdefault("loss, last eighth", {})[seed] = losses[-1]
-    return found
+            columns.setdefault(column, {})[seed] = right / questions
+        losses = [row["loss"] for row in of_seed if row["part"] == "position"]
+        columns.setdefault("loss, long documents", {})[seed] = float(np.mean(losses))
+        columns.setdefault("loss, last eighth", {})[seed] = losses[-1]
+    return columns
 
 
 def table(rows: list[Row]) -> list[Row]:
@@ -250,12 +240,15 @@ def table(rows: list[Row]) -> list[Row]:
     lines = []
     for recipe, columns in measured.items():
         line: Row = {"recipe": recipe}
-        line |= {column: interval(list(values.values())) for column, values in columns.items()}
+        line |= {
+            column: _seeds.interval_text(list(values.values()))
+            for column, values in columns.items()
+        }
         if "plain" in measured and recipe not in ("plain", SHORT_ONLY):
             column = list(columns)[1]
             base = measured["plain"][column]
             more = [x - base[seed] for seed, x in columns[column].items() if seed in base]
-            line["needles beyond plain"] = interval(more) if more else None
+            line["needles beyond plain"] = _seeds.interval_text(more) if more else None
         lines.append(line)
     return lines
 

@@ -78,13 +78,13 @@ def get_sweep(c: ConfigDict, arg: str = "") -> tuple[Overrides, ...]:
         return cross(families(arg), sizes)
     octaves = grid({"data.vocab": [size for size in OCTAVES if size in c.data.vocabs]})
     cells = []
-    for (width, hidden, budgets), these in zip(SHAPES, (sizes, octaves, octaves), strict=True):
+    for (width, hidden, budgets), vocabs in zip(SHAPES, (sizes, octaves, octaves), strict=True):
         peak = 0.256 / width
         shape = {"model.width": width, "model.hidden_dim": hidden}
-        cells.append(cross(({**shape, "budgets": budgets, "rates": (peak,)},), these))
+        cells.append(cross(({**shape, "budgets": budgets, "rates": (peak,)},), vocabs))
         # Whether half or twice the rate would do better, where either loss has its least.
-        others = {"budgets": budgets[:1], "rates": (peak / 2, peak * 2), "replicates": 1}
-        cells.append(cross(({**shape, **others},), grid({"data.vocab": (512, 4096)})))
+        both_rates = {"budgets": budgets[:1], "rates": (peak / 2, peak * 2), "replicates": 1}
+        cells.append(cross(({**shape, **both_rates},), grid({"data.vocab": (512, 4096)})))
     return chain(*cells)
 
 

@@ -96,8 +96,8 @@ def bracket(curve: Curve) -> tuple[float | None, float | None]:
         distinguishable(mean, curve.means[least], float(np.hypot(error, curve.errors[least])))
         for mean, error in zip(curve.means, curve.errors, strict=True)
     ]
-    below = [float(x) for x, told in zip(curve.x[:least], apart, strict=False) if told]
-    above = [float(x) for x, told in zip(curve.x[least:], apart[least:], strict=True) if told]
+    below = [float(x) for x, worse in zip(curve.x[:least], apart, strict=False) if worse]
+    above = [float(x) for x, worse in zip(curve.x[least:], apart[least:], strict=True) if worse]
     return (below[-1] if below else None), (above[0] if above else None)
 
 
@@ -157,6 +157,6 @@ def describe_minimum(curve: Curve, name: str) -> str:
         apart.append(f"told apart from {low:g} below and {high:g} above")
     else:
         apart.append("not told apart from any on both sides, so no optimum is claimed")
-    if others := other_minima(curve):
-        apart.append(f"no single bowl: a further minimum at {', '.join(f'{x:g}' for x in others)}")
+    if minima := other_minima(curve):
+        apart.append(f"no single bowl: a further minimum at {', '.join(f'{x:g}' for x in minima)}")
     return f"{text}; {'; '.join(apart)} (noise {curve.sigma:.3f})."

@@ -99,7 +99,7 @@ class Surface:
                                  minlength=len(runs))[of_row].astype(float))
             for _ in range(RESAMPLED)
         )  # fmt: skip
-        return [found for found in fits if found is not None]
+        return [coefficients for coefficients in fits if coefficients is not None]
 
     def optimum(self, n_nv: int, budget: float, coefficients: np.ndarray | None) -> float | None:
         """V of the least loss at a budget; None without a surface, or where it falls to an end of

@@ -61,8 +61,8 @@ class Recall:
     def _document(self, keys: np.ndarray, size: int, rng: np.random.Generator):
         """(tokens, pairs)"""
         pairs = FIRST + keys * self.values + rng.integers(0, self.values, len(keys))
-        asked = rng.integers(0, len(keys), (size - len(keys)) // 2)
-        body = np.stack([self._question(keys[asked]), pairs[asked]], 1).ravel()
+        drawn = rng.integers(0, len(keys), (size - len(keys)) // 2)
+        body = np.stack([self._question(keys[drawn]), pairs[drawn]], 1).ravel()
         return np.concatenate([pairs, body, [END]]).astype(np.int32), pairs
 
     def _question(self, keys: np.ndarray) -> np.ndarray:
@@ -74,8 +74,8 @@ class Recall:
         text = np.concatenate([tokens for tokens, _ in made])
         order, column = rng.permutation(documents), rng.integers(0, keys.shape[1], documents)
         answers = np.array([made[d][1][c] for d, c in zip(order, column, strict=True)])
-        asked = np.stack([self._question(keys[order, column]), answers], 1).ravel()
+        dialogue = np.stack([self._question(keys[order, column]), answers], 1).ravel()
         last = np.array([np.flatnonzero(text == answer)[-1] for answer in answers])
         places = len(text) + 2 * np.arange(documents)
-        tokens = np.concatenate([text, asked]).astype(np.int32)
+        tokens = np.concatenate([text, dialogue]).astype(np.int32)
         return tokens, answers.astype(np.int32), places - last

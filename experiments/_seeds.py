@@ -13,6 +13,7 @@ from scipy import stats
 from lminf.attention.policy import FULL
 from lminf.config import parse_choice
 from lminf.data.tokenizers import ByteTokenizer
+from lminf.evals import score
 from lminf.evals.score import Interval
 from lminf.lm.lm import LM
 from lminf.models import spec
@@ -93,6 +94,18 @@ class Training:
         return jax.vmap(jax.vmap(self.copies.program.state_of))(params)
 
 
+@dataclass(frozen=True)
+class DrawnRows:
+    """Batches whose rows are drawn anew for each step, so every row is a document of its own."""
+
+    length: int
+    rows: int
+    seed: int
+
+    def documents(self, step: int) -> Sequence[int]:
+        return range(step * self.rows, (step + 1) * self.rows)
+
+
 def language_model(c: ConfigDict, params: Params) -> LM:
     return LM(shape_of(c), params, ByteTokenizer())
 
@@ -110,9 +123,8 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def interval_text(values: Sequence[float]) -> str:
-    """`0.930 (0.672 to 1.188)`: the mean over seeds and its 95 % interval."""
-    mean, low, high = interval(values)
-    return f"{mean:.3f}" if len(values) < 2 else f"{mean:.3f} ({low:.3f} to {high:.3f})"
+    """`0.931 (0.670 to 1.192)`: the mean over seeds and its 95 % interval."""
+    return score.value_text(interval(values), digits=3)
 
 
 def over_seeds(rows: Sequence[Row], by: Sequence[str], value: str) -> dict[tuple, Interval]:

@@ -23,7 +23,6 @@ from lminf.models.spec import ModelSpec
 from lminf.objectives import terms
 from lminf.parallel import mesh, partition
 from lminf.run.progress import Progress
-from lminf.scaling import accounting
 from lminf.train import schedules
 from lminf.train.ensemble import Replicas
 from lminf.train.schedules import SCHEDULES
@@ -67,11 +66,6 @@ def program_of(c: ConfigDict, shape: ModelSpec) -> TrainStep:
         clip=c.clip or None,
         objective=terms.language_modeling(shape),
     )
-
-
-def parameters(shape: ModelSpec, *, active: bool = False) -> int:
-    """N: all but the vocabulary, as both laws count it; `active`: what one token uses of it."""
-    return accounting.spec_parameters(shape, active=active)
 
 
 def check(c: ConfigDict, *, budgets: Sequence[int]) -> None:

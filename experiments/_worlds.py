@@ -67,10 +67,10 @@ def padded(
     the end of another one (token 0).
     """
     sizes = np.array([len(document) for document in documents])
-    there = np.arange(sizes.max()) < sizes[:, None]
-    targets = np.zeros(there.shape, np.int32)
-    targets[there] = np.concatenate(documents)
-    return np.pad(targets, ((0, 0), (1, 0)))[:, :-1], targets, there
+    is_token = np.arange(sizes.max()) < sizes[:, None]
+    targets = np.zeros(is_token.shape, np.int32)
+    targets[is_token] = np.concatenate(documents)
+    return np.pad(targets, ((0, 0), (1, 0)))[:, :-1], targets, is_token
 
 
 def hidden(

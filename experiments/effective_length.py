@@ -93,14 +93,14 @@ def table(rows: list[Row]) -> list[Row]:
         quarter = [row for row in rows if (row["scope"], row["diffusion"]) == (scope, diffusion)]
         for task in dict.fromkeys(row["task"] for row in quarter):
             for policy in dict.fromkeys(row["policy"] for row in rows):
-                own = [row for row in quarter if (row["task"], row["policy"]) == (task, policy)]
-                cells = {row["length"]: row for row in over_levels(own)}
-                if own:
+                scored = [row for row in quarter if (row["task"], row["policy"]) == (task, policy)]
+                cells = {row["length"]: row for row in over_levels(scored)}
+                if scored:
                     lines.append({
                         "scope": scope, "diffusion": diffusion, "task": task, "policy": policy,
                         **{f"{length:,}": text_of(cells.get(length)) for length in lengths},
-                        "instances": sum(row["instances"] for row in own),
-                        "effective length": summary.effective_length(own),
+                        "instances": sum(row["instances"] for row in scored),
+                        "effective length": summary.effective_length(scored),
                     })  # fmt: skip
     return lines
 

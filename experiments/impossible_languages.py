@@ -60,7 +60,7 @@ def of_each(copies: Replicas, state: State, world: World) -> list[Row]:
     how much more surprising (nats) the next word would be in a marker's place than the marker is.
     """
     documents = [document[:-1] for document in world.documents("test")]  # without their ends
-    tokens, targets, there = _worlds.padded(documents)
+    tokens, targets, is_token = _worlds.padded(documents)
 
     def nll_of(targets: np.ndarray) -> np.ndarray:
         each = [
@@ -69,7 +69,7 @@ def of_each(copies: Replicas, state: State, world: World) -> list[Row]:
         return _worlds.measure(copies, _worlds.one_peak(state), *each)[0]
 
     nll = nll_of(targets)
-    of_sentences = (nll * there).sum(-1) / there.sum(-1)
+    of_sentences = (nll * is_token).sum(-1) / is_token.sum(-1)
     rows: list[Row] = [
         {"perplexity": float(np.exp(mean)), "sentences": len(documents)}
         for mean in of_sentences.mean(-1)
@@ -77,7 +77,7 @@ def of_each(copies: Replicas, state: State, world: World) -> list[Row]:
     first = len(world.truth) - len(documents)
     places = [(question.subject - first, len(question.prompt))
               for question in world.questions["test"]]  # fmt: skip
-    marked = np.array([(row, place) for row, place in places if place + 1 < there[row].sum()])
+    marked = np.array([(row, place) for row, place in places if place + 1 < is_token[row].sum()])
     if not len(marked):
         return rows
     row, place = marked.T
@@ -85,17 +85,17 @@ def of_each(copies: Replicas, state: State, world: World) -> list[Row]:
     without[row, place] = targets[row, place + 1]
     gain = (nll_of(without) - nll)[:, row, place].mean(-1)
     return [
-        {**own, "marker_gain": float(more), "markers": len(marked)}
-        for own, more in zip(rows, gain, strict=True)
+        {**row, "marker_gain": float(more), "markers": len(marked)}
+        for row, more in zip(rows, gain, strict=True)
     ]
 
 
 def plot(rows: list[Row]) -> Figure:
     local = [{**row, "family": "local shuffle"} for row in rows
              if row["language"].startswith(("local", "control"))]  # fmt: skip
-    others = [row for row in rows if not row["language"].startswith("local")]
+    not_local = [row for row in rows if not row["language"].startswith("local")]
     return plots.curves(
-        [*local, *others], x="step", y="perplexity", by="language", panel="family",
+        [*local, *not_local], x="step", y="perplexity", by="language", panel="family",
         x_label="optimiser steps (steps)", y_label="test perplexity (per token)",
     )  # fmt: skip
 
@@ -107,21 +107,22 @@ def table(rows: list[Row]) -> list[Row]:
     for row in rows:
         if row["step"] == last:
             lines.setdefault(row["language"], []).append(row)
-    controls = {own[0]["family"]: own for own in reversed(lines.values())}  # each family's first
+    # The control of a family is the first of its languages.
+    controls = {group[0]["family"]: group for group in reversed(lines.values())}
     return [
         {
-            "family": own[0]["family"], "language": name, "seeds": len(own),
-            "perplexity": _worlds.over_seeds([row["perplexity"] for row in own]),
+            "family": group[0]["family"], "language": name, "seeds": len(group),
+            "perplexity": _worlds.over_seeds([row["perplexity"] for row in group]),
             "times its control": _worlds.over_seeds([
                 row["perplexity"] / control["perplexity"]
-                for row in own for control in controls[row["family"]]
+                for row in group for control in controls[row["family"]]
                 if control["seed"] == row["seed"]
             ]),
             "marker gain (nats)": _worlds.over_seeds([
-                row["marker_gain"] for row in own if "marker_gain" in row
+                row["marker_gain"] for row in group if "marker_gain" in row
             ]),
         }
-        for name, own in lines.items()
+        for name, group in lines.items()
     ]  # fmt: skip
 
 

@@ -100,16 +100,16 @@ def measures(
     """
     num_train, persons = people[0].num_train, range(people[0].people)
     encode = worlds[0].encode  # all have one vocabulary
-    texts = [own.biography(person, 0) for own in people for person in persons]
+    texts = [world.biography(person, 0) for world in people for person in persons]
     biographies = [encode(text.words) for text in texts]
     spans = np.array([[text.values[name] for name in ATTRIBUTES] for text in texts])
-    asked = [own.question(person, name) for own in people for person in persons
-             for name in ATTRIBUTES]  # fmt: skip
-    answers = [(len(q.prompt), len(q.prompt) + len(q.answer)) for q in asked]
-    told = right(copies, params, biographies, spans)
-    answered = right(copies, params, [encode(q.prompt + q.answer) for q in asked],
+    questions = [world.question(person, name) for world in people for person in persons
+                 for name in ATTRIBUTES]  # fmt: skip
+    answers = [(len(q.prompt), len(q.prompt) + len(q.answer)) for q in questions]
+    recited = right(copies, params, biographies, spans)
+    answered = right(copies, params, [encode(q.prompt + q.answer) for q in questions],
                      np.array(answers)[:, None])  # fmt: skip
-    groups = {BIOGRAPHIES: (told, persons), ASKED: (answered, persons[:num_train]),
+    groups = {BIOGRAPHIES: (recited, persons), ASKED: (answered, persons[:num_train]),
               HELD_OUT: (answered, persons[num_train:])}  # fmt: skip
     for measure, (kinds, group) in groups.items():
         exact, first = (kind.reshape(len(people), len(persons), -1)[:, group] for kind in kinds)
@@ -118,10 +118,11 @@ def measures(
                    "accuracy": float(exact[s, :, a].mean()),
                    "first_word": float(first[s, :, a].mean()),
                    "n": len(group)}  # fmt: skip
-    labels = np.stack([[own.labels[name] for name in LABELS] for own in people]).swapaxes(1, 2)
-    named = [encode((*own.name(person), END)) for own in people for person in persons]
-    before = [text[:first] for text, first in zip(biographies, spans[..., 0].min(1), strict=True)]
-    for probe, documents, rank in ((P_PROBE, before, P_RANK), (Q_PROBE, named, Q_RANK)):
+    labels = np.stack([[world.labels[name] for name in LABELS] for world in people]).swapaxes(1, 2)
+    names = [encode((*world.name(person), END)) for world in people for person in persons]
+    firsts = spans[..., 0].min(1)
+    prefixes = [text[:first] for text, first in zip(biographies, firsts, strict=True)]
+    for probe, documents, rank in ((P_PROBE, prefixes, P_RANK), (Q_PROBE, names, Q_RANK)):
         # The state behind the last word: a row has one token more than its document.
         tokens, _, _ = _worlds.padded([np.append(document, 0) for document in documents])
         places = np.array([len(document) for document in documents])

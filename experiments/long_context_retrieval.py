@@ -41,9 +41,9 @@ class Measured(NamedTuple):
 
     # Mean log-probabilities of its passages and of the other document's, nats per token; None: of
     # a policy that selects for the last token of a call alone, for which most tokens tell nothing.
-    own: Float[np.ndarray, " D"] | None
+    copied: Float[np.ndarray, " D"] | None
     control: Float[np.ndarray, " D"] | None
-    asked: Float[np.ndarray, "D 1 V"]  # log-probabilities of what follows each question
+    answers: Float[np.ndarray, "D 1 V"]  # log-probabilities of what follows each question
 
 
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
@@ -76,9 +76,9 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
                 stacks = {length: drawn(c, lm, length)}
             pair, digests = zip(*stacks[length][number : number + 2], strict=True)
             started = time.perf_counter()
-            both = [measure(model, own, other) for own, other in (pair, pair[::-1])]
+            measured = [measure(model, read, control) for read, control in (pair, pair[::-1])]
             seconds = (time.perf_counter() - started) / 2
-            for index, (mine, its) in enumerate(zip(both, both[::-1], strict=True)):
+            for index, (mine, its) in enumerate(zip(measured, measured[::-1], strict=True)):
                 for row in rows_of(c, model, pair[index], mine, its.control):
                     yield {
                         "model": c.model,
@@ -111,20 +111,21 @@ def drawn(c: ConfigDict, lm: LM, length: int) -> list[tuple[Haystack, str]]:
     ]  # fmt: skip
 
 
-def measure(lm: LM, own: Haystack, other: Haystack) -> Measured:
-    """Reads a document once and scores all that follows it."""
-    questions = margin.tails(own)
+def measure(lm: LM, document: Haystack, control: Haystack) -> Measured:
+    """Reads a document once and scores all that follows it: its passages, those of the control,
+    which it does not contain, and questions."""
+    questions = margin.tails(document)
     if _evals.last_only(lm):
-        (asked,) = log_probs_after(lm, own.tokens, [questions])
-        return Measured(None, None, asked)
-    passages, control = (copy_gain.tails(each, lm.tokenizer.encode) for each in (own, other))
-    copies = Tails(np.concatenate([passages.tokens, control.tokens]), copy_gain.COPIED)
-    copied, asked = log_probs_after(lm, own.tokens, [copies, questions])
-    depths = len(own.starts)
+        (answers,) = log_probs_after(lm, document.tokens, [questions])
+        return Measured(None, None, answers)
+    tails = [copy_gain.tails(each, lm.tokenizer.encode).tokens for each in (document, control)]
+    copies = Tails(np.concatenate(tails), copy_gain.COPIED)
+    copied, answers = log_probs_after(lm, document.tokens, [copies, questions])
+    depths = len(document.starts)
     return Measured(
-        copy_gain.log_prob(copied[:depths], own),
-        copy_gain.log_prob(copied[depths:], other),
-        asked,
+        copy_gain.log_prob(copied[:depths], document),
+        copy_gain.log_prob(copied[depths:], control),
+        answers,
     )
 
 
@@ -138,10 +139,10 @@ def rows_of(
     """One row of a document for the depths outside every window, and one for those inside."""
     length = len(document.tokens)
     far = length - document.starts > c.beyond
-    gain = None if mine.own is None or control is None else mine.own - control
+    gain = None if mine.copied is None or control is None else mine.copied - control
     for name, chosen in ((FAR, far), (NEAR, ~far)):
         if depths := int(chosen.sum()):
-            margins = margin.margins(mine.asked, document, chosen)
+            margins = margin.margins(mine.answers, document, chosen)
             yield {
                 "place": name,
                 "depths": depths,

@@ -81,8 +81,8 @@ def drawn(c: ConfigDict, lm: LM, number: int) -> Drawn:
     rounds = many_shot.drawn_examples(random, tools)
     examples = list(itertools.islice(rounds, max(c.rounds) * c.labels))
     of_first = {example.label: example.tool for example in examples[: c.labels]}
-    asked = [of_first[label] for label in range(c.labels)]
-    return Drawn(names[: c.labels], lead, firsts[: c.labels], examples, asked)
+    tools_asked = [of_first[label] for label in range(c.labels)]
+    return Drawn(names[: c.labels], lead, firsts[: c.labels], examples, tools_asked)
 
 
 def told_apart(lm: LM, names: Sequence[str]) -> tuple[list[str], list[int], list[int]]:
@@ -103,9 +103,9 @@ def measure(lm: LM, document: Drawn, rounds: int, order: many_shot.Order) -> Ite
     """A row for each quarter of the examples."""
     started, labels = time.perf_counter(), len(document.names)
     examples = many_shot.ordered(document.examples[: rounds * labels], order)
-    shown = many_shot.shown(examples, document.names)
+    shots = many_shot.shown(examples, document.names)
     prompts = [
-        np.append(lm.encode(shown + many_shot.question(tool))[0], document.lead).astype(np.int32)
+        np.append(lm.encode(shots + many_shot.question(tool))[0], document.lead).astype(np.int32)
         for tool in document.tools
     ]
     # [labels asked for, labels]
@@ -117,11 +117,15 @@ def measure(lm: LM, document: Drawn, rounds: int, order: many_shot.Order) -> Ite
     calibrated = (log_probs - preference).argmax(1) == np.arange(labels)
     place = {example.tool: index for index, example in enumerate(examples)}
     last = {example.label: index for index, example in enumerate(examples)}
-    asked = np.array([place[tool] for tool in document.tools]) * len(QUARTERS) // len(examples) + 1
-    answered = np.array([last[label] for label in answers]) * len(QUARTERS) // len(examples) + 1
+
+    def quarters_of(places: Sequence[int]) -> np.ndarray:
+        return np.array(places) * len(QUARTERS) // len(examples) + 1
+
+    relevant = quarters_of([place[tool] for tool in document.tools])
+    answered = quarters_of([last[label] for label in answers])
     seconds = (time.perf_counter() - started) / len(QUARTERS)
     for quarter in QUARTERS:
-        members = asked == quarter
+        members = relevant == quarter
         yield {
             "quarter": quarter,
             "labels": labels,

@@ -6,7 +6,7 @@ the longest answer that it will see.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,16 +68,8 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
 # --- Data -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Texts:
+class Texts(_seeds.DrawnRows):
     """Batches of texts that fill their row, counting on from a random number."""
-
-    length: int
-    rows: int
-    seed: int
-
-    def documents(self, step: int) -> Sequence[int]:
-        return range(step * self.rows, (step + 1) * self.rows)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         starts = np.random.default_rng((self.seed, step)).integers(0, NUMBERS, (self.rows, 1))
@@ -87,7 +79,7 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class Answers(Texts):
+class Answers(_seeds.DrawnRows):
     """Batches of requests with their answers of 1 to `longest` numbers, one of them a row.
 
     All characters of answers, and their ends, have weight 1; requests have none.

@@ -89,16 +89,8 @@ def documents(
     return content, values, places
 
 
-@dataclass(frozen=True)
-class Lookups:
+class Lookups(_seeds.DrawnRows):
     """Batches of documents, each with many questions about its facts and their answers."""
-
-    length: int
-    rows: int
-    seed: int
-
-    def documents(self, step: int) -> Sequence[int]:
-        return range(step * self.rows, (step + 1) * self.rows)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         random = np.random.default_rng((self.seed, TRAINING, step))
@@ -106,34 +98,34 @@ class Lookups:
         content, values, _ = documents(random, self.rows, self.length + 1 - 2 * count)
         keys = random.integers(0, KEYS, (self.rows, count))
         answers = VALUE + np.take_along_axis(values, keys, axis=1)
-        asked = np.stack([KEY + keys, answers], axis=2).reshape(self.rows, -1)
-        text = np.concatenate([content, asked], axis=1).astype(np.int32)
+        dialogue = np.stack([KEY + keys, answers], axis=2).reshape(self.rows, -1)
+        text = np.concatenate([content, dialogue], axis=1).astype(np.int32)
         counts = np.zeros(text.shape, np.float32)
         counts[:, content.shape[1] + 1 :: 2] = 1
         return {"tokens": text[:, :-1], "targets": text[:, 1:], "weights": counts[:, 1:]}
 
 
 def questions(
-    key: Sequence[int], count: int, *, short: int, long: int
+    seeds: Sequence[int], count: int, *, short: int, long: int
 ) -> tuple[list[Prompts], list[str]]:
     """Prompts of `long` and of `short` characters with one question each, and the right answers."""
-    random = np.random.default_rng(key)
+    random = np.random.default_rng(seeds)
     content, values, places = documents(random, count, long - 1)
     prompts, answers = [], []
-    for row, asked in enumerate(random.integers(0, KEYS, count)):
-        place = int(places[row, asked])
+    for row, key in enumerate(random.integers(0, KEYS, count)):
+        place = int(places[row, key])
         first, last = max(0, place - short + 2), min(place, long - short)
         start = int(random.integers(first, last + 1))
-        document, question = bytes(content[row].tolist()).decode(), chr(KEY + asked)
+        document, question = bytes(content[row].tolist()).decode(), chr(KEY + key)
         prompts.append(Prompts(document[start : start + short - 1] + question, document + question))
-        answers.append(chr(VALUE + values[row, asked]))
+        answers.append(chr(VALUE + values[row, key]))
     return prompts, answers
 
 
 def measured(c: ConfigDict, lm: LM, length: int) -> Row:
     """The share of questions answered after prompts of this length, and nats of right answers."""
-    key = c.seed, MEASURED, length
-    prompts, answers = questions(key, c.instances, short=KEYS, long=length)
+    seeds = c.seed, MEASURED, length
+    prompts, answers = questions(seeds, c.instances, short=KEYS, long=length)
     long, batch = [each.long for each in prompts], c.tuning.batch
     log_probs = np.concatenate([lm.next(long[i : i + batch]) for i in range(0, len(long), batch)])
     right = np.array([ord(answer) for answer in answers])
@@ -174,8 +166,8 @@ class Training:
         path, tuning = out / "answers.jsonl", self.c.tuning
 
         def prompts_of(_, length: int) -> list[Prompts]:
-            key = seed, TRAINING, length
-            return questions(key, tuning.prompts, short=self.c.length, long=length)[0]
+            seeds = seed, TRAINING, length
+            return questions(seeds, tuning.prompts, short=self.c.length, long=length)[0]
 
         *_, lm = rounds(
             lm, tuning.lengths, prompts_of=prompts_of, train=partial(self.train, seed),
@@ -184,10 +176,10 @@ class Training:
         )  # fmt: skip
         return lm
 
-    def train(self, seed: int, lm: LM, found: Sequence[AnswerPair], index: int) -> LM:
+    def train(self, seed: int, lm: LM, answers: Sequence[AnswerPair], index: int) -> LM:
         tuning = self.c.tuning
         # Half a character is no token of the answer that is meant.
-        made = [pair.tokens(lm.tokenizer.encode) for pair in found if pair.rejected.isascii()]
+        made = [pair.tokens(lm.tokenizer.encode) for pair in answers if pair.rejected.isascii()]
         if not made:
             return lm
         sizes = {"length": tuning.lengths[index], "reference_length": self.c.length}
@@ -226,12 +218,12 @@ def table(rows: list[Row]) -> list[Row]:
     """
     lines: dict[str, Row] = {}
     for column in ("score", "nats"):
-        ours = {(row["length"], row["seed"]): row[column] for row in rows
+        of_longpo = {(row["length"], row["seed"]): row[column] for row in rows
                 if row["method"] == "longpo"}  # fmt: skip
         above = [
-            {**row, "method": f"longpo above {row['method']}", column: ours[key] - row[column]}
+            {**row, "method": f"longpo above {row['method']}", column: of_longpo[key] - row[column]}
             for row in rows
-            if row["method"] != "longpo" and (key := (row["length"], row["seed"])) in ours
+            if row["method"] != "longpo" and (key := (row["length"], row["seed"])) in of_longpo
         ]
         for (method, length), value in _seeds.over_seeds(
             [*rows, *above], ("method", "length"), column

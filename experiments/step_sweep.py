@@ -8,13 +8,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from lminf.experiments import _corpus, _noise, _small
+from lminf.experiments import _collect, _corpus, _noise, _small
 from lminf.experiments._main import main
 from lminf.experiments._training import check_experts
 from lminf.experiments.step_law import BATCH, RATE, contours, explain
+from lminf.models import cost
 from lminf.run import plots, style
 from lminf.run.folder import Row, RunFolder
-from lminf.scaling import accounting, baselines, collect
+from lminf.scaling import accounting, baselines
 
 LAWS = ("step", "deepseek", "porian")
 
@@ -29,7 +30,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     study = _corpus.corpus(c.data.corpus)
     tokenizer = study.tokenizers([c.data.vocab])[c.data.vocab]
     shape = _small.shape_of(c, c.data.vocab)
-    n, active = _small.parameters(shape), _small.parameters(shape, active=True)
+    n, active = cost.block_parameters(shape), cost.block_parameters(shape, active=True)
     tokens, held_out = study.tokens(tokenizer)
     for measured in _small.train(c, shape, tokens, held_out, budgets=[c.tokens]):
         yield {
@@ -46,7 +47,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
 def planned(c: ConfigDict) -> Row:
     """What a cell costs: a row of its counts, FLOPs with attention as the law counts them."""
     shape = _small.shape_of(c, c.data.vocab)
-    n, active = _small.parameters(shape), _small.parameters(shape, active=True)
+    n, active = cost.block_parameters(shape), cost.block_parameters(shape, active=True)
     per_token = accounting.flops_per_token(
         active, layers=shape.num_layers, width=shape.width, seq_len=c.data.length
     )
@@ -257,7 +258,7 @@ def describe_change(base: tuple[str, list[Row]], change: tuple[str, list[Row]]) 
 def files(rows: list[Row]) -> dict[str, str]:
     """What stands beside the report: the table that `lminf scaling fit step` takes."""
     first = rows[0]["corpus"]
-    return {"table.csv": collect.step([row for row in rows if row["corpus"] == first])}
+    return {"table.csv": _collect.step([row for row in rows if row["corpus"] == first])}
 
 
 def plot(rows: list[Row]) -> Mapping[str, Figure]:

@@ -157,22 +157,22 @@ def table(rows: list[Row]) -> list[Row]:
     new tokens cost against the model without them.
     """
     lines = {(line["language"], line["tokens"], line["rows"]): line for line in summary(rows)}
-    shown = []
+    table_rows = []
     for (language, tokens, kind), line in lines.items():
-        other = lines.get(("other", tokens, kind))
-        if language != "target" or other is None:
+        control = lines.get(("other", tokens, kind))
+        if language != "target" or control is None:
             continue
-        shown.append({
+        table_rows.append({
             "new tokens": tokens,
             "rows": kind,
             "documents": len(of_documents(line["group"])),
             "characters a token": f"{line['characters_per_token']:.2f}",
             "bits/character": score.value_text(line["bits"]),
             "above the model without": above(line, lines["target", 0, NONE]),
-            "other language": score.value_text(other["bits"]),
-            "other, above": above(other, lines["other", 0, NONE]),
+            "other language": score.value_text(control["bits"]),
+            "other, above": above(control, lines["other", 0, NONE]),
         })  # fmt: skip
-    return shown
+    return table_rows
 
 
 def above(line: Row, base: Row) -> str | None:

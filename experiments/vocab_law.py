@@ -131,9 +131,7 @@ def without_a_run(table: VocabTable, n_nv: float) -> Iterator[Row]:
     """V at n_nv by approach 1, without interpolation, when each run is left out in turn."""
     for run in np.unique(table.run):
         out = table.run == run
-        law = IsoflopFit(densify="none").fit(
-            table.select(~out), fertility=fertilities.PUBLISHED, draws=0
-        )
+        law = scaling.fit(IsoflopFit(densify="none"), table.select(~out), draws=0)
         yield {
             "part": "leave one run out", "n_nv": n_nv, "left_out_n_nv": float(table.n_nv[out][0]),
             "left_out_vocab": float(table.vocab_size[out][0]),
@@ -231,7 +229,7 @@ def choice_row(
     """V at n_nv by one procedure, and its exponent; a note where it has none."""
     row = {"choice": name, "vocab": None, "exponent": None, "note": ""}
     try:
-        law = procedure.fit(table, fertility=fertility, draws=0)
+        law = scaling.fit(procedure, table, fertility=fertility, draws=0)
         for key in ("alpha_nv", "gamma", "alpha2"):
             if key in law.constants:
                 row["exponent"] = law.constants[key]

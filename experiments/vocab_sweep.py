@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from scipy import linalg, optimize
 
 from lminf.errors import InputError
-from lminf.experiments import _corpus, _noise, _small
+from lminf.experiments import _collect, _corpus, _noise, _small
 from lminf.experiments._main import main
 from lminf.experiments._optima import (
     NEAR,
@@ -19,9 +19,10 @@ from lminf.experiments._optima import (
     curve,
     optima_of,
 )
+from lminf.models import cost
 from lminf.run import plots, style
 from lminf.run.folder import Row, RunFolder
-from lminf.scaling import accounting, collect, losses, published, vocab_derivative
+from lminf.scaling import accounting, losses, published, vocab_derivative
 from lminf.scaling.fertility import PUBLISHED, Fertility
 
 METRICS = {"loss_u": "L_u (nats/token)", "bits_per_character": "bits per character"}
@@ -50,7 +51,8 @@ def check(c: ConfigDict, given: Collection[str]) -> None:
 
 def budgets_in_tokens(c: ConfigDict) -> list[int]:
     shape = _small.shape_of(c, c.data.vocab)
-    per_token = accounting.training_flops(_small.parameters(shape), c.data.vocab * shape.width, 1)
+    n_nv, n_v = cost.block_parameters(shape), c.data.vocab * shape.width
+    per_token = accounting.training_flops(n_nv, n_v, 1)
     return [int(flops / per_token) for flops in c.budgets]
 
 
@@ -64,7 +66,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
         c = c.copy_and_resolve_references()
         c.data.length = max(2, round(c.data.characters * fertility))
     shape = _small.shape_of(c, c.data.vocab)
-    n_nv, n_v = _small.parameters(shape), c.data.vocab * shape.width
+    n_nv, n_v = cost.block_parameters(shape), c.data.vocab * shape.width
     budgets = budgets_in_tokens(c)
     for measured in _small.train(c, shape, tokens, held_out, budgets=budgets):
         loss = float(measured.nll.mean())
@@ -85,7 +87,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
 def planned(c: ConfigDict) -> Row:
     """What a cell costs: a row of its counts, FLOPs as the law counts them, without attention."""
     shape = _small.shape_of(c, c.data.vocab)
-    n_nv, n_v = _small.parameters(shape), c.data.vocab * shape.width
+    n_nv, n_v = cost.block_parameters(shape), c.data.vocab * shape.width
     # The branches, and the trunk up to the last of them.
     trained = c.decay * sum(c.budgets) + (1 - c.decay) * max(c.budgets)
     per_token = 6 * (n_nv + n_v)
@@ -153,24 +155,24 @@ def findings(rows: list[Row]) -> str:
         "resamples of whole runs.",
     ]
     for metric, label in METRICS.items():
-        found = optima_of(rows, metric)
+        by_budget = optima_of(rows, metric)
         lines += [
             f"N_nv = {one.n_nv:,}, {one.budget:.0e} FLOPs, {label}: "
             f"{_noise.describe_minimum(one.by_size, 'V')}"
-            for one in found
+            for one in by_budget
         ]
-        lines += [describe_methods(found, label), describe_shift(found, label)]
+        lines += [describe_methods(by_budget, label), describe_shift(by_budget, label)]
         if metric == "loss_u":
-            lines.append(describe_law(rows, found))
+            lines.append(describe_law(rows, by_budget))
     return "\n\n".join(filter(None, [*lines, describe_rates(rows)]))
 
 
-def describe_methods(found: Sequence[Optimum], label: str) -> str:
+def describe_methods(optima: Sequence[Optimum], label: str) -> str:
     """What the choice of a method moves, beside what the sample of runs does."""
-    claimed = [one for one in found if one.bracketed]
+    claimed = [one for one in optima if one.bracketed]
     text = (
         f"By {label} the optimum is told apart from sizes on both sides at {len(claimed)} of "
-        f"{len(found)} budgets of a shape"
+        f"{len(optima)} budgets of a shape"
     )
     fitted = [one for one in claimed if one.surface and one.interval]
     if not fitted:
@@ -189,9 +191,9 @@ def describe_methods(found: Sequence[Optimum], label: str) -> str:
     )
 
 
-def describe_shift(found: Sequence[Optimum], label: str) -> str:
+def describe_shift(optima: Sequence[Optimum], label: str) -> str:
     """Whether the optimum moves with budget and shape: exponents over draws of the surface."""
-    claimed = [one for one in found if one.bracketed and one.interval]
+    claimed = [one for one in optima if one.bracketed and one.interval]
     design = np.array([[1, np.log(one.budget), np.log(one.n_nv)] for one in claimed])
     if len(claimed) < 3 or np.linalg.matrix_rank(design) < 3:
         return f"By {label} too few budgets and shapes have an optimum to say how it moves."
@@ -210,21 +212,21 @@ def describe_shift(found: Sequence[Optimum], label: str) -> str:
     )
 
 
-def describe_law(rows: list[Row], found: Sequence[Optimum]) -> str:
+def describe_law(rows: list[Row], optima: Sequence[Optimum]) -> str:
     """The published law's optima beside these, and what part the tokenizers have in it."""
-    claimed = [(one, one.surface or one.parabola[0]) for one in found if one.bracketed]
+    claimed = [(one, one.surface or one.parabola[0]) for one in optima if one.bracketed]
     ratios = [v / published_optimum(rows, one.n_nv, one.budget) for one, v in claimed if v]
-    ours = collect.fertility(rows)
-    if not ratios or len(ours.constants) < 8:
+    measured_fertility = _collect.fertility(rows)
+    if not ratios or len(measured_fertility.constants) < 8:
         return ""
     law_range = published.ISOFLOP.fitted_range
-    sizes, measured = np.array(ours.constants).reshape(-1, 2).T
+    sizes, measured = np.array(measured_fertility.constants).reshape(-1, 2).T
     fitted, _ = optimize.curve_fit(lambda v, k, g, f0: k * v**-g + f0, sizes, measured,
                                    p0=(10.0, 0.5, 0.2))  # fmt: skip
-    smooth = Fertility("fitted", "powerlaw", tuple(fitted), ours.fitted_range, np.inf)
+    smooth = Fertility("fitted", "powerlaw", tuple(fitted), measured_fertility.fitted_range, np.inf)
     width = next(row["width"] for row in rows if row["n_nv"] == claimed[-1][0].n_nv)
     n_nv = claimed[-1][0].n_nv
-    theirs, here = (
+    by_published, by_measured = (
         float(vocab_derivative.flops_root(n_nv, width=width, fertility=f)[0])
         for f in (PUBLISHED, smooth)
     )
@@ -236,7 +238,8 @@ def describe_law(rows: list[Row], found: Sequence[Optimum]) -> str:
         f"fertility is not that of these tokenizers either: at V = {sizes[0]:.0f} it has "
         f"{float(PUBLISHED.tokens_per_character(sizes[0])):.2f} tokens per character, measured are "
         f"{measured[0]:.2f}. What fertility alone decides, the V of least FLOPs for a fixed text, "
-        f"is at N_nv = {n_nv:,} {theirs:,.0f} by the published one and {here:,.0f} by ours."
+        f"is at N_nv = {n_nv:,} {by_published:,.0f} by the published one and {by_measured:,.0f} by "
+        "ours."
     )
 
 
@@ -258,7 +261,7 @@ def describe_rates(rows: list[Row]) -> str:
         for rates in several.values()
     ]
     middles = [np.log2(sorted(rates)[1]) for rates in several.values()]
-    off = [v[0] - at for v, at in zip(vertices, middles, strict=True) if v is not None]
+    off = [v[0] - middle for v, middle in zip(vertices, middles, strict=True) if v is not None]
     text = f"At {inside} of {len(several)} shapes and sizes where three rates were tried the middle"
     if not off:
         return f"{text} one, which all sizes have, is the best."
@@ -278,38 +281,38 @@ LOSSES = {"loss_u": "L_u (nats/token)", "bits_per_character": "loss (bits/charac
 
 def bowls(rows: list[Row], metric: str) -> Figure:
     """Every seed's loss at its size's best rate."""
-    shown = []
+    points = []
     for n_nv, budget in budgets_of(rows):
         by_size = curve(rows, n_nv, budget, metric)
-        shown += [
+        points += [
             {"vocab": int(size), "loss": value, "budget": f"{style.power(budget)} FLOPs",
              "shape": f"N = {n_nv:,}"}
             for size, values in zip(by_size.x, by_size.values, strict=True)
             for value in values
         ]  # fmt: skip
     return plots.curves(
-        shown, x="vocab", y="loss", by="budget", panel="shape", log_x=True,
+        points, x="vocab", y="loss", by="budget", panel="shape", log_x=True,
         x_label="vocabulary (entries)", y_label=LOSSES[metric],
     )  # fmt: skip
 
 
 def optima(rows: list[Row]) -> Figure:
     """The optima that sizes on both sides are told apart from, beside the published law."""
-    shown = []
+    points = []
     for metric, label in METRICS.items():
         for one in optima_of(rows, metric):
             best = one.surface or one.parabola[0]
             low, high = one.interval or one.parabola[1:]
             if best and one.bracketed:
-                shown.append({"by": f"least {label.partition(' (')[0]}", "flops": one.budget,
+                points.append({"by": f"least {label.partition(' (')[0]}", "flops": one.budget,
                               "vocab": best, "low": low, "high": high,
                               "shape": f"N = {one.n_nv:,}"})  # fmt: skip
     for n_nv, budget in budgets_of(rows):
-        shown.append({"by": "published law,\nfar below its range", "flops": budget,
+        points.append({"by": "published law,\nfar below its range", "flops": budget,
                       "vocab": published_optimum(rows, n_nv, budget),
                       "shape": f"N = {n_nv:,}"})  # fmt: skip
     return plots.curves(
-        shown, x="flops", y="vocab", by="by", panel="shape", log_x=True, log_y=True,
+        points, x="flops", y="vocab", by="by", panel="shape", log_x=True, log_y=True,
         interval=("low", "high"), x_label="training compute (FLOPs)",
         y_label="best vocabulary (entries)",
     )  # fmt: skip
@@ -318,8 +321,8 @@ def optima(rows: list[Row]) -> Figure:
 def files(rows: list[Row]) -> dict[str, str]:
     """What stands beside the report: the table that `lminf scaling fit vocab` takes, and the
     tokens per character of its tokenizers."""
-    measured = json.dumps(collect.fertility(rows).to_json(), indent=2) + "\n"
-    return {"table.csv": collect.vocab(rows), "table.fertility.json": measured}
+    measured = json.dumps(_collect.fertility(rows).to_json(), indent=2) + "\n"
+    return {"table.csv": _collect.vocab(rows), "table.fertility.json": measured}
 
 
 if __name__ == "__main__":

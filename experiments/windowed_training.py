@@ -20,6 +20,7 @@ from lminf.config import from_config, parse_choice
 from lminf.data import sources, windows
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
+from lminf.evals import score
 from lminf.experiments import _policy_training, _seeds
 from lminf.experiments._main import main
 from lminf.experiments._policy_training import Training
@@ -66,12 +67,12 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
 
 def finished(rows: Sequence[Row], study: "Study") -> set[tuple[str, int]]:
     """(training policy, seed) of the models whose every reading is there."""
-    found: dict[tuple[str, int], int] = {}
+    counts: dict[tuple[str, int], int] = {}
     for row in rows:
         if row["part"] == "position":
             key = row["trained"], row["seed"]
-            found[key] = found.get(key, 0) + 1
-    return {key for key, count in found.items() if count == len(study.expected(key[0]))}
+            counts[key] = counts.get(key, 0) + 1
+    return {key for key, count in counts.items() if count == len(study.expected(key[0]))}
 
 
 class Study:
@@ -81,11 +82,11 @@ class Study:
         self.c, self.long = c, c.length * c.times
         parsed = [parse_policy(text) for text in c.policies]
         self.trained = {policy.name: self.program(policy) for policy in parsed}
-        whole = self.trained[FULL.name]
-        others = dict.fromkeys([*parsed, *map(parse_policy, c.read_policies)])
-        self.readers = {policy.name: self.attending(whole, policy) for policy in others}
+        in_full = self.trained[FULL.name]
+        read_with = dict.fromkeys([*parsed, *map(parse_policy, c.read_policies)])
+        self.readers = {policy.name: self.attending(in_full, policy) for policy in read_with}
         for text in c.read_scalings:
-            self.readers[text] = self.scaled(whole, text)
+            self.readers[text] = self.scaled(in_full, text)
         tokens = np.asarray(ByteTokenizer().encode(sources.text_of(c.text)))
         self.text, held_out = np.split(tokens, [round(len(tokens) * (1 - c.held_out))])
         at_once = c.batch * c.length // self.long
@@ -217,12 +218,12 @@ class Study:
 
 def losses(rows: Sequence[Row]) -> dict[tuple[str, str], dict[int, dict[int, Row]]]:
     """(trained, read) -> start of the block -> seed -> row."""
-    found: dict[tuple[str, str], dict[int, dict[int, Row]]] = {}
+    by_pair: dict[tuple[str, str], dict[int, dict[int, Row]]] = {}
     for row in rows:
         if row["part"] == "position":
-            blocks = found.setdefault((row["trained"], row["read"]), {})
+            blocks = by_pair.setdefault((row["trained"], row["read"]), {})
             blocks.setdefault(row["start"], {})[row["seed"]] = row
-    return found
+    return by_pair
 
 
 def table(rows: list[Row]) -> list[Row]:
@@ -230,8 +231,8 @@ def table(rows: list[Row]) -> list[Row]:
     above that of re-reading, and of the model trained in full and read alike, by the same seeds;
     and of trainings their speed and memory.
     """
-    found, lines = losses(rows), []
-    for (trained, read), blocks in found.items():
+    by_pair, lines = losses(rows), []
+    for (trained, read), blocks in by_pair.items():
         first, last = (list(blocks[start].values()) for start in (min(blocks), max(blocks)))
         line: Row = {"trained with": trained, "read with": read}
         for block in (first, last):
@@ -241,7 +242,7 @@ def table(rows: list[Row]) -> list[Row]:
             ("last, above re-reading", (FULL.name, REREAD)),
             ("last, above trained in full", (FULL.name, read)),
         ):
-            against = found.get(base, {}).get(max(blocks), {})
+            against = by_pair.get(base, {}).get(max(blocks), {})
             paired = [row["loss"] - against[row["seed"]]["loss"] for row in last
                       if row["seed"] in against and base != (trained, read)]  # fmt: skip
             line[column] = _seeds.interval_text(paired) if paired else None
@@ -249,8 +250,8 @@ def table(rows: list[Row]) -> list[Row]:
         lines.append(line)
     for row in rows:
         if row["part"] == "speed":
-            own = {"trained with": row["trained"], "read with": row["trained"]}
-            line = next(line for line in lines if own.items() <= line.items())
+            reading = {"trained with": row["trained"], "read with": row["trained"]}
+            line = next(line for line in lines if reading.items() <= line.items())
             line[f"training tokens/s, rows of {row['length']:,}"] = round(row["tokens_per_second"])
             line[f"peak MB, rows of {row['length']:,}"] = row["peak_bytes"] / 1e6
     return lines
@@ -258,11 +259,11 @@ def table(rows: list[Row]) -> list[Row]:
 
 def plot(rows: list[Row]) -> Mapping[str, Figure]:
     """Losses by position read without a window, and those with one above re-reading."""
-    found = losses(rows)
-    base = found.get((FULL.name, REREAD), {})
+    by_pair = losses(rows)
+    base = by_pair.get((FULL.name, REREAD), {})
     loss: list[Row] = []
     above: list[Row] = []
-    for (trained, read), blocks in found.items():
+    for (trained, read), blocks in by_pair.items():
         far = any(row["attended"] == row["stop"] for row in blocks[max(blocks)].values())
         for start, seeds in blocks.items():
             line: Row = {"read": read, "stop": next(iter(seeds.values()))["stop"]}
@@ -290,10 +291,8 @@ def plot(rows: list[Row]) -> Mapping[str, Figure]:
 
 
 def point(values: Sequence[float]) -> Row:
-    found = _seeds.interval(values)
-    if len(values) < 2:
-        return {"value": found.mean}
-    return {"value": found.mean, "low": found.low, "high": found.high}
+    interval = _seeds.interval(values)
+    return {"value": interval.mean, **score.ends(interval)}
 
 
 if __name__ == "__main__":

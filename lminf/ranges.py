@@ -130,7 +130,7 @@ def _outside(value: Any, hint: Any, stated: Range) -> str | None:
 
 def _outside_all(value: Any, members: tuple[Any, ...]) -> str | None:
     """What the first member of a union with a range wants; None if another member fits."""
-    wanted = None
+    expectation = None
     for member in members:
         origin = typing.get_origin(member)
         if origin is Literal:
@@ -143,5 +143,5 @@ def _outside_all(value: Any, members: tuple[Any, ...]) -> str | None:
             fits = _problem(value, member) is None
         if fits:
             return None
-        wanted = wanted or _problem(value, member)
-    return wanted
+        expectation = expectation or _problem(value, member)
+    return expectation

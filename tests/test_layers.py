@@ -42,7 +42,7 @@ LAYERS = {
     "lminf.objectives": MODELS,
     "lminf.surgery": MODELS,
     "lminf.parallel": MODELS | {"lminf.objectives"},
-    "lminf.scaling": BASE | {"lminf.models.spec"},
+    "lminf.scaling": BASE,
     "lminf.train": TRAIN,
     "lminf.data": BASE,
     "lminf.checkpoints": TRAIN | DATA,

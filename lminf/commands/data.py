@@ -46,7 +46,9 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = named_tokenizer(args.tokenizer) if args.tokenizer else None
     corpora = corpus.open_corpora(args.paths, tokenizer)
     first = np.cumsum([0, *(summary.tokens for summary in corpora)])
-    ends = np.concatenate([summary.ends + at for summary, at in zip(corpora, first, strict=False)])
+    ends = np.concatenate(
+        [summary.ends + start for summary, start in zip(corpora, first, strict=False)]
+    )
     facts = [
         {"tokens": summary.tokens, "documents": len(summary.ends), **_facts(summary)}
         for summary in corpora
@@ -66,8 +68,8 @@ def run(args: argparse.Namespace) -> None:
     ))  # fmt: skip
 
 
-def _facts(found: TokenStore) -> dict[str, Any]:
-    facts = found.facts
+def _facts(tokens: TokenStore) -> dict[str, Any]:
+    facts = tokens.facts
     if facts is None:
         return {}
     return {

@@ -57,10 +57,11 @@ def run(args: argparse.Namespace) -> None:
             expanded.spec, expanded.params, expanded.tokenizer, args.model, policy
         ),
     )
-    before, after = (
+    tokens_before, tokens_after = (
         np.mean([len(each.tokenizer.encode(text)) for text in texts]) for each in (lm, expanded)
     )
     added = expanded.tokenizer.vocab_size - lm.tokenizer.vocab_size
     print(
-        f"{args.out}: {added:,} tokens more; a text has {after:,.1f} tokens, {before:,.1f} before"
+        f"{args.out}: {added:,} tokens more; a text has {tokens_after:,.1f} tokens, "
+        f"{tokens_before:,.1f} before"
     )

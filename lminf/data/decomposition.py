@@ -120,14 +120,14 @@ class Decomposition:
 
 
 def cut(
-    found: Documents, *, shortest: int, longest: int, beyond: str, seed: int
+    corpus: Documents, *, shortest: int, longest: int, beyond: str, seed: int
 ) -> dict[int, Int[np.ndarray, " N"]]:
     """k -> where pieces of 2^k + 1 tokens begin, in the order of the corpus.
 
     Pieces of a document are disjoint and follow one another from its beginning; fewer than
     2^shortest + 1 tokens of its end are left out.
     """
-    start, left = found.starts.copy(), found.ends - found.starts
+    start, left = corpus.starts.copy(), corpus.ends - corpus.starts
     starts: dict[int, list[np.ndarray]] = {k: [] for k in range(shortest, longest + 1)}
     if beyond == "draw":
         lengths = np.arange(shortest, longest + 1)

@@ -174,8 +174,8 @@ class Loader:
         ):
             begin, end = np.maximum(starts, first), np.minimum(starts + sizes, last)
             inside = np.flatnonzero(begin < end)
-            found = store.read((begin - first)[inside].tolist(), (end - begin)[inside].tolist())
-            for index, part in zip(inside.tolist(), found, strict=True):
+            spans = store.read((begin - first)[inside].tolist(), (end - begin)[inside].tolist())
+            for index, part in zip(inside.tolist(), spans, strict=True):
                 parts[index].append(part)
         return [part for of_piece in parts for part in of_piece]
 

@@ -57,9 +57,9 @@ def ragged(counts: Int[np.ndarray, " N"]) -> tuple[np.ndarray, np.ndarray]:
 class Concatenated:
     """The inputs of all documents one after another, cut into rows; the last row may be short."""
 
-    def __init__(self, found: Documents, *, length: int):
-        self._starts = found.starts
-        self._until = np.cumsum(np.maximum(found.ends - found.starts - 1, 0))  # inputs
+    def __init__(self, corpus: Documents, *, length: int):
+        self._starts = corpus.starts
+        self._until = np.cumsum(np.maximum(corpus.ends - corpus.starts - 1, 0))  # inputs
         self.length = length
         self.inputs = int(self._until[-1]) if len(self._until) else 0
         self.count = -(-self.inputs // length)
@@ -72,11 +72,13 @@ class Concatenated:
         last = np.searchsorted(self._until, end, side="left")
         row, place = ragged(last - first + 1)
         document = first[row] + place
-        before = self._until[document - 1] * (document > 0)
-        begin, end = np.maximum(begin[row], before), np.minimum(end[row], self._until[document])
-        some = end > begin  # documents of one token have no input
-        start = self._starts[document] + begin - before
-        return Spans(len(rows), self.length, filled[row][some], start[some], (end - begin)[some])
+        origin = self._until[document - 1] * (document > 0)
+        begin, end = np.maximum(begin[row], origin), np.minimum(end[row], self._until[document])
+        filling = end > begin  # documents of one token have no input
+        start = self._starts[document] + begin - origin
+        return Spans(
+            len(rows), self.length, filled[row][filling], start[filling], (end - begin)[filling]
+        )
 
 
 class BestFit:
@@ -87,9 +89,9 @@ class BestFit:
     Source: Ding et al. 2024, "Fewer truncations improve language modeling", arXiv:2404.10830.
     """
 
-    def __init__(self, found: Documents, *, length: int):
-        inputs = np.maximum(found.ends - found.starts - 1, 0)
-        self._starts, self.length = found.starts, length
+    def __init__(self, corpus: Documents, *, length: int):
+        inputs = np.maximum(corpus.ends - corpus.starts - 1, 0)
+        self._starts, self.length = corpus.starts, length
         self._whole_until = np.cumsum(inputs // length)
         self._whole = int(self._whole_until[-1]) if len(inputs) else 0
         self._rest = inputs % length
@@ -115,10 +117,10 @@ class BestFit:
         self.count = int(self._rows_until[-1]) if groups else self._whole
 
     def spans(self, rows: Int[np.ndarray, " R"]) -> Spans:
-        whole = np.flatnonzero((rows >= 0) & (rows < self._whole))
-        document = np.searchsorted(self._whole_until, rows[whole], side="right")
-        before = self._whole_until[document - 1] * (document > 0)
-        starts = self._starts[document] + (rows[whole] - before) * self.length
+        uncut = np.flatnonzero((rows >= 0) & (rows < self._whole))
+        document = np.searchsorted(self._whole_until, rows[uncut], side="right")
+        origin = self._whole_until[document - 1] * (document > 0)
+        starts = self._starts[document] + (rows[uncut] - origin) * self.length
 
         packed = np.flatnonzero(rows >= self._whole)
         group = np.searchsorted(self._rows_until, rows[packed], side="right")
@@ -130,9 +132,9 @@ class BestFit:
         cut = self._whole_until[rest_of] - self._whole_until[rest_of - 1] * (rest_of > 0)
         rest_starts = self._starts[rest_of] + cut * self.length
 
-        row = np.concatenate([whole, packed[row]])
+        row = np.concatenate([uncut, packed[row]])
         start = np.concatenate([starts, rest_starts])
-        size = np.concatenate([np.full(len(whole), self.length), self._rest[rest_of]])
+        size = np.concatenate([np.full(len(uncut), self.length), self._rest[rest_of]])
         order = np.argsort(row, kind="stable")
         return Spans(len(rows), self.length, row[order], start[order], size[order])
 

@@ -71,8 +71,8 @@ class Places:
 
     document_mask = padded = False
 
-    def __init__(self, found: Documents, *, length: int, rows: int, seed: int):
-        self._tokens = int(found.ends[-1])
+    def __init__(self, corpus: Documents, *, length: int, rows: int, seed: int):
+        self._tokens = int(corpus.ends[-1])
         if self._tokens <= length:
             raise InputError(
                 f"{self._tokens} tokens cannot fill a row of {length} and the token after it; "
@@ -81,7 +81,7 @@ class Places:
         self._length, self._rows, self._seed = length, rows, seed
         self.shapes = ((rows, length),)
         self.steps = self._tokens / (rows * length)  # as many tokens as there are
-        layout = Concatenated(Documents(found.starts[:1], found.ends[-1:]), length=length)
+        layout = Concatenated(Documents(corpus.starts[:1], corpus.ends[-1:]), length=length)
         self.taken = (Selection(layout, layout.count),)
 
     def at(self, step: int) -> Spans:
@@ -97,10 +97,10 @@ class Concat:
 
     documents: Literal["joined", "apart"] = "joined"
 
-    def layout(self, found: Documents, length: int) -> Layout:
+    def layout(self, corpus: Documents, length: int) -> Layout:
         if self.documents == "apart":
-            return Concatenated(found, length=length)
-        joined = Documents(found.starts[:1], found.ends[-1:])  # as if it were one document
+            return Concatenated(corpus, length=length)
+        joined = Documents(corpus.starts[:1], corpus.ends[-1:])  # as if it were one document
         return Concatenated(joined, length=length)
 
     def schedule(
@@ -119,8 +119,8 @@ class BestFit:
     def documents(self) -> str:
         return "apart"
 
-    def layout(self, found: Documents, length: int) -> Layout:
-        return BestFitLayout(found, length=length)
+    def layout(self, corpus: Documents, length: int) -> Layout:
+        return BestFitLayout(corpus, length=length)
 
     def schedule(
         self, corpora: Sequence[Documents], *, length: int, rows: int, seed: int
@@ -211,14 +211,14 @@ class RowSchedule:
 
     def at(self, step: int) -> Spans:
         part, index = self._places(step * self._rows + np.arange(self._rows))
-        found = []
+        spans = []
         for number, layout in enumerate(self._parts):
-            at = np.flatnonzero(part == number)
-            rows = epochs(index[at], layout.count, seed=(self._seed, 1, number))
+            of_part = np.flatnonzero(part == number)
+            rows = epochs(index[of_part], layout.count, seed=(self._seed, 1, number))
             pieces = layout.spans(rows)
-            found.append(pieces._replace(row=at[pieces.row]))
+            spans.append(pieces._replace(row=of_part[pieces.row]))
         row, start, size = (
-            np.concatenate([getattr(p, name) for p in found]) for name in ("row", "start", "size")
+            np.concatenate([getattr(p, name) for p in spans]) for name in ("row", "start", "size")
         )
         order = np.argsort(row, kind="stable")
         return Spans(self._rows, self._length, row[order], start[order], size[order])

@@ -61,8 +61,8 @@ class Query:
     @property
     def digest(self) -> str:
         """Of all that it holds."""
-        held = (self.text, *self.original, *self.changed, *self.documents.items())
-        parts = (sorted(each) if isinstance(each, frozenset) else each for each in held)
+        fields = (self.text, *self.original, *self.changed, *self.documents.items())
+        parts = (sorted(each) if isinstance(each, frozenset) else each for each in fields)
         return hashlib.sha256(repr(list(parts)).encode()).hexdigest()[:16]
 
 
@@ -94,8 +94,8 @@ def evaluate(rank: Ranker, queries: Sequence[Query]) -> Result:
 
 def measure(rank: Ranker, query: Query) -> Measured:
     """Ranks the documents of a query under both instructions."""
-    both = query.original, query.changed
-    original, changed = (_ranking(rank, query, instruction) for instruction in both)
+    instructions = query.original, query.changed
+    original, changed = (_ranking(rank, query, instruction) for instruction in instructions)
     falls = [
         metrics.paired_mrr(original.index(each) + 1, changed.index(each) + 1)
         for each in query.ruled_out
@@ -103,7 +103,7 @@ def measure(rank: Ranker, query: Query) -> Measured:
     precisions = [
         metrics.average_precision(ranking[:DEEPEST], instruction.relevant)
         if instruction.relevant else None
-        for ranking, instruction in zip((original, changed), both, strict=True)
+        for ranking, instruction in zip((original, changed), instructions, strict=True)
     ]  # fmt: skip
     return Measured(sum(falls) / len(falls) if falls else None, *precisions)
 

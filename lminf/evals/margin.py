@@ -31,14 +31,14 @@ def tails(haystack: Haystack) -> Tails:
 
 
 def margins(
-    log_probs: Float[np.ndarray, "D 1 V"], haystack: Haystack, asked: Bool[np.ndarray, " D"]
+    log_probs: Float[np.ndarray, "D 1 V"], haystack: Haystack, chosen: Bool[np.ndarray, " D"]
 ) -> Margins:
-    """Of the questions that are `asked`, from the log-probabilities of what follows all of them.
+    """Of the questions that are `chosen`, from the log-probabilities of what follows all of them.
     The other values are those of these questions: of values that a policy forgot and others that
     it sees, it would prefer the latter, and a forgotten one would have a negative margin.
     """
-    logs = log_probs[asked, 0].astype(np.float64)
-    present, absent = logs[:, haystack.values[asked]], logs[:, haystack.absent]  # [Q, values]
+    logs = log_probs[chosen, 0].astype(np.float64)
+    present, absent = logs[:, haystack.values[chosen]], logs[:, haystack.absent]  # [Q, values]
     right, wrong_count = np.diag(present), len(present) - 1
     return Margins(
         right - absent.mean(1),

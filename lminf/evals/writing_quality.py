@@ -49,17 +49,17 @@ def parse_ratings(reply: str) -> dict[str, int]:
     """
     start = reply.find("{")
     try:
-        found, _ = json.JSONDecoder().raw_decode(reply[max(start, 0) :])
+        ratings, _ = json.JSONDecoder().raw_decode(reply[max(start, 0) :])
     except (ValueError, RecursionError) as error:
         raise _refused("holds no JSON object", reply) from error
-    if not isinstance(found, dict):
+    if not isinstance(ratings, dict):
         raise _refused("holds no JSON object", reply)
     for side in SIDES:
-        if side not in found:
+        if side not in ratings:
             raise _refused(f"has no rating of {side!r}", reply)
-        if type(found[side]) is not int or not 1 <= found[side] <= 5:
-            raise _refused(f"rates {side!r} as {found[side]!r}, not 1 to 5", reply)
-    return {side: found[side] for side in SIDES}
+        if type(ratings[side]) is not int or not 1 <= ratings[side] <= 5:
+            raise _refused(f"rates {side!r} as {ratings[side]!r}, not 1 to 5", reply)
+    return {side: ratings[side] for side in SIDES}
 
 
 def _refused(problem: str, reply: str) -> InputError:

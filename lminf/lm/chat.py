@@ -59,12 +59,12 @@ class ChatModel:
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[Score]:
         """Of each continuation as what the assistant goes on with."""
-        own = {prompt: self.encode(prompt) for prompt in prompts}
+        encoded = {prompt: self.encode(prompt) for prompt in prompts}
         pairs = []
         for prompt, continuation in zip(prompts, continuations, strict=True):
             tokens = self.encode(prompt, continuation)
-            check_apart(own[prompt], tokens, prompt, continuation)
-            pairs.append((tokens, len(own[prompt])))
+            check_apart(encoded[prompt], tokens, prompt, continuation)
+            pairs.append((tokens, len(encoded[prompt])))
         return self.model.score_pairs(prompts, pairs)
 
     def next(self, prompts: Sequence[str]) -> Float32[np.ndarray, "B V"]:

@@ -33,19 +33,28 @@ def active_parameters(spec: ModelSpec) -> int:
     return parameters(spec) - (spec.num_layers - spec.moe.dense_layers) * idle * each
 
 
+def block_parameters(spec: ModelSpec, *, active: bool = False) -> int:
+    """N of the scaling laws: weights of attention and MLPs alone, without norms, biases, routers
+    and the vocabulary's. `active`: of the experts, those that one token goes to.
+    """
+    attention = spec.width * spec.head_dim * 2 * (spec.num_heads + spec.num_kv_heads)
+    hidden = spec.num_layers * spec.mlp.hidden_dim
+    if spec.moe is not None:
+        experts = spec.moe.top_k if active else spec.moe.experts
+        mixed = experts * spec.moe.hidden_dim + spec.moe.shared_dim
+        dense = spec.moe.dense_layers
+        hidden = dense * spec.mlp.hidden_dim + (spec.num_layers - dense) * mixed
+    return spec.num_layers * attention + spec.width * hidden * (3 if spec.mlp.gated else 2)
+
+
 def matmul_flops_per_token(spec: ModelSpec) -> int:
     """Forward FLOPs of every product with a weight, the head included; of the experts that a token
     goes to.
     """
-    attention = spec.width * spec.head_dim * 2 * (spec.num_heads + spec.num_kv_heads)
-    hidden, routers = spec.num_layers * spec.mlp.hidden_dim, 0
+    routers = 0
     if spec.moe is not None:
-        mixed = spec.num_layers - spec.moe.dense_layers
-        read = spec.moe.top_k * spec.moe.hidden_dim + spec.moe.shared_dim
-        hidden = spec.moe.dense_layers * spec.mlp.hidden_dim + mixed * read
-        routers = mixed * spec.width * spec.moe.experts
-    mlps = spec.width * hidden * (3 if spec.mlp.gated else 2)
-    return 2 * (spec.num_layers * attention + mlps + routers + spec.width * spec.vocab_size)
+        routers = (spec.num_layers - spec.moe.dense_layers) * spec.width * spec.moe.experts
+    return 2 * (block_parameters(spec, active=True) + routers + spec.width * spec.vocab_size)
 
 
 def attention_flops(spec: ModelSpec, by_layer: Sequence[LayerPolicy], length: int) -> int:

@@ -26,9 +26,9 @@ class PhaseTimer:
         self.clock, self.started = clock, clock()
         self.spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         for part in PARTS:
-            before = (earlier or {}).get(_PREFIX + part)
-            if isinstance(before, int | float):  # what else a file holds is no time
-                self.spent[part] = float(before)
+            seconds = (earlier or {}).get(_PREFIX + part)
+            if isinstance(seconds, int | float):  # what else a file holds is no time
+                self.spent[part] = float(seconds)
         self.depth = 0
 
     @contextlib.contextmanager

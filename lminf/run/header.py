@@ -61,8 +61,8 @@ def command(experiment: str) -> str:
 def experiments(names: Sequence[str] = (), *, configs: Path = CONFIGS) -> list[Header]:
     """The headers of these experiments, or of all: the config files that ask a question."""
     headers = {path.stem: read(path) for path in sorted(configs.glob("[!_]*.py"))}
-    found = {name: own for name, own in headers.items() if "Question" in own.entries}
+    described = {name: header for name, header in headers.items() if "Question" in header.entries}
     for name in names:
-        if name not in found:
-            raise InputError(f"there is no experiment {name!r}; {closest(name, found)}")
-    return [found[name] for name in names or found]
+        if name not in described:
+            raise InputError(f"there is no experiment {name!r}; {closest(name, described)}")
+    return [described[name] for name in names or described]

@@ -16,8 +16,8 @@ def at_ends(
     """Each line's name beside its last point, moved up or down until no two names touch."""
     figure.draw_without_rendering()  # settles the layout, and with it where a value lands
     size = matplotlib.rcParams["font.size"] - (1 if len(grid) > 1 else 0)
-    for axes, own in zip(grid, ends, strict=True):
-        _in_panel(axes, own, size, 72 / figure.dpi)
+    for axes, of_panel in zip(grid, ends, strict=True):
+        _in_panel(axes, of_panel, size, 72 / figure.dpi)
 
 
 def _in_panel(
@@ -27,13 +27,13 @@ def _in_panel(
     box = axes.get_window_extent()
     right = max((x for _, (x, _), _ in ends), default=0)
     ends = sorted(ends, key=lambda end: end[1][1])
-    wanted = []
+    centres = []
     for _, (x, y), _ in ends:
         pixels = axes.transData.transform((x, min(max(y, low), high)))[1]
-        wanted.append((pixels - box.y0) * to_points)
+        centres.append((pixels - box.y0) * to_points)
     heights = [size * (LABEL_GAP + LINE * name.count("\n")) for name, _, _ in ends]
-    placed = spread(wanted, heights)
-    for (name, (x, y), colour), wish, offset in zip(ends, wanted, placed, strict=True):
+    placed = spread(centres, heights)
+    for (name, (x, y), colour), wish, offset in zip(ends, centres, placed, strict=True):
         led = x < right or abs(offset - wish) > 2
         axes.annotate(
             name, (x, min(max(y, low), high)),
@@ -46,8 +46,8 @@ def _in_panel(
         )  # fmt: skip
 
 
-def spread(wanted: Sequence[float], heights: Sequence[float]) -> list[float]:
-    """Centres of labels of these heights that do not overlap, in the order of `wanted` (ascending).
+def spread(centres: Sequence[float], heights: Sequence[float]) -> list[float]:
+    """Centres of labels of these heights that do not overlap, in the order of the wished `centres`.
 
     Least squares: neighbours that would touch form a block centred on the mean of their wishes.
     """
@@ -55,7 +55,7 @@ def spread(wanted: Sequence[float], heights: Sequence[float]) -> list[float]:
     for below, above in itertools.pairwise(heights):
         offsets.append(offsets[-1] + (below + above) / 2)
     blocks: list[tuple[float, int]] = []  # sum of (wish - offset), and count
-    for wish, offset in zip(wanted, offsets, strict=False):
+    for wish, offset in zip(centres, offsets, strict=False):
         total, count = wish - offset, 1
         while blocks and blocks[-1][0] / blocks[-1][1] > total / count:
             block = blocks.pop()

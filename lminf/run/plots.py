@@ -326,8 +326,8 @@ def _families(looks: Mapping[str, Look]) -> dict[str, list[str]]:
             families.setdefault(look.family, []).append(name)
     room = MAX_LINES - len(everywhere)
     for family, names in list(families.items()):  # one line alone joins the smallest of the others
-        others = [other for other in families if other != family]
-        smallest = min(others, key=lambda other: len(families[other]), default=None)
+        candidates = [name for name in families if name != family]
+        smallest = min(candidates, key=lambda name: len(families[name]), default=None)
         if len(names) == 1 and smallest is not None and len(families[smallest]) < room:
             del families[family]
             families[f"{family}, {smallest.lower()}"] = names + families.pop(smallest)
@@ -351,12 +351,12 @@ def _lines(
     for name, by_x in points.items():
         if not by_x:
             continue
-        at = sorted(by_x)
-        ends = [[_mean(row.get(end) for row in by_x[place]) for place in at]
+        xs = sorted(by_x)
+        ends = [[_mean(row.get(end) for row in by_x[place]) for place in xs]
                 for end in interval or ("", "")]  # fmt: skip
-        draws = [(place, row[y]) for place in at for row in by_x[place] if len(by_x[place]) > 1]
-        means = [_mean(row[y] for row in by_x[place]) for place in at]
-        lines.append(Line(name, np.array(at, float), np.array(means), draws, *map(np.array, ends)))
+        draws = [(place, row[y]) for place in xs for row in by_x[place] if len(by_x[place]) > 1]
+        means = [_mean(row[y] for row in by_x[place]) for place in xs]
+        lines.append(Line(name, np.array(xs, float), np.array(means), draws, *map(np.array, ends)))
     return lines
 
 

@@ -76,7 +76,7 @@ POLICIES = {
     "snapkv": Look("SnapKV", "#332288", "P", COMPRESSED),
     "think": Look("ThinK", "#A50026", "X", COMPRESSED),
 }
-BY_LABEL = {own.label.lower(): name for name, own in POLICIES.items()}
+BY_LABEL = {look.label.lower(): name for name, look in POLICIES.items()}
 # `snapkv:window=8`, `snapkv asked by 8`, `LM-Infinite`: the policy, then what is said of it.
 NAMED = re.compile(r"([\w-]+)(.*)", re.DOTALL)
 
@@ -112,9 +112,11 @@ def short_names(values: Iterable[str]) -> dict[str, str]:
     parts = {value: _parts(value) for value in values}
     short = {}
     for value, (kind, settings) in parts.items():
-        others = [set(s) for v, (k, s) in parts.items() if k == kind and v != value]
-        own = [s for s in settings if not all(s in other for other in others)] if others else []
-        short[value] = "\n".join([kind, *([", ".join(own).replace("=", " ")] if own else [])])
+        siblings = [set(s) for v, (k, s) in parts.items() if k == kind and v != value]
+        shared = set.intersection(*siblings) if siblings else set(settings)
+        distinct = [setting for setting in settings if setting not in shared]
+        ending = [", ".join(distinct).replace("=", " ")] if distinct else []
+        short[value] = "\n".join([kind, *ending])
     return short
 
 

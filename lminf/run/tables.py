@@ -97,10 +97,10 @@ class _Fitting:
 
     def groups(self, width: int) -> list[list[str]]:
         """Names of the columns that stand side by side in so many characters."""
-        first, *others = column_names(self.rows) or [""]
+        first, *columns = column_names(self.rows) or [""]
         start = min(self.width_of(first), (width - 1) // 2) + 1  # the line at the end
         groups, used = [[first]], start
-        for name in others:
+        for name in columns:
             # One that no width is enough for shares its line with the first alone, and is folded.
             if used + self.width_of(name) > width and len(groups[-1]) > 1:
                 groups.append([first])

@@ -18,6 +18,7 @@ from lminf.scaling.chinchilla import ChinchillaFit, ChinchillaLaw
 from lminf.scaling.density import DensityFit, DensityLaw
 from lminf.scaling.fertility import PUBLISHED, Fertility
 from lminf.scaling.laws import Law
+from lminf.scaling.resample import Resampling
 from lminf.scaling.steps import StepFit, StepLaw
 from lminf.scaling.tables import (
     CurveTable,
@@ -73,22 +74,18 @@ def fit(
             f"{type(procedure).__name__} is fitted to a {needed.__name__}, not to a "
             f"{type(table).__name__}"
         )
-    options: dict[str, Any] = {"draws": draws, "seed": seed}
-    if cluster is not None:
-        options["cluster"] = cluster
-    if needed is VocabTable:
-        options["fertility"] = fertility
-    return procedure.fit(table, **options)
+    resampling = Resampling(draws, cluster, seed)
+    if isinstance(table, VocabTable):
+        return procedure.fit(table, fertility, resampling)
+    return procedure.fit(table, resampling)
 
 
 def load(path: Path | str) -> Any:
     """The law stored in a JSON file by `Law.save` or `lminf scaling fit`."""
     try:
-        text = read_bytes(Path(path)).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give a law.json") from error
-    try:
-        data = json.loads(text)
+        data = json.loads(read_bytes(Path(path)).decode())
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: no JSON ({error}); write one by `lminf scaling fit`") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); give a law.json") from error
     return _laws.from_json(data, KINDS, str(path))

@@ -15,8 +15,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lminf.errors import InputError
-from lminf.scaling import accounting, laws, resample, robust_fit
+from lminf.scaling import accounting, laws, robust_fit
 from lminf.scaling.laws import Interval, Law
+from lminf.scaling.resample import Resampling
 from lminf.scaling.robust_fit import Columns, Numbers
 from lminf.scaling.tables import LN_D_UNIT, LN_N_UNIT, CurveTable
 
@@ -102,9 +103,7 @@ def raw_constants(theta: Float[np.ndarray, "draws 5"]) -> dict[str, Float[np.nda
 class ChinchillaFit:
     """Procedure 3, the parametric loss: Huber(1e-3) of ln L from 4,500 starts."""
 
-    def fit(
-        self, table: CurveTable, *, draws: int = 300, cluster: str = "run", seed: int = 0
-    ) -> ChinchillaLaw:
+    def fit(self, table: CurveTable, resampling: Resampling) -> ChinchillaLaw:
         """The law of the table; InputError where the table does not determine it."""
         table.require_spread()
         if len(table) < 2 * len(PARAMETERS):
@@ -112,25 +111,18 @@ class ChinchillaFit:
                 f"{len(table)} rows do not determine five parameters; give ten or more"
             )
         columns = table.log_columns()
-        point = robust_fit.minimise(
-            residual, columns, starts=STARTS, lower=LOWER, upper=UPPER,
-            weights=np.ones((1, len(table))),
-        )  # fmt: skip
-        robust_fit.require_determined("Chinchilla", PARAMETERS, residual, columns, point)
+        box = {"lower": LOWER, "upper": UPPER}
+        point = robust_fit.determined(
+            "Chinchilla", PARAMETERS, residual, columns, starts=STARTS, **box
+        )
         resampled = laws.Resampled()
-        if draws:
-            weights = resample.bootstrap_weights(
-                resample.cluster_ids(table, cluster), draws=draws, seed=seed
-            )
-            starts = np.concatenate([point.parameters, DRAW_STARTS])
+        if resampling.draws:
             sample = robust_fit.minimise(
-                residual, columns, starts=starts, lower=LOWER, upper=UPPER, weights=weights, keep=4
-            )
-            resampled = laws.resampled(
-                raw_constants(sample.parameters),
-                sample.converged,
-                f"{draws} bootstrap draws over {cluster}s",
-            )
+                residual, columns, starts=np.concatenate([point.parameters, DRAW_STARTS]), **box,
+                weights=resampling.weights(table), keep=4,
+            )  # fmt: skip
+            constants = raw_constants(sample.parameters)
+            resampled = laws.resampled(constants, sample.converged, resampling.described(table))
         bound = [name for name, side in zip(PARAMETERS, point.bound[0], strict=True) if side]
         return laws.fitted(
             ChinchillaLaw, "chinchilla", table.digest,

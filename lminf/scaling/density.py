@@ -17,8 +17,9 @@ from jaxtyping import Array, Float
 from scipy import stats
 
 from lminf.errors import InputError
-from lminf.scaling import accounting, laws, resample, robust_fit
+from lminf.scaling import accounting, laws, robust_fit
 from lminf.scaling.laws import Interval, Law
+from lminf.scaling.resample import Resampling
 from lminf.scaling.robust_fit import Columns, Numbers, Solutions
 from lminf.scaling.tables import LN_D_UNIT, LN_N_UNIT, CurveTable, require_spread
 
@@ -110,9 +111,7 @@ def _density(k: Mapping[str, float], n: float, score: float) -> Density:
 class DensityFit:
     """Procedure: both steps by Huber(1e-3), of ln L and of S."""
 
-    def fit(
-        self, table: CurveTable, *, draws: int = 300, cluster: str = "run", seed: int = 0
-    ) -> DensityLaw:
+    def fit(self, table: CurveTable, resampling: Resampling) -> DensityLaw:
         """The law of the table; InputError where the table does not determine it."""
         if table.score is None:
             raise InputError("column 'score' is missing; the density law needs N, D, loss, score")
@@ -123,28 +122,21 @@ class DensityFit:
                 f"{len(table)} rows do not determine the two steps; give eight or more"
             )
         weights = np.ones((1, len(table)))
-        if draws:
-            clusters = resample.cluster_ids(table, cluster)
-            sampled = resample.bootstrap_weights(clusters, draws=draws, seed=seed)
-            weights = np.concatenate([weights, sampled])
+        if resampling.draws:
+            weights = np.concatenate([weights, resampling.weights(table)])
         columns = table.log_columns()
-        first = _fit_loss(columns, weights)
-        robust_fit.require_determined(
-            "the loss step", LOSS_PARAMETERS, loss_residual, columns, first
-        )
+        first = robust_fit.determined(
+            "the loss step", LOSS_PARAMETERS, loss_residual, columns, starts=LOSS_STARTS,
+            lower=LOSS_LOWER, upper=LOSS_UPPER, weights=weights, keep=4,
+        )  # fmt: skip
         columns = {"loss": table.loss, "score": np.asarray(table.score)}
         second = _fit_score(columns, weights)
-        robust_fit.require_determined(
-            "the performance step", SCORE_PARAMETERS, score_residual, columns, second
-        )
         values = raw_constants(first.parameters, second.parameters)
-        resampled = laws.Resampled()
-        if draws:
-            resampled = laws.resampled(
-                {name: v[1:] for name, v in values.items()},
-                (first.converged & second.converged)[1:],
-                f"{draws} bootstrap draws over {cluster}s",
-            )
+        resampled = laws.resampled(
+            {name: v[1:] for name, v in values.items()},
+            (first.converged & second.converged)[1:],
+            resampling.described(table),
+        )
         return laws.fitted(
             DensityLaw, "density", table.digest,
             constants={name: v[0] for name, v in values.items()},
@@ -160,13 +152,6 @@ class DensityFit:
         )  # fmt: skip
 
 
-def _fit_loss(columns: Mapping[str, np.ndarray], weights: np.ndarray) -> Solutions:
-    return robust_fit.minimise(
-        loss_residual, columns, starts=LOSS_STARTS, lower=LOSS_LOWER, upper=LOSS_UPPER,
-        weights=weights, keep=4,
-    )  # fmt: skip
-
-
 def _fit_score(columns: Mapping[str, np.ndarray], weights: np.ndarray) -> Solutions:
     score, loss = columns["score"], columns["loss"]
     low, high = score.min(), score.max()
@@ -179,8 +164,8 @@ def _fit_score(columns: Mapping[str, np.ndarray], weights: np.ndarray) -> Soluti
             for middle in np.percentile(loss, (20, 50, 80))
         ]
     )
-    return robust_fit.minimise(
-        score_residual, columns, starts=starts,
+    return robust_fit.determined(
+        "the performance step", SCORE_PARAMETERS, score_residual, columns, starts=starts,
         lower=np.array([np.log(span) - 3, np.log(0.1 / loss_span), loss.min() - 5, low - 5 * span]),
         upper=np.array([np.log(span) + 3, np.log(1e3 / loss_span), loss.max() + 5, high]),
         weights=weights, keep=4,

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lminf.errors import InputError
-from lminf.scaling import baselines, laws, losses, regret, resample
+from lminf.scaling import baselines, fit, laws, losses, regret, resample
 from lminf.scaling.fertility import Fertility
 from lminf.scaling.steps import StepFit
 from lminf.scaling.tables import StepTable, VocabTable
@@ -27,10 +27,10 @@ Row = dict[str, Any]
 class IsoFlopCurve(NamedTuple):
     vocab_size: Float[np.ndarray, " sizes"]
     loss: Float[np.ndarray, " sizes"]
-    optimum: float  # V at the bowl's minimum; NaN: no interior minimum
-    low: float
-    high: float
-    note: str
+    optimum: float = np.nan  # V at the bowl's minimum; NaN: no interior minimum
+    low: float = np.nan
+    high: float = np.nan
+    note: str = ""
 
 
 def with_metric(table: VocabTable, metric: str) -> VocabTable:
@@ -44,11 +44,7 @@ def with_metric(table: VocabTable, metric: str) -> VocabTable:
 
 def common_budget(table: VocabTable, family: float) -> float:
     """Most FLOPs that every run of a family reaches."""
-    rows = table.n_nv == family
-    return min(
-        float(table.flops[rows & (table.vocab_size == v)].max())
-        for v in np.unique(table.vocab_size[rows])
-    )
+    return min(float(run.flops[-1]) for run in table.runs_of(family))
 
 
 def isoflop_curve(table: VocabTable, family: float, flops: float, metric: str) -> IsoFlopCurve:
@@ -57,18 +53,13 @@ def isoflop_curve(table: VocabTable, family: float, flops: float, metric: str) -
     Losses are linear in ln F between checkpoints. The interval is a jackknife over the bowl's
     sizes, each a run of its own: there is one run for each size, so no other replicate exists.
     """
-    table = with_metric(table, metric)
     sizes, at_budget = [], []
-    for size in np.unique(table.vocab_size[table.n_nv == family]):
-        rows = np.flatnonzero((table.n_nv == family) & (table.vocab_size == size))
-        rows = rows[np.argsort(table.flops[rows])]
-        if not table.flops[rows[0]] <= flops <= table.flops[rows[-1]] * (1 + 1e-9):
-            continue
-        sizes.append(size)
-        at_budget.append(np.interp(np.log(flops), np.log(table.flops[rows]), table.loss[rows]))
+    for run in with_metric(table, metric).runs_of(family):
+        if run.flops[0] <= flops <= run.flops[-1] * (1 + 1e-9):
+            sizes.append(run.vocab_size[0])
+            at_budget.append(np.interp(np.log(flops), np.log(run.flops), run.loss))
     x, y = np.log(np.array(sizes)), np.array(at_budget)
-    nan = float("nan")
-    curve = IsoFlopCurve(np.exp(x), y, nan, nan, nan, "")
+    curve = IsoFlopCurve(np.exp(x), y)
     if len(x) < 4:
         return curve._replace(note=f"only {len(x)} sizes reach this budget")
     lowest = int(y.argmin())
@@ -94,17 +85,16 @@ def _vertex(x: Float[np.ndarray, " sizes"], y: Float[np.ndarray, " sizes"]) -> f
 
 def leave_one_family_out(
     procedure: IsoflopFit | DerivativeFit | LossFit, table: VocabTable, *, fertility: Fertility
-) -> list[Row]:
+) -> Iterator[Row]:
     """Constants without each family, V at N_nv = 7e9, and approach 3's loss error on that family.
 
     Of more than MOST_FAMILIES the first ones are left out, one at a time.
     """
-    rows = []
     for family in np.unique(table.n_nv)[:MOST_FAMILIES]:
         unseen = table.n_nv == family
         row: Row = {"left_out_n_nv": float(family)}
         try:
-            law = procedure.fit(table.select(~unseen), fertility=fertility, draws=0)
+            law = fit(procedure, table.select(~unseen), fertility=fertility, draws=0)
             row |= law.constants
             if isinstance(law, LossLaw):
                 left_out = table.select(unseen)
@@ -113,8 +103,7 @@ def leave_one_family_out(
             row["vocab"] = law.optimum(n_nv=7e9).vocab_size
         except InputError as error:
             row["note"] = str(error)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def leave_one_group_out(procedure: StepFit, table: StepTable) -> Iterator[Row]:
@@ -127,7 +116,7 @@ def leave_one_group_out(procedure: StepFit, table: StepTable) -> Iterator[Row]:
         unseen = table.select(table.group == group)
         row: Row = {"n": float(unseen.n[0]), "d": float(unseen.d[0])}
         try:
-            law = procedure.fit(table.select(table.group != group), draws=0)
+            law = fit(procedure, table.select(table.group != group), draws=0)
             row |= law.constants
             refit = regret.regrets(unseen, [baselines.from_law(law, "refit")])["refit"][0]
             row["gap_per_mille"] = refit.regret["linear"]

@@ -5,10 +5,8 @@ high at 10K and 3.4 % low at 96K. A sweep with tokenizers of its own measures it
 Source: Tao et al. 2024, arXiv:2407.13623, appendix; pairs measured there on SlimPajama text.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +14,7 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from lminf.errors import InputError
+from lminf.scaling import stored
 
 KINDS = ("quadlog", "powerlaw", "table")
 
@@ -74,14 +73,9 @@ class Fertility:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, which `from_json` reads."""
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "constants": list(self.constants),
-            "fitted_range": list(self.fitted_range),
-            "cap": None if np.isinf(self.cap) else self.cap,
-            "unit": "tokens per character",
-        }
+        data = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self).items()}
+        cap = None if np.isinf(self.cap) else self.cap
+        return data | {"cap": cap, "unit": "tokens per character"}
 
 
 def from_json(data: Mapping[str, Any]) -> Fertility:
@@ -89,21 +83,14 @@ def from_json(data: Mapping[str, Any]) -> Fertility:
     missing = {"name", "kind", "constants", "fitted_range"} - set(data)
     if missing:
         raise InputError(f"fertility JSON lacks {sorted(missing)}; found {sorted(data)}")
-    cap = data.get("cap")
-    low, high = data["fitted_range"]
+    cap, (low, high) = data.get("cap"), map(float, data["fitted_range"])
     return Fertility(
-        name=data["name"],
-        kind=data["kind"],
-        constants=tuple(float(value) for value in data["constants"]),
-        fitted_range=(float(low), float(high)),
-        cap=np.inf if cap is None else float(cap),
-    )
+        data["name"], data["kind"], tuple(map(float, data["constants"])), (low, high),
+        np.inf if cap is None else float(cap),
+    )  # fmt: skip
 
 
-_FILE = Path(__file__).with_name("fertility.json")
-INSTANCES = {
-    data["name"]: from_json(data) for data in json.loads(_FILE.read_text(encoding="utf-8"))
-}
+INSTANCES = {data["name"]: from_json(data) for data in stored.read("fertility.json")}
 PUBLISHED = INSTANCES["tao2024"]
 # The 24 measured ratios, not the parabola: bits per character need what was measured.
 MEASURED = INSTANCES["tao2024-measured"]

@@ -72,10 +72,7 @@ class Law:
 
     def to_json(self) -> dict[str, Any]:
         """The law as plain values; nine digits of every draw."""
-        data: dict[str, Any] = {"format": FORMAT, "kind": self.kind}
-        for item in fields(self):
-            data[item.name] = _plain(getattr(self, item.name))
-        return data
+        return {"format": FORMAT, "kind": self.kind} | _plain(vars(self))
 
     def save(self, path: Path | str) -> None:
         """Writes the law as JSON, which `lminf.scaling.load` reads."""
@@ -132,6 +129,8 @@ class Resampled(NamedTuple):
 
 def resampled(draws: Mapping[str, np.ndarray], converged: np.ndarray, how: str) -> Resampled:
     """The converged draws with their 95 % intervals; a warning alone where too few converged."""
+    if not converged.size:
+        return Resampled()
     count = int(np.sum(converged))
     if count < max(MINIMUM_DRAWS, MINIMUM_CONVERGED * converged.size):
         warning = (

@@ -9,15 +9,12 @@ from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
 from lminf.errors import InputError
-from lminf.scaling import fertility
+from lminf.scaling import fertility, stored
 
 # Unigram entropy H_u of the training text in nats per token, by vocabulary size of the published
 # sweep (from its released frequency files). Enough to turn L_u into L.
-ENTROPY_SIZES = np.array(
-    [4096, 6144, 8192, 10240, 16384, 24576, 32768, 48128, 64512, 96256], np.float64
-)
-UNIGRAM_ENTROPY = np.array(
-    [6.8692, 7.0604, 7.1745, 7.2549, 7.4001, 7.4905, 7.5403, 7.5918, 7.6203, 7.6451]
+ENTROPY_SIZES, UNIGRAM_ENTROPY = (
+    np.array(column, float) for column in stored.read("tao2024.json")["unigram_entropy"].values()
 )
 
 

@@ -10,21 +10,18 @@ printed vocabularies. N_v of approach 2's anchor is 6144 x 512.
 """
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
-from lminf.scaling import KINDS, laws
+from lminf.scaling import KINDS, laws, stored
 from lminf.scaling.chinchilla import ChinchillaLaw
 from lminf.scaling.steps import StepLaw
 from lminf.scaling.vocab_derivative import DerivativeLaw
 from lminf.scaling.vocab_isoflop import IsoflopLaw
 from lminf.scaling.vocab_loss import LossLaw
 
-FILE = Path(__file__).with_name("published.json")
 LAWS: dict[str, Any] = {
-    data["version"]: laws.from_json(data, KINDS, FILE.name)
-    for data in json.loads(FILE.read_text(encoding="utf-8"))
+    data["version"]: laws.from_json(data, KINDS, "published.json")
+    for data in stored.read("published.json")
 }
 ISOFLOP: IsoflopLaw = LAWS["tao2024-isoflop"]
 DERIVATIVE: DerivativeLaw = LAWS["tao2024-derivative"]

@@ -82,8 +82,7 @@ def recommend(*, n: float, d: float, law: StepLaw = published.STEP) -> Recommend
     """Peak learning rate, batch (tokens) and weight decay for N parameters and D tokens."""
     setting = law.setting(n=n, d=d)
     batch = float(setting.batch or np.nan)
-    spans = law.interval(n=n, d=d)
-    intervals = [(spans[name].low, spans[name].high) for name in ("lr", "batch")]
+    intervals = [span[:2] for span in law.interval(n=n, d=d).values()]
     outside = tuple(law.outside({"n": n, "d": d}))
     if outside:
         intervals = [

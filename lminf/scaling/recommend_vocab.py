@@ -14,20 +14,17 @@ and no choice pushes the optimum out of the searched range.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import numpy as np
 from jaxtyping import Float
 
 from lminf.errors import InputError
-from lminf.scaling import accounting, practice, published, resample, vocab
+from lminf.scaling import practice, published, resample, stored, vocab
 from lminf.scaling.vocab_loss import MODES, PARAMETERS, LossLaw
 
-FILE = Path(__file__).with_name("vocab_refits.json")
 MOST_WASTED = 0.10  # share of the FLOPs
 FLAT = 0.01  # more waste than the recommended V's, by the worst law
 SIZES = np.geomspace(vocab.SMALLEST_VOCAB, vocab.LARGEST_VOCAB, 800)
@@ -65,7 +62,7 @@ def _laws(fits: Mapping[str, Sequence[float]], ln_k_nnv: float, source: str) -> 
 
 def published_refits() -> Refits:
     """The fits that tests/scaling/make_published.py made of all published rows."""
-    data = json.loads(FILE.read_text(encoding="utf-8"))
+    data = stored.read("vocab_refits.json")
     of = {
         kind: [_laws(fits, data["ln_k_nnv"], data["source"]) for fits in data[kind]]
         for kind in ("all_rows", "limits", "families")
@@ -157,15 +154,10 @@ def entries(size: float) -> str:
     return f"below {vocab.SMALLEST_VOCAB:,.0f}" if size < 0 else f"above {vocab.LARGEST_VOCAB:,.0f}"
 
 
-def recommend(
-    refits: Refits, *, n_nv: float, d: float | None = None, flops: float | None = None,
-    tokens: float | None = None,
-) -> Recommendation:  # fmt: skip
-    """The vocabulary of a model of n_nv parameters and width d (of the published ladder if None),
-    at so many FLOPs or training tokens; without either at the compute-optimal FLOPs."""
-    width = accounting.ladder_width(n_nv) if d is None else d
-    start = refits.all_rows[0].optimum(n_nv=n_nv, d=d, flops=flops, tokens=tokens)
-    query = {"n_nv": n_nv, "width": float(width), "flops": start.flops}
+def recommend(refits: Refits, **model: Unpack[vocab.Query]) -> Recommendation:
+    """The vocabulary of a model at its FLOPs or training tokens."""
+    start, n_nv, tokens = refits.all_rows[0].optimum(**model), model["n_nv"], model.get("tokens")
+    query = {"n_nv": n_nv, "width": start.width, "flops": start.flops}
     size, wasted = _minimax(refits.all_rows, **query)
     if tokens is not None:  # which fix the FLOPs of the chosen V alone
         for _ in range(4):
@@ -174,31 +166,28 @@ def recommend(
             size, wasted = _minimax(refits.all_rows, **query)
     if not np.isfinite(size):
         raise InputError(f"no law has a loss-optimal vocabulary at N={n_nv:g}; fit another table")
-    by_law = {law.version: law.optimum(**_named(query)).vocab_size for law in refits.all_rows
-              if np.isfinite(_optimum(law, **query))}  # fmt: skip
+    optima = {law.version: _optimum(law, **query) for law in refits.all_rows}
+    by_law = {version: optimum for version, optimum in optima.items() if np.isfinite(optimum)}
     limits = [_minimax(laws, **query)[0] for laws in refits.limits.values()]
     rows = [_minimax(laws, **query)[0] for laws in refits.resampled]
-    ranges = [Range("law", min(by_law.values()), max(by_law.values()))]
-    ranges.append(Range("FLOPs limit", min(limits), max(limits)))
-    ranges.append(Range("rows", *resample.percentile_interval(np.array(rows))))
+    ranges = (
+        Range("law", min(by_law.values()), max(by_law.values())),
+        Range("FLOPs limit", min(limits), max(limits)),
+        Range("rows", *resample.percentile_interval(np.array(rows))),
+    )
     by_limit = _wastes(size, refits.limits.values(), **query)
     by_rows = _wastes(size, refits.resampled, **query)
     fits = len(MODES) * (len(limits) + len(rows))
-    waste = max(float(wasted.min()), max(by_limit), float(np.percentile(by_rows, 97.5)))
-    wasted_at = np.interp(np.log(PRICED), np.log(SIZES), wasted)
     least = float(wasted.min())
+    waste = max(least, max(by_limit), float(np.percentile(by_rows, 97.5)))
+    determined = waste <= MOST_WASTED and all(np.isfinite(r[1:]).all() for r in ranges)
+    costs = np.interp(np.log(PRICED), np.log(SIZES), wasted)
     flat = SIZES[wasted <= least + FLAT]
-    chosen = Recommendation(
-        n_nv, query["width"], query["flops"], size, False, by_law, least, waste,
-        (float(flat[0]), float(flat[-1])), dict(zip(PRICED, map(float, wasted_at), strict=True)),
-        tuple(ranges), fits, fits - len(by_limit) - len(by_rows), refits.source,
+    return Recommendation(
+        n_nv, query["width"], query["flops"], size, determined, by_law, least, waste,
+        (float(flat[0]), float(flat[-1])), dict(zip(PRICED, map(float, costs), strict=True)),
+        ranges, fits, fits - len(by_limit) - len(by_rows), refits.source,
     )  # fmt: skip
-    determined = chosen.waste <= MOST_WASTED and bool(np.all(np.isfinite(chosen.interval)))
-    return dataclasses.replace(chosen, determined=determined)
-
-
-def _named(query: Mapping[str, float]) -> dict[str, float]:
-    return {"n_nv": query["n_nv"], "d": query["width"], "flops": query["flops"]}
 
 
 def _optimum(law: LossLaw, *, n_nv: float, width: float, flops: float) -> float:

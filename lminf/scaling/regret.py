@@ -8,6 +8,7 @@ L_min is the group's lowest measured loss, so a surface that dips under it gives
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from lminf.errors import InputError
 from lminf.scaling import laws, resample
@@ -25,8 +26,7 @@ PLATEAUS = (0.00125, 0.0025, 0.005, 0.01)  # relative excess
 # Linear: a shear of one part in a million splits every cell from (high lr, small batch) to (low lr,
 # large batch), across the valley, which flatters no law; the other diagonal is reported beside it.
 # Cubic: whatever Qhull makes of the cells.
-ACROSS = np.array([[1.0, 0.0], [1e-6, 1.0]])
-ALONG = np.array([[1.0, 0.0], [-1e-6, 1.0]])
+SHEARS = {"linear": 1e-6, OTHER_DIAGONAL: -1e-6}
 
 
 class GroupRegret(NamedTuple):
@@ -39,6 +39,10 @@ class GroupRegret(NamedTuple):
     clipped: bool  # the point lay outside the measured box and was moved to its edge
 
 
+def _sheared(points: np.ndarray, method: str) -> np.ndarray:
+    return points @ np.array([[1.0, 0.0], [SHEARS[method], 1.0]])
+
+
 class _Grid:
     """A group's cells as surfaces."""
 
@@ -48,8 +52,7 @@ class _Grid:
         self.best = float(group.loss.min())
         near = loss < self.best * (1 + CUBIC_EXCESS)
         try:
-            self.across = Surface(points @ ACROSS, loss)
-            self.along = Surface(points @ ALONG, loss)
+            self.sheared = {m: Surface(_sheared(points, m), loss) for m in SHEARS}
             self.near = Surface(points[near], loss[near])
         except InputError as error:
             raise InputError(
@@ -61,11 +64,9 @@ class _Grid:
     def loss(self, method: str, points: np.ndarray) -> np.ndarray:
         """Loss at points (log2 lr, log2 batch); NaN outside the hull of the cells."""
         if method == "nearest":
-            return self.across.nearest(points @ ACROSS)
-        if method == "linear":
-            return self.across.linear(points @ ACROSS)
-        if method == OTHER_DIAGONAL:
-            return self.along.linear(points @ ALONG)
+            return self.sheared["linear"].nearest(_sheared(points, "linear"))
+        if method in SHEARS:
+            return self.sheared[method].linear(_sheared(points, method))
         return self.near.cubic(points, converged=True)
 
 
@@ -112,17 +113,21 @@ def _group_regret(grid: _Grid, rule: Rule, query: Query, n_active: float) -> Gro
     return GroupRegret(query.n, n_active, query.d, lr, float(2 ** inside[chosen, 1]), regret, moved)
 
 
+def _finite(groups: list[GroupRegret], method: str) -> Float[np.ndarray, " groups"]:
+    """Regrets of the groups where the method gives a number."""
+    values = np.array([group.regret[method] for group in groups])
+    return values[np.isfinite(values)]
+
+
 def mean_regret(groups: list[GroupRegret], method: str) -> tuple[float, int]:
     """(mean over the groups where the method gives a number, how many those are)."""
-    values = np.array([group.regret[method] for group in groups])
-    finite = np.isfinite(values)
-    return (float(values[finite].mean()) if finite.any() else float("nan")), int(finite.sum())
+    values = _finite(groups, method)
+    return float(values.mean()) if values.size else float("nan"), values.size
 
 
 def interval(groups: list[GroupRegret], method: str) -> tuple[float, float]:
     """95 % interval of the mean regret (per mille) over resampled groups."""
-    values = np.array([group.regret[method] for group in groups])
-    values = values[np.isfinite(values)]
+    values = _finite(groups, method)
     if values.size < 2:
         return float("nan"), float("nan")
     weights = resample.bootstrap_weights(np.arange(values.size), draws=4000, seed=0)

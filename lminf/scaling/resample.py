@@ -5,6 +5,7 @@ independent gives intervals that are too narrow. Both are offered, the cluster o
 """
 
 import statistics
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,33 @@ from jaxtyping import Float, Int
 from lminf.errors import InputError
 
 
-def cluster_ids(table: Any, cluster: str) -> Int[np.ndarray, " rows"]:
-    """The cluster of each row of a table: one of its CLUSTERS, each a column of ids, or "row"."""
-    valid = (*table.CLUSTERS, "row")
-    if cluster not in valid:
-        raise InputError(
-            f"cluster={cluster!r} is unknown for a {type(table).__name__}; use {', '.join(valid)}"
-        )
-    return np.arange(len(table)) if cluster == "row" else getattr(table, cluster)
+@dataclass(frozen=True)
+class Resampling:
+    """How a fit is repeated: `draws` times, of whole clusters drawn with replacement."""
+
+    draws: int  # 0: no interval
+    cluster: str | None  # one of the table's CLUSTERS, or "row"; None: the first of them
+    seed: int
+
+    def cluster_of(self, table: Any) -> str:
+        """The column of the table whose ids are the clusters, or "row"."""
+        valid = (*table.CLUSTERS, "row")
+        if self.cluster not in (None, *valid):
+            raise InputError(
+                f"cluster={self.cluster!r} is unknown for a {type(table).__name__}; use "
+                f"{', '.join(valid)}"
+            )
+        return self.cluster or valid[0]
+
+    def weights(self, table: Any) -> Float[np.ndarray, "draws rows"]:
+        """How often each row of the table appears in each draw."""
+        name = self.cluster_of(table)
+        ids = np.arange(len(table)) if name == "row" else getattr(table, name)
+        return bootstrap_weights(ids, draws=self.draws, seed=self.seed)
+
+    def described(self, table: Any) -> str:
+        """The method as an interval names it."""
+        return f"{self.draws} bootstrap draws over {self.cluster_of(table)}s"
 
 
 def bootstrap_weights(

@@ -86,11 +86,52 @@ def objective(
     return jnp.sum(weights * huber(residual(theta, columns), level))
 
 
-def require_determined(
-    what: str, names: Sequence[str], residual: Residual, columns: Columns, solutions: Solutions
-) -> None:
-    """Error unless the first draw converged and the rows tell its free parameters apart: none of
-    them may move, alone or together, without moving a residual."""
+def minimise(
+    residual: Residual,
+    columns: Columns,
+    *,
+    starts: Float[np.ndarray, "starts parameters"],
+    lower: Float[np.ndarray, " parameters"] | Float[np.ndarray, "draws parameters"],
+    upper: Float[np.ndarray, " parameters"] | Float[np.ndarray, "draws parameters"],
+    weights: Float[np.ndarray, "draws rows"] | None = None,
+    keep: int = 8,
+) -> Solutions:
+    """Global minimum over the starts for every draw; without weights of every row once. `lower ==
+    upper` fixes a parameter. Columns are [rows], shared by all draws, or [draws, rows].
+    """
+    rows = np.shape(next(iter(columns.values())))[-1]
+    weights = np.ones((1, rows)) if weights is None else np.asarray(weights, np.float64)
+    lanes = few = _Lanes(residual, columns, weights, lower, upper)
+    draws, count = len(weights), len(starts)
+    if rows > EXPLORED_ROWS:
+        explored = np.sort(np.random.default_rng(0).permutation(rows)[:EXPLORED_ROWS])
+        part = {name: np.asarray(column)[..., explored] for name, column in columns.items()}
+        few = _Lanes(residual, part, weights[:, explored], lower, upper)
+    with jax.enable_x64(True):
+        theta = np.broadcast_to(np.asarray(starts, np.float64), (draws, *starts.shape))
+        theta = np.clip(theta, lanes.lower[:, None], lanes.upper[:, None])
+        theta = few.explore(theta, FIRST_THRESHOLDS)
+        theta = few.best(theta, min(SURVIVORS, count))
+        theta = few.best(few.explore(theta, SECOND_THRESHOLDS), min(keep, count))
+        for level in (*POLISH_THRESHOLDS, THRESHOLD):
+            theta = few.polish(theta, level, ROUGH_STEPS)
+        theta = lanes.best(theta, 1)
+        theta = lanes.polish(theta, THRESHOLD, FINE_STEPS)
+        values, slope, decrease = (part[:, 0] for part in lanes.judge(theta))
+    theta = theta[:, 0]
+    small = (slope <= GRADIENT_TOLERANCE) | (decrease <= DECREASE_TOLERANCE * values)
+    free = lanes.lower < lanes.upper
+    bound = np.where(free & (theta >= lanes.upper), 1, 0)
+    bound = np.where(free & (theta <= lanes.lower), -1, bound)
+    return Solutions(theta, values, np.isfinite(values) & small, bound, slope, free)
+
+
+def determined(
+    what: str, names: Sequence[str], residual: Residual, columns: Columns, **options: Any
+) -> Solutions:
+    """What `minimise` gives; InputError unless the first draw converged and the rows tell its free
+    parameters apart: none of them may move, alone or together, without moving a residual."""
+    solutions = minimise(residual, columns, **options)
     theta = solutions.parameters[0]
     if not np.all(np.isfinite(theta)):
         raise InputError(f"{what}: the fit has no finite result; the table does not determine it")
@@ -117,46 +158,7 @@ def require_determined(
             f"{what}: the fit did not converge (projected gradient {solutions.gradient[0]:.1e} of "
             "its scale), so there is no result; the table does not determine this law"
         )
-
-
-def minimise(
-    residual: Residual,
-    columns: Columns,
-    *,
-    starts: Float[np.ndarray, "starts parameters"],
-    lower: Float[np.ndarray, " parameters"] | Float[np.ndarray, "draws parameters"],
-    upper: Float[np.ndarray, " parameters"] | Float[np.ndarray, "draws parameters"],
-    weights: Float[np.ndarray, "draws rows"],
-    keep: int = 8,
-) -> Solutions:
-    """Global minimum over the starts for every draw. `lower == upper` fixes a parameter.
-
-    Columns are [rows], shared by all draws, or [draws, rows].
-    """
-    weights = np.asarray(weights, np.float64)
-    lanes = few = _Lanes(residual, columns, weights, lower, upper)
-    (draws, rows), count = weights.shape, len(starts)
-    if rows > EXPLORED_ROWS:
-        explored = np.sort(np.random.default_rng(0).permutation(rows)[:EXPLORED_ROWS])
-        part = {name: np.asarray(column)[..., explored] for name, column in columns.items()}
-        few = _Lanes(residual, part, weights[:, explored], lower, upper)
-    with jax.enable_x64(True):
-        theta = np.broadcast_to(np.asarray(starts, np.float64), (draws, *starts.shape))
-        theta = np.clip(theta, lanes.lower[:, None], lanes.upper[:, None])
-        theta = few.explore(theta, FIRST_THRESHOLDS)
-        theta = few.best(theta, min(SURVIVORS, count))
-        theta = few.best(few.explore(theta, SECOND_THRESHOLDS), min(keep, count))
-        for level in (*POLISH_THRESHOLDS, THRESHOLD):
-            theta = few.polish(theta, level, ROUGH_STEPS)
-        theta = lanes.best(theta, 1)
-        theta = lanes.polish(theta, THRESHOLD, FINE_STEPS)
-        values, slope, decrease = (part[:, 0] for part in lanes.judge(theta))
-    theta = theta[:, 0]
-    small = (slope <= GRADIENT_TOLERANCE) | (decrease <= DECREASE_TOLERANCE * values)
-    free = lanes.lower < lanes.upper
-    bound = np.where(free & (theta >= lanes.upper), 1, 0)
-    bound = np.where(free & (theta <= lanes.lower), -1, bound)
-    return Solutions(theta, values, np.isfinite(values) & small, bound, slope, free)
+    return solutions
 
 
 class _Lanes:
@@ -190,17 +192,9 @@ class _Lanes:
             index = np.minimum(np.arange(begin, begin + size), len(flat) - 1)
             of = draw[index]
             per_draw = {name: column[of] for name, column in self.per_draw.items()}
+            data = (flat[index], self.shared, per_draw, self.weights[of])
             box = (self.lower[of], self.upper[of])
-            piece = _run_lanes(
-                program,
-                self.residual,
-                flat[index],
-                self.shared,
-                per_draw,
-                self.weights[of],
-                *box,
-                *extra,
-            )
+            piece = _run_lanes(program, self.residual, *data, *box, *extra)
             used = min(size, len(flat) - begin)
             if observer is not None:
                 observer(stage, begin + used, len(flat))

@@ -18,8 +18,10 @@ from lminf.errors import InputError
 from lminf.ranges import Range
 from lminf.scaling import accounting, laws, resample
 from lminf.scaling.laws import Interval, Law
+from lminf.scaling.resample import Resampling
 from lminf.scaling.tables import StepTable, require_spread
 
+CONSTANTS = ("lr_ln_k", "lr_n", "lr_d", "batch_ln_k", "batch_d", "batch_n")
 BOWL_EXCESS = 0.02  # cells of a group that its quadratic is fitted to
 BOWL_SCALE = 0.005
 
@@ -39,14 +41,13 @@ class StepLaw(Law):
         """Learning rate and batch in tokens for N and D in raw units."""
         accounting.require_raw("n", n, "n")
         accounting.require_raw("d", d, "d")
-        lr, batch = _log_setting(self.constants, np.log(n), np.log(d))
-        return Setting(float(np.exp(lr)), float(np.exp(batch)))
+        return Setting(*(float(np.exp(v)) for v in _log_setting(self.constants, n, d)))
 
     def interval(self, *, n: float, d: float) -> dict[str, Interval]:
         """95 % intervals of lr and batch (tokens) over the law's draws; `method` says so where they
         are outside the fitted range and hold the law's form to be exact."""
         beyond = "; extrapolated: of the constants alone" if self.outside({"n": n, "d": d}) else ""
-        settings = _log_setting(self.constant_draws(), np.log(n), np.log(d))
+        settings = _log_setting(self.constant_draws(), n, d)
         return {
             name: self.percentiles(np.exp(values))._replace(method=self.resampling + beyond)
             for name, values in zip(("lr", "batch"), settings, strict=True)
@@ -63,7 +64,8 @@ class StepLaw(Law):
         return float(0.5 * off @ matrix @ off)
 
 
-def _log_setting(constants: Mapping[str, Any], ln_n: float, ln_d: float) -> tuple[Any, Any]:
+def _log_setting(constants: Mapping[str, Any], n: float, d: float) -> tuple[Any, Any]:
+    ln_n, ln_d = np.log(n), np.log(d)
     lr = constants["lr_ln_k"] + constants["lr_n"] * ln_n + constants["lr_d"] * ln_d
     batch = constants["batch_ln_k"] + constants["batch_d"] * ln_d
     return lr, batch + constants["batch_n"] * ln_n
@@ -79,13 +81,10 @@ class Bowl(NamedTuple):
 
 def fit_bowl(table: StepTable, group: int) -> Bowl | None:
     """Minimum of a quadratic through the near-optimal cells; None unless positive definite."""
-    rows = table.group == group
-    excess = table.excess[rows]
-    x, y = np.log2(table.lr[rows]), np.log2(table.batch[rows])
-    near = excess < BOWL_EXCESS
-    if near.sum() < 7:
+    near = np.flatnonzero((table.group == group) & (table.excess < BOWL_EXCESS))
+    if near.size < 7:
         return None
-    x, y, excess = x[near], y[near], excess[near]
+    x, y, excess = np.log2(table.lr[near]), np.log2(table.batch[near]), table.excess[near]
     cx, cy = x[excess.argmin()], y[excess.argmin()]
     u, v = x - cx, y - cy
     design = np.stack([np.ones_like(u), u, v, u * u / 2, v * v / 2, u * v], axis=1)
@@ -149,9 +148,7 @@ class StepFit:
             "ln_batch": batch, "group": table.group[rows],
         }  # fmt: skip
 
-    def fit(
-        self, table: StepTable, *, draws: int = 1000, cluster: str = "group", seed: int = 0
-    ) -> StepLaw:
+    def fit(self, table: StepTable, resampling: Resampling) -> StepLaw:
         """The law of the table; InputError where the table does not determine it."""
         rows = self.kept(table)
         require_spread(table.d, "D")
@@ -169,14 +166,14 @@ class StepFit:
                 "all runs of each group have one loss, so none is better than another; give the "
                 "measured losses"
             )
+        draws, cluster = resampling.draws, resampling.cluster_of(table)
         if self.estimator == "reference" and not draws:
             raise InputError("estimator='reference' averages bootstrap draws; give draws > 0")
-        resample.cluster_ids(table, cluster)
         constants = {name: values[0] for name, values in point.items()}
         chosen, extra = laws.Resampled(), {}
         for name in ("group", "row") if draws else ():
             clusters = rows["group"] if name == "group" else np.arange(count)
-            weights = resample.bootstrap_weights(clusters, draws=draws, seed=seed)
+            weights = resample.bootstrap_weights(clusters, draws=draws, seed=resampling.seed)
             sample = laws.resampled(
                 *self._regress(rows, weights), f"{draws} bootstrap draws over {name}s"
             )
@@ -210,23 +207,19 @@ class StepFit:
 
     def _regress(self, rows: Mapping[str, np.ndarray], weights: np.ndarray) -> tuple[Any, Any]:
         """Constants of both regressions under each draw's weights, and which are sound."""
-        one, ln_n, ln_d = np.ones_like(rows["ln_n"]), rows["ln_n"], rows["ln_d"]
-        free_n = self.fix_n is None
-        target = rows["ln_lr"] - (0 if self.fix_n is None else self.fix_n * ln_n)
-        lr, lr_sound = _weighted_ols([one, ln_d] + [ln_n] * free_n, target, weights)
-        free_batch = self.batch_n == "free"
-        batch, batch_sound = _weighted_ols(
-            [one, ln_d] + [ln_n] * free_batch, rows["ln_batch"], weights
-        )
-        constants = {
-            "lr_ln_k": lr[0],
-            "lr_n": lr[2] if free_n else np.full(len(weights), self.fix_n),
-            "lr_d": lr[1],
-            "batch_ln_k": batch[0],
-            "batch_d": batch[1],
-            "batch_n": batch[2] if free_batch else np.zeros(len(weights)),
-        }
-        return constants, lr_sound & batch_sound
+        ln_n, ln_d = rows["ln_n"], rows["ln_d"]
+        constants, sound = {}, np.ones(len(weights), bool)
+        imposed = {"lr": self.fix_n, "batch": 0.0 if self.batch_n == "zero" else None}
+        for target, exponent in imposed.items():  # of N; None: fitted
+            columns = [np.ones_like(ln_n), ln_d]
+            if exponent is None:
+                columns.append(ln_n)
+            values = rows[f"ln_{target}"] - (exponent or 0.0) * ln_n
+            (k, of_d, *of_n), ranked = _weighted_ols(columns, values, weights)
+            constants[f"{target}_ln_k"], constants[f"{target}_d"] = k, of_d
+            constants[f"{target}_n"] = of_n[0] if of_n else np.full(len(weights), exponent)
+            sound &= ranked
+        return {name: constants[name] for name in CONSTANTS}, sound
 
 
 def _weighted_ols(columns, target, weights) -> tuple[np.ndarray, np.ndarray]:

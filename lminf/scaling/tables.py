@@ -8,7 +8,7 @@ import csv
 import dataclasses
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,40 +20,10 @@ from jaxtyping import Float, Int
 from lminf.atomic import read_bytes
 from lminf.errors import InputError
 from lminf.scaling import accounting, laws
+from lminf.scaling.accounting import Schema, schema
 from lminf.scaling.fertility import PUBLISHED, Fertility
 
-# Columns of the files: lowest and highest value, and what it is.
-Schema = Mapping[str, tuple[float, float, str]]
-VOCAB_COLUMNS: Schema = {
-    "vocab_size": (16, 1e7, "a vocabulary size (entries)"),
-    "embed_dim": (8, 1e6, "an embedding width (channels)"),
-    "num_characters": (1e3, 1e17, "training characters"),
-    "Non_vocab_parameters": (1e4, 1e14, "non-vocabulary parameters"),
-    "FLOPs": (1e6, 1e32, "training FLOPs"),
-    "Lossu": (-30, 30, "a unigram-normalised loss (nats per token)"),
-}
-STEP_COLUMNS: Schema = {
-    "h": (8, 1e6, "a width (channels)"),
-    "numl": (1, 1e4, "a number of layers"),
-    "lr": (1e-8, 1.0, "a peak learning rate"),
-    "bs": (1, 1e6, "a batch in sequences"),
-    "ti": (1, 1e9, "a number of steps"),
-    "smooth loss": (1e-3, 30, "a loss (nats per token)"),
-    "D": (1e3, 1e17, "training tokens"),  # checked by bs and ti too
-    "N": (1e4, 1e14, "non-embedding parameters"),
-}
-STEP_EXTRA_COLUMNS: Schema = {
-    "seq_len": (1, 1e8, "a sequence length (tokens)"),
-    "Na": (1e4, 1e14, "active parameters"),
-    "ffnh": (1, 1e7, "a width of the MLP (channels)"),
-}
-CHINCHILLA_COLUMNS: Schema = {
-    "N": (1e4, 1e14, "parameters"),
-    "D": (1e5, 1e17, "training tokens"),
-    "loss": (1e-6, 100, "a loss (nats per token)"),
-}
-DENSITY_COLUMNS: Schema = CHINCHILLA_COLUMNS | {"score": (-1e6, 1e6, "a benchmark's score")}
-RUN_COLUMN: Schema = {"run": (-np.inf, np.inf, "a number of a run")}
+VOCAB_COLUMNS, STEP_COLUMNS = schema("vocab"), schema("step")  # D is checked by bs and ti too
 LN_N_UNIT, LN_D_UNIT = np.log(1e6), np.log(1e9)  # parameters and tokens inside the fits
 
 
@@ -103,16 +73,28 @@ class VocabTable(_Table):
         """The columns whose range is a law's fitted range."""
         return {"n_nv": self.n_nv, "flops": self.flops, "vocab": self.vocab_size}
 
+    def runs_of(self, n_nv: float) -> Iterator[Self]:
+        """The runs of a family by rising vocabulary, the rows of each by rising FLOPs."""
+        family = self.select(self.n_nv == n_nv)
+        for size in np.unique(family.vocab_size):
+            run = family.select(family.vocab_size == size)
+            yield run.select(np.argsort(run.flops))
+
+    def require_spread(self) -> None:
+        """Error unless N_nv, V and the loss vary."""
+        require_spread(self.n_nv, "Non_vocab_parameters")
+        require_spread(self.vocab_size, "vocab_size")
+        require_spread(self.loss, "loss", minimum=1)
+
     @property
     def family(self) -> Int[np.ndarray, " rows"]:
         """One id per N_nv."""
-        return np.unique(self.n_nv, return_inverse=True)[1].astype(np.int64)
+        return _ids(self.n_nv)
 
     @property
     def run(self) -> Int[np.ndarray, " rows"]:
         """One id per training run: rows of a run share noise."""
-        keys = np.stack([self.n_nv, self.width, self.vocab_size], axis=1)
-        return np.unique(keys, axis=0, return_inverse=True)[1].ravel().astype(np.int64)
+        return _ids(self.n_nv, self.width, self.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -133,8 +115,7 @@ class StepTable(_Table):
     @cached_property
     def group(self) -> Int[np.ndarray, " rows"]:
         """One id per (N, N_active, D)."""
-        keys = np.stack([self.n, self.n_active, self.d], axis=1)
-        return np.unique(keys, axis=0, return_inverse=True)[1].ravel().astype(np.int64)
+        return _ids(self.n, self.n_active, self.d)
 
     @cached_property
     def excess(self) -> Float[np.ndarray, " rows"]:
@@ -170,6 +151,12 @@ class CurveTable(_Table):
         require_spread(self.n, "N")
         require_spread(self.d, "D")
         require_spread(self.loss, "loss", minimum=1)
+
+
+def _ids(*columns: np.ndarray) -> Int[np.ndarray, " rows"]:
+    """One id per combination of values."""
+    keys = np.stack(columns, axis=1)
+    return np.unique(keys, axis=0, return_inverse=True)[1].ravel().astype(np.int64)
 
 
 def require_spread(
@@ -314,7 +301,7 @@ def read_step(path: Path | str, *, seq_len: int = 2048) -> StepTable:
 
     `seq_len` in tokens serves files without a seq_len column.
     """
-    columns, digest = read_columns(path, STEP_COLUMNS, STEP_EXTRA_COLUMNS)
+    columns, digest = read_columns(path, STEP_COLUMNS, schema("step, optional"))
     width, layers, lr, sequences, steps, loss, d, n = (columns[name] for name in STEP_COLUMNS)
     lengths = columns.get("seq_len", np.full(len(n), float(seq_len)))
     if np.unique(lengths).size > 1:
@@ -334,10 +321,8 @@ def read_step(path: Path | str, *, seq_len: int = 2048) -> StepTable:
 
 def read_curves(path: Path | str, *, needs_score: bool = False) -> CurveTable:
     """Runs by N, D (raw) and loss; an optional column `run` names runs that share noise."""
-    needed = DENSITY_COLUMNS if needs_score else CHINCHILLA_COLUMNS
-    columns, digest = read_columns(path, needed, RUN_COLUMN)
-    n, d, loss = (columns[name] for name in CHINCHILLA_COLUMNS)
-    run = np.arange(len(n))
-    if "run" in columns:
-        run = np.unique(columns["run"], return_inverse=True)[1].astype(np.int64)
+    needed = schema("density" if needs_score else "chinchilla")
+    columns, digest = read_columns(path, needed, schema("run"))
+    n, d, loss = (columns[name] for name in ("N", "D", "loss"))
+    run = _ids(columns["run"]) if "run" in columns else np.arange(len(n))
     return CurveTable(n, d, loss, columns.get("score"), run, digest)

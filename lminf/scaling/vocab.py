@@ -5,13 +5,13 @@ N_nv and N_v in raw parameters, D in raw tokens, F in raw FLOPs = 6 (N_nv + N_v)
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Required, TypedDict, Unpack
 
 import numpy as np
 from jaxtyping import Float
 
 from lminf.errors import InputError
-from lminf.scaling import accounting, resample
+from lminf.scaling import accounting
 from lminf.scaling import fertility as fertilities
 from lminf.scaling.fertility import Fertility
 from lminf.scaling.laws import Interval, Law
@@ -21,6 +21,15 @@ Constants = Mapping[str, Draws]
 # Entries between which every law looks for its optimum: bytes, and four times the largest of public
 # models. A law whose loss is least at an end has no optimum.
 SMALLEST_VOCAB, LARGEST_VOCAB = 256.0, 1e6
+
+
+class Query(TypedDict, total=False):
+    """One model and its budget."""
+
+    n_nv: Required[float]
+    d: float | None  # width; None: the published ladder's
+    flops: float | None  # None: compute-optimal
+    tokens: float | None  # training tokens at the optimum, instead of FLOPs
 
 
 @dataclass(frozen=True)
@@ -53,16 +62,14 @@ class VocabLaw(Law):
         least at the smallest or largest vocabulary."""
         raise NotImplementedError
 
-    def budget(self, constants: Constants, n_nv: float) -> Draws:
-        """Compute-optimal FLOPs of N_nv: the envelope's (N_nv / k)^(1 / alpha)."""
-        return np.exp((np.log(n_nv) - constants["ln_k_nnv"]) / constants["alpha_nnv"])
-
     @property
     def fertility(self) -> Fertility:
         """Tokens per character that the law was fitted with."""
         return fertilities.from_json(self.procedure["fertility"])
 
-    def _solve(self, constants: Constants, n_nv, d, flops, tokens) -> tuple[float, Draws, Draws]:
+    def _solve(
+        self, constants: Constants, *, n_nv, d=None, flops=None, tokens=None
+    ) -> tuple[float, Draws, Draws]:
         """(width, N_v, FLOPs) of a query, the latter two for each draw; a token budget is met at
         the optimum by iteration."""
         if flops is not None and tokens is not None:
@@ -73,8 +80,9 @@ class VocabLaw(Law):
         shape = np.shape(constants["ln_k_nnv"])
         if tokens is None:
             if flops is not None:
-                accounting.require_raw("flops", flops, "flops")
-            budget = self.budget(constants, n_nv) if flops is None else np.full(shape, float(flops))
+                budget = np.full(shape, accounting.require_raw("flops", flops, "flops"))
+            else:  # compute-optimal: the envelope's (N_nv / k)^(1 / alpha)
+                budget = np.exp((np.log(n_nv) - constants["ln_k_nnv"]) / constants["alpha_nnv"])
             return width, self.n_v(constants, n_nv=n_nv, width=width, flops=budget), budget
         accounting.require_raw("tokens", tokens, "tokens")
         budget = n_v = np.full(shape, 6 * 1.05 * n_nv * tokens)
@@ -87,18 +95,11 @@ class VocabLaw(Law):
             budget = np.where(finite, new, budget)
         return width, n_v, budget
 
-    def optimum(
-        self,
-        *,
-        n_nv: float,
-        d: float | None = None,
-        flops: float | None = None,
-        tokens: float | None = None,
-    ) -> Optimum:
-        """Optimal vocabulary. Width `d` from the published ladder and FLOPs compute-optimal if
-        not given; `tokens` instead of `flops` fixes the training tokens at the optimum."""
+    def optimum(self, **query: Unpack[Query]) -> Optimum:
+        """Optimal vocabulary; InputError where the loss has no minimum over the searched sizes."""
         constants = {name: np.array([value]) for name, value in self.constants.items()}
-        width, *solution = self._solve(constants, n_nv, d, flops, tokens)
+        width, *solution = self._solve(constants, **query)
+        n_nv = query["n_nv"]
         n_v, budget = (float(draws[0]) for draws in solution)
         if not np.isfinite(n_v):
             raise InputError(
@@ -109,7 +110,8 @@ class VocabLaw(Law):
         vocab = n_v / width
         trained = budget / (6 * (n_nv + n_v))
         notes = [*self.warnings, *self.outside({"n_nv": n_nv, "flops": budget, "vocab": vocab})]
-        if self.ignores_budget and (flops is not None or tokens is not None):
+        has_budget = any(query.get(name) is not None for name in ("flops", "tokens"))
+        if self.ignores_budget and has_budget:
             notes.append(
                 f"approach {self.procedure['approach']} knows no budget: its V is the "
                 "compute-optimal one for any"
@@ -120,30 +122,22 @@ class VocabLaw(Law):
             n_v / (n_nv + n_v), tuple(notes),
         )  # fmt: skip
 
-    def interval(
-        self,
-        *,
-        n_nv: float,
-        d: float | None = None,
-        flops: float | None = None,
-        tokens: float | None = None,
-    ) -> Interval:
+    def interval(self, **query: Unpack[Query]) -> Interval:
         """95 % interval of the optimal V (entries) over the law's draws; an end is infinite where
         more draws than it leaves out have no optimum, and `method` counts them."""
-        width, n_v, _ = self._solve(self.constant_draws(), n_nv, d, flops, tokens)
-        return Interval(*resample.percentile_interval(n_v / width), self.resampling + without(n_v))
+        width, n_v, _ = self._solve(self.constant_draws(), **query)
+        return self.percentiles(n_v / width)._replace(method=self.resampling + without(n_v))
 
 
 def without(optima: Draws) -> str:
     """How many of the draws have no optimum and why, as the end of a sentence; "" where all do."""
-    below, above = int(np.sum(optima == -np.inf)), int(np.sum(optima == np.inf))
-    if not below + above:
-        return ""
+    ends = ((-np.inf, "smallest", SMALLEST_VOCAB), (np.inf, "largest", LARGEST_VOCAB))
     reasons = [
         f"in {count} the loss still falls at the {which} vocabulary searched ({bound:,.0f})"
-        for count, which, bound in (
-            (below, "smallest", SMALLEST_VOCAB), (above, "largest", LARGEST_VOCAB)
-        )
-        if count
-    ]  # fmt: skip
-    return f"; {below + above} of {np.size(optima)} draws have no optimum: {' and '.join(reasons)}"
+        for end, which, bound in ends
+        if (count := int(np.sum(optima == end)))
+    ]
+    if not reasons:
+        return ""
+    count = int(np.sum(np.isinf(optima)))
+    return f"; {count} of {np.size(optima)} draws have no optimum: {' and '.join(reasons)}"

@@ -19,6 +19,7 @@ from lminf.errors import InputError
 from lminf.ranges import Range
 from lminf.scaling import accounting, laws, resample, surfaces, vocab, vocab_isoflop
 from lminf.scaling.fertility import Fertility
+from lminf.scaling.resample import Resampling
 from lminf.scaling.tables import VocabTable, require_spread
 from lminf.scaling.vocab import Constants, Draws
 
@@ -71,16 +72,12 @@ def best_anchor(table: VocabTable, flops: float) -> tuple[float, float]:
     Each run's loss is a quadratic spline in linear FLOPs, continued past its end: the small
     vocabularies end before the published anchor.
     """
-    family = table.select(table.n_nv == table.n_nv.min())
     best = (np.inf, np.nan, np.nan)
-    for size in np.unique(family.vocab_size):
-        run = family.select(family.vocab_size == size)
-        order = np.argsort(run.flops)
+    for run in table.runs_of(table.n_nv.min()):
         if np.unique(run.flops).size < 3:
             continue
-        budget = np.array([flops])
-        loss = float(surfaces.quadratic_spline(run.flops[order], run.loss[order], budget)[0])
-        best = min(best, (loss, float(size), float(size * run.width[0])))
+        loss = float(surfaces.quadratic_spline(run.flops, run.loss, np.array([flops]))[0])
+        best = min(best, (loss, float(run.vocab_size[0]), float(run.n_v[0])))
     if not np.isfinite(best[1]):
         raise InputError(
             "the smallest family has no run of three checkpoints, so there is no anchor for "
@@ -129,24 +126,16 @@ class DerivativeFit:
             )
         return fit_gamma(sizes, roots * accounting.ladder_width(sizes))
 
-    def fit(
-        self,
-        table: VocabTable,
-        *,
-        fertility: Fertility,
-        draws: int = 300,
-        cluster: str | None = None,
-        seed: int = 0,
-    ) -> DerivativeLaw:
+    def fit(self, table: VocabTable, fertility: Fertility, resampling: Resampling) -> DerivativeLaw:
         """gamma from the fertility alone, the anchor from the table's smallest family.
 
         Draws: anchor budgets within +-12 % times leaving one size out of the list. They show how
         fragile the anchor is; they are no sampling distribution.
         """
-        if cluster is not None:
+        if resampling.cluster is not None:
             raise InputError(
-                f"cluster={cluster!r}: approach 2 draws its anchor and its sizes and resamples no "
-                "rows; leave it out"
+                f"cluster={resampling.cluster!r}: approach 2 draws its anchor and its sizes and "
+                "resamples no rows; leave it out"
             )
         require_spread(table.loss, "loss", minimum=1)
         smallest = table.select(table.n_nv == table.n_nv.min())
@@ -164,18 +153,15 @@ class DerivativeFit:
             "ln_k_nnv": budget_constant(table, fertility),
             "alpha_nnv": 0.5,
         }
-        resampled = laws.Resampled()
+        resampled, draws = laws.Resampled(), resampling.draws
         if draws:
-            random = np.random.default_rng(seed)
+            random = np.random.default_rng(resampling.seed)
             factors = random.uniform(1 - ANCHOR_RANGE, 1 + ANCHOR_RANGE, draws)
             grid = np.linspace(1 - ANCHOR_RANGE, 1 + ANCHOR_RANGE, 49)
-            anchors = [np.log(best_anchor(table, self.anchor_flops * f)[1]) for f in grid]
+            anchors = np.log([best_anchor(table, self.anchor_flops * f)[1] for f in grid])
             nearest = np.abs(factors[:, None] - grid).argmin(1)
             gammas = np.array([self.gamma(fertility, i) for i in range(1, len(self.sizes))])
-            values = {
-                "gamma": random.choice(gammas, draws),
-                "ln_n_v0": np.asarray(anchors)[nearest],
-            }
+            values = {"gamma": random.choice(gammas, draws), "ln_n_v0": anchors[nearest]}
             resampled = laws.Resampled(
                 values,
                 f"{draws} anchors: {SPREAD}",
@@ -202,8 +188,8 @@ def budget_constant(table: VocabTable, fertility: Fertility) -> float:
     """ln k of N_nv = k F^0.5 on the table's envelope (approach 1, Huber): the default budget."""
     densifier = vocab_isoflop.Densifier(table, fertility, converged=False)
     kept = vocab_isoflop.kept_points(table, np.ones(len(table), bool), densifier)
-    of_n_nv = vocab_isoflop.LogPoints(*(part[:1] for part in vocab_isoflop.log_points([kept])))
-    k, _, converged, _ = vocab_isoflop.fit_lines(of_n_nv, np.array([0.5]), "huber")
+    x, y, weights = (part[:1] for part in vocab_isoflop.log_points([kept]))
+    k, _, converged, _ = vocab_isoflop.fit_lines(x, y, weights, np.array([0.5]), "huber")
     if not converged[0]:
         raise InputError("the compute-optimal budget: the fit of the envelope did not converge")
     return float(k[0])

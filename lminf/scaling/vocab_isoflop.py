@@ -5,6 +5,7 @@ ln F for y in N_nv, N_v and characters H. Source: arXiv:2407.13623, section 4.1.
 """
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,8 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 from scipy import optimize
 
 from lminf.errors import InputError
-from lminf.scaling import accounting, laws, resample, robust_fit, surfaces, vocab
+from lminf.scaling import accounting, laws, robust_fit, surfaces, vocab
 from lminf.scaling.fertility import Fertility
+from lminf.scaling.resample import Resampling
 from lminf.scaling.robust_fit import Columns, Numbers
 from lminf.scaling.tables import VocabTable, require_spread
 from lminf.scaling.vocab import Constants, Draws
@@ -34,12 +36,18 @@ class Points(NamedTuple):
     loss: Float[np.ndarray, " points"]
 
 
+PerLine = Float[np.ndarray, "lines points"]
 NO_POINTS = Points(*(np.empty(0),) * 5)
 
 
 def measured(table: VocabTable) -> Points:
     """The rows of the table as points."""
     return Points(table.n_nv, table.n_v, table.characters, table.flops, table.loss)
+
+
+def joined(parts: Iterable[Points]) -> Points:
+    """The points of all parts."""
+    return Points(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 class Densifier:
@@ -74,7 +82,7 @@ class Densifier:
                 if key not in self._cache:
                     self._cache[key] = interpolate(value, rows)
                 parts.append(self._cache[key])
-        return Points(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        return joined(parts)
 
     def _points(self, n_nv, n_v, vocab_size, characters, loss) -> Points:
         tokens = characters * self.fertility.tokens_per_character(vocab_size)
@@ -82,8 +90,6 @@ class Densifier:
 
     def _surface(self, size: float, rows: Int[np.ndarray, " rows"]) -> Points:
         """Points of one vocabulary size; none where its runs span no surface."""
-        if np.unique(self.table.n_nv[rows]).size < 2:
-            return NO_POINTS
         points = np.stack([self.table.n_nv[rows], self.table.characters[rows]], axis=1)
         diagonal = np.stack([self._n_nv, self._characters], axis=1)
         try:
@@ -140,23 +146,12 @@ def kept_points(
 ) -> Points:
     """The envelope of some rows of a table and of what the densifier puts between them."""
     points = Points(*(column[keep] for column in measured(table)))
-    if densifier is not None:
-        pairs = zip(points, densifier.points(keep), strict=True)
-        points = Points(*(np.concatenate(pair) for pair in pairs))
-    return envelope(points)
+    return envelope(points if densifier is None else joined([points, densifier.points(keep)]))
 
 
 def line_residual(theta: Numbers, columns: Columns) -> Array:
     """K + alpha x - y."""
     return theta[0] + theta[1] * columns["x"] - columns["y"]
-
-
-class LogPoints(NamedTuple):
-    """Lines to fit: ln F, the logarithm of the target, and the weight of every point."""
-
-    x: Float[np.ndarray, "lines points"]
-    y: Float[np.ndarray, "lines points"]
-    weights: Float[np.ndarray, "lines points"]
 
 
 class Lines(NamedTuple):
@@ -168,10 +163,11 @@ class Lines(NamedTuple):
     objective: Float[np.ndarray, " lines"]
 
 
-def fit_lines(points: LogPoints, slopes: Float[np.ndarray, " lines"], selector: str) -> Lines:
+def fit_lines(
+    x: PerLine, y: PerLine, weights: PerLine, slopes: Float[np.ndarray, " lines"], selector: str
+) -> Lines:
     """The lines by least squares ("ols") or Huber(1e-3); a slope of NaN is fitted, another one is
     imposed."""
-    x, y, weights = points
     centre = np.sum(weights * x, axis=1) / weights.sum(axis=1)
     free = np.isnan(slopes)
     shifted = np.where(weights > 0, x - centre[:, None], 0.0)
@@ -252,19 +248,9 @@ class IsoflopFit:
         laws.require_choice("densify", self.densify, DENSIFY)
         laws.require_choice("exponents", self.exponents, EXPONENTS)
 
-    def fit(
-        self,
-        table: VocabTable,
-        *,
-        fertility: Fertility,
-        draws: int = 300,
-        cluster: str = "run",
-        seed: int = 0,
-    ) -> IsoflopLaw:
+    def fit(self, table: VocabTable, fertility: Fertility, resampling: Resampling) -> IsoflopLaw:
         """The law of the table; InputError where the table does not determine it."""
-        require_spread(table.n_nv, "Non_vocab_parameters")
-        require_spread(table.vocab_size, "vocab_size")
-        require_spread(table.loss, "loss", minimum=1)
+        table.require_spread()
         imposed = 0.5 if self.exponents == "imposed" else np.nan
         slopes = np.array([imposed, np.nan, imposed])
         densifier = None
@@ -274,27 +260,26 @@ class IsoflopFit:
         require_spread(kept.flops, "budget on the envelope", minimum=1)
         points = log_points([kept])
         if self.selector == "reference":
-            searches = [reference_line(points.x[i], points.y[i], slopes[i]) for i in range(3)]
+            searches = map(reference_line, points[0], points[1], slopes)
             k, alpha, objective = (np.array(part) for part in zip(*searches, strict=True))
         else:
-            k, alpha, converged, objective = fit_lines(points, slopes, self.selector)
+            k, alpha, converged, objective = fit_lines(*points, slopes, self.selector)
             if not converged.all():
                 raise InputError("approach 1: the fit of the envelope did not converge")
-        resampled = laws.Resampled()
+        resampled, draws = laws.Resampled(), resampling.draws
         if draws:
-            clusters = resample.cluster_ids(table, cluster)
-            rows = resample.bootstrap_weights(clusters, draws=draws, seed=seed)
+            rows = resampling.weights(table)
             between = densifier if self.selector == "reference" else None
             sampled = log_points([kept_points(table, row > 0, between) for row in rows])
             # The reference search is no estimator of anything under resampling; its optimum is.
             selector = "ols" if self.selector == "ols" else "huber"
             how = "as released, with interpolation" if between else "without interpolation"
-            lines = fit_lines(sampled, np.tile(slopes, draws), selector)
+            lines = fit_lines(*sampled, np.tile(slopes, draws), selector)
             draws_k, draws_alpha, converged = (part.reshape(draws, 3) for part in lines[:3])
             resampled = laws.resampled(
                 _named(draws_k.T, draws_alpha.T),
                 np.all(converged, axis=1),
-                f"{draws} bootstrap draws over {cluster}s of {len(table):,} rows, {how}",
+                f"{resampling.described(table)} of {len(table):,} rows, {how}",
             )
         return laws.fitted(
             IsoflopLaw, f"isoflop-{self.selector}", table.digest,
@@ -314,26 +299,23 @@ class IsoflopFit:
 
 def _named(k: np.ndarray, alpha: np.ndarray) -> dict[str, Any]:
     """The constants of the lines of N_nv, N_v and H by name."""
-    names = ("nnv", "nv", "h")
-    constants = dict(zip((f"ln_k_{name}" for name in names), k, strict=True))
-    return constants | dict(zip((f"alpha_{name}" for name in names), alpha, strict=True))
+    names = [f"{kind}_{name}" for kind in ("ln_k", "alpha") for name in ("nnv", "nv", "h")]
+    return dict(zip(names, (*k, *alpha), strict=True))
 
 
-def log_points(kept: list[Points]) -> LogPoints:
-    """Three lines for each draw, of N_nv, N_v and H; the weight is 0 where a draw has fewer points
-    than another."""
+def log_points(kept: list[Points]) -> tuple[PerLine, PerLine, PerLine]:
+    """(ln F, ln of the target, weights) of three lines for each draw, of N_nv, N_v and H; the
+    weight is 0 where a draw has fewer points than another."""
     longest = max(len(points.loss) for points in kept)
-    longest += -longest % robust_fit.ROW_MULTIPLE
-    x = np.zeros((len(kept), 3, longest))
-    y, weights = np.zeros_like(x), np.zeros_like(x)
-    for index, points in enumerate(kept):
-        count = len(points.loss)
-        x[index, :, :count] = np.log(points.flops)
-        for line, target in enumerate((points.n_nv, points.n_v, points.characters)):
-            y[index, line, :count] = np.log(target)
-        weights[index, :, :count] = 1
-    if len(kept) == 1:
-        used = int(weights[0, 0].sum())
-        x, y, weights = x[..., :used], y[..., :used], weights[..., :used]
-    shape = (-1, x.shape[-1])
-    return LogPoints(x.reshape(shape), y.reshape(shape), weights.reshape(shape))
+    if len(kept) > 1:
+        longest += -longest % robust_fit.ROW_MULTIPLE
+
+    def padded(columns: Iterable[np.ndarray]) -> PerLine:
+        return np.stack([np.pad(column, (0, longest - len(column))) for column in columns])
+
+    lines = [(p, target) for p in kept for target in (p.n_nv, p.n_v, p.characters)]
+    return (
+        padded(np.log(points.flops) for points, _ in lines),
+        padded(np.log(target) for _, target in lines),
+        padded(np.ones_like(target) for _, target in lines),
+    )

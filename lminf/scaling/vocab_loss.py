@@ -28,8 +28,9 @@ from numpy.typing import ArrayLike
 from lminf import ranges
 from lminf.errors import InputError
 from lminf.ranges import Range
-from lminf.scaling import laws, resample, robust_fit, vocab, vocab_derivative
+from lminf.scaling import laws, robust_fit, vocab, vocab_derivative
 from lminf.scaling.fertility import Fertility
+from lminf.scaling.resample import Resampling
 from lminf.scaling.robust_fit import Columns, Numbers
 from lminf.scaling.tables import VocabTable, require_spread
 from lminf.scaling.vocab import Constants, Draws
@@ -181,30 +182,19 @@ class LossFit:
                 f"only {len(kept)} of {len(table)} rows have FLOPs >= {limit:g}; "
                 "approach 3 has six parameters, so lower --flops-limit or add rows"
             )
-        require_spread(kept.n_nv, "Non_vocab_parameters")
-        require_spread(kept.vocab_size, "vocab_size")
+        kept.require_spread()
         require_spread(kept.tokens, "training tokens")
-        require_spread(kept.loss, "loss", minimum=1)
         return kept
 
-    def fit(
-        self,
-        table: VocabTable,
-        *,
-        fertility: Fertility,
-        draws: int = 300,
-        cluster: str = "run",
-        seed: int = 0,
-    ) -> LossLaw:
+    def fit(self, table: VocabTable, fertility: Fertility, resampling: Resampling) -> LossLaw:
         """The law of the table; InputError where the table does not determine it."""
         kept = self.fitted_rows(table)
         columns = self.columns(kept, fertility)
         lower, upper = (np.array(bound, float) for bound in BOUNDS[self.bounds])
-        point = robust_fit.minimise(
-            residual, columns, starts=STARTS_OF[self.bounds], lower=lower, upper=upper,
-            weights=np.ones((1, len(kept))),
+        point = robust_fit.determined(
+            "approach 3", PARAMETERS, residual, columns, starts=STARTS_OF[self.bounds],
+            lower=lower, upper=upper,
         )  # fmt: skip
-        robust_fit.require_determined("approach 3", PARAMETERS, residual, columns, point)
         theta, bound = point.parameters[0], point.bound[0]
         if bound[1] < 0:
             raise InputError(
@@ -214,34 +204,28 @@ class LossFit:
             )
         budget = {"ln_k_nnv": vocab_derivative.budget_constant(table, fertility), "alpha_nnv": 0.5}
         resampled = laws.Resampled()
-        if draws:
-            weights = resample.bootstrap_weights(
-                resample.cluster_ids(kept, cluster), draws=draws, seed=seed
-            )
+        if resampling.draws:
             starts = STARTS
             if len(kept) > robust_fit.EXPLORED_ROWS:  # all of them took half of the time
                 starts = np.concatenate([point.parameters, STARTS[::6]])
             sample = robust_fit.minimise(
-                residual, columns, starts=starts, lower=lower, upper=upper, weights=weights
-            )
+                residual, columns, starts=starts, lower=lower, upper=upper,
+                weights=resampling.weights(kept),
+            )  # fmt: skip
             resampled = laws.resampled(
                 dict(zip(PARAMETERS, sample.parameters.T, strict=True)),
                 sample.converged,
-                f"{draws} bootstrap draws over {cluster}s of {len(kept):,} rows",
+                f"{resampling.described(kept)} of {len(kept):,} rows",
             )
-        on_bound = {
-            name: float((upper if bound[i] > 0 else lower)[i])
-            for i, name in enumerate(PARAMETERS)
-            if bound[i]
-        }
+        edges = dict(zip(PARAMETERS, np.where(bound > 0, upper, lower), strict=True))
+        on_bound = {name: edges[name] for name, side in zip(PARAMETERS, bound, strict=True) if side}
         return laws.fitted(
             LossLaw, f"loss-{self.mode}", table.digest,
             constants=dict(zip(PARAMETERS, theta, strict=True)) | budget,
             units={"N_nv, N_v": "1e6 parameters", "D": "1e9 tokens", "L_u": "nats per token"},
             procedure={
                 "approach": 3,
-                "mode": self.mode,
-                "bounds": self.bounds,
+                **vars(self),
                 "flops_limit": self.limit(table),
                 "starts": len(STARTS_OF[self.bounds]),
                 "fertility": fertility.to_json(),

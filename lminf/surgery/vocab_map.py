@@ -74,10 +74,10 @@ def vocab_map(rows: Sequence[Row], *, old_tokens: int, old_rows: int) -> VocabMa
         for old, share in row.items()
     ]
     entries += [(row, row, 1.0) for row in range(old_tokens + len(rows), old_rows)]
-    at, of, shares = (np.array(column) for column in zip(*entries, strict=True))
+    new_row, old_row, shares = (np.array(column) for column in zip(*entries, strict=True))
     unseen = np.zeros(new_rows, bool)
     unseen[old_tokens : old_tokens + len(rows)] = [not row for row in rows]
-    matrix = sparse.csr_array((shares, (at, of)), shape=(new_rows, old_rows))
+    matrix = sparse.csr_array((shares, (new_row, old_row)), shape=(new_rows, old_rows))
     return VocabMap(matrix, unseen, old_tokens, old_rows)
 
 

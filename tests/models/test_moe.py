@@ -13,7 +13,6 @@ from lminf.attention import policy as policies
 from lminf.models import cost, decoder, layers, moe
 from lminf.models.spec import MoESpec
 from lminf.objectives import terms
-from lminf.scaling import accounting
 from lminf.train.step import State
 from tests.attention import cases
 from tests.models import specs
@@ -164,10 +163,10 @@ def test_parameters_are_counted():
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert cost.parameters(shape) == total
     aside = 2 * 64 * 16 + 5 * 16 + 16 * 4  # vocabulary, norms, router
-    assert accounting.spec_parameters(shape) == total - aside
+    assert cost.block_parameters(shape) == total - aside
     idle = 2 * 3 * 16 * 24
     assert cost.active_parameters(shape) == total - idle
-    assert accounting.spec_parameters(shape, active=True) == total - aside - idle
+    assert cost.block_parameters(shape, active=True) == total - aside - idle
     used = cost.active_parameters(shape) - 64 * 16 - 5 * 16  # an embedding is looked up
     assert cost.matmul_flops_per_token(shape) == 2 * used
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lminf import scaling
 from lminf.scaling import accounting, baselines, diagnostics, published, regret
 from lminf.scaling import fertility as fertilities
 from lminf.scaling.steps import StepFit
@@ -110,7 +111,7 @@ def vocab_file(table: VocabTable) -> Iterator[Row]:
         ("none", 99, (0.0530, 0.4469), (0.1062, 0.4315)),
     ):
         for selector, (k, alpha) in (("huber", huber), ("ols", ols)):
-            law = IsoflopFit(selector, densify).fit(table, fertility=f, draws=0)
+            law = scaling.fit(IsoflopFit(selector, densify), table, draws=0)
             name = f"approach 1, {densify}, {selector}:"
             k_nv = float(np.exp(law.constants["ln_k_nv"]))
             points = law.diagnostics["points_kept"]
@@ -122,14 +123,14 @@ def vocab_file(table: VocabTable) -> Iterator[Row]:
                 k_nnv, k_h = (float(np.exp(law.constants[f"ln_k_{n}"])) for n in ("nnv", "h"))
                 yield row("7", f"{name} k of N_nv", k_nnv, 0.0834, 5e-4)
                 yield row("7", f"{name} k of H", k_h, 6.41, 0.02)
-    free = IsoflopFit(exponents="free").fit(table, fertility=f, draws=0).constants
+    free = scaling.fit(IsoflopFit(exponents="free"), table, draws=0).constants
     yield row("7", "free exponent of N_nv", free["alpha_nnv"], 0.4505, 2e-3)
     yield row("7", "free exponent of H", free["alpha_h"], 0.5871, 2e-3)
     for mode, expected in (
         ("reference", (2.44, 0.21, 2.10, 5.25, 0.583)),
         ("tokens", (2.51, 0.06, 1.13, 5.26, 0.570)),
     ):
-        law = LossFit(mode).fit(table, fertility=f, draws=0)
+        law = scaling.fit(LossFit(mode), table, draws=0)
         names = ("ln_A1", "ln_A2", "ln_B", "ln_E", "beta")
         for name, value in zip(names, expected, strict=True):
             found = law.constants[name]
@@ -138,7 +139,7 @@ def vocab_file(table: VocabTable) -> Iterator[Row]:
             yield row("8", f"approach 3 {mode}: {name}", found, value, tolerance)
         on_bound = float("alpha2" in law.diagnostics["on_bound"])
         yield row("8", f"approach 3 {mode}: alpha2 on its bound", on_bound, 1, 0)
-    wide = LossFit("tokens", bounds="wide").fit(table, fertility=f, draws=0)
+    wide = scaling.fit(LossFit("tokens", bounds="wide"), table, draws=0)
     said = float(any("not identified" in warning for warning in wide.warnings))
     yield row("8", "approach 3 tokens, no bounds: says not identified", said, 1, 0)
     top = [
@@ -172,7 +173,7 @@ def step_file(table: StepTable) -> Iterator[Row]:
         (0.0025, 100, (74.2, -0.8198, 0.2441), (0.3417, 0.5916)),
         (0.005, 205, (46.2, -0.7652, 0.2126), (5.08, 0.4778)),
     ):
-        law = StepFit(threshold=threshold).fit(table, draws=0)
+        law = scaling.fit(StepFit(threshold=threshold), table, draws=0)
         name = f"step law, {100 * threshold:g} %:"
         yield row("9", f"{name} rows kept", law.diagnostics["kept"], kept, 0)
         if lr is None or batch is None:
@@ -185,7 +186,7 @@ def step_file(table: StepTable) -> Iterator[Row]:
         yield row("9", f"{name} batch constant", batch_k, batch[0], 1e-3 * batch[0])
         yield row("9", f"{name} batch, exponent", k["batch_d"], batch[1], 1e-4)
     # 8,000 draws: the mean over 1,000 still scatters by 0.002 itself.
-    mean = StepFit().fit(table, draws=8000).diagnostics["row_mean"]
+    mean = scaling.fit(StepFit(), table, draws=8000).diagnostics["row_mean"]
     for name, expected in (("lr_n", -0.820), ("lr_d", 0.243), ("batch_d", 0.591)):
         yield row("9", f"row-bootstrap mean {name}", mean[name], expected, 2e-3)
     rules = [baselines.rule(name) for name in STEP_REGRETS if name in baselines.RULES]

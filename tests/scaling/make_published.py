@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from lminf import scaling
 from lminf.scaling import (
     fertility,
-    published,
-    recommend_vocab,
     resample,
     robust_fit,
+    stored,
     tables,
     vocab_loss,
 )
@@ -45,17 +45,16 @@ RESAMPLING = {
 
 def main(vocab_path: str, step_path: str) -> None:
     table = tables.read_vocab(vocab_path)
-    options = {"fertility": fertility.PUBLISHED}
-    step = StepFit().fit(tables.read_step(step_path))
+    step = scaling.fit(StepFit(), tables.read_step(step_path), draws=1000)
     fits = {
-        "tao2024-isoflop": IsoflopFit(densify="none").fit(table, **options),
-        "tao2024-derivative": DerivativeFit().fit(table, **options),
-        "tao2024-loss": LossFit("reference").fit(table, **options),
-        "tao2024-loss-tokens": LossFit("tokens").fit(table, **options),
+        "tao2024-isoflop": scaling.fit(IsoflopFit(densify="none"), table),
+        "tao2024-derivative": scaling.fit(DerivativeFit(), table),
+        "tao2024-loss": scaling.fit(LossFit("reference"), table),
+        "tao2024-loss-tokens": scaling.fit(LossFit("tokens"), table),
         "li2025-step": step,
     }
-    stored = json.loads(published.FILE.read_text(encoding="utf-8"))
-    for data in stored:
+    laws = stored.read("published.json")
+    for data in laws:
         law = fits.get(data["version"])
         if law is None:
             continue
@@ -70,13 +69,13 @@ def main(vocab_path: str, step_path: str) -> None:
             if name not in NOT_DRAWN
         }
     bowl = step.diagnostics["bowl"]
-    next(data for data in stored if data["kind"] == "step")["diagnostics"]["bowl"] = {
+    next(data for data in laws if data["kind"] == "step")["diagnostics"]["bowl"] = {
         name: value if name == "groups" else float(f"{value:.6g}")
         for name, value in bowl.items()
         if name != "unit"
     }
-    write(published.FILE, stored)
-    write(recommend_vocab.FILE, refits(table))
+    write(stored.FOLDER / "published.json", laws)
+    write(stored.FOLDER / "vocab_refits.json", refits(table))
 
 
 def refits(table: VocabTable) -> dict:

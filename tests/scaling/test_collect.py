@@ -5,8 +5,9 @@ import pytest
 
 from lminf import cli, scaling
 from lminf.errors import InputError
+from lminf.experiments import _collect as collect
 from lminf.run import folder
-from lminf.scaling import accounting, collect, tables
+from lminf.scaling import accounting, tables
 
 FERTILITY = {512: 0.5, 1024: 0.4}
 COMMON = {"corpus": "library", "text_digest": "ab", "seed": 0}

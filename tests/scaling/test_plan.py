@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from lminf import cli, scaling
+from lminf.commands.scaling import _sweep_plan as plan
 from lminf.errors import InputError
 from lminf.run import request, sweep
-from lminf.scaling import fertility, plan
+from lminf.scaling import fertility
 from lminf.scaling.tables import StepTable, VocabTable
 from tests.scaling import data
 

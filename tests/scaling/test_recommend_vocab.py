@@ -121,7 +121,7 @@ def test_draws_without_an_optimum_are_counted_and_are_no_number():
 @pytest.mark.parametrize("n_nv", [3e9, 7e9, 13e9, 70e9])
 def test_the_published_envelope_lies_in_the_middle_of_its_draws(n_nv):
     law = published.ISOFLOP
-    width, n_v, _ = law._solve(law.constant_draws(), n_nv, None, None, None)
+    width, n_v, _ = law._solve(law.constant_draws(), n_nv=n_nv)
     assert 0.3 < np.mean(n_v / width < law.optimum(n_nv=n_nv).vocab_size) < 0.7
 
 
@@ -138,7 +138,7 @@ def test_the_interval_of_approach_1_holds_its_point_in_the_middle(table, reaches
     """With interpolation between the resampled curves the lower end was 6,000 for every size."""
     law = scaling.fit(IsoflopFit(), table(), draws=300)
     np.testing.assert_allclose(law.interval(n_nv=70e9)[:2], reaches, rtol=0.2)
-    _, n_v, _ = law._solve(law.constant_draws(), 70e9, None, None, None)
+    _, n_v, _ = law._solve(law.constant_draws(), n_nv=70e9)
     share = np.mean(n_v / 8192 < law.optimum(n_nv=70e9).vocab_size)
     assert 0.25 < share < 0.75
 

@@ -8,7 +8,7 @@ from scipy import optimize
 
 from lminf import scaling
 from lminf.scaling import chinchilla, density, fertility, resample, robust_fit, vocab_loss
-from lminf.scaling.vocab_isoflop import LogPoints, fit_lines, line_residual
+from lminf.scaling.vocab_isoflop import fit_lines, line_residual
 from tests.scaling import data
 
 
@@ -67,9 +67,7 @@ def test_huber_lines_equal_scipy():
     random = np.random.default_rng(1)
     x = random.normal(size=(3, 40)) + 20
     y = 0.4 * x + 1 + 0.1 * random.standard_t(2, size=x.shape)
-    k, alpha, converged, objective = fit_lines(
-        LogPoints(x, y, np.ones_like(x)), np.full(3, np.nan), "huber"
-    )
+    k, alpha, converged, objective = fit_lines(x, y, np.ones_like(x), np.full(3, np.nan), "huber")
     assert converged.all()
     for i in range(3):
 
@@ -86,7 +84,7 @@ def test_huber_lines_equal_scipy():
 
 def test_the_rest_of_the_process_stays_in_single_precision():
     x = np.tile(np.arange(40.0), (3, 1))
-    fit_lines(LogPoints(x, x, np.ones_like(x)), np.full(3, np.nan), "huber")
+    fit_lines(x, x, np.ones_like(x), np.full(3, np.nan), "huber")
     assert jnp.ones(2).dtype == jnp.float32
 
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from lminf.atomic import atomic_write
 from lminf.commands.scaling._arguments import Result
 from lminf.errors import InputError
+from lminf.experiments import _collect as tables
 from lminf.run import folder
-from lminf.scaling import collect as tables
 
 KINDS = {"vocab": tables.vocab, "step": tables.step}
 

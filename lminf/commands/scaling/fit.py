@@ -50,7 +50,7 @@ def vocab(args: argparse.Namespace) -> Result:
     sampling = resampling(args, 300, len(table))
     with progress_of(f"fit vocab, {len(table):,} rows"):
         law = scaling.fit(procedure, table, fertility=fertility, **sampling)
-        without = diagnostics.leave_one_family_out(procedure, table, fertility=fertility)
+        without = list(diagnostics.leave_one_family_out(procedure, table, fertility=fertility))
     return _fitted(args, law, "left out: one family; V at N = 7e9", without)
 
 

@@ -11,13 +11,14 @@ from rich.console import Console
 
 from lminf.atomic import atomic_write
 from lminf.checkpoints import fetch
+from lminf.commands.scaling import _sweep_plan as plans
 from lminf.commands.scaling._arguments import Result
 from lminf.configs import step_sweep, vocab_sweep
 from lminf.errors import InputError
 from lminf.experiments import _corpus, _small
+from lminf.models import cost
 from lminf.run import devices
 from lminf.run import tables as show
-from lminf.scaling import plan as plans
 
 CONFIGS = {"vocab": vocab_sweep, "step": step_sweep}
 # FLOPs: months of a laptop. A cluster sweeps the variants `h100` and `pod` of the configs.
@@ -131,7 +132,7 @@ def measured_speed(kind: str, planned: plans.Plan) -> float:
         if measured.tokens not in token_counts:
             token_counts.add(measured.tokens)
             times.append(time.monotonic())
-    per_token = 6 * (_small.parameters(shape) + c.data.vocab * shape.width)
+    per_token = 6 * (cost.block_parameters(shape) + c.data.vocab * shape.width)
     copies = len(c.rates) * c.replicates
     return TIMED * per_step * per_token * copies / (times[1] - times[0])
 

@@ -181,11 +181,11 @@ class Bios:
             template = TEMPLATES[attribute][int(drawn[index] % len(TEMPLATES[attribute]))]
             named = place == 0 or self.augmentation.fullname
             who = self.name(person) if named else (self._pronoun(person),)
-            before, after = template.format(who=" ".join(who), value="\n").split("\n")
+            lead, tail = template.format(who=" ".join(who), value="\n").split("\n")
             value = self.value(person, attribute)
-            words += before.split()
+            words += lead.split()
             values[attribute] = (len(words), len(words) + len(value))
-            words += [*value, *after.split()]
+            words += [*value, *tail.split()]
         return Biography(tuple(words), values)
 
     def question(self, person: int, attribute: str) -> Question:
@@ -253,7 +253,7 @@ class Bios:
         for stream, (kind, count) in enumerate(counts.items()):
             numbers = permutation.shuffled(np.arange(count), _COINED, seed=stream)
             pairs = (divmod(number, len(_SYLLABLES)) for number in numbers.tolist())
-            stems = (_SYLLABLES[one] + _SYLLABLES[other] for one, other in pairs)
+            stems = (_SYLLABLES[first] + _SYLLABLES[last] for first, last in pairs)
             coined[kind] = tuple(stem.capitalize() + _ENDINGS[kind] for stem in stems)
         return coined
 

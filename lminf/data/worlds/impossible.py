@@ -307,16 +307,16 @@ def read_tagged(path: Path) -> list[Sentence]:
     """The sentences of a text that is tagged: a sentence a line, each word as text/tag/lemma."""
     with refusing(str(path), kind="tagged text", advice="write it as UTF-8"):
         lines = path.read_text(encoding="utf-8").splitlines()
-    found = []
+    tagged = []
     for number, line in enumerate(lines, 1):
         parts = [word.rsplit("/", 2) for word in line.split()]
         if any(len(part) != 3 or not all(part) for part in parts):
             raise InputError(f"{path} line {number} has a word that is not text/tag/lemma; tag the "
                              f"text, as in walks/VBZ/walk")  # fmt: skip
-        found.append(tuple(Word(*part) for part in parts))
-    if not any(found):
+        tagged.append(tuple(Word(*part) for part in parts))
+    if not any(tagged):
         raise InputError(f"{path} has no sentence; write one a line, as in the/DT/the dog/NN/dog")
-    return found
+    return tagged
 
 
 def world(tagged: Sequence[Sentence], language: Language, *, held_out: int, seed: int = 0) -> World:

@@ -68,11 +68,11 @@ class World:
         return [np.append(self.encode(text), np.int32(0)) for text in self._texts()[name]]
 
     def _texts(self) -> dict[str, Sequence[Words]]:
-        asked = {
+        with_answers = {
             f"questions_{split}": [question.prompt + question.answer for question in questions]
             for split, questions in self.questions.items() if questions
         }  # fmt: skip
-        return {**self.corpus, **asked}
+        return {**self.corpus, **with_answers}
 
     def write(self, folder: Path) -> dict[str, Facts]:
         """Facts of the token stores that were written into a new or empty folder, by name.
@@ -87,12 +87,12 @@ class World:
             return self._write(folder)
 
     def _write(self, folder: Path) -> dict[str, Facts]:
-        asked = [
+        rows = [
             {"split": split, **question._asdict()}
             for split, questions in self.questions.items() for question in questions
         ]  # fmt: skip
         _write_lines(folder / "truth.jsonl", self.truth)
-        _write_lines(folder / "questions.jsonl", asked)
+        _write_lines(folder / "questions.jsonl", rows)
         facts = {}
         for name, texts in self._texts().items():
             path = folder / f"{name}.jsonl"

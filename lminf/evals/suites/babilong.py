@@ -73,8 +73,10 @@ class BabiLong(SharedTextTask):
         thing = str(random.choice(THINGS))
         route = [str(place) for place in random.permutation(PLACES)]
         moves = [(str(random.choice(bystanders)), str(random.choice(PLACES))) for _ in range(MOVES)]
-        asked = bystanders[: self.questions - 1]  # each of whom moves
-        moves[: len(asked)] = [(who, where) for who, (_, where) in zip(asked, moves, strict=False)]
+        subjects = bystanders[: self.questions - 1]  # each of whom moves
+        moves[: len(subjects)] = [
+            (who, where) for who, (_, where) in zip(subjects, moves, strict=False)
+        ]
         story = [MOVE.format(who=who, where=where) for who, where in moves]
         trips = [MOVE.format(who=hero, where=where) for where in route[:3]]
         if self.facts == 1:
@@ -93,7 +95,7 @@ class BabiLong(SharedTextTask):
         for share, fact in zip(sorted(random.random(len(facts)))[::-1], facts[::-1], strict=True):
             story.insert(int(share * (MOVES + 1)), fact)
         last = dict(moves)  # of the moves of one person the last
-        return story, {question: answer} | {WHERE.format(who=who): last[who] for who in asked}
+        return story, {question: answer} | {WHERE.format(who=who): last[who] for who in subjects}
 
     def parse(self, completion: str) -> str | None:
         """The first place that is named."""

@@ -35,8 +35,8 @@ Words = Annotated[int, Range(min=0, max=10**6)]
 
 def count_words(text: str) -> int:
     """Chinese characters, and words between them."""
-    others = FULL_WIDTH.sub(" ", CHINESE.sub(" ", text))
-    return len(CHINESE.findall(text)) + len(others.split())
+    spaced = FULL_WIDTH.sub(" ", CHINESE.sub(" ", text))
+    return len(CHINESE.findall(text)) + len(spaced.split())
 
 
 @dataclass(frozen=True)
@@ -88,17 +88,17 @@ class LongBenchWrite(PublishedTask):
     def questions(self) -> list[Question]:
         records = published.records(self.path, "LongBench-Write", ("prompt", "length"))
         lengths = [_words(record, self.path) for record in records]
-        asked = [
+        questions = [
             Question(f"{record['prompt']}\n\n", "", "", words)
             for record, words in zip(records, lengths, strict=True)
             if self.least <= words < self.below
         ]
-        if not asked:
+        if not questions:
             raise InputError(
                 f"{self.path} has no request of {self.least} to {self.below} words; its requests "
                 f"are of {min(lengths)} to {max(lengths)}"
             )
-        return asked
+        return questions
 
     def parse(self, completion: str) -> int:
         return count_words(completion)

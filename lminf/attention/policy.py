@@ -12,7 +12,7 @@ disjoint, so attention is one softmax over their union. Those that go by what to
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple, TypeAlias, TypeVar
 
@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lminf import ranges
-from lminf.attention import rope
 from lminf.errors import InputError
 from lminf.ranges import Range
 
@@ -33,16 +32,16 @@ CountOrNone: TypeAlias = Annotated[int, Range(min=0, max=2**20)]
 Layers: TypeAlias = Annotated[int, Range(min=0, max=2**20)]
 
 
+def _same(positions):
+    return positions
+
+
 class FarPositions(NamedTuple):
     """Far pairs see each other as if at positions (query(q), key(k)), times `scale`."""
 
-    query: PositionMap
-    key: PositionMap
+    query: PositionMap = _same
+    key: PositionMap = _same
     scale: float = 1.0
-
-
-def _same(positions):
-    return positions
 
 
 def _constant(value: int) -> PositionMap:
@@ -148,7 +147,7 @@ class Policy(LayerPolicy):
 
     def far_positions(self) -> FarPositions:
         """How far keys seem placed. Only asked where some are visible."""
-        return FarPositions(_same, _same)
+        return FarPositions()
 
     def query_gain(self, q: Int[Array, "*B"]) -> Float[Array, "*B"] | None:
         """Factor on the scores of queries at these positions; None: 1."""
@@ -229,7 +228,7 @@ class Streaming(Lambda):
 
     def far_positions(self) -> FarPositions:
         last_slot = self.sinks + self.window - 1
-        return FarPositions(lambda q: jnp.minimum(q, jnp.asarray(last_slot, q.dtype)), _same)
+        return FarPositions(lambda q: jnp.minimum(q, jnp.asarray(last_slot, q.dtype)))
 
 
 @dataclass(frozen=True)
@@ -272,7 +271,7 @@ class LeakyReRoPE(_SeesAll):
     def far_positions(self) -> FarPositions:
         # w + (d - w)/s = (q + w(s - 1) - k)/s: whole positions, and one factor on the frequencies.
         offset = _offset(self.window, self.stretch)
-        return FarPositions(lambda q: q + offset, _same, 1.0 / self.stretch)
+        return FarPositions(lambda q: q + offset, scale=1.0 / self.stretch)
 
     def max_length(self, trained_length: int) -> int:
         return (trained_length - self.window) * self.stretch + self.window
@@ -333,100 +332,6 @@ class PerLayer(Named):
 FULL = Full()
 
 AnyPolicy: TypeAlias = LayerPolicy | PerLayer
-
-
-def by_layer(
-    policy: AnyPolicy, *, windows: tuple[int | None, ...], num_kv_heads: int
-) -> tuple[LayerPolicy, ...]:
-    """The policy of every layer of a model whose layers were trained with these windows.
-
-    Full is the model's own attention: a layer's trained window stays. Any other policy replaces
-    the attention of the layers that read everything, or of all layers where none does; a layer
-    that was trained local in a model that also reads everything (Gemma 2) stays local.
-    """
-    pattern = policy.policies if isinstance(policy, PerLayer) else (policy,)
-    if not pattern or len(windows) % len(pattern):
-        raise InputError(
-            f"{len(pattern)} policies do not divide {len(windows)} layers; "
-            f"give one policy for each layer, or a pattern whose length divides {len(windows)}"
-        )
-    for chosen in (part for part in pattern if isinstance(part, PerHead)):
-        if whole_layers := [p for p in chosen.policies if not p.context_parallel]:
-            raise InputError(
-                f"{whole_layers[0].name} chooses for all heads of a layer, so it cannot be one of "
-                f"several head policies; give it whole layers"
-            )
-        if len(chosen.policies) != num_kv_heads:
-            raise InputError(
-                f"{len(chosen.policies)} head policies but the model has {num_kv_heads} "
-                f"key/value heads; give one policy for each"
-            )
-    mixed = any(width is None for width in windows)
-    trained = (Full() if width is None else Window(width) for width in windows)
-    return tuple(
-        local if chosen == Full() or (mixed and local != Full()) else chosen
-        for chosen, local in zip(pattern * (len(windows) // len(pattern)), trained, strict=True)
-    )
-
-
-def check_trained(policy: AnyPolicy, trained_length: int) -> None:
-    """Refuses a window that reaches past the distances the model was trained on."""
-    for part in head_policies(policy):
-        if part.window is not None and part.window > trained_length:
-            field = part.window_field
-            raise InputError(
-                f"{field}={part.window} but this model was trained at {trained_length} tokens; "
-                f"use {field}<={trained_length} or a rotary scaling that stretches positions"
-            )
-
-
-def common_eviction(by_layer: Sequence[LayerPolicy]) -> int | None:
-    """Tokens after which every layer that evicts may do so; None: no layer does."""
-    turns = [layer.evict_every for layer in by_layer if layer.evict_every is not None]
-    return math.gcd(*turns) if turns else None
-
-
-def chunk_within(boundary: int | None, chunk: int) -> int:
-    """The most tokens, of at most `chunk`, to read at once so that no chunk crosses a boundary."""
-    if boundary is None:
-        return chunk
-    return boundary if boundary <= chunk else math.gcd(boundary, chunk)
-
-
-def check_sinks(policy: AnyPolicy, sinks: bool) -> None:
-    """Refuses a policy that goes by content where heads have learnt sinks: what such a head
-    attends to is compared with its sink too.
-    """
-    for part in head_policies(policy):
-        if sinks and (part.needs_prompt or not part.context_parallel):
-            raise InputError(
-                f"{part.name} goes by what tokens hold, but the heads of this model have learnt "
-                f"sinks, which it does not count; use a policy of positions, such as lm_infinite"
-            )
-
-
-def check_rotary(policy: AnyPolicy, encoding: Any) -> None:
-    """Refuses a policy that moves keys where nothing is rotated: by rotating them, or at all where
-    their positions are part of what they hold.
-    """
-    learnt, still = isinstance(encoding, rope.Learnt), FarPositions(_same, _same)
-    for part in head_policies(policy):
-        moves = part.needs_rotary or (learnt and part.far_positions() != still)
-        if moves and not isinstance(encoding, rope.Rotary):
-            raise InputError(
-                f"{part.name} moves keys by rotating them, but this model's positions are "
-                f"{type(encoding).__name__}; use a policy that leaves them where they are"
-            )
-
-
-def max_length(policy: AnyPolicy, trained_length: int) -> int | None:
-    """Tokens up to which no distance seems past the trained length; None: the policy sets no end.
-
-    Only the policies that compress distances have one: past it they are where Full is past the
-    trained length.
-    """
-    ends = [part.max_length(trained_length) for part in head_policies(policy)]
-    return min((end for end in ends if end is not None), default=None)
 
 
 def head_policies(policy: AnyPolicy) -> tuple[Policy, ...]:

@@ -19,7 +19,6 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from lminf.attention import cache
-from lminf.attention.policy import chunk_within, common_eviction
 from lminf.attention.sparse import WHOLE_CALL, SparsePolicy
 from lminf.errors import InputError
 from lminf.lm import generate as decoding
@@ -27,6 +26,7 @@ from lminf.lm.generate import GREEDY
 from lminf.lm.lm import LM
 from lminf.lm.protocol import OnAnswer, Score
 from lminf.models import heads
+from lminf.models.layer_policies import chunk_within, common_eviction
 
 TOGETHER = 8192  # prompt tokens read side by side: more of them is no faster on a CPU
 TAIL_ROWS = 16  # tails read side by side

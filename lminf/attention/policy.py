@@ -11,9 +11,9 @@ disjoint, so attention is one softmax over their union. Those that go by what to
 """
 
 import math
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Annotated, Any, NamedTuple, TypeAlias, TypeVar
 
 import jax.numpy as jnp
@@ -97,14 +97,12 @@ class LayerPolicy(Named):
 
     def cache_layout(self, capacity: int) -> Any:
         """The cache layout for a text of at most `capacity` tokens; None: what positions need."""
-        del capacity
         return None
 
     def init_state(self, shape: Any) -> Any:
         """What one layer remembers beside keys and values before it has read anything: a pytree
         of arrays [B, ...] for this cache.CacheShape.
         """
-        del shape
         return ()
 
     def observe_hidden(
@@ -121,7 +119,6 @@ class LayerPolicy(Named):
 
     def observe_queries(self, state: Any, q: Array, layer: Any) -> Any:
         """The state after these queries of a prompt, un-rotated."""
-        del q, layer
         return state
 
     def compress_prompt(self, config: Any, cache: Any, *, length: int, room: int) -> Any:
@@ -140,7 +137,7 @@ class Policy(LayerPolicy):
     # included; None: all.
     window: Any
     # int | None. Tokens at the start seen beyond those, by default the field `sinks`; None: all.
-    num_sinks: Any = property(operator.attrgetter("sinks"))
+    num_sinks: Any = property(attrgetter("sinks"))
 
     window_field = "window"  # the field that `window` comes from
     max_selected = 0  # tokens, at most, that are seen beside the near ones and the sinks
@@ -171,8 +168,14 @@ class Policy(LayerPolicy):
         first = (k <= q) if self.num_sinks is None else (k <= q) & (k < self.num_sinks)
         return self.in_window(q, k) | first
 
+    def problems(self) -> Iterator[str]:
+        """What is wrong with fields that are each in their range, in a sentence each."""
+        yield from ()
+
     def __post_init__(self):
         ranges.check(self)
+        for problem in self.problems():
+            raise InputError(problem)
 
 
 @register("full")
@@ -238,11 +241,15 @@ class _SeesAll(Window):
     # Trained length: scores times max(1, ln(q+1)/ln(log_from)).
     log_from: Annotated[int, Range(min=2, max=2**30)] | None = field(default=None, kw_only=True)
 
-    def __post_init__(self):
-        super().__post_init__()
-        self.far_positions()  # refuses positions that are out of bounds
-
     num_sinks = None
+    steps = property(lambda self: 1)  # far positions are counted in steps of 1/steps token
+
+    def problems(self) -> Iterator[str]:
+        if self.window * self.steps > 2**30:
+            yield (
+                f"window={self.window} times {self.steps} is past the positions of 32 bits; give "
+                f"at most {2**30 // self.window} for a window of {self.window}"
+            )
 
     def query_gain(self, q: Int[Array, "*B"]) -> Float[Array, "*B"] | None:
         if self.log_from is None:
@@ -268,9 +275,11 @@ class LeakyReRoPE(_SeesAll):
 
     stretch: Tokens
 
+    steps = property(attrgetter("stretch"))
+
     def far_positions(self) -> FarPositions:
         # w + (d - w)/s = (q + w(s - 1) - k)/s: whole positions, and one factor on the frequencies.
-        offset = _offset(self.window, self.stretch)
+        offset = self.window * (self.stretch - 1)
         return FarPositions(lambda q: q + offset, scale=1.0 / self.stretch)
 
     def max_length(self, trained_length: int) -> int:
@@ -287,26 +296,18 @@ class SelfExtend(_SeesAll):
 
     group: Tokens  # tokens that share one far position
 
+    steps = property(attrgetter("group"))
+
     def far_positions(self) -> FarPositions:
         # floor(q/g) + w - w/g - floor(k/g), which need not be whole, in steps of 1/g.
         def floored(positions):
             return positions - positions % self.group
 
-        offset = _offset(self.window, self.group)
+        offset = self.window * (self.group - 1)
         return FarPositions(lambda q: floored(q) + offset, floored, 1.0 / self.group)
 
     def max_length(self, trained_length: int) -> int:
         return (trained_length - self.window + self.window // self.group) * self.group
-
-
-def _offset(window: int, steps: int) -> int:
-    """Of far queries, in steps of 1/steps token."""
-    if window * steps > 2**30:
-        raise InputError(
-            f"window={window} times {steps} is past the positions of 32 bits; give at most "
-            f"{2**30 // window} for a window of {window}"
-        )
-    return window * (steps - 1)
 
 
 @register("per_head")

@@ -90,7 +90,7 @@ def _over_sequence(policy, config, positions, segments, shards, implementation):
     count = total if policy.num_sinks is None else min(policy.num_sinks, total)
     # Far keys are the tokens at positions 0.. of each row: behind the padding, if any. Every
     # segment has first tokens of its own: the kernel picks them out of all.
-    key_pos, far_pos, query_offset = all_pos, _first_positions(batch, count), shards.first
+    key_pos, far_pos, query_offset = all_pos, caches.first_positions(batch, count), shards.first
     halo = policy.bounded and shards.axis is not None and segments is None
     segment_ids = None
     if segments is not None:
@@ -198,13 +198,12 @@ def extend(
             out = attend(q, k, v, *stored, sinks=sinks)
             return out, policy.observe_queries(kv.state, q, layer)
 
-    def step(q, k, v, kv, layer, sinks=None):
+    def step(q, k, v, kv, layer, **sinks):
         k, v = shards.all(k), shards.all(v)
         written = kv._replace(
             k=caches.write(kv.k, k, layer, to_slots), v=caches.write(kv.v, v, layer, to_slots)
         )
-        options = {} if sinks is None else {"sinks": sinks}
-        out, state = read(q, k, v, kv, written, layer, **options)
+        out, state = read(q, k, v, kv, written, layer, **sinks)
         return out, written._replace(state=state)
 
     return step, new_pos
@@ -232,7 +231,7 @@ def _over_cache(policy, config, layout, positions, shards, implementation):
         key_pos, query_offset = jnp.concatenate([recent, chunk], 1), width + shards.first
     else:
         recent_slots, count = None, layout.slots if count is None else count
-        key_pos, query_offset = _first_positions(len(chunk), layout.slots), positions[:, 0]
+        key_pos, query_offset = caches.first_positions(len(chunk), layout.slots), positions[:, 0]
 
     def near(new, before, after):
         if recent_slots is None:
@@ -249,7 +248,7 @@ def _over_cache(policy, config, layout, positions, shards, implementation):
 
     return _attention(
         policy, config, Placement(config, chunk), positions, key_pos,
-        _first_positions(len(chunk), count), keys, count=count, query_offset=query_offset,
+        caches.first_positions(len(chunk), count), keys, count=count, query_offset=query_offset,
         implementation=implementation,
     )  # fmt: skip
 
@@ -276,9 +275,7 @@ def _attention(
             by_row["query_global"], by_row["key_global"] = branches.far(q, far_k)
             by_row["value_global"] = far_v
         if heads.slopes is not None and count:
-            by_row["global_distance"] = kernels.GlobalDistance(
-                branches.far_q_pos, branches.far_k_pos, branches.far_scale
-            )
+            by_row["global_distance"] = branches.far_distance
 
         def run(by_row, key_start, query_offset):
             out = kernels.lambda_attention(
@@ -301,7 +298,3 @@ def _attention(
         )(by_row, key_start, query_offset)  # fmt: skip
 
     return attend
-
-
-def _first_positions(batch: int, count: int) -> Int[Array, "B R"]:
-    return jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (batch, count))

@@ -284,5 +284,14 @@ def _of_rows(chunks: Sequence[Chunk], rows: list[int]) -> list[Chunk]:
 
 @partial(jax.jit, static_argnums=1)
 def _copies(caches: tuple[cache.Cache, ...], rows: int) -> tuple[cache.Cache, ...]:
-    """In memory of their own, which reading on uses up."""
-    return tuple(cache.repeated(stored, rows) for stored in caches)
+    """Caches of one row as those of `rows` rows that have read the same, in memory of their own,
+    which reading on uses up.
+    """
+
+    def repeated(x, axis):
+        return jnp.broadcast_to(x, (*x.shape[:axis], rows, *x.shape[axis + 1 :]))
+
+    return tuple(
+        stored.updated(jax.tree.map(lambda x: repeated(x, 1), stored.kv), repeated(stored.pos, 0))
+        for stored in caches
+    )

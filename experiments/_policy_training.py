@@ -7,12 +7,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lminf.attention import policy as policies
 from lminf.attention.policy import AnyPolicy
 from lminf.config import parse_choice
 from lminf.data import windows
 from lminf.data.tokenizers import ByteTokenizer
-from lminf.models import spec
+from lminf.models import layer_policies, spec
 from lminf.parallel import mesh, partition
 from lminf.run.progress import Progress
 from lminf.train import batches
@@ -30,7 +29,7 @@ def program(c: ConfigDict, policy: AnyPolicy) -> TrainStep:
     schedule = parse_choice(c.schedule, SCHEDULES, what="schedule")
     return TrainStep(
         shape,
-        policies.by_layer(policy, windows=shape.windows, num_kv_heads=shape.num_kv_heads),
+        layer_policies.by_layer(policy, windows=shape.windows, num_kv_heads=shape.num_kv_heads),
         mesh.make(mesh.MeshShape(), jax.local_devices()),
         partition.STRATEGIES["data"],
         parse_choice(c.optimizer, OPTIMIZERS, what="optimizer").build(),

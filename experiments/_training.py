@@ -13,14 +13,13 @@ import optax
 from ml_collections import ConfigDict
 
 from lminf import checkpoints
-from lminf.attention import policy as policies
 from lminf.attention.parsing import parse_policy
 from lminf.attention.policy import FULL, AnyPolicy
 from lminf.config import closest, from_config, parse_choice
 from lminf.data import corpus, loader, windows
 from lminf.data.tokenizers import ByteTokenizer, Tokenizer
 from lminf.errors import InputError
-from lminf.models import spec
+from lminf.models import layer_policies, spec
 from lminf.models.spec import ModelSpec, MoESpec
 from lminf.objectives import terms
 from lminf.parallel import mesh, partition
@@ -207,7 +206,7 @@ def program_of(
     policy = policy_of(c, None) if policy is None else policy
     program = TrainStep(
         shape,
-        policies.by_layer(policy, windows=shape.windows, num_kv_heads=shape.num_kv_heads),
+        layer_policies.by_layer(policy, windows=shape.windows, num_kv_heads=shape.num_kv_heads),
         laid_out,
         strategy,
         optimizer_of(c, shape),

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from lminf.attention.parsing import parse_policy
-from lminf.attention.policy import chunk_within, common_eviction
 from lminf.config import parse_choice
 from lminf.data import sources
 from lminf.evals import perplexity, reread, score
@@ -24,6 +23,7 @@ from lminf.experiments import _evals, _models
 from lminf.experiments._main import main
 from lminf.experiments._streams import Stream
 from lminf.lm.lm import LM
+from lminf.models.layer_policies import chunk_within, common_eviction
 from lminf.programs.segment_reading import SegmentReader, SegmentReading
 from lminf.run import plots, style
 from lminf.run.folder import Row, RunFolder

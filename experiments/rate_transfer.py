@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from lminf.errors import InputError
 from lminf.experiments import _corpus, _noise, _seeds, _small
 from lminf.experiments._main import main
-from lminf.models import heads
+from lminf.models import cost, heads
 from lminf.models.spec import ModelSpec
 from lminf.run import plots
 from lminf.run.folder import Row, RunFolder
@@ -54,7 +54,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
                 continue
             one = sized(c, name, width, layers)
             shape = _small.shape_of(one, c.data.vocab)
-            facts["n"] = _small.parameters(shape)
+            facts["n"] = cost.block_parameters(shape)
             for measured in _small.train(one, shape, tokens, held_out, budgets=[c.tokens]):
                 yield {"part": "loss", **facts, "seed": measured.seed, "lr": measured.lr,
                        "d": measured.tokens, "train_loss": measured.train_loss,

@@ -12,7 +12,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from lminf.attention import policy as policies
 from lminf.attention import rope
 from lminf.attention.parsing import parse_policy
 from lminf.attention.policy import FULL, AnyPolicy
@@ -25,7 +24,7 @@ from lminf.experiments import _policy_training, _seeds
 from lminf.experiments._main import main
 from lminf.experiments._policy_training import Training
 from lminf.experiments._training import DTYPES, known
-from lminf.models import cost
+from lminf.models import cost, layer_policies
 from lminf.parallel import mesh, partition
 from lminf.run import plots
 from lminf.run.folder import Row, RunFolder
@@ -116,7 +115,7 @@ class Study:
         shape = program.spec
         return dataclasses.replace(
             program,
-            policies=policies.by_layer(
+            policies=layer_policies.by_layer(
                 policy, windows=shape.windows, num_kv_heads=shape.num_kv_heads
             ),
         )

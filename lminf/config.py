@@ -13,8 +13,11 @@ exist; a mistyped name is answered with the closest valid one.
 
 import dataclasses
 import difflib
+import importlib
 import math
+import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -195,6 +198,48 @@ def split_choices(text: str) -> list[str]:
         else:
             written.append(part.strip())
     return written
+
+
+def import_choices(
+    text: str, choices: Mapping[str, type], *, base: type
+) -> tuple[str, dict[str, type]]:
+    """The text and the choices for parse_choice, with the classes in files of the user's own that
+    the text names as `module:Class`. They are dataclasses that derive from `base`, and their
+    modules are imported, from the current folder too.
+    """
+    known = dict(choices)
+
+    def imported(match: re.Match[str]) -> str:
+        module, name = match.groups()
+        if module in choices:
+            return match[0]
+        known[f"{module}.{name}"] = _imported(module, name, choices, base)
+        return f"{module}.{name}"
+
+    # A class, and not a field: those are followed by `=`.
+    of_module = r"(?<![\w.=])([A-Za-z_][\w.]*):([A-Za-z_]\w*)(?=[:,)\s]|$)"
+    return re.sub(of_module, imported, text), known
+
+
+def _imported(module: str, name: str, choices: Mapping[str, type], base: type) -> type:
+    what = base.__name__.lower()
+    sys.path.insert(0, os.getcwd())  # where a command of its own does not look
+    try:
+        kind = getattr(importlib.import_module(module), name, None)
+    except Exception as error:
+        raise InputError(
+            f"no {what} is called {module!r} and no module of that name can be imported "
+            f"({type(error).__name__}: {error}); {closest(module, choices)}"
+        ) from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not isinstance(kind, type) or not issubclass(kind, base):
+        raise InputError(
+            f"{module} has no {what} {name!r}; give a class that derives from {base.__name__}"
+        )
+    if "__dataclass_fields__" not in vars(kind):
+        raise InputError(f"{module}:{name} is no dataclass; put @dataclass(frozen=True) above it")
+    return kind
 
 
 def _split(text: str, whole: str) -> list[str]:

@@ -92,7 +92,7 @@ def _over_sequence(policy, config, positions, segments, shards, implementation):
     count = total if policy.num_sinks is None else min(policy.num_sinks, total)
     # Far keys are the tokens at positions 0.. of each row: behind the padding, if any. Every
     # segment has first tokens of its own: the kernel picks them out of all.
-    key_pos, far_pos, query_offset = all_pos, _first_positions(batch, count), shards.first
+    key_pos, far_pos, query_offset = all_pos, caches.first_positions(batch, count), shards.first
     halo = policy.bounded and shards.axis is not None and segments is None
     segment_ids = None
     if segments is not None:
@@ -233,7 +233,7 @@ def _over_cache(policy, config, layout, positions, shards, implementation):
         key_pos, query_offset = jnp.concatenate([recent, chunk], 1), width + shards.first
     else:
         recent_slots, count = None, layout.slots if count is None else count
-        key_pos, query_offset = _first_positions(len(chunk), layout.slots), positions[:, 0]
+        key_pos, query_offset = caches.first_positions(len(chunk), layout.slots), positions[:, 0]
 
     def near(new, before, after):
         if recent_slots is None:
@@ -250,7 +250,7 @@ def _over_cache(policy, config, layout, positions, shards, implementation):
 
     return _attention(
         policy, config, Placement(config, chunk), positions, key_pos,
-        _first_positions(len(chunk), count), keys, count=count, query_offset=query_offset,
+        caches.first_positions(len(chunk), count), keys, count=count, query_offset=query_offset,
         implementation=implementation,
     )  # fmt: skip
 
@@ -277,9 +277,7 @@ def _attention(
             by_row["query_global"], by_row["key_global"] = branches.far(q, far_k)
             by_row["value_global"] = far_v
         if heads.slopes is not None and count:
-            by_row["global_distance"] = kernels.GlobalDistance(
-                branches.far_q_pos, branches.far_k_pos, branches.far_scale
-            )
+            by_row["global_distance"] = branches.far_distance
 
         def run(by_row, key_start, query_offset):
             out = kernels.lambda_attention(
@@ -302,7 +300,3 @@ def _attention(
         )(by_row, key_start, query_offset)  # fmt: skip
 
     return attend
-
-
-def _first_positions(batch: int, count: int) -> Int[Array, "B R"]:
-    return jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (batch, count))

@@ -62,8 +62,8 @@ class SlotCache:
 
 @dataclass(frozen=True)
 class PreRotated:
-    """A ring of the last `window` keys, rotated, and the sinks where they seem. One of them is the
-    cache's k and v, as [L, B, K, S, H] in memory, and the other its state.
+    """A ring of the last `window` keys, rotated, and the sinks where they seem, with their values.
+    One of them is the cache's k and v, as [L, B, K, S, H] in memory, and the other its state.
     """
 
     window: int  # tokens
@@ -71,9 +71,9 @@ class PreRotated:
     ring: bool  # whether k and v are the ring
     keeps_all = False
 
-    @property
-    def slots(self) -> int:
-        return self.sinks + self.window
+    def ordered(self, ring: Any, sinks: Any) -> tuple[Any, Any]:
+        """What is k and v, and what is the state; and from these the ring and the sinks."""
+        return (ring, sinks) if self.ring else (sinks, ring)
 
 
 Layout: TypeAlias = SinkRingCache | SlotCache | PreRotated
@@ -140,7 +140,7 @@ class Cache:
         return Cache(by_head(self.k), by_head(self.v), self.pos, self.layout, self.state)
 
 
-def layout_for(policy: LayerPolicy, capacity: int) -> Layout:
+def layout_for(policy: LayerPolicy, capacity: int) -> SinkRingCache | SlotCache:
     """The smallest layout that a policy can run on; `capacity` bounds the unbounded ones."""
     layout = policy.cache_layout(capacity)
     if layout is not None:
@@ -160,16 +160,6 @@ def create(policy: LayerPolicy, shape: CacheShape, *, layers: int) -> Cache:
     state = policy.init_state(shape._replace(slots=layout.slots))
     state = jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), state)
     return Cache(k, v, pos, layout, state)
-
-
-def repeated(cache: Cache, rows: int) -> Cache:
-    """A cache of one row as that of `rows` rows that have read the same."""
-
-    def each(x):  # [L, 1, ...]
-        return jnp.broadcast_to(x, (x.shape[0], rows, *x.shape[2:]))
-
-    pos = jnp.broadcast_to(cache.pos, (rows, *cache.pos.shape[1:]))
-    return Cache(each(cache.k), each(cache.v), pos, cache.layout, jax.tree.map(each, cache.state))
 
 
 def rows(x: Float[Array, "B S K H"], index: Int[Array, "B R"]) -> Float[Array, "B R K H"]:
@@ -210,6 +200,10 @@ def _(primals, tangents):
         return stored.at[primals[2]].set(new, mode="drop")
 
     return _written_as_bits(*primals), jax.jvp(written, primals[:2], tangents[:2])[1]
+
+
+def first_positions(batch: int, count: int) -> Int[Array, "B R"]:
+    return jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (batch, count))
 
 
 def write_pos(

@@ -15,16 +15,8 @@ class ContextShards:
         self.axis, self.tokens = axis, tokens
         self.devices = 1 if axis is None else jax.lax.axis_size(axis)
         self.index = 0 if axis is None else jax.lax.axis_index(axis)
-
-    @property
-    def total(self) -> int:
-        """Tokens of the whole row."""
-        return self.tokens * self.devices
-
-    @property
-    def first(self) -> Any:
-        """Where this device's tokens begin among those of all."""
-        return self.index * self.tokens
+        self.total = tokens * self.devices  # tokens of the whole row
+        self.first: Any = self.index * tokens  # where this device's begin among those of all
 
     def all(self, x: Array) -> Array:
         """[B, T, ...] of every device, in order, from each device's share of T."""

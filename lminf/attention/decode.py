@@ -44,24 +44,22 @@ def prerotate(policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache) -> 
     ring_slots = jnp.clip(layout.slot(ring_pos), 0, layout.slots - 1)
     placement = Placement(config, last)
     by_ring = placement.rotation(ring_pos)
-    sink_pos = jnp.broadcast_to(jnp.arange(sinks, dtype=jnp.int32)[None], (len(last), sinks))
-    place_sinks = _placed(policy, config, placement, sink_pos)
+    place_sinks = _placed(policy, config, placement, caches.first_positions(len(last), sinks))
 
     def ring_of(k, v):
         k, v = (caches.rows(x, ring_slots) for x in (k, v))
         return [x.swapaxes(1, 2) for x in (placement.rotate(k, by_ring), v)]
 
     def sinks_of(k, v):
-        return [
-            x.swapaxes(1, 2) for x in (place_sinks(k[:, :sinks], k[:, :sinks])[3], v[:, :sinks])
-        ]
+        k, v = k[:, :sinks], v[:, :sinks]
+        return [x.swapaxes(1, 2) for x in (place_sinks(k, k)[3], v)]
 
     def every_layer(part):
         """[L, B, K, X, H] of rows [B, X, K, H]."""
-        return dict(zip("kv", jax.lax.map(lambda kv: part(*kv), (cache.k, cache.v)), strict=True))
+        return tuple(jax.lax.map(lambda kv: part(*kv), (cache.k, cache.v)))
 
     rotated = caches.PreRotated(window, sinks, ring=None not in counts)
-    main, second = (ring_of, sinks_of) if rotated.ring else (sinks_of, ring_of)
+    main, second = rotated.ordered(ring_of, sinks_of)
     state = every_layer(second)
     if layout.keeps_all:
         # In place, layer by layer: it may fill the memory.
@@ -71,7 +69,7 @@ def prerotate(policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache) -> 
 
         k, v = jax.lax.fori_loop(0, len(cache.k), change, [cache.k, cache.v])
     else:
-        k, v = (x.reshape(*x.shape[:2], -1, *cache.k.shape[3:]) for x in every_layer(main).values())
+        k, v = (x.reshape(*x.shape[:2], -1, *cache.k.shape[3:]) for x in every_layer(main))
     return caches.Cache(k, v, cache.pos, rotated, state)
 
 
@@ -102,17 +100,16 @@ def extend(
             options |= {"head_window": windows, "global_count": counts}
         near_q, near_k, far_q, far_k = place(q, k)
         lengths = jnp.broadcast_to(length[None], (len(kv.k), len(length)))
-        main, second = (kv.k, kv.v), (kv.state["k"], kv.state["v"])
-        ring, far = (main, second) if layout.ring else (second, main)
-        cache = kernels.RollingCache(*far, *ring, lengths)
+        (ring_k, ring_v), (sinks_k, sinks_v) = layout.ordered((kv.k, kv.v), kv.state)
+        cache = kernels.RollingCache(sinks_k, sinks_v, ring_k, ring_v, lengths)
         cache = rolling.append(cache, near_k, v, key_global=far_k, count=new, layer=layer)
         out = kernels.lambda_decode(
             near_q[:, 0], cache, layer=layer, query_global=far_q[:, 0], **options
         )
         assert isinstance(out, jax.Array)  # no residuals
         ring, far = (cache.k_ring, cache.v_ring), (cache.k_global, cache.v_global)
-        main, second = (ring, far) if layout.ring else (far, ring)
-        return out[:, None], caches.KVState(main[0], main[1], {"k": second[0], "v": second[1]})
+        (k, v), state = layout.ordered(ring, far)
+        return out[:, None], caches.KVState(k, v, state)
 
     return step
 

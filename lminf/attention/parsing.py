@@ -5,15 +5,11 @@ per_layer:policies=(full,(lm_infinite:window=512,sinks=4))       a mix, repeated
 my_module:Pulled:window=4096,sinks=10,pull=4              a class of my_module.py
 """
 
-import importlib
 import inspect
-import os
-import re
-import sys
 
 from lminf import ranges
 from lminf.attention.policy import NAMES, POLICIES, AnyPolicy, Named, Policy, head_policies
-from lminf.config import closest, parse_choice
+from lminf.config import import_choices, parse_choice
 from lminf.errors import InputError
 
 
@@ -21,8 +17,8 @@ def parse_policy(policy: str | AnyPolicy) -> AnyPolicy:
     """The policy that a text describes, `name:field=value,…`, by a name of POLICIES or by
     `module:Class` in a file of the user's own; a policy is itself.
 
-    It imports that module, from the current folder too: it is for texts that somebody wrote for
-    this run. What stands in fetched files is read with parse_choice, which knows POLICIES alone.
+    It imports that module: it is for texts that somebody wrote for this run. What stands in
+    fetched files is read with parse_choice, which knows POLICIES alone.
     """
     if isinstance(policy, Named):
         return _answering(policy)
@@ -31,18 +27,7 @@ def parse_policy(policy: str | AnyPolicy) -> AnyPolicy:
             f"policy is {ranges.shown(policy)}; give a policy or its text, such as "
             f"'lm_infinite:window=4096,sinks=10'"
         )
-    choices: dict[str, type] = dict(POLICIES)
-
-    def imported(match: re.Match[str]) -> str:
-        module, name = match.groups()
-        if module in POLICIES:
-            return match[0]
-        choices[f"{module}.{name}"] = _imported(module, name)
-        return f"{module}.{name}"
-
-    # A class, and not a field: those are followed by `=`.
-    of_module = r"(?<![\w.=])([A-Za-z_][\w.]*):([A-Za-z_]\w*)(?=[:,)\s]|$)"
-    text = re.sub(of_module, imported, policy)
+    text, choices = import_choices(policy, POLICIES, base=Policy)
     try:
         return _answering(parse_choice(text, choices, what="policy"))
     except InputError:
@@ -84,21 +69,3 @@ def _answering(policy: AnyPolicy) -> AnyPolicy:
 def _is_count(value: object) -> bool:
     is_integer = isinstance(value, int) and not isinstance(value, bool)
     return value is None or (is_integer and ranges.Range(min=0).problem(value, whole=True) is None)
-
-
-def _imported(module: str, name: str) -> type[Policy]:
-    sys.path.insert(0, os.getcwd())  # where a command of its own does not look
-    try:
-        kind = getattr(importlib.import_module(module), name, None)
-    except Exception as error:
-        raise InputError(
-            f"no policy is called {module!r} and no module of that name can be imported "
-            f"({type(error).__name__}: {error}); {closest(module, POLICIES)}"
-        ) from error
-    finally:
-        sys.path.remove(os.getcwd())
-    if not isinstance(kind, type) or not issubclass(kind, Policy):
-        raise InputError(f"{module} has no policy {name!r}; give a class that derives from Policy")
-    if "__dataclass_fields__" not in vars(kind):
-        raise InputError(f"{module}:{name} is no dataclass; put @dataclass(frozen=True) above it")
-    return kind

@@ -11,16 +11,15 @@ disjoint, so attention is one softmax over their union. Those that go by what to
 """
 
 import math
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Annotated, Any, NamedTuple, TypeAlias, TypeVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lminf import ranges
-from lminf.attention import rope
 from lminf.errors import InputError
 from lminf.ranges import Range
 
@@ -33,16 +32,16 @@ CountOrNone: TypeAlias = Annotated[int, Range(min=0, max=2**20)]
 Layers: TypeAlias = Annotated[int, Range(min=0, max=2**20)]
 
 
+def _same(positions):
+    return positions
+
+
 class FarPositions(NamedTuple):
     """Far pairs see each other as if at positions (query(q), key(k)), times `scale`."""
 
-    query: PositionMap
-    key: PositionMap
+    query: PositionMap = _same
+    key: PositionMap = _same
     scale: float = 1.0
-
-
-def _same(positions):
-    return positions
 
 
 def _constant(value: int) -> PositionMap:
@@ -99,14 +98,12 @@ class LayerPolicy(Named):
 
     def cache_layout(self, capacity: int) -> Any:
         """The cache layout for a text of at most `capacity` tokens; None: what positions need."""
-        del capacity
         return None
 
     def init_state(self, shape: Any) -> Any:
         """What one layer remembers beside keys and values before it has read anything: a pytree
         of arrays [B, ...] for this cache.CacheShape.
         """
-        del shape
         return ()
 
     def observe_hidden(
@@ -123,7 +120,6 @@ class LayerPolicy(Named):
 
     def observe_queries(self, state: Any, q: Array, layer: Any) -> Any:
         """The state after these queries of a prompt, un-rotated."""
-        del q, layer
         return state
 
     def compress_prompt(self, config: Any, cache: Any, *, length: int, room: int) -> Any:
@@ -142,14 +138,14 @@ class Policy(LayerPolicy):
     # included; None: all.
     window: Any
     # int | None. Tokens at the start seen beyond those, by default the field `sinks`; None: all.
-    num_sinks: Any = property(operator.attrgetter("sinks"))
+    num_sinks: Any = property(attrgetter("sinks"))
 
     window_field = "window"  # the field that `window` comes from
     max_selected = 0  # tokens, at most, that are seen beside the near ones and the sinks
 
     def far_positions(self) -> FarPositions:
         """How far keys seem placed. Only asked where some are visible."""
-        return FarPositions(_same, _same)
+        return FarPositions()
 
     def query_gain(self, q: Int[Array, "*B"]) -> Float[Array, "*B"] | None:
         """Factor on the scores of queries at these positions; None: 1."""
@@ -173,8 +169,14 @@ class Policy(LayerPolicy):
         first = (k <= q) if self.num_sinks is None else (k <= q) & (k < self.num_sinks)
         return self.in_window(q, k) | first
 
+    def problems(self) -> Iterator[str]:
+        """What is wrong with fields that are each in their range, in a sentence each."""
+        yield from ()
+
     def __post_init__(self):
         ranges.check(self)
+        for problem in self.problems():
+            raise InputError(problem)
 
 
 @register("full")
@@ -230,7 +232,7 @@ class Streaming(Lambda):
 
     def far_positions(self) -> FarPositions:
         last_slot = self.sinks + self.window - 1
-        return FarPositions(lambda q: jnp.minimum(q, jnp.asarray(last_slot, q.dtype)), _same)
+        return FarPositions(lambda q: jnp.minimum(q, jnp.asarray(last_slot, q.dtype)))
 
 
 @dataclass(frozen=True)
@@ -240,11 +242,15 @@ class _SeesAll(Window):
     # Trained length: scores times max(1, ln(q+1)/ln(log_from)).
     log_from: Annotated[int, Range(min=2, max=2**30)] | None = field(default=None, kw_only=True)
 
-    def __post_init__(self):
-        super().__post_init__()
-        self.far_positions()  # refuses positions that are out of bounds
-
     num_sinks = None
+    steps = property(lambda self: 1)  # far positions are counted in steps of 1/steps token
+
+    def problems(self) -> Iterator[str]:
+        if self.window * self.steps > 2**30:
+            yield (
+                f"window={self.window} times {self.steps} is past the positions of 32 bits; give "
+                f"at most {2**30 // self.window} for a window of {self.window}"
+            )
 
     def query_gain(self, q: Int[Array, "*B"]) -> Float[Array, "*B"] | None:
         if self.log_from is None:
@@ -270,10 +276,12 @@ class LeakyReRoPE(_SeesAll):
 
     stretch: Tokens
 
+    steps = property(attrgetter("stretch"))
+
     def far_positions(self) -> FarPositions:
         # w + (d - w)/s = (q + w(s - 1) - k)/s: whole positions, and one factor on the frequencies.
-        offset = _offset(self.window, self.stretch)
-        return FarPositions(lambda q: q + offset, _same, 1.0 / self.stretch)
+        offset = self.window * (self.stretch - 1)
+        return FarPositions(lambda q: q + offset, scale=1.0 / self.stretch)
 
     def max_length(self, trained_length: int) -> int:
         return (trained_length - self.window) * self.stretch + self.window
@@ -289,26 +297,18 @@ class SelfExtend(_SeesAll):
 
     group: Tokens  # tokens that share one far position
 
+    steps = property(attrgetter("group"))
+
     def far_positions(self) -> FarPositions:
         # floor(q/g) + w - w/g - floor(k/g), which need not be whole, in steps of 1/g.
         def floored(positions):
             return positions - positions % self.group
 
-        offset = _offset(self.window, self.group)
+        offset = self.window * (self.group - 1)
         return FarPositions(lambda q: floored(q) + offset, floored, 1.0 / self.group)
 
     def max_length(self, trained_length: int) -> int:
         return (trained_length - self.window + self.window // self.group) * self.group
-
-
-def _offset(window: int, steps: int) -> int:
-    """Of far queries, in steps of 1/steps token."""
-    if window * steps > 2**30:
-        raise InputError(
-            f"window={window} times {steps} is past the positions of 32 bits; give at most "
-            f"{2**30 // window} for a window of {window}"
-        )
-    return window * (steps - 1)
 
 
 @register("per_head")
@@ -334,100 +334,6 @@ class PerLayer(Named):
 FULL = Full()
 
 AnyPolicy: TypeAlias = LayerPolicy | PerLayer
-
-
-def by_layer(
-    policy: AnyPolicy, *, windows: tuple[int | None, ...], num_kv_heads: int
-) -> tuple[LayerPolicy, ...]:
-    """The policy of every layer of a model whose layers were trained with these windows.
-
-    Full is the model's own attention: a layer's trained window stays. Any other policy replaces
-    the attention of the layers that read everything, or of all layers where none does; a layer
-    that was trained local in a model that also reads everything (Gemma 2) stays local.
-    """
-    pattern = policy.policies if isinstance(policy, PerLayer) else (policy,)
-    if not pattern or len(windows) % len(pattern):
-        raise InputError(
-            f"{len(pattern)} policies do not divide {len(windows)} layers; "
-            f"give one policy for each layer, or a pattern whose length divides {len(windows)}"
-        )
-    for chosen in (part for part in pattern if isinstance(part, PerHead)):
-        if whole_layers := [p for p in chosen.policies if not p.context_parallel]:
-            raise InputError(
-                f"{whole_layers[0].name} chooses for all heads of a layer, so it cannot be one of "
-                f"several head policies; give it whole layers"
-            )
-        if len(chosen.policies) != num_kv_heads:
-            raise InputError(
-                f"{len(chosen.policies)} head policies but the model has {num_kv_heads} "
-                f"key/value heads; give one policy for each"
-            )
-    mixed = any(width is None for width in windows)
-    trained = (Full() if width is None else Window(width) for width in windows)
-    return tuple(
-        local if chosen == Full() or (mixed and local != Full()) else chosen
-        for chosen, local in zip(pattern * (len(windows) // len(pattern)), trained, strict=True)
-    )
-
-
-def check_trained(policy: AnyPolicy, trained_length: int) -> None:
-    """Refuses a window that reaches past the distances the model was trained on."""
-    for part in head_policies(policy):
-        if part.window is not None and part.window > trained_length:
-            field = part.window_field
-            raise InputError(
-                f"{field}={part.window} but this model was trained at {trained_length} tokens; "
-                f"use {field}<={trained_length} or a rotary scaling that stretches positions"
-            )
-
-
-def common_eviction(by_layer: Sequence[LayerPolicy]) -> int | None:
-    """Tokens after which every layer that evicts may do so; None: no layer does."""
-    turns = [layer.evict_every for layer in by_layer if layer.evict_every is not None]
-    return math.gcd(*turns) if turns else None
-
-
-def chunk_within(boundary: int | None, chunk: int) -> int:
-    """The most tokens, of at most `chunk`, to read at once so that no chunk crosses a boundary."""
-    if boundary is None:
-        return chunk
-    return boundary if boundary <= chunk else math.gcd(boundary, chunk)
-
-
-def check_sinks(policy: AnyPolicy, sinks: bool) -> None:
-    """Refuses a policy that goes by content where heads have learnt sinks: what such a head
-    attends to is compared with its sink too.
-    """
-    for part in head_policies(policy):
-        if sinks and (part.needs_prompt or not part.context_parallel):
-            raise InputError(
-                f"{part.name} goes by what tokens hold, but the heads of this model have learnt "
-                f"sinks, which it does not count; use a policy of positions, such as lm_infinite"
-            )
-
-
-def check_rotary(policy: AnyPolicy, encoding: Any) -> None:
-    """Refuses a policy that moves keys where nothing is rotated: by rotating them, or at all where
-    their positions are part of what they hold.
-    """
-    learnt, still = isinstance(encoding, rope.Learnt), FarPositions(_same, _same)
-    for part in head_policies(policy):
-        moves = part.needs_rotary or (learnt and part.far_positions() != still)
-        if moves and not isinstance(encoding, rope.Rotary):
-            raise InputError(
-                f"{part.name} moves keys by rotating them, but this model's positions are "
-                f"{type(encoding).__name__}; use a policy that leaves them where they are"
-            )
-
-
-def max_length(policy: AnyPolicy, trained_length: int) -> int | None:
-    """Tokens up to which no distance seems past the trained length; None: the policy sets no end.
-
-    Only the policies that compress distances have one: past it they are where Full is past the
-    trained length.
-    """
-    ends = [part.max_length(trained_length) for part in head_policies(policy)]
-    return min((end for end in ends if end is not None), default=None)
 
 
 def head_policies(policy: AnyPolicy) -> tuple[Policy, ...]:

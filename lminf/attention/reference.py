@@ -17,26 +17,20 @@ def reference(
     policy: LayerPolicy,
     config: ScoreConfig,
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
     *,
-    q_pos: Int[Array, "B T"],
-    k_pos: Int[Array, "B S"],
-    q_segments: Int[Array, "B T"] | None = None,
-    k_segments: Int[Array, "B S"] | None = None,
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"] | None = None,
     sinks: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attention output; zero for a query that sees nothing.
-
-    A position below 0 marks an empty slot or padding, as the segment masks.PADDING does.
-    """
-    same_text = None
-    if q_segments is not None and k_segments is not None:
-        same_text = q_segments[:, :, None] == k_segments[:, None, :]
-        same_text &= (q_segments != masks.PADDING)[:, :, None]
-    placement = Placement(config, q_pos, q_segments)
+    """Attention of a text over itself, as `attend.prefill`; zero for a query that sees nothing."""
+    same_text, placement = None, Placement(config, positions, segments)
+    if segments is not None:
+        same_text = segments[:, :, None] == segments[:, None, :]
+        same_text &= (segments != masks.PADDING)[:, :, None]
     return scores.by_head(
-        policy, config, lambda part: dense(part, config, placement, q_pos, k_pos, same_text)
+        policy, config, lambda part: dense(part, config, placement, positions, positions, same_text)
     )(q, k, v, sinks=sinks)
 
 
@@ -84,7 +78,8 @@ def _logits_of(policy, config, placement, q_pos, k_pos, num_far=None):
     count, branches = far_pos.shape[1], Branches(policy, placement, q_pos, k_pos, far_pos)
     is_near = policy.in_window(query_pos, key_pos[..., :count])[:, None]
     near_distance = (query_pos - key_pos)[:, None]
-    far_distance = branches.far_q_pos[:, None, :, None] - branches.far_k_pos[:, None, None]
+    far_q_pos, far_k_pos, scale = branches.far_distance
+    far_distance = far_q_pos[:, None, :, None] - far_k_pos[:, None, None]
 
     def logits_of(q, k, slopes):
         near = scores.logits(config, *branches.near(q, k), slopes=slopes, distance=near_distance)
@@ -92,7 +87,7 @@ def _logits_of(policy, config, placement, q_pos, k_pos, num_far=None):
             return near
         far = scores.logits(
             config, *branches.far(q, k[:, :count]), slopes=slopes,
-            distance=far_distance.astype(jnp.float32) * branches.far_scale,
+            distance=far_distance.astype(jnp.float32) * scale,
         )  # fmt: skip
         first = jnp.where(is_near, near[..., :count], far)
         return first if count == k.shape[1] else jnp.concatenate([first, near[..., count:]], -1)

@@ -39,11 +39,7 @@ def _powers(base, dim: int):
 
 class _Schedule:
     follows_length = False  # whether frequencies change with the number of tokens read
-
-    @property
-    def temperature(self) -> float:
-        """Factor on cos and sin."""
-        return 1.0
+    temperature = property(lambda self: 1.0)  # factor on cos and sin
 
     def __post_init__(self):
         ranges.check(self)
@@ -126,9 +122,8 @@ class YaRN(_Schedule):
 
     @property
     def temperature(self) -> float:
-        if self.attention_factor is not None:
-            return self.attention_factor
-        return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+        usual = 0.1 * math.log(max(self.factor, 1)) + 1.0
+        return usual if self.attention_factor is None else self.attention_factor
 
     def frequencies(self, base: float, dim: int) -> np.ndarray:
         def channel(turns):  # the (real-valued) channel that turns this often in the trained length
@@ -190,11 +185,8 @@ class LongRoPE(_Schedule):
 
     @property
     def temperature(self) -> float:
-        if self.attention_factor is not None:
-            return self.attention_factor
-        if self.factor <= 1:
-            return 1.0
-        return math.sqrt(1 + math.log(self.factor) / math.log(self.trained_length))
+        usual = math.sqrt(1 + math.log(max(self.factor, 1)) / math.log(self.trained_length))
+        return usual if self.attention_factor is None else self.attention_factor
 
     def frequencies(self, base: float, dim: int, factors: tuple[float, ...]) -> np.ndarray:
         return _powers(base, dim) / np.array(factors)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Num
 
+from lminf import kernels
 from lminf.attention import rope
 from lminf.attention.policy import LayerPolicy, PerHead, Policy
 from lminf.errors import InputError
@@ -36,12 +37,9 @@ class ScoreConfig:
 
     def for_kernel(self, heads: "HeadTerms | None" = None) -> dict[str, Any]:
         """As the arguments of attention kernels."""
-        options: dict[str, Any] = {"scale": self.scale, "logits_soft_cap": self.soft_cap}
-        if heads is not None and heads.slopes is not None:
-            options["alibi_slopes"] = heads.slopes
-        if heads is not None and heads.sinks is not None:
-            options["sinks"] = heads.sinks
-        return options
+        terms = {} if heads is None else {"alibi_slopes": heads.slopes, "sinks": heads.sinks}
+        terms |= {"scale": self.scale, "logits_soft_cap": self.soft_cap}
+        return {name: term for name, term in terms.items() if term is not None}
 
 
 class HeadTerms(NamedTuple):
@@ -132,31 +130,23 @@ class Placement:
 
 
 class Branches:
-    """A policy's two placements of queries and keys, every rotation computed once."""
+    """Functions `near` and `far` of q and k to both as the branches of a policy place them."""
 
     def __init__(self, policy: Policy, placement: Placement, q_pos, k_pos, far_pos):
         """Queries at q_pos [B, T], keys at k_pos [B, S], of the far branch at far_pos [B, R]."""
-        far = policy.far_positions()
-        self.placement, self.gain = placement, policy.query_gain(q_pos)
-        self.far_q_pos, self.far_k_pos = far.query(q_pos), far.key(far_pos)
-        self.far_scale = far.scale
-        self._near = placement.rotation(q_pos), placement.rotation(k_pos)
-        self._far = tuple(
-            placement.rotation(pos, far.scale) for pos in (self.far_q_pos, self.far_k_pos)
-        )
+        far, gain = policy.far_positions(), policy.query_gain(q_pos)
+        self.far_distance = kernels.GlobalDistance(far.query(q_pos), far.key(far_pos), far.scale)
 
-    def near(self, q: Array, k: Array) -> tuple[Array, Array]:
-        """Both placed at their positions."""
-        return self._placed(q, k, self._near)
+        def placing(q_pos, k_pos, scale):
+            by_q, by_k = (placement.rotation(pos, scale) for pos in (q_pos, k_pos))
 
-    def far(self, q: Array, k: Array) -> tuple[Array, Array]:
-        """Both placed where far pairs seem to be."""
-        return self._placed(q, k, self._far)
+            def placed(q: Array, k: Array) -> tuple[Array, Array]:
+                q = q if gain is None else q * gain[..., None, None].astype(q.dtype)
+                return placement.rotate(q, by_q), placement.rotate(k, by_k)
 
-    def _placed(self, q, k, by):
-        if self.gain is not None:
-            q = q * self.gain[..., None, None].astype(q.dtype)
-        return self.placement.rotate(q, by[0]), self.placement.rotate(k, by[1])
+            return placed
+
+        self.near, self.far = placing(q_pos, k_pos, 1.0), placing(*self.far_distance)
 
 
 # --- One softmax ----------------------------------------------------------------------------------
@@ -211,26 +201,27 @@ def softmax(
     logits: Float32[Array, "B N T S"], seen: Bool[Array, "#B #P #T #S"]
 ) -> tuple[Float32[Array, "B N T S"], Float32[Array, "B N T"]]:
     """Weights, all zero for a query that sees nothing, and the log of their sum before."""
-    logits = jnp.where(each_head(seen, logits.shape[1]), logits, MASKED)
-    top = jax.lax.stop_gradient(jnp.maximum(logits.max(-1, keepdims=True), MASKED / 2))
-    weights = jnp.exp(logits - top)
-    total = weights.sum(-1, keepdims=True)
-    divisor = jnp.where(total == 0, 1.0, total)
-    return weights / divisor, jnp.where(total == 0, -jnp.inf, top + jnp.log(divisor))[..., 0]
+    return _softmax(jnp.where(each_head(seen, logits.shape[1]), logits, MASKED), -1)
 
 
 def merge(*parts: tuple[Array, Array]) -> tuple[Float32[Array, "B T N H"], Float32[Array, "B N T"]]:
     """Outputs and LSE of one softmax over the keys of all parts (out, LSE), which share none."""
-    lses = jnp.stack([lse for _, lse in parts])
-    top = jax.lax.stop_gradient(jnp.maximum(lses.max(0), MASKED))
-    weights = jnp.exp(lses - top[None])
-    total = weights.sum(0)
-    divisor = jnp.where(total == 0, 1.0, total)
-    shares = (weights / divisor[None]).swapaxes(2, 3)[..., None]
+    shares, lse = _softmax(jnp.stack([lse for _, lse in parts]), 0)
+    shares = shares.swapaxes(2, 3)[..., None]
     out = sum(
         out.astype(jnp.float32) * share for (out, _), share in zip(parts, shares, strict=True)
     )
-    return jnp.asarray(out), jnp.where(total == 0, -jnp.inf, top + jnp.log(divisor))
+    return jnp.asarray(out), lse
+
+
+def _softmax(x, axis):
+    """The softmax along an axis and its log-sum-exp; 0 and -inf where all x are masked."""
+    top = jax.lax.stop_gradient(jnp.maximum(x.max(axis, keepdims=True), MASKED / 2))
+    weights = jnp.exp(x - top)
+    total = weights.sum(axis, keepdims=True)
+    divisor = jnp.where(total == 0, 1.0, total)
+    lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(divisor))
+    return weights / divisor, lse.squeeze(axis)
 
 
 def logits(
@@ -344,12 +335,11 @@ def by_head(
             queries = heads_of[heads].reshape(-1)
             of_heads = (x[:, :, heads] for x in arrays)
             outs.append(attend(q[:, :, queries], *of_heads, terms.of(queries)))
-        order = [head for heads in key_heads.values() for head in heads]
+        order = np.argsort([head for heads in key_heads.values() for head in heads])
 
         def joined(*parts):
             x = jnp.concatenate(parts, 2)
-            same = heads_of if x.shape[2] == q.shape[2] else np.arange(len(order))[:, None]
-            return x[:, :, np.argsort(same[order].reshape(-1))]
+            return x[:, :, np.arange(x.shape[2]).reshape(len(order), -1)[order].reshape(-1)]
 
         return jax.tree.map(joined, *outs)
 

@@ -13,6 +13,7 @@ read alone selects alone.
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import jax
@@ -47,17 +48,12 @@ class SparsePolicy(Policy, abc.ABC):
     last_only = False  # whether only the last query of a call selects, and others see a window
     dense_layers = 0  # layers at the start, of those with this policy, that see everything
     ranks_by_products = False  # so that ALiBi's bias would be missing
+    # int: how far away sinks seem beyond the window, where what is selected is at one distance.
+    sink_distance = property(attrgetter("selected_distance"))
 
     def table_size(self, slots: int, rows: int) -> int:
         """One past the largest position that a key of a list is placed at; 0: none is by a list."""
-        del rows
         return 0 if isinstance(self.selected_distance, int) else slots
-
-    @property
-    def sink_distance(self) -> int:
-        """How far away sinks seem beyond the window, where what is selected is at one distance."""
-        assert isinstance(self.selected_distance, int)
-        return self.selected_distance
 
     @abc.abstractmethod
     def select(self, state: Any, query: "Query") -> tuple[Any, Any]:
@@ -79,7 +75,6 @@ class SparsePolicy(Policy, abc.ABC):
         """The state once they attended; `received()` [B, N, W] is what the keys of
         `query.window(self.window)` got.
         """
-        del query, received
         return state
 
 
@@ -164,7 +159,7 @@ def sinks(policy: Policy, like: Int[Array, "B P X"]) -> Int[Array, "B P G"]:
 def reader(
     policy: SparsePolicy,
     config: ScoreConfig,
-    layout: caches.Layout,
+    layout: caches.SinkRingCache,
     positions: Int[Array, "B T"],
     over_positions: Callable[[Policy], Callable],
 ) -> Callable[..., tuple[Array, Any]]:
@@ -184,7 +179,6 @@ def reader(
     dense_read = by_head(FULL, config, over_positions) if policy.dense_layers else None
 
     def read(q, k, v, before, kv, layer, *, layer_index=None):
-        del before
         index = layer if layer_index is None else layer_index
 
         def over(attend):

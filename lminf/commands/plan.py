@@ -20,11 +20,10 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from lminf import checkpoints
-from lminf.attention import policy as policies
 from lminf.attention.parsing import parse_policy
 from lminf.commands import sweep
 from lminf.errors import InputError
-from lminf.models import cost, decoder
+from lminf.models import cost, decoder, layer_policies
 from lminf.models.spec import ModelSpec
 from lminf.parallel import hardware, topology
 from lminf.parallel.hardware import Devices
@@ -91,7 +90,9 @@ def run(args: argparse.Namespace) -> None:
     rows = []
     for text in chosen:
         policy = parse_policy(text)
-        by_layer = policies.by_layer(policy, windows=spec.windows, num_kv_heads=spec.num_kv_heads)
+        by_layer = layer_policies.by_layer(
+            policy, windows=spec.windows, num_kv_heads=spec.num_kv_heads
+        )
         attention = cost.attention_flops(spec, by_layer, length)
         rows.append(
             {

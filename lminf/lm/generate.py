@@ -13,10 +13,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int
 
 from lminf.attention import attend, cache
-from lminf.attention.policy import LayerPolicy, chunk_within, common_eviction
+from lminf.attention.policy import LayerPolicy
 from lminf.attention.scores import ScoreConfig
 from lminf.errors import InputError
 from lminf.models import decoder, heads
+from lminf.models.layer_policies import chunk_within, common_eviction
 from lminf.models.spec import ModelSpec
 from lminf.types import Params
 

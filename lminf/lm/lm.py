@@ -20,9 +20,8 @@ from jax.sharding import AxisType, Mesh
 from jaxtyping import Float32, Int
 
 from lminf.attention import cache, rope
-from lminf.attention import policy as policies
 from lminf.attention.parsing import parse_policy
-from lminf.attention.policy import FULL, AnyPolicy
+from lminf.attention.policy import FULL, AnyPolicy, LayerPolicy
 from lminf.config import closest
 from lminf.data.tokenizers import Special
 from lminf.errors import InputError
@@ -30,7 +29,7 @@ from lminf.lm import generate, layerwise
 from lminf.lm.generate import CONTEXT, GREEDY, Forward, Sampling, TextStream
 from lminf.lm.nll import NLL, stream_nll
 from lminf.lm.protocol import OnAnswer, Score, check_apart
-from lminf.models import cost, decoder, quantization
+from lminf.models import cost, decoder, layer_policies, quantization
 from lminf.models.spec import ModelSpec
 from lminf.parallel import hardware
 from lminf.surgery.quantize import quantize
@@ -58,9 +57,9 @@ class LM:
     )
 
     def __post_init__(self):
-        policies.check_trained(self.policy, self.context_length)
-        policies.check_rotary(self.policy, self.spec.encoding)
-        policies.check_sinks(self.policy, self.spec.sinks)
+        layer_policies.check_trained(self.policy, self.context_length)
+        layer_policies.check_rotary(self.policy, self.spec.encoding)
+        layer_policies.check_sinks(self.policy, self.spec.sinks)
         self._by_layer()  # refuses a mix that does not fit the layers or heads
 
     @classmethod
@@ -115,8 +114,8 @@ class LM:
     def decoder(self) -> decoder.Decoder:
         return decoder.Decoder(self.spec, self._by_layer(), dtype=self.dtype)
 
-    def _by_layer(self) -> tuple[policies.LayerPolicy, ...]:
-        return policies.by_layer(
+    def _by_layer(self) -> tuple[LayerPolicy, ...]:
+        return layer_policies.by_layer(
             self.policy, windows=self.spec.windows, num_kv_heads=self.spec.num_kv_heads
         )
 
@@ -386,7 +385,7 @@ class LM:
     def check_length(self, tokens: int) -> None:
         """Refuses more tokens than the policy can place within what the model was trained on."""
         self.check_positions(tokens - 1)  # the last one is written and not read
-        most = policies.max_length(self.policy, self.context_length)
+        most = layer_policies.max_length(self.policy, self.context_length)
         if most is not None and tokens > most:
             raise InputError(
                 f"{self.policy.name} places at most {most} tokens within the "

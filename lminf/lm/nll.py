@@ -13,9 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Float32, Int
 
-from lminf.attention import policy as policies
 from lminf.errors import InputError
 from lminf.lm.generate import CONTEXT, prepare_decoding
+from lminf.models import layer_policies
 from lminf.models.spec import ModelSpec
 from lminf.objectives import cross_entropy
 
@@ -80,9 +80,9 @@ def stream_nll(
         lm.check_positions(longest - 1)
     # No wider than the text, in powers of two, so that few shapes are compiled.
     chunk = CHUNK if longest is None else min(CHUNK, max(16, _power_of_two(longest - 1)))
-    chunk = policies.chunk_within(policies.common_eviction(module.policies), chunk)
+    chunk = layer_policies.chunk_within(layer_policies.common_eviction(module.policies), chunk)
     prompt = _prompt_within(lm, longest, prompt)
-    chunk = policies.chunk_within(prompt, chunk)
+    chunk = layer_policies.chunk_within(prompt, chunk)
     caches = lm.init_caches(batch=1, capacity=-(-(longest or 0) // chunk) * chunk)
     if mesh is not None:
         caches = jax.device_put(caches, NamedSharding(mesh, P()))
@@ -106,7 +106,7 @@ def stream_nll(
             yield np.asarray(loss[0, :scored])
             buffer, start = buffer[scored:], start + scored
             if start == prompt:
-                chunk = policies.chunk_within(chunk, AFTER_PROMPT)
+                chunk = layer_policies.chunk_within(chunk, AFTER_PROMPT)
                 room = -(-((longest or 0) - start) // chunk) * chunk
                 caches = prepare_decoding(module, caches, length=start, room=room)
 

@@ -19,7 +19,6 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from lminf.attention import cache
-from lminf.attention.policy import chunk_within, common_eviction
 from lminf.attention.sparse import WHOLE_CALL, SparsePolicy
 from lminf.errors import InputError
 from lminf.lm import generate as decoding
@@ -27,6 +26,7 @@ from lminf.lm.generate import GREEDY
 from lminf.lm.lm import LM
 from lminf.lm.protocol import OnAnswer, Score
 from lminf.models import heads
+from lminf.models.layer_policies import chunk_within, common_eviction
 
 TOGETHER = 8192  # prompt tokens read side by side: more of them is no faster on a CPU
 TAIL_ROWS = 16  # tails read side by side
@@ -284,5 +284,14 @@ def _of_rows(chunks: Sequence[Chunk], rows: list[int]) -> list[Chunk]:
 
 @partial(jax.jit, static_argnums=1)
 def _copies(caches: tuple[cache.Cache, ...], rows: int) -> tuple[cache.Cache, ...]:
-    """In memory of their own, which reading on uses up."""
-    return tuple(cache.repeated(stored, rows) for stored in caches)
+    """Caches of one row as those of `rows` rows that have read the same, in memory of their own,
+    which reading on uses up.
+    """
+
+    def repeated(x, axis):
+        return jnp.broadcast_to(x, (*x.shape[:axis], rows, *x.shape[axis + 1 :]))
+
+    return tuple(
+        stored.updated(jax.tree.map(lambda x: repeated(x, 1), stored.kv), repeated(stored.pos, 0))
+        for stored in caches
+    )

@@ -16,12 +16,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from lminf.attention import attend, cache, rope
-from lminf.attention import policy as policies_
 from lminf.attention.bidirectional import prefill as bidirectional_prefill
 from lminf.attention.policy import FULL, LayerPolicy
 from lminf.attention.scores import ScoreConfig
 from lminf.errors import InputError
-from lminf.models import heads, layer_scan, layers, moe
+from lminf.models import heads, layer_policies, layer_scan, layers, moe
 from lminf.models.quantization import QuantizedWeights, dequantize
 from lminf.models.spec import ModelSpec
 from lminf.types import Hidden, Params, Positions, Tokens
@@ -173,7 +172,7 @@ class Decoder(nn.Module):
                 f"another policy"
             )
         for policy in self.policies:
-            policies_.check_sinks(policy, self.spec.sinks)
+            layer_policies.check_sinks(policy, self.spec.sinks)
         if self.spec.sinks and (bidirectional or self.prefill is not attend.prefill):
             raise InputError(
                 "heads with learnt sinks attend to earlier tokens, and on one device or along a "

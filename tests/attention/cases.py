@@ -101,9 +101,8 @@ def compiled(function):
 def reference(policy, scoring, positions, segments=None):
     positions = jnp.asarray(positions)
     return functools.partial(
-        dense.reference, policy, scoring, q_pos=positions, k_pos=positions,
-        q_segments=segments, k_segments=segments,
-    )  # fmt: skip
+        dense.reference, policy, scoring, positions=positions, segments=segments
+    )
 
 
 def chunks(policy, scoring, positions, sizes, *, implementation, capacity: int | None = None):

@@ -39,9 +39,8 @@ def test_outputs_and_gradients_are_those_of_a_dense_softmax(
 
     def dense(q, k, v):
         return reference.reference(
-            BothWays(), config, q, k, v, q_pos=positions, k_pos=positions,
-            q_segments=segments, k_segments=segments,
-        )  # fmt: skip
+            BothWays(), config, q, k, v, positions=positions, segments=segments
+        )
 
     @cases.compiled
     def run(q, k, v):

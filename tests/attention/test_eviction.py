@@ -6,8 +6,9 @@ import pytest
 
 from lminf.attention import cache
 from lminf.attention.policies.eviction import H2O, TOVA, EvictionPolicy, SirLLM
-from lminf.attention.policy import Full, Streaming, chunk_within, common_eviction
+from lminf.attention.policy import Full, Streaming
 from lminf.errors import InputError
+from lminf.models.layer_policies import chunk_within, common_eviction
 from tests.attention import cases, oracle
 from tests.attention.cases import ATOL, TOKENS
 

@@ -20,12 +20,11 @@ from lminf.attention.policy import (
     LMInfinite,
     PerHead,
     Window,
-    by_layer,
-    check_rotary,
 )
 from lminf.config import parse_choice
 from lminf.errors import InputError
 from lminf.models import cost, decoder
+from lminf.models.layer_policies import by_layer, check_rotary
 from tests.attention import cases, sparse_oracle
 from tests.attention.cases import ATOL, BATCH, WIDTH
 from tests.models import specs

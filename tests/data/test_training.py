@@ -14,7 +14,7 @@ from lminf.data import store, tokenizing
 from lminf.data.loader import Loader
 from lminf.data.plans import BestFit
 from lminf.data.tokenizers import ByteTokenizer
-from lminf.models import decoder
+from lminf.models import decoder, layer_policies
 from lminf.objectives import cross_entropy
 from tests.models import specs
 
@@ -22,7 +22,7 @@ from tests.models import specs
 @jax.jit
 def nll(params, tokens, targets, positions, segments):
     """Nats of every target, [B, T]."""
-    by_layer = policies.by_layer(policies.LMInfinite(window=8, sinks=2),
+    by_layer = layer_policies.by_layer(policies.LMInfinite(window=8, sinks=2),
                                  windows=specs.LLAMA.windows,
                                  num_kv_heads=specs.LLAMA.num_kv_heads)  # fmt: skip
     module = decoder.Decoder(specs.LLAMA, by_layer)

@@ -12,7 +12,7 @@ from lminf import checkpoints
 from lminf.attention import policy as policies
 from lminf.attention import rope
 from lminf.checkpoints.families import FAMILIES
-from lminf.models import decoder, heads, layers
+from lminf.models import decoder, heads, layer_policies, layers
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 CASES = sorted(config.parent.name for config in GOLDENS.glob("*/config.json"))
@@ -27,7 +27,9 @@ HIDDEN = 5e-6  # of the largest value in the layer
 
 def run(spec, params, tokens):
     """Logits, and the residual stream after each layer, under the model's own attention."""
-    own = policies.by_layer(policies.Full(), windows=spec.windows, num_kv_heads=spec.num_kv_heads)
+    own = layer_policies.by_layer(
+        policies.Full(), windows=spec.windows, num_kv_heads=spec.num_kv_heads
+    )
     model = decoder.Decoder(spec, own)
     tokens = jnp.asarray(tokens)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from lminf.attention import policy as policies
-from lminf.models import spec
+from lminf.models import layer_policies, spec
 from lminf.parallel import mesh, partition
 from lminf.train import batches
 from lminf.train.optim import AdamW
@@ -28,7 +28,9 @@ def program(*, strategy="data", shape=SPEC, policy=policies.FULL, **changes) -> 
     laid_out = mesh.make(mesh.MeshShape(**{"data": 1, **sizes})) if sizes else mesh.single()
     chosen = partition.parse(strategy)
     partition.check(chosen, laid_out)
-    by_layer = policies.by_layer(policy, windows=shape.windows, num_kv_heads=shape.num_kv_heads)
+    by_layer = layer_policies.by_layer(
+        policy, windows=shape.windows, num_kv_heads=shape.num_kv_heads
+    )
     optimizer = changes.pop("optimizer", AdamW()).build()
     settings = {"learning_rate": lambda step: np.float32(1e-2), **changes}
     return TrainStep(shape, by_layer, laid_out, chosen, optimizer, **settings)

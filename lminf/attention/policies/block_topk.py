@@ -35,10 +35,7 @@ class MoBA(sparse.SparsePolicy):
     selected_distance = "true"
     ranks_by_products = True
     window = property(attrgetter("block"))
-
-    @property
-    def max_selected(self) -> int:
-        return (self.topk - 1) * self.block
+    max_selected = property(lambda self: (self.topk - 1) * self.block)
 
     def init_state(self, shape: caches.CacheShape) -> dict[str, Array]:
         """The sum of the rotated keys of each block of a text of so many tokens."""

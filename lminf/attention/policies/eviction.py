@@ -9,7 +9,7 @@ by layer: `pos` is the number of a slot's token.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Annotated, Any, Literal
@@ -52,12 +52,13 @@ class EvictionPolicy(Policy):
     def __post_init__(self):
         super().__post_init__()
         if self.recent is None:
-            rest = max(self.capacity - self.sinks - self.turn, 0)
-            object.__setattr__(self, "recent", rest // 2)
+            object.__setattr__(self, "recent", self.best // 2)
+
+    def problems(self) -> Iterator[str]:
         if self.best < 0:
-            raise InputError(
-                f"capacity={self.capacity} is less than sinks={self.sinks}, recent={self.recent} "
-                f"and turn={self.turn} together; give capacity>="
+            yield (
+                f"capacity={self.capacity} is less than sinks={self.sinks}, "
+                f"recent={self.recent or 0} and turn={self.turn} together; give capacity>="
                 f"{self.capacity - self.best}"
             )
 
@@ -128,14 +129,12 @@ class EvictionPolicy(Policy):
         self, score: Float[Array, "B S P"], part: scores.Part, cache_pos: Int[Array, "B T"]
     ) -> Float[Array, "B S P"]:
         """Scores of what is held, once tokens with these numbers attended to it."""
-        del part, cache_pos
         return score
 
     def end_of_turn(
         self, score: Float[Array, "B S P"], pos: Int[Array, "B S P"], since: Any
     ) -> Float[Array, "B S P"]:
         """Scores at the end of a turn whose first token has the number `since` [B, 1, 1]."""
-        del pos, since
         return score
 
     def evict(self, state: dict[str, Any], since: Any) -> dict[str, Any]:
@@ -179,7 +178,6 @@ class H2O(EvictionPolicy):
     best_between = True
 
     def observe_slots(self, score: Array, part: scores.Part, cache_pos: Array) -> Array:
-        del cache_pos
         return score + part.received(score.shape[2]).swapaxes(1, 2)
 
 
@@ -216,10 +214,10 @@ class SirLLM(EvictionPolicy):
 
     needs_hidden = True
 
-    def __post_init__(self):
-        super().__post_init__()
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
         if self.score not in ("surprise", "reference"):
-            raise InputError(f"score={self.score!r}; give 'surprise' or 'reference'")
+            yield f"score={self.score!r}; give 'surprise' or 'reference'"
 
     def init_state(self, shape: caches.CacheShape) -> dict[str, Any]:
         last_read = {

@@ -11,6 +11,8 @@ chunk is scored once more as a right half, so stages of single tokens rank all a
 
 import abc
 import functools
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -22,7 +24,6 @@ from jaxtyping import Array, Int
 from lminf.attention import cache as caches
 from lminf.attention import scores, sparse
 from lminf.attention.policy import Count, CountOrNone, Layers, Tokens, register
-from lminf.errors import InputError
 
 
 class HierarchicalSelect(sparse.SparsePolicy):
@@ -121,10 +122,9 @@ class HiP(HierarchicalSelect):
     window_slack = property(attrgetter("block"))
     refreshes = property(lambda self: (self.refresh,))
 
-    def __post_init__(self):
-        super().__post_init__()
+    def problems(self) -> Iterator[str]:
         if self.topk % self.block or self.topk < self.block:
-            raise InputError(
+            yield (
                 f"topk={self.topk} tokens is no whole number of blocks of block={self.block}; "
                 f"give a multiple"
             )
@@ -199,38 +199,34 @@ class InfiniteHiP(HierarchicalSelect):
     selected_distance = "packed"
     needs_rotary = True
     block = property(lambda self: self.chunk[-1])
+    max_selected = property(lambda self: self.topk[-1])
     refreshes = property(attrgetter("refresh"))
 
-    def __post_init__(self):
-        super().__post_init__()
-        counts = [len(getattr(self, field)) for field in ("chunk", "topk", "refresh")]
+    def problems(self) -> Iterator[str]:
+        counts = [len(stages) for stages in (self.chunk, self.topk, self.refresh)]
         if len(set(counts)) > 1 or not counts[0]:
-            raise InputError(
+            yield (
                 f"chunk, topk and refresh have {counts[0]}, {counts[1]} and {counts[2]} stages; "
                 f"give each one number a stage"
             )
         for size, kept in zip(self.chunk, self.topk, strict=True):
             if kept % size:
-                raise InputError(
+                yield (
                     f"topk={kept} tokens is no whole number of chunks of chunk={size}; "
                     f"give a multiple"
                 )
-        for before, after in zip(self.chunk, self.chunk[1:], strict=False):
+        for before, after in itertools.pairwise(self.chunk):
             if before % after:
-                raise InputError(
+                yield (
                     f"chunk={after} tokens does not divide chunk={before} of the stage before; "
                     f"give a divisor"
                 )
-        for before, after in zip(self.topk, self.topk[1:], strict=False):
+        for before, after in itertools.pairwise(self.topk):
             if after > before:
-                raise InputError(
+                yield (
                     f"topk={after} tokens of the topk={before} that the stage before leaves; "
                     f"give no more than those"
                 )
-
-    @property
-    def max_selected(self) -> int:
-        return self.topk[-1]
 
     def _listed(self, stage: int, slots: int) -> int:
         """Chunks that a stage chooses from, at most."""

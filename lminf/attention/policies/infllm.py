@@ -5,6 +5,7 @@ after the group that pushed the last of it out of the window; where topk = 0 not
 block. The `repr_topk` tokens of a block that attracted most attention in the window stand for it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -36,17 +37,12 @@ class InfLLM(sparse.SparsePolicy):
     max_selected = property(lambda self: self.topk * self.block)
     selected_distance = property(lambda self: self.window - 1)
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.window % self.block:
-            raise InputError(
-                f"block={self.block} does not divide window={self.window}; "
-                f"give a divisor of the window"
-            )
-        if self.repr_topk > self.block:
-            raise InputError(
-                f"repr_topk={self.repr_topk} of block={self.block} tokens; give 1 to {self.block}"
-            )
+    def problems(self) -> Iterator[str]:
+        block, window = self.block, self.window
+        if window % block:
+            yield f"block={block} does not divide window={window}; give a divisor of the window"
+        if self.repr_topk > block:
+            yield f"repr_topk={self.repr_topk} of block={block} tokens; give 1 to {block}"
 
     def cache_layout(self, capacity: int) -> None:
         room = capacity // self.block

@@ -9,6 +9,7 @@ chunks by <q, c>:
 """
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -20,7 +21,6 @@ from jaxtyping import Array, Int
 from lminf.attention import cache as caches
 from lminf.attention import scores, sparse
 from lminf.attention.policy import Count, Tokens, register
-from lminf.errors import InputError
 
 
 @register("longheads")
@@ -39,10 +39,9 @@ class LongHeads(sparse.SparsePolicy):
     max_selected = property(lambda self: self.attended - self.window)
     chunks = property(lambda self: self.attended // self.chunk)  # that a head attends to at most
 
-    def __post_init__(self):
-        super().__post_init__()
+    def problems(self) -> Iterator[str]:
         if self.attended % self.chunk or self.attended < 3 * self.chunk:
-            raise InputError(
+            yield (
                 f"attended={self.attended} is not three or more chunks of chunk={self.chunk} "
                 f"tokens; give a multiple"
             )

@@ -6,7 +6,7 @@ all that is written after them stay. What is older lies in arrays of its own, wi
 narrower: keys there are rotated to their positions once, so that channels may go one by one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
@@ -18,7 +18,6 @@ from lminf.attention import cache as caches
 from lminf.attention import scores, sparse
 from lminf.attention.policy import Count, Policy, register
 from lminf.attention.scores import Placement, ScoreConfig
-from lminf.errors import InputError
 from lminf.ranges import Range
 
 Neighbors: TypeAlias = Annotated[int, Range(min=1, max=1023)]
@@ -35,23 +34,19 @@ class PromptCompression(Policy):
     capacity: Any
     pooling: Any  # int: neighbours over which attention is averaged before tokens are chosen
 
-    observation_field: str  # of tokens at the end of the prompt
+    observation_field: str
+    # int: tokens at the end of the prompt that say what is kept, and stay.
+    observation_window = property(lambda self: getattr(self, self.observation_field))
 
-    def __post_init__(self):
-        super().__post_init__()
+    def problems(self) -> Iterator[str]:
         if self.pooling % 2 == 0:
-            raise InputError(f"pooling={self.pooling}: give an odd number of tokens")
+            yield f"pooling={self.pooling}: give an odd number of tokens"
         observed = self.observation_window
         if self.capacity is not None and self.capacity <= observed:
-            raise InputError(
+            yield (
                 f"capacity={self.capacity} with {self.observation_field}={observed}: "
                 f"give capacity>={observed + 1}"
             )
-
-    @property
-    def observation_window(self) -> int:
-        """Tokens at the end of the prompt that say what is kept, and stay."""
-        return getattr(self, self.observation_field)
 
     def channels_kept(self, head_dim: int) -> int:
         """Channels of older keys that stay."""
@@ -75,7 +70,7 @@ class PromptCompression(Policy):
         """The cache with the prompt compressed and `room` for more tokens. No row is longer than
         `length`.
         """
-        slots_read = min(length, cache.layout.slots)
+        slots_read = min(length, cache.k.shape[2])
         pos = cache.pos[:, :slots_read]  # a token's slot is its position
         read = pos.max(1, keepdims=True) + 1  # [B, 1]
         observed = self.observation_window

@@ -42,14 +42,8 @@ class TopK(sparse.SparsePolicy):
     needs_rotary = True
     differs_by_layer = True
     max_selected = property(attrgetter("topk"))
-
-    @property
-    def selected_distance(self) -> int:
-        return self.window // 2 if self.at is None else self.at
-
-    @property
-    def sink_distance(self) -> int:
-        return self.window if self.distance is None else self.distance
+    selected_distance = property(lambda self: self.window // 2 if self.at is None else self.at)
+    sink_distance = property(lambda self: self.window if self.distance is None else self.distance)
 
     def far_positions(self) -> FarPositions:
         return LMInfinite(self.window, self.sinks, self.distance).far_positions()

@@ -6,9 +6,9 @@ Command    python -m experiments.passkey
 Time       an hour on two CPU cores, mostly prefill of the long prompts; the same command with the
            same --out resumes
 Expected   Full finds 20 of 20 keys up to 3,300 tokens, 5 of 12 at 8,000, just below its training
-           length, and none of 12 at 10,000; LM-Infinite none of 12 that have left its window, and of
-           those inside it 20 of 20 up to 3,300 tokens, none of 6 at 8,000 and 5 of 6 at 10,000. The
-           prompts of a cell differ in their keys alone, so a cell shows what one text does
+           length, and none of 12 at 10,000; LM-Infinite none of 12 that have left its window, and
+           of those inside it 20 of 20 up to 3,300 tokens, none of 6 at 8,000 and 5 of 6 at 10,000.
+           The prompts of a cell differ in their keys alone, so a cell shows what one text does
 Tiny       --config=:tiny trains a byte model at 64 tokens, which retrieves nothing: under 2 minutes
 """
 

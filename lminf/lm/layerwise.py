@@ -82,7 +82,7 @@ class LayerwiseDecoder:
         """Hidden states, and the caches, which are used up, with these tokens in them."""
         x, updated = self.embed(self.params, tokens, positions), []
         for program, params, layer in zip(self.programs, self.by_layer, caches, strict=True):
-            x, layer = program(params, x, positions, layer)
+            x, layer = program(params, x, positions, layer, tokens)
             updated.append(layer)
         hidden = self.final_norm(self.params, x)
         if self.observe is not None:

@@ -43,7 +43,7 @@ def matmul_flops_per_token(spec: ModelSpec) -> int:
         mixed = spec.num_layers - spec.moe.dense_layers
         read = spec.moe.top_k * spec.moe.hidden_dim + spec.moe.shared_dim
         hidden = spec.moe.dense_layers * spec.mlp.hidden_dim + mixed * read
-        routers = mixed * spec.width * spec.moe.experts
+        routers = mixed * spec.width * spec.moe.experts * spec.moe.router.learned
     mlps = spec.width * hidden * (3 if spec.mlp.gated else 2)
     return 2 * (spec.num_layers * attention + mlps + routers + spec.width * spec.vocab_size)
 

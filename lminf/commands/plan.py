@@ -82,6 +82,8 @@ def run(args: argparse.Namespace) -> None:
                 f"--{name.removesuffix('s') if name == 'overrides' else name} means nothing to a "
                 f"plan of a {'--config' if args.config else 'MODEL'}; leave it out"
             )
+    if args.search and args.mfu is not None:
+        raise InputError(f"--mfu={args.mfu} is what --search says; give it --efficiency instead")
     args.devices, args.dtype = args.devices or "h100x8", args.dtype or "float32"
     args.mfu = 0.4 if args.mfu is None else args.mfu
     if not 0 < args.mfu <= 1:

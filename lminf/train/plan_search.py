@@ -185,12 +185,13 @@ class Search:
         )
 
     def small_layouts(self) -> Iterator[Layout]:
-        """Of the layouts those that may take least: everything sliced, one row at a time."""
-        for layout in self.layouts():
-            if layout.remat == "full" and layout.micro_batch == 1 and (
-                layout.sizes.fsdp == 1 or layout.strategy.startswith("zero3")
-            ):  # fmt: skip
-                yield layout
+        """Of the layouts those that take least: everything sliced, one row at a time."""
+        for sizes in self.meshes():
+            replicas = sizes.data * sizes.fsdp * sizes.expert
+            if self.rows % replicas == 0:
+                for schedule in self.schedules(sizes.stage):
+                    strategy, pieces = strategies(sizes)[-1], self.rows // replicas
+                    yield Layout(sizes, strategy, 1, pieces, "full", schedule)
 
 
 def strategies(sizes: MeshShape) -> list[str]:

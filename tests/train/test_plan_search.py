@@ -172,6 +172,7 @@ def test_a_model_that_fits_nowhere_is_refused():
     ("words", "message"),
     [
         (["--efficiency=0.5"], "--efficiency=0.5 is for --search"),
+        (["--search", "--mfu=0.5"], "--mfu=0.5 is what --search says"),
         (["--search", "--efficiency=2"], "give a share of the peak, above 0 and up to 1"),
         (["--search", "--override=mesh.fsdp=8"], "--override=mesh.fsdp: --search chooses it"),
         (["--search", "--devices=h900x8"], "did you mean 'h200'"),

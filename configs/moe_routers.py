@@ -1,4 +1,4 @@
-"""Mixtures of experts by five routers, at equal active parameters.
+"""Mixtures of experts that differ in their router, at equal active parameters.
 
 Question   Which router gives a mixture of experts the lowest loss at equal active parameters, how
            evenly does it load the experts, and what is a loss worth whose router saw the future?

@@ -1,4 +1,4 @@
-"""Which experts of a mixture read which tokens: five routers behind one call, `route`.
+"""Which experts of a mixture read which tokens: four routers behind one call, `route`.
 
     TokenChoice    every token takes its likeliest experts                       arXiv:2101.03961
     LossFree       the same, of scores moved by a bias that evens the load out   arXiv:2408.15664
@@ -237,5 +237,5 @@ def rebalanced(params: Params, bias_rate: float, load: Float[Array, "L E"]) -> P
     """
     error = load.mean(-1, keepdims=True) - load
     moe = params["layers"]["moe"]
-    moe = moe | {BIAS: moe[BIAS] + bias_rate * jnp.sign(error)}
-    return params | {"layers": params["layers"] | {"moe": moe}}
+    moe = {**moe, BIAS: moe[BIAS] + bias_rate * jnp.sign(error)}
+    return {**params, "layers": {**params["layers"], "moe": moe}}

@@ -45,7 +45,7 @@ def upcycle(
         experts[BIAS] = jnp.zeros((layers_left, mixture.experts), params["embed"].dtype)
     stages["layers"] = rest | {"moe": experts}
     assert set(stages) == set(decoder.stages_of(upcycled))
-    return upcycled, params | stages
+    return upcycled, {**params, **stages}
 
 
 def check(spec: ModelSpec, mixture: MoESpec) -> None:

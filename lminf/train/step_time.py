@@ -2,8 +2,8 @@
 
     step = (products + collectives between them) (1 + bubble) + what others take beyond products
 
-Products of matrices reach a given share of the peak, or wait for memory. Collectives over `tensor`
-and `expert` stand between products that need them; those over `fsdp`, `data` and `context` and the
+Products of matrices reach a given share of the peak, or wait for memory. Collectives over `tensor`,
+`context` and `expert` stand between products that need them; those over `fsdp` and `data` and the
 sends between stages run beside products, and only what they take longer counts. An all-gather or a
 reduce-scatter of B bytes over n devices sends B (n - 1) / n from each, an all-reduce twice that.
 
@@ -76,11 +76,13 @@ class StepTime:
     """Seconds of one step, by what they are spent on; together the whole."""
 
     products: float  # of the model's own FLOPs
-    recomputation: float  # of those that the backward repeats, and of experts that nobody reads
+    recomputation: float  # of those that the backward repeats
+    unread_experts: float  # of those whose outputs nothing reads: without a capacity all compute
     memory: float  # that reading weights and activations takes longer than multiplying
     tensor_collectives: float
+    context_collectives: float
     expert_collectives: float
-    exposed_collectives: float  # of fsdp, data, context and between stages
+    exposed_collectives: float  # of fsdp, data and between stages
     imbalance: float  # waiting for the stage that has the head
     bubble: float
 
@@ -106,19 +108,29 @@ def step_time(
     reach = layout.devices * kind.peak_flops * efficiency
     products = work.model_flops * work.tokens / reach
     recomputation = repeated_flops(layout.remat, work) * work.tokens / reach
+    unread = passes_of(layout, backward=2) * work.unread * work.tokens / reach
+    multiplying = products + recomputation + unread
     traffic = moved_bytes(layout, placed, work, taken) / kind.memory_bandwidth
-    memory = max(0.0, traffic - products - recomputation)
+    computing = max(multiplying, traffic)
     took = {
         axis: sent / bandwidth(layout, axis, kind)
         for axis, sent in collectives(layout, placed, work).items()
     }
-    tensor, expert = took.pop("tensor"), took.pop("expert")
-    computing = products + recomputation + memory
-    busy = computing + tensor + expert
+    tensor, context, expert = (took.pop(axis) for axis in ("tensor", "context", "expert"))
+    busy = computing + tensor + context + expert
     waiting = busy * (heaviest_stage(layout, work) - 1)
-    bubble = (busy + waiting) * layout.passes.bubble(layout.sizes.stage, layout.accumulation)
-    exposed = max(0.0, sum(took.values()) - computing)
-    return StepTime(products, recomputation, memory, tensor, expert, exposed, waiting, bubble)
+    return StepTime(
+        products=products,
+        recomputation=recomputation,
+        unread_experts=unread,
+        memory=computing - multiplying,
+        tensor_collectives=tensor,
+        context_collectives=context,
+        expert_collectives=expert,
+        exposed_collectives=max(0.0, sum(took.values()) - computing),
+        imbalance=waiting,
+        bubble=(busy + waiting) * layout.passes.bubble(layout.sizes.stage, layout.accumulation),
+    )
 
 
 def mfu(time: StepTime, layout: Layout, work: Work, kind: Kind) -> float:
@@ -128,13 +140,9 @@ def mfu(time: StepTime, layout: Layout, work: Work, kind: Kind) -> float:
 
 
 def repeated_flops(remat: str, work: Work) -> float:
-    """For a token: what the backward computes again, and experts whose products nothing reads."""
-    again = {
-        "none": 0.0,
-        "dots": work.attention,
-        "full": work.layers + work.attention + work.unread,
-    }
-    return 3 * work.unread + again[remat]
+    """For a token, of the forward pass that the backward repeats."""
+    again = {"none": 0.0, "dots": work.attention, "full": work.layers + work.attention}
+    return again[remat]
 
 
 def local_tokens(layout: Layout, work: Work) -> float:
@@ -142,9 +150,11 @@ def local_tokens(layout: Layout, work: Work) -> float:
     return layout.micro_batch * work.length / layout.sizes.context
 
 
-def passes_of(layout: Layout) -> int:
-    """Times that a micro-batch goes through a layer: forward, backward, and forward again."""
-    return 2 + (layout.remat == "full")
+def passes_of(layout: Layout, *, backward: int = 1) -> int:
+    """Times that a micro-batch goes through a layer: forward, backward (which counts so often, of
+    FLOPs twice), and forward again.
+    """
+    return 1 + backward + (layout.remat == "full")
 
 
 def moved_bytes(layout: Layout, placed: Placed, work: Work, taken: Memory) -> float:

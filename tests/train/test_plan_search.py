@@ -11,6 +11,7 @@ from docs import frontier
 from lminf import cli
 from lminf.errors import InputError
 from lminf.models import cost, spec
+from lminf.models.spec import MoESpec
 from lminf.parallel import hardware
 from lminf.parallel.mesh import MeshShape
 from lminf.train import compiled, layouts, plan_search, planning, step_time
@@ -136,6 +137,20 @@ def test_time_follows_the_papers_trends():
     assert 0.3 < again.recomputation / again.products < 1 / 3 + 0.01
     assert kept.recomputation == 0
     assert kept.total == pytest.approx(sum(getattr(kept, part) for part in step_time.PARTS))
+
+
+def test_experts_that_nobody_reads_cost_time():
+    """Without a capacity all 8 experts compute and 2 are used: 6 idle ones with 3 products each."""
+    mixture = MoESpec(experts=8, top_k=2, hidden_dim=2752, shared_dim=0, dense_layers=0,
+                      normalised=False, capacity_factor=None)  # fmt: skip
+    of_token = 32 * 6 * 3 * 2 * 4096 * 2752
+    found = search(shape=dataclasses.replace(LARGE, moe=mixture))
+    one = layout("data", remat="none", data=8)
+    time = found.planned(one, found.memory(one)).time
+    flops = time.unread_experts * 8 * found.devices.kind.peak_flops * 0.6
+    assert flops / (64 * 4096) == pytest.approx(3 * of_token)  # backward twice
+    capped = dataclasses.replace(LARGE, moe=dataclasses.replace(mixture, capacity_factor=1.0))
+    assert search(shape=capped).work.unread == 0
 
 
 def test_the_best_layout_fits_and_the_search_says_what_it_found(capsys):

@@ -19,13 +19,25 @@ COPIES = dataclasses.replace(
 )
 
 
+def test_each_expert_is_the_mlp_of_its_layer():
+    params = specs.parameters(SHAPE)
+    _, upcycled = upcycle.upcycle(SHAPE, params, COPIES, key=jax.random.key(0))
+    assert set(upcycled["first_layers"]) == set(params["layers"])
+    moe, mlp = upcycled["layers"]["moe"], params["layers"]["mlp"]
+    for expert in range(COPIES.experts):
+        for name in ("gate", "up", "down"):
+            np.testing.assert_array_equal(moe[name][:, expert], mlp[f"w_{name}"][1:])
+    assert not moe["correction_bias"].any()
+    assert np.std(moe["router"]) == pytest.approx(0.02, rel=0.5)
+
+
+@pytest.mark.slow
 def test_it_computes_what_the_dense_model_does():
     params = specs.parameters(SHAPE)
     spec, upcycled = upcycle.upcycle(SHAPE, params, COPIES, key=jax.random.key(0))
     tokens = jnp.asarray(making.tokens()["tokens"][:2])
     dense = hidden(SHAPE, params, tokens)
     np.testing.assert_allclose(hidden(spec, upcycled, tokens), dense, atol=1e-5)
-    assert np.std(upcycled["layers"]["moe"]["router"]) == pytest.approx(0.02, rel=0.5)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from lminf.models import decoder, routers
 from lminf.models.routers import LossFree
 from lminf.objectives import terms
+from tests.attention import cases
 from tests.models.test_moe import MIX
 from tests.train import making
 
@@ -56,10 +57,10 @@ def test_a_step_moves_the_correction_biases_by_the_load_of_its_batch():
     made = making.program(shape=shape, objective=objective, grad_accum_steps=2)
     state = made.start(making.host(decoder.init(shape, key=jax.random.key(0))))
     batch = making.put(made, making.tokens())
-    load = jax.jit(lambda params: made.model(params, batch).expert_load())(state.params)
+    load = cases.compiled(lambda params: made.model(params, batch).expert_load())(state.params)
     error = 1 / 4 - np.asarray(load)
     assert np.abs(error).max() > 0.01
-    state, metrics = made.step(state, batch)
+    state, metrics = cases.compiled(made.update)(state, batch)
     bias = state.params["layers"]["moe"][routers.BIAS]
     np.testing.assert_allclose(bias, 0.25 * np.sign(error), atol=1e-7)
     assert terms.EXPERT_LOAD not in metrics.reported

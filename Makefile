@@ -65,6 +65,7 @@ format: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed $(DOCS_VENV)/.installed-docs
 	JAX_PLATFORMS=cpu $(IN)python docs/make_tables.py
+	JAX_PLATFORMS=cpu $(IN)python docs/frontier.py
 	$(DOCS_VENV)/bin/zensical build --strict --clean
 
 # On whatever device there is; LMINF_TINY=FOLDER ARGS=--check only looks whether they run.

@@ -31,6 +31,7 @@ def experts(*, hidden: int) -> ConfigDict:
             "hidden_dim": hidden,  # of one expert
             "shared_dim": hidden,  # of the one that reads every token; 0: there is none
             "dense_layers": 0,  # layers at the start with an MLP instead
+            "router": "token_choice",  # or loss_free, hash, expert_choice (lminf.models.routers)
         }
     )
 

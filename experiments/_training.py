@@ -20,6 +20,7 @@ from lminf.data import corpus, loader, windows
 from lminf.data.tokenizers import ByteTokenizer, Tokenizer
 from lminf.errors import InputError
 from lminf.models import layer_policies, spec
+from lminf.models.routers import ROUTERS
 from lminf.models.spec import ModelSpec, MoESpec
 from lminf.objectives import terms
 from lminf.parallel import mesh, partition
@@ -77,6 +78,12 @@ def check(c: ConfigDict, given: Collection[str] = ()) -> None:
                 f"--config.{name}: each of the stages has its own; leave one of the two out"
             )
     check_experts(c, given)
+    mixture = experts_of(c.experts)
+    if mixture is not None and not mixture.router.causal and c.evaluate.sample:
+        raise InputError(
+            f"--config.experts.router={c.experts.router}: experts that choose see later tokens, so "
+            f"the finished model cannot write; set evaluate.sample=0"
+        )
     steps_in_all = stages_of(c).steps
     if c.export and c.checkpoint.folder and Path(c.export) == Path(c.checkpoint.folder):
         raise InputError(
@@ -167,6 +174,7 @@ def experts_of(c: ConfigDict) -> MoESpec | None:
     return MoESpec(
         experts=c.count, top_k=c.top_k, hidden_dim=c.hidden_dim, shared_dim=c.shared_dim,
         dense_layers=c.dense_layers, normalised=False, capacity_factor=None,
+        router=parse_choice(c.router, ROUTERS, what="router"),
     )  # fmt: skip
 
 

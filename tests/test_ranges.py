@@ -13,6 +13,7 @@ from lminf import ranges
 from lminf.config import parse_choice
 from lminf.data.loader import PLANS
 from lminf.errors import InputError
+from lminf.models.routers import ROUTERS
 from lminf.parallel.distributed import Distributed
 from lminf.parallel.mesh import MeshShape
 from lminf.ranges import Range
@@ -75,8 +76,8 @@ def test_numbers_without_a_range_are_found():
 # --- Training and experiments ---------------------------------------------------------------------
 
 TRAINING = (
-    *PLANS.values(), *OPTIMIZERS.values(), *SCHEDULES.values(), LoRA, MeshShape, Stage,
-    Distributed, TrainStep, Replicas,
+    *PLANS.values(), *OPTIMIZERS.values(), *SCHEDULES.values(), *ROUTERS.values(), LoRA, MeshShape,
+    Stage, Distributed, TrainStep, Replicas,
 )  # fmt: skip
 VALID = {
     "Cosine": {"floor": 1e-5, "warmup": 1},

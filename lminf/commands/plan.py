@@ -2,6 +2,7 @@
 
 lminf plan MODEL                                     parameters, FLOPs and cache bytes
 lminf plan --config=train_lm:1b --devices=v5e-256    bytes on each device, sharding, hours
+lminf plan --config=train_lm:7b --devices=h100x64 --search     the fastest layouts that fit
 lminf plan --config=step_sweep:pod                   parameters, tokens and FLOPs of a sweep's cells
 
 Where the compiler of those devices is installed (the extra `aot`), the step is compiled for them
@@ -46,6 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mfu", type=float, help="for --config: share of the peak to count on (0.4)"
     )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="for --config of train_lm: the fastest layouts that fit the devices",
+    )
+    parser.add_argument(
+        "--efficiency",
+        type=float,
+        help="for --search: share of the peak that products of matrices reach (0.6)",
+    )
     parser.add_argument("--policy", action="append", help="may repeat; default: full and windowed")
     parser.add_argument(
         "--length", type=int, help="tokens of the text; default: 4 x trained length"
@@ -62,19 +73,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if (args.model is None) == (args.config is None):
         raise InputError("give a MODEL to run or a --config to train, as in lminf plan --help")
-    of_model, of_config = ("policy", "length", "dtype"), ("devices", "mfu", "overrides")
+    of_model = ("policy", "length", "dtype")
+    of_config = ("devices", "mfu", "overrides", "search", "efficiency")
     for name in of_model if args.config else of_config:
-        if getattr(args, name) not in (None, []):
+        if getattr(args, name) not in (None, [], False):
             raise InputError(
                 f"--{name.removesuffix('s') if name == 'overrides' else name} means nothing to a "
                 f"plan of a {'--config' if args.config else 'MODEL'}; leave it out"
             )
+    if args.search and args.mfu is not None:
+        raise InputError(f"--mfu={args.mfu} is what --search says; give it --efficiency instead")
     args.devices, args.dtype = args.devices or "h100x8", args.dtype or "float32"
     args.mfu = 0.4 if args.mfu is None else args.mfu
     if not 0 < args.mfu <= 1:
         raise InputError(f"--mfu={args.mfu}: give a share of the peak, above 0 and up to 1")
+    name = Path((args.config or "").partition(":")[0]).stem
+    check_search(args, name)
+    if args.search:
+        from lminf.commands import _plan_search
+
+        facts, rows = _plan_search.facts_and_layouts(args)
+        show(args, facts, {"layouts": rows})
+        return
     if args.config is not None:
-        name = Path(args.config.partition(":")[0]).stem
         plan_sweep(args, name) if name in SWEEPS else plan_training(args)
         return
     spec = checkpoints.read_spec(args.model)
@@ -115,6 +136,19 @@ def run(args: argparse.Namespace) -> None:
         "dtype": args.dtype,
     }
     show(args, facts, {"policies": rows})
+
+
+def check_search(args: argparse.Namespace, name: str) -> None:
+    """Refuses a search of a sweep, and settings that only a search, or only another plan, reads."""
+    if args.efficiency is not None and not args.search:
+        raise InputError(f"--efficiency={args.efficiency} is for --search; leave one out")
+    args.efficiency = 0.6 if args.efficiency is None else args.efficiency
+    if not 0 < args.efficiency <= 1:
+        raise InputError(
+            f"--efficiency={args.efficiency}: give a share of the peak, above 0 and up to 1"
+        )
+    if args.search and name in SWEEPS:
+        raise InputError(f"--search is for a training run, not for the sweep {name}; leave it out")
 
 
 def weight_facts(spec: ModelSpec, dtype: Any) -> dict[str, int]:

@@ -89,7 +89,7 @@ class LayerwiseDecoder:
         x, updated = self.embed(self.params, tokens, positions), []
         layers_ = zip(self.programs, self.by_layer, caches, self.indices, strict=True)
         for program, params, layer, index in layers_:
-            x, layer = program(params, x, positions, layer, index)
+            x, layer = program(params, x, positions, layer, index, tokens)
             updated.append(layer)
         hidden = self.final_norm(self.params, x)
         if self.observe is not None:

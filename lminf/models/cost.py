@@ -53,7 +53,9 @@ def matmul_flops_per_token(spec: ModelSpec) -> int:
     """
     routers = 0
     if spec.moe is not None:
-        routers = (spec.num_layers - spec.moe.dense_layers) * spec.width * spec.moe.experts
+        moe = spec.moe
+        mixed = spec.num_layers - moe.dense_layers
+        routers = mixed * spec.width * moe.experts * moe.router.learned
     return 2 * (block_parameters(spec, active=True) + routers + spec.width * spec.vocab_size)
 
 

@@ -22,7 +22,7 @@ from lminf.attention.scores import ScoreConfig
 from lminf.errors import InputError
 from lminf.models import heads, layer_policies, layer_scan, layers, moe
 from lminf.models.quantization import QuantizedWeights, dequantize
-from lminf.models.spec import ModelSpec
+from lminf.models.spec import ModelSpec, MoESpec
 from lminf.types import Hidden, Params, Positions, Tokens
 
 # Parameter path -> logical axes; lminf.parallel turns them into shardings.
@@ -51,7 +51,7 @@ AXES = {
     "layers/moe/router": ("layers", "embed", "routes"),
     "layers/moe/(gate|up)": ("layers", "expert", "embed", "mlp"),
     "layers/moe/down": ("layers", "expert", "mlp", "embed"),
-    "layers/moe/b_router": ("layers", "routes"),
+    "layers/moe/(b_router|correction_bias)": ("layers", "routes"),
     "layers/moe/b_(gate|up)": ("layers", "expert", "mlp"),
     "layers/moe/b_down": ("layers", "expert", "embed"),
 }
@@ -95,7 +95,8 @@ class Decoder(nn.Module):
         as an encoder does (lminf.attention.bidirectional says what memory that takes). With
         mutable=["intermediates"], `layers` holds what every layer computed: attention/q, k, v
         [L, B, T, heads, H] before rotation, and hidden [L, B, T, D] after it, each in a 1-tuple.
-        With mutable=["routing"], what the routers of a mixture did: moe/balance, z, dropped [L].
+        With mutable=["routing"], what the routers of a mixture did: moe.MEASURES [L] and
+        moe/load [L, E].
         """
         s = self.spec
         self._check_inputs(tokens, embeds, caches, bidirectional)
@@ -122,7 +123,7 @@ class Decoder(nn.Module):
         attentions, new_positions = self._attentions(
             x.shape[1], positions, segments, caches, bidirectional
         )
-        x, kv, sown = self._run_layers(stacked, x, attentions, collections)
+        x, kv, sown = self._run_layers(stacked, x, attentions, collections, tokens)
         for name, collected in sown.items():
             self.put_variable(name, "layers", collected)
         x = self.constrain(
@@ -171,6 +172,8 @@ class Decoder(nn.Module):
                 f"{observing[0]} scores token ids, but embeds have none; give tokens, or use "
                 f"another policy"
             )
+        if self.spec.moe is not None:
+            check_router(self.spec.moe, tokens=tokens is not None, caches=caches is not None)
         for policy in self.policies:
             layer_policies.check_sinks(policy, self.spec.sinks)
         if self.spec.sinks and (bidirectional or self.prefill is not attend.prefill):
@@ -224,7 +227,7 @@ class Decoder(nn.Module):
         ]
         return attentions, [new_positions for _, new_positions in extends]
 
-    def _run_layers(self, params, x, attentions, collections):
+    def _run_layers(self, params, x, attentions, collections, tokens):
         """Hidden states after the layers, their keys and values, and what `collections` got."""
 
         def run_layer(block, x, layer_params, attend_, kv, row) -> tuple[Hidden, Any, Any]:
@@ -233,9 +236,9 @@ class Decoder(nn.Module):
 
             variables = {"params": layer_params}
             if collections:
-                (x, kv), sown = block.apply(variables, x, attend_layer, mutable=collections)
+                (x, kv), sown = block.apply(variables, x, attend_layer, tokens, mutable=collections)
                 return x, kv, sown
-            return *block.apply(variables, x, attend_layer), {}
+            return *block.apply(variables, x, attend_layer, tokens), {}
 
         if self.remat is not None:
             run_layer = jax.checkpoint(run_layer, policy=self.remat, static_argnums=(0, 3))
@@ -255,11 +258,12 @@ def run_layer(
     positions: Positions,
     layer_cache: cache.Cache,
     index: Any,
+    tokens: Tokens | None = None,
     **options: Any,
 ) -> tuple[Hidden, cache.Cache]:
     """Hidden states after one layer of a stage's spec, with its own parameters and its own cache,
     and the cache with these tokens in it. `index` is that of the layer among those with the policy,
-    int32 []; `options` are those of attend.extend.
+    int32 []; `tokens` are for routers that read ids; `options` are those of attend.extend.
     """
     extend, new_positions = attend.extend(
         policy, config, layer_cache.layout, layer_cache.pos, positions, **options
@@ -270,7 +274,7 @@ def run_layer(
     def attend_layer(q, k, v, **sinks):
         return extend(q, k, v, layer_cache.kv, jnp.int32(0), **sinks, **of_layer)
 
-    out: Any = layers.Block(spec).apply({"params": params}, x, attend_layer)
+    out: Any = layers.Block(spec).apply({"params": params}, x, attend_layer, tokens)
     x, kv = out
     return x, layer_cache.updated(kv, new_positions)
 
@@ -373,12 +377,29 @@ def init_caches(
     (tokens) is what unbounded policies can hold.
     """
     period = period_of(spec, by_layer) if period is None else period
-
+    if spec.moe is not None:
+        check_router(spec.moe, tokens=True, caches=True)
     shape = cache.CacheShape(
         batch, capacity, spec.num_heads, spec.num_kv_heads, spec.head_dim, dtype, spec.width
     )
     layers = spec.num_layers // period
     return tuple(cache.create(policy, shape, layers=layers) for policy in by_layer[:period])
+
+
+def check_router(mixture: MoESpec, *, tokens: bool, caches: bool) -> None:
+    """Refuses what a router cannot do: decode while it looks at later tokens, or read ids of
+    embeddings.
+    """
+    if caches and not mixture.router.causal:
+        raise InputError(
+            "where experts choose, they compare a token with later ones, so such a model cannot "
+            "read in chunks or write; give its MoESpec another router, such as TokenChoice()"
+        )
+    if not tokens and mixture.router.reads_tokens:
+        raise InputError(
+            "hash routing goes by token ids, and embeddings have none; give tokens, or a model "
+            "with another router"
+        )
 
 
 def prepare_decoding(
@@ -413,6 +434,6 @@ def _no_attention(q: Array, k: Array, v: Array, **sinks: Array) -> tuple[Array, 
 
 
 def _init_layers(spec: ModelSpec, key: jax.Array) -> Params:
-    x = jnp.zeros((1, 1, spec.width))
+    x, tokens = jnp.zeros((1, 1, spec.width)), jnp.zeros((1, 1), jnp.int32)
     keys = jax.random.split(key, spec.num_layers)
-    return jax.vmap(lambda k: layers.Block(spec).init(k, x, _no_attention)["params"])(keys)
+    return jax.vmap(lambda k: layers.Block(spec).init(k, x, _no_attention, tokens)["params"])(keys)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float32, Int8, Shaped
 from lminf.models import moe
 from lminf.models.quantization import QuantizedWeights, Weights
 from lminf.models.spec import MLPSpec, ModelSpec, NormSpec
-from lminf.types import Hidden
+from lminf.types import Hidden, Tokens
 
 # (q, k, v) -> out, kv; sinks= where the spec has them
 Attend: TypeAlias = Callable[..., tuple[Array, Any]]
@@ -253,10 +253,12 @@ class Block(nn.Module):
     constrain: Callable[..., Array] = unconstrained
 
     @nn.compact
-    def __call__(self, x: Hidden, attend: Attend) -> tuple[Hidden, Any]:
+    def __call__(
+        self, x: Hidden, attend: Attend, tokens: Tokens | None = None
+    ) -> tuple[Hidden, Any]:
         s = self.spec
         attention = Attention(s, self.constrain, name="attention")
-        mlp = self.mlp()
+        mlp = self.mlp(tokens)
 
         def norm(name):
             if not s.pre_norms:
@@ -285,15 +287,15 @@ class Block(nn.Module):
         self.sow("intermediates", "hidden", x)
         return x, kv
 
-    def mlp(self) -> Callable[[Hidden], Hidden]:
-        """The MLP, or the experts that replace it."""
+    def mlp(self, tokens: Tokens | None) -> Callable[[Hidden], Hidden]:
+        """The MLP, or the experts that replace it, whose router may read the ids of tokens."""
         s = self.spec
         if s.moe is None:
             return MLP(s.mlp, s.width, self.constrain, name="mlp")
         product = partial(activated, s.mlp)
         experts = moe.Experts(s.moe, s.width, product, s.mlp.gated, self.constrain, name="moe")
         if not s.moe.shared_dim:
-            return experts
+            return lambda x: experts(x, tokens)
         wide = dataclasses.replace(s.mlp, hidden_dim=s.moe.shared_dim)
         shared = MLP(wide, s.width, self.constrain, name="shared")
-        return lambda x: experts(x) + shared(x)
+        return lambda x: experts(x, tokens) + shared(x)

@@ -1,61 +1,28 @@
-"""A mixture of experts: a router sends every token to a few of many MLPs.
+"""A mixture of experts: a router (routers.py) sends every token to a few of many MLPs.
 
-The router's softmax over all experts weights the outputs of the chosen ones. Two losses stabilise
-it: the balance loss is least when the experts share the tokens evenly, and the z-loss keeps the
-router's logits small.
+The router's weights are those of the outputs. Two losses stabilise a learned one: the balance loss
+is least when the experts share the tokens evenly, and the z-loss keeps the router's logits small.
 Source: Fedus et al. 2022, arXiv:2101.03961; z-loss: Zoph et al. 2022, arXiv:2202.08906.
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from lminf.models.quantization import QuantizedWeights
+from lminf.models.routers import BIAS, Asked, Routed, RoutedByExperts, expert_slots
 from lminf.models.spec import MoESpec
-from lminf.types import Hidden
+from lminf.types import Hidden, Tokens
 
 ROUTING = "routing"  # the Flax collection of router statistics
-MEASURES = ("balance", "z", "dropped")  # of each layer
-
-
-class Routed(NamedTuple):
-    """The experts of every token, the heaviest first, and the router's two losses."""
-
-    expert: Int[Array, "T k"]
-    weight: Float[Array, "T k"]  # float32
-    balance: Float[Array, ""]  # 1 where all experts have equal shares, up to E where one has all
-    z: Float[Array, ""]  # mean squared log of the softmax's denominator
-
-
-def route(logits: Float[Array, "T E"], top_k: int, *, normalised: bool) -> Routed:
-    """The top_k experts of every token, from the router's logits; float32."""
-    experts = logits.shape[-1]
-    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    weight, expert = jax.lax.top_k(probabilities, top_k)
-    if normalised:
-        weight = weight / weight.sum(-1, keepdims=True)
-    load = jax.nn.one_hot(expert, experts).mean((0, 1))  # share of the tokens: no gradient
-    balance = experts * (load * probabilities.mean(0)).sum()
-    lse = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
-    return Routed(expert, weight, balance, jnp.square(lse).mean())
-
-
-def expert_slots(
-    expert: Int[Array, "T k"], experts: int, capacity: int
-) -> tuple[Int[Array, "T k"], Bool[Array, "T k"]]:
-    """Each choice's slot in its expert's buffer, and whether the buffer of `capacity` has it.
-
-    First choices of all tokens get slots before second ones; earlier tokens before later ones.
-    """
-    chosen = jax.nn.one_hot(expert.T.reshape(-1), experts, dtype=jnp.int32)  # [k T, E]
-    earlier_choices = jnp.cumsum(chosen, axis=0) - chosen
-    slot = (earlier_choices * chosen).sum(-1).reshape(expert.shape[::-1]).T
-    return slot, slot < capacity
+# Of each layer: the two losses; the share of choices that no buffer had room for; the share of all
+# choices that fell on the busiest expert (1 / E: even); the share of tokens that no expert read.
+MEASURES = ("balance", "z", "dropped", "largest", "unread")
+LOAD = "load"  # of each layer too, [E]: each expert's share of all choices
 
 
 class Experts(nn.Module):
@@ -68,25 +35,40 @@ class Experts(nn.Module):
     constrain: Callable[..., Array]
 
     @nn.compact
-    def __call__(self, x: Hidden) -> Hidden:
+    def __call__(self, x: Hidden, tokens: Tokens | None = None) -> Hidden:
         s, (B, T, D) = self.spec, x.shape
-        router = self.param("router", nn.initializers.lecun_normal(), (D, s.experts))
         flat = x.reshape(B * T, D)
+        asked = self.asked(flat, None if tokens is None else tokens.reshape(B * T))
+        routed = s.router.route(asked, s.top_k, normalised=s.normalised)
+        dropped = unread = jnp.float32(0)
+        if isinstance(routed, RoutedByExperts):
+            out, unread = self.gather_dispatch(flat, routed)
+        elif s.capacity_factor is None:
+            out = self.dense_dispatch(flat, routed)
+        else:
+            capacity = math.ceil(s.capacity_factor * s.top_k * B * T / s.experts)
+            out, dropped, unread = self.capacity_dispatch(flat, routed, min(capacity, B * T))
+        for name, value in (("balance", routed.balance), ("z", routed.z), ("dropped", dropped),
+                            ("largest", routed.load.max()), ("unread", unread),
+                            (LOAD, routed.load)):  # fmt: skip
+            self.sow(ROUTING, name, value)
+        return out.reshape(B, T, D)
+
+    def asked(self, x: Float[Array, "T D"], tokens: Array | None) -> Asked:
+        """What the router goes by."""
+        s = self.spec
+        if not s.router.learned:
+            return Asked(jnp.zeros((len(x), s.experts), jnp.float32), tokens, None)
+        router = self.param("router", nn.initializers.lecun_normal(), (x.shape[1], s.experts))
         # float32: two experts that bfloat16 cannot tell apart would swap ranks.
-        logits = flat.astype(jnp.float32) @ router.astype(jnp.float32)
+        logits = x.astype(jnp.float32) @ router.astype(jnp.float32)
         if s.bias:
             bias = self.param("b_router", nn.initializers.zeros, (s.experts,))
             logits = logits + bias.astype(jnp.float32)[None]
-        routed = route(logits, s.top_k, normalised=s.normalised)
-        if s.capacity_factor is None:
-            out, dropped = self.dense_dispatch(flat, routed), jnp.float32(0)
-        else:
-            capacity = math.ceil(s.capacity_factor * s.top_k * B * T / s.experts)
-            out, dropped = self.capacity_dispatch(flat, routed, min(capacity, B * T))
-        self.sow(ROUTING, "balance", routed.balance)
-        self.sow(ROUTING, "z", routed.z)
-        self.sow(ROUTING, "dropped", dropped)  # share of the choices
-        return out.reshape(B, T, D)
+        correction = None
+        if s.router.bias_rate is not None:
+            correction = self.param(BIAS, nn.initializers.zeros, (s.experts,))
+        return Asked(logits, tokens, correction)
 
     def dense_dispatch(self, x: Float[Array, "T D"], routed: Routed) -> Float[Array, "T D"]:
         """Outputs without dropped tokens: every expert reads every token, and has weight 0 where it
@@ -101,9 +83,10 @@ class Experts(nn.Module):
 
     def capacity_dispatch(
         self, x: Float[Array, "T D"], routed: Routed, capacity: int
-    ) -> tuple[Float[Array, "T D"], Float[Array, ""]]:
-        """Outputs where every expert reads at most `capacity` tokens, and the share of dropped
-        choices; an expert adds nothing to a token that it dropped.
+    ) -> tuple[Float[Array, "T D"], Float[Array, ""], Float[Array, ""]]:
+        """Outputs where every expert reads at most `capacity` tokens, the share of dropped choices
+        and that of tokens whose every choice was; an expert adds nothing to a token that it
+        dropped.
         """
         E, (T, D) = self.spec.experts, x.shape
         slot, fits = expert_slots(routed.expert, E, capacity)
@@ -113,7 +96,18 @@ class Experts(nn.Module):
         out = self.mlps(buffers.reshape(E, capacity, D)).reshape(-1, D)
         out = jnp.concatenate([out, jnp.zeros((1, D), out.dtype)])[row]  # [T, k, D]
         weight = jnp.where(fits, routed.weight, 0).astype(x.dtype)
-        return jnp.einsum("tkd,tk->td", out, weight), 1 - fits.mean(dtype=jnp.float32)
+        unread = 1 - fits.any(-1).mean(dtype=jnp.float32)
+        return jnp.einsum("tkd,tk->td", out, weight), 1 - fits.mean(dtype=jnp.float32), unread
+
+    def gather_dispatch(
+        self, x: Float[Array, "T D"], routed: RoutedByExperts
+    ) -> tuple[Float[Array, "T D"], Float[Array, ""]]:
+        """Outputs where every expert reads the tokens that it chose, and the share of tokens that
+        none did.
+        """
+        out = self.mlps(x[routed.token]) * routed.weight[..., None].astype(x.dtype)
+        read = jnp.zeros(len(x), bool).at[routed.token].set(True)
+        return jnp.zeros_like(x).at[routed.token].add(out), 1 - read.mean(dtype=jnp.float32)
 
     def mlps(self, x: Float[Array, "E C D"]) -> Float[Array, "E C D"]:
         """Each expert's MLP of its tokens."""

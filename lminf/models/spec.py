@@ -20,7 +20,9 @@ Parameters of a spec, as a nested dictionary (letters: lminf/types.py; L stacked
     layers/mlp/w_gate             [L, D, F]   when mlp.gated                b_gate when mlp.bias
     layers/mlp/w_up w_down        [L, D, F] [L, F, D]             b_up b_down when mlp.bias
     layers/mlp_post_norm/…        [L, D]      when post_norms
-    layers/moe/router             [L, D, E]   with moe, in place of mlp (M: the experts' own F)
+    layers/moe/router             [L, D, E]   with moe, in place of mlp (M: the experts' own F),
+                                              unless its router learns nothing
+    layers/moe/correction_bias    [L, E]      when moe.router.bias_rate
     layers/moe/gate up down       [L, E, D, M] [L, E, D, M] [L, E, M, D]   gate when mlp.gated
     layers/moe/b_router b_gate b_up b_down  [L, E] [L, E, M] [L, E, M] [L, E, D]   when moe.bias
     layers/shared/w_gate …        as mlp      when moe.shared_dim
@@ -30,7 +32,7 @@ Parameters of a spec, as a nested dictionary (letters: lminf/types.py; L stacked
     head_bias                     [V]         when head_bias
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, TypeAlias
 
 from lminf import ranges
@@ -46,6 +48,7 @@ from lminf.attention.rope import (
     YaRN,
 )
 from lminf.errors import InputError
+from lminf.models.routers import TOKEN_CHOICE, Router
 from lminf.ranges import Range
 
 # 2^31 - 1: the largest id and the largest axis of an array that 32-bit indices reach.
@@ -98,6 +101,7 @@ class MoESpec:
     # Most tokens that an expert reads, as a multiple of its even share; None: no token is dropped.
     capacity_factor: Annotated[float, Range(above=0)] | None
     bias: bool = False  # of the router and of the experts
+    router: Router = TOKEN_CHOICE
 
     def __post_init__(self):
         ranges.check(self)
@@ -105,6 +109,43 @@ class MoESpec:
             raise InputError(
                 f"top_k={self.top_k} of {self.experts} experts; give at most all of them"
             )
+        if not self.router.causal and (self.capacity_factor is not None or self.normalised):
+            raise InputError(
+                "where experts choose, each reads its even share and a token has any number of "
+                "them; set capacity_factor=None and normalised=False"
+            )
+
+    @property
+    def computed_experts(self) -> float:
+        """Experts whose products are computed for a token, whether it uses them or not."""
+        if not self.router.causal:
+            return self.top_k
+        if self.capacity_factor is None:
+            return self.experts
+        return self.capacity_factor * self.top_k
+
+    def fine_grained(self, pieces: int, shared: int) -> "MoESpec":
+        """As many parameters, in all and for each token, in experts cut into `pieces`, of which
+        `shared` read every token.
+
+        Source: DeepSeekMoE, Dai et al. 2024, arXiv:2401.06066, equation 9: of mN experts K_s are
+        shared, and of the rest a token takes mK - K_s.
+        """
+        if pieces < 1 or self.hidden_dim % pieces:
+            raise InputError(
+                f"{pieces} pieces do not divide an expert of {self.hidden_dim} channels; give a "
+                f"divisor of {self.hidden_dim}"
+            )
+        if not 0 <= shared < pieces * self.top_k:
+            raise InputError(
+                f"{shared} shared of the {pieces * self.top_k} pieces that a token uses; leave at "
+                f"least one to the router"
+            )
+        hidden_dim = self.hidden_dim // pieces
+        return replace(
+            self, experts=pieces * self.experts - shared, top_k=pieces * self.top_k - shared,
+            hidden_dim=hidden_dim, shared_dim=self.shared_dim + shared * hidden_dim,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

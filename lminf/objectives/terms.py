@@ -61,7 +61,12 @@ class Model:
 
     def routing(self, prefix: str = "") -> Mapping[str, Float[Array, ""]]:
         """Of a mixture of experts: the means over layers of moe.MEASURES; otherwise empty."""
-        return self._run(prefix)[1]
+        by_layer = self._run(prefix)[1]
+        return {name: by_layer[name].mean() for name in moe.MEASURES if name in by_layer}
+
+    def expert_load(self) -> Float[Array, "L E"]:
+        """Of a mixture of experts: each expert's share of the choices in its layer."""
+        return self._run("")[1][moe.LOAD]
 
     def token_loss(self, prefix: str = "") -> TokenLoss:
         """The loss of every token of `{prefix}targets`."""
@@ -85,7 +90,7 @@ class Model:
         routing = {}
         if self.spec.moe is not None:
             measured = sown[moe.ROUTING]["layers"]["moe"]
-            routing = {name: value.mean() for name, (value,) in measured.items()}
+            routing = {name: value for name, (value,) in measured.items()}
         self._forward[prefix] = hidden, routing
         return self._forward[prefix]
 
@@ -225,6 +230,22 @@ class RouterZ(_OfRouters):
         return self._sum(model, "z"), {}
 
 
+EXPERT_LOAD = "expert_load"  # what the step moves correction biases by; not a metric
+
+
+@dataclass(frozen=True)
+class ExpertLoad(_OfRouters):
+    """Nothing to minimise: tells the step the load of every expert, by which it moves the biases of
+    a router that is balanced without a loss (lminf.models.routers.LossFree).
+    """
+
+    scale = 0.0
+
+    def __call__(self, model, references):
+        load = model.expert_load() * self.weight(model.batch)
+        return jnp.float32(0), {EXPERT_LOAD: load}
+
+
 def language_modeling(spec: ModelSpec, *, z_loss: float = 0.0) -> tuple[Term, ...]:
     """The terms of pretraining: the cross-entropy, z-loss where it has a weight, and of a mixture
     of experts its routers' losses."""
@@ -232,7 +253,9 @@ def language_modeling(spec: ModelSpec, *, z_loss: float = 0.0) -> tuple[Term, ..
     if z_loss:
         terms += (ZLoss(z_loss),)
     if spec.moe is not None:
-        terms += (RouterBalance(), RouterZ())
+        router = spec.moe.router
+        terms += (RouterBalance(router.balance_scale), RouterZ())
+        terms += (ExpertLoad(),) if router.bias_rate is not None else ()
     return terms
 
 

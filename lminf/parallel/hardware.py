@@ -15,10 +15,16 @@ from lminf.errors import InputError
 
 @dataclass(frozen=True)
 class Kind:
-    """One device."""
+    """One device; rates are per second, from the makers' data sheets."""
 
-    peak_flops: float  # per second, dense bfloat16, from the maker's data sheet
+    peak_flops: float  # dense bfloat16
     memory_bytes: int
+    memory_bandwidth: float  # bytes read or written
+    # Devices that a fast network connects: a host of GPUs, a slice of TPUs. A device sends so many
+    # bytes over it (of a torus: along one of its dimensions), and so many to devices beyond.
+    domain: int
+    link_bandwidth: float
+    network_bandwidth: float
 
 
 @dataclass(frozen=True)
@@ -58,14 +64,17 @@ CORES_IN_NAMES = {"v4": 2, "v5p": 2}
 GB, GiB = 10**9, 2**30
 MOST_DEVICES = 2**20
 # By the names of command lines. Devices call themselves otherwise: NAMES.
+# Beyond a domain a GPU has a network card of 200 or 400 Gbit/s, on Frontier half of one; a TPU has
+# its share of its host's connection to the data centre, of which only the size is known.
 KINDS = {
-    "v4": Kind(275e12, 32 * GiB),
-    "v5e": Kind(197e12, 16 * GB),
-    "v5p": Kind(459e12, 95 * GB),
-    "v6e": Kind(918e12, 32 * GB),
-    "a100": Kind(312e12, 80 * GB),
-    "h100": Kind(989e12, 80 * GB),
-    "h200": Kind(989e12, 141 * GB),
+    "v4": Kind(275e12, 32 * GiB, 1.2e12, 4096, 100e9, 6e9),
+    "v5e": Kind(197e12, 16 * GB, 0.82e12, 256, 100e9, 3e9),
+    "v5p": Kind(459e12, 95 * GB, 2.77e12, 8960, 200e9, 6e9),
+    "v6e": Kind(918e12, 32 * GB, 1.64e12, 256, 224e9, 12e9),
+    "a100": Kind(312e12, 80 * GB, 2.04e12, 8, 300e9, 25e9),
+    "h100": Kind(989e12, 80 * GB, 3.35e12, 8, 450e9, 50e9),
+    "h200": Kind(989e12, 141 * GB, 4.8e12, 8, 450e9, 50e9),
+    "mi250x": Kind(191.5e12, 64 * GB, 1.6e12, 8, 50e9, 12.5e9),  # one of its two dies
 }
 NAMES = {
     "TPU v4": "v4",

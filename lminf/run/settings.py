@@ -26,6 +26,7 @@ RANGES = {
             # shapes
             "width", "num_heads", "num_kv_heads", "hidden_dim", "top_k", "vocab",
             "vocabs", "vocab_size", "seq_len", "head_dim", "base_width", "widths",
+            "experts", "pieces",
             # measuring
             "beyond", "block", "capacities", "continuation", "documents", "draws",
             "key_value_lengths",
@@ -39,7 +40,7 @@ RANGES = {
     ),
     **dict.fromkeys(
         (
-            "seed", "sample", "count", "dense_layers", "shared_dim", "chunk", "layers",
+            "seed", "sample", "count", "dense_layers", "shared_dim", "shared", "chunk", "layers",
             "nll_length", "unbounded_to", "characters", "sample_characters",
         ),
         COUNT_OR_NONE,
@@ -60,6 +61,7 @@ RANGES = {
     "threshold": Range(min=0, max=1),
     "rope_base": Range(min=1),
     "beta": AMOUNT,
+    "capacity_factor": AMOUNT,
     "preference_scale": AMOUNT,
     "rates": AMOUNT,
     "rate": AMOUNT,

@@ -46,31 +46,42 @@ def device_bytes(program: TrainStep, *, rows: int, length: int) -> Bytes:
 
 def activation_bytes(program: TrainStep, *, rows: int, length: int) -> int:
     """Kept for the backward, and the largest layer's own work while it is computed again."""
-    s, sizes = program.spec, program.mesh.shape
-    rules = {axis for _, axis in program.strategy.activations}
+    kept, working = activation_channels(program)
+    tokens = local_tokens(program, rows=rows, length=length)
+    per_token = program.spec.num_layers * kept + working
+    return math.ceil(tokens * per_token * jnp.dtype(program.dtype).itemsize)
+
+
+def local_tokens(program: TrainStep, *, rows: int, length: int) -> float:
+    """Tokens of one piece of a batch that a device works on; with `tensor`, others too."""
+    sizes = program.mesh.shape
     over = {axis for logical, axis in program.strategy.activations if logical == "batch"}
     tokens = rows * length / (math.prod(sizes[axis] for axis in over) * program.grad_accum_steps)
-    tokens /= sizes["context"] if "context" in rules else 1
-    slices = sizes["tensor"] if "tensor" in rules else 1
+    in_context = any(axis == "context" for _, axis in program.strategy.activations)
+    return tokens / (sizes["context"] if in_context else 1)
+
+
+def activation_channels(program: TrainStep) -> tuple[float, float]:
+    """Channels of a token on a device: those that each layer keeps for its backward, and those that
+    the layer at work has besides.
+    """
+    s, sizes = program.spec, program.mesh.shape
+    in_slices = any(axis == "tensor" for _, axis in program.strategy.activations)
+    slices = sizes["tensor"] if in_slices else 1
     heads, wide = s.num_heads * s.head_dim, hidden_width(s)
     stream = s.width / slices  # between products, in slices of positions
     products = (heads + 2 * s.num_kv_heads * s.head_dim + wide * (1 + s.mlp.gated)) / slices
     products += 2 * s.width / slices
     everything = products + 2 * s.width + (3 * heads + 2 * wide) / slices
     kept = {"full": stream, "dots": stream + products, "none": stream + everything}
-    per_token = s.num_layers * kept[program.remat]
-    if program.remat != "none":
-        per_token += everything
-    return math.ceil(tokens * per_token * jnp.dtype(program.dtype).itemsize)
+    return kept[program.remat], everything if program.remat != "none" else 0.0
 
 
 def hidden_width(spec: ModelSpec) -> float:
     """Channels between the matrices of an MLP, or of all expert slots per token."""
     if spec.moe is None:
         return spec.mlp.hidden_dim
-    m = spec.moe
-    slots = m.experts if m.capacity_factor is None else m.capacity_factor * m.top_k
-    return slots * m.hidden_dim + m.shared_dim
+    return spec.moe.computed_experts * spec.moe.hidden_dim + spec.moe.shared_dim
 
 
 def flops_per_token(program: TrainStep, length: int) -> float:

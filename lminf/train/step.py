@@ -16,6 +16,7 @@ from lminf.attention.policy import LayerPolicy
 from lminf.errors import InputError
 from lminf.models import decoder
 from lminf.models.quantization import check_float
+from lminf.models.routers import rebalanced
 from lminf.models.spec import ModelSpec
 from lminf.objectives import terms
 from lminf.objectives.terms import CrossEntropy, Term
@@ -216,9 +217,10 @@ class TrainStep:
         self, params: Params, batch: Batch, frozen: Params | None = None
     ) -> terms.TokenLoss:
         """The loss of every token."""
-        return self._model(self.weights(params, frozen), batch).token_loss()
+        return self.model(self.weights(params, frozen), batch).token_loss()
 
-    def _model(self, params: Params, batch: Batch) -> terms.Model:
+    def model(self, params: Params, batch: Batch) -> terms.Model:
+        """The model on a batch, inside one traced loss."""
         score = partial(token_loss, self.spec, mesh=self.mesh, strategy=self.strategy)
         return terms.Model(self.module, params, batch, score=score)
 
@@ -228,10 +230,9 @@ class TrainStep:
         """The function of what is trained: this batch's part of what is minimised and reported."""
 
         def loss(params):
-            model = self._model(self.weights(params, state.frozen), batch)
+            model = self.model(self.weights(params, state.frozen), batch)
             references = {
-                name: self._model(frozen, batch)
-                for name, frozen in (state.references or {}).items()
+                name: self.model(frozen, batch) for name, frozen in (state.references or {}).items()
             }
             return terms.evaluate(self.objective, model, references, weights)
 
@@ -284,7 +285,7 @@ class TrainStep:
 
     def update(self, state: State, batch: Batch) -> tuple[State, Metrics]:
         reported, gradient = self.gradients(state.params, batch, state)
-        loss = reported.pop("loss")
+        loss, load = reported.pop("loss"), reported.pop(terms.EXPERT_LOAD, None)
         gradient = jax.tree.map(lambda g: g.astype(jnp.float32), gradient)
         norm = optax.tree.norm(gradient)
         if self.clip is not None:
@@ -295,6 +296,10 @@ class TrainStep:
         exact = jax.tree.map(
             lambda p, change: p + learning_rate * change, state.params_f32, changes
         )
+        if load is not None and self.lora is None:  # under adapters the router stays as it is
+            rate = self.spec.moe and self.spec.moe.router.bias_rate
+            assert rate is not None
+            exact = rebalanced(exact, rate, load)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         def kept(new, old):

@@ -84,6 +84,8 @@ def test_settings_that_would_fail_later_are_refused_at_once(change, message, tmp
         ("init=m data.tokenizer=n", "config.data.tokenizer: the model of init=m has its own"),
         ("experts.top_k=2", "config.experts.top_k: there are no experts; give their number"),
         ("experts.count=2 experts.dense_layers=4", "dense_layers=4 of 4 layers: no layer is left"),
+        ("experts.count=2 experts.router=expert_choice", "experts that choose see later tokens"),
+        ("experts.count=2 experts.router=hsh", "no router is called 'hsh'; did you mean 'hash'"),
         ("processes.count=2 processes.index=2 processes.coordinator=a:1", "index=2 of count=2"),
         (
             "stages=('tokens=9,length=4,batch=2,schedule=(constant:peak=1)',) steps=5",

@@ -27,14 +27,13 @@ from lminf.errors import InputError
 from lminf.experiments import _seeds
 from lminf.experiments._main import main
 from lminf.experiments._small import Once
-from lminf.models import spec
+from lminf.models import cost, spec
 from lminf.models.routers import ROUTERS, TokenChoice
 from lminf.models.spec import ModelSpec, MoESpec
 from lminf.objectives import terms
 from lminf.run import plots
 from lminf.run.folder import Row, RunFolder
 from lminf.run.progress import Progress
-from lminf.scaling import accounting
 from lminf.surgery import upcycle
 from lminf.train.ensemble import Replicas
 from lminf.train.schedules import SCHEDULES
@@ -90,8 +89,8 @@ def of_model(
     shape, (copies, state) = shape_of(c, name), trained(c, name, data)
     facts = {
         "model": name,
-        "parameters": accounting.spec_parameters(shape),
-        "active": accounting.spec_parameters(shape, active=True),
+        "parameters": cost.block_parameters(shape),
+        "active": cost.block_parameters(shape, active=True),
         "experts": shape.moe.experts if shape.moe else 1,
         "bytes": len(measured) * c.batch * c.length,
     }

@@ -11,7 +11,6 @@ from lminf.attention import policy as policies
 from lminf.errors import InputError
 from lminf.models import cost, decoder, routers
 from lminf.models.routers import ExpertChoice, Hash, LossFree, TokenChoice
-from lminf.scaling import accounting
 from tests.attention import cases
 from tests.models import specs
 from tests.models.test_moe import MIX, experts, mixed, one, params, ran, x
@@ -142,7 +141,7 @@ def test_fine_grained_experts_have_as_many_parameters_in_all_and_for_each_token(
     assert (fine.experts, fine.top_k, fine.hidden_dim, fine.shared_dim) == (15, 7, 6, 6)
     shapes = [dataclasses.replace(mixed(), moe=mixture) for mixture in (whole, fine)]
     for active in (False, True):
-        first, second = (accounting.spec_parameters(shape, active=active) for shape in shapes)
+        first, second = (cost.block_parameters(shape, active=active) for shape in shapes)
         assert first == second
     routers_differ = 2 * 2 * 16 * (15 - 4)  # FLOPs: of two layers, a product of 16 rows
     products = [cost.matmul_flops_per_token(shape) for shape in shapes]

@@ -1,0 +1,173 @@
+"""One shard of an index: its published files, mapped into memory.
+
+tokenized.i  token ids, little-endian; the separator before each document and, in ours, after
+             the last
+table.i      the suffix array: byte offsets in tokenized.i, packed little-endian
+offset.i     unsigned 64-bit byte offset of every document, its separator included
+metadata.i   a JSON line a document, and metaoff.i the byte offset of each line; may be absent
+"""
+
+import bisect
+import json
+import mmap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int, Int64, Shaped
+
+from lminf.atomic import check_regular
+from lminf.errors import InputError, refusing
+from lminf.ngram.encoding import Encoding
+from lminf.ngram.search import SortedSuffixes
+
+TOKENS, TABLE, OFFSETS = "tokenized", "table", "offset"
+METADATA, METADATA_OFFSETS = "metadata", "metaoff"
+MOST_POINTER_BYTES = 8
+
+
+class Document(NamedTuple):
+    """A document, or what lies around a place of it."""
+
+    shard: int
+    number: int  # in its shard
+    tokens: Int[np.ndarray, " T"]
+    start: int  # tokens of the document before these
+    length: int  # tokens of the whole document
+    metadata: Any  # what its JSON line holds; None where there is none
+
+
+def pointer_bytes(tokenized_bytes: int) -> int:
+    """Bytes of a pointer: the fewest that hold every byte offset in tokenized.i."""
+    return max(1, -(-(tokenized_bytes - 1).bit_length() // 8))
+
+
+def mapped(path: Path) -> mmap.mmap | bytes:
+    """The bytes of a file, read when they are looked at."""
+    with refusing(str(path), kind="file of an index", advice="build the index again"):
+        if not check_regular(path):
+            return b""
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+class Shard:
+    """Read-only; `suffixes` are searched for many queries at once, `find_one` for one."""
+
+    def __init__(self, folder: Path, number: int, encoding: Encoding):
+        self.number, self.encoding = number, encoding
+        files = {name: folder / f"{name}.{number}" for name in (TOKENS, TABLE, OFFSETS)}
+        data = {name: mapped(path) for name, path in files.items()}
+        self.slots, over = divmod(len(data[TOKENS]), encoding.width)
+        self._pointer, over_table = divmod(len(data[TABLE]), max(self.slots, 1))
+        if over or over_table or not self.slots or len(data[OFFSETS]) % 8:
+            sizes = ", ".join(f"{files[name]} of {len(data[name]):,} bytes" for name in files)
+            raise InputError(
+                f"{sizes} are not of one index of {encoding.width}-byte tokens: a file is cut "
+                f"short, or tokens have another width; build the index again, or give its --width"
+            )
+        if not pointer_bytes(len(data[TOKENS])) <= self._pointer <= MOST_POINTER_BYTES:
+            raise InputError(f"{files[TABLE]} has pointers of {self._pointer} bytes for "
+                             f"{self.slots:,} tokens: it is cut short; build it again")  # fmt: skip
+        self.tokens = np.frombuffer(data[TOKENS], encoding.tokens)
+        self.offsets = np.frombuffer(data[OFFSETS], "<u8").astype(np.int64) // encoding.width
+        self._metadata = self._open_metadata(folder)
+        self._table = data[TABLE]
+        symbols = self.tokens.view(encoding.symbols)
+        self.suffixes = SortedSuffixes(symbols, self._starts, self.slots)
+        self._view = memoryview(symbols)
+        typed = self._pointer in (1, 2, 4, 8)
+        self._pointers = np.frombuffer(self._table, f"<u{self._pointer}" if typed else "u1")
+
+    def _starts(self, ranks: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
+        """Where suffixes start, in symbols."""
+        return self._offsets(ranks) // self.encoding.symbols.itemsize
+
+    def places(self, ranks: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
+        """Where suffixes start, in tokens."""
+        return self._offsets(ranks) // self.encoding.width
+
+    def _offsets(self, ranks: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
+        if self._pointers.itemsize == self._pointer:
+            return self._pointers.take(ranks).astype(np.int64)
+        packed = np.zeros((len(ranks), 8), np.uint8)
+        places = ranks[:, None] * self._pointer + np.arange(self._pointer)
+        packed[:, : self._pointer] = self._pointers.take(places)
+        return packed.view("<i8")[:, 0]
+
+    def tokens_at(self, places: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
+        """The tokens there; beyond the end, where published shards have none, the separator."""
+        found = self.tokens.take(places, mode="clip").astype(np.int64)
+        return np.where(places < self.slots, found, self.encoding.separator)
+
+    # --- One query --------------------------------------------------------------------------------
+
+    # Plain Python: for one query, 10 times as fast as arrays of one element.
+
+    def find_one(self, query: list[int], low: int, high: int) -> tuple[int, int]:
+        """The ranks [low, high) of the suffixes that begin with these symbols, of those given."""
+        beginning = self._beginnings(len(query))
+        first = bisect.bisect_left(range(high), query, low, high, key=beginning)
+        if first == high or beginning(first) != query:
+            return first, first
+        return first, bisect.bisect_right(range(high), query, first, high, key=beginning)
+
+    def contains_one(self, query: list[int]) -> bool:
+        """Whether these symbols occur."""
+        beginning = self._beginnings(len(query))
+        first = bisect.bisect_left(range(self.slots), query, key=beginning)
+        return first < self.slots and beginning(first) == query
+
+    def _beginnings(self, size: int) -> Callable[[int], list[int]]:
+        """The first symbols of the suffix of a rank."""
+        view, step = self._view, self.encoding.symbols.itemsize
+        table, width = self._table, self._pointer
+
+        def beginning(rank: int) -> list[int]:
+            at = rank * width
+            start = int.from_bytes(table[at : at + width], "little") // step
+            return view[start : start + size].tolist()
+
+        return beginning
+
+    # --- Documents --------------------------------------------------------------------------------
+
+    def document_numbers(self, places: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
+        """The document that each token lies in; a separator is of the document that it begins."""
+        return np.searchsorted(self.offsets, places, side="right") - 1
+
+    def span(self, number: int) -> tuple[int, int]:
+        """[first, end) tokens of a document, without separators."""
+        if number + 1 < len(self.offsets):
+            return int(self.offsets[number]) + 1, int(self.offsets[number + 1])
+        ended = self.tokens[-1] == self.encoding.separator and self.slots > 1
+        return int(self.offsets[number]) + 1, self.slots - int(ended)
+
+    def document(self, number: int, *, around: int, at_most: int) -> Document:
+        """At most so many tokens of the document, around a place of the shard."""
+        first, end = self.span(number)
+        start = max(first, min(around - at_most // 2, end - at_most))
+        stop = min(end, start + at_most)
+        tokens = self.tokens[start:stop].astype(np.int32 if self.encoding.width < 4 else np.int64)
+        metadata = self.metadata(number)
+        return Document(self.number, number, tokens, start - first, end - first, metadata)
+
+    def metadata(self, number: int) -> Any:
+        """What the document's JSON line holds; None where the index has none."""
+        if self._metadata is None:
+            return None
+        lines, offsets = self._metadata
+        end = int(offsets[number + 1]) if number + 1 < len(offsets) else len(lines)
+        with refusing(f"metadata.{self.number}", kind="file of an index"):
+            return json.loads(lines[int(offsets[number]) : end])
+
+    def _open_metadata(self, folder: Path) -> tuple[Any, Shaped[np.ndarray, " D"]] | None:
+        paths = [folder / f"{name}.{self.number}" for name in (METADATA, METADATA_OFFSETS)]
+        if not all(path.exists() for path in paths):
+            return None
+        lines, offsets = mapped(paths[0]), np.frombuffer(mapped(paths[1]), "<u8")
+        if len(offsets) != len(self.offsets):
+            raise InputError(f"{paths[1]} names {len(offsets)} documents and the shard has "
+                             f"{len(self.offsets)}: it is cut short; build it again")  # fmt: skip
+        return lines, offsets

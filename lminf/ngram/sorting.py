@@ -1,0 +1,182 @@
+"""Suffix arrays: in memory by divsufsort, or by our own sort of one range of suffixes at a time.
+
+Beyond a memory limit, splitters that are drawn from the suffixes divide them into buckets, a scan
+of the tokens writes every suffix's place into the file of its bucket, and each bucket is sorted and
+appended to the table. Comparisons read on until two suffixes differ, so the table is that of a sort
+in memory, byte for byte, whatever is repeated; each of the two steps goes on where it was
+interrupted.
+"""
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, Int64, Shaped
+
+from lminf.atomic import atomic_write, disk_errors
+from lminf.ngram.encoding import WORD_BYTES, Encoding, Queries, words
+from lminf.ngram.search import SortedSuffixes
+from lminf.ngram.shard import pointer_bytes
+
+SLOT_BYTES = 80  # of memory while suffixes are sorted: places, words, orders and groups
+PER_BUCKET = 64  # suffixes drawn for each splitter: buckets are of nearly equal size
+BLOCK = 1 << 22  # slots that are scanned, or packed, at a time
+COMPARED = 16, 4096  # symbols, at least and at most, that are skipped where suffixes agree for long
+
+Progress = Callable[[int, int], None]  # (done, of), in slots
+
+
+def write_table(
+    tokens: Shaped[np.ndarray, " N"],
+    encoding: Encoding,
+    path: Path,
+    *,
+    memory_bytes: int,
+    progress: Progress = lambda done, of: None,
+) -> None:
+    """Writes the suffix array of the tokens as packed byte offsets; the file appears whole."""
+    symbols, width = tokens.view(encoding.symbols), pointer_bytes(tokens.nbytes)
+    if in_memory_bytes(len(tokens), encoding) <= memory_bytes and _has_divsufsort():
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            offsets = by_divsufsort(tokens, encoding)
+            for start in range(0, len(offsets), BLOCK):
+                file.write(packed(offsets[start : start + BLOCK], width))
+        progress(len(tokens), len(tokens))
+        return
+    buckets = path.with_name(f".{path.name}.buckets")
+    partial = path.with_name(f".{path.name}.part")
+    with disk_errors(path):
+        sizes = _scatter(symbols, encoding, buckets, max(1, memory_bytes // SLOT_BYTES), progress)
+        written = partial.stat().st_size // width if partial.exists() else 0
+        ends = np.cumsum(sizes).tolist()
+        done = max((end for end in [0, *ends] if end <= written), default=0)
+        with partial.open("ab") as file:
+            file.truncate(done * width)
+            for number, end in enumerate(ends):
+                if end <= done:
+                    continue
+                starts = np.fromfile(buckets / str(number), "<i8")
+                ordered = sorted_starts(symbols, starts)
+                file.write(packed(ordered * symbols.itemsize, width))
+                file.flush()
+                progress(len(tokens) + end, 2 * len(tokens))
+        partial.rename(path)
+        shutil.rmtree(buckets)
+
+
+def in_memory_bytes(slots: int, encoding: Encoding) -> int:
+    """What divsufsort takes: the text, an integer a byte of it, and the places that are kept."""
+    text = slots * encoding.width
+    return text + (4 if text < 2**31 else 8) * (text + 2 * slots)
+
+
+def _has_divsufsort() -> bool:
+    return importlib.util.find_spec("pydivsufsort") is not None
+
+
+def by_divsufsort(tokens: Shaped[np.ndarray, " N"], encoding: Encoding) -> Int[np.ndarray, " N"]:
+    """Byte offsets of the suffixes in their order. Bytes that are big-endian are in order of id."""
+    from pydivsufsort import divsufsort
+
+    kind = tokens.dtype if encoding.order == "bytes" else tokens.dtype.newbyteorder(">")
+    offsets = divsufsort(np.array(tokens, kind).view(np.uint8))
+    return offsets[offsets & (encoding.width - 1) == 0]
+
+
+def packed(offsets: Int[np.ndarray, " N"], width: int) -> bytes:
+    """Little-endian integers of `width` bytes."""
+    return offsets.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :width].tobytes()
+
+
+# --- Buckets --------------------------------------------------------------------------------------
+
+
+def _scatter(
+    symbols: Shaped[np.ndarray, " S"],
+    encoding: Encoding,
+    folder: Path,
+    bucket_slots: int,
+    progress: Progress,
+) -> list[int]:
+    """Writes the starts of all suffixes (symbols) into files by bucket; returns the size of each.
+    What an earlier call finished stays as it is.
+    """
+    finished = folder / "sizes.json"
+    if finished.exists():
+        return json.loads(finished.read_text())
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    slots = len(symbols) // encoding.per_token
+    count = -(-slots // bucket_slots)
+    drawn = np.random.default_rng(0).integers(0, slots, count * PER_BUCKET)
+    sample = sorted_starts(symbols, np.unique(drawn) * encoding.per_token)
+    splitters = sample[np.arange(1, count) * len(sample) // count]
+    order = SortedSuffixes(symbols, splitters.take, len(splitters))
+    sizes = np.zeros(count, np.int64)
+    for first in range(0, slots, min(BLOCK, bucket_slots)):
+        end = min(first + min(BLOCK, bucket_slots), slots)
+        starts = np.arange(first, end, dtype=np.int64) * encoding.per_token
+        buckets = np.zeros(len(starts), np.int64)
+        if len(splitters):
+            queries = Queries(symbols, starts, len(symbols) - starts)
+            buckets = order.bound(queries, buckets, buckets + len(splitters), after=True)
+        held = np.bincount(buckets, minlength=count)
+        parts = np.split(starts[np.argsort(buckets, kind="stable")], np.cumsum(held)[:-1])
+        for number in np.flatnonzero(held).tolist():
+            with (folder / str(number)).open("ab") as file:
+                parts[number].astype("<i8").tofile(file)
+        sizes += held
+        progress(end, 2 * slots)
+    with atomic_write(finished) as temporary:
+        temporary.write_text(json.dumps(sizes.tolist()))
+    return sizes.tolist()
+
+
+def sorted_starts(
+    symbols: Shaped[np.ndarray, " S"], starts: Int64[np.ndarray, " N"]
+) -> Int64[np.ndarray, " N"]:
+    """The starts in the order of their suffixes: sorted by eight bytes, then those that agree by
+    what follows, until all differ.
+    """
+    # Where words agree for ever, as zeros beyond the end do with zeros, the shorter suffix is
+    # first: sorts are stable.
+    ordered = np.sort(starts)[::-1].copy()
+    per_word = WORD_BYTES // symbols.itemsize
+    active = np.arange(len(ordered))  # places that are not settled
+    group = np.zeros(len(ordered), np.int64)  # of each: those of a group agreed so far
+    offset = np.zeros(len(ordered), np.int64)  # symbols in which a group agrees
+    while len(active):
+        keys = words(symbols, ordered[active] + offset)
+        by_key = np.lexsort((keys, group)) if group[-1] else np.argsort(keys, kind="stable")
+        keys, ordered[active] = keys[by_key], ordered[active[by_key]]
+        same = (keys[1:] == keys[:-1]) & (group[1:] == group[:-1])
+        offset = offset + per_word
+        ended = ordered[active] + offset >= len(symbols)  # at most a word's: first of its group
+        begins = np.concatenate([[True], ~same])
+        group = np.cumsum(begins) - 1
+        stays = (np.bincount(group)[group] > 1) & ~ended
+        active, group, offset = active[stays], group[stays], offset[stays]
+        if len(active):
+            group = np.unique(group, return_inverse=True)[1]
+            offset = offset + _agreeing(symbols, ordered[active] + offset, group)
+    return ordered
+
+
+def _agreeing(
+    symbols: Shaped[np.ndarray, " S"],
+    starts: Int64[np.ndarray, " N"],
+    group: Int64[np.ndarray, " N"],
+) -> Int64[np.ndarray, " N"]:
+    """Symbols at the start of each, of the first few, that all of its group have in common."""
+    compared = min(COMPARED[1], BLOCK // len(starts))
+    if compared < COMPARED[0]:  # of so many most differ soon, and sorting tells them apart
+        return np.zeros(len(starts), np.int64)
+    places = starts[:, None] + np.arange(compared)
+    found = symbols.take(places, mode="clip")
+    begins = np.flatnonzero(np.diff(group, prepend=-1))
+    differ = (found != found[begins[group]]) | (places >= len(symbols))
+    agreeing = np.where(differ.any(1), differ.argmax(1), compared)
+    return np.minimum.reduceat(agreeing, begins)[group]

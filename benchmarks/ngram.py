@@ -31,7 +31,7 @@ from lminf.ngram.encoding import Encoding
 from lminf.ngram.index import Index, open_index
 from lminf.run import environment
 
-TEXTS = "/usr/share/doc/linux-doc-6.1/**/*"
+TEXTS = Path("/usr/share/doc/linux-doc-6.1/Documentation")
 SUFFIXES = (".rst", ".txt", ".rst.gz", ".txt.gz")
 TOKENIZER = "smollm2-135m-instruct"
 ENCODING = Encoding(2, "bytes")  # as infini-gram has it
@@ -46,9 +46,9 @@ def corpus(work: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
     kept = work / "documents.npz"
     if not kept.exists():
         tokenizer = named_tokenizer(TOKENIZER)
-        paths = (source for source in documents.find([TEXTS])
-                 if source.path.name.endswith(SUFFIXES))  # fmt: skip
-        files = sorted(paths, key=lambda each: sources.digest(str(each.path)))
+        paths = [str(path) for path in TEXTS.rglob("*")
+                 if path.name.endswith(SUFFIXES) and not path.is_symlink()]  # fmt: skip
+        files = sorted(documents.find(paths), key=lambda each: sources.digest(str(each.path)))
         texts = ("".join(piece.text for piece in documents.read(file)) for file in files)
         ids = [tokenizer.encode(text).astype(np.uint16) for text in texts]
         work.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,8 @@ prob INDEX TEXTS         the probability of each text's last token after the oth
 ntd INDEX TEXTS          what follows each text, by all of its occurrences
 infgram INDEX TEXTS      the same of the longest end of each text that occurs
 docs INDEX TEXT          documents around --k occurrences of a text
-attribute INDEX FILE     the parts of a text that occur as they stand, of --min-len tokens or more
-decontaminate INDEX FILES  the documents that hold most 13-grams of a text
+attribute INDEX FILES    the parts of texts that occur as they stand, of --min-len tokens or more
+decontaminate INDEX FILES  the documents that hold at least 80 % of a text's 13-grams
 
 A build that was killed goes on where it was when the same command is given again.
 """
@@ -21,11 +21,11 @@ from typing import Any
 
 from lminf.commands.tokenize import named_tokenizer
 from lminf.config import closest
-from lminf.data import store
+from lminf.data import sources, store
 from lminf.data.storage import Storage
 from lminf.data.tokenizers import Tokenizer
 from lminf.errors import InputError
-from lminf.ngram import build, next_tokens
+from lminf.ngram import build, matches, next_tokens
 from lminf.ngram.encoding import WIDTHS, Encoding, Order
 from lminf.ngram.index import Index, open_index
 from lminf.ranges import Range
@@ -51,15 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard-tokens", type=int, default=build.MOST_SLOTS,
                         help="after which build begins another shard (2^39)")  # fmt: skip
     parser.add_argument("--k", type=int, default=3, help="documents (3)")
+    parser.add_argument("--min-len", type=int, default=8, help="tokens of a span (8)")
     parser.add_argument("--seed", type=int, default=0, help="of the documents drawn (0)")
     parser.add_argument("--max-support", type=int, default=next_tokens.MAX_SUPPORT,
                         help="suffixes read for what follows a text (1000)")  # fmt: skip
 
 
+COUNT = Range(min=1, max=2**31 - 1)
 SIZES = {
     "memory": Range(above=0), "shard_tokens": Range(min=2, max=build.MOST_SLOTS),
-    "k": Range(min=1, max=2**31 - 1), "seed": Range(min=0, max=2**31 - 1),
-    "max_support": Range(min=1, max=2**31 - 1),
+    "min_len": COUNT, "k": COUNT, "seed": Range(min=0, max=2**31 - 1), "max_support": COUNT,
 }  # fmt: skip
 
 
@@ -195,6 +196,41 @@ def infgram(args: argparse.Namespace) -> None:
     ntd(args, longest_suffix=True)
 
 
+def docs(args: argparse.Namespace) -> None:
+    opened, asked = queries(args)
+    for text, ids in zip(args.words, asked, strict=True):
+        found = opened.index.docs(ids, args.k, seed=args.seed)
+        if not found:
+            raise InputError(f"{text[:40]!r} does not occur in {args.index}; give another text")
+        for each in found:
+            shown = opened.show(each.tokens.tolist())
+            row = {"shard": each.shard, "document": each.number, "start": each.start,
+                   "length": each.length, "metadata": each.metadata, "text": shown}  # fmt: skip
+            where = f"document {each.number} of shard {each.shard}, {each.length:,} tokens"
+            show(args, row, f"{where}, from {each.start:,} on: {each.metadata}\n{shown}\n")
+
+
+def attribute(args: argparse.Namespace) -> None:
+    opened = Opened(args)
+    for path in args.words:
+        ids = opened.encode(sources.read_text(path))
+        for span in matches.attribute(opened.index, ids, min_len=args.min_len):
+            text = opened.show(ids[span.start : span.start + span.length])
+            row = {"file": path, **span._asdict(), "span": text}
+            show(args, row, f"{span.length:>6} tokens, {span.count:,} times: {text!r}")
+
+
+def decontaminate(args: argparse.Namespace) -> None:
+    opened = Opened(args)
+    texts = [opened.encode(sources.read_text(path)) for path in args.words]
+    for found in matches.contaminated(opened.index, texts):
+        metadata = opened.index.shards[found.shard].metadata(found.document)
+        row = {**found._asdict(), "file": args.words[found.text], "metadata": metadata}
+        show(args, row, f"document {found.document} of shard {found.shard} holds "
+             f"{100 * found.share:.0f} % of {row['file']}: {metadata}")  # fmt: skip
+
+
 VERBS: dict[str, Callable[[argparse.Namespace], None]] = {
     "build": build_index, "count": count, "prob": prob, "ntd": ntd, "infgram": infgram,
+    "docs": docs, "attribute": attribute, "decontaminate": decontaminate,
 }  # fmt: skip

@@ -166,8 +166,8 @@ class Shard:
         paths = [folder / f"{name}.{self.number}" for name in (METADATA, METADATA_OFFSETS)]
         if not all(path.exists() for path in paths):
             return None
-        lines, offsets = mapped(paths[0]), np.frombuffer(mapped(paths[1]), "<u8")
-        if len(offsets) != len(self.offsets):
-            raise InputError(f"{paths[1]} names {len(offsets)} documents and the shard has "
-                             f"{len(self.offsets)}: it is cut short; build it again")  # fmt: skip
-        return lines, offsets
+        lines, offsets = mapped(paths[0]), mapped(paths[1])
+        if len(offsets) != 8 * len(self.offsets):
+            raise InputError(f"{paths[1]} is of {len(offsets):,} bytes for {len(self.offsets):,} "
+                             f"documents: it is cut short; build the index again")  # fmt: skip
+        return lines, np.frombuffer(offsets, "<u8")

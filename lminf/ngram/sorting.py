@@ -39,15 +39,17 @@ def write_table(
 ) -> None:
     """Writes the suffix array of the tokens as packed byte offsets; the file appears whole."""
     symbols, width = tokens.view(encoding.symbols), pointer_bytes(tokens.nbytes)
+    buckets = path.with_name(f".{path.name}.buckets")
+    partial = path.with_name(f".{path.name}.part")
     if in_memory_bytes(len(tokens), encoding) <= memory_bytes and _has_divsufsort():
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             offsets = by_divsufsort(tokens, encoding)
             for start in range(0, len(offsets), BLOCK):
                 file.write(packed(offsets[start : start + BLOCK], width))
+        shutil.rmtree(buckets, ignore_errors=True)  # of a build that had less memory
+        partial.unlink(missing_ok=True)
         progress(len(tokens), len(tokens))
         return
-    buckets = path.with_name(f".{path.name}.buckets")
-    partial = path.with_name(f".{path.name}.part")
     with disk_errors(path):
         sizes = _scatter(symbols, encoding, buckets, max(1, memory_bytes // SLOT_BYTES), progress)
         written = partial.stat().st_size // width if partial.exists() else 0

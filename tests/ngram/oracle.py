@@ -1,13 +1,14 @@
 """Counts by looking at every place of a corpus: lists and loops, and nothing of lminf.ngram."""
 
 import collections
+import itertools
 
 
 def stream(documents, separator):
     """One shard: the separator before each document, and after the last."""
     tokens = []
     for document in documents:
-        tokens += [separator, *document]
+        tokens += [separator, *map(int, document)]
     return [*tokens, separator]
 
 
@@ -21,6 +22,16 @@ def suffix_array(tokens, width, order):
     return [width * start for start in sorted(range(len(tokens)), key=key)]
 
 
+def ngram_counts(shards, longest):
+    """How often every sequence of up to `longest` tokens occurs."""
+    return collections.Counter(
+        tuple(tokens[start : start + n])
+        for tokens in shards
+        for n in range(longest + 1)
+        for start in range(len(tokens) - n + (n > 0))
+    )
+
+
 def occurrences(shards, query):
     return [
         (number, start)
@@ -28,10 +39,6 @@ def occurrences(shards, query):
         for start in range(len(tokens))
         if tokens[start : start + len(query)] == list(query)
     ]
-
-
-def count(shards, query):
-    return len(occurrences(shards, query))
 
 
 def followers(shards, query, separator):
@@ -44,4 +51,11 @@ def followers(shards, query, separator):
 
 
 def longest_suffix(shards, prompt):
-    return max(n for n in range(len(prompt) + 1) if count(shards, prompt[len(prompt) - n :]))
+    """Tokens of it."""
+    return max(n for n in range(len(prompt) + 1) if occurrences(shards, prompt[len(prompt) - n :]))
+
+
+def document_spans(shard, separator):
+    """[first, end) of every document of a stream."""
+    at = [i for i, token in enumerate(shard) if token == separator]
+    return [(start + 1, end) for start, end in itertools.pairwise(at)]

@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.other_text = "/usr/share/doc/anarchism/markdown/sec*.md.gz"  # of another kind
     c.corpus_documents = 10_000  # at most, those held out included
     c.parts = (16, 4, 1)  # of the corpus: one document in so many
-    c.documents = 16  # held out to measure, and as many of the other kind
+    c.documents = 12  # held out to measure, and as many of the other kind
     c.validation = 8  # documents that the weights of the mixture are fitted to
     c.length = 1024  # tokens of a document that are measured: one window of the paper
     if arg == "tiny":

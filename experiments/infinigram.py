@@ -15,6 +15,8 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
+from lminf.atomic import atomic_write
+from lminf.data import sources
 from lminf.errors import InputError
 from lminf.evals import score
 from lminf.experiments import _models, _texts
@@ -31,6 +33,7 @@ from lminf.run.progress import Progress
 ORDERS = {"infinigram": None, "5-gram": 4, "3-gram": 2}  # tokens of context; None: all that occurs
 MOST_N = 16  # effective n from which tokens are counted together
 BINS = 10  # of probability, a side
+WITH_ALL = "with contamination"  # the corpus from which nothing is left out
 MEMORY = 4 << 30  # bytes, for sorting
 PUBLISHED_TOKENS = 1.4e12  # the largest corpus of the paper
 
@@ -52,24 +55,39 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     documents = [("held_out" if i < c.documents else "validation", tokens)
                  for i, tokens in enumerate(held_out)]  # fmt: skip
     documents += [("other", tokens) for tokens, _ in others]
+    texts = read(c, lm, out, documents)
+    done = {row["corpus"] for row in out.rows() if row["measure"] == "joint"}
+    common = {"model": c.model}
+    with tempfile.TemporaryDirectory() as folder:
+        whole = indexed(Path(folder) / "whole", lm, corpus)
+        if WITH_ALL not in done:
+            common |= {"corpus": WITH_ALL, "documents_left_out": 0}
+            yield from measure(common, whole, texts)
+        found = matches.contaminated(whole, [text.tokens for text in texts])
+        left_out = {each.document for each in found}
+        clean = [tokens for i, tokens in enumerate(corpus) if i not in left_out]
+        for part in c.parts:
+            if f"1/{part}" not in done:
+                index = indexed(Path(folder) / str(part), lm, clean[::part])
+                common |= {"corpus": f"1/{part}", "documents_left_out": len(left_out)}
+                yield from measure(common, index, texts)
+
+
+def read(
+    c: ConfigDict, lm: LM, out: RunFolder, documents: Sequence[tuple[str, Int[np.ndarray, " T"]]]
+) -> list[Text]:
+    """The documents with what the neural model gives their tokens, which the run's folder keeps."""
     texts = []
     with Progress(len(documents), label="reading", unit="documents") as progress:
         for number, (kind, tokens) in enumerate(documents):
             tokens = tokens[: c.length]
-            texts.append(Text(kind, number, tokens, np.exp(-lm.token_nll(tokens))))
+            kept = out.path / "neural" / f"{sources.digest(str(tokens.tolist()))}.npy"
+            if not kept.exists():
+                with atomic_write(kept) as temporary, temporary.open("wb") as file:
+                    np.save(file, lm.token_nll(tokens))
+            texts.append(Text(kind, number, tokens, np.exp(-np.load(kept))))
             progress.update(number + 1)
-    with tempfile.TemporaryDirectory() as folder:
-        whole = indexed(Path(folder) / "whole", lm, corpus)
-        common = {"model": c.model, "documents_left_out": 0, "corpus": "with contamination"}
-        yield from measure(common, whole, texts)
-        found = matches.contaminated(whole, [text.tokens for text in texts])
-        contaminated = {each.document for each in found}
-        clean = [tokens for i, tokens in enumerate(corpus) if i not in contaminated]
-        for part in c.parts:
-            index = indexed(Path(folder) / str(part), lm, clean[::part])
-            common = {"model": c.model, "documents_left_out": len(contaminated),
-                      "corpus": f"1/{part}"}  # fmt: skip
-            yield from measure(common, index, texts)
+    return texts
 
 
 def divided(
@@ -240,4 +258,4 @@ def plot(rows: list[Row]) -> dict[str, Figure]:
 
 
 if __name__ == "__main__":
-    main(run, plot, table=table)
+    main(run, plot, table=table, resumes=True)

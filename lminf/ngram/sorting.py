@@ -7,6 +7,7 @@ in memory, byte for byte, whatever is repeated; each of the two steps goes on wh
 interrupted.
 """
 
+import functools
 import importlib.util
 import json
 import shutil
@@ -24,7 +25,8 @@ from lminf.ngram.shard import pointer_bytes
 SLOT_BYTES = 80  # of memory while suffixes are sorted: places, words, orders and groups
 PER_BUCKET = 64  # suffixes drawn for each splitter: buckets are of nearly equal size
 BLOCK = 1 << 22  # slots that are scanned, or packed, at a time
-COMPARED = 16, 4096  # symbols, at least and at most, that are skipped where suffixes agree for long
+COMPARED = 64  # symbols of a pair at first, then ever more
+LEAST_SETTLED = 8  # one in so many suffixes, while all are sorted by eight bytes
 
 Progress = Callable[[int, int], None]  # (done, of), in slots
 
@@ -140,45 +142,41 @@ def _scatter(
 def sorted_starts(
     symbols: Shaped[np.ndarray, " S"], starts: Int64[np.ndarray, " N"]
 ) -> Int64[np.ndarray, " N"]:
-    """The starts in the order of their suffixes: sorted by eight bytes, then those that agree by
-    what follows, until all differ.
+    """The starts in the order of their suffixes: by eight bytes, then those that agree by the next
+    eight, and so on; where that tells few apart, as in long repeats, by comparing pairs.
     """
-    # Where words agree for ever, as zeros beyond the end do with zeros, the shorter suffix is
-    # first: sorts are stable.
+    # A suffix that ends is the shortest of those that agree with it, for which zeros stand in: it
+    # is first to begin with, and sorts are stable.
     ordered = np.sort(starts)[::-1].copy()
     per_word = WORD_BYTES // symbols.itemsize
     active = np.arange(len(ordered))  # places that are not settled
-    group = np.zeros(len(ordered), np.int64)  # of each: those of a group agreed so far
-    offset = np.zeros(len(ordered), np.int64)  # symbols in which a group agrees
-    while len(active):
+    group = np.zeros(len(ordered), np.int64)  # of each: those of a group agree so far
+    offset, before = 0, 2 * LEAST_SETTLED * len(ordered)
+    while len(active) and before - len(active) >= before / LEAST_SETTLED:
+        before = len(active)
         keys = words(symbols, ordered[active] + offset)
-        by_key = np.lexsort((keys, group)) if group[-1] else np.argsort(keys, kind="stable")
+        by_key = np.lexsort((keys, group)) if offset else np.argsort(keys, kind="stable")
         keys, ordered[active] = keys[by_key], ordered[active[by_key]]
         same = (keys[1:] == keys[:-1]) & (group[1:] == group[:-1])
-        offset = offset + per_word
-        ended = ordered[active] + offset >= len(symbols)  # at most a word's: first of its group
-        begins = np.concatenate([[True], ~same])
-        group = np.cumsum(begins) - 1
-        stays = (np.bincount(group)[group] > 1) & ~ended
-        active, group, offset = active[stays], group[stays], offset[stays]
-        if len(active):
-            group = np.unique(group, return_inverse=True)[1]
-            offset = offset + _agreeing(symbols, ordered[active] + offset, group)
+        group = np.cumsum(np.append(True, ~same))
+        offset += per_word
+        stays = (np.bincount(group)[group] > 1) & (ordered[active] + offset < len(symbols))
+        active, group = active[stays], group[stays]
+    if len(active):
+        compare = functools.cmp_to_key(functools.partial(_compare, symbols, offset))
+        for places in np.split(active, np.flatnonzero(np.diff(group)) + 1):
+            ordered[places] = sorted(ordered[places].tolist(), key=compare)
     return ordered
 
 
-def _agreeing(
-    symbols: Shaped[np.ndarray, " S"],
-    starts: Int64[np.ndarray, " N"],
-    group: Int64[np.ndarray, " N"],
-) -> Int64[np.ndarray, " N"]:
-    """Symbols at the start of each, of the first few, that all of its group have in common."""
-    compared = min(COMPARED[1], BLOCK // len(starts))
-    if compared < COMPARED[0]:  # of so many most differ soon, and sorting tells them apart
-        return np.zeros(len(starts), np.int64)
-    places = starts[:, None] + np.arange(compared)
-    found = symbols.take(places, mode="clip")
-    begins = np.flatnonzero(np.diff(group, prepend=-1))
-    differ = (found != found[begins[group]]) | (places >= len(symbols))
-    agreeing = np.where(differ.any(1), differ.argmax(1), compared)
-    return np.minimum.reduceat(agreeing, begins)[group]
+def _compare(symbols: Shaped[np.ndarray, " S"], offset: int, first: int, second: int) -> int:
+    """-1 where the suffix of the first start is before the other, which agrees for `offset`."""
+    kind, size = symbols.dtype.newbyteorder(">"), COMPARED  # big-endian bytes are in order of ids
+    while True:
+        pieces = [symbols[at + offset : at + offset + size].astype(kind).tobytes()
+                  for at in (first, second)]  # fmt: skip
+        if pieces[0] != pieces[1]:
+            return -1 if pieces[0] < pieces[1] else 1
+        if not pieces[0]:
+            return 0  # the same
+        offset, size = offset + size, min(4 * size, BLOCK)

@@ -35,6 +35,7 @@ TEXTS = Path("/usr/share/doc/linux-doc-6.1/Documentation")
 SUFFIXES = (".rst", ".txt", ".rst.gz", ".txt.gz")
 TOKENIZER = "smollm2-135m-instruct"
 ENCODING = Encoding(2, "bytes")  # as infini-gram has it
+END_ID = 2  # <|im_end|>, which no document holds
 PARTS = (16, 4, 1)  # of the corpus: one document in so many
 HELD_OUT = 20  # one document in so many is none of the index
 CONTEXT = 500  # tokens before the one that an ∞-gram is asked for
@@ -117,8 +118,8 @@ def peer_engine(work: Path, part: int, *, loaded: bool) -> Any:
     from infini_gram.engine import InfiniGramEngine
 
     return InfiniGramEngine(
-        index_dir=str(work / f"peer-{part}"), eos_token_id=2, vocab_size=49152, token_dtype="u16",
-        load_to_ram=loaded,
+        index_dir=str(work / f"peer-{part}"), eos_token_id=END_ID, vocab_size=49152,
+        token_dtype="u16", load_to_ram=loaded,
     )  # fmt: skip
 
 
@@ -176,7 +177,9 @@ KINDS: dict[str, Ask] = {
 
 
 def distributions(found: next_tokens.NextTokens, count: int) -> list[dict[int, int]]:
-    return [found.of(i) for i in range(count)]
+    """Token -> count of each prompt; infini-gram calls a separator the end of text."""
+    names = {ENCODING.separator: END_ID}
+    return [{names.get(t, t): n for t, n in found.of(i).items()} for i in range(count)]
 
 
 def shortened(queries: list[list[int]], size: int | None) -> list[list[int]]:

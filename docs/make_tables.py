@@ -1,6 +1,7 @@
-"""Generated pages: docs/experiments.md, docs/results.md and the table of README.md.
+"""Generated pages: docs/experiments.md, docs/results.md, and the tables of README.md and
+docs/ngram.md.
 
-    python docs/make_tables.py        writes all three; `make docs` begins with it
+    python docs/make_tables.py        writes all of them; `make docs` begins with it
 
 They come from the headers of configs/ and the committed rows of docs/results/ and docs/studies/.
 """
@@ -8,9 +9,12 @@ They come from the headers of configs/ and the committed rows of docs/results/ a
 import importlib
 import json
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lminf.attention import policies as policies  # registers those that go by content
 from lminf.attention import rope
@@ -20,13 +24,13 @@ from lminf.checkpoints import hf
 from lminf.checkpoints.families import FAMILIES
 from lminf.checkpoints.gguf_architectures import ARCHITECTURES
 from lminf.evals import score
-from lminf.experiments import long_context_loss, long_context_retrieval
+from lminf.experiments import infinigram, long_context_loss, long_context_retrieval
 from lminf.models.spec import ModelSpec
 from lminf.run import folder, header, tables
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
-README, MODELS = ROOT / "README.md", FOLDER / "models.md"
+README, MODELS, NGRAM = ROOT / "README.md", FOLDER / "models.md", FOLDER / "ngram.md"
 EXPERIMENTS, RESULTS = FOLDER / "experiments.md", FOLDER / "results.md"
 BEGIN, END = "<!-- table: docs/make_tables.py -->\n", "<!-- end of table -->\n"
 # Entries of a header that describe other variants of the experiment.
@@ -569,9 +573,86 @@ def readme() -> str:
     for policy in SUMMARY:
         values = [rows.select(policy=policy, start=start)[1]["nll"] for start in STARTS]
         lines.append([POLICIES[policy], *(f"{value:.3f}" for value in values)])
-    text = README.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    return head + BEGIN + markdown(lines) + END + rest.split(END)[1]
+    return with_table(README, markdown(lines))
+
+
+def with_table(page: Path, table: str) -> str:
+    """The page with another table between its marks."""
+    head, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    return head + BEGIN + table + END + rest.split(END)[1]
+
+
+# --- N-grams --------------------------------------------------------------------------------------
+
+QUERIES = {
+    "count 3": "count of 3 tokens", "count 8": "count of 8 tokens", "prob": "prob after 3 tokens",
+    "infgram_prob": "∞-gram prob after 500", "ntd": "ntd after 2 tokens",
+    "infgram_ntd": "∞-gram ntd after 501",
+}  # fmt: skip
+
+
+def ngram() -> str:
+    """docs/ngram.md with the tables of benchmarks/results/ngram.jsonl and of infinigram."""
+    rows = benchmark("ngram")
+    parts = [ngram_speed(rows), ngram_build(rows), ngram_growth(rows)]
+    return with_table(NGRAM, "\n".join(parts))
+
+
+def ngram_speed(rows: list[dict[str, Any]]) -> str:
+    """Single queries and batches of the largest corpus, and how many answers are the same."""
+    answers = {row["kind"]: row for row in rows if row["part"] == "answers"}
+    largest = max(row["slots"] for row in rows if row["part"] == "speed")
+    lines = [["query", "same answers", "one: µs", "infini-gram", "ratio", "1,000: µs each",
+              "infini-gram", "times as fast"]]  # fmt: skip
+    for row in rows:
+        if row["part"] == "speed" and row["slots"] == largest:
+            asked, faster = answers[row["kind"]], 1 / row["batch_ratio"]
+            ends = (row["alone_ratio_low"], row["alone_ratio_high"])
+            lines.append([
+                QUERIES[row["kind"]], f"{asked['same']:,}/{asked['queries']:,}",
+                f"{row['alone_us']:.0f}", f"{row['alone_us_peer']:.0f}",
+                f"{row['alone_ratio']:.2f} ({ends[0]:.2f}–{ends[1]:.2f})",
+                f"{row['batch_us']:.1f}", f"{row['batch_us_peer']:.0f}", f"{faster:.0f}",
+            ])  # fmt: skip
+    return markdown(lines)
+
+
+def ngram_build(rows: list[dict[str, Any]]) -> str:
+    """Seconds of a sort, from tokens in a file to the table in a file, the median of all turns."""
+    built = [row for row in rows if row["part"] == "build"]
+    lines = [["tokens", "in memory", "infini-gram", "ratio", "own sort, a sixteenth at a time"]]
+    for part in sorted({row["of"] for row in built}, reverse=True):
+        ours, theirs = ([row for row in built if row["of"] == part and row["side"] == side]
+                        for side in ("lminf", "infini-gram"))  # fmt: skip
+        sort, own, peer = (
+            statistics.median(row[name] for row in side)
+            for side, name in ((ours, "sort_seconds"), (ours, "own_sort_seconds"),
+                               (theirs, "sort_seconds"))
+        )  # fmt: skip
+        seconds = [f"{value:.1f} s" for value in (sort, peer)]
+        lines.append([f"{ours[0]['slots']:,}", *seconds, f"{sort / peer:.2f}", f"{own:.1f} s"])
+    return markdown(lines)
+
+
+def ngram_growth(rows: list[dict[str, Any]]) -> str:
+    """Time of a query by tokens of the corpus; the last line is a straight line over the logarithm
+    of its tokens, at the size of the paper's largest corpus."""
+    kinds = {"count 8": "count of 8 tokens", "infgram_prob": "∞-gram prob after 500"}
+    sizes = sorted({row["slots"] for row in rows if row["part"] == "speed"})
+    columns = [
+        [next(row[name] for row in rows if row["part"] == "speed" and row["kind"] == kind
+              and row["slots"] == size) for size in sizes]
+        for kind in kinds for name in ("alone_us", "batch_us")
+    ]  # fmt: skip
+    beyond = infinigram.PUBLISHED_TOKENS
+    values = [[*column, float(np.polyval(np.polyfit(np.log10(sizes), column, 1), np.log10(beyond)))]
+              for column in columns]  # fmt: skip
+    lines = [["tokens", *(f"{name}, {how}: µs" for name in kinds.values()
+                          for how in ("one", "of 1,000"))]]  # fmt: skip
+    names = [*(f"{size:,}" for size in sizes), "1.4 T, on the line"]
+    for i, name in enumerate(names):
+        lines.append([name, *(f"{column[i]:.1f}" for column in values)])
+    return markdown(lines)
 
 
 MODELS_PAGE = """\
@@ -645,3 +726,4 @@ if __name__ == "__main__":
     EXPERIMENTS.write_text(experiments(), encoding="utf-8")
     RESULTS.write_text(results(), encoding="utf-8")
     README.write_text(readme(), encoding="utf-8")
+    NGRAM.write_text(ngram(), encoding="utf-8")

@@ -98,7 +98,8 @@ def corpus_of(args: argparse.Namespace) -> build.Corpus:
         return build.of_store(args.words[0])
     if not args.tokenizer:
         raise InputError(f"{', '.join(args.words)} are texts; name a --tokenizer for them")
-    return build.of_texts(args.words, named_tokenizer(args.tokenizer), name=args.tokenizer)
+    tokenizer, out = named_tokenizer(args.tokenizer), Path(args.index).expanduser()
+    return build.of_texts(args.words, tokenizer, name=args.tokenizer, out=out)
 
 
 def is_store(word: str) -> bool:

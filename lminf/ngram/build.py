@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from lminf.atomic import atomic_write, check_space, disk_errors
+from lminf.atomic import atomic_write, check_space
 from lminf.data import documents, store
 from lminf.data.store import TokenStore
 from lminf.data.tokenizers import Tokenizer
@@ -30,6 +30,7 @@ from lminf.ngram.shard import (
     pointer_bytes,
 )
 
+FILES = (TOKENS, TABLE, OFFSETS, METADATA, METADATA_OFFSETS)
 MOST_SLOTS = 1 << 39  # of a shard, as published
 READ_TOKENS = 1 << 22  # of a token store at a time
 
@@ -67,9 +68,11 @@ def _stored(opened: TokenStore) -> Iterator[tuple[Int[np.ndarray, " T"], None]]:
         first = last
 
 
-def of_texts(patterns: Sequence[str], tokenizer: Tokenizer, *, name: str) -> Corpus:
-    """The documents of files; the tokenizer was asked for by `name`."""
-    files = documents.find(patterns)
+def of_texts(
+    patterns: Sequence[str], tokenizer: Tokenizer, *, name: str, out: Path | None = None
+) -> Corpus:
+    """The documents of files, of which none is in `out`; the tokenizer was asked for by `name`."""
+    files = documents.find(patterns, out=out)
     sources = {"files": [[str(file.path), file.bytes, file.modified] for file in files]}
 
     def read() -> Iterator[tuple[Int[np.ndarray, " T"], Any]]:
@@ -112,71 +115,64 @@ def build(
     index of the same corpus lies there already.
     """
     request = {
-        "sources": corpus.sources, "tokenizer_digest": corpus.tokenizer_digest,
-        **dataclasses.asdict(encoding), "shard_slots": shard_slots,
+        **dataclasses.asdict(encoding), "tokenizer": corpus.tokenizer,
+        "tokenizer_digest": corpus.tokenizer_digest,
+        "sources": {**corpus.sources, "shard_slots": shard_slots},
     }  # fmt: skip
-    request = json.loads(json.dumps(request))
     if _finished(out, request):
         return open_index(out)
-    state_path = out / PROGRESS
-    state = _state(state_path, request)
-    if state is None or state["shards"] is None:
-        with disk_errors(out):
-            out.mkdir(parents=True, exist_ok=True)
-        _write_json(state_path, {"request": request, "shards": None})
-        writing = _Writer(out, encoding, shard_slots)
-        shards = writing.write(corpus)
-        state = {"request": request, "shards": shards}
-        _write_json(state_path, state)
-    _check_space(out, encoding, state["shards"])
-    for number in range(len(state["shards"])):
+    shards = _written(out, request)
+    if shards is None:
+        _write_json(out / PROGRESS, {"request": request, "shards": None})
+        shards = _Writer(out, encoding, shard_slots).write(corpus)
+        _write_json(out / PROGRESS, {"request": request, "shards": shards})
+    _check_space(out, encoding, shards)
+    for number in range(len(shards)):
         table = out / f"{TABLE}.{number}"
         if not table.exists():
             tokens = np.frombuffer(mapped(out / f"{TOKENS}.{number}"), encoding.tokens)
             sorting.write_table(
                 tokens, encoding, table, memory_bytes=memory_bytes, progress=progress
             )
-    facts = Facts(
-        width=encoding.width, order=encoding.order, tokenizer=corpus.tokenizer,
-        tokenizer_digest=corpus.tokenizer_digest,
-        sources={**corpus.sources, "shard_slots": shard_slots}, shards=state["shards"],
-    )  # fmt: skip
-    _write_json(out / FACTS, dataclasses.asdict(facts))
-    state_path.unlink()
+    _write_json(out / FACTS, dataclasses.asdict(Facts(**request, shards=shards)))
+    (out / PROGRESS).unlink()
     return open_index(out)
 
 
 def _finished(out: Path, request: dict[str, Any]) -> bool:
     """Whether the index is there; refuses a place where another one lies, or somebody's files."""
-    if not (out / FACTS).exists():
-        if not (out / PROGRESS).exists():
-            for name in (TOKENS, TABLE, OFFSETS, METADATA, METADATA_OFFSETS):
-                if there := next(out.glob(f"{name}.*"), None):
-                    raise InputError(f"{there} is there already and belongs to no index of ours; "
-                                     f"name another folder")  # fmt: skip
-        return False
-    facts = dataclasses.asdict(read_facts(out))
-    found = {name: facts[name] for name in ("tokenizer_digest", "width", "order")}
-    same = {name: request[name] for name in found}
-    sources = {**request["sources"], "shard_slots": request["shard_slots"]}
-    if found != same or facts["sources"] != sources:
-        raise InputError(f"{out} holds another index; name another folder")
-    (out / PROGRESS).unlink(missing_ok=True)  # killed between the last two steps
-    return True
+    if (out / FACTS).exists():
+        _check_same(out, dataclasses.asdict(read_facts(out)), request, what="another index")
+        (out / PROGRESS).unlink(missing_ok=True)  # killed between the last two steps
+        return True
+    if not (out / PROGRESS).exists():
+        for name in FILES:
+            if there := next(out.glob(f"{name}.*"), None):
+                raise InputError(f"{there} is there already and belongs to no index of ours; "
+                                 f"name another folder")  # fmt: skip
+    return False
 
 
-def _state(path: Path, request: dict[str, Any]) -> dict[str, Any] | None:
-    """How far an unfinished build of the same request has come."""
+def _written(out: Path, request: dict[str, Any]) -> list[dict[str, int]] | None:
+    """The shards whose tokens an unfinished build of the same request has written, if it has."""
+    path = out / PROGRESS
     if not path.exists():
         return None
     with refusing(str(path), kind="progress of a build", advice="name another folder"):
         state = json.loads(path.read_bytes())
-        before = state["request"]
-    for name, value in request.items():
+        before, shards = state["request"], state["shards"]
+    _check_same(out, before, request, what="the beginning of another index")
+    for name in FILES:  # of a process that was killed
+        for left in out.glob(f".{name}.*-*.part"):
+            left.unlink()
+    return shards
+
+
+def _check_same(out: Path, before: Any, request: dict[str, Any], *, what: str) -> None:
+    for name, value in json.loads(json.dumps(request)).items():
         if before.get(name) != value:
-            raise InputError(f"{path.parent} holds the beginning of another index: its {name} "
-                             f"differs; name another folder, or finish that one first")  # fmt: skip
-    return state
+            raise InputError(f"{out} holds {what}: its {name} differs; name another folder, or "
+                             f"give the command that it was begun with")  # fmt: skip
 
 
 def _write_json(path: Path, value: Any) -> None:

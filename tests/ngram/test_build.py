@@ -111,7 +111,7 @@ def test_an_index_that_is_there_is_kept(tmp_path):
     cases.made(tmp_path, repeats())
     before = content(tmp_path)
     cases.made(tmp_path, repeats())
-    with pytest.raises(InputError, match="holds another index; name another folder"):
+    with pytest.raises(InputError, match="holds another index: its sources differs"):
         cases.made(tmp_path, repeats()[1:])
     assert content(tmp_path) == before
     (tmp_path / "other" / "index").mkdir(parents=True)

@@ -5,6 +5,7 @@ Documents are held out, and those of the corpus that hold most of their 13-grams
 more than half of the probability.
 """
 
+import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -50,11 +51,9 @@ class Text(NamedTuple):
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     lm = _models.load(c.model, seed=c.seed, dtype=c.dtype)
     held_out, corpus = divided(c, lm)
-    others = _texts.tokenised(lm, c.other_text, length=c.length, count=min(c.documents, 1)
-                              if c.other_text == _texts.REFERENCE else c.documents)  # fmt: skip
-    documents = [("held_out" if i < c.documents else "validation", tokens)
-                 for i, tokens in enumerate(held_out)]  # fmt: skip
-    documents += [("other", tokens) for tokens, _ in others]
+    documents = [("held_out", tokens) for tokens in held_out[: c.documents]]
+    documents += [("validation", tokens) for tokens in held_out[c.documents :]]
+    documents += [("other", tokens) for tokens in long_enough(c, lm)]
     texts = read(c, lm, out, documents)
     done = {row["corpus"] for row in out.rows() if row["measure"] == "joint"}
     common = {"model": c.model}
@@ -106,6 +105,16 @@ def divided(
             f"out and others make the corpus; ask for fewer with --config.documents"
         )
     return held_out, corpus
+
+
+def long_enough(c: ConfigDict, lm: LM) -> list[Int[np.ndarray, " T"]]:
+    """Documents of the other kind, as many as there are of those asked for."""
+    encoded = (lm.tokenizer.encode(text) for text in _texts.texts(c.other_text))
+    chosen = itertools.islice((each for each in encoded if len(each) >= c.length), c.documents)
+    if not (found := list(chosen)):
+        raise InputError(f"{c.other_text} has no document of {c.length} tokens; name another one "
+                         f"with --config.other_text")  # fmt: skip
+    return found
 
 
 def indexed(folder: Path, lm: LM, documents: Sequence[Int[np.ndarray, " T"]]) -> Index:

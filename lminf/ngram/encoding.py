@@ -1,8 +1,7 @@
-"""Tokens as symbols whose order is the order of an index, read eight bytes at a time.
+"""How an index stores tokens and orders suffixes, and suffixes read eight bytes at a time.
 
 Published indexes order suffixes by the raw bytes of their little-endian tokens (order "bytes"),
-ours by token id (order "id"). A symbol is one byte in the first order and one token in the second,
-so both compare suffixes symbol by symbol, and a suffix that is the beginning of another is first.
+ours by token id (order "id"). A suffix that is the beginning of another is first in both.
 """
 
 import typing
@@ -43,22 +42,24 @@ class Encoding:
 
     @property
     def tokens(self) -> np.dtype:
+        """Of tokens in a file."""
         return np.dtype(f"<u{self.width}")
 
     @property
-    def symbols(self) -> np.dtype:
-        return self.tokens if self.order == "id" else np.dtype("u1")
+    def ordered(self) -> np.dtype:
+        """As what a token's bytes are to be read, so that larger values are later in the order."""
+        return self.tokens if self.order == "id" else self.tokens.newbyteorder(">")
 
     @property
-    def per_token(self) -> int:
-        """Symbols of a token."""
-        return self.width // self.symbols.itemsize
+    def sortable(self) -> np.dtype:
+        """As what tokens are to be written, so that their bytes are in the order."""
+        return self.tokens.newbyteorder(">") if self.order == "id" else self.tokens
 
-    def encode(self, ids: Sequence[int] | Int[np.ndarray, " T"]) -> Shaped[np.ndarray, " S"]:
-        """The symbols of token ids; the separator is allowed, what does not fit is refused."""
+    def encode(self, ids: Sequence[int] | Int[np.ndarray, " T"]) -> Shaped[np.ndarray, " T"]:
+        """Token ids as they are stored; the separator is allowed, what does not fit is refused."""
         tokens = np.asarray(ids)
         if not len(tokens):
-            return np.empty(0, self.symbols)
+            return np.empty(0, self.tokens)
         least, most = int(tokens.min()), int(tokens.max())
         if tokens.dtype.kind not in "iu" or least < 0 or most > self.separator:
             found = least if least < 0 else most
@@ -66,15 +67,37 @@ class Encoding:
                 f"token id {found} is outside the {self.width}-byte tokens of this index, which "
                 f"hold 0 to {self.separator}; give ids of its tokenizer"
             )
-        return tokens.astype(self.tokens).view(self.symbols)
+        return tokens.astype(self.tokens)
+
+    def words(
+        self, tokens: Shaped[np.ndarray, " S"], starts: Int64[np.ndarray, " B"]
+    ) -> UInt64[np.ndarray, " B"]:
+        """The eight bytes from each start on as a whole number, the first token in its highest
+        bits; zeros stand beyond the end. Numbers are ordered as suffixes are.
+        """
+        if not len(tokens):
+            return np.zeros(len(starts), np.uint64)
+        per_word = WORD_BYTES // self.width
+        lanes = np.arange(per_word)
+        places = starts[:, None] + (lanes[::-1] if self.order == "id" else lanes)
+        found = tokens.take(places, mode="clip")
+        if (starts > len(tokens) - per_word).any():
+            found[places >= len(tokens)] = 0
+        packed = found.view("<u8" if self.order == "id" else ">u8")[:, 0]
+        return packed.astype("<u8", copy=False)
+
+    def masks(self) -> UInt64[np.ndarray, " _"]:
+        """By n, a word that keeps the first n tokens of another one."""
+        kept = range(0, 64 + 1, 8 * self.width)
+        return np.array([(1 << 64) - (1 << 64 - bits) for bits in kept], np.uint64)
 
 
 class Queries(NamedTuple):
-    """Pieces of one array of symbols: query i is `lengths[i]` symbols from `starts[i]` on."""
+    """Pieces of one array of tokens: query i is `lengths[i]` tokens from `starts[i]` on."""
 
-    symbols: Shaped[np.ndarray, " S"]
+    tokens: Shaped[np.ndarray, " S"]
     starts: Int64[np.ndarray, " B"]
-    lengths: Int64[np.ndarray, " B"]  # symbols
+    lengths: Int64[np.ndarray, " B"]
 
     @classmethod
     def of(
@@ -88,35 +111,11 @@ class Queries(NamedTuple):
             lengths = np.array([len(query) for query in queries], np.int64)
             parts = [np.asarray(query) for query in queries if len(query)]
             ids = np.concatenate(parts) if parts else np.empty(0, np.int64)
-        lengths *= encoding.per_token
         return cls(encoding.encode(ids), np.cumsum(lengths) - lengths, lengths)
 
     def take(self, rows: Int64[np.ndarray, " R"]) -> "Queries":
-        return Queries(self.symbols, self.starts[rows], self.lengths[rows])
+        return Queries(self.tokens, self.starts[rows], self.lengths[rows])
 
     def last(self, lengths: Int64[np.ndarray, " B"]) -> "Queries":
-        """The last `lengths` symbols of each."""
-        return Queries(self.symbols, self.starts + self.lengths - lengths, lengths)
-
-
-def words(
-    symbols: Shaped[np.ndarray, " S"], starts: Int64[np.ndarray, " B"]
-) -> UInt64[np.ndarray, " B"]:
-    """The eight bytes from each start on as a whole number, the first symbol in its highest bits;
-    zeros stand beyond the end. Numbers are ordered as the symbols are.
-    """
-    if not len(symbols):
-        return np.zeros(len(starts), np.uint64)
-    per_word = WORD_BYTES // symbols.itemsize
-    places = starts[:, None] + np.arange(per_word - 1, -1, -1)
-    found = symbols.take(places, mode="clip")
-    if len(starts) and int(starts.max()) + per_word > len(symbols):
-        found[places >= len(symbols)] = 0
-    return found.view("<u8")[:, 0]
-
-
-def masks(symbols: Shaped[np.ndarray, " S"]) -> UInt64[np.ndarray, " _"]:
-    """By n, a word that keeps the first n symbols of another one."""
-    bits, per_word = 8 * symbols.itemsize, WORD_BYTES // symbols.itemsize
-    kept = [(1 << 64) - (1 << 64 - bits * n) for n in range(per_word + 1)]
-    return np.array(kept, np.uint64)
+        """The last `lengths` tokens of each."""
+        return Queries(self.tokens, self.starts + self.lengths - lengths, lengths)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Int64
+from jaxtyping import Bool, Float, Int, Int64, Shaped
 
 from lminf.atomic import read_bytes
 from lminf.errors import InputError, refusing
@@ -70,7 +70,7 @@ class Index:
     def find(self, queries: Sequence[Tokens] | Int[np.ndarray, "B T"]) -> Ranges:
         """The suffixes that begin with each query, of every shard."""
         if len(queries) == 1:
-            return self._find_one(self.encoding.encode(queries[0]).tolist(), None)
+            return self._find_one(self.encoding.encode(queries[0]), None)
         return self.find_in(Queries.of(self.encoding, queries), None)
 
     def count(self, queries: Sequence[Tokens] | Int[np.ndarray, "B T"]) -> Int64[np.ndarray, " B"]:
@@ -93,12 +93,12 @@ class Index:
         whole = [[*prompt[len(prompt) - n :], token] for prompt, token, n in rows]
         parents = self.find([query[:-1] for query in whole])
         if len(whole) == 1:
-            found = self._find_one(self.encoding.encode(whole[0]).tolist(), parents)
+            found = self._find_one(self.encoding.encode(whole[0]), parents)
         else:
             found = self.find_in(Queries.of(self.encoding, whole), parents)
         return Probability(counts(parents), counts(found), lengths)
 
-    def _find_one(self, query: list[int], parents: Ranges | None) -> Ranges:
+    def _find_one(self, query: Shaped[np.ndarray, " T"], parents: Ranges | None) -> Ranges:
         found = np.zeros((len(self.shards), 1, 2), np.int64)
         for i, shard in enumerate(self.shards):
             low, high = (0, shard.slots) if parents is None else parents[i, 0].tolist()
@@ -132,25 +132,23 @@ class Index:
         if len(prompts) == 1:
             return np.array([self._longest_suffix_of_one(prompts[0])], np.int64)
         queries = Queries.of(self.encoding, prompts)
-        limits = queries.lengths // self.encoding.per_token
+        limits = queries.lengths
         known, failed = np.zeros_like(limits), limits + 1
         while len(rows := np.flatnonzero(known + 1 < failed)):
             low, high = known[rows], failed[rows]
             doubled = np.minimum(np.maximum(2 * low, 1), limits[rows])
             length = np.where(high > limits[rows], doubled, (low + high) // 2)
-            occurs = self._occurs(queries.take(rows).last(length * self.encoding.per_token))
+            occurs = self._occurs(queries.take(rows).last(length))
             known[rows] = np.where(occurs, length, low)
             failed[rows] = np.where(occurs, high, length)
         return known
 
     def _longest_suffix_of_one(self, prompt: Tokens) -> int:
-        symbols, per_token = self.encoding.encode(prompt).tolist(), self.encoding.per_token
-        limit = len(prompt)
+        tokens, limit = self.encoding.encode(prompt), len(prompt)
         known, failed = 0, limit + 1
         while known + 1 < failed:
             length = min(max(2 * known, 1), limit) if failed > limit else (known + failed) // 2
-            query = symbols[len(symbols) - length * per_token :]
-            if any(shard.contains_one(query) for shard in self.shards):
+            if any(shard.contains_one(tokens[limit - length :]) for shard in self.shards):
                 known = length
             else:
                 failed = length
@@ -172,17 +170,15 @@ class Index:
         The longest match of a suffix is with a neighbour of the rank where it would be inserted,
         so each token takes one search, whatever the length.
         """
-        symbols, per_token = self.encoding.encode(text), self.encoding.per_token
-        starts = np.arange(len(text), dtype=np.int64) * per_token
-        queries = Queries(symbols, starts, len(symbols) - starts)
+        tokens, starts = self.encoding.encode(text), np.arange(len(text), dtype=np.int64)
+        queries = Queries(tokens, starts, len(text) - starts)
         longest = np.zeros(len(text), np.int64)
         for shard in self.shards:
             low = np.zeros(len(text), np.int64)
             rank = shard.suffixes.bound(queries, low, low + shard.slots, after=False)
             for neighbour in (rank - 1, rank):
-                clipped = np.clip(neighbour, 0, shard.slots - 1)
-                shared = shard.suffixes.shared(queries, clipped) // per_token
-                longest = np.maximum(longest, shared)
+                places = shard.places(np.clip(neighbour, 0, shard.slots - 1))
+                longest = np.maximum(longest, shard.suffixes.shared(queries, places))
         return longest
 
     # --- Documents --------------------------------------------------------------------------------

@@ -39,10 +39,10 @@ def score_text(index: Index, text: Tokens, *, max_context: int | None = None) ->
     starts = np.searchsorted(reach, ends, side="left").astype(np.int64)
     if max_context is not None:
         starts = np.maximum(starts, ends - max_context)
-    size, lengths = index.encoding.per_token, ends - starts
-    contexts = Queries(index.encoding.encode(text), starts * size, lengths * size)
+    lengths = ends - starts
+    contexts = Queries(index.encoding.encode(text), starts, lengths)
     ranges = index.find_in(contexts, None)
-    found = index.find_in(contexts._replace(lengths=(lengths + 1) * size), ranges)
+    found = index.find_in(contexts._replace(lengths=lengths + 1), ranges)
     probability = Probability(counts(ranges), counts(found), lengths)
     return TextProbability(probability, _one_follower(index, ranges, lengths))
 

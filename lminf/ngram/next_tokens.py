@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int, Int64
 from lminf.ngram.index import Index, Ranges, Tokens, counts
 
 MAX_SUPPORT = 1000  # suffixes that are read of a prompt, about
-READ_WHOLE = 64  # suffixes of a part that are read without halving it, where all are
+READ_WHOLE = 1024  # suffixes of a part that are read without halving it, where all are
 
 
 class NextTokens(NamedTuple):

@@ -74,27 +74,21 @@ class Shard:
         self.offsets = np.frombuffer(data[OFFSETS], "<u8").astype(np.int64) // encoding.width
         self._metadata = self._open_metadata(folder)
         self._table = data[TABLE]
-        symbols = self.tokens.view(encoding.symbols)
-        self.suffixes = SortedSuffixes(symbols, self._starts, self.slots)
-        self._view = memoryview(symbols)
+        self.suffixes = SortedSuffixes(encoding, self.tokens, self.places, self.slots)
+        self._view = memoryview(self.tokens)
         typed = self._pointer in (1, 2, 4, 8)
         self._pointers = np.frombuffer(self._table, f"<u{self._pointer}" if typed else "u1")
 
-    def _starts(self, ranks: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
-        """Where suffixes start, in symbols."""
-        return self._offsets(ranks) // self.encoding.symbols.itemsize
-
     def places(self, ranks: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
         """Where suffixes start, in tokens."""
-        return self._offsets(ranks) // self.encoding.width
-
-    def _offsets(self, ranks: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
         if self._pointers.itemsize == self._pointer:
-            return self._pointers.take(ranks).astype(np.int64)
-        packed = np.zeros((len(ranks), 8), np.uint8)
-        places = ranks[:, None] * self._pointer + np.arange(self._pointer)
-        packed[:, : self._pointer] = self._pointers.take(places)
-        return packed.view("<i8")[:, 0]
+            offsets = self._pointers.take(ranks, mode="clip").astype(np.int64)
+        else:
+            packed = np.zeros((len(ranks), 8), np.uint8)
+            columns = ranks[:, None] * self._pointer + np.arange(self._pointer)
+            packed[:, : self._pointer] = self._pointers.take(columns, mode="clip")
+            offsets = packed.view("<i8")[:, 0]
+        return offsets >> (self.encoding.width // 2)  # bytes of tokens of 1, 2 and 4
 
     def tokens_at(self, places: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
         """The tokens there; beyond the end, where published shards have none, the separator."""
@@ -105,31 +99,33 @@ class Shard:
 
     # Plain Python: for one query, 10 times as fast as arrays of one element.
 
-    def find_one(self, query: list[int], low: int, high: int) -> tuple[int, int]:
-        """The ranks [low, high) of the suffixes that begin with these symbols, of those given."""
-        beginning = self._beginnings(len(query))
-        first = bisect.bisect_left(range(high), query, low, high, key=beginning)
-        if first == high or beginning(first) != query:
+    def find_one(self, query: Shaped[np.ndarray, " T"], low: int, high: int) -> tuple[int, int]:
+        """The ranks [low, high) of the suffixes that begin with these tokens, of those given."""
+        wanted, beginning = self._beginnings(query)
+        first = bisect.bisect_left(range(high), wanted, low, high, key=beginning)
+        if first == high or beginning(first) != wanted:
             return first, first
-        return first, bisect.bisect_right(range(high), query, first, high, key=beginning)
+        return first, bisect.bisect_right(range(high), wanted, first, high, key=beginning)
 
-    def contains_one(self, query: list[int]) -> bool:
-        """Whether these symbols occur."""
-        beginning = self._beginnings(len(query))
-        first = bisect.bisect_left(range(self.slots), query, key=beginning)
-        return first < self.slots and beginning(first) == query
+    def contains_one(self, query: Shaped[np.ndarray, " T"]) -> bool:
+        """Whether these tokens occur."""
+        wanted, beginning = self._beginnings(query)
+        first = bisect.bisect_left(range(self.slots), wanted, key=beginning)
+        return first < self.slots and beginning(first) == wanted
 
-    def _beginnings(self, size: int) -> Callable[[int], list[int]]:
-        """The first symbols of the suffix of a rank."""
-        view, step = self._view, self.encoding.symbols.itemsize
+    def _beginnings(self, query: Shaped[np.ndarray, " T"]) -> tuple[Any, Callable[[int], Any]]:
+        """(the tokens, rank -> as many of its suffix), as what Python compares in their order."""
+        size, view, token = len(query), self._view, self.encoding.width
         table, width = self._table, self._pointer
+        by_id = self.encoding.order == "id"
 
-        def beginning(rank: int) -> list[int]:
+        def beginning(rank: int) -> Any:
             at = rank * width
-            start = int.from_bytes(table[at : at + width], "little") // step
-            return view[start : start + size].tolist()
+            start = int.from_bytes(table[at : at + width], "little") // token
+            piece = view[start : start + size]
+            return piece.tolist() if by_id else piece.tobytes()
 
-        return beginning
+        return query.tolist() if by_id else query.tobytes(), beginning
 
     # --- Documents --------------------------------------------------------------------------------
 

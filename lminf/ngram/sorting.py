@@ -18,14 +18,14 @@ import numpy as np
 from jaxtyping import Int, Int64, Shaped
 
 from lminf.atomic import atomic_write, disk_errors
-from lminf.ngram.encoding import WORD_BYTES, Encoding, Queries, words
+from lminf.ngram.encoding import WORD_BYTES, Encoding, Queries
 from lminf.ngram.search import SortedSuffixes
 from lminf.ngram.shard import pointer_bytes
 
 SLOT_BYTES = 80  # of memory while suffixes are sorted: places, words, orders and groups
 PER_BUCKET = 64  # suffixes drawn for each splitter: buckets are of nearly equal size
 BLOCK = 1 << 22  # slots that are scanned, or packed, at a time
-COMPARED = 64  # symbols of a pair at first, then ever more
+COMPARED = 64  # tokens of a pair at first, then ever more
 LEAST_SETTLED = 8  # one in so many suffixes, while all are sorted by eight bytes
 
 Progress = Callable[[int, int], None]  # (done, of), in slots
@@ -40,7 +40,7 @@ def write_table(
     progress: Progress = lambda done, of: None,
 ) -> None:
     """Writes the suffix array of the tokens as packed byte offsets; the file appears whole."""
-    symbols, width = tokens.view(encoding.symbols), pointer_bytes(tokens.nbytes)
+    width = pointer_bytes(tokens.nbytes)
     buckets = path.with_name(f".{path.name}.buckets")
     partial = path.with_name(f".{path.name}.part")
     if in_memory_bytes(len(tokens), encoding) <= memory_bytes and _has_divsufsort():
@@ -53,7 +53,7 @@ def write_table(
         progress(len(tokens), len(tokens))
         return
     with disk_errors(path):
-        sizes = _scatter(symbols, encoding, buckets, max(1, memory_bytes // SLOT_BYTES), progress)
+        sizes = _scatter(tokens, encoding, buckets, max(1, memory_bytes // SLOT_BYTES), progress)
         written = partial.stat().st_size // width if partial.exists() else 0
         ends = np.cumsum(sizes).tolist()
         done = max((end for end in [0, *ends] if end <= written), default=0)
@@ -63,8 +63,8 @@ def write_table(
                 if end <= done:
                     continue
                 starts = np.fromfile(buckets / str(number), "<i8")
-                ordered = sorted_starts(symbols, starts)
-                file.write(packed(ordered * symbols.itemsize, width))
+                ordered = sorted_starts(tokens, starts, encoding)
+                file.write(packed(ordered * encoding.width, width))
                 file.flush()
                 progress(len(tokens) + end, 2 * len(tokens))
         partial.rename(path)
@@ -85,8 +85,7 @@ def by_divsufsort(tokens: Shaped[np.ndarray, " N"], encoding: Encoding) -> Int[n
     """Byte offsets of the suffixes in their order. Bytes that are big-endian are in order of id."""
     from pydivsufsort import divsufsort
 
-    kind = tokens.dtype if encoding.order == "bytes" else tokens.dtype.newbyteorder(">")
-    offsets = divsufsort(np.array(tokens, kind).view(np.uint8))
+    offsets = divsufsort(np.array(tokens, encoding.sortable).view(np.uint8))
     return offsets[offsets & (encoding.width - 1) == 0]
 
 
@@ -99,13 +98,13 @@ def packed(offsets: Int[np.ndarray, " N"], width: int) -> bytes:
 
 
 def _scatter(
-    symbols: Shaped[np.ndarray, " S"],
+    tokens: Shaped[np.ndarray, " N"],
     encoding: Encoding,
     folder: Path,
     bucket_slots: int,
     progress: Progress,
 ) -> list[int]:
-    """Writes the starts of all suffixes (symbols) into files by bucket; returns the size of each.
+    """Writes the starts of all suffixes (tokens) into files by bucket; returns the size of each.
     What an earlier call finished stays as it is.
     """
     finished = folder / "sizes.json"
@@ -113,19 +112,19 @@ def _scatter(
         return json.loads(finished.read_text())
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    slots = len(symbols) // encoding.per_token
+    slots = len(tokens)
     count = -(-slots // bucket_slots)
     drawn = np.random.default_rng(0).integers(0, slots, count * PER_BUCKET)
-    sample = sorted_starts(symbols, np.unique(drawn) * encoding.per_token)
+    sample = sorted_starts(tokens, np.unique(drawn), encoding)
     splitters = sample[np.arange(1, count) * len(sample) // count]
-    order = SortedSuffixes(symbols, splitters.take, len(splitters))
+    order = SortedSuffixes(encoding, tokens, splitters.take, len(splitters))
     sizes = np.zeros(count, np.int64)
     for first in range(0, slots, min(BLOCK, bucket_slots)):
         end = min(first + min(BLOCK, bucket_slots), slots)
-        starts = np.arange(first, end, dtype=np.int64) * encoding.per_token
+        starts = np.arange(first, end, dtype=np.int64)
         buckets = np.zeros(len(starts), np.int64)
         if len(splitters):
-            queries = Queries(symbols, starts, len(symbols) - starts)
+            queries = Queries(tokens, starts, slots - starts)
             buckets = order.bound(queries, buckets, buckets + len(splitters), after=True)
         held = np.bincount(buckets, minlength=count)
         parts = np.split(starts[np.argsort(buckets, kind="stable")], np.cumsum(held)[:-1])
@@ -140,7 +139,7 @@ def _scatter(
 
 
 def sorted_starts(
-    symbols: Shaped[np.ndarray, " S"], starts: Int64[np.ndarray, " N"]
+    tokens: Shaped[np.ndarray, " S"], starts: Int64[np.ndarray, " N"], encoding: Encoding
 ) -> Int64[np.ndarray, " N"]:
     """The starts in the order of their suffixes: by eight bytes, then those that agree by the next
     eight, and so on; where that tells few apart, as in long repeats, by comparing pairs.
@@ -148,32 +147,38 @@ def sorted_starts(
     # A suffix that ends is the shortest of those that agree with it, for which zeros stand in: it
     # is first to begin with, and sorts are stable.
     ordered = np.sort(starts)[::-1].copy()
-    per_word = WORD_BYTES // symbols.itemsize
+    per_word = WORD_BYTES // encoding.width
     active = np.arange(len(ordered))  # places that are not settled
     group = np.zeros(len(ordered), np.int64)  # of each: those of a group agree so far
     offset, before = 0, 2 * LEAST_SETTLED * len(ordered)
     while len(active) and before - len(active) >= before / LEAST_SETTLED:
         before = len(active)
-        keys = words(symbols, ordered[active] + offset)
+        keys = encoding.words(tokens, ordered[active] + offset)
         by_key = np.lexsort((keys, group)) if offset else np.argsort(keys, kind="stable")
         keys, ordered[active] = keys[by_key], ordered[active[by_key]]
         same = (keys[1:] == keys[:-1]) & (group[1:] == group[:-1])
         group = np.cumsum(np.append(True, ~same))
         offset += per_word
-        stays = (np.bincount(group)[group] > 1) & (ordered[active] + offset < len(symbols))
+        stays = (np.bincount(group)[group] > 1) & (ordered[active] + offset < len(tokens))
         active, group = active[stays], group[stays]
     if len(active):
-        compare = functools.cmp_to_key(functools.partial(_compare, symbols, offset))
+        compare = functools.cmp_to_key(
+            functools.partial(_compare, tokens, encoding.sortable, offset)
+        )
         for places in np.split(active, np.flatnonzero(np.diff(group)) + 1):
             ordered[places] = sorted(ordered[places].tolist(), key=compare)
     return ordered
 
 
-def _compare(symbols: Shaped[np.ndarray, " S"], offset: int, first: int, second: int) -> int:
-    """-1 where the suffix of the first start is before the other, which agrees for `offset`."""
-    kind, size = symbols.dtype.newbyteorder(">"), COMPARED  # big-endian bytes are in order of ids
+def _compare(
+    tokens: Shaped[np.ndarray, " S"], kind: np.dtype, offset: int, first: int, second: int
+) -> int:
+    """-1 where the suffix of the first start is before the other, which agrees for `offset`, as
+    the bytes of tokens of that kind are.
+    """
+    size = COMPARED
     while True:
-        pieces = [symbols[at + offset : at + offset + size].astype(kind).tobytes()
+        pieces = [tokens[at + offset : at + offset + size].astype(kind).tobytes()
                   for at in (first, second)]  # fmt: skip
         if pieces[0] != pieces[1]:
             return -1 if pieces[0] < pieces[1] else 1

@@ -8,10 +8,9 @@ import pytest
 from lminf.data import bpe
 from lminf.errors import InputError
 from lminf.lm.protocol import LanguageModel
-from lminf.ngram import build
-from lminf.ngram.encoding import Encoding
 from lminf.ngram.model import InfiniGramLM, Mixture, MixtureWeights, fit_weights
 from tests import stated_ranges
+from tests.lm import test_protocol
 from tests.lm.conftest import lm  # noqa: F401
 from tests.ngram import cases
 
@@ -20,18 +19,7 @@ TEXTS = ["The grass is green. The sky is blue.", "Here we go. There and back aga
 
 @pytest.fixture
 def infinigram(tmp_path, lm) -> InfiniGramLM:  # noqa: F811
-    return model_of(tmp_path, lm.tokenizer)
-
-
-def model_of(folder, tokenizer, texts=TEXTS):
-    corpus = build.of_documents(
-        [tokenizer.encode(text) for text in texts],
-        tokenizer="bytes", tokenizer_digest=tokenizer.digest,
-    )  # fmt: skip
-    index = build.build(
-        corpus, folder / "index", encoding=Encoding(2, "id"), memory_bytes=cases.PLENTY
-    )
-    return InfiniGramLM(index, tokenizer)
+    return test_protocol.infinigram(tmp_path, lm.tokenizer, TEXTS)
 
 
 def followers(context):

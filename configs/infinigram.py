@@ -1,8 +1,8 @@
-"""How much of a text is foretold by the longest part of its past that a corpus holds.
+"""Agreement of an ∞-gram with texts that its corpus does not hold, and its mixture with a model.
 
-Question   How often does the ∞-gram of a small corpus agree with the next token of texts that it
-           does not hold, by the length of what matches and the size of the corpus, and what is its
-           mixture with a neural model worth?
+Question   How often does the ∞-gram of a small corpus agree with the next token of held-out text,
+           by the length of what matches and by the size of the corpus, and by how much does its
+           mixture with a neural model lower perplexity?
 Paper      Liu et al. 2024, arXiv:2401.17377 (infini-gram)
 Data       apt install linux-doc-6.1 anarchism: the corpus with documents of the same kind that are
            held out, and texts of another kind

@@ -1,8 +1,8 @@
 """The ∞-gram of a corpus beside n-grams and a neural model, and the mixture of both.
 
 Documents are held out, and those of the corpus that hold most of their 13-grams are left out of it
-(decontamination); one corpus is measured with them. A token is foretold where the estimate gives it
-more than half of the probability.
+(decontamination); one corpus is measured with them. An estimate agrees with a token where it gives
+it more than half of the probability.
 """
 
 import itertools
@@ -135,37 +135,37 @@ def measure(common: Row, index: Index, texts: Sequence[Text]) -> Iterator[Row]:
     weights = fitted(texts, probs["infinigram"], sparse)
     for i, text in enumerate(texts):
         n = scored["infinigram"][i].probability.suffix_len[1:] + 1
-        foretold = probs["infinigram"][i] > 0.5
+        agrees = probs["infinigram"][i] > 0.5
         mixed = weights.nll(probs["infinigram"][i], sparse[i], text.neural)
         yield {
             **common, "measure": "document", "kind": text.kind, "document": text.number,
             "tokens": len(text.neural),
             **{name: int((probs[name][i] > 0.5).sum()) for name in ORDERS},
-            "sparse": int(sparse[i].sum()), "sparse_foretold": int((sparse[i] & foretold).sum()),
+            "sparse": int(sparse[i].sum()), "sparse_agreement": int((sparse[i] & agrees).sum()),
             "mean_n": float(n.mean()), "median_n": float(np.median(n)),
             "nll_neural": float(-np.log(text.neural, dtype=np.float64).mean()),
             "nll_mixture": float(mixed.mean()),
             "weight_sparse": weights.sparse, "weight_other": weights.other,
         }  # fmt: skip
-    for kind in dict.fromkeys(text.kind for text in texts):
+    for kind in ("held_out", "other"):
         rows = [i for i, text in enumerate(texts) if text.kind == kind]
         joined = {name: np.concatenate([probs[name][i] for i in rows]) for name in ORDERS}
         n = np.concatenate([scored["infinigram"][i].probability.suffix_len[1:] + 1 for i in rows])
         n = np.minimum(n, MOST_N)
-        foretold = joined["infinigram"] > 0.5
+        agrees = joined["infinigram"] > 0.5
         for value in np.unique(n).tolist():
             tokens = int((n == value).sum())
-            share = score.success_rate(int(foretold[n == value].sum()), tokens)
+            share = score.success_rate(int(agrees[n == value].sum()), tokens)
             yield {**common, "measure": "effective_n", "kind": kind, "n": value, "tokens": tokens,
-                   "foretold": share.mean, "low": share.low, "high": share.high}  # fmt: skip
+                   "agreement": share.mean, "low": share.low, "high": share.high}  # fmt: skip
         neural = np.concatenate([texts[i].neural for i in rows])
         cells = [np.minimum((p * BINS).astype(int), BINS - 1)
                  for p in (neural, joined["infinigram"])]  # fmt: skip
         counted = np.zeros((BINS, BINS), int)
         np.add.at(counted, tuple(cells), 1)
-        for (a, b), tokens in np.ndenumerate(counted):
+        for a, b in np.argwhere(counted).tolist():
             yield {**common, "measure": "joint", "kind": kind, "neural": (a + 0.5) / BINS,
-                   "infinigram": (b + 0.5) / BINS, "tokens": int(tokens)}  # fmt: skip
+                   "infinigram": (b + 0.5) / BINS, "tokens": int(counted[a, b])}  # fmt: skip
 
 
 def fitted(texts: Sequence[Text], probs: Sequence, sparse: Sequence) -> MixtureWeights:
@@ -188,12 +188,12 @@ def table(rows: list[Row]) -> list[Row]:
     lines = []
     for (kind, corpus), group in groups.items():
         ppl = perplexity(group)
-        foretold = {name: score.value_text(share(group, name), digits=3) for name in ORDERS}
+        agreement = {name: score.value_text(share(group, name), digits=3) for name in ORDERS}
         lines.append({
             "text": kind.replace("_", " "), "corpus": corpus, "tokens": f"{group[0]['slots']:,}",
-            "documents": len(group), **{f"foretold, {name}": foretold[name] for name in ORDERS},
+            "documents": len(group), **{f"agreement, {name}": agreement[name] for name in ORDERS},
             "sparse": f"{share(group, 'sparse').mean:.2f}",
-            "foretold where sparse": f"{sparse_share(group):.2f}",
+            "agreement where sparse": f"{sparse_share(group):.2f}",
             "mean n": f"{np.mean([row['mean_n'] for row in group]):.1f}",
             "perplexity": f"{ppl.neural:.2f} → {ppl.mixture:.2f}",
             "improvement": f"{100 * ppl.improvement:.0f} %",
@@ -209,7 +209,7 @@ def share(group: Sequence[Row], name: str) -> score.Interval:
 
 def sparse_share(group: Sequence[Row]) -> float:
     sparse = sum(row["sparse"] for row in group)
-    return sum(row["sparse_foretold"] for row in group) / max(sparse, 1)
+    return sum(row["sparse_agreement"] for row in group) / max(sparse, 1)
 
 
 def perplexity(group: Sequence[Row]) -> Perplexity:
@@ -223,7 +223,7 @@ def perplexity(group: Sequence[Row]) -> Perplexity:
 
 
 def growth(rows: list[Row]) -> list[Row]:
-    """What is foretold, effective n and improvement by tokens of the corpus, and the straight line
+    """Agreement, effective n and improvement by tokens of the corpus, and the straight line
     through them over the logarithm of its tokens, at the size of the paper's.
     """
     sizes: dict[int, list[Row]] = {}
@@ -240,22 +240,22 @@ def growth(rows: list[Row]) -> list[Row]:
     measured |= {int(PUBLISHED_TOKENS): tuple(starts + slopes * np.log10(PUBLISHED_TOKENS))}
     return [
         {"tokens": f"{size:,}" if size < PUBLISHED_TOKENS else "1.4 T, on the line",
-         "foretold": f"{foretold:.3f}", "mean n": f"{n:.1f}",
+         "agreement": f"{agreement:.3f}", "mean n": f"{n:.1f}",
          "improvement": f"{100 * better:.0f} %"}
-        for size, (foretold, n, better) in measured.items()
+        for size, (agreement, n, better) in measured.items()
     ]  # fmt: skip
 
 
 def plot(rows: list[Row]) -> dict[str, Figure]:
-    """What is foretold by effective n, and both models' probability of the same tokens."""
+    """Agreement by effective n, and both models' probability of the same tokens."""
     largest = [row for row in rows if row["corpus"] == "1/1" and row["kind"] == "held_out"]
     by_n = [row for row in rows if row["measure"] == "effective_n" and row["kind"] == "held_out"]
     joint = [{**row, "log": np.log10(1 + row["tokens"])}
              for row in largest if row["measure"] == "joint"]  # fmt: skip
     return {
         "effective_n": plots.curves(
-            by_n, x="n", y="foretold", by="corpus", interval=("low", "high"), band=True,
-            x_label="effective n (16: 16 and more)", y_label="share of tokens foretold",
+            by_n, x="n", y="agreement", by="corpus", interval=("low", "high"), band=True,
+            x_label="effective n (16: 16 and more)", y_label="agreement (share of tokens)",
             y_limits=(0, 1),
         ),
         "joint": plots.heatmap(

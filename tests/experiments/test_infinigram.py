@@ -1,4 +1,4 @@
-"""The ∞-gram of a small corpus: what it foretells, what is left out, and how a run goes on."""
+"""The ∞-gram of a small corpus: its agreement, what is left out, and how a run goes on."""
 
 import json
 
@@ -28,7 +28,7 @@ def options(texts):
             "validation": 6, "length": 60}  # fmt: skip
 
 
-def test_more_is_foretold_by_longer_contexts_and_copies_are_left_out(rows_of, texts):
+def test_longer_contexts_agree_more_and_copies_are_left_out(rows_of, texts):
     rows = rows_of("infinigram", **options(texts))
     documents = [row for row in rows if row["measure"] == "document" and row["kind"] == "held_out"]
     by_corpus = {

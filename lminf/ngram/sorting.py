@@ -10,6 +10,7 @@ interrupted.
 import functools
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -60,13 +61,14 @@ def write_table(
         with partial.open("ab") as file:
             file.truncate(done * width)
             for number, end in enumerate(ends):
-                if end <= done:
+                if end <= done or not sizes[number]:
                     continue
                 starts = np.fromfile(buckets / str(number), "<i8")
                 ordered = sorted_starts(tokens, starts, encoding)
                 file.write(packed(ordered * encoding.width, width))
                 file.flush()
                 progress(len(tokens) + end, 2 * len(tokens))
+            os.fsync(file.fileno())  # after a power cut, a table that is there is whole
         partial.rename(path)
         shutil.rmtree(buckets)
 

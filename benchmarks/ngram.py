@@ -60,7 +60,7 @@ def corpus(work: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
     return [each for i, each in enumerate(ids) if i % HELD_OUT], held_out
 
 
-def build_ours(work: Path, part: int, encoding: Encoding = ENCODING) -> dict[str, Any]:
+def build_ours(work: Path, part: int, *, own: bool) -> dict[str, Any]:
     """Seconds of a build from tokens in memory, and of its sort alone."""
     out = work / f"ours-{part}"
     shutil.rmtree(out, ignore_errors=True)
@@ -68,20 +68,22 @@ def build_ours(work: Path, part: int, encoding: Encoding = ENCODING) -> dict[str
     made = build.of_documents(ids[::part], tokenizer=TOKENIZER,
                               tokenizer_digest=named_tokenizer(TOKENIZER).digest)  # fmt: skip
     started = time.perf_counter()
-    index = build.build(made, out, encoding=encoding, memory_bytes=8 * GIB)
+    index = build.build(made, out, encoding=ENCODING, memory_bytes=8 * GIB)
     seconds = time.perf_counter() - started
     size = sum(path.stat().st_size for path in out.iterdir())
-    return {"side": "lminf", "slots": index.slots, "seconds": seconds, **sort_ours(work, part),
+    return {"side": "lminf", "slots": index.slots, "seconds": seconds, **sort_ours(work, part, own=own),
             "bytes_per_token": size / index.slots}  # fmt: skip
 
 
-def sort_ours(work: Path, part: int) -> dict[str, float]:
-    """Seconds of the table alone, from the file of tokens to the file of the table; in memory, and
-    by our own sort in a sixteenth of the memory that it would like to have."""
+def sort_ours(work: Path, part: int, *, own: bool) -> dict[str, float]:
+    """Seconds of the table alone, from the file of tokens to the file of the table: in memory, and
+    by our own sort of a sixteenth of the suffixes at a time."""
     index = open_index(work / f"ours-{part}")
     table, shard = work / "table", index.shards[0]
     found = {}
-    for name, memory in (("sort_seconds", 8 * GIB), ("own_sort_seconds", shard.slots * 5)):
+    sixteenth = shard.slots * sorting.SLOT_BYTES // 16
+    sorts = {"sort_seconds": 8 * GIB} | ({"own_sort_seconds": sixteenth} if own else {})
+    for name, memory in sorts.items():
         table.unlink(missing_ok=True)
         started = time.perf_counter()
         sorting.write_table(shard.tokens, ENCODING, table, memory_bytes=memory)
@@ -252,7 +254,12 @@ def of_turns(name: str, pairs: list[list[float]]) -> dict[str, float]:
 def builds(work: Path, rounds: int) -> Iterator[dict[str, Any]]:
     for part in PARTS:
         for turn in range(rounds if part == 1 else 1):
-            yield {"part": "build", "turn": turn, "of": part, **build_ours(work, part)}
+            yield {
+                "part": "build",
+                "turn": turn,
+                "of": part,
+                **build_ours(work, part, own=turn == 0),
+            }
             yield {"part": "build", "turn": turn, "of": part, **build_peer(work, part)}
 
 

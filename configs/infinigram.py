@@ -7,8 +7,17 @@ Paper      Liu et al. 2024, arXiv:2401.17377 (infini-gram)
 Data       apt install linux-doc-6.1 anarchism: the corpus with documents of the same kind that are
            held out, and texts of another kind
 Command    python -m experiments.infinigram
-Time       not measured
-Expected   not measured
+Time       about 4 minutes of processor time on two busy cores of an Intel Xeon; the same command
+           with the same --out resumes
+Expected   the ∞-gram of 9.1 M tokens of the kernel's documentation agrees with 22 % of the next
+           tokens of 12 documents that were held out (15 to 31; 12,276 tokens), a 5-gram that backs
+           off with 20 % and a 3-gram with 14 %; where n is 16 or more with 88 % (477 tokens), where
+           it is 2 with 4 %. Of a sixteenth of the corpus the ∞-gram has 14 % (10 to 22). The
+           mixture lowers SmolLM2's perplexity from 15.2 to 12.8, 17 % of what is above 1, with
+           λ = 0.36 where the estimate is sparse and 0.07 elsewhere. Of prose of another kind the
+           ∞-gram agrees with 4 %, and the same mixture raises perplexity from 19.8 to 21.6: weights
+           belong to a kind of text. No document of the corpus holds 80 % of the 13-grams of one
+           that was held out, so decontamination leaves out none
 Tiny       --config=:tiny trains a byte model at 64 tokens; the corpus is Python's own sources:
            under 2 minutes
 """

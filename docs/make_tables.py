@@ -625,7 +625,7 @@ def ngram_build(rows: list[dict[str, Any]]) -> str:
         ours, theirs = ([row for row in built if row["of"] == part and row["side"] == side]
                         for side in ("lminf", "infini-gram"))  # fmt: skip
         sort, own, peer = (
-            statistics.median(row[name] for row in side)
+            statistics.median(row[name] for row in side if name in row)
             for side, name in ((ours, "sort_seconds"), (ours, "own_sort_seconds"),
                                (theirs, "sort_seconds"))
         )  # fmt: skip

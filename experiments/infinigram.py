@@ -49,27 +49,33 @@ class Text(NamedTuple):
 
 
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
+    done = {row["corpus"] for row in out.rows() if row["measure"] == "joint"}
+    if done == {WITH_ALL, *map(name_of, c.parts)}:
+        return
     lm = _models.load(c.model, seed=c.seed, dtype=c.dtype)
     held_out, corpus = divided(c, lm)
     documents = [("held_out", tokens) for tokens in held_out[: c.documents]]
     documents += [("validation", tokens) for tokens in held_out[c.documents :]]
     documents += [("other", tokens) for tokens in long_enough(c, lm)]
     texts = read(c, lm, out, documents)
-    done = {row["corpus"] for row in out.rows() if row["measure"] == "joint"}
-    common = {"model": c.model}
     with tempfile.TemporaryDirectory() as folder:
         whole = indexed(Path(folder) / "whole", lm, corpus)
-        if WITH_ALL not in done:
-            common |= {"corpus": WITH_ALL, "documents_left_out": 0}
-            yield from measure(common, whole, texts)
         found = matches.contaminated(whole, [text.tokens for text in texts])
         left_out = {each.document for each in found}
         clean = [tokens for i, tokens in enumerate(corpus) if i not in left_out]
+        common = {"model": c.model, "left_out": 0}
+        if WITH_ALL not in done:
+            yield from measure(common | {"corpus": WITH_ALL}, whole, texts)
         for part in c.parts:
-            if f"1/{part}" not in done:
+            if (name := name_of(part)) not in done:
                 index = indexed(Path(folder) / str(part), lm, clean[::part])
-                common |= {"corpus": f"1/{part}", "documents_left_out": len(left_out)}
+                common = {"model": c.model, "left_out": len(left_out), "corpus": name}
                 yield from measure(common, index, texts)
+
+
+def name_of(part: int) -> str:
+    """What rows call a part of the corpus, without the documents that are left out."""
+    return f"1/{part}"
 
 
 def read(
@@ -191,7 +197,8 @@ def table(rows: list[Row]) -> list[Row]:
         agreement = {name: score.value_text(share(group, name), digits=3) for name in ORDERS}
         lines.append({
             "text": kind.replace("_", " "), "corpus": corpus, "tokens": f"{group[0]['slots']:,}",
-            "documents": len(group), **{f"agreement, {name}": agreement[name] for name in ORDERS},
+            "left out": group[0]["left_out"], "documents": len(group),
+            **{f"agreement, {name}": agreement[name] for name in ORDERS},
             "sparse": f"{share(group, 'sparse').mean:.2f}",
             "agreement where sparse": f"{sparse_share(group):.2f}",
             "mean n": f"{np.mean([row['mean_n'] for row in group]):.1f}",

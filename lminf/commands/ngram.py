@@ -170,7 +170,7 @@ def prob(args: argparse.Namespace) -> None:
     found = opened.index.prob([ids[:-1] for ids in asked], [ids[-1] for ids in asked])
     for i, text in enumerate(args.words):
         row = {"text": text, "prompt_count": int(found.prompt_count[i]),
-               "count": int(found.count[i]), "prob": float(found.prob[i])}  # fmt: skip
+               "count": int(found.cont_count[i]), "prob": float(found.prob[i])}  # fmt: skip
         show(args, row, f"{row['prob']:.4f} = {row['count']:,} / {row['prompt_count']:,}  {text}")
 
 
@@ -218,7 +218,7 @@ def attribute(args: argparse.Namespace) -> None:
         for span in matches.attribute(opened.index, ids, min_len=args.min_len):
             text = opened.show(ids[span.start : span.start + span.length])
             row = {"file": path, **span._asdict(), "span": text}
-            show(args, row, f"{span.length:>6} tokens, {span.count:,} times: {text!r}")
+            show(args, row, f"{span.length:>6} tokens, {span.occurrences:,} times: {text!r}")
 
 
 def decontaminate(args: argparse.Namespace) -> None:

@@ -4,10 +4,11 @@ Published indexes order suffixes by the raw bytes of their little-endian tokens 
 ours by token id (order "id"). A suffix that is the beginning of another is first in both.
 """
 
+import itertools
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Int, Int64, Shaped, UInt64
@@ -16,6 +17,7 @@ from lminf.config import closest
 from lminf.errors import InputError
 
 Order = Literal["id", "bytes"]
+Tokens: TypeAlias = Sequence[int] | Int[np.ndarray, " T"]  # ids
 WIDTHS = (1, 2, 4)  # bytes of a token
 WORD_BYTES = 8
 
@@ -55,7 +57,7 @@ class Encoding:
         """As what tokens are to be written, so that their bytes are in the order."""
         return self.tokens.newbyteorder(">") if self.order == "id" else self.tokens
 
-    def encode(self, ids: Sequence[int] | Int[np.ndarray, " T"]) -> Shaped[np.ndarray, " T"]:
+    def encode(self, ids: Tokens) -> Shaped[np.ndarray, " T"]:
         """Token ids as they are stored; the separator is allowed, what does not fit is refused."""
         tokens = np.asarray(ids)
         if not len(tokens):
@@ -101,7 +103,7 @@ class Queries(NamedTuple):
 
     @classmethod
     def of(
-        cls, encoding: Encoding, queries: Sequence[Sequence[int]] | Int[np.ndarray, "B T"]
+        cls, encoding: Encoding, queries: Sequence[Tokens] | Int[np.ndarray, "B T"]
     ) -> "Queries":
         """Of lists of token ids, or of the rows of an array."""
         if isinstance(queries, np.ndarray) and queries.ndim == 2:
@@ -109,8 +111,7 @@ class Queries(NamedTuple):
             ids = queries.ravel()
         else:
             lengths = np.array([len(query) for query in queries], np.int64)
-            parts = [np.asarray(query) for query in queries if len(query)]
-            ids = np.concatenate(parts) if parts else np.empty(0, np.int64)
+            ids = _joined(queries, int(lengths.sum()))
         return cls(encoding.encode(ids), np.cumsum(lengths) - lengths, lengths)
 
     def take(self, rows: Int64[np.ndarray, " R"]) -> "Queries":
@@ -119,3 +120,16 @@ class Queries(NamedTuple):
     def last(self, lengths: Int64[np.ndarray, " B"]) -> "Queries":
         """The last `lengths` tokens of each."""
         return Queries(self.tokens, self.starts + self.lengths - lengths, lengths)
+
+
+def _joined(
+    queries: Sequence[Tokens] | Int[np.ndarray, "B T"], total: int
+) -> Shaped[np.ndarray, " S"]:
+    if any(isinstance(query, np.ndarray) for query in queries):
+        parts = [np.asarray(query) for query in queries if len(query)]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+    chained = itertools.chain.from_iterable(queries)
+    try:  # of short lists, three times as fast as an array of each
+        return np.fromiter(chained, np.int64, total)
+    except OverflowError:
+        return np.array(list(itertools.chain.from_iterable(queries)), object)

@@ -19,14 +19,13 @@ from jaxtyping import Bool, Float, Int, Int64, Shaped
 
 from lminf.atomic import read_bytes
 from lminf.errors import InputError, refusing
-from lminf.ngram.encoding import Encoding, Order, Queries
+from lminf.ngram.encoding import Encoding, Order, Queries, Tokens
 from lminf.ngram.shard import TOKENS, Document, Shard
 
 FACTS, PROGRESS = "index.json", "progress.json"  # PROGRESS: the index is being built
 FORMAT = "lminf-ngram-1"
 MAX_DISPLAYED = 1000  # tokens of a document around an occurrence
 
-Tokens: TypeAlias = Sequence[int] | Int[np.ndarray, " T"]
 Ranges: TypeAlias = Int64[np.ndarray, "shards B 2"]  # ranks [low, high) in each shard
 
 
@@ -34,13 +33,14 @@ class Probability(NamedTuple):
     """How often prompts occur, and how often their continuation follows."""
 
     prompt_count: Int64[np.ndarray, " B"]
-    count: Int64[np.ndarray, " B"]
+    cont_count: Int64[np.ndarray, " B"]  # of the prompt with its continuation
     suffix_len: Int64[np.ndarray, " B"]  # tokens of the prompt that were looked for
 
     @property
     def prob(self) -> Float[np.ndarray, " B"]:
         """-1 where the prompt does not occur."""
-        return np.where(self.prompt_count > 0, self.count / np.maximum(self.prompt_count, 1), -1.0)
+        ratio = self.cont_count / np.maximum(self.prompt_count, 1)
+        return np.where(self.prompt_count > 0, ratio, -1.0)
 
 
 @dataclass(frozen=True)

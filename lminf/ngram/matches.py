@@ -66,7 +66,7 @@ class Span(NamedTuple):
 
     start: int  # tokens
     length: int
-    count: int
+    occurrences: int
 
 
 def attribute(index: Index, text: Tokens, *, min_len: int) -> list[Span]:
@@ -136,7 +136,7 @@ def _places(
 class ClauseCount(NamedTuple):
     """How often clauses occur beside each other."""
 
-    count: int
+    occurrences: int
     approx: bool  # of a sample
 
 

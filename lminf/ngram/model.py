@@ -7,6 +7,7 @@ authors saw mixtures go astray while they generate.
 """
 
 import abc
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
@@ -123,7 +124,7 @@ class InfiniGramLM(TokenModel):
                 f"{self.vocab_size}: it is of another one; build it again"
             )
         probs = np.zeros((len(contexts), self.vocab_size))
-        np.add.at(probs, (found.prompt, token), found.count / found.prompt_count[found.prompt])
+        np.add.at(probs, (found.prompt, token), found.counts / found.prompt_count[found.prompt])
         sparse = np.bincount(found.prompt, minlength=len(contexts)) == 1
         shape = (len(prompts), last)
         return probs.reshape(*shape, -1), sparse.reshape(shape)
@@ -202,14 +203,13 @@ class Mixture(TokenModel):
     ngram: InfiniGramLM
     weights: MixtureWeights
 
+    tokenizer: Tokenizer = dataclasses.field(init=False)
+
     def __post_init__(self):
-        if self.neural.tokenizer.digest != self.ngram.tokenizer.digest:
+        object.__setattr__(self, "tokenizer", self.neural.tokenizer)
+        if self.tokenizer.digest != self.ngram.tokenizer.digest:
             raise InputError("the models of a mixture have different tokenizers; build the index "
                              "with that of the neural model")  # fmt: skip
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.neural.tokenizer
 
     def encode(self, text: str) -> Int[np.ndarray, " T"]:
         return self.neural.encode(text)[0]

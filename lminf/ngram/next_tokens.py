@@ -17,11 +17,11 @@ READ_WHOLE = 1024  # suffixes of a part that are read without halving it, where 
 
 
 class NextTokens(NamedTuple):
-    """The tokens after each of B prompts, as rows of (prompt, token, count), in their order."""
+    """The tokens after each of B prompts, as rows of (prompt, token, counts), in their order."""
 
     prompt: Int64[np.ndarray, " N"]  # 0 to B - 1
     token: Int64[np.ndarray, " N"]  # the separator where a document ends
-    count: Int64[np.ndarray, " N"]
+    counts: Int64[np.ndarray, " N"]
     prompt_count: Int64[np.ndarray, " B"]
     suffix_len: Int64[np.ndarray, " B"]  # tokens of the prompt that were looked for
     approx: Bool[np.ndarray, " B"]  # the counts are of a sample, and still sum to the prompt's
@@ -29,7 +29,7 @@ class NextTokens(NamedTuple):
     def of(self, prompt: int) -> dict[int, int]:
         """Token -> count after one prompt."""
         first, end = np.searchsorted(self.prompt, [prompt, prompt + 1])
-        tokens, counts = self.token[first:end].tolist(), self.count[first:end].tolist()
+        tokens, counts = self.token[first:end].tolist(), self.counts[first:end].tolist()
         return dict(zip(tokens, counts, strict=True))
 
 

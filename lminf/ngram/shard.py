@@ -12,7 +12,7 @@ import json
 import mmap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Int64, Shaped
@@ -25,6 +25,7 @@ from lminf.ngram.search import SortedSuffixes
 TOKENS, TABLE, OFFSETS = "tokenized", "table", "offset"
 METADATA, METADATA_OFFSETS = "metadata", "metaoff"
 MOST_POINTER_BYTES = 8
+VIEWS: dict[int, Literal["B", "H", "I"]] = {1: "B", 2: "H", 4: "I"}  # unsigned, by width
 
 
 class Document(NamedTuple):
@@ -75,7 +76,7 @@ class Shard:
         self._metadata = self._open_metadata(folder)
         self._table = data[TABLE]
         self.suffixes = SortedSuffixes(encoding, self.tokens, self.places, self.slots)
-        self._view = memoryview(self.tokens)
+        self._view: Any = memoryview(data[TOKENS]).cast(VIEWS[encoding.width])
         typed = self._pointer in (1, 2, 4, 8)
         self._pointers = np.frombuffer(self._table, f"<u{self._pointer}" if typed else "u1")
 

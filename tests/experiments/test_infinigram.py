@@ -40,7 +40,7 @@ def test_longer_contexts_agree_more_and_copies_are_left_out(rows_of, texts):
              for corpus, group in by_corpus.items()}  # fmt: skip
     assert total["1/1"]["infinigram"] > total["1/1"]["5-gram"] > total["1/1"]["3-gram"]
     assert total["1/1"]["infinigram"] >= total["1/2"]["infinigram"]
-    left_out = by_corpus["1/1"][0]["documents_left_out"]
+    left_out = by_corpus["1/1"][0]["left_out"]
     assert 0 < left_out < 26
     assert by_corpus["1/1"][0]["corpus_documents"] == 48 - 22 - left_out
     cells = [row for row in rows if row["measure"] == "joint" and row["corpus"] == "1/1"]

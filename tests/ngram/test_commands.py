@@ -53,7 +53,7 @@ def test_it_shows_documents_and_spans(answers, tmp_path):
     asked = tmp_path / "asked.txt"
     asked.write_text("my cat sat on the mat")
     spans = answers("attribute", str(asked), "--min-len=10")
-    assert [(row["span"], row["count"]) for row in spans] == [(" cat sat on the mat", 1)]
+    assert [(row["span"], row["occurrences"]) for row in spans] == [(" cat sat on the mat", 1)]
     (row,) = answers("decontaminate", str(tmp_path / "two.txt"))
     assert row["metadata"]["path"].endswith("two.txt")
     assert row["share"] == 1

@@ -75,7 +75,7 @@ def test_probabilities_are_ratios_of_counts(index, prompts):
     for i, (prompt, token) in enumerate(zip(prompts, tokens, strict=True)):
         whole = len(oracle.occurrences(shards, [*prompt, token]))
         expected = len(oracle.occurrences(shards, prompt)), whole
-        assert (found.prompt_count[i], found.count[i]) == expected
+        assert (found.prompt_count[i], found.cont_count[i]) == expected
         assert found.prob[i] == (whole / expected[0] if expected[0] else -1)
         assert index.prob([prompt], [token]).prob.tolist() == [found.prob[i]]
 

@@ -75,7 +75,7 @@ def test_counts_and_probabilities_are_the_same(index, engine, prompts):
         for i, prompt in enumerate(prompts):
             answer = theirs(prompt_ids=prompt, cont_id=1)
             assert answer["prompt_cnt"] == found.prompt_count[i]
-            assert answer["cont_cnt"] == found.count[i]
+            assert answer["cont_cnt"] == found.cont_count[i]
             assert answer["prob"] == pytest.approx(found.prob[i])
             assert answer.get("suffix_len", len(prompt)) == found.suffix_len[i]
 
@@ -98,5 +98,5 @@ def test_clauses_are_counted_alike(index, engine):
     for clauses, share in (([[[1, 2]], [[3, 1]]], 0), ([[[5], [6, 1]], [[9]]], 0.02)):
         answer = engine.count_cnf(cnf=clauses, max_diff_tokens=10)
         found = matches.count_cnf(index, clauses, max_diff_tokens=10)
-        assert found.count == pytest.approx(answer["count"], rel=share, abs=0)
+        assert found.occurrences == pytest.approx(answer["count"], rel=share, abs=0)
         assert found.approx == answer["approx"]

@@ -71,8 +71,8 @@ def build_ours(work: Path, part: int, *, own: bool) -> dict[str, Any]:
     index = build.build(made, out, encoding=ENCODING, memory_bytes=8 * GIB)
     seconds = time.perf_counter() - started
     size = sum(path.stat().st_size for path in out.iterdir())
-    return {"side": "lminf", "slots": index.slots, "seconds": seconds, **sort_ours(work, part, own=own),
-            "bytes_per_token": size / index.slots}  # fmt: skip
+    row = {"side": "lminf", "slots": index.slots, "seconds": seconds}
+    return {**row, **sort_ours(work, part, own=own), "bytes_per_token": size / index.slots}
 
 
 def sort_ours(work: Path, part: int, *, own: bool) -> dict[str, float]:

@@ -113,12 +113,10 @@ class Index:
             high = np.full_like(low, shard.slots)
             if parents is not None:
                 low, high = parents[i, :, 0], parents[i, :, 1]
-            first = shard.suffixes.bound(queries, low, high, after=False)
+            first, beyond = shard.suffixes.bound(queries, low, high)
             rows = np.flatnonzero(shard.suffixes.begins(queries, first) & (first < high))
-            end = first.copy()
-            end[rows] = shard.suffixes.bound(
-                queries.take(rows), first[rows], high[rows], after=True
-            )
+            end, asked = first.copy(), queries.take(rows)
+            end[rows] = shard.suffixes.bound(asked, first[rows], beyond[rows], after=True)[0]
             found[i] = np.stack([first, end], -1)
         return found
 
@@ -160,7 +158,7 @@ class Index:
             rows = np.flatnonzero(~occurs)
             asked, low = queries.take(rows), np.zeros(len(rows), np.int64)
             high = np.full_like(low, shard.slots)
-            first = shard.suffixes.bound(asked, low, high, after=False)
+            first, _ = shard.suffixes.bound(asked, low, high)
             occurs[rows] = shard.suffixes.begins(asked, first)
         return occurs
 
@@ -175,7 +173,7 @@ class Index:
         longest = np.zeros(len(text), np.int64)
         for shard in self.shards:
             low = np.zeros(len(text), np.int64)
-            rank = shard.suffixes.bound(queries, low, low + shard.slots, after=False)
+            rank, _ = shard.suffixes.bound(queries, low, low + shard.slots)
             for neighbour in (rank - 1, rank):
                 places = shard.places(np.clip(neighbour, 0, shard.slots - 1))
                 longest = np.maximum(longest, shard.suffixes.shared(queries, places))

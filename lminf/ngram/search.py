@@ -30,18 +30,21 @@ class SortedSuffixes:
         low: Int64[np.ndarray, " B"],
         high: Int64[np.ndarray, " B"],
         *,
-        after: bool,
-    ) -> Int64[np.ndarray, " B"]:
-        """The first rank in [low, high) whose suffix is not before its query; with `after`, that is
-        also none of those which begin with it. `high` where there is none.
+        after: bool = False,
+    ) -> tuple[Int64[np.ndarray, " B"], Int64[np.ndarray, " B"]]:
+        """(the first rank in [low, high) whose suffix is not before its query, one from which on no
+        suffix begins with it); with `after`, the first is also none of those. `high` where there
+        is none.
         """
-        first = self._first_words(queries)
+        first, beyond = self._first_words(queries), high
         while (unknown := low < high).any():
             middle = (low + high) >> 1
             before, begins = self._compare(np.minimum(middle, self.slots - 1), queries, first)
+            # The search for the end of a range begins at the last place that is known beyond it.
+            beyond = np.where(unknown & ~(before | begins), middle, beyond)
             right = ((before | begins) if after else before) & unknown
             low, high = np.where(right, middle + 1, low), np.where(right, high, middle)
-        return low
+        return low, beyond
 
     def begins(self, queries: Queries, ranks: Int64[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
         """Whether the suffix at each rank begins with its query; False at the rank `slots`."""

@@ -85,7 +85,7 @@ def _has_divsufsort() -> bool:
 
 def by_divsufsort(tokens: Shaped[np.ndarray, " N"], encoding: Encoding) -> Int[np.ndarray, " N"]:
     """Byte offsets of the suffixes in their order. Bytes that are big-endian are in order of id."""
-    from pydivsufsort import divsufsort
+    from pydivsufsort import divsufsort  # pyright: ignore[reportMissingImports]
 
     offsets = divsufsort(np.array(tokens, encoding.sortable).view(np.uint8))
     return offsets[offsets & (encoding.width - 1) == 0]
@@ -127,7 +127,7 @@ def _scatter(
         buckets = np.zeros(len(starts), np.int64)
         if len(splitters):
             queries = Queries(tokens, starts, slots - starts)
-            buckets = order.bound(queries, buckets, buckets + len(splitters), after=True)
+            buckets, _ = order.bound(queries, buckets, buckets + len(splitters), after=True)
         held = np.bincount(buckets, minlength=count)
         parts = np.split(starts[np.argsort(buckets, kind="stable")], np.cumsum(held)[:-1])
         for number in np.flatnonzero(held).tolist():

@@ -8,13 +8,12 @@ They come from the headers of configs/ and the committed rows of docs/results/ a
 
 import importlib
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from lminf.attention import policies as policies  # registers those that go by content
 from lminf.attention import rope
@@ -602,9 +601,9 @@ core, infini-gram on two; and by our own sort of a sixteenth of the suffixes at 
 
 {build}
 An index takes 6 bytes a token while a shard has fewer than 2^31 of them, and 7 up to 2^39: 9.8 TB
-for 1.4 T tokens. By the size of the corpus a query takes (µs; the last line is a straight line over
-the logarithm of the tokens, far beyond what was measured, and leaves out that such an index is read
-from a disk):
+for 1.4 T tokens. By the size of the corpus a query takes the times below. The last line is that of
+the largest corpus by the steps of a binary search, log2 of the tokens: far beyond what was
+measured, and without the time of a disk, from which such an index is read.
 
 {growth}
 `python -m experiments.infinigram` ([report](results/infinigram/report.md)): the ∞-gram's agreement
@@ -665,23 +664,19 @@ def ngram_build(rows: list[dict[str, Any]]) -> str:
 
 
 def ngram_growth(rows: list[dict[str, Any]]) -> str:
-    """Time of a query by tokens of the corpus; the last line is a straight line over the logarithm
-    of its tokens, at the size of the paper's largest corpus."""
+    """Time of a query by tokens of the corpus; the last line is that of the largest by the steps of
+    a binary search, at the size of the paper's largest corpus."""
     kinds = {"count 8": "count of 8 tokens", "infgram_prob": "∞-gram prob after 500"}
-    sizes = sorted({row["slots"] for row in rows if row["part"] == "speed"})
-    columns = [
-        [next(row[name] for row in rows if row["part"] == "speed" and row["kind"] == kind
-              and row["slots"] == size) for size in sizes]
-        for kind in kinds for name in ("alone_us", "batch_us")
-    ]  # fmt: skip
-    beyond = infinigram.PUBLISHED_TOKENS
-    values = [[*column, float(np.polyval(np.polyfit(np.log10(sizes), column, 1), np.log10(beyond)))]
-              for column in columns]  # fmt: skip
+    found = {(row["kind"], row["slots"]): row for row in rows if row["part"] == "speed"}
+    sizes = sorted({slots for _, slots in found})
+    steps = math.log(infinigram.PUBLISHED_TOKENS) / math.log(sizes[-1])
     lines = [["tokens", *(f"{name}, {how}: µs" for name in kinds.values()
                           for how in ("one", "of 1,000"))]]  # fmt: skip
-    names = [*(f"{size:,}" for size in sizes), "1.4 T, on the line"]
-    for i, name in enumerate(names):
-        lines.append([name, *(f"{column[i]:.1f}" for column in values)])
+    for name, size, factor in (
+        *((f"{size:,}", size, 1.0) for size in sizes), ("1.4 T, by steps", sizes[-1], steps)
+    ):  # fmt: skip
+        times = [found[kind, size][how] for kind in kinds for how in ("alone_us", "batch_us")]
+        lines.append([name, *(f"{factor * time:.1f}" for time in times)])
     return markdown(lines)
 
 

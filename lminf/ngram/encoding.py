@@ -114,7 +114,8 @@ class Queries(NamedTuple):
             ids = _joined(queries, int(lengths.sum()))
         return cls(encoding.encode(ids), np.cumsum(lengths) - lengths, lengths)
 
-    def take(self, rows: Int64[np.ndarray, " R"]) -> "Queries":
+    def take(self, rows: Shaped[np.ndarray, " R"]) -> "Queries":
+        """Those of rows, by numbers or by truth."""
         return Queries(self.tokens, self.starts[rows], self.lengths[rows])
 
     def last(self, lengths: Int64[np.ndarray, " B"]) -> "Queries":

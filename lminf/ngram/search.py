@@ -1,5 +1,6 @@
 """Binary search over suffixes in their order, for many queries at once."""
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -7,6 +8,7 @@ from jaxtyping import Bool, Int64, Shaped
 
 from lminf.ngram.encoding import WORD_BYTES, Encoding, Queries
 
+RUNGS = 4096  # suffixes whose first words are kept
 NARROWEST, AT_ONCE = 8, 1 << 20  # tokens that are compared: of a pair at first, and of all pairs
 
 
@@ -36,15 +38,40 @@ class SortedSuffixes:
         suffix begins with it); with `after`, the first is also none of those. `high` where there
         is none.
         """
-        first, beyond = self._first_words(queries), high
-        while (unknown := low < high).any():
-            middle = (low + high) >> 1
-            before, begins = self._compare(np.minimum(middle, self.slots - 1), queries, first)
+        first = self._first_words(queries)
+        low, high = self._bracket(first, low, high)
+        beyond, rows = high.copy(), np.flatnonzero(low < high)
+        asked, words = queries.take(rows), [column[rows] for column in first]
+        while len(rows):
+            middle = (low[rows] + high[rows]) >> 1
+            before, begins = self._compare(middle, asked, words)
             # The search for the end of a range begins at the last place that is known beyond it.
-            beyond = np.where(unknown & ~(before | begins), middle, beyond)
-            right = ((before | begins) if after else before) & unknown
-            low, high = np.where(right, middle + 1, low), np.where(right, high, middle)
+            beyond[rows] = np.where(before | begins, beyond[rows], middle)
+            right = (before | begins) if after else before
+            low[rows] = np.where(right, middle + 1, low[rows])
+            high[rows] = np.where(right, high[rows], middle)
+            unknown = low[rows] < high[rows]
+            if not unknown.all():
+                rows, asked = rows[unknown], asked.take(unknown)
+                words = [column[unknown] for column in words]
         return low, beyond
+
+    def _bracket(self, first, low, high):
+        """Narrower ranges of ranks, copied, by the first words of suffixes at even distances: the
+        first half of the steps of every search looks at the same few thousand.
+        """
+        ranks, rungs = self._ladder
+        word, mask, _ = first
+        below = np.append(0, ranks + 1)[np.searchsorted(rungs, word)]
+        above = np.append(ranks, self.slots)[np.searchsorted(rungs, word | ~mask, side="right")]
+        low = np.minimum(np.maximum(low, below), high)
+        return low, np.maximum(np.minimum(high, above), low)
+
+    @functools.cached_property
+    def _ladder(self):
+        """(ranks, the first words of their suffixes)."""
+        ranks = np.arange(0, self.slots, max(1, self.slots // RUNGS))
+        return ranks, self.encoding.words(self.tokens, self.starts_of(ranks))
 
     def begins(self, queries: Queries, ranks: Int64[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
         """Whether the suffix at each rank begins with its query; False at the rank `slots`."""

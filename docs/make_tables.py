@@ -1,13 +1,16 @@
-"""Generated pages: docs/experiments.md, docs/results.md and the table of README.md.
+"""Generated pages: docs/experiments.md, docs/results.md, and the tables of README.md and
+docs/ngram.md.
 
-    python docs/make_tables.py        writes all three; `make docs` begins with it
+    python docs/make_tables.py        writes all of them; `make docs` begins with it
 
 They come from the headers of configs/ and the committed rows of docs/results/ and docs/studies/.
 """
 
 import importlib
 import json
+import math
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,13 +23,13 @@ from lminf.checkpoints import hf
 from lminf.checkpoints.families import FAMILIES
 from lminf.checkpoints.gguf_architectures import ARCHITECTURES
 from lminf.evals import score
-from lminf.experiments import long_context_loss, long_context_retrieval
+from lminf.experiments import infinigram, long_context_loss, long_context_retrieval
 from lminf.models.spec import ModelSpec
 from lminf.run import folder, header, tables
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
-README, MODELS = ROOT / "README.md", FOLDER / "models.md"
+README, MODELS, NGRAM = ROOT / "README.md", FOLDER / "models.md", FOLDER / "ngram.md"
 EXPERIMENTS, RESULTS = FOLDER / "experiments.md", FOLDER / "results.md"
 BEGIN, END = "<!-- table: docs/make_tables.py -->\n", "<!-- end of table -->\n"
 # Entries of a header that describe other variants of the experiment.
@@ -52,11 +55,8 @@ the machine, the versions and the configuration of its run.
 
 Every experiment takes `--config=:tiny`, `--config.FIELD=VALUE` and `--out=DIR`, and writes a folder
 with its configuration, environment, `rows.jsonl`, figures and `report.md`. An experiment that is
-interrupted by Ctrl-C or SIGTERM keeps its rows. `train_lm`, `train_attention`, `long_context_eval`,
-`long_context_retrieval`, `long_context_loss`, `long_icl`, `passkey`, `kv_cache`,
-`effective_length`, `knowledge_extraction`, `impossible_languages`, `longpo`, `long_output`,
-`long_context_data`, `vocab_expansion`, `windowed_training`, `rate_transfer`, `moe_routers` and
-sweeps resume when the same command is run again with the same `--out`; `long_context_retrieval`,
+interrupted by Ctrl-C or SIGTERM keeps its rows. {resuming} and sweeps
+resume when the same command is run again with the same `--out`; `long_context_retrieval`,
 `long_context_loss` and `long_icl` also with more documents or other policies.
 Those that ask the questions of tasks also keep every answer, in `answers.jsonl`.
 `lminf list NAME` prints the question, command, time and expected result of one experiment.
@@ -65,7 +65,13 @@ Those that ask the questions of tasks also keep every answer, in `answers.jsonl`
 
 def experiments() -> str:
     """The page docs/experiments.md."""
-    return "\n".join([OPENING, *(section(each) for each in header.experiments())])
+    sources = {
+        each.name: (ROOT / "experiments" / f"{each.name}.py") for each in header.experiments()
+    }
+    resuming = [f"`{name}`" for name, source in sources.items()
+                if "resumes=True" in source.read_text(encoding="utf-8")]  # fmt: skip
+    opening = OPENING.format(resuming=", ".join(resuming))
+    return "\n".join([opening, *(section(each) for each in header.experiments())])
 
 
 def section(experiment: header.Header) -> str:
@@ -569,9 +575,112 @@ def readme() -> str:
     for policy in SUMMARY:
         values = [rows.select(policy=policy, start=start)[1]["nll"] for start in STARTS]
         lines.append([POLICIES[policy], *(f"{value:.3f}" for value in values)])
-    text = README.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    return head + BEGIN + markdown(lines) + END + rest.split(END)[1]
+    return with_table(README, markdown(lines))
+
+
+def with_table(page: Path, table: str) -> str:
+    """The page with another table between its marks."""
+    head, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    return head + BEGIN + table + END + rest.split(END)[1]
+
+
+# --- N-grams --------------------------------------------------------------------------------------
+
+QUERIES = {
+    "count 3": "count of 3 tokens", "count 8": "count of 8 tokens", "prob": "prob after 3 tokens",
+    "infgram_prob": "∞-gram prob after 500", "ntd": "ntd after 2 tokens",
+    "infgram_ntd": "∞-gram ntd after 501",
+}  # fmt: skip
+
+
+NGRAM_TABLES = """\
+{speed}
+Medians, in microseconds a query, of 200 single queries and of three batches of 1,000 on an index of
+{slots} tokens; `ratio` is the median of the same turn with its quartiles. Of clauses (`count_cnf`)
+the counts of infini-gram may be a few per cent apart.
+
+Sorting, from the file of tokens to the file of the table, in medians of all turns: in memory on one
+core, infini-gram on two; and by our own sort of a sixteenth of the suffixes at a time.
+
+{build}
+An index takes 6 bytes a token while a shard has fewer than 2^31 of them, and 7 up to 2^39: 9.8 TB
+for 1.4 T tokens. By the size of the corpus a query takes the times below. The last line is that of
+the largest corpus by the steps of a binary search, log2 of the tokens: far beyond what was
+measured, and without the time of a disk, from which such an index is read.
+
+{growth}
+`python -m experiments.infinigram` ([report](results/infinigram/report.md)): the ∞-gram's agreement
+with 12 held-out documents of the same kind, its mean n, and how much of SmolLM2's perplexity above
+1 its mixture takes away. The last line is no forecast: the paper's 1.4 T tokens are of other texts,
+and agree with 47 % of the next tokens of theirs.
+
+{agreement}
+"""
+
+
+def ngram() -> str:
+    """docs/ngram.md with the tables of benchmarks/results/ngram.jsonl and of infinigram."""
+    rows = benchmark("ngram")
+    slots = max(row["slots"] for row in rows if row["part"] == "speed")
+    agreement = tables.markdown(infinigram.growth(Rows("infinigram").rows))
+    text = NGRAM_TABLES.format(
+        speed=ngram_speed(rows), build=ngram_build(rows), growth=ngram_growth(rows),
+        agreement=agreement, slots=f"{slots:,}",
+    )  # fmt: skip
+    return with_table(NGRAM, text)
+
+
+def ngram_speed(rows: list[dict[str, Any]]) -> str:
+    """Single queries and batches of the largest corpus, and how many answers are the same."""
+    answers = {row["kind"]: row for row in rows if row["part"] == "answers"}
+    largest = max(row["slots"] for row in rows if row["part"] == "speed")
+    lines = [["query", "same answers", "one: µs", "infini-gram", "ratio", "1,000: µs each",
+              "infini-gram", "times as fast"]]  # fmt: skip
+    for row in rows:
+        if row["part"] == "speed" and row["slots"] == largest:
+            asked, faster = answers[row["kind"]], 1 / row["batch_ratio"]
+            ends = (row["alone_ratio_low"], row["alone_ratio_high"])
+            lines.append([
+                QUERIES[row["kind"]], f"{asked['same']:,}/{asked['queries']:,}",
+                f"{row['alone_us']:.0f}", f"{row['alone_us_peer']:.0f}",
+                f"{row['alone_ratio']:.2f} ({ends[0]:.2f}–{ends[1]:.2f})",
+                f"{row['batch_us']:.1f}", f"{row['batch_us_peer']:.0f}", f"{faster:.0f}",
+            ])  # fmt: skip
+    return markdown(lines)
+
+
+def ngram_build(rows: list[dict[str, Any]]) -> str:
+    """Seconds of a sort, from tokens in a file to the table in a file, the median of all turns."""
+    built = [row for row in rows if row["part"] == "build"]
+    lines = [["tokens", "in memory", "infini-gram", "ratio", "own sort, a sixteenth at a time"]]
+    for part in sorted({row["of"] for row in built}, reverse=True):
+        ours, theirs = ([row for row in built if row["of"] == part and row["side"] == side]
+                        for side in ("lminf", "infini-gram"))  # fmt: skip
+        sort, own, peer = (
+            statistics.median(row[name] for row in side if name in row)
+            for side, name in ((ours, "sort_seconds"), (ours, "own_sort_seconds"),
+                               (theirs, "sort_seconds"))
+        )  # fmt: skip
+        seconds = [f"{value:.1f} s" for value in (sort, peer)]
+        lines.append([f"{ours[0]['slots']:,}", *seconds, f"{sort / peer:.2f}", f"{own:.1f} s"])
+    return markdown(lines)
+
+
+def ngram_growth(rows: list[dict[str, Any]]) -> str:
+    """Time of a query by tokens of the corpus; the last line is that of the largest by the steps of
+    a binary search, at the size of the paper's largest corpus."""
+    kinds = {"count 8": "count of 8 tokens", "infgram_prob": "∞-gram prob after 500"}
+    found = {(row["kind"], row["slots"]): row for row in rows if row["part"] == "speed"}
+    sizes = sorted({slots for _, slots in found})
+    steps = math.log(infinigram.PUBLISHED_TOKENS) / math.log(sizes[-1])
+    lines = [["tokens", *(f"{name}, {how}: µs" for name in kinds.values()
+                          for how in ("one", "of 1,000"))]]  # fmt: skip
+    for name, size, factor in (
+        *((f"{size:,}", size, 1.0) for size in sizes), ("1.4 T, by steps", sizes[-1], steps)
+    ):  # fmt: skip
+        times = [found[kind, size][how] for kind in kinds for how in ("alone_us", "batch_us")]
+        lines.append([name, *(f"{factor * time:.1f}" for time in times)])
+    return markdown(lines)
 
 
 MODELS_PAGE = """\
@@ -645,3 +754,4 @@ if __name__ == "__main__":
     EXPERIMENTS.write_text(experiments(), encoding="utf-8")
     RESULTS.write_text(results(), encoding="utf-8")
     README.write_text(readme(), encoding="utf-8")
+    NGRAM.write_text(ngram(), encoding="utf-8")

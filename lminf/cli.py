@@ -29,6 +29,7 @@ COMMANDS = {  # the module is lminf.commands.<name>
     "plan": "parameters, FLOPs and cache sizes of a model; runs nothing",
     "tokenize": "texts into a token store, for training",
     "data": "what token stores hold, and what data plans make of them",
+    "ngram": "how often any sequence of tokens occurs in a corpus, and what follows it",
     "world": "texts whose truth is known, with questions about them, as token stores",
     "convert": "a checkpoint into another format",
     "expand-vocab": "a model with more tokens for a text",

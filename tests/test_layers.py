@@ -29,7 +29,7 @@ TRAIN = MODELS | {"lminf.objectives", "lminf.surgery", "lminf.parallel", "lminf.
 CHECKPOINTS = TRAIN | DATA | {"lminf.checkpoints"}
 LM = CHECKPOINTS | {"lminf.lm"}
 EVALS = LM | {"lminf.evals", "lminf.programs"}
-LIBRARY = EVALS | {"lminf.scaling", "lminf.run", "lminf"}
+LIBRARY = EVALS | {"lminf.ngram", "lminf.scaling", "lminf.run", "lminf"}
 LAYERS = {
     "lminf.errors": set(),
     "lminf.types": set(),
@@ -47,6 +47,7 @@ LAYERS = {
     "lminf.data": BASE,
     "lminf.checkpoints": TRAIN | DATA,
     "lminf.lm": CHECKPOINTS,
+    "lminf.ngram": LM,
     "lminf.programs": LM,
     "lminf.evals": LM,
     "lminf.run": BASE - {"lminf.types"},

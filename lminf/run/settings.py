@@ -32,7 +32,7 @@ RANGES = {
             "key_value_lengths",
             "key_value_prompts", "lengths", "passkey_length", "passkeys", "positions", "prompt",
             "prompts", "queries", "instances", "contexts", "num_keys", "num_values",
-            "longest", "requested", "max_new_tokens",
+            "longest", "requested", "max_new_tokens", "parts", "validation", "corpus_documents",
             # worlds
             "sentences", "test_sentences", "people",
         ),

@@ -15,7 +15,8 @@ from lminf.run import folder, request
 pytestmark = pytest.mark.slow
 
 NAMES = (
-    "decode_cost", "diagnose_lengths", "effective_length", "kv_cache", "length_generalization",
+    "decode_cost", "diagnose_lengths", "effective_length", "infinigram", "kv_cache",
+    "length_generalization",
     "long_context_eval", "long_context_loss", "long_context_retrieval", "long_icl", "passkey",
     "vocab_expansion",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The verbs of a LanguageModel: LM and the scripted model agree with their own probabilities."""
+"""The verbs of a LanguageModel: the models agree with their own probabilities."""
 
 import numpy as np
 import pytest
@@ -6,15 +6,30 @@ import pytest
 from lminf.errors import InputError
 from lminf.lm.protocol import LanguageModel
 from lminf.lm.scripted import Scripted
+from lminf.ngram import build
+from lminf.ngram.encoding import Encoding
+from lminf.ngram.model import InfiniGramLM
 
 PROMPTS = ["The grass is", "Here we go. There and"]
 CONTINUATIONS = [" green.", " back again. The sun"]
 
 
 # The model itself compiles for seconds: its verbs beyond the score are in the slow lane.
-@pytest.fixture(params=[pytest.param("lm", marks=pytest.mark.slow), "scripted"])
-def model(request, lm) -> LanguageModel:
+@pytest.fixture(params=[pytest.param("lm", marks=pytest.mark.slow), "scripted", "infinigram"])
+def model(request, lm, tmp_path) -> LanguageModel:
+    if request.param == "infinigram":
+        texts = [p + c for p, c in zip(PROMPTS, CONTINUATIONS, strict=True)]
+        return infinigram(tmp_path, lm.tokenizer, texts)
     return lm if request.param == "lm" else Scripted(lambda prompt: " green. The sky")
+
+
+def infinigram(folder, tokenizer, texts) -> InfiniGramLM:
+    corpus = build.of_documents(
+        [tokenizer.encode(text) for text in texts],
+        tokenizer="bytes", tokenizer_digest=tokenizer.digest,
+    )  # fmt: skip
+    index = build.build(corpus, folder / "index", encoding=Encoding(2, "id"), memory_bytes=1 << 20)
+    return InfiniGramLM(index, tokenizer)
 
 
 @pytest.mark.slow

@@ -1,0 +1,178 @@
+"""What of a text is in a corpus: the ∞-gram probability of its tokens, spans that occur verbatim,
+documents that hold most of it, and occurrences of several n-grams beside each other.
+
+Source: Liu et al. 2024, arXiv:2401.17377.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int64
+from numpy.lib.stride_tricks import sliding_window_view
+
+from lminf.errors import InputError
+from lminf.ngram.encoding import Queries
+from lminf.ngram.index import Index, Probability, Ranges, Tokens, counts
+
+MAX_DIFF_TOKENS = 100
+MAX_CLAUSE_FREQ = 50_000
+CONTAMINATION_N, CONTAMINATION_SHARE = 13, 0.8
+
+
+class TextProbability(NamedTuple):
+    """The ∞-gram probability of every token of a text, given those before it."""
+
+    probability: Probability
+    sparse: Bool[np.ndarray, " T"]  # one token has all of the probability
+
+
+def score_text(index: Index, text: Tokens, *, max_context: int | None = None) -> TextProbability:
+    """Of every token by the longest context that occurs, of at most `max_context` tokens: with 4,
+    the estimate of a 5-gram model that backs off.
+
+    The matched parts of a text end ever later, so the longest context of a token begins at the
+    first one whose match reaches it: one search a token, and no suffix is tried twice.
+    """
+    reach = np.arange(len(text)) + index.longest_prefixes(text)
+    ends = np.arange(len(text), dtype=np.int64)
+    starts = np.searchsorted(reach, ends, side="left").astype(np.int64)
+    if max_context is not None:
+        starts = np.maximum(starts, ends - max_context)
+    lengths = ends - starts
+    contexts = Queries(index.encoding.encode(text), starts, lengths)
+    ranges = index.find_in(contexts, None)
+    found = index.find_in(contexts._replace(lengths=lengths + 1), ranges)
+    probability = Probability(counts(ranges), counts(found), lengths)
+    return TextProbability(probability, _one_follower(index, ranges, lengths))
+
+
+def _one_follower(
+    index: Index, ranges: Ranges, lengths: Int64[np.ndarray, " T"]
+) -> Bool[np.ndarray, " T"]:
+    """Whether the same token follows all occurrences: next tokens of a range are in order."""
+    least, most = np.full(len(lengths), 1 << 40), np.full(len(lengths), -1)
+    for shard, found in zip(index.shards, ranges, strict=True):
+        rows = np.flatnonzero(found[:, 1] > found[:, 0])
+        for ranks in (found[rows, 0], found[rows, 1] - 1):
+            token = shard.tokens_at(shard.places(ranks) + lengths[rows])
+            least[rows] = np.minimum(least[rows], token)
+            most[rows] = np.maximum(most[rows], token)
+    return least == most
+
+
+class Span(NamedTuple):
+    """A part of a text that occurs in the corpus, and within no longer one that does."""
+
+    start: int  # tokens
+    length: int
+    occurrences: int
+
+
+def attribute(index: Index, text: Tokens, *, min_len: int) -> list[Span]:
+    """The maximal spans of a text, of at least so many tokens, that occur verbatim."""
+    longest = index.longest_prefixes(text)
+    reach = np.arange(len(text)) + longest
+    maximal = (longest >= min_len) & (reach > np.append(-1, reach[:-1]))
+    starts = np.flatnonzero(maximal)
+    queries = [list(text[start : reach[start]]) for start in starts.tolist()]
+    if not queries:
+        return []
+    found = index.count(queries).tolist()
+    return [Span(*span) for span in zip(starts.tolist(), map(len, queries), found, strict=True)]
+
+
+class Contaminated(NamedTuple):
+    """A document of the corpus that holds much of an evaluation text."""
+
+    shard: int
+    document: int  # in its shard
+    text: int  # among those evaluated
+    share: float  # of the n-grams of that text
+
+
+def contaminated(
+    index: Index,
+    texts: Sequence[Tokens],
+    *,
+    n: int = CONTAMINATION_N,
+    share: float = CONTAMINATION_SHARE,
+) -> list[Contaminated]:
+    """The documents in which at least that share of a text's n-grams occur, each once a text.
+
+    A text of fewer than `n` tokens has no n-gram, and none is found.
+    """
+    found = []
+    for number, text in enumerate(texts):
+        if len(text) < n:
+            continue
+        grams = np.unique(sliding_window_view(np.asarray(text), n), axis=0)
+        ranges = index.find(grams)
+        for shard in index.shards:
+            gram, places = _places(index, shard.number, ranges)
+            pairs = np.unique(shard.document_numbers(places) * len(grams) + gram)
+            documents, held = np.unique(pairs // len(grams), return_counts=True)
+            most = held >= share * len(grams)
+            found += [
+                Contaminated(shard.number, document, number, many / len(grams))
+                for document, many in zip(
+                    documents[most].tolist(), held[most].tolist(), strict=True
+                )
+            ]
+    return found
+
+
+def _places(
+    index: Index, number: int, ranges: Ranges, every: int = 1
+) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " N"]]:
+    """(query, token where it occurs) of one occurrence in `every` of each query in a shard."""
+    low, high = ranges[number, :, 0], ranges[number, :, 1]
+    sizes = -(-(high - low) // every)
+    query = np.repeat(np.arange(len(sizes)), sizes)
+    within = np.arange(len(query)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return query, index.shards[number].places(low[query] + within * every)
+
+
+class ClauseCount(NamedTuple):
+    """How often clauses occur beside each other."""
+
+    occurrences: int
+    approx: bool  # of a sample
+
+
+def count_cnf(
+    index: Index,
+    clauses: Sequence[Sequence[Tokens]],
+    *,
+    max_diff_tokens: int = MAX_DIFF_TOKENS,
+    max_clause_freq: int = MAX_CLAUSE_FREQ,
+) -> ClauseCount:
+    """Occurrences of the rarest clause with one of every other clause within `max_diff_tokens` of
+    it and in its document; a clause is any of several n-grams.
+
+    A clause that occurs more than `max_clause_freq` times is looked up at one occurrence in so
+    many, which stands for all of them.
+    """
+    if not clauses or not all(len(clause) and all(map(len, clause)) for clause in clauses):
+        raise InputError("a clause or an n-gram is empty; give at least one token of each")
+    total, approx = 0.0, False
+    ranges = [index.find(clause) for clause in clauses]
+    for shard in index.shards:
+        found, every = [], []
+        for of_clause in ranges:
+            sizes = of_clause[shard.number, :, 1] - of_clause[shard.number, :, 0]
+            every.append(max(1, -(-int(sizes.sum()) // max_clause_freq)))
+            places = _places(index, shard.number, of_clause, every[-1])[1]
+            found.append(np.unique(places))
+        approx |= max(every) > 1
+        rarest = min(range(len(found)), key=lambda i: len(found[i]) * every[i])
+        anchors = found[rarest]
+        number = shard.document_numbers(anchors)
+        starts, ends = shard.offsets[number], np.append(shard.offsets, shard.slots)[number + 1]
+        held = np.ones(len(anchors), bool)
+        for places in found[:rarest] + found[rarest + 1 :]:
+            low = np.searchsorted(places, np.maximum(anchors - max_diff_tokens, starts))
+            beyond = np.minimum(anchors + max_diff_tokens + 1, ends)
+            held &= np.searchsorted(places, beyond) > low
+        total += float(held.sum()) * every[rarest]
+    return ClauseCount(round(total), approx)

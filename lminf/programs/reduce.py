@@ -63,7 +63,7 @@ class Reducer(Protocol):
 
 def check(context: str, question: str, budget: Budget) -> int:
     """The units that the budget has beside the question; refuses what cannot be reduced."""
-    if not context:
+    if not context.strip():
         raise InputError("the context is empty; ask the question without reducing anything")
     if not question:
         raise InputError("the question is empty; give what is asked about the context")
@@ -84,9 +84,9 @@ class TextReducer(abc.ABC):
     def reduce(self, context: str, question: str, budget: Budget) -> str:
         """As `Reducer.reduce`."""
         check(context, question, budget)
-        return context if budget.holds(context + question) else self.shorten(
-            context, question, budget
-        )  # fmt: skip
+        if budget.holds(context + question):
+            return context
+        return self.shorten(context, question, budget)
 
     @abc.abstractmethod
     def shorten(self, context: str, question: str, budget: Budget) -> str:
@@ -107,14 +107,13 @@ def longest(text_of: Callable[[int], str], most: int, question: str, budget: Bud
     return text_of(fits)
 
 
-def best_parts(
-    parts: Sequence[str], ranking: Sequence[int], question: str, budget: Budget
-) -> str:  # fmt: skip
+def best_parts(parts: Sequence[str], ranking: Sequence[int], question: str, budget: Budget) -> str:
     """As many of the first parts of the ranking as fit, in the order of the text."""
-    return longest(
-        lambda count: "".join(parts[index] for index in sorted(ranking[:count])),
-        len(parts), question, budget,
-    )  # fmt: skip
+
+    def best(count: int) -> str:
+        return "".join(parts[index] for index in sorted(ranking[:count]))
+
+    return longest(best, len(parts), question, budget)
 
 
 def chunks(text: str, words: int) -> list[str]:

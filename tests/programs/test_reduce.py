@@ -170,6 +170,7 @@ def test_a_reader_answers_from_the_reduced_context():
     ("context", "question", "size", "message"),
     [
         ("", QUESTION, 90, "the context is empty; ask the question without"),
+        ("\n ", QUESTION, 90, "the context is empty; ask the question without"),
         (TEXT, "", 90, "the question is empty; give what is asked"),
         (TEXT, QUESTION, 20, "the question takes 20 bytes and the budget is 20, .* at least 21"),
     ],

@@ -55,9 +55,9 @@ with its configuration, environment, `rows.jsonl`, figures and `report.md`. An e
 interrupted by Ctrl-C or SIGTERM keeps its rows. `train_lm`, `train_attention`, `long_context_eval`,
 `long_context_retrieval`, `long_context_loss`, `long_icl`, `passkey`, `kv_cache`,
 `effective_length`, `knowledge_extraction`, `impossible_languages`, `longpo`, `long_output`,
-`long_context_data`, `vocab_expansion`, `windowed_training` and sweeps resume when the same command
-is run again with the same `--out`; `long_context_retrieval`, `long_context_loss` and `long_icl`
-also with more documents or other policies.
+`long_context_data`, `vocab_expansion`, `windowed_training`, `context_budget` and sweeps resume when
+the same command is run again with the same `--out`; `long_context_retrieval`, `long_context_loss`
+and `long_icl` also with more documents or other policies.
 Those that ask the questions of tasks also keep every answer, in `answers.jsonl`.
 `lminf list NAME` prints the question, command, time and expected result of one experiment.
 """

@@ -145,10 +145,10 @@ class LongMem:
         spec = self.spec
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         positions = jnp.broadcast_to(positions, tokens.shape)
-        _, sown = self.model.apply(
+        applied: Any = self.model.apply(
             {"params": frozen}, tokens, positions=positions, mutable=["intermediates"]
         )
-        inside = sown["intermediates"]["layers"]
+        inside = applied[1]["intermediates"]["layers"]
         x = decoder.embed_tokens(spec, frozen, tokens)
         x = decoder.place_embeds(spec, frozen, x, positions)
         states = jnp.concatenate([x[None], inside["hidden"][0]])

@@ -77,9 +77,7 @@ def check(context: str, question: str, budget: Budget) -> int:
 
 
 class TextReducer(abc.ABC):
-    """A Reducer whose result is a text."""
-
-    name: str
+    """A Reducer whose result is a text; a subclass gives it a name."""
 
     def reduce(self, context: str, question: str, budget: Budget) -> str:
         """As `Reducer.reduce`."""
@@ -192,10 +190,6 @@ class Reader:
     reducer: TextReducer
     budget: Budget
     split: Callable[[str], tuple[str, str]]  # of a prompt into context and question
-
-    @property
-    def name(self) -> str:
-        return self.reducer.name
 
     def generate(
         self,

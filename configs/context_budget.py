@@ -45,9 +45,12 @@ def get_config(arg: str = "") -> ConfigDict:
     c.recalled = 6  # turns
     c.lookups = lookups()
     if arg == "short":
-        c.length, c.instances, c.budgets = 1024, 32, (256,)
-        c.methods = c.methods[:-1]  # a summary of 100 words takes longer to write than all else
+        # A summary of 100 words takes longer to write than all else to read.
+        c.length, c.instances, c.budgets = 1024, 16, (256,)
+        c.methods = (TRUNCATIONS[2], "bm25", "semantic deletion", "scm", "segments")
+        c.policies = ("snapkv:capacity={c}", "h2o:capacity={c},recent={h},turn={h}")
         c.rounds, c.recalled = 2, 4
+        c.lookups.budgets, c.lookups.tuning.steps = (9, 33), 300
     if arg == "tiny":
         c.model, c.dtype, c.length, c.instances, c.budgets = "tiny", "float32", 600, 4, (300,)
         c.methods = ("truncation of the end", "bm25", "semantic deletion", "scm")

@@ -55,8 +55,8 @@ def check(c: ConfigDict, given: Collection[str] = ()) -> None:
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     memory.keep_pages()
     check(c)
-    yield from prose(c, out)
     yield from Lookup(ConfigDict({**c.lookups.to_dict(), "seed": c.seed})).rows(out)
+    yield from prose(c, out)
 
 
 # --- Numbers in prose -----------------------------------------------------------------------------

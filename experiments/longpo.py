@@ -1,7 +1,6 @@
 """What a small model that is good at short prompts learns about long ones from its own answers.
 
-A document is a row of characters: eight facts, each of them one character that names a key and its
-value, among characters that say nothing. A prompt is a document and a key; the answer is its value.
+Documents and questions are those of _lookups.
 """
 
 from collections import Counter
@@ -19,6 +18,7 @@ from lminf.data import pairs
 from lminf.errors import InputError
 from lminf.evals import score
 from lminf.experiments import _seeds
+from lminf.experiments._lookups import KEYS, MEASURED, TRAINING, Lookups, questions
 from lminf.experiments._main import main
 from lminf.lm.lm import LM
 from lminf.objectives.preference import DPO, longpo
@@ -30,9 +30,6 @@ from lminf.run.progress import Progress
 from lminf.train.loop import fit
 from lminf.train.step import TrainStep
 
-KEYS = VALUES = 8
-FACT, KEY, VALUE, FILLER = 32, 96, 104, 112  # first characters of each kind, eight or more of them
-TRAINING, MEASURED = 0, 1  # random streams
 METHODS = ("none", "sft", "dpo", "longpo")
 
 
@@ -73,53 +70,6 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
         lm = trainings[method].learned(base[seed], out, seed)
         for length in c.lengths:
             yield {"method": method, "seed": seed, "length": length, **measured(c, lm, length)}
-
-
-# --- Documents ------------------------------------------------------------------------------------
-
-
-def documents(
-    random: np.random.Generator, rows: int, length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(documents [rows, length], and of every key its value and its place [rows, KEYS])."""
-    content = random.integers(FILLER, FILLER + 8, (rows, length))
-    values = random.integers(0, VALUES, (rows, KEYS))
-    places = np.argsort(random.random((rows, length)), axis=1)[:, :KEYS]
-    np.put_along_axis(content, places, FACT + VALUES * np.arange(KEYS) + values, axis=1)
-    return content, values, places
-
-
-class Lookups(_seeds.DrawnRows):
-    """Batches of documents, each with many questions about its facts and their answers."""
-
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        random = np.random.default_rng((self.seed, TRAINING, step))
-        count = int(random.integers(1, (self.length - KEYS) // 2))
-        content, values, _ = documents(random, self.rows, self.length + 1 - 2 * count)
-        keys = random.integers(0, KEYS, (self.rows, count))
-        answers = VALUE + np.take_along_axis(values, keys, axis=1)
-        dialogue = np.stack([KEY + keys, answers], axis=2).reshape(self.rows, -1)
-        text = np.concatenate([content, dialogue], axis=1).astype(np.int32)
-        counts = np.zeros(text.shape, np.float32)
-        counts[:, content.shape[1] + 1 :: 2] = 1
-        return {"tokens": text[:, :-1], "targets": text[:, 1:], "weights": counts[:, 1:]}
-
-
-def questions(
-    seeds: Sequence[int], count: int, *, short: int, long: int
-) -> tuple[list[Prompts], list[str]]:
-    """Prompts of `long` and of `short` characters with one question each, and the right answers."""
-    random = np.random.default_rng(seeds)
-    content, values, places = documents(random, count, long - 1)
-    prompts, answers = [], []
-    for row, key in enumerate(random.integers(0, KEYS, count)):
-        place = int(places[row, key])
-        first, last = max(0, place - short + 2), min(place, long - short)
-        start = int(random.integers(first, last + 1))
-        document, question = bytes(content[row].tolist()).decode(), chr(KEY + key)
-        prompts.append(Prompts(document[start : start + short - 1] + question, document + question))
-        answers.append(chr(VALUE + values[row, key]))
-    return prompts, answers
 
 
 def measured(c: ConfigDict, lm: LM, length: int) -> Row:

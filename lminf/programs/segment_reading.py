@@ -119,10 +119,7 @@ def _entropy(logits: Float[Array, "N last V"]) -> Float[Array, " N"]:
 def key_context(
     lm: LM, prompt: str | np.ndarray, how: SegmentReading, *, max_new_tokens: int
 ) -> KeyContext:
-    """The part of a prompt to answer from: it and the answer fit in the model's trained length.
-
-    A prompt that fits is kept whole, without a pass over its segments.
-    """
+    """The part of a prompt to answer from: it and the answer fit in the model's trained length."""
     ids = lm.encode(prompt)[0] if isinstance(prompt, str) else np.asarray(prompt, np.int32)
     room, cut = lm.context_length - max_new_tokens, len(ids) - how.question_len
     fixed = how.head_len + how.question_len
@@ -139,6 +136,15 @@ def key_context(
             f"head and question take {fixed} tokens, but this model was trained at "
             f"{lm.context_length} and the answer takes {max_new_tokens}; shorten them"
         )  # fmt: skip
+    return surest(lm, ids, how, room=room)
+
+
+def surest(lm: LM, ids: Int[np.ndarray, " P"], how: SegmentReading, *, room: int) -> KeyContext:
+    """The key context of at most `room` tokens of a prompt with more tokens than head and question.
+
+    A prompt that fits is kept whole, without a pass over its segments.
+    """
+    cut = len(ids) - how.question_len
     spans = tuple(
         (how.head_len + start, how.head_len + stop)
         for start, stop in segments(cut - how.head_len, how.segment_len, how.overlap)

@@ -33,6 +33,8 @@ RANGES = {
             "key_value_prompts", "lengths", "passkey_length", "passkeys", "positions", "prompt",
             "prompts", "queries", "instances", "contexts", "num_keys", "num_values",
             "longest", "requested", "max_new_tokens", "parts", "validation", "corpus_documents",
+            "words", "span", "embedding_layers", "segment_len", "recalled", "needles",
+            "retrieved_together", "trained_length",
             # worlds
             "sentences", "test_sentences", "people",
         ),
@@ -70,6 +72,7 @@ RANGES = {
     "n_nv": Range(min=1e4, max=1e14),  # as tables of runs have it
     "profile": Range(),  # exponents; of train_lm, steps
     "stages": Range(),  # texts
+    "ratios": Range(min=2, max=MOST),  # tokens to an embedding
 }  # fmt: skip
 # Tuples hold something, but for these of an experiment.
 MAY_BE_EMPTY = {

@@ -45,6 +45,20 @@ def test_it_leaves_rows_figures_and_a_report(name, rows_of_tiny, tmp_path):
     assert_complete(tmp_path)
 
 
+@pytest.mark.usefixtures("quick_compilation")
+def test_context_budget_asks_a_model_and_trains_others(rows_of_tiny, tmp_path):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes
+        rows = rows_of_tiny("context_budget")
+    assert_complete(tmp_path)
+    assert [(row["part"], row["method"], row["budget"]) for row in rows] == [
+        ("lookups", "nothing", 33), ("lookups", "truncation of the middle", 9),
+        ("lookups", "extensible tokenization", 9), ("lookups", "longmem", 9),
+        ("lookups", "lm_infinite", 9),
+        ("prose", "nothing", 600), ("prose", "truncation of the end", 300), ("prose", "bm25", 300),
+        ("prose", "semantic deletion", 300), ("prose", "scm", 300), ("prose", "lm_infinite", 300),
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def quick_compilation():
     """Much is compiled and little computed."""

@@ -19,9 +19,10 @@ from lminf.models.quantization import check_float
 from lminf.models.spec import ModelSpec
 from lminf.objectives import terms
 from lminf.objectives.terms import CrossEntropy, Term
-from lminf.parallel import partition
+from lminf.parallel import partition, pipeline
 from lminf.parallel.attention import Sharded
 from lminf.parallel.loss import token_loss
+from lminf.parallel.pipeline import Pipeline
 from lminf.parallel.partition import Strategy
 from lminf.ranges import Range
 from lminf.surgery.lora import LoRA
@@ -79,6 +80,7 @@ class TrainStep:
     clip: Annotated[float, Range(above=0)] | None = 1.0  # of the gradient's norm
     objective: tuple[Term, ...] = (CrossEntropy(),)  # what is minimised: the sum of these
     lora: LoRA | None = None  # adapters to train, instead of the model
+    pipeline: Pipeline | None = None  # over the mesh's stages, beside the strategy
 
     def __post_init__(self):
         ranges.check(self)
@@ -87,6 +89,15 @@ class TrainStep:
                 raise InputError(
                     f"{policy.name} acts at the end of a prompt, and training has none; train "
                     f"under another policy, such as lm_infinite"
+                )
+        if self.pipeline is not None:
+            pipeline.check(self.spec, self.mesh, self.objective)
+            if self.lora is not None:
+                raise InputError("adapters have no pipeline yet; leave lora or the pipeline out")
+            if self.grad_accum_steps > 1:
+                raise InputError(
+                    f"grad_accum_steps={self.grad_accum_steps}: a pipeline cuts a batch into its "
+                    f"microbatches; set pipeline microbatches, and grad_accum_steps to 1"
                 )
 
     @cached_property
@@ -243,6 +254,11 @@ class TrainStep:
         """What the terms report (`loss` in nats per token), and the gradient of their sum, laid out
         by the strategy. `state` holds the frozen models, where there are any.
         """
+        if self.pipeline is not None:
+            return pipeline.gradients(
+                self.pipeline, self.module, params, batch, mesh=self.mesh, strategy=self.strategy,
+                objective=self.objective,
+            )  # fmt: skip
         state = State(params, None, None, None, None) if state is None else state
         weights = tuple(term.weight(batch) for term in self.objective)
         laid_out = self.gradient_shardings

@@ -1,8 +1,10 @@
-"""Generated pages: docs/experiments.md, docs/results.md and the table of README.md.
+"""Generated pages: docs/experiments.md, docs/results.md, docs/models.md, and the tables of README.md
+and docs/pipelines.md.
 
-    python docs/make_tables.py        writes all three; `make docs` begins with it
+    python docs/make_tables.py        writes them all; `make docs` begins with it
 
-They come from the headers of configs/ and the committed rows of docs/results/ and docs/studies/.
+They come from the headers of configs/, the committed rows of docs/results/ and docs/studies/, and
+the tables of the library.
 """
 
 import importlib
@@ -22,11 +24,13 @@ from lminf.checkpoints.gguf_architectures import ARCHITECTURES
 from lminf.evals import score
 from lminf.experiments import long_context_loss, long_context_retrieval
 from lminf.models.spec import ModelSpec
+from lminf.parallel import simulator
 from lminf.run import folder, header, tables
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 README, MODELS = ROOT / "README.md", FOLDER / "models.md"
+PIPELINES = FOLDER / "pipelines.md"
 EXPERIMENTS, RESULTS = FOLDER / "experiments.md", FOLDER / "results.md"
 BEGIN, END = "<!-- table: docs/make_tables.py -->\n", "<!-- end of table -->\n"
 # Entries of a header that describe other variants of the experiment.
@@ -569,9 +573,19 @@ def readme() -> str:
     for policy in SUMMARY:
         values = [rows.select(policy=policy, start=start)[1]["nll"] for start in STARTS]
         lines.append([POLICIES[policy], *(f"{value:.3f}" for value in values)])
-    text = README.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
+    return with_table(README, lines)
+
+
+def with_table(page: Path, lines: list[list[str]]) -> str:
+    """The page with these lines as its table."""
+    head, rest = page.read_text(encoding="utf-8").split(BEGIN)
     return head + BEGIN + markdown(lines) + END + rest.split(END)[1]
+
+
+def pipelines() -> str:
+    """docs/pipelines.md with the table of the simulator."""
+    rows = simulator.table()
+    return with_table(PIPELINES, [[*rows[0]], *([*row.values()] for row in rows)])
 
 
 MODELS_PAGE = """\
@@ -645,3 +659,4 @@ if __name__ == "__main__":
     EXPERIMENTS.write_text(experiments(), encoding="utf-8")
     RESULTS.write_text(results(), encoding="utf-8")
     README.write_text(readme(), encoding="utf-8")
+    PIPELINES.write_text(pipelines(), encoding="utf-8")

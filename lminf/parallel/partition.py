@@ -84,12 +84,7 @@ STRATEGIES["fsdp"] = STRATEGIES["zero3"]
 # What lminf.parallel.pipeline adds to a strategy. Where the stages do not divide the vocabulary,
 # its rows are divided along the width while they are at rest.
 _STAGE_RULES = (("layers", "stage"), ("vocab", "stage"), ("embed", "stage"))
-PIPELINE = Strategy(
-    _STAGE_RULES,
-    _STAGE_RULES,
-    _STAGE_RULES,
-    (*Strategy.activations, ("vocab", "stage")),
-)
+PIPELINE = Strategy(_STAGE_RULES, _STAGE_RULES, _STAGE_RULES)
 
 
 def parse(text: str) -> Strategy:

@@ -50,6 +50,10 @@ class Schedule:
         return SCHEDULES[self.name]
 
     @property
+    def kinds(self) -> frozenset[str]:
+        return frozenset(each.kind for each in self.passes)
+
+    @property
     def last(self) -> int:
         """The last stage: as many stages as devices and chunks, one after another."""
         return self.devices * self.form.chunks - 1

@@ -32,7 +32,7 @@ def device_bytes(program: TrainStep, *, rows: int, length: int) -> Bytes:
     """What one device holds in a step over `rows` x `length` tokens."""
     state, laid_out = program.shapes, program.shardings
     gradient = state.params
-    if program.grad_accum_steps > 1:  # pieces are added in float32
+    if program.pieces > 1:  # they are added in float32
         gradient = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), gradient)
     return Bytes(
         partition.planned_bytes((state.params, state.frozen), (laid_out.params, laid_out.frozen)),
@@ -49,7 +49,7 @@ def activation_bytes(program: TrainStep, *, rows: int, length: int) -> int:
     s, sizes = program.spec, program.mesh.shape
     rules = {axis for _, axis in program.strategy.activations}
     over = {axis for logical, axis in program.strategy.activations if logical == "batch"}
-    tokens = rows * length / (math.prod(sizes[axis] for axis in over) * program.grad_accum_steps)
+    tokens = rows * length / (math.prod(sizes[axis] for axis in over) * program.pieces)
     tokens /= sizes["context"] if "context" in rules else 1
     slices = sizes["tensor"] if "tensor" in rules else 1
     heads, wide = s.num_heads * s.head_dim, hidden_width(s)
@@ -58,9 +58,11 @@ def activation_bytes(program: TrainStep, *, rows: int, length: int) -> int:
     products += 2 * s.width / slices
     everything = products + 2 * s.width + (3 * heads + 2 * wide) / slices
     kept = {"full": stream, "dots": stream + products, "none": stream + everything}
-    per_token = s.num_layers * kept[program.remat]
+    per_token = s.num_layers / sizes["stage"] * kept[program.remat]
     if program.remat != "none":
         per_token += everything
+    if program.pipeline is not None:
+        per_token += program.pipeline.buffered(program.mesh) * s.width
     return math.ceil(tokens * per_token * jnp.dtype(program.dtype).itemsize)
 
 

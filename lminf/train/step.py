@@ -22,8 +22,8 @@ from lminf.objectives.terms import CrossEntropy, Term
 from lminf.parallel import partition, pipeline
 from lminf.parallel.attention import Sharded
 from lminf.parallel.loss import token_loss
-from lminf.parallel.pipeline import Pipeline
 from lminf.parallel.partition import Strategy
+from lminf.parallel.pipeline import Pipeline
 from lminf.ranges import Range
 from lminf.surgery.lora import LoRA
 from lminf.types import Params
@@ -91,7 +91,7 @@ class TrainStep:
                     f"under another policy, such as lm_infinite"
                 )
         if self.pipeline is not None:
-            pipeline.check(self.spec, self.mesh, self.objective)
+            pipeline.check(self.pipeline, self.spec, self.mesh, self.objective)
             if self.lora is not None:
                 raise InputError("adapters have no pipeline yet; leave lora or the pipeline out")
             if self.grad_accum_steps > 1:
@@ -110,6 +110,11 @@ class TrainStep:
             prefill=Sharded(self.mesh, self.strategy),
             constrain=partition.Constrain(self.mesh, self.strategy),
         )
+
+    @property
+    def pieces(self) -> int:
+        """Parts of a batch that are computed one after another."""
+        return self.grad_accum_steps if self.pipeline is None else self.pipeline.pieces(self.mesh)
 
     # --- State ------------------------------------------------------------------------------------
 
@@ -337,8 +342,13 @@ class TrainStep:
     @cached_property
     def nll(self) -> Callable[[State, Batch], Array]:
         """`nll(state, batch)`: nats of every token, [B, T], whole on every device."""
-        replicated = NamedSharding(self.mesh, PartitionSpec())
-        return jax.jit(
-            lambda state, batch: self.token_loss(state.params, batch, state.frozen).nll,
-            out_shardings=replicated,
-        )
+
+        def nll(state, batch):
+            if self.pipeline is None:
+                return self.token_loss(state.params, batch, state.frozen).nll
+            return pipeline.token_nll(
+                self.pipeline, self.module, state.params, batch, mesh=self.mesh,
+                strategy=self.strategy,
+            )  # fmt: skip
+
+        return jax.jit(nll, out_shardings=NamedSharding(self.mesh, PartitionSpec()))

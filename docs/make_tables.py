@@ -1,5 +1,6 @@
-"""Generated pages: docs/experiments.md, docs/results.md, docs/models.md, and the tables of README.md
-and docs/pipelines.md.
+"""Generated pages: docs/experiments.md, docs/results.md, docs/models.md; tables of two others.
+
+README.md and docs/pipelines.md are written by hand, but for their table.
 
     python docs/make_tables.py        writes them all; `make docs` begins with it
 

@@ -26,8 +26,9 @@ from lminf.models.spec import ModelSpec
 from lminf.objectives.terms import CrossEntropy, Term, ZLoss, token_weights
 from lminf.parallel import partition, schedules
 from lminf.parallel.partition import Strategy
-from lminf.parallel.pipeline_device import AXIS, BY_VOCABULARY, Device, tabulate
+from lminf.parallel.pipeline_device import AXIS, BY_VOCABULARY, Device
 from lminf.parallel.schedules import Schedule
+from lminf.parallel.ticks import tabulate
 from lminf.ranges import Range
 from lminf.types import Params
 
@@ -85,11 +86,11 @@ def check(pipeline: Pipeline, spec: ModelSpec, mesh: Mesh, objective: tuple[Term
     stages = mesh.shape[AXIS]
     if stages == 1:
         raise InputError("a pipeline needs stages; set mesh.stage to 2 or more")
-    for axis in ("tensor", "context", "expert"):
+    for axis in ("context", "expert"):
         if mesh.shape[axis] > 1:
             raise InputError(
-                f"mesh.{axis}={mesh.shape[axis]}: a pipeline runs beside data and fsdp only; set "
-                f"mesh.{axis}=1"
+                f"mesh.{axis}={mesh.shape[axis]}: a pipeline runs beside data, fsdp and tensor only; "
+                f"set mesh.{axis}=1"
             )
     if spec.num_layers % stages:
         raise InputError(
@@ -158,6 +159,10 @@ def _run(schedule, device, module, params, batch, mesh, strategy):
     batch = {"positions": positions, **batch}
     rows = partition.spec(("batch", "length"), tokens.shape, strategy.activations, mesh)
     module = module.clone(prefill=attend.prefill, constrain=layers.unconstrained)
+    # What `tensor` slices is left to the compiler, which cannot divide other kernels than XLA's.
+    by_hand = {name for name, size in mesh.shape.items() if name != "tensor" or size == 1}
+    if "tensor" not in by_hand:
+        module = module.clone(implementation="xla_chunked")
     ticks, slots = tabulate(schedule)
 
     def local(params, batch):
@@ -175,6 +180,7 @@ def _run(schedule, device, module, params, batch, mesh, strategy):
     where = {name: P(AXIS) if name in (*BY_VOCABULARY, "layers") else P() for name in params}
     out = where if "B" in schedule.kinds else {}
     nll, gradient = jax.shard_map(
-        local, mesh=mesh, in_specs=(where, rows), out_specs=(rows, out), check_vma=False
-    )(padded, batch)
+        local, mesh=mesh, in_specs=(where, rows), out_specs=(rows, out), axis_names=by_hand,
+        check_vma=False,
+    )(padded, batch)  # fmt: skip
     return nll, {name: g[:size] if name in BY_VOCABULARY else g for name, g in gradient.items()}

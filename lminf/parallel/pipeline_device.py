@@ -14,67 +14,17 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lminf.attention import rope
 from lminf.models import decoder, layers
 from lminf.parallel import vocabulary
 from lminf.parallel.schedules import VOCABULARIES, Schedule
+from lminf.parallel.ticks import KINDS, Slots, Ticks
 from lminf.types import Hidden, Params
 
 AXIS = "stage"
 BY_VOCABULARY = ("embed", "head")  # parameters whose rows are divided over the stages
-KINDS = ("", "F", "S", "B", "T", "W")  # of a tick's pass; the first is none
-
-
-class Ticks(NamedTuple):
-    """A schedule as arrays."""
-
-    op: Int[np.ndarray, "ticks p"]  # index into KINDS
-    microbatch: Int[np.ndarray, "ticks p"]  # of the pass
-    softmax: Int[np.ndarray, " ticks"]  # the microbatch whose S is done everywhere, or -1
-    hidden: Int[np.ndarray, " ticks"]  # the one whose T is
-
-
-class Slots(NamedTuple):
-    """Microbatches that each buffer of a device must hold at once: what a schedule costs."""
-
-    inputs: int  # of a stage, until its backward
-    gradients: int  # of a stage's output
-    hidden: int  # of the last stage, until T
-    softmax: int  # from S until T
-    parts: int  # of the gradient of hidden states, from T until the second barrier
-
-
-def tabulate(schedule: Schedule) -> tuple[Ticks, Slots]:
-    """The schedule as arrays, and the sizes of the buffers that serve it."""
-    p, m, at = schedule.devices, schedule.microbatches, {}
-    shape = (1 + max(each.tick for each in schedule.passes), p)
-    op, microbatch = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    for device, tick, kind, i, _ in schedule.passes:
-        at[kind, device, i] = tick
-        op[tick, device], microbatch[tick, device] = KINDS.index(kind), i
-    done = {(kind, i): max(at.get((kind, device, i), -1) for device in range(p))
-            for kind in "ST" for i in range(m)}  # fmt: skip
-    barriers = np.full((2, len(op)), -1, np.int32)
-    for (kind, i), tick in done.items():
-        barriers["ST".index(kind), tick] = i if tick >= 0 else -1
-    last = "T" if schedule.vocab == "two_barriers" else "S"
-    spans = []  # of each buffer: from when to when
-    for d, i in ((d, i) for d in range(p) for i in range(m)):
-        freed = at.get(("W" if schedule.form.split else "B", d, i), at["F", d, i])
-        used = max(at.get(("T", d, i), -1), done["S", i])
-        arrived = done[last, i] if d == p - 1 else at.get(("B", d + 1, i), freed)
-        starts = (at["F", max(d - 1, 0), i], arrived, at["F", p - 1, i], at["S", d, i], used)
-        spans.append((d, i, starts, (freed, freed, used, used, done[last, i])))
-    # Rings: no microbatch may take the place of an earlier one that is still to be read.
-    slots = [
-        max(i - before + 1 for d, i, starts, _ in spans for other, before, _, ends in spans
-            if d == other and before <= i and (before == i or starts[n] < ends[n]))
-        for n in range(len(Slots._fields))
-    ]  # fmt: skip
-    return Ticks(op, microbatch, *barriers), Slots(*slots)
 
 
 def _read(ring: Any, i: Int[Array, ""]) -> Any:
@@ -144,6 +94,7 @@ class Device:
         """Before the first tick."""
         (_, *shape), width = self.batch["tokens"].shape, self.module.spec.width
         x = jax.ShapeDtypeStruct((*shape, width), self.module.dtype)
+        part = jax.ShapeDtypeStruct(x.shape, jnp.float32)
         softmax = jax.eval_shape(self._softmax, x, jnp.int32(0))
 
         def empty(slots, tree):
@@ -153,7 +104,7 @@ class Device:
         of = self.slots
         return Carry(
             empty(of.inputs, x), empty(of.gradients, x), empty(of.hidden, x),
-            empty(of.softmax, softmax), empty(of.parts, x),
+            empty(of.softmax, softmax), empty(of.parts if self.barriers == 2 else 0, part),
             jnp.zeros(self.batch["tokens"].shape, jnp.float32),
             jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), trained),
         )  # fmt: skip

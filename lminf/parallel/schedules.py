@@ -12,6 +12,7 @@ Sources: Huang et al. 2019, arXiv:1811.06965 (GPipe); Narayanan et al. 2021, arX
 Yeung et al. 2024, arXiv:2411.05288 (the vocabulary).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -115,6 +116,7 @@ def unit(kind: str, device: int) -> int:
     return 1
 
 
+@functools.cache
 def build(
     name: str, *, devices: int, microbatches: int, vocab: str, duration: Duration = unit
 ) -> Schedule:

@@ -12,7 +12,8 @@ from lminf.models import spec
 from lminf.objectives.preference import DPO
 from lminf.objectives.terms import CrossEntropy, ZLoss
 from lminf.parallel import mesh, partition, pipeline
-from lminf.parallel.pipeline_device import Device, tabulate
+from lminf.parallel.pipeline_device import Device
+from lminf.parallel.ticks import tabulate
 from lminf.surgery.lora import LoRA
 from lminf.train import batches, compiled, planning
 from tests.models import specs
@@ -95,6 +96,7 @@ def passes_run(monkeypatch):
         (2, "gpipe:vocab=two_barriers,microbatches=2", {}),
         (2, "1f1b:vocab=two_barriers,microbatches=4", {"strategy": "zero3", "fsdp": 2}),
         (4, "zero_bubble:microbatches=4", {"data": 2}),
+        (2, "1f1b:microbatches=4", {"strategy": "tensor", "tensor": 2, "data": 2}),
         (8, "1f1b:microbatches=8", {}),
     ],
 )
@@ -169,7 +171,7 @@ def test_buffers_hold_what_the_schedule_keeps_in_flight():
         ("1f1b", {"data": 8}, "a pipeline needs stages; set mesh.stage to 2 or more"),
         ("1f1b", {"stage": 8, "shape": making.SPEC}, "2 layers do not divide over mesh.stage=8"),
         ("1f1b:microbatches=3", {"stage": 4}, "1f1b over 4 stages needs at least 4 microbatches"),
-        ("1f1b", {"stage": 2, "tensor": 2, "strategy": "tensor"}, "beside data and fsdp only"),
+        ("1f1b", {"stage": 2, "context": 2, "strategy": "context"}, "fsdp and tensor only"),
         ("1f1b", {"stage": 2, "grad_accum_steps": 2}, "cuts a batch into its microbatches"),
         ("1f1b", {"stage": 2, "lora": LoRA(rank=2)}, "adapters have no pipeline yet"),
         ("1f1b", {"stage": 2, "objective": (DPO(),)}, "cross-entropy and z-loss, not DPO"),

@@ -89,8 +89,8 @@ def check(pipeline: Pipeline, spec: ModelSpec, mesh: Mesh, objective: tuple[Term
     for axis in ("context", "expert"):
         if mesh.shape[axis] > 1:
             raise InputError(
-                f"mesh.{axis}={mesh.shape[axis]}: a pipeline runs beside data, fsdp and tensor only; "
-                f"set mesh.{axis}=1"
+                f"mesh.{axis}={mesh.shape[axis]}: a pipeline runs beside data, fsdp and tensor "
+                f"only; set mesh.{axis}=1"
             )
     if spec.num_layers % stages:
         raise InputError(

@@ -100,12 +100,13 @@ def check(pipeline: Pipeline, spec: ModelSpec, mesh: Mesh, objective: tuple[Term
     if spec.moe is not None or spec.head_bias or spec.logit_scale != 1.0:
         what = "experts" if spec.moe else "a bias or a scale of its logits"
         raise InputError(f"a model with {what} has no pipeline yet; leave the pipeline out")
-    for term in objective:
-        if not isinstance(term, CrossEntropy | ZLoss) or getattr(term, "prefix", ""):
-            raise InputError(
-                f"a pipeline minimises the cross-entropy and z-loss, not {type(term).__name__}; "
-                f"leave the pipeline out"
-            )
+    kinds = sorted(type(term).__name__ for term in objective)
+    prefixes = [term.prefix for term in objective if isinstance(term, CrossEntropy)]
+    if kinds[:1] != ["CrossEntropy"] or kinds[1:] not in ([], ["ZLoss"]) or prefixes != [""]:
+        raise InputError(
+            f"a pipeline minimises one cross-entropy of the tokens, and z-loss beside it, not "
+            f"{' + '.join(kinds)}; leave the pipeline out"
+        )
     pipeline.build(mesh)
 
 

@@ -260,10 +260,11 @@ class TrainStep:
         by the strategy. `state` holds the frozen models, where there are any.
         """
         if self.pipeline is not None:
-            return pipeline.gradients(
+            reported, gradient = pipeline.gradients(
                 self.pipeline, self.module, params, batch, mesh=self.mesh, strategy=self.strategy,
                 objective=self.objective,
             )  # fmt: skip
+            return reported, jax.lax.with_sharding_constraint(gradient, self.gradient_shardings)
         state = State(params, None, None, None, None) if state is None else state
         weights = tuple(term.weight(batch) for term in self.objective)
         laid_out = self.gradient_shardings

@@ -93,8 +93,7 @@ def passes_run(monkeypatch):
 @pytest.mark.parametrize(
     ("stages", "text", "sizes"),
     [
-        (2, "gpipe:vocab=two_barriers,microbatches=2", {}),
-        (2, "1f1b:vocab=two_barriers,microbatches=4", {"strategy": "zero3", "fsdp": 2}),
+        (2, "gpipe:vocab=two_barriers,microbatches=2", {"strategy": "zero3", "fsdp": 2}),
         (4, "zero_bubble:microbatches=4", {"data": 2}),
         (2, "1f1b:microbatches=4", {"strategy": "tensor", "tensor": 2, "data": 2}),
         (8, "1f1b:microbatches=8", {}),
@@ -107,11 +106,12 @@ def test_a_pipelined_gradient_equals_that_of_a_single_device(stages, text, sizes
 
 
 @pytest.mark.slow
-def test_every_device_runs_its_passes_in_the_order_of_the_schedule(monkeypatch):
+def test_every_device_runs_its_passes_in_the_order_of_the_schedule(monkeypatch, alone):
     seen = passes_run(monkeypatch)
-    made = program("1f1b:microbatches=4", stage=2)
-    gradients(made)
+    made = program("1f1b:vocab=two_barriers,microbatches=4", stage=2)
+    _, gradient = gradients(made)
     jax.effects_barrier()
+    assert making.largest_difference(gradient, alone[1]) < making.ATOL
     schedule = made.pipeline.build(made.mesh)
     for device in range(2):
         expected = [
@@ -122,7 +122,7 @@ def test_every_device_runs_its_passes_in_the_order_of_the_schedule(monkeypatch):
 
 @pytest.mark.slow
 def test_the_vocabulary_takes_the_same_memory_of_every_device_as_the_stages_grow():
-    """As the compiler laid the whole step out: a row more on each device costs the same."""
+    """As the compiler laid it out: a row more on each device costs the same."""
     rows, costs = 512, []
     for stages in (2, 4):
         totals = []
@@ -130,8 +130,9 @@ def test_the_vocabulary_takes_the_same_memory_of_every_device_as_the_stages_grow
             shape = dataclasses.replace(SHAPE, num_layers=4, windows=(None,) * 4,
                                         vocab_size=stages * each)  # fmt: skip
             made = program(f"1f1b:microbatches={stages}", shape=shape, stage=stages)
-            arguments = compiled.shapes_of(made, 2 * stages, making.LENGTH)
-            totals.append(compiled.memory_of(made.step.lower(*arguments).compile()).total)
+            state, inputs = compiled.shapes_of(made, 2 * stages, making.LENGTH)
+            step = jax.jit(made.gradients, out_shardings=(None, made.gradient_shardings))
+            totals.append(compiled.memory_of(step.lower(state.params, inputs).compile()).total)
         costs.append((totals[1] - totals[0]) / rows)
     assert costs[1] == pytest.approx(costs[0], rel=0.1)
 
@@ -174,7 +175,7 @@ def test_buffers_hold_what_the_schedule_keeps_in_flight():
         ("1f1b", {"stage": 2, "context": 2, "strategy": "context"}, "fsdp and tensor only"),
         ("1f1b", {"stage": 2, "grad_accum_steps": 2}, "cuts a batch into its microbatches"),
         ("1f1b", {"stage": 2, "lora": LoRA(rank=2)}, "adapters have no pipeline yet"),
-        ("1f1b", {"stage": 2, "objective": (DPO(),)}, "cross-entropy and z-loss, not DPO"),
+        ("1f1b", {"stage": 2, "objective": (DPO(),)}, "cross-entropy of the tokens, .* not DPO"),
         ("1f2b", {}, "no pipeline is called '1f2b'; did you mean '1f1b'"),
         ("v_half", {"stage": 2}, "v_half puts layers of two depths on each device"),
         ("1f1b:vocab=last_stage", {"stage": 2}, "without their share of the vocabulary's work"),

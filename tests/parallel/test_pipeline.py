@@ -36,14 +36,6 @@ def as_users_run_it():
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_fast():
-    """Much is compiled and little computed."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def program(text, **changes):
     options = {"shape": SHAPE, "objective": OBJECTIVE, **changes}
     return making.program(pipeline=pipeline.parse(text), **{"data": 1, **options})

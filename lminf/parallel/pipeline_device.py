@@ -259,6 +259,6 @@ def _microbatch(row: Ticks, device: Any, kind: str) -> Int[Array, ""]:
     return jnp.where(row.op[device] == KINDS.index(kind), row.microbatch[device], -1)
 
 
-def _when(i: Array, step: Callable[..., Carry], carry: Carry, *args: Array) -> Carry:
+def _when(i: Any, step: Callable[..., Carry], carry: Carry, *args: Array) -> Carry:
     """The carry after `step` with microbatch i, where there is one."""
     return jax.lax.cond(i >= 0, step, lambda carry, *_: carry, carry, i, *args)

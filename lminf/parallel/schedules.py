@@ -102,10 +102,16 @@ def _in_a_v(p: int, device: int, m: int) -> tuple[Sequence, Sequence]:
     return ordered(forward), ordered(backward)
 
 
+def _interleaved_ahead(p: int, device: int, m: int) -> tuple[int, int]:
+    """As many as Megatron-LM warms up with, in microbatches x chunks, and one."""
+    limit = 3 * p - 2 * device - 1
+    return limit, limit
+
+
 SCHEDULES = {
     "gpipe": Form(1, False, False, _in_turn, lambda p, d, m: (m, m)),
     "1f1b": Form(1, False, False, _in_turn, lambda p, d, m: (p - d, p - d)),
-    "interleaved": Form(2, False, False, _in_groups, lambda p, d, m: (3 * p - 2 * d - 1,) * 2),
+    "interleaved": Form(2, False, False, _in_groups, _interleaved_ahead),
     "zero_bubble": Form(1, True, False, _in_turn, lambda p, d, m: (p - d, p)),
     "v_half": Form(2, True, True, _in_a_v, lambda p, d, m: (p + 1, p + 2)),
 }
@@ -196,8 +202,10 @@ def _listed(schedule: Schedule) -> list[Pass]:
     while len(run.passes) < total:
         for device in range(p):
             for kind in PRIORITY if run.free[device] <= tick else "":
-                if queues[device][kind] and ready(device, kind, *queues[device][kind][0], tick):
-                    run.add(device, tick, kind, *queues[device][kind].pop(0))
+                chunk, i = queues[device][kind][0] if queues[device][kind] else (0, -1)
+                if i >= 0 and ready(device, kind, chunk, i, tick):
+                    queues[device][kind].pop(0)
+                    run.add(device, tick, kind, chunk, i)
                     counts[device][kind] = counts[device].get(kind, 0) + 1
                     break
         tick += 1

@@ -94,7 +94,7 @@ def reduce_softmax(
         softmax_weight=weight * (1 + 2 * z_loss * lse) * own / total, label_weight=weight
     )
     gradient = None
-    if local.softmax_rows is not None:
+    if local.softmax_rows is not None and local.label_rows is not None:
         part = local.softmax_weight[:, None] * local.softmax_rows
         gradient = jax.lax.psum(part - weight[:, None] * local.label_rows, axis)
     return Reduced(lse - label_logit, lse, gradient, local)

@@ -112,6 +112,7 @@ def test_every_device_runs_its_passes_in_the_order_of_the_schedule(monkeypatch, 
     _, gradient = gradients(made)
     jax.effects_barrier()
     assert making.largest_difference(gradient, alone[1]) < making.ATOL
+    assert made.pipeline is not None
     schedule = made.pipeline.build(made.mesh)
     for device in range(2):
         expected = [

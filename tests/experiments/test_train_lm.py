@@ -465,7 +465,8 @@ def test_a_pipeline_trains_and_evaluates_as_one_device_does(tmp_path):
             *(["--config.pipeline=1f1b:vocab=one_barrier"] if name == "piped" else ()),
         )  # fmt: skip
         out = folder.RunFolder(tmp_path / name)
-        rows = list(train_lm.run(request.parse("train_lm", words).config, out))
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            rows = list(train_lm.run(request.parse("train_lm", words).config, out))
         found[name] = [row["loss"] for row in rows] + list(losses(tmp_path / name).values())
     assert len(found["piped"]) > 3
     np.testing.assert_allclose(found["piped"], found["alone"], atol=1e-4)

@@ -53,6 +53,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.not_finite = "stop"  # or skip: count the step and go on
     c.mesh = to_config(MeshShape())
     c.strategy = "data"  # data, zero1, zero2, zero3, tensor, context, expert, or name+name
+    # Over mesh.stage: gpipe, 1f1b or zero_bubble, as in 1f1b:vocab=one_barrier,microbatches=16.
+    c.pipeline = ""
     c.processes = to_config(Distributed())
     c.evaluate = ConfigDict()
     c.evaluate.every = 250  # steps; the state is saved each time

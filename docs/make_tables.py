@@ -1,9 +1,11 @@
-"""Generated pages: docs/experiments.md, docs/results.md, and the tables of README.md and
-docs/ngram.md.
+"""Generated pages: docs/experiments.md, docs/results.md, docs/models.md; tables of three others.
 
-    python docs/make_tables.py        writes all of them; `make docs` begins with it
+README.md, docs/ngram.md and docs/pipelines.md are written by hand, but for their tables.
 
-They come from the headers of configs/ and the committed rows of docs/results/ and docs/studies/.
+    python docs/make_tables.py        writes them all; `make docs` begins with it
+
+They come from the headers of configs/, the committed rows of docs/results/ and docs/studies/, and
+the tables of the library.
 """
 
 import importlib
@@ -25,11 +27,13 @@ from lminf.checkpoints.gguf_architectures import ARCHITECTURES
 from lminf.evals import score
 from lminf.experiments import infinigram, long_context_loss, long_context_retrieval
 from lminf.models.spec import ModelSpec
+from lminf.parallel import simulator
 from lminf.run import folder, header, tables
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 README, MODELS, NGRAM = ROOT / "README.md", FOLDER / "models.md", FOLDER / "ngram.md"
+PIPELINES = FOLDER / "pipelines.md"
 EXPERIMENTS, RESULTS = FOLDER / "experiments.md", FOLDER / "results.md"
 BEGIN, END = "<!-- table: docs/make_tables.py -->\n", "<!-- end of table -->\n"
 # Entries of a header that describe other variants of the experiment.
@@ -683,6 +687,12 @@ def ngram_growth(rows: list[dict[str, Any]]) -> str:
     return markdown(lines)
 
 
+def pipelines() -> str:
+    """docs/pipelines.md with the table of the simulator."""
+    rows = simulator.table()
+    return with_table(PIPELINES, markdown([[*rows[0]], *([*row.values()] for row in rows)]))
+
+
 MODELS_PAGE = """\
 # Models
 
@@ -755,3 +765,4 @@ if __name__ == "__main__":
     RESULTS.write_text(results(), encoding="utf-8")
     README.write_text(readme(), encoding="utf-8")
     NGRAM.write_text(ngram(), encoding="utf-8")
+    PIPELINES.write_text(pipelines(), encoding="utf-8")

@@ -23,7 +23,7 @@ from lminf.models import layer_policies, spec
 from lminf.models.routers import ROUTERS
 from lminf.models.spec import ModelSpec, MoESpec
 from lminf.objectives import terms
-from lminf.parallel import mesh, partition
+from lminf.parallel import mesh, partition, pipeline
 from lminf.parallel.distributed import Distributed
 from lminf.run import trackers
 from lminf.surgery.lora import LoRA
@@ -41,7 +41,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Settings that another call of the same run may have otherwise: what they change is how long it is,
 # where it lies and what it reports, but not what a step computes.
 MAY_CHANGE = (
-    "steps", "mesh", "strategy", "processes", "remat", "evaluate.every", "evaluate.sample",
+    "steps", "mesh", "strategy", "pipeline", "processes", "remat", "evaluate.every", "evaluate.sample",
     "checkpoint.every", "checkpoint.last", "export", "log_every", "watch", "profile",
 )  # fmt: skip
 
@@ -208,6 +208,8 @@ def program_of(
     first stage.
     """
     strategy = partition.parse(c.strategy)
+    piped = pipeline.parse(c.pipeline) if c.pipeline else None
+    strategy = strategy * partition.PIPELINE if piped else strategy
     sizes = from_config(c.mesh, mesh.MeshShape)
     laid_out = mesh.make(sizes) if absent is None else mesh.absent(sizes, absent)
     partition.check(strategy, laid_out)
@@ -225,6 +227,7 @@ def program_of(
         clip=c.clip or None,
         objective=terms.language_modeling(shape, z_loss=c.z_loss),
         lora=parse_choice(c.lora, {"lora": LoRA}, what="adapter") if c.lora else None,
+        pipeline=piped,
     )
     return stages_of(c).programs(program)[0]
 

@@ -59,7 +59,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     data = _training.data_of(c, start.tokenizer, share, vocab_size=start.spec.vocab_size)
     for shape in data.shapes:
         example = dict.fromkeys(("tokens", "targets"), np.zeros(shape, np.int32))
-        batches.check(example, grad_accum_steps=c.grad_accum_steps, arrays=program.arrays, **place)
+        batches.check(example, pieces=program.pieces, arrays=program.arrays, **place)
     lm = LM(program.spec, {}, start.tokenizer, start.policy)
     if not ended:
         check_ending(c, program, lm)

@@ -47,7 +47,7 @@ def programs_are_not_kept():
 
 
 # These compile much and compute little in their slower lanes too: a fifth of the time is saved.
-COMPILE_BOUND = ("tests/lm/", "tests/programs/", "tests/parity/test_live.py")
+COMPILE_BOUND = ("tests/lm/", "tests/parallel/", "tests/programs/", "tests/parity/test_live.py")
 
 
 @pytest.fixture(autouse=True)

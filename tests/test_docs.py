@@ -298,6 +298,11 @@ def test_the_tables_of_ngrams_are_those_of_the_rows():
     assert page == make_tables.ngram(), "run: python docs/make_tables.py"
 
 
+def test_the_table_of_pipelines_is_what_the_simulator_says():
+    page = (ROOT / "docs/pipelines.md").read_text()
+    assert page == make_tables.pipelines(), "run: python docs/make_tables.py"
+
+
 def test_every_page_is_in_the_site():
     listed = re.findall(r"^  - .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))

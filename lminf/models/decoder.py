@@ -6,7 +6,7 @@ pattern of different policies (local and global layers in turn) makes one step o
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -120,10 +120,10 @@ class Decoder(nn.Module):
             for name in ("intermediates", moe.ROUTING)
             if self.is_mutable_collection(name) and not self.is_initializing()
         ]
-        attentions, new_positions = self._attentions(
+        attentions, new_positions = self.attentions(
             x.shape[1], positions, segments, caches, bidirectional
         )
-        x, kv, sown = self._run_layers(stacked, x, attentions, collections, tokens)
+        x, kv, sown = self.run_layers(stacked, x, attentions, collections, tokens)
         for name, collected in sown.items():
             self.put_variable(name, "layers", collected)
         x = self.constrain(
@@ -191,7 +191,14 @@ class Decoder(nn.Module):
                 f"its text at once; read texts under Full, without caches and context_axis"
             )
 
-    def _attentions(self, length, positions, segments, caches, bidirectional):
+    def attentions(
+        self,
+        length: int,
+        positions: Positions,
+        segments: Int[Array, "B T"] | None = None,
+        caches: tuple[cache.Cache, ...] | None = None,
+        bidirectional: bool = False,
+    ) -> tuple[list[layer_scan.LayerAttention], Sequence[Array]]:
         """How each layer of a period attends, and the positions that its cache then holds."""
         options = {"context_axis": self.context_axis, "implementation": self.implementation}
         period = len(caches) if caches else period_of(self.spec, self.policies)
@@ -227,7 +234,14 @@ class Decoder(nn.Module):
         ]
         return attentions, [new_positions for _, new_positions in extends]
 
-    def _run_layers(self, params, x, attentions, collections, tokens):
+    def run_layers(
+        self,
+        params: Mapping[str, Params],
+        x: Hidden,
+        attentions: Sequence[layer_scan.LayerAttention],
+        collections: Sequence[str] = (),
+        tokens: Tokens | None = None,
+    ) -> tuple[Hidden, list[layer_scan.KV], dict[str, Any]]:
         """Hidden states after the layers, their keys and values, and what `collections` got."""
 
         def run_layer(block, x, layer_params, attend_, kv, row) -> tuple[Hidden, Any, Any]:
@@ -243,7 +257,7 @@ class Decoder(nn.Module):
         if self.remat is not None:
             run_layer = jax.checkpoint(run_layer, policy=self.remat, static_argnums=(0, 3))
         stages = [
-            (layers.Block(stage, self.constrain), params[name])
+            (layers.Block(stage, self.constrain, parent=None), params[name])
             for name, stage in stages_of(self.spec).items()
         ]
         return layer_scan.scan_layers(run_layer, x, stages, attentions)

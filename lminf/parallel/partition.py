@@ -81,6 +81,10 @@ STRATEGIES["expert"] = Strategy(
     (*Strategy.activations, ("batch", "expert"), *EXPERT_RULES),
 )
 STRATEGIES["fsdp"] = STRATEGIES["zero3"]
+# What lminf.parallel.pipeline adds to a strategy. Where the stages do not divide the vocabulary,
+# its rows are divided along the width while they are at rest.
+_STAGE_RULES = (("layers", "stage"), ("vocab", "stage"), ("embed", "stage"))
+PIPELINE = Strategy(_STAGE_RULES, _STAGE_RULES, _STAGE_RULES)
 
 
 def parse(text: str) -> Strategy:
@@ -107,6 +111,7 @@ def check(strategy: Strategy, mesh: Mesh) -> None:
         if size > 1 and axis not in used:
             known = axis in STRATEGIES
             instead = f"add it, as in zero3+{axis}" if known else "use mesh.data for its devices"
+            instead = "give a pipeline, such as 1f1b" if axis == "stage" else instead
             raise InputError(
                 f"mesh.{axis}={size} but the strategy divides nothing over {axis}; {instead}, or "
                 f"set mesh.{axis}=1"

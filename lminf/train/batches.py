@@ -80,7 +80,7 @@ def check(
     *,
     mesh: Mesh,
     strategy: Strategy,
-    grad_accum_steps: int,
+    pieces: int,  # grad_accum_steps, or the microbatches of a pipeline
     arrays: Sequence[str] = ("tokens", "targets"),
 ) -> None:
     """Refuses a batch that lacks one of `arrays`, or that the mesh cannot divide evenly."""
@@ -95,11 +95,11 @@ def check(
     copies = _copies(mesh, strategy)
     for name, array in batch.items():
         rows, *rest = array.shape
-        if rows % (copies * grad_accum_steps):
+        if rows % (copies * pieces):
             raise InputError(
-                f"a batch of {rows} rows does not divide into {grad_accum_steps} x {copies} "
-                f"(grad_accum_steps x {' and '.join(_axes(strategy))} devices); make the batch a "
-                f"multiple of {copies * grad_accum_steps}"
+                f"a batch of {rows} rows does not divide into {pieces} x {copies} "
+                f"(grad_accum_steps or microbatches x {' and '.join(_axes(strategy))} devices); "
+                f"make the batch a multiple of {copies * pieces}"
             )
         if name.endswith(("tokens", "targets")) and rest[0] % mesh.shape["context"]:
             raise InputError(

@@ -32,7 +32,7 @@ def device_bytes(program: TrainStep, *, rows: int, length: int) -> Bytes:
     """What one device holds in a step over `rows` x `length` tokens."""
     state, laid_out = program.shapes, program.shardings
     gradient = state.params
-    if program.grad_accum_steps > 1:  # pieces are added in float32
+    if program.pieces > 1:  # they are added in float32
         gradient = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), gradient)
     return Bytes(
         partition.planned_bytes((state.params, state.frozen), (laid_out.params, laid_out.frozen)),
@@ -48,7 +48,9 @@ def activation_bytes(program: TrainStep, *, rows: int, length: int) -> int:
     """Kept for the backward, and the largest layer's own work while it is computed again."""
     kept, working = activation_channels(program)
     tokens = local_tokens(program, rows=rows, length=length)
-    per_token = program.spec.num_layers * kept + working
+    per_token = program.spec.num_layers / program.mesh.shape["stage"] * kept + working
+    if program.pipeline is not None:
+        per_token += program.pipeline.buffered(program.mesh) * program.spec.width
     return math.ceil(tokens * per_token * jnp.dtype(program.dtype).itemsize)
 
 
@@ -56,7 +58,7 @@ def local_tokens(program: TrainStep, *, rows: int, length: int) -> float:
     """Tokens of one piece of a batch that a device works on; with `tensor`, others too."""
     sizes = program.mesh.shape
     over = {axis for logical, axis in program.strategy.activations if logical == "batch"}
-    tokens = rows * length / (math.prod(sizes[axis] for axis in over) * program.grad_accum_steps)
+    tokens = rows * length / (math.prod(sizes[axis] for axis in over) * program.pieces)
     in_context = any(axis == "context" for _, axis in program.strategy.activations)
     return tokens / (sizes["context"] if in_context else 1)
 

@@ -20,10 +20,11 @@ from lminf.models.routers import rebalanced
 from lminf.models.spec import ModelSpec
 from lminf.objectives import terms
 from lminf.objectives.terms import CrossEntropy, Term
-from lminf.parallel import partition
+from lminf.parallel import partition, pipeline
 from lminf.parallel.attention import Sharded
 from lminf.parallel.loss import token_loss
 from lminf.parallel.partition import Strategy
+from lminf.parallel.pipeline import Pipeline
 from lminf.ranges import Range
 from lminf.surgery.lora import LoRA
 from lminf.types import Params
@@ -80,6 +81,7 @@ class TrainStep:
     clip: Annotated[float, Range(above=0)] | None = 1.0  # of the gradient's norm
     objective: tuple[Term, ...] = (CrossEntropy(),)  # what is minimised: the sum of these
     lora: LoRA | None = None  # adapters to train, instead of the model
+    pipeline: Pipeline | None = None  # over the mesh's stages, beside the strategy
 
     def __post_init__(self):
         ranges.check(self)
@@ -88,6 +90,15 @@ class TrainStep:
                 raise InputError(
                     f"{policy.name} acts at the end of a prompt, and training has none; train "
                     f"under another policy, such as lm_infinite"
+                )
+        if self.pipeline is not None:
+            pipeline.check(self.pipeline, self.spec, self.mesh, self.objective)
+            if self.lora is not None:
+                raise InputError("adapters have no pipeline yet; leave lora or the pipeline out")
+            if self.grad_accum_steps > 1:
+                raise InputError(
+                    f"grad_accum_steps={self.grad_accum_steps}: a pipeline cuts a batch into its "
+                    f"microbatches; set pipeline microbatches, and grad_accum_steps to 1"
                 )
 
     @cached_property
@@ -100,6 +111,11 @@ class TrainStep:
             prefill=Sharded(self.mesh, self.strategy),
             constrain=partition.Constrain(self.mesh, self.strategy),
         )
+
+    @property
+    def pieces(self) -> int:
+        """Parts of a batch that are computed one after another."""
+        return self.grad_accum_steps if self.pipeline is None else self.pipeline.pieces(self.mesh)
 
     # --- State ------------------------------------------------------------------------------------
 
@@ -244,6 +260,12 @@ class TrainStep:
         """What the terms report (`loss` in nats per token), and the gradient of their sum, laid out
         by the strategy. `state` holds the frozen models, where there are any.
         """
+        if self.pipeline is not None:
+            reported, gradient = pipeline.gradients(
+                self.pipeline, self.module, params, batch, mesh=self.mesh, strategy=self.strategy,
+                objective=self.objective,
+            )  # fmt: skip
+            return reported, jax.lax.with_sharding_constraint(gradient, self.gradient_shardings)
         state = State(params, None, None, None, None) if state is None else state
         weights = tuple(term.weight(batch) for term in self.objective)
         laid_out = self.gradient_shardings
@@ -326,8 +348,13 @@ class TrainStep:
     @cached_property
     def nll(self) -> Callable[[State, Batch], Array]:
         """`nll(state, batch)`: nats of every token, [B, T], whole on every device."""
-        replicated = NamedSharding(self.mesh, PartitionSpec())
-        return jax.jit(
-            lambda state, batch: self.token_loss(state.params, batch, state.frozen).nll,
-            out_shardings=replicated,
-        )
+
+        def nll(state, batch):
+            if self.pipeline is None:
+                return self.token_loss(state.params, batch, state.frozen).nll
+            return pipeline.token_nll(
+                self.pipeline, self.module, state.params, batch, mesh=self.mesh,
+                strategy=self.strategy,
+            )  # fmt: skip
+
+        return jax.jit(nll, out_shardings=NamedSharding(self.mesh, PartitionSpec()))

@@ -452,3 +452,21 @@ def test_a_finished_run_is_not_reported_in_a_folder_without_its_losses(tmp_path)
     out.append_row({"part": "loss", "step": "six"})
     with pytest.raises(InputError, match="rows without a whole number of steps"):
         train_lm.finished(c, out, 6)
+
+
+@pytest.mark.slow
+def test_a_pipeline_trains_and_evaluates_as_one_device_does(tmp_path):
+    found = {}
+    for name, mesh in (("alone", ("stage=1",)), ("piped", ("stage=4", "data=1"))):
+        words = small(
+            "--config.model.num_layers=4", "--config.steps=3", "--config.evaluate.every=3",
+            "--config.schedule=constant:peak=1e-3", "--config.data.batch=16",
+            *(f"--config.mesh.{size}" for size in mesh),
+            *(["--config.pipeline=1f1b:vocab=one_barrier"] if name == "piped" else ()),
+        )  # fmt: skip
+        out = folder.RunFolder(tmp_path / name)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            rows = list(train_lm.run(request.parse("train_lm", words).config, out))
+        found[name] = [row["loss"] for row in rows] + list(losses(tmp_path / name).values())
+    assert len(found["piped"]) > 3
+    np.testing.assert_allclose(found["piped"], found["alone"], atol=1e-4)

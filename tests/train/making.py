@@ -27,6 +27,8 @@ def program(*, strategy="data", shape=SPEC, policy=policies.FULL, **changes) -> 
     sizes = {axis: changes.pop(axis) for axis in mesh.AXES if axis in changes}
     laid_out = mesh.make(mesh.MeshShape(**{"data": 1, **sizes})) if sizes else mesh.single()
     chosen = partition.parse(strategy)
+    if changes.get("pipeline") is not None:
+        chosen = chosen * partition.PIPELINE
     partition.check(chosen, laid_out)
     by_layer = layer_policies.by_layer(
         policy, windows=shape.windows, num_kv_heads=shape.num_kv_heads

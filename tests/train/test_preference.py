@@ -132,7 +132,7 @@ def test_a_batch_without_the_arrays_of_its_objective_is_refused():
     place = {
         "mesh": made.mesh,
         "strategy": made.strategy,
-        "grad_accum_steps": 1,
+        "pieces": 1,
         "arrays": made.arrays,
     }
     batches.check(pairs(), **place)

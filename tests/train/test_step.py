@@ -204,7 +204,7 @@ def test_a_batch_that_does_not_fit_is_one_sentence(changes, message):
             {**making.tokens(), **changes},
             mesh=made.mesh,
             strategy=made.strategy,
-            grad_accum_steps=1,
+            pieces=1,
         )
 
 

@@ -1,0 +1,252 @@
+"""Pipeline schedules as data: which pass of which microbatch a device runs at which tick.
+
+    F  forward of a chunk of layers            B  its backward; where W is a pass, of the input only
+    W  gradient of the chunk's weights         S  this device's part of the softmax
+    T  gradient of this device's rows of the head (and, with two barriers, of the hidden states)
+    V  S and T at once, on all devices at the same time
+
+With the vocabulary divided over all devices, F(last) -> S everywhere -> one barrier -> B(last), T;
+or F(last) -> S everywhere -> barrier -> T everywhere -> barrier -> B(last).
+Sources: Huang et al. 2019, arXiv:1811.06965 (GPipe); Narayanan et al. 2021, arXiv:2104.04473
+(1F1B, interleaved); Qi et al. 2024, arXiv:2401.10241 (zero bubble) and arXiv:2405.15362 (V-Half);
+Yeung et al. 2024, arXiv:2411.05288 (the vocabulary).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+from lminf.config import closest
+from lminf.errors import InputError
+
+VOCABULARIES = {"last_stage": 0, "one_barrier": 1, "two_barriers": 2, "interlaced": 0}  # barriers
+PRIORITY = "TSFBW"  # of the passes that a device could run, the first: its idle time is the least
+Duration: TypeAlias = Callable[[str, int], int]  # ticks of a pass, by its kind and its device
+
+
+class Pass(NamedTuple):
+    """One box of a pipeline diagram."""
+
+    device: int
+    tick: int  # at which it starts
+    kind: str
+    microbatch: int
+    chunk: int = 0  # of the device's chunks of layers
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All passes of one step."""
+
+    name: str
+    vocab: str
+    devices: int  # p
+    microbatches: int  # m
+    duration: Duration
+    passes: tuple[Pass, ...] = ()
+
+    @property
+    def form(self) -> "Form":
+        return SCHEDULES[self.name]
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        return frozenset(each.kind for each in self.passes)
+
+    @property
+    def last(self) -> int:
+        """The last stage: as many stages as devices and chunks, one after another."""
+        return self.devices * self.form.chunks - 1
+
+    def stage(self, device: int, chunk: int) -> int:
+        """The stage that a chunk of a device is, from 0 at the embedding on."""
+        if self.form.turns and chunk == 1:  # V: down with the first chunk, up with the second
+            return 2 * self.devices - 1 - device
+        return chunk * self.devices + device
+
+
+class Form(NamedTuple):
+    """How the devices of a schedule order their passes."""
+
+    chunks: int  # of layers, on each device
+    split: bool  # whether W is a pass of its own
+    turns: bool  # whether the second chunks lie in the reverse order
+    # (p, device, m) -> (chunk, microbatch) of each F and of each B, in order
+    order: Callable[[int, int, int], tuple[Sequence, Sequence]]
+    # (p, device, m) -> most microbatches x chunks between F and B, and between F and W
+    ahead: Callable[[int, int, int], tuple[int, int]]
+
+
+def _in_turn(p: int, device: int, m: int) -> tuple[Sequence, Sequence]:
+    every = [(0, microbatch) for microbatch in range(m)]
+    return every, every
+
+
+def _in_groups(p: int, device: int, m: int) -> tuple[Sequence, Sequence]:
+    """p microbatches through the first chunk, the same p through the second, the next p."""
+    forward = [(c, g * p + i) for g in range(m // p) for c in (0, 1) for i in range(p)]
+    return forward, [(1 - c, i) for c, i in forward]
+
+
+def _in_a_v(p: int, device: int, m: int) -> tuple[Sequence, Sequence]:
+    """By when they start in the repeating block of six ticks, in which no two passes of a device
+    collide: two ticks from one device to the next with the first chunk, one with the second."""
+    forward = (2 * device, 3 * p - 2 - device)
+    backward = (6 * p - 2 + 3 * (p % 2 == 0) - device, 3 * p - 1 + 2 * device)
+
+    def ordered(starts):
+        every = [(starts[c] + 6 * i, c, i) for c in (0, 1) for i in range(m)]
+        return [(chunk, microbatch) for _, chunk, microbatch in sorted(every)]
+
+    return ordered(forward), ordered(backward)
+
+
+def _interleaved_ahead(p: int, device: int, m: int) -> tuple[int, int]:
+    """As many as Megatron-LM warms up with, in microbatches x chunks, and one."""
+    limit = 3 * p - 2 * device - 1
+    return limit, limit
+
+
+SCHEDULES = {
+    "gpipe": Form(1, False, False, _in_turn, lambda p, d, m: (m, m)),
+    "1f1b": Form(1, False, False, _in_turn, lambda p, d, m: (p - d, p - d)),
+    "interleaved": Form(2, False, False, _in_groups, _interleaved_ahead),
+    "zero_bubble": Form(1, True, False, _in_turn, lambda p, d, m: (p - d, p)),
+    "v_half": Form(2, True, True, _in_a_v, lambda p, d, m: (p + 1, p + 2)),
+}
+
+
+def unit(kind: str, device: int) -> int:
+    """Every pass takes one tick."""
+    return 1
+
+
+@functools.cache
+def build(
+    name: str, *, devices: int, microbatches: int, vocab: str, duration: Duration = unit
+) -> Schedule:
+    """The schedule of that name over `devices`, each pass as early as its device's order allows."""
+    for word, table, what in ((name, SCHEDULES, "schedule"), (vocab, VOCABULARIES, "vocabulary")):
+        if word not in table:
+            raise InputError(f"no pipeline {what} is called {word!r}; {closest(word, table)}")
+    if name != "gpipe" and microbatches < devices:
+        raise InputError(
+            f"{name} over {devices} stages needs at least {devices} microbatches, not "
+            f"{microbatches}; give more microbatches, or take gpipe"
+        )
+    if name == "interleaved" and microbatches % devices:
+        raise InputError(
+            f"interleaved sends microbatches in groups of {devices}, the stages, which does not "
+            f"divide {microbatches}; give a multiple"
+        )
+    if vocab == "interlaced" and name != "1f1b":
+        raise InputError(f"{name} has no interlaced form; take 1f1b, or one_barrier")
+    schedule = Schedule(name, vocab, devices, microbatches, duration)
+    passes = _interlaced(schedule) if vocab == "interlaced" else _listed(schedule)
+    return Schedule(name, vocab, devices, microbatches, duration, tuple(sorted(passes)))
+
+
+class _Builder:
+    """What has run so far, and when it ends."""
+
+    def __init__(self, schedule: Schedule):
+        self.schedule, self.passes = schedule, []
+        self.end: dict[tuple[str, int, int], int] = {}  # kind, stage or device, microbatch
+        self.free = [0] * schedule.devices
+
+    def add(self, device: int, tick: int, kind: str, chunk: int, microbatch: int) -> None:
+        end = tick + self.schedule.duration(kind, device)
+        where = self.schedule.stage(device, chunk) if kind in "FBW" else device
+        self.passes.append(Pass(device, tick, kind, microbatch, chunk))
+        self.end[kind, where, microbatch] = self.free[device] = end
+
+    def done(self, kind: str, where: int, microbatch: int, tick: int) -> bool:
+        return self.end.get((kind, where, microbatch), tick + 1) <= tick
+
+
+def _listed(schedule: Schedule) -> list[Pass]:
+    """Tick by tick, each free device runs the first pass by PRIORITY whose inputs are there; it
+    runs F no further ahead than its form allows, and one microbatch more for each barrier."""
+    s, run, form = schedule, _Builder(schedule), schedule.form
+    p, m, barriers = s.devices, s.microbatches, VOCABULARIES[s.vocab]
+    queues: list[dict[str, list]] = []
+    for device in range(p):
+        forward, backward = (list(order) for order in form.order(p, device, m))
+        queues.append({"F": forward, "B": backward, "W": list(backward) if form.split else []})
+        every = [(0, microbatch) for microbatch in range(m if barriers else 0)]
+        queues[-1] |= {"S": list(every), "T": list(every)}
+    counts = [dict.fromkeys("FBW", 0) for _ in range(p)]
+
+    def everywhere(kind, i, tick):
+        return all(run.done(kind, device, i, tick) for device in range(p))
+
+    def ready(device, kind, chunk, i, tick):
+        stage, count = s.stage(device, chunk), counts[device]
+        if kind == "F":
+            limits = (limit + barriers * form.chunks for limit in form.ahead(p, device, m))
+            releases = (count["B"], count["W"] if form.split else count["B"])
+            if any(count["F"] - n >= limit for n, limit in zip(releases, limits, strict=True)):
+                return False
+            return stage == 0 or run.done("F", stage - 1, i, tick)
+        if kind == "B" and stage < s.last:
+            return run.done("B", stage + 1, i, tick)
+        if kind == "B" and barriers:
+            return everywhere("S" if barriers == 1 else "T", i, tick)
+        if kind == "T":
+            return everywhere("S", i, tick)
+        before = {"B": ("F", stage), "W": ("B", stage), "S": ("F", s.last)}[kind]
+        return run.done(*before, i, tick)
+
+    tick, total = 0, sum(len(queue) for each in queues for queue in each.values())
+    while len(run.passes) < total:
+        for device in range(p):
+            for kind in PRIORITY if run.free[device] <= tick else "":
+                chunk, i = queues[device][kind][0] if queues[device][kind] else (0, -1)
+                if i >= 0 and ready(device, kind, chunk, i, tick):
+                    queues[device][kind].pop(0)
+                    run.add(device, tick, kind, chunk, i)
+                    counts[device][kind] = counts[device].get(kind, 0) + 1
+                    break
+        tick += 1
+    return run.passes
+
+
+def _interlaced(schedule: Schedule) -> list[Pass]:
+    """1F1B around a V that all devices run together, as tensor parallelism would: in the window
+    between two of them, even devices run F then B and odd ones B then F."""
+    s, run, orders = schedule, _Builder(schedule), []
+    forward, backward, vocabulary = (s.duration(kind, 0) for kind in "FBV")
+    window = forward + backward
+    starts, tick = {}, 0
+    for kind, devices in (("F", range(s.devices)), ("V", [0]), ("B", reversed(range(s.devices)))):
+        for device in devices:
+            first = (kind == "F") == (device % 2 == 0)
+            offset = 0 if first else window - s.duration(kind, device)
+            offset = window if kind == "V" else offset
+            tick += (offset - tick) % (window + vocabulary)
+            starts[kind, device] = tick
+            tick += s.duration(kind, device)
+    for device in range(s.devices):
+        offsets = {k: starts[k, 0 if k == "V" else device] for k in "FVB"}
+        every = [(offsets[k] + (window + vocabulary) * i, k, i) for k in "FVB"
+                 for i in range(s.microbatches)]  # fmt: skip
+        orders.append([(kind, i) for _, kind, i in sorted(every)])
+    while any(orders):
+        for device in range(s.devices):
+            kind, i = orders[device][0] if orders[device] else ("", 0)
+            needs = {
+                "F": ("F", device - 1, i), "V": ("F", s.last, i),
+                "B": ("B", device + 1, i) if device < s.last else ("V", device, i),
+            }.get(kind)  # fmt: skip
+            first = kind == "F" and device == 0
+            if needs is None or not (first or needs in run.end):
+                continue
+            together = range(s.devices) if kind == "V" else [device]
+            if any(orders[other][:1] != [(kind, i)] for other in together):
+                continue
+            start = max(run.end.get(needs, 0), *(run.free[other] for other in (*together, device)))
+            for other in together:
+                orders[other].pop(0)
+                run.add(other, start, kind, 0, i)
+    return run.passes

@@ -41,8 +41,8 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Settings that another call of the same run may have otherwise: what they change is how long it is,
 # where it lies and what it reports, but not what a step computes.
 MAY_CHANGE = (
-    "steps", "mesh", "strategy", "pipeline", "processes", "remat", "evaluate.every", "evaluate.sample",
-    "checkpoint.every", "checkpoint.last", "export", "log_every", "watch", "profile",
+    "steps", "mesh", "strategy", "pipeline", "processes", "remat", "evaluate.every",
+    "evaluate.sample", "checkpoint.every", "checkpoint.last", "export", "log_every", "watch", "profile",
 )  # fmt: skip
 
 

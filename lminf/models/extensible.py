@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from lminf import ranges
 from lminf.attention import policy as policies
 from lminf.errors import InputError
-from lminf.models import decoder, heads
+from lminf.models import decoder, heads, layer_policies
 from lminf.models.quantization import check_float
 from lminf.models.spec import ModelSpec
 from lminf.ranges import Range
@@ -51,7 +51,7 @@ def first_layer_params(params: Params, count: int) -> dict[str, Any]:
 
 def module_of(spec: ModelSpec) -> decoder.Decoder:
     """The decoder that attends as it was trained."""
-    by_layer = policies.by_layer(
+    by_layer = layer_policies.by_layer(
         policies.FULL, windows=spec.windows, num_kv_heads=spec.num_kv_heads
     )
     return decoder.Decoder(spec, by_layer)

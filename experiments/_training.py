@@ -42,7 +42,8 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # where it lies and what it reports, but not what a step computes.
 MAY_CHANGE = (
     "steps", "mesh", "strategy", "pipeline", "processes", "remat", "evaluate.every",
-    "evaluate.sample", "checkpoint.every", "checkpoint.last", "export", "log_every", "watch", "profile",
+    "evaluate.sample", "checkpoint.every", "checkpoint.last", "export", "log_every", "watch",
+    "profile",
 )  # fmt: skip
 
 

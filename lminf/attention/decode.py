@@ -115,7 +115,7 @@ def extend(
         return out[:, None]
 
     def several(near_q, far_q, cache, heads, layer):
-        cache = cache.of(layer)
+        cache = cache.of(jnp.asarray(layer, jnp.int32))
         query_pos, last = positions[:, None, :, None], positions.max(1, keepdims=True)
         ring_pos = last - (last - jnp.arange(layout.window, dtype=jnp.int32)[None]) % layout.window
         distance = query_pos - ring_pos[:, None, None]

@@ -7,7 +7,7 @@ rule's probability of it; else a token is drawn from the rule's residual. What t
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,28 +18,18 @@ from lminf.errors import InputError
 from lminf.ranges import Range
 
 
-class Rule(Protocol):
-    """What becomes of a token that was drawn from q where the model expects p, [*B, V] each."""
-
-    def acceptance(self, p: Float[Array, "*B V"], q: Float[Array, "*B V"]) -> Array:
-        """The probability [*B, V] that each token is accepted, if it was drawn."""
-        ...
-
-    def residual(self, p: Float[Array, "*B V"], q: Float[Array, "*B V"]) -> Array:
-        """What is drawn from in place of one that was not, [*B, V]."""
-        ...
-
-
 @dataclass(frozen=True)
 class Standard:
-    """The tokens follow p. Sources: Leviathan et al. 2023, arXiv:2211.17192, and Chen et al. 2023,
-    arXiv:2302.01318.
+    """What follows is distributed as p. Sources: Leviathan et al. 2023, arXiv:2211.17192, and Chen
+    et al. 2023, arXiv:2302.01318.
     """
 
     def acceptance(self, p: Float[Array, "*B V"], q: Float[Array, "*B V"]) -> Array:
+        """The probability [*B, V] of accepting each token, if it was drawn."""
         return _ratio(p, q)
 
     def residual(self, p: Float[Array, "*B V"], q: Float[Array, "*B V"]) -> Array:
+        """What is drawn from after a rejection [*B, V]."""
         return _normalized(p - q, instead=p)
 
 
@@ -91,6 +81,7 @@ def _normalized(weights, *, instead):
 
 
 STANDARD = Standard()
+Rule: TypeAlias = Standard | RAPID
 
 
 def verify(

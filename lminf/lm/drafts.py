@@ -19,6 +19,7 @@ from jaxtyping import Int
 
 from lminf import ranges
 from lminf.attention import cache
+from lminf.attention.parsing import parse_policy
 from lminf.attention.policy import PerLayer
 from lminf.attention.sparse import SparsePolicy
 from lminf.config import parse_choice
@@ -31,26 +32,32 @@ from lminf.models import heads
 from lminf.ranges import Range
 
 
-def parse_draft(text: str, lm: LM, *, model: str, load: Callable[[str], LM]) -> Draft:
-    """The draft that a text describes, for the model `lm`, which is called `model`. Other models
-    are loaded by `load`.
+def parse_draft(text: str, *, model: str, load: Callable[[str], LM]) -> Callable[[LM], Draft]:
+    """What makes the draft that a text describes for a model, which is called `model`. Another
+    model is only then loaded, by `load`; all else is refused at once if it means nothing.
     """
     kind, _, rest = text.partition(":")
     if kind == "prompt_lookup":
-        return parse_choice(text, {kind: PromptLookup}, what="draft")
+        lookup = parse_choice(text, {kind: PromptLookup}, what="draft")
+        return lambda lm: lookup
     if kind == "policy":
-        return ModelDraft(lm.with_policy(rest))
+        policy = parse_policy(rest)
+        return lambda lm: ModelDraft(lm.with_policy(policy))
     if kind == "layers":
         if not rest.isdecimal():
-            raise InputError(f"--draft={text}: give the number of layers, as in layers:8")
-        return ModelDraft(first_layers(lm, int(rest)))
-    draft = load(text)
-    if draft.tokenizer.digest != lm.tokenizer.digest:
-        raise InputError(
-            f"the draft {text} has another tokenizer than {model}, so its tokens mean something "
-            f"else; give a model of the same family, or prompt_lookup"
-        )
-    return ModelDraft(draft)
+            raise InputError(f"the draft {text!r} has no number of layers; write layers:8")
+        return lambda lm: ModelDraft(first_layers(lm, int(rest)))
+
+    def loaded(lm: LM) -> Draft:
+        draft = load(text)
+        if draft.tokenizer.digest != lm.tokenizer.digest:
+            raise InputError(
+                f"the draft {text} has another tokenizer than {model}, so its tokens mean "
+                f"something else; give a model of one family with it, or prompt_lookup"
+            )
+        return ModelDraft(draft)
+
+    return loaded
 
 
 # --- What a text repeats --------------------------------------------------------------------------

@@ -32,8 +32,9 @@ from lminf.models import decoder, heads
 from lminf.ranges import Range
 
 Texts = Sequence[Int[np.ndarray, " _"]]  # the tokens of each row, its prompt and what follows
+DRAFT_TOKENS = Range(min=1, max=1024)  # that are verified in one call
 # How far a logit must lead, in units of the largest logit's rounding.
-ROUNDING = 256
+ROUNDING = 256.0
 
 
 # --- Drafts ---------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ class Speculation:
     """How a model decodes with a draft."""
 
     draft: Draft
-    num_draft_tokens: Annotated[int, Range(min=1, max=1024)] = 7  # that are verified in one call
+    num_draft_tokens: Annotated[int, DRAFT_TOKENS] = 7
     rule: Rule = STANDARD
 
     def __post_init__(self):
@@ -123,10 +124,10 @@ def rounds(
     _check(lm, speculation.rule, sampling)
     generate.check_new_tokens(max_new_tokens)
     k, texts = speculation.num_draft_tokens, [np.asarray(each, np.int32) for each in prompts]
-    target = _Target(lm, texts, spare=k, room=max_new_tokens, sampling=sampling, key=key)
     drafter = speculation.draft.start(
         lm, texts, num_draft_tokens=k, max_new_tokens=max_new_tokens, sampling=sampling
     )
+    target = _Target(lm, texts, spare=k, room=max_new_tokens, sampling=sampling, key=key)
     ends = target.lengths + max_new_tokens
     new: list[Int[np.ndarray, " _"]] = list(target.next_token[:, None])
     drafted, accepted, number = 0, np.zeros(len(texts), np.int32), 0
@@ -142,18 +143,27 @@ def rounds(
         proposal = Proposal(np.full((len(texts), 0), -1))
         if (asked := min(k, int(left.max()) - 1)) > 0:
             proposal = drafter.propose(texts, asked, key=draft_key)
-        tokens = np.full((len(texts), k), -1, np.int32)
-        tokens[:, : proposal.tokens.shape[1]] = proposal.tokens
-        # The last token of an answer is not read, so none is proposed for its place.
-        counts = np.minimum((tokens >= 0).sum(1), np.maximum(left - 1, 0)).astype(np.int32)
+        tokens, probs = _padded(proposal, k)
+        # The last token of an answer is not read, so none is proposed for its place; and rows that
+        # are complete read nothing: -1.
+        counts = np.minimum((tokens >= 0).sum(1), left - 1).astype(np.int32)
         accepted, following = target.verify(
-            texts, proposal._replace(tokens=tokens), counts, left > 0, speculation.rule, target_key
+            texts, Proposal(tokens, probs), counts, speculation.rule, target_key
         )
-        drafted = int(counts.sum())
+        drafted = int(np.maximum(counts, 0).sum())
         new = [
-            np.append(tokens[row, : accepted[row]], following[row])[: left[row]].astype(np.int32)
-            for row in range(len(texts))
+            np.append(row[:count], token)[:most].astype(np.int32)
+            for row, count, token, most in zip(tokens, accepted, following, left, strict=True)
         ]
+
+
+def _padded(proposal: Proposal, k: int) -> Proposal:
+    """As of k tokens, so that one program serves all."""
+    missing, probs = k - proposal.tokens.shape[1], proposal.probs
+    tokens = np.pad(proposal.tokens, ((0, 0), (0, missing)), constant_values=-1).astype(np.int32)
+    if probs is not None:
+        probs = jnp.pad(probs, ((0, 0), (0, missing), (0, 0)))
+    return Proposal(tokens, probs)
 
 
 class _Target:
@@ -170,37 +180,28 @@ class _Target:
         self.plain = read.plain if sampling.temperature == 0 else None
         self.plain_read, self.plain_next = self.lengths.copy(), self.next_token.copy()
 
-    def verify(self, texts, proposal, counts, unfinished, rule, key):
-        """How many tokens of each row are accepted [B], and the tokens after them [B]."""
-        tokens, lm = proposal.tokens, self.lm
+    def verify(self, texts, proposal, counts, rule, key):
+        """How many of the first `counts` tokens are accepted [B], and the tokens after them [B]."""
+        lm, tokens = self.lm, proposal.tokens
         hidden, positions = self._read(texts, tokens, counts)
-        if self.plain is None:
-            if not counts.any():
-                none = np.zeros_like(counts)
-                return none, np.asarray(
-                    generate.next_token(lm.spec, lm.params, hidden, positions, self.sampling, key)
-                )
-            probs = proposal.probs
-            if probs is not None:  # of one size, so that one program is compiled
-                missing = tokens.shape[1] - probs.shape[1]
-                probs = jnp.pad(probs, ((0, 0), (0, missing), (0, 0)))
-            accepted, following = _verified(
-                lm.spec, rule, lm.params, hidden, probs, tokens, counts, self.sampling, key
-            )
-            return np.asarray(accepted), np.asarray(following)
-        best, certain = map(np.asarray, _leading(lm.spec, lm.params, hidden))
-        width = min(best.shape[1], tokens.shape[1])
+        if self.plain is not None:
+            return self._verify_greedily(texts, tokens, counts, hidden)
+        if hidden.shape[1] == 1:
+            args = lm.spec, lm.params, hidden, positions, self.sampling, key
+            return np.zeros_like(counts), np.asarray(generate.next_token(*args))
+        args = lm.spec, rule, lm.params, hidden, proposal.probs, tokens, counts, self.sampling, key
+        return map(np.asarray, _verified(*args))
+
+    def _verify_greedily(self, texts, tokens, counts, hidden):
+        best, certain = map(np.asarray, _leading(self.lm.spec, self.lm.params, hidden, ROUNDING))
+        width, row = hidden.shape[1] - 1, np.arange(len(texts))
         agree = certain[:, :width] & (best[:, :width] == tokens[:, :width])
         agree &= np.arange(width)[None] < counts[:, None]
         accepted = np.cumprod(agree, axis=1).sum(1)
-        row = np.arange(len(texts))
-        unsure = ~certain[row, accepted] & unfinished
-        following = best[row, accepted]
+        following, unsure = best[row, accepted], ~certain[row, accepted] & (counts >= 0)
         if unsure.any():
-            texts = [
-                np.concatenate([text, drafted[:count]])
-                for text, drafted, count in zip(texts, tokens, accepted, strict=True)
-            ]
+            rows = zip(texts, tokens, accepted, strict=True)
+            texts = [np.concatenate([text, drafted[:count]]) for text, drafted, count in rows]
             following = np.where(unsure, self._plain_next(texts, unsure), following)
         return accepted, following
 
@@ -208,7 +209,7 @@ class _Target:
         """Hidden states [B, C, D] of the last token of each text and of its drafted ones, and their
         positions.
         """
-        width = tokens.shape[1] + 1 if counts.any() else 1
+        width = tokens.shape[1] + 1 if (counts > 0).any() else 1
         read = np.array([len(text) - 1 for text in texts], np.int32)
         last = np.array([text[-1:] for text in texts])
         chunk = np.maximum(np.concatenate([last, tokens], 1)[:, :width], 0).astype(np.int32)
@@ -311,10 +312,10 @@ def _verified(spec, rule, params, hidden, probs, tokens, counts, sampling, key):
 
 
 @partial(jax.jit, static_argnums=0)
-def _leading(spec, params, hidden):
+def _leading(spec, params, hidden, rounding):
     """The likeliest tokens [B, C], and whether each leads by more than rounding changes."""
     logits = heads.lm(spec, params, hidden)
     best = logits.argmax(-1).astype(jnp.int32)
     others = jnp.where(jax.nn.one_hot(best, logits.shape[-1], dtype=bool), -jnp.inf, logits)
-    rounding = ROUNDING * jnp.finfo(hidden.dtype).eps * jnp.abs(logits).max(-1)
-    return best, logits.max(-1) - others.max(-1) > rounding
+    unit = jnp.finfo(hidden.dtype).eps * jnp.abs(logits).max(-1)
+    return best, logits.max(-1) - others.max(-1) > rounding * unit

@@ -173,7 +173,7 @@ class _ModelDrafter:
         places = np.maximum(positions + self.replaced[:, None], 0)
         tokens = np.stack([text[place] for text, place in zip(texts, places, strict=True)])
         caches = tuple(cache.rewound(layer, self.read) for layer in self.caches)
-        hidden, caches = lm.on_one_device.forward(tokens, positions, caches)
+        hidden, caches = _forward(lm, tokens, positions, caches)
         self.read = lengths
         # Policies that select remember more than slots hold, which what is proposed would change.
         states = [
@@ -184,7 +184,7 @@ class _ModelDrafter:
         for step in range(k):
             if step:
                 tokens, positions = drawn[-1][0][:, None], (lengths + step - 1)[:, None]
-                hidden, caches = lm.on_one_device.forward(tokens, positions, caches)
+                hidden, caches = _forward(lm, tokens, positions, caches)
             drawn.append(
                 _drawn(lm.spec, self.vocab_size, lm.params, hidden, positions, self.sampling,
                        jax.random.fold_in(key, step))
@@ -195,6 +195,10 @@ class _ModelDrafter:
         )
         tokens = np.stack([np.asarray(token) for token, _ in drawn], 1)
         return Proposal(tokens, jnp.stack([probs for _, probs in drawn], 1))
+
+
+def _forward(lm, tokens, positions, caches):
+    return lm.on_one_device.forward(jnp.asarray(tokens), jnp.asarray(positions), caches)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -177,14 +177,14 @@ class _Target:
         self.next_token, self.caches = read.next_token, read.rewindable
         self.lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         # What plain decoding has read, and the token it writes after that.
-        self.plain = read.plain if sampling.temperature == 0 else None
+        self.plain: Caches = read.plain if sampling.temperature == 0 else ()
         self.plain_read, self.plain_next = self.lengths.copy(), self.next_token.copy()
 
     def verify(self, texts, proposal, counts, rule, key):
         """How many of the first `counts` tokens are accepted [B], and the tokens after them [B]."""
         lm, tokens = self.lm, proposal.tokens
         hidden, positions = self._read(texts, tokens, counts)
-        if self.plain is not None:
+        if self.sampling.temperature == 0:
             return self._verify_greedily(texts, tokens, counts, hidden)
         if hidden.shape[1] == 1:
             args = lm.spec, lm.params, hidden, positions, self.sampling, key

@@ -165,7 +165,7 @@ def test_tokens_within_rounding_are_read_as_plain_decoding_does(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lm_infinite", "infllm", "hip", "longheads", "snapkv"])
+@pytest.mark.parametrize("name", ["infllm", "hip", "snapkv"])
 def test_models_that_see_less_draft_for_full_attention(lm, name, small_steps):
     full, policy = lm.with_policy(Full()), (POLICIES | SELECTING)[name]
     plain = plain_tokens(full, PROMPTS)

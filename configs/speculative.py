@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     c.draft_tokens = 7  # proposed at a time
     if arg == "short":
-        c.lengths, c.documents, c.new_tokens = (512, 2048), 2, 64
+        c.lengths, c.documents, c.new_tokens = (512, 2048), 3, 64
         c.drafts = ("prompt_lookup:ngram=3", "layers:24", "policy:lm_infinite:window=256,sinks=10")
     if arg == "tiny":
         c.model, c.text = "tiny", "code"

@@ -1,12 +1,13 @@
-"""Calls and seconds of speculative decoding, by draft and context length, beside plain decoding.
+"""Calls and time of speculative decoding, by draft and context length, beside plain decoding.
 
-Answers are greedy, so every draft writes what plain decoding writes; a row says whether it did.
-Seconds are those after the prompt: the median time of calls that verify, and of others, times how
-many there were, so that compiling is not counted. A document's lines are measured in turn.
+Answers are greedy, so every draft writes what plain decoding writes: rows have digests of both the
+text and the answer. Seconds are those after the prompt: the median time of calls that verify, and
+of others, times how many there were, so that compiling is not counted. Where a processor is shared,
+its own time (`processor_seconds`) tells more than the time that passed.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jaxtyping import Int
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
+from lminf.data import sources
 from lminf.evals import score
 from lminf.experiments import _models, _texts
 from lminf.experiments._main import main
@@ -22,6 +24,7 @@ from lminf.lm import generate, speculative
 from lminf.lm.drafts import parse_draft
 from lminf.lm.generate import GREEDY
 from lminf.lm.lm import LM
+from lminf.lm.speculative import Draft, Round
 from lminf.run import plots
 from lminf.run.folder import Row, RunFolder
 from lminf.run.progress import Progress
@@ -35,88 +38,73 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
         for text in c.drafts
     }
     lm = _models.load(c.model, seed=c.seed)
-    drafts = {text: make(lm) for text, make in makes.items()}
-    done = {identity(row) for row in out.rows()}
-    with Progress(len(c.lengths) * c.documents, label="documents", unit="documents") as progress:
-        for length in c.lengths:
-            texts = _texts.tokenised(lm, c.text, length=length, count=c.documents)
+    drafts = {NONE: None} | {text: make(lm) for text, make in makes.items()}
+    done, cells = {identity(row) for row in out.rows()}, 0
+    documents = {
+        length: _texts.tokenised(lm, c.text, length=length, count=c.documents)
+        for length in c.lengths
+    }
+    total = len(drafts) * len(c.lengths) * c.documents
+    with Progress(total, label="answers", unit="answers") as progress:
+        for length, texts in documents.items():
             for number, (tokens, digest) in enumerate(texts):
-                cells = [(draft, length, number) for draft in (NONE, *drafts)]
-                missing = [cell for cell in cells if cell not in done]
-                plain = written(lm, tokens[:length], c.new_tokens) if missing else None
-                for cell in missing:
-                    assert plain is not None
-                    answer = plain
-                    if (draft := cell[0]) != NONE:
-                        speculation = speculative.Speculation(drafts[draft], c.draft_tokens)
-                        answer = drafted(lm, tokens[:length], c.new_tokens, speculation)
-                    yield {
-                        "model": c.model, "draft": draft, "length": length, "document": number,
-                        "text": digest, "new_tokens": c.new_tokens, "draft_tokens": c.draft_tokens,
-                        "calls": answer.calls, "drafted": answer.drafted,
-                        "accepted": answer.accepted, "seconds": answer.seconds,
-                        "prompt_seconds": answer.prompt_seconds,
-                        "plain_seconds": plain.seconds,
-                        "equal": bool(np.array_equal(answer.tokens, plain.tokens)),
-                    }  # fmt: skip
-                progress.update(number + 1)
+                for name, draft in drafts.items():
+                    if (name, length, number) not in done:
+                        answer = written(lm, tokens[:length], c.new_tokens, draft, c.draft_tokens)
+                        yield {
+                            "model": c.model, "draft": name, "length": length, "document": number,
+                            "text": digest, "new_tokens": c.new_tokens,
+                            "draft_tokens": c.draft_tokens, **answer,
+                        }  # fmt: skip
+                    progress.update(cells := cells + 1)
 
 
 def identity(row: Row) -> tuple:
     return row["draft"], row["length"], row["document"]
 
 
-class Answer(NamedTuple):
-    tokens: Int[np.ndarray, " T"]
-    calls: int  # of the model, after the prompt
-    drafted: int
-    accepted: int
-    seconds: float  # after the prompt
-    prompt_seconds: float  # until the first token, compiling included
+def written(
+    lm: LM, prompt: Int[np.ndarray, " _"], new_tokens: int, draft: Draft | None, draft_tokens: int
+) -> Row:
+    """What is written greedily with a draft, or without one."""
+    options = {"sampling": GREEDY, "max_new_tokens": new_tokens, "key": jax.random.key(0)}
+    if draft is None:
+        stream = generate.generate_tokens(lm, [prompt], **options)
+        rounds = (Round([token], 0, 0, int(n > 0)) for n, token in enumerate(stream))
+    else:
+        speculation = speculative.Speculation(draft, draft_tokens)
+        rounds = speculative.rounds(lm, [prompt], speculation, **options)
+    (first, *others), times = timed(rounds)
+    kinds = [(each.drafted > 0, each.target_calls) for each in others]
+    tokens = np.concatenate([each.tokens[0] for each in (first, *others)])
+    return {
+        "answer": sources.digest(" ".join(map(str, tokens))),
+        "calls": sum(each.target_calls for each in others),  # after the prompt
+        "drafted": sum(each.drafted for each in others),
+        "accepted": sum(each.accepted for each in others),
+        "seconds": steady([time.wall for time in times[1:]], kinds),
+        "processor_seconds": steady([time.processor for time in times[1:]], kinds),
+        "prompt_processor_seconds": times[0].processor,  # compiling included
+    }
 
 
-def written(lm: LM, prompt: Int[np.ndarray, " _"], new_tokens: int) -> Answer:
-    """What plain decoding writes."""
-    tokens, times = timed(
-        generate.generate_tokens(
-            lm, [prompt], sampling=GREEDY, max_new_tokens=new_tokens, key=jax.random.key(0)
-        )
-    )
-    seconds = steady(times[1:], [0] * (new_tokens - 1))
-    return Answer(np.concatenate(tokens), new_tokens - 1, 0, 0, seconds, times[0])
+class Time(NamedTuple):
+    wall: float  # s
+    processor: float  # s, of all cores
 
 
-def drafted(
-    lm: LM, prompt: Int[np.ndarray, " _"], new_tokens: int, speculation: speculative.Speculation
-) -> Answer:
-    """What is written with a draft."""
-    (first, *rounds), times = timed(
-        speculative.rounds(
-            lm, [prompt], speculation, sampling=GREEDY, max_new_tokens=new_tokens,
-            key=jax.random.key(0),
-        )
-    )  # fmt: skip
-    kinds = [(each.drafted > 0, each.target_calls) for each in rounds]
-    return Answer(
-        np.concatenate([each.tokens[0] for each in (first, *rounds)]),
-        sum(each.target_calls for each in rounds), sum(each.drafted for each in rounds),
-        sum(each.accepted for each in rounds), steady(times[1:], kinds), times[0],
-    )  # fmt: skip
-
-
-def timed(items: Iterator) -> tuple[list, list[float]]:
-    """All items, and the seconds until each of them came."""
-    results, times, started = [], [], time.perf_counter()
+def timed(items: Iterable[Round]) -> tuple[list[Round], list[Time]]:
+    """All items, and the time until each of them came."""
+    results, clocks = [], [(time.perf_counter(), time.process_time())]
     for item in items:
         results.append(item)
-        times.append(time.perf_counter() - started)
-        started = time.perf_counter()
-    return results, times
+        clocks.append((time.perf_counter(), time.process_time()))
+    return results, [Time(*each) for each in np.diff(clocks, axis=0).tolist()]
 
 
-def steady(times: list[float], kinds: list) -> float:
+def steady(times: Sequence[float], kinds: Sequence[tuple]) -> float:
     """The sum of the times, each taken for the median of its kind."""
-    by_kind: dict = {}
+    by_kind: dict[tuple, list[float]] = {}
     for kind, seconds in zip(kinds, times, strict=True):
         by_kind.setdefault(kind, []).append(seconds)
     return float(sum(len(group) * np.median(group) for group in by_kind.values()))
@@ -127,28 +115,31 @@ def steady(times: list[float], kinds: list) -> float:
 
 def table(rows: list[Row]) -> list[Row]:
     """Means over documents with 95 % intervals, a draft and length a line."""
-    groups: dict[tuple, list[Row]] = {}
+    plain = {(row["length"], row["document"]): row for row in rows if row["draft"] == NONE}
+    groups: dict[tuple, list[tuple[Row, Row]]] = {}
     for row in rows:
-        groups.setdefault((row["length"], row["draft"]), []).append(row)
+        if base := plain.get((row["length"], row["document"])):
+            groups.setdefault((row["length"], row["draft"]), []).append((row, base))
     return [
         {
             "context": f"{length:,}",
             "draft": draft,
             "documents": len(group),
-            "accepted": None if draft == NONE else share(group),
-            "tokens a call": mean([tokens_per_call(row) for row in group]),
-            "calls": mean([row["calls"] for row in group], digits=0),
-            "seconds": mean([row["seconds"] for row in group]),
-            "times as fast": None if draft == NONE else
-                mean([row["plain_seconds"] / row["seconds"] for row in group]),
-            "as plain": f"{sum(row['equal'] for row in group)}/{len(group)}",
+            "accepted": None if draft == NONE else share([row for row, _ in group]),
+            "tokens a call": mean([tokens_per_call(row) for row, _ in group]),
+            "processor s": mean([row["processor_seconds"] for row, _ in group]),
+            "times as fast": None if draft == NONE else mean(
+                [base["processor_seconds"] / row["processor_seconds"] for row, base in group]
+            ),
+            "as without": f"{sum(row['answer'] == base['answer'] for row, base in group)} of "
+                          f"{len(group)}",
         }
         for (length, draft), group in groups.items()
     ]  # fmt: skip
 
 
-def mean(values: list[float], *, digits: int = 2) -> str:
-    return score.value_text(score.over_documents(values), digits=digits)
+def mean(values: list[float]) -> str:
+    return score.value_text(score.over_documents(values))
 
 
 def share(rows: list[Row]) -> str:

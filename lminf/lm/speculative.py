@@ -180,7 +180,14 @@ class _Target:
         self.plain: Caches = read.plain if sampling.temperature == 0 else ()
         self.plain_read, self.plain_next = self.lengths.copy(), self.next_token.copy()
 
-    def verify(self, texts, proposal, counts, rule, key):
+    def verify(
+        self,
+        texts: Texts,
+        proposal: Proposal,
+        counts: Int[np.ndarray, " B"],
+        rule: Rule,
+        key: jax.Array,
+    ) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
         """How many of the first `counts` tokens are accepted [B], and the tokens after them [B]."""
         lm, tokens = self.lm, proposal.tokens
         hidden, positions = self._read(texts, tokens, counts)
@@ -190,7 +197,8 @@ class _Target:
             args = lm.spec, lm.params, hidden, positions, self.sampling, key
             return np.zeros_like(counts), np.asarray(generate.next_token(*args))
         args = lm.spec, rule, lm.params, hidden, proposal.probs, tokens, counts, self.sampling, key
-        return map(np.asarray, _verified(*args))
+        accepted, following = _verified(*args)
+        return np.asarray(accepted), np.asarray(following)
 
     def _verify_greedily(self, texts, tokens, counts, hidden):
         best, certain = map(np.asarray, _leading(self.lm.spec, self.lm.params, hidden, ROUNDING))

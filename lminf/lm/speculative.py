@@ -33,7 +33,8 @@ from lminf.ranges import Range
 
 Texts = Sequence[Int[np.ndarray, " _"]]  # the tokens of each row, its prompt and what follows
 DRAFT_TOKENS = Range(min=1, max=1024)  # that are verified in one call
-# How far a logit must lead, in units of the largest logit's rounding.
+# How far a logit must lead, in units of the largest logit's rounding. Of 96 tokens that
+# SmolLM2-135M read after 512, leads changed by at most 30 of them (float32, Intel Xeon).
 ROUNDING = 256.0
 
 

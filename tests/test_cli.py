@@ -281,6 +281,12 @@ def test_the_type_of_numbers_is_chosen_on_the_command_line(command, monkeypatch)
         (["generate", "m", "x", "--top-k=3"], "--top-k means nothing at temperature 0"),
         (["generate", "m", "x", "--temperature=inf"], "--temperature=inf: give a finite number"),
         (["generate", "m", "x", "--stop="], "--stop is empty"),
+        (["generate", "m", "x", "--draft-tokens=3"], "--draft-tokens means nothing without --dra"),
+        (
+            ["generate", "m", "x", "--draft=prompt_lookup", "--draft-tokens=0"],
+            "--draft-tokens=0: give a whole number of at least 1",
+        ),
+        (["generate", "m", "x", "--draft=layers:all"], "'layers:all' has no number of layers"),
         (["generate", "m", "x", "--seed=-1"], "give a whole number below 2^32"),
         (["generate", "m", "x", "--seed=99999999999999999999"], "give a whole number below 2^32"),
     ],

@@ -6,12 +6,14 @@ depends on the policy and on the query; decoding may rotate them once (lminf.att
 from `pos`, never from slot numbers.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lminf.attention.policy import LayerPolicy, head_policies
@@ -69,6 +71,7 @@ class PreRotated:
     window: int  # tokens
     sinks: int  # tokens
     ring: bool  # whether k and v are the ring
+    spare: int = 0  # tokens of the ring that no window reaches
     keeps_all = False
 
     def ordered(self, ring: Any, sinks: Any) -> tuple[Any, Any]:
@@ -160,6 +163,38 @@ def create(policy: LayerPolicy, shape: CacheShape, *, layers: int) -> Cache:
     state = policy.init_state(shape._replace(slots=layout.slots))
     state = jax.tree.map(lambda x: jnp.broadcast_to(x, (layers, *x.shape)), state)
     return Cache(k, v, pos, layout, state)
+
+
+def rewindable(cache: Cache, spare: int) -> Cache:
+    """A copy that may go back by `spare` tokens: its ring has as many slots more, so that what is
+    read and taken back overwrites nothing that the window still needs.
+    """
+    layout = cache.layout
+    if not isinstance(layout, SinkRingCache) or layout.keeps_all:
+        return jax.tree.map(jnp.copy, cache)
+    wide = SinkRingCache(layout.sinks, layout.window + spare)
+    slots = jnp.where(cache.pos >= 0, wide.slot(cache.pos), wide.slots)
+    row = jnp.arange(len(slots), dtype=jnp.int32)[:, None]
+
+    def moved(x):  # [L, B, S, K, H]
+        empty = jnp.zeros((*x.shape[:2], wide.slots, *x.shape[3:]), x.dtype)
+        return empty.at[:, row, slots].set(x, mode="drop")
+
+    pos = jnp.full((len(slots), wide.slots), EMPTY, jnp.int32)
+    pos = write_pos(pos, cache.pos, slots)
+    return Cache(moved(cache.k), moved(cache.v), pos, wide, jax.tree.map(jnp.copy, cache.state))
+
+
+@jax.jit
+def _rewound(pos: Int[Array, "B S"], lengths: Int[Array, " B"]) -> Int[Array, "B S"]:
+    return jnp.where(pos < lengths[:, None], pos, EMPTY)
+
+
+def rewound(cache: Cache, lengths: Int[Array | np.ndarray, " B"]) -> Cache:
+    """The cache after the first `lengths` tokens of each row; keys and values of later ones stay in
+    their slots until others are written there.
+    """
+    return dataclasses.replace(cache, pos=_rewound(cache.pos, lengths))
 
 
 def rows(x: Float[Array, "B S K H"], index: Int[Array, "B R"]) -> Float[Array, "B R K H"]:

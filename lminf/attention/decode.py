@@ -1,4 +1,4 @@
-"""One token per row by kernels.lambda_decode, over a cache whose keys are rotated.
+"""One token per row by kernels.lambda_decode, or a few, over a cache whose keys are rotated.
 
 Where near and far keys seem to be does not depend on the query. So at the end of a prompt the last
 `window` keys are rotated to their positions, head by head as the kernel reads them, and the sinks,
@@ -21,8 +21,11 @@ from lminf.attention.scores import Branches, HeadTerms, Placement, ScoreConfig
 from lminf.kernels.decode import cache as rolling
 
 
-def prerotate(policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache) -> caches.Cache:
-    """The cache with its keys rotated; itself, where a rotation would not stay right.
+def prerotate(
+    policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache, *, spare: int = 0
+) -> caches.Cache:
+    """The cache with its keys rotated; itself, where a rotation would not stay right. The last
+    `spare` tokens that it then reads may be taken back: its ring has as many slots more.
 
     It would not where the schedule changes with the length of the text, where ALiBi's far distances
     differ by head, where some heads have all keys near and some have all far, and where a policy
@@ -37,7 +40,11 @@ def prerotate(policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache) -> 
         return cache
     if dynamic or by_head or (None in windows and None in counts):
         return cache
-    window = min(layout.slots if None in windows else max(windows), layout.slots)
+    if None in windows:
+        window, spare = layout.slots, 0
+    else:
+        window = max(windows)
+        window = min(window + spare, layout.slots) if layout.keeps_all else window + spare
     sinks = layout.slots if None in counts else max(counts)
     last = cache.pos.max(1, keepdims=True)  # [B, 1]
     ring_pos = last - (last - jnp.arange(window, dtype=jnp.int32)[None]) % window  # of slot p % w
@@ -58,7 +65,7 @@ def prerotate(policy: LayerPolicy, config: ScoreConfig, cache: caches.Cache) -> 
         """[L, B, K, X, H] of rows [B, X, K, H]."""
         return tuple(jax.lax.map(lambda kv: part(*kv), (cache.k, cache.v)))
 
-    rotated = caches.PreRotated(window, sinks, ring=None not in counts)
+    rotated = caches.PreRotated(window, sinks, ring=None not in counts, spare=spare)
     main, second = rotated.ordered(ring_of, sinks_of)
     state = every_layer(second)
     if layout.keeps_all:
@@ -77,39 +84,68 @@ def extend(
     policy: LayerPolicy,
     config: ScoreConfig,
     layout: caches.PreRotated,
-    positions: Int[Array, "B 1"],
+    positions: Int[Array, "B T"],
 ) -> Callable[..., tuple[Array, caches.KVState]]:
-    """The step of every layer, for one token per row, over a cache of rotated keys."""
+    """The step of every layer over a cache of rotated keys: for one token per row, or for several,
+    which then visit all slots. Rows may end in padding.
+    """
     place = _placed(policy, config, Placement(config, positions), positions)
     parts = policy.policies if isinstance(policy, PerHead) else head_policies(policy)
     windows = [min(part.window or layout.window, layout.window) for part in parts]
     counts = [layout.sinks if part.num_sinks is None else part.num_sinks for part in parts]
     counts = jnp.broadcast_to(jnp.array(counts, jnp.int32)[None], (len(positions), len(counts)))
     length = jnp.maximum(positions[:, 0], 0)  # of what was read before
-    new = (positions[:, 0] >= 0).astype(jnp.int32)
+    new = (positions >= 0).sum(1, dtype=jnp.int32)
+    far, rank = parts[0].far_positions(), jnp.arange(layout.sinks, dtype=jnp.int32)[None]
 
-    def step(q, k, v, kv: caches.KVState, layer, sinks=None):
-        heads = HeadTerms(config.slopes(q.shape[2]), sinks)
+    def one(near_q, far_q, cache, heads, layer):
         options = config.for_kernel(heads)
         if heads.slopes is not None:
-            far, rank = parts[0].far_positions(), jnp.arange(layout.sinks, dtype=jnp.int32)[None]
             options["global_distance"] = kernels.GlobalDistance(
                 far.query(positions), far.key(rank), far.scale
             )
         if isinstance(policy, PerHead):
             options |= {"head_window": windows, "global_count": counts}
+        out = kernels.lambda_decode(
+            near_q[:, 0], cache, layer=layer, query_global=far_q[:, 0], **options
+        )
+        assert isinstance(out, jax.Array)  # no residuals
+        return out[:, None]
+
+    def several(near_q, far_q, cache, heads, layer):
+        cache = cache.of(jnp.asarray(layer, jnp.int32))
+        query_pos, last = positions[:, None, :, None], positions.max(1, keepdims=True)
+        ring_pos = last - (last - jnp.arange(layout.window, dtype=jnp.int32)[None]) % layout.window
+        distance = query_pos - ring_pos[:, None, None]
+        window = jnp.array(windows, jnp.int32)[None, :, None, None]
+        seen = (distance >= 0) & (distance < window) & (ring_pos >= 0)[:, None, None]
+        options = {"lists": True, "slopes": heads.slopes}
+        near = scores.attention(
+            config, near_q, cache.k_ring, cache.v_ring, seen, distance=distance, **options
+        )
+        if not layout.sinks:
+            return heads.past_sinks(near.out, near.lse)
+        seen = query_pos - rank[None, None] >= window
+        seen &= rank[None, None] < counts[:, :, None, None]
+        distance = far.query(positions)[:, None, :, None] - far.key(rank)[:, None, None]
+        distance = distance.astype(jnp.float32) * far.scale
+        beyond = scores.attention(
+            config, far_q, cache.k_global, cache.v_global, seen, distance=distance, **options
+        )
+        return heads.past_sinks(*scores.merge(near[:2], beyond[:2]))
+
+    attend = one if positions.shape[1] == 1 and not layout.spare else several
+
+    def step(q, k, v, kv: caches.KVState, layer, sinks=None):
         near_q, near_k, far_q, far_k = place(q, k)
         lengths = jnp.broadcast_to(length[None], (len(kv.k), len(length)))
         (ring_k, ring_v), (sinks_k, sinks_v) = layout.ordered((kv.k, kv.v), kv.state)
         cache = kernels.RollingCache(sinks_k, sinks_v, ring_k, ring_v, lengths)
         cache = rolling.append(cache, near_k, v, key_global=far_k, count=new, layer=layer)
-        out = kernels.lambda_decode(
-            near_q[:, 0], cache, layer=layer, query_global=far_q[:, 0], **options
-        )
-        assert isinstance(out, jax.Array)  # no residuals
-        ring, far = (cache.k_ring, cache.v_ring), (cache.k_global, cache.v_global)
-        (k, v), state = layout.ordered(ring, far)
-        return out[:, None], caches.KVState(k, v, state)
+        out = attend(near_q, far_q, cache, HeadTerms(config.slopes(q.shape[2]), sinks), layer)
+        ring, first = (cache.k_ring, cache.v_ring), (cache.k_global, cache.v_global)
+        (k, v), state = layout.ordered(ring, first)
+        return out.astype(q.dtype), caches.KVState(k, v, state)
 
     return step
 

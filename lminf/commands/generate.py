@@ -3,12 +3,17 @@
 import argparse
 import re
 import sys
+from collections.abc import Callable
+
+import jax.numpy as jnp
 
 from lminf.commands import _model
 from lminf.data import sources
 from lminf.errors import InputError, printable
+from lminf.lm.drafts import parse_draft
 from lminf.lm.generate import Sampling
 from lminf.lm.lm import LM
+from lminf.lm.speculative import DRAFT_TOKENS
 from lminf.ranges import Range
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but for tabs and ends of lines
@@ -23,6 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, help="draw among the k most likely tokens")
     parser.add_argument("--top-p", type=float, help="draw among the fewest that hold this much")
     parser.add_argument("--stop", action="append", default=[], help="text to end at; may repeat")
+    parser.add_argument("--draft", help="what proposes tokens that the model then reads together: "
+                        "prompt_lookup, layers:8, policy:lm_infinite:window=1024,sinks=4, or a "
+                        "model with the same tokenizer; greedy answers stay the same")  # fmt: skip
+    parser.add_argument("--draft-tokens", type=int, help="that it proposes at a time (7)")
     parser.add_argument("--seed", type=_model.seed, help="of what is drawn (0)")
     parser.add_argument("--chat", action="store_true", help="use the model's chat template; "
                         "without a prompt, a conversation, a line a turn")  # fmt: skip
@@ -43,22 +52,46 @@ def run(args: argparse.Namespace) -> None:
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     if args.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens={args.max_new_tokens}: give at least 1")
+    load = drafting(args)
     if args.chat:
         if args.special != "plain":
             raise InputError("--special=parse and --chat: what messages hold is always plain; "
                              "leave --special out")  # fmt: skip
-        converse(_model.load(args), args, sampling)
+        converse(load(args), args, sampling)
         return
     prompt = sources.piped(sys.stdin.read) if args.prompt is None else args.prompt
     if not prompt:
         raise InputError("the prompt is empty; write it behind the model's name, or pipe it in")
-    lm = _model.load(args)
+    lm = load(args)
     for _, piece in lm.stream(
         [prompt], max_new_tokens=args.max_new_tokens, sampling=sampling, stop=args.stop,
         seed=args.seed, special=args.special,
     ):  # fmt: skip
         show(piece)
     print()
+
+
+def drafting(args: argparse.Namespace) -> Callable[[argparse.Namespace], LM]:
+    """What loads the model, with its draft if it shall have one."""
+    tokens = args.draft_tokens
+    if args.draft is None:
+        if tokens is not None:
+            raise InputError("--draft-tokens means nothing without --draft; give one too")
+        return _model.load
+    settings = {} if tokens is None else {"num_draft_tokens": tokens}
+    if tokens is not None and (problem := DRAFT_TOKENS.problem(tokens, whole=True)):
+        raise InputError(f"--draft-tokens={tokens}: give {problem}")
+
+    def load(name: str) -> LM:
+        return LM.from_pretrained(name, dtype=jnp.dtype(args.dtype), weights=args.weights)
+
+    made = parse_draft(args.draft, model=args.model, load=load)
+
+    def with_draft(args: argparse.Namespace) -> LM:
+        lm = _model.load(args)
+        return lm.with_draft(made(lm), **settings)
+
+    return with_draft
 
 
 def show(piece: str) -> None:

@@ -71,13 +71,42 @@ def sample(logits: Float[Array, "B V"], sampling: Sampling, *, key: jax.Array) -
     )
 
 
+def distribution(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """The probabilities by which `sample` draws."""
+
+    def drawn():
+        kept, ids = _candidates(logits, sampling)
+        probs = jax.nn.softmax(kept, axis=-1)
+        if ids is None:
+            return probs
+        row = jnp.arange(len(ids), dtype=jnp.int32)[:, None]
+        return jnp.zeros_like(logits).at[row, ids].set(probs)
+
+    return jax.lax.cond(
+        sampling.temperature == 0,
+        lambda: jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=logits.dtype),
+        drawn,
+    )
+
+
 def _draw(logits, sampling, key):
+    kept, ids = _candidates(logits, sampling)
+    drawn = jax.random.categorical(key, kept).astype(jnp.int32)
+    if ids is None:
+        return drawn
+    return jnp.take_along_axis(ids, drawn[:, None], axis=1)[:, 0].astype(jnp.int32)
+
+
+def _candidates(logits, sampling):
+    """Tempered logits, -inf for what is not drawn, and the tokens that they are of; None: of all,
+    in their order.
+    """
     # The largest becomes 0, so that no temperature, however small, makes two of them infinite; and
     # one that float32 cannot tell from 0 must not divide 0 by 0.
     temperature = jnp.maximum(sampling.temperature, jnp.finfo(jnp.float32).tiny)
     logits = (logits - logits.max(-1, keepdims=True)) / temperature.astype(logits.dtype)
     if sampling.top_k is None and sampling.top_p is None:
-        return jax.random.categorical(key, logits).astype(jnp.int32)
+        return logits, None
     # Places in the order of likelihood, not thresholds: equal logits must not make the set larger.
     size = logits.shape[-1]
     ordered, ids = jax.lax.top_k(logits, min(sampling.top_k or size, size))
@@ -86,8 +115,7 @@ def _draw(logits, sampling, key):
         # A token stays when those before it hold less than top_p: the first always does.
         inside = jnp.cumsum(chances, axis=-1) - chances < sampling.top_p
         ordered = jnp.where(inside, ordered, -jnp.inf)
-    drawn = jax.random.categorical(key, ordered)
-    return jnp.take_along_axis(ids, drawn[:, None], axis=1)[:, 0].astype(jnp.int32)
+    return ordered, ids
 
 
 def generate_tokens(
@@ -222,11 +250,19 @@ def decode_step(
     those given are used up. `lm` is an lminf.LM.
     """
     hidden, caches = lm.on_one_device.forward(tokens, positions, caches)
-    return _next_token(lm.spec, lm.params, hidden, positions, sampling, key), caches
+    return next_token(lm.spec, lm.params, hidden, positions, sampling, key), caches
 
 
 @partial(jax.jit, static_argnums=0)
-def _next_token(spec: ModelSpec, params: Params, hidden, positions, sampling, key):
+def next_token(
+    spec: ModelSpec,
+    params: Params,
+    hidden: Float[Array, "B C D"],
+    positions: Int[Array, "B C"],
+    sampling: Sampling,
+    key: jax.Array,
+) -> Int[Array, " B"]:
+    """The token after the last of these that is none of padding."""
     last = hidden[jnp.arange(len(hidden)), positions.argmax(1)]
     return sample(heads.lm(spec, params, last), sampling, key=key)
 

@@ -25,10 +25,11 @@ from lminf.attention.policy import FULL, AnyPolicy, LayerPolicy
 from lminf.config import closest
 from lminf.data.tokenizers import Special
 from lminf.errors import InputError
-from lminf.lm import generate, layerwise
+from lminf.lm import generate, layerwise, speculative
 from lminf.lm.generate import CONTEXT, GREEDY, Forward, Sampling, TextStream
 from lminf.lm.nll import NLL, stream_nll
 from lminf.lm.protocol import OnAnswer, Score, check_apart
+from lminf.lm.speculative import Draft, Speculation
 from lminf.models import cost, decoder, layer_policies, quantization
 from lminf.models.spec import ModelSpec
 from lminf.parallel import hardware
@@ -49,6 +50,7 @@ class LM:
     tokenizer: Any  # lminf.data.tokenizers.Tokenizer or ByteTokenizer
     policy: AnyPolicy = FULL
     dtype: Any = jnp.float32
+    speculation: Speculation | None = None  # how a draft helps it to write; None: it has none
     # Its axis "context" shares out the tokens of each chunk that are read. None: one device.
     mesh: Mesh | None = None
     # What, mesh -> params and what was made of them, for every model made from this one.
@@ -122,6 +124,12 @@ class LM:
     def with_policy(self, policy: AnyPolicy | str) -> "LM":
         """The same weights, attended otherwise: a policy, or its text as on the command line."""
         return dataclasses.replace(self, policy=parse_policy(policy))
+
+    def with_draft(self, draft: Draft, **settings: Any) -> "LM":
+        """The same model, which writes what it would without the draft; `settings` are those of
+        speculative.Speculation.
+        """
+        return dataclasses.replace(self, speculation=Speculation(draft, **settings))
 
     def with_devices(self, devices: Sequence[Any]) -> "LM":
         """The same model, reading on all of these: each holds every weight, and computes its share
@@ -361,7 +369,9 @@ class LM:
 
     def _write(self, prompts, max_new_tokens, sampling, stop, seed) -> Iterator[tuple[int, str]]:
         self.check_length(max((len(ids) for ids in prompts), default=0) + max_new_tokens)
-        written = generate.generate_tokens(
+        of, draft = generate.generate_tokens, self.speculation
+        write = of if draft is None else partial(speculative.generate_tokens, speculation=draft)
+        written = write(
             self, prompts, sampling=sampling, max_new_tokens=max_new_tokens,
             key=jax.random.key(seed),
         )  # fmt: skip
@@ -374,7 +384,8 @@ class LM:
         texts = [TextStream(self.tokenizer, stop) for _ in range(rows)]
         for tokens in written:
             for row, token in enumerate(tokens):
-                if piece := texts[row].feed(int(token)):
+                # Below 0: a row that waits for others.
+                if token >= 0 and (piece := texts[row].feed(int(token))):
                     yield row, piece
             if all(text.done for text in texts):
                 return

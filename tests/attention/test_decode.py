@@ -37,8 +37,11 @@ POLICIES = {
 READ = 9  # tokens before the first one written
 
 
-def written(policy, scoring, positions, *, rotated):
-    """(q, k, v) -> outputs of the tokens after READ, each a step over the cache."""
+def written(policy, scoring, positions, *, rotated, spare=0):
+    """(q, k, v) -> outputs of the tokens after READ, each a step over the cache; or of two and one
+    more a step, where that one is another token and is taken back.
+    """
+    together = 3 if spare else 1
 
     def run(q, k, v):
         shape = cache.CacheShape(*positions.shape, q.shape[2], *k.shape[2:], k.dtype)
@@ -47,19 +50,23 @@ def written(policy, scoring, positions, *, rotated):
         _, held = step(q[:, :READ], k[:, :READ], v[:, :READ], empty.kv, 0)
         stored = dataclasses.replace(empty, k=held.k, v=held.v, pos=pos)
         if rotated:
-            stored = decode.prerotate(policy, scoring, stored)
+            stored = decode.prerotate(policy, scoring, stored, spare=spare)
             assert isinstance(stored.layout, cache.PreRotated)
             stored = stored.for_decoding()
 
-        def one(carry, token):
-            (held, pos), (at, *new) = carry, token
+        def some(carry, tokens):
+            (held, pos), (at, *new) = carry, tokens
             step, pos = attend.extend(policy, scoring, stored.layout, pos, at)
             out, held = step(*new, held, 0)
-            return (held, pos), out[:, 0]
+            return (held, pos), out[:, :2]
 
-        tokens = [x[:, READ:].swapaxes(0, 1)[:, :, None] for x in (positions, q, k, v)]
-        _, outs = jax.lax.scan(one, (stored.kv, stored.pos), tokens)
-        return outs
+        steps = (positions.shape[1] - READ - together) // max(spare, 1) + 1
+        columns = READ + np.arange(steps)[:, None] * max(spare, 1) + np.arange(together)
+        other = columns.copy()
+        other[:, 1:] = np.where(np.arange(1, together) == spare, 0, columns[:, 1:])
+        tokens = [positions[:, columns], *(x[:, other] for x in (q, k, v))]
+        _, outs = jax.lax.scan(some, (stored.kv, stored.pos), [x.swapaxes(0, 1) for x in tokens])
+        return outs.swapaxes(1, 2).reshape(-1, *outs.shape[1:2], *outs.shape[3:])
 
     return run
 
@@ -95,6 +102,20 @@ def test_tokens_decoded_over_rotated_keys_are_those_of_the_cache_itself(policy, 
         for rotated in (False, True)
     ]
     np.testing.assert_allclose(both[1], both[0], atol=cases.ATOL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("policy", "encoding", "group"), COVER[::4])
+def test_tokens_that_are_taken_back_leave_no_trace(policy, encoding, group):
+    """Two and a false one at a time, over rings that wrap around."""
+    arrays, positions = cases.arrays(group), jnp.asarray(cases.padded(pads=(0, 4)))
+    scoring = cases.scoring(encoding, soft_cap=20.0 if group == 3 else None)
+    alone, together = (
+        cases.compiled(written(POLICIES[policy], scoring, positions, rotated=spare > 0,
+                               spare=spare))(*arrays)
+        for spare in (0, 2)
+    )  # fmt: skip
+    np.testing.assert_allclose(together, alone[: len(together)], atol=cases.ATOL)
 
 
 def test_a_cache_stays_as_it_is_where_a_rotation_would_not_stay_right():

@@ -1,0 +1,171 @@
+"""Calls and time of speculative decoding, by draft and context length, beside plain decoding.
+
+Answers are greedy, so every draft writes what plain decoding writes: rows have digests of both the
+text and the answer. Seconds are those after the prompt: the median time of calls that verify, and
+of others, times how many there were, so that compiling is not counted. Where a processor is shared,
+its own time (`processor_seconds`) tells more than the time that passed.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+from lminf.data import sources
+from lminf.evals import score
+from lminf.experiments import _models, _texts
+from lminf.experiments._main import main
+from lminf.lm import generate, speculative
+from lminf.lm.drafts import parse_draft
+from lminf.lm.generate import GREEDY
+from lminf.lm.lm import LM
+from lminf.lm.speculative import Draft, Round
+from lminf.run import plots
+from lminf.run.folder import Row, RunFolder
+from lminf.run.progress import Progress
+
+NONE = "none"  # plain decoding
+
+
+def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
+    makes = {
+        text: parse_draft(text, model=c.model, load=lambda name: _models.load(name, seed=c.seed))
+        for text in c.drafts
+    }
+    lm = _models.load(c.model, seed=c.seed)
+    drafts = {NONE: None} | {text: make(lm) for text, make in makes.items()}
+    done, cells = {identity(row) for row in out.rows()}, 0
+    documents = {
+        length: _texts.tokenised(lm, c.text, length=length, count=c.documents)
+        for length in c.lengths
+    }
+    total = len(drafts) * len(c.lengths) * c.documents
+    with Progress(total, label="answers", unit="answers") as progress:
+        for length, texts in documents.items():
+            for number, (tokens, digest) in enumerate(texts):
+                for name, draft in drafts.items():
+                    if (name, length, number) not in done:
+                        answer = written(lm, tokens[:length], c.new_tokens, draft, c.draft_tokens)
+                        yield {
+                            "model": c.model, "draft": name, "length": length, "document": number,
+                            "text": digest, "new_tokens": c.new_tokens,
+                            "draft_tokens": c.draft_tokens, **answer,
+                        }  # fmt: skip
+                    progress.update(cells := cells + 1)
+
+
+def identity(row: Row) -> tuple:
+    return row["draft"], row["length"], row["document"]
+
+
+def written(
+    lm: LM, prompt: Int[np.ndarray, " _"], new_tokens: int, draft: Draft | None, draft_tokens: int
+) -> Row:
+    """What is written greedily with a draft, or without one."""
+    options = {"sampling": GREEDY, "max_new_tokens": new_tokens, "key": jax.random.key(0)}
+    if draft is None:
+        stream = generate.generate_tokens(lm, [prompt], **options)
+        rounds = (Round([token], 0, 0, int(n > 0)) for n, token in enumerate(stream))
+    else:
+        speculation = speculative.Speculation(draft, draft_tokens)
+        rounds = speculative.rounds(lm, [prompt], speculation, **options)
+    (first, *others), times = timed(rounds)
+    kinds = [(each.drafted > 0, each.target_calls) for each in others]
+    tokens = np.concatenate([each.tokens[0] for each in (first, *others)])
+    return {
+        "answer": sources.digest(" ".join(map(str, tokens))),
+        "calls": sum(each.target_calls for each in others),  # after the prompt
+        "drafted": sum(each.drafted for each in others),
+        "accepted": sum(each.accepted for each in others),
+        "seconds": steady([time.wall for time in times[1:]], kinds),
+        "processor_seconds": steady([time.processor for time in times[1:]], kinds),
+        "prompt_processor_seconds": times[0].processor,  # compiling included
+    }
+
+
+class Time(NamedTuple):
+    wall: float  # s
+    processor: float  # s, of all cores
+
+
+def timed(items: Iterable[Round]) -> tuple[list[Round], list[Time]]:
+    """All items, and the time until each of them came."""
+    results, clocks = [], [(time.perf_counter(), time.process_time())]
+    for item in items:
+        results.append(item)
+        clocks.append((time.perf_counter(), time.process_time()))
+    return results, [Time(*each) for each in np.diff(clocks, axis=0).tolist()]
+
+
+def steady(times: Sequence[float], kinds: Sequence[tuple]) -> float:
+    """The sum of the times, each taken for the median of its kind."""
+    by_kind: dict[tuple, list[float]] = {}
+    for kind, seconds in zip(kinds, times, strict=True):
+        by_kind.setdefault(kind, []).append(seconds)
+    return float(sum(len(group) * np.median(group) for group in by_kind.values()))
+
+
+# --- What is shown --------------------------------------------------------------------------------
+
+
+def table(rows: list[Row]) -> list[Row]:
+    """Means over documents with 95 % intervals, a draft and length a line."""
+    plain = {(row["length"], row["document"]): row for row in rows if row["draft"] == NONE}
+    groups: dict[tuple, list[tuple[Row, Row]]] = {}
+    for row in rows:
+        if base := plain.get((row["length"], row["document"])):
+            groups.setdefault((row["length"], row["draft"]), []).append((row, base))
+    return [
+        {
+            "context": f"{length:,}",
+            "draft": draft,
+            "documents": len(group),
+            "accepted": None if draft == NONE else share([row for row, _ in group]),
+            "tokens a call": mean([tokens_per_call(row) for row, _ in group]),
+            "processor s": mean([row["processor_seconds"] for row, _ in group]),
+            "times as fast": None if draft == NONE else mean(
+                [base["processor_seconds"] / row["processor_seconds"] for row, base in group]
+            ),
+            "as without": f"{sum(row['answer'] == base['answer'] for row, base in group)} of "
+                          f"{len(group)}",
+        }
+        for (length, draft), group in groups.items()
+    ]  # fmt: skip
+
+
+def mean(values: list[float]) -> str:
+    return score.value_text(score.over_documents(values))
+
+
+def share(rows: list[Row]) -> str:
+    """Accepted tokens, of those that were drafted."""
+    accepted, drafted = (sum(row[name] for row in rows) for name in ("accepted", "drafted"))
+    return f"{accepted:,}/{drafted:,}"
+
+
+def tokens_per_call(row: Row) -> float:
+    """The first token comes of reading the prompt."""
+    return (row["new_tokens"] - 1) / row["calls"]
+
+
+def plot(rows: list[Row]) -> Figure:
+    """Tokens that a call of the model writes, by draft."""
+    shown = [
+        {"context": f"{row['length']:,} tokens", "draft": row["draft"].partition(",")[0],
+         "value": tokens_per_call(row)}
+        for row in rows
+        if row["draft"] != NONE
+    ]  # fmt: skip
+    return plots.bars(
+        shown, x="context", y="value", by="draft", center=np.mean, x_label="context",
+        y_label="tokens a call of the model",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(run, plot, table=table, resumes=True, may_change=("documents", "drafts", "lengths"))

@@ -30,9 +30,9 @@ from lminf.errors import InputError
 from lminf.kernels.common import masks
 
 # Both take sinks=, a learnt logit of each query head (scores.HeadTerms).
-# (q, k, v) -> out [B, T, heads, H]; with layer_index= where the policy differs_by_layer.
+# (q, k, v) -> out [B, T, heads, H]; with layer_index= where the policy has layer_thresholds.
 Prefill: TypeAlias = Callable[..., Array]
-# (q, k, v, kv, row of kv) -> out, kv; with layer_index= where the policy differs_by_layer.
+# (q, k, v, kv, row of kv) -> out, kv; with layer_index= where the policy has layer_thresholds.
 Extend: TypeAlias = Callable[..., tuple[Array, caches.KVState]]
 
 

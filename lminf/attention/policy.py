@@ -93,7 +93,8 @@ class LayerPolicy(Named):
     context_parallel = True  # whether a row's tokens may lie on several devices
     needs_rotary = False  # whether it places keys where they are not, by rotating them
     needs_prompt = False  # whether it acts at the end of a prompt, and a text needs one
-    differs_by_layer = False  # whether `layer_index` among the layers with it changes what it does
+    # tuple[int, ...]: from which on, of the layers with this policy, it does otherwise.
+    layer_thresholds: Any = ()
     needs_hidden = False  # whether `observe_hidden` wants to know what was read
 
     def cache_layout(self, capacity: int) -> Any:

@@ -87,7 +87,7 @@ class Query:
     pos: Int[Array, "B R"]  # -1 where the row is empty; the first is only in an empty group
     kv: caches.KVState  # of all layers, with the call's keys and values in it
     layer: Array  # row of the cache's arrays
-    layer_index: Array  # of the layers with this policy, from 0 on
+    layer_index: Array | int  # of the layers with this policy, from 0 on
     alone: bool  # whether it is all that the call reads, one token
     config: ScoreConfig
     placement: Placement

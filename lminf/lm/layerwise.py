@@ -11,7 +11,6 @@ from functools import lru_cache, partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -19,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from lminf.attention import cache
 from lminf.attention.policy import LayerPolicy
 from lminf.attention.scores import ScoreConfig
-from lminf.models import decoder, layers
+from lminf.models import decoder, layer_scan, layers
 from lminf.models.spec import ModelSpec
 from lminf.types import Hidden, Params, Positions, Tokens
 
@@ -67,15 +66,12 @@ class LayerwiseDecoder:
             stage for stage in decoder.stages_of(spec).values() for _ in range(stage.num_layers)
         ]
         self.programs = [
-            layer_program(stage, policy, config, module.implementation)
-            for stage, policy, config in zip(
-                stages, module.policies, decoder.score_configs(spec), strict=True
+            layer_program(
+                stage, policy, config, module.implementation, index=index_of(module.policies, layer)
             )
-        ]
-        before = [module.policies[:layer] for layer in range(spec.num_layers)]
-        self.indices = [
-            jnp.int32(earlier.count(policy))
-            for earlier, policy in zip(before, module.policies, strict=True)
+            for layer, (stage, policy, config) in enumerate(
+                zip(stages, module.policies, decoder.score_configs(spec), strict=True)
+            )
         ]
         self.embed, self.final_norm = embed_program(spec, module.dtype), norm_program(spec)
         self.observe = None
@@ -87,9 +83,8 @@ class LayerwiseDecoder:
     ) -> tuple[Hidden, tuple[cache.Cache, ...]]:
         """Hidden states, and the caches, which are used up, with these tokens in them."""
         x, updated = self.embed(self.params, tokens, positions), []
-        layers_ = zip(self.programs, self.by_layer, caches, self.indices, strict=True)
-        for program, params, layer, index in layers_:
-            x, layer = program(params, x, positions, layer, index, tokens)
+        for program, params, layer in zip(self.programs, self.by_layer, caches, strict=True):
+            x, layer = program(params, x, positions, layer, tokens)
             updated.append(layer)
         hidden = self.final_norm(self.params, x)
         if self.observe is not None:
@@ -97,12 +92,26 @@ class LayerwiseDecoder:
         return hidden, tuple(updated)
 
 
+def index_of(policies: Sequence[LayerPolicy], layer: int) -> int:
+    """The first of the layers with this one's policy that does as it does, counted among them."""
+    count = policies[:layer].count(policies[layer])
+    alike = [at for at in layer_scan.thresholds_of(policies[layer]) if at <= count]
+    return max(alike, default=0)
+
+
 @lru_cache(maxsize=256)
 def layer_program(
-    spec: ModelSpec, policy: LayerPolicy, config: ScoreConfig, implementation: str | None
+    spec: ModelSpec,
+    policy: LayerPolicy,
+    config: ScoreConfig,
+    implementation: str | None,
+    *,
+    index: int = 0,
 ) -> Callable[..., Any]:
     """The compiled decoder.run_layer of layers like this, which uses up states and cache."""
-    run = partial(decoder.run_layer, spec, policy, config, implementation=implementation)
+    run = partial(
+        decoder.run_layer, spec, policy, config, index=index, implementation=implementation
+    )
     return jax.jit(run, donate_argnums=(1, 3))
 
 

@@ -271,13 +271,14 @@ def run_layer(
     x: Hidden,
     positions: Positions,
     layer_cache: cache.Cache,
-    index: Any,
     tokens: Tokens | None = None,
+    *,
+    index: int,
     **options: Any,
 ) -> tuple[Hidden, cache.Cache]:
     """Hidden states after one layer of a stage's spec, with its own parameters and its own cache,
-    and the cache with these tokens in it. `index` is that of the layer among those with the policy,
-    int32 []; `tokens` are for routers that read ids; `options` are those of attend.extend.
+    and the cache with these tokens in it. `index` is that of the layer among those with the policy;
+    `tokens` are for routers that read ids; `options` are those of attend.extend.
     """
     extend, new_positions = attend.extend(
         policy, config, layer_cache.layout, layer_cache.pos, positions, **options

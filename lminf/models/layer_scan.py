@@ -35,12 +35,17 @@ class LayerAttention(NamedTuple):
     in_place: bool = True
 
 
+def thresholds_of(policy: LayerPolicy) -> tuple[int, ...]:
+    """The policy's layer_thresholds; a mix of heads has none."""
+    return getattr(policy, "layer_thresholds", ())
+
+
 def index_of(policies: Sequence[LayerPolicy], place: int) -> Options:
     """What the attention of a place in a period is told of its layer: which of all layers with its
     policy it is, where that changes anything.
     """
     alike = [other for other, policy in enumerate(policies) if policy == policies[place]]
-    if not getattr(policies[place], "differs_by_layer", False):  # a mix of heads has no such parts
+    if not thresholds_of(policies[place]):
         return lambda row: {}
     return lambda row: {"layer_index": row * len(alike) + alike.index(place)}
 

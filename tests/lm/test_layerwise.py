@@ -158,8 +158,8 @@ def test_a_token_is_read_without_a_copy_of_its_layers_cache(policy):
 
     cache = jax.eval_shape(prepared)
     x = jax.ShapeDtypeStruct((1, 1, spec.width), jnp.float32)
-    position, index = (jax.ShapeDtypeStruct(size, jnp.int32) for size in ((1, 1), ()))
-    memory = program.lower(params, x, position, cache, index).compile(cases.fast_options())
+    position = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    memory = program.lower(params, x, position, cache).compile(cases.fast_options())
     memory = memory.memory_analysis()
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in (cache.k, cache.v))
     assert memory.alias_size_in_bytes >= size

@@ -40,7 +40,6 @@ class HierarchicalSelect(sparse.SparsePolicy):
     refreshes: Any
 
     ranks_by_products = True
-    differs_by_layer = True
     window_slack = 0  # tokens that a window may have beyond its width
     group = property(attrgetter("query_block"))
 
@@ -118,6 +117,7 @@ class HiP(HierarchicalSelect):
     dense_layers: Layers = 3  # layers at the start, of those with this policy, that see everything
 
     selected_distance = "true"
+    layer_thresholds = property(lambda self: (self.dense_layers,))
     max_selected = property(attrgetter("topk"))
     window_slack = property(attrgetter("block"))
     refreshes = property(lambda self: (self.refresh,))
@@ -198,6 +198,7 @@ class InfiniteHiP(HierarchicalSelect):
 
     selected_distance = "packed"
     needs_rotary = True
+    layer_thresholds = property(attrgetter("dense_layers", "ordered_layers"))
     block = property(lambda self: self.chunk[-1])
     max_selected = property(lambda self: self.topk[-1])
     refreshes = property(attrgetter("refresh"))

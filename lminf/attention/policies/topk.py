@@ -40,7 +40,7 @@ class TopK(sparse.SparsePolicy):
     group = 1
     last_only = True
     needs_rotary = True
-    differs_by_layer = True
+    layer_thresholds = property(lambda self: (self.from_layer,))
     max_selected = property(attrgetter("topk"))
     selected_distance = property(lambda self: self.window // 2 if self.at is None else self.at)
     sink_distance = property(lambda self: self.window if self.distance is None else self.distance)

@@ -13,9 +13,9 @@ Short      --config=:short writes 64 tokens after 3 documents of 512 and of 2,04
            2.16 (2.03 to 2.42) after 2,048, and takes less processor time than plain
            decoding in every document, 1.68 (1.21 to 2.57) and 1.37 (1.13 to 1.69) times as
            fast. The model under LM-Infinite with a window of 256 is right more often,
-           5.41 (4.20 to 6.30) and 5.58 (4.50 to 7.00) tokens a call, but each of its own calls takes
-           no less than one of the model, so that it is slower; so are the first 24 of 30 layers,
-           which are seldom right
+           5.41 (4.20 to 6.30) and 5.58 (4.50 to 7.00) tokens a call, but each of its own calls
+           takes no less than one of the model, so that it is slower; so are the first 24 of 30
+           layers, which are seldom right
 Tiny       --config=:tiny trains a byte model at 64 tokens: under 2 minutes
 """
 

@@ -16,9 +16,8 @@ pytestmark = pytest.mark.slow
 
 NAMES = (
     "decode_cost", "diagnose_lengths", "effective_length", "infinigram", "kv_cache",
-    "length_generalization",
-    "long_context_eval", "long_context_loss", "long_context_retrieval", "long_icl", "passkey",
-    "vocab_expansion",
+    "length_generalization", "long_context_eval", "long_context_loss", "long_context_retrieval",
+    "long_icl", "passkey", "speculative", "vocab_expansion",
 )  # fmt: skip
 TRAINING = ("long_output", "longpo")  # models of their own
 

@@ -6,13 +6,13 @@ Paper      CompleteP (Dey et al. 2025, arXiv:2505.01618)
 Command    python -m experiments.rate_transfer
 Time       1,170 s of processor time for 11 of the 12 sizes, on two shared cores of an Intel Xeon;
            the same command with the same --out resumes
-Expected   3 seeds, shifts of the best rate in doublings with 95 % intervals: from width 32 to 128 it
-           falls by 1.73 (1.29 to 2.18) in the usual parametrization, where training at the base's
-           rate costs 0.15 nats/token, and by 0.19 (-0.35 to 0.73) in CompleteP. From 2 to 16 layers
-           of width 32 neither shift is told from 0, but the usual parametrization gets worse with
-           depth, 4.53 to 5.09 nats/token at its best rates, and CompleteP better, 4.53 to 4.24.
-           Eight steps move the hidden states of the largest models up to 3.9 times as far as the
-           base's in the usual parametrization, and 0.43 to 0.99 times in CompleteP
+Expected   3 seeds, shifts of the best rate in doublings with 95 % intervals: from width 32 to 128
+           it falls by 1.73 (1.29 to 2.18) in the usual parametrization, where training at the
+           base's rate costs 0.15 nats/token, and by 0.19 (-0.35 to 0.73) in CompleteP. From 2 to 16
+           layers of width 32 neither shift is told from 0, but the usual parametrization gets worse
+           with depth, 4.53 to 5.09 nats/token at its best rates, and CompleteP better, 4.53 to
+           4.24. Eight steps move the hidden states of the largest models up to 3.9 times as far as
+           the base's in the usual parametrization, and 0.43 to 0.99 times in CompleteP
 Tiny       --config=:tiny trains two sizes for a few steps, which shows nothing: under a minute
 Sizes      --config=:h100: widths to 2,048 and depths to 64 of a base of 256 and 4; not run here
 """

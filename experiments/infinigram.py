@@ -267,7 +267,8 @@ def plot(rows: list[Row]) -> dict[str, Figure]:
         ),
         "joint": plots.heatmap(
             joint, x="neural", y="infinigram", value="log", text="tokens",
-            x_label="probability by the neural model", y_label="probability by the ∞-gram",
+            x_label="next token by the neural model (probability)",
+            y_label="by the ∞-gram (probability)",
             value_label="log10(1 + tokens)",
         ),
     }  # fmt: skip

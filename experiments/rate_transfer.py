@@ -191,7 +191,7 @@ def plot(rows: list[Row]) -> Mapping[str, Figure]:
     if losses:
         figures["rate_transfer"] = plots.curves(
             losses, x="lr", y="loss", by="size", panel="parametrization", log_x=True,
-            x_label="peak learning rate", y_label="held-out loss (nats/token)",
+            x_label="peak learning rate (per step)", y_label="held-out loss (nats/token)",
         )  # fmt: skip
     if moved:  # an interrupted run may have none
         figures["coordinate_check"] = plots.curves(

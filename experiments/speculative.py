@@ -163,7 +163,7 @@ def plot(rows: list[Row]) -> Figure:
     ]  # fmt: skip
     return plots.bars(
         shown, x="context", y="value", by="draft", center=np.mean, x_label="context",
-        y_label="tokens a call of the model",
+        y_label="tokens a call (of the model)",
     )  # fmt: skip
 
 

@@ -11,11 +11,12 @@ from functools import lru_cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lminf.attention import cache
+from lminf.attention import attend, cache
 from lminf.attention.policy import LayerPolicy
 from lminf.attention.scores import ScoreConfig
 from lminf.models import decoder, layer_scan, layers
@@ -99,6 +100,36 @@ def index_of(policies: Sequence[LayerPolicy], layer: int) -> int:
     return max(alike, default=0)
 
 
+def run_layer(
+    spec: ModelSpec,
+    policy: LayerPolicy,
+    config: ScoreConfig,
+    params: Params,
+    x: Hidden,
+    positions: Positions,
+    layer_cache: cache.Cache,
+    tokens: Tokens | None = None,
+    *,
+    index: int,
+    **options: Any,
+) -> tuple[Hidden, cache.Cache]:
+    """Hidden states after one layer of a stage's spec, with its own parameters and its own cache,
+    and the cache with these tokens in it. `index` is that of the layer among those with the policy;
+    `tokens` are for routers that read ids; `options` are those of attend.extend.
+    """
+    extend, new_positions = attend.extend(
+        policy, config, layer_cache.layout, layer_cache.pos, positions, **options
+    )
+    of_layer = layer_scan.index_of((policy,), 0)(index)
+
+    def attend_layer(q, k, v, **sinks):
+        return extend(q, k, v, layer_cache.kv, jnp.int32(0), **sinks, **of_layer)
+
+    out: Any = layers.Block(spec).apply({"params": params}, x, attend_layer, tokens)
+    x, kv = out
+    return x, layer_cache.updated(kv, new_positions)
+
+
 @lru_cache(maxsize=256)
 def layer_program(
     spec: ModelSpec,
@@ -108,10 +139,8 @@ def layer_program(
     *,
     index: int = 0,
 ) -> Callable[..., Any]:
-    """The compiled decoder.run_layer of layers like this, which uses up states and cache."""
-    run = partial(
-        decoder.run_layer, spec, policy, config, index=index, implementation=implementation
-    )
+    """The compiled run_layer of layers like this, which uses up states and cache."""
+    run = partial(run_layer, spec, policy, config, index=index, implementation=implementation)
     return jax.jit(run, donate_argnums=(1, 3))
 
 

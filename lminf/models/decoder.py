@@ -263,37 +263,6 @@ class Decoder(nn.Module):
         return layer_scan.scan_layers(run_layer, x, stages, attentions)
 
 
-def run_layer(
-    spec: ModelSpec,
-    policy: LayerPolicy,
-    config: ScoreConfig,
-    params: Params,
-    x: Hidden,
-    positions: Positions,
-    layer_cache: cache.Cache,
-    tokens: Tokens | None = None,
-    *,
-    index: int,
-    **options: Any,
-) -> tuple[Hidden, cache.Cache]:
-    """Hidden states after one layer of a stage's spec, with its own parameters and its own cache,
-    and the cache with these tokens in it. `index` is that of the layer among those with the policy;
-    `tokens` are for routers that read ids; `options` are those of attend.extend.
-    """
-    extend, new_positions = attend.extend(
-        policy, config, layer_cache.layout, layer_cache.pos, positions, **options
-    )
-
-    of_layer = layer_scan.index_of((policy,), 0)(index)
-
-    def attend_layer(q, k, v, **sinks):
-        return extend(q, k, v, layer_cache.kv, jnp.int32(0), **sinks, **of_layer)
-
-    out: Any = layers.Block(spec).apply({"params": params}, x, attend_layer, tokens)
-    x, kv = out
-    return x, layer_cache.updated(kv, new_positions)
-
-
 def observed(
     spec: ModelSpec,
     params: Params,

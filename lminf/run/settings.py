@@ -32,7 +32,8 @@ RANGES = {
             "key_value_lengths",
             "key_value_prompts", "lengths", "passkey_length", "passkeys", "positions", "prompt",
             "prompts", "queries", "instances", "contexts", "num_keys", "num_values",
-            "longest", "requested", "max_new_tokens", "parts", "validation", "corpus_documents",
+            "longest", "requested", "max_new_tokens", "new_tokens",
+            "parts", "validation", "corpus_documents",
             "words", "span", "embedding_layers", "segment_len", "recalled", "needles",
             "retrieved_together", "trained_length",
             # worlds
@@ -61,6 +62,7 @@ RANGES = {
     "clip": Range(min=0),  # 0: gradients are not clipped
     "z_loss": Range(min=0, max=1),
     "threshold": Range(min=0, max=1),
+    "draft_tokens": Range(min=1, max=1024),
     "rope_base": Range(min=1),
     "beta": AMOUNT,
     "capacity_factor": AMOUNT,

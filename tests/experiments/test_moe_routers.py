@@ -8,9 +8,9 @@ import pytest
 
 from lminf.errors import InputError
 from lminf.experiments import moe_routers
+from lminf.models import cost
 from lminf.models.routers import ExpertChoice, TokenChoice
 from lminf.run import request
-from lminf.scaling import accounting
 
 
 def config():
@@ -22,8 +22,7 @@ def config():
 def test_models_have_as_many_active_parameters():
     c = config()
     active = {
-        name: accounting.spec_parameters(moe_routers.shape_of(c, name), active=True)
-        for name in c.models
+        name: cost.block_parameters(moe_routers.shape_of(c, name), active=True) for name in c.models
     }
     assert len(set(active.values())) == 1
     assert len(active) == 7

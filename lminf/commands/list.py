@@ -1,6 +1,7 @@
 """lminf list: every experiment in a line; lminf list NAME: all that its config file says."""
 
 import argparse
+import sys
 
 from rich.console import Console
 from rich.padding import Padding
@@ -23,7 +24,8 @@ def run(args: argparse.Namespace) -> None:
         for experiment in headers:
             table.add_row(experiment.name, experiment.title)
         console.print(table)
-        print("lminf list NAME: question, command, time, what to expect")
+        # Beside the list, which fits a screen and may be read by another program.
+        print("lminf list NAME: question, command, time, what to expect", file=sys.stderr)
         return
     for experiment in headers:
         console.print(f"{experiment.name}: {experiment.title}", style="bold")

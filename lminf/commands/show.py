@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from lminf.errors import InputError, printable
-from lminf.run import folder, plots, report, tables
+from lminf.run import folder, header, plots, report, tables
 from lminf.run.folder import Row, RunFolder
 
 
@@ -181,5 +181,8 @@ def redraw(one: Reading) -> None:
     if written.is_file():
         text = written.read_text(encoding="utf-8", errors="surrogateescape")
         pictures = [f"plots/{path.name}" for path in one.run.plots.glob("*.png")]
-        new = report.with_results(text, table=one.summary(), figures=pictures)
+        config = header.CONFIGS / f"{one.experiment}.py"
+        new = report.with_results(
+            text, header=header.read(config), table=one.summary(), figures=pictures
+        )
         one.run.write("report.md", new.encode(errors="surrogateescape"))

@@ -25,7 +25,6 @@ def compose(
     """The report as Markdown. `state` says how a run failed; empty for one that ended. `findings`
     are an experiment's own sentences, `spent` what its time was made of.
     """
-    entries = [f"- **{key}**: {text}" for key, text in header.entries.items() if key != "Command"]
     source = described["source"]
     commit = "not a git checkout"
     if source:
@@ -35,8 +34,7 @@ def compose(
         f"{name} {version}" for name, version in described["packages"].items() if version
     )
     parts = [
-        f"# {header.title or header.name}",
-        "\n".join(entries),
+        question(header),
         state,
         findings,
         f"```\n{described['command']}\n```",
@@ -49,15 +47,26 @@ def compose(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def question(header: Header) -> str:
+    """The title of a report and what its experiment says of itself."""
+    entries = [f"- **{key}**: {text}" for key, text in header.entries.items() if key != "Command"]
+    return "\n\n".join(filter(None, [f"# {header.title or header.name}", "\n".join(entries)]))
+
+
+QUESTION = re.compile(r"\A# .*\n(?:\n(?:- \*\*.*\n)+)?")
+OTHER_CONFIG = re.compile(r"^(?:python|lminf) .*--config=\S+\.py", re.MULTILINE)
 TABLE = re.compile(r"^\|.*\n(?:\|.*\n)+", re.MULTILINE)
 FIGURES = re.compile(r"(?:^!\[.*\]\(plots/.*\)\n+)+", re.MULTILINE)
 
 
-def with_results(text: str, *, table: Sequence[Row], figures: Sequence[str]) -> str:
+def with_results(text: str, *, header: Header, table: Sequence[Row], figures: Sequence[str]) -> str:
     """A report with its table written anew and links to these figures, known ones in their order.
 
-    A report without a table or without figures, as of a run that failed, gets none.
+    A report without a table or without figures, as of a run that failed, gets none. What the
+    experiment says of itself is the header's, unless the run was of another config file.
     """
+    if not OTHER_CONFIG.search(text):
+        text = QUESTION.sub(lambda _: question(header) + "\n", text, count=1)
     text = TABLE.sub(lambda _: tables.markdown(table) + "\n", text, count=1)
     known = re.findall(r"^!\[.*\]\((plots/.*)\)$", text, re.MULTILINE)
     drawn = [name for name in known if name in figures]

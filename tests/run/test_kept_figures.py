@@ -13,7 +13,8 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from lminf.commands import show
-from lminf.run import plots, tables
+from lminf.run import header, plots, tables
+from lminf.run import report as report_of
 
 DOCS = Path(__file__).parents[2] / "docs"
 RUNS = sorted(path.parent for path in DOCS.glob("*/*/rows.jsonl"))
@@ -64,6 +65,8 @@ def test_reports_show_every_figure_and_the_table_of_the_rows(kept):
     run, *_ = kept
     report = (run / "report.md").read_text()
     assert tables.markdown(show.read(str(run)).summary()) in report
+    config = header.CONFIGS / f"{show.read(str(run)).experiment}.py"
+    assert report_of.question(header.read(config)) in report
     links = set(re.findall(r"!\[.*\]\(plots/(.*)\)", report))
     assert links == {path.name for path in (run / "plots").glob("*.png")}
 

@@ -8,7 +8,7 @@ import pytest
 
 from lminf import cli
 from lminf.errors import InputError
-from lminf.run import folder, report
+from lminf.run import folder, header, report
 from tests import cases
 
 ROW = {"trained_length": 64, "policy": "full", "start": 0, "stop": 64, "nll": 2.5,
@@ -146,13 +146,17 @@ def test_the_damaged_runs_of_the_cases_are_shown(name, tmp_path, capsys):
 
 def test_a_report_gets_the_new_table_and_the_figures_that_are_there():
     text = (
-        "# A\n\n```\nrun\n```\n\n| a |\n| ---: |\n| 1 |\n\n![b](plots/b.png)\n\n"
-        "![c](plots/c.png)\n\nEnd | x\n"
+        "# A\n\n- **Question**: old?\n\n```\nrun\n```\n\n| a |\n| ---: |\n| 1 |\n\n"
+        "![b](plots/b.png)\n\n![c](plots/c.png)\n\nEnd | x\n"
     )
-    new = report.with_results(text, table=[{"a": 2.5}], figures=["plots/d.png", "plots/c.png"])
+    said = header.Header("a", "A", {"Question": "new?", "Command": "run", "Tiny": "seconds"})
+    figures = ["plots/d.png", "plots/c.png"]
+    new = report.with_results(text, header=said, table=[{"a": 2.5}], figures=figures)
     assert new == (
-        "# A\n\n```\nrun\n```\n\n| a |\n| ---: |\n| 2.500 |\n\n![c.png](plots/c.png)\n\n"
-        "![d.png](plots/d.png)\n\nEnd | x\n"
+        "# A\n\n- **Question**: new?\n- **Tiny**: seconds\n\n```\nrun\n```\n\n| a |\n| ---: |\n"
+        "| 2.500 |\n\n![c.png](plots/c.png)\n\n![d.png](plots/d.png)\n\nEnd | x\n"
     )
-    failed = "**Failed**\n\n(no rows)\n"
-    assert report.with_results(failed, table=[], figures=[]) == failed
+    another = text.replace("run\n", "lminf run a --config=my.py:tiny\n")
+    assert "old?" in report.with_results(another, header=said, table=[], figures=figures)
+    failed = "# A\n\n- **Question**: new?\n- **Tiny**: seconds\n\n**Failed**\n\n(no rows)\n"
+    assert report.with_results(failed, header=said, table=[], figures=[]) == failed

@@ -40,8 +40,6 @@ def rows_of(random_lm, monkeypatch, tmp_path):
     model, in a folder that holds the rows `before`.
     """
     monkeypatch.setattr(_models, "load", lambda *_, **__: random_lm)
-    # Much is compiled and little computed.
-    jax.config.update("jax_disable_most_optimizations", True)
 
     def measure(name, before=(), **fields):
         config = request.parse(name, [f"--config={name}:tiny"]).config
@@ -51,5 +49,4 @@ def rows_of(random_lm, monkeypatch, tmp_path):
             out.append_row(row)
         return list(importlib.import_module(f"lminf.experiments.{name}").run(config, out))
 
-    yield measure
-    jax.config.update("jax_disable_most_optimizations", False)
+    return measure

@@ -44,7 +44,6 @@ def test_it_leaves_rows_figures_and_a_report(name, rows_of_tiny, tmp_path):
     assert_complete(tmp_path)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_context_budget_asks_a_model_and_trains_others(rows_of_tiny, tmp_path):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes
         rows = rows_of_tiny("context_budget")
@@ -58,15 +57,6 @@ def test_context_budget_asks_a_model_and_trains_others(rows_of_tiny, tmp_path):
     ]  # fmt: skip
 
 
-@pytest.fixture
-def quick_compilation():
-    """Much is compiled and little computed."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", TRAINING)
 def test_it_trains_and_goes_on_with_the_models_that_are_missing(name, tmp_path):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes

@@ -79,10 +79,10 @@ def test_the_first_step_is_the_papers():
 def test_a_few_steps_move_every_size_alike(tied):
     """The coordinate check. Without it the widest's logits move 2.8 times as far as the base's."""
     base = CompleteP(width=64, layers=2)
-    sizes = [(64, 2), (128, 2), (256, 2), (512, 2), (64, 8), (64, 32)]
+    sizes = [(64, 2), (256, 2), (512, 2), (64, 8)]
     moved = np.array([of_steps(*size, tied=tied, transfer=base) for size in sizes])
     assert (moved.max(0) < 1.5 * moved.min(0)).all(), moved
-    plain = [of_steps(*size, tied=tied, transfer=None)[1] for size in (sizes[0], sizes[3])]
+    plain = [of_steps(*size, tied=tied, transfer=None)[1] for size in ((64, 2), (512, 2))]
     assert plain[1] > 2 * plain[0], plain
 
 

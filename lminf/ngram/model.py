@@ -20,7 +20,7 @@ from lminf.data.tokenizers import Tokenizer
 from lminf.errors import InputError
 from lminf.lm.generate import TextStream
 from lminf.lm.lm import LM
-from lminf.lm.protocol import OnAnswer, Score, check_apart
+from lminf.lm.protocol import Score, SequentialModel, check_apart
 from lminf.ngram.index import Index
 from lminf.ngram.next_tokens import infgram_ntd
 from lminf.ranges import Range
@@ -28,7 +28,7 @@ from lminf.ranges import Range
 BISECTIONS = 60  # of a weight: to the last bit of a float64
 
 
-class TokenModel(abc.ABC):
+class TokenModel(SequentialModel):
     """The verbs of a LanguageModel for what gives log-probabilities of tokens after tokens."""
 
     tokenizer: Tokenizer
@@ -45,16 +45,10 @@ class TokenModel(abc.ABC):
             raise InputError("a text is empty; give at least one character")
         return self.tokenizer.encode(text)
 
-    def count_tokens(self, text: str) -> int:
-        return len(self.encode(text))
-
     def next(self, prompts: Sequence[str]) -> Float32[np.ndarray, "B V"]:
         return self.log_probs([self.encode(prompt) for prompt in prompts])[:, 0]
 
-    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[Score]:
-        return [self._score(p, c) for p, c in zip(prompts, continuations, strict=True)]
-
-    def _score(self, prompt: str, continuation: str) -> Score:
+    def score_one(self, prompt: str, continuation: str) -> Score:
         if not continuation:
             raise InputError("a continuation is empty; give at least one character")
         # Spaces at the end of a prompt belong to the continuation, as for LM.
@@ -63,28 +57,16 @@ class TokenModel(abc.ABC):
         log_probs = self.log_probs([tokens[:-1]], last=len(tokens) - len(own))[0]
         return Score.of(log_probs, tokens[len(own) :])
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int,
-        stop: Sequence[str] = (),
-        on_answer: OnAnswer | None = None,
-    ) -> list[str]:
-        texts = []
-        for prompt in prompts:
-            tokens, stream = self.encode(prompt), TextStream(self.tokenizer, stop)
-            text = ""
-            for _ in range(max_new_tokens):
-                token = int(self.log_probs([tokens])[0, 0].argmax())
-                text += stream.feed(token)
-                tokens = np.append(tokens, token)
-                if stream.done:
-                    break
-            texts.append(text + stream.finish())
-            if on_answer:
-                on_answer(len(texts) - 1, texts[-1])
-        return texts
+    def generate_one(self, prompt: str, *, max_new_tokens: int, stop: Sequence[str] = ()) -> str:
+        tokens, stream = self.encode(prompt), TextStream(self.tokenizer, stop)
+        text = ""
+        for _ in range(max_new_tokens):
+            token = int(self.log_probs([tokens])[0, 0].argmax())
+            text += stream.feed(token)
+            tokens = np.append(tokens, token)
+            if stream.done:
+                break
+        return text + stream.finish()
 
 
 @dataclass(frozen=True)

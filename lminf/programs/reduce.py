@@ -13,7 +13,7 @@ import abc
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Annotated, Literal, NamedTuple, Protocol, TypeAlias, Unpack
 
 import numpy as np
 from jaxtyping import Array, Float
@@ -22,7 +22,7 @@ from lminf import ranges
 from lminf.config import closest
 from lminf.errors import InputError
 from lminf.lm.budget import Budget
-from lminf.lm.protocol import OnAnswer, TextGenerator
+from lminf.lm.protocol import GenerateOptions, TextGenerator
 from lminf.ranges import Range
 
 Count: TypeAlias = Annotated[int, Range(min=1, max=2**31 - 1)]
@@ -191,18 +191,9 @@ class Reader:
     budget: Budget
     split: Callable[[str], tuple[str, str]]  # of a prompt into context and question
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int,
-        stop: Sequence[str] = (),
-        on_answer: OnAnswer | None = None,
-    ) -> list[str]:
+    def generate(self, prompts: Sequence[str], **options: Unpack[GenerateOptions]) -> list[str]:
         """What the model writes after each reduced context and its question."""
         reduced = []
         for context, question in map(self.split, prompts):
             reduced.append(self.reducer.reduce(context, question, self.budget) + question)
-        return self.model.generate(
-            reduced, max_new_tokens=max_new_tokens, stop=stop, on_answer=on_answer
-        )
+        return self.model.generate(reduced, **options)

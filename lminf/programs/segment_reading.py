@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from lminf.errors import InputError
 from lminf.lm.generate import GREEDY, Sampling
 from lminf.lm.lm import LM
-from lminf.lm.protocol import OnAnswer
+from lminf.lm.protocol import SequentialGenerator
 
 TOGETHER = 8192  # tokens of segments read side by side: more of them is no faster on a CPU
 
@@ -189,30 +189,16 @@ def generate(
 
 
 @dataclass(frozen=True)
-class SegmentReader:
+class SegmentReader(SequentialGenerator):
     """Answers each prompt of a list from its key context, as evaluations ask it to."""
 
     lm: LM
     how: SegmentReading
     name: str = "segments"  # as rows call it
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int,
-        stop: Sequence[str] = (),
-        on_answer: OnAnswer | None = None,
-    ) -> list[str]:
-        """What the model writes after each prompt's key context; the prompts are of any length."""
-        answers = []
-        for index, prompt in enumerate(prompts):
-            answers.append(
-                generate(self.lm, prompt, self.how, max_new_tokens=max_new_tokens, stop=stop)
-            )
-            if on_answer:
-                on_answer(index, answers[-1])
-        return answers
+    def generate_one(self, prompt: str, *, max_new_tokens: int, stop: Sequence[str] = ()) -> str:
+        """What the model writes after the key context of a prompt of any length."""
+        return generate(self.lm, prompt, self.how, max_new_tokens=max_new_tokens, stop=stop)
 
     def attended_tokens(self, max_new_tokens: int) -> int:
         """The most tokens that an answer is written from, its own included."""

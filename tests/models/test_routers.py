@@ -13,10 +13,9 @@ from lminf.models import cost, decoder, routers
 from lminf.models.routers import ExpertChoice, Hash, LossFree, TokenChoice
 from tests.attention import cases
 from tests.models import specs
-from tests.models.test_moe import MIX, experts, mixed, one, params, ran, x
+from tests.models.test_moe import MIX, experts, mixed, one, ran
 from tests.train import making
 
-__all__ = ["params", "x"]  # fixtures
 CHOOSING = {"router": ExpertChoice()}
 FLAT = (12, 16)  # the tokens of x, and its width
 

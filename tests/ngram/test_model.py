@@ -11,14 +11,13 @@ from lminf.lm.protocol import LanguageModel
 from lminf.ngram.model import InfiniGramLM, Mixture, MixtureWeights, fit_weights
 from tests import stated_ranges
 from tests.lm import test_protocol
-from tests.lm.conftest import lm  # noqa: F401
 from tests.ngram import cases
 
 TEXTS = ["The grass is green. The sky is blue.", "Here we go. There and back again."]
 
 
 @pytest.fixture
-def infinigram(tmp_path, lm) -> InfiniGramLM:  # noqa: F811
+def infinigram(tmp_path, lm) -> InfiniGramLM:
     return test_protocol.infinigram(tmp_path, lm.tokenizer, TEXTS)
 
 
@@ -63,7 +62,7 @@ def test_it_keeps_the_protocol(infinigram):
 
 
 @pytest.mark.slow
-def test_a_mixture_is_the_weighted_mean_of_both(infinigram, lm):  # noqa: F811
+def test_a_mixture_is_the_weighted_mean_of_both(infinigram, lm):
     weights = MixtureWeights(sparse=0.75, other=0.25)
     mixture = Mixture(lm, infinigram, weights)
     prompts = ["The sky", "The "]  # one byte follows; two do
@@ -104,7 +103,7 @@ def test_weights_outside_their_range_are_refused():
             dataclasses.replace(MixtureWeights(0.5, 0.5), **{field: value})
 
 
-def test_an_index_of_another_tokenizer_is_refused(tmp_path, lm):  # noqa: F811
+def test_an_index_of_another_tokenizer_is_refused(tmp_path, lm):
     index = cases.made(tmp_path, cases.documents(0))
     with pytest.raises(InputError, match="built with the tokenizer drawn, and not"):
         InfiniGramLM(index, lm.tokenizer)

@@ -83,14 +83,14 @@ class PromptLookup:
         return Proposal(np.stack([self._continued(text, k) for text in texts]))
 
     def _continued(self, text: Int[np.ndarray, " _"], k: int) -> Int[np.ndarray, " k"]:
-        starts, found = np.arange(1, len(text)), None  # of what follows an n-gram
+        starts, start = np.arange(1, len(text)), None  # of what follows an n-gram
         for size in range(1, self.ngram + 1):
             starts = starts[starts >= size]
             starts = starts[text[starts - size] == text[-size]]
             if not len(starts):
                 break
-            found = starts[-1]
-        return np.full(k, -1) if found is None else np.resize(text[found:], k)
+            start = starts[-1]
+        return np.full(k, -1) if start is None else np.resize(text[start:], k)
 
 
 # --- Models ---------------------------------------------------------------------------------------
@@ -138,14 +138,14 @@ class ModelDraft:
                     f"model rejects what it proposes; give the draft another policy, such as "
                     f"lm_infinite or infllm"
                 )
-        own = prompts if self.prompts is None else self.prompts
-        self.lm.check_length(max(map(len, own)) + max_new_tokens)
+        draft_prompts = prompts if self.prompts is None else self.prompts
+        self.lm.check_length(max(map(len, draft_prompts)) + max_new_tokens)
         read = read_prompts(
-            self.lm, own, room=max_new_tokens, spare=num_draft_tokens, sampling=GREEDY,
+            self.lm, draft_prompts, room=max_new_tokens, spare=num_draft_tokens, sampling=GREEDY,
             key=jax.random.key(0),
         )  # fmt: skip
         theirs, ours = (
-            np.array([len(text) for text in texts], np.int32) for texts in (prompts, own)
+            np.array([len(text) for text in texts], np.int32) for texts in (prompts, draft_prompts)
         )
         return _ModelDrafter(
             self.lm, lm.spec.vocab_size, sampling, read.rewindable, theirs - ours, ours,

@@ -242,7 +242,7 @@ def _branches(
     np.fill_diagonal(shared, 0)
     left = set(np.flatnonzero(shared.any(1)).tolist())
     while left:  # prompts that share nothing with a trunk have one of their own
-        trunk = max(sorted(left), key=lambda row: sum(shared[row, other] for other in left))
+        trunk = max(sorted(left), key=lambda row: sum(shared[row, member] for member in left))
         family = sorted(row for row in left if row == trunk or shared[trunk, row] > 0)
         left -= set(family)
         caches = empty()

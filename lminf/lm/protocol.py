@@ -29,15 +29,18 @@ class Score(NamedTuple):
 
 
 def check_apart(
-    own: Int[np.ndarray, " P"], tokens: Int[np.ndarray, " T"], prompt: str, continuation: str
+    prompt_tokens: Int[np.ndarray, " P"],
+    tokens: Int[np.ndarray, " T"],
+    prompt: str,
+    continuation: str,
 ) -> None:
-    """Refuses a continuation without tokens of its own, where `own` are those of the prompt and
-    `tokens` those of both: the probability of one that is merged with the prompt's end is none of
+    """Refuses a continuation without tokens of its own, where `tokens` are those of it and the
+    prompt: the probability of one that is merged with the prompt's end is none of
     the continuation.
     """
-    if np.array_equal(own, tokens):
+    if np.array_equal(prompt_tokens, tokens):
         raise InputError("a continuation is empty; give at least one character")
-    if not np.array_equal(own, tokens[: len(own)]):
+    if not np.array_equal(prompt_tokens, tokens[: len(prompt_tokens)]):
         raise InputError(
             f"the tokenizer merges the beginning of {continuation[:40]!r} with the end of its "
             f"prompt ({prompt[-40:]!r}); begin it with a space, or end the prompt elsewhere"

@@ -142,8 +142,8 @@ def rounds(
         number += 1
         draft_key, target_key = jax.random.split(jax.random.fold_in(key, number))
         proposal = Proposal(np.full((len(texts), 0), -1))
-        if (asked := min(k, int(left.max()) - 1)) > 0:
-            proposal = drafter.propose(texts, asked, key=draft_key)
+        if (num_tokens := min(k, int(left.max()) - 1)) > 0:
+            proposal = drafter.propose(texts, num_tokens, key=draft_key)
         tokens, probs = _padded(proposal, k)
         # The last token of an answer is not read, so none is proposed for its place; and rows that
         # are complete read nothing: -1.
@@ -325,6 +325,6 @@ def _leading(spec, params, hidden, rounding):
     """The likeliest tokens [B, C], and whether each leads by more than rounding changes."""
     logits = heads.lm(spec, params, hidden)
     best = logits.argmax(-1).astype(jnp.int32)
-    others = jnp.where(jax.nn.one_hot(best, logits.shape[-1], dtype=bool), -jnp.inf, logits)
+    runners_up = jnp.where(jax.nn.one_hot(best, logits.shape[-1], dtype=bool), -jnp.inf, logits)
     unit = jnp.finfo(hidden.dtype).eps * jnp.abs(logits).max(-1)
-    return best, logits.max(-1) - others.max(-1) > rounding * unit
+    return best, logits.max(-1) - runners_up.max(-1) > rounding * unit

@@ -119,15 +119,15 @@ class ExtensibleTokenizer:
     ) -> Float[Array, "B M D"]:
         """Embeddings of the tokens, chunk by chunk; M is the length of `kept`."""
         rows, count = tokens.shape
-        places = self.kept(count, ratio)
+        kept = self.kept(count, ratio)
         padded = jnp.pad(
             tokens, ((0, 0), (0, -count % self.chunk))
         )  # nothing sees what comes later
         chunks = padded.reshape(-1, self.chunk)
         positions = jnp.broadcast_to(jnp.arange(self.chunk, dtype=jnp.int32), chunks.shape)
-        own = first_layer_params(frozen, self.layers) | dict(params)
-        states: Any = self.encoder.apply({"params": own}, chunks, positions=positions)
-        return states[0].reshape(rows, -1, self.spec.width)[:, places]
+        encoder_params = first_layer_params(frozen, self.layers) | dict(params)
+        states: Any = self.encoder.apply({"params": encoder_params}, chunks, positions=positions)
+        return states[0].reshape(rows, -1, self.spec.width)[:, kept]
 
     def read(
         self, frozen: Params, past: Float[Array, "B M D"], tokens: Tokens

@@ -70,9 +70,9 @@ def memory_attention(
     )
     first = (slots - bank.filled) // chunk
     scores = jnp.einsum("btkgh,bkmh->bkgtm", q, k.mean(3))
-    there = jnp.arange(slots // chunk, dtype=jnp.int32) >= first
-    there = jnp.broadcast_to(there, scores.shape)
-    _, chosen = jax.lax.top_k(jnp.where(there, scores, -jnp.inf), retrieved // chunk)
+    filled = jnp.arange(slots // chunk, dtype=jnp.int32) >= first
+    filled = jnp.broadcast_to(filled, scores.shape)
+    _, chosen = jax.lax.top_k(jnp.where(filled, scores, -jnp.inf), retrieved // chunk)
     row, head = (
         jnp.arange(size, dtype=jnp.int32).reshape(shape)
         for size, shape in ((batch, (-1, 1, 1, 1, 1)), (kv_heads, (1, -1, 1, 1, 1)))

@@ -28,7 +28,7 @@ from lminf.types import Params
 BIAS = "correction_bias"  # the parameter of LossFree, [E] in each layer
 
 
-class Asked(NamedTuple):
+class RouterInput(NamedTuple):
     """What a router may go by."""
 
     logits: Float[Array, "T E"]  # float32; zeros where the router learns nothing
@@ -85,7 +85,9 @@ class Router(Protocol):
         """Of the balance loss that it wants in pretraining."""
         ...
 
-    def route(self, asked: Asked, top_k: int, *, normalised: bool) -> Routed | RoutedByExperts:
+    def route(
+        self, inputs: RouterInput, top_k: int, *, normalised: bool
+    ) -> Routed | RoutedByExperts:
         """The choice for all tokens; `top_k` is experts per token, on average where the router
         does not fix it. `normalised`: the weights of a token's experts sum to 1.
         """
@@ -101,10 +103,10 @@ class TokenChoice:
 
     causal, learned, reads_tokens, bias_rate, balance_scale = True, True, False, None, 0.01
 
-    def route(self, asked: Asked, top_k: int, *, normalised: bool) -> Routed:
-        probabilities = jax.nn.softmax(asked.logits.astype(jnp.float32), axis=-1)
+    def route(self, inputs: RouterInput, top_k: int, *, normalised: bool) -> Routed:
+        probabilities = jax.nn.softmax(inputs.logits.astype(jnp.float32), axis=-1)
         weight, expert = jax.lax.top_k(probabilities, top_k)
-        return routed(asked.logits, probabilities, expert, weight, normalised=normalised)
+        return routed(inputs.logits, probabilities, expert, weight, normalised=normalised)
 
 
 TOKEN_CHOICE = TokenChoice()  # that of released models
@@ -126,12 +128,12 @@ class LossFree:
     def __post_init__(self):
         ranges.check(self)
 
-    def route(self, asked: Asked, top_k: int, *, normalised: bool) -> Routed:
-        assert asked.bias is not None
-        probabilities = jax.nn.softmax(asked.logits.astype(jnp.float32), axis=-1)
-        _, expert = jax.lax.top_k(probabilities + asked.bias.astype(jnp.float32)[None], top_k)
+    def route(self, inputs: RouterInput, top_k: int, *, normalised: bool) -> Routed:
+        assert inputs.bias is not None
+        probabilities = jax.nn.softmax(inputs.logits.astype(jnp.float32), axis=-1)
+        _, expert = jax.lax.top_k(probabilities + inputs.bias.astype(jnp.float32)[None], top_k)
         weight = jnp.take_along_axis(probabilities, expert, axis=-1)
-        return routed(asked.logits, probabilities, expert, weight, normalised=normalised)
+        return routed(inputs.logits, probabilities, expert, weight, normalised=normalised)
 
 
 @dataclass(frozen=True)
@@ -145,15 +147,15 @@ class Hash:
 
     causal, learned, reads_tokens, bias_rate, balance_scale = True, False, True, None, 0.0
 
-    def route(self, asked: Asked, top_k: int, *, normalised: bool) -> Routed:
+    def route(self, inputs: RouterInput, top_k: int, *, normalised: bool) -> Routed:
         del normalised  # they always are: there are no scores
-        assert asked.tokens is not None
-        experts = asked.logits.shape[-1]
-        first = (mixed(asked.tokens) % experts).astype(jnp.int32)
+        assert inputs.tokens is not None
+        experts = inputs.logits.shape[-1]
+        first = (mixed(inputs.tokens) % experts).astype(jnp.int32)
         expert = (first[:, None] + jnp.arange(top_k, dtype=jnp.int32)[None]) % experts
         weight = jnp.full(expert.shape, 1 / top_k, jnp.float32)
-        even = jnp.full_like(asked.logits, 1 / experts)
-        return routed(asked.logits, even, expert, weight, normalised=False)
+        even = jnp.full_like(inputs.logits, 1 / experts)
+        return routed(inputs.logits, even, expert, weight, normalised=False)
 
 
 @dataclass(frozen=True)
@@ -168,10 +170,10 @@ class ExpertChoice:
 
     causal, learned, reads_tokens, bias_rate, balance_scale = False, True, False, None, 0.0
 
-    def route(self, asked: Asked, top_k: int, *, normalised: bool) -> RoutedByExperts:
+    def route(self, inputs: RouterInput, top_k: int, *, normalised: bool) -> RoutedByExperts:
         assert not normalised  # MoESpec refuses it
-        tokens, experts = asked.logits.shape
-        logits = asked.logits.astype(jnp.float32)
+        tokens, experts = inputs.logits.shape
+        logits = inputs.logits.astype(jnp.float32)
         scores = jax.nn.softmax(logits, axis=-1)
         weight, token = jax.lax.top_k(scores.T, math.ceil(top_k * tokens / experts))
         even = jnp.full(experts, 1 / experts, jnp.float32)

@@ -91,14 +91,14 @@ def of_texts(
 
 
 def of_documents(
-    found: Sequence[Int[np.ndarray, " T"]], *, tokenizer: str, tokenizer_digest: str
+    token_ids: Sequence[Int[np.ndarray, " T"]], *, tokenizer: str, tokenizer_digest: str
 ) -> Corpus:
     """Documents that already are tokens."""
     digest = hashlib.sha256()
-    for document in found:
+    for document in token_ids:
         digest.update(len(document).to_bytes(8, "little") + np.asarray(document, "<i8").tobytes())
     return Corpus({"tokens": digest.hexdigest()}, tokenizer, tokenizer_digest,
-                  lambda: ((document, None) for document in found))  # fmt: skip
+                  lambda: ((document, None) for document in token_ids))  # fmt: skip
 
 
 def build(
@@ -147,8 +147,8 @@ def _finished(out: Path, request: dict[str, Any]) -> bool:
         return True
     if not (out / PROGRESS).exists():
         for name in FILES:
-            if there := next(out.glob(f"{name}.*"), None):
-                raise InputError(f"{there} is there already and belongs to no index of ours; "
+            if existing := next(out.glob(f"{name}.*"), None):
+                raise InputError(f"{existing} is there already and belongs to no index of ours; "
                                  f"name another folder")  # fmt: skip
     return False
 
@@ -160,17 +160,17 @@ def _written(out: Path, request: dict[str, Any]) -> list[dict[str, int]] | None:
         return None
     with refusing(str(path), kind="progress of a build", advice="name another folder"):
         state = json.loads(path.read_bytes())
-        before, shards = state["request"], state["shards"]
-    _check_same(out, before, request, what="the beginning of another index")
+        earlier_request, shards = state["request"], state["shards"]
+    _check_same(out, earlier_request, request, what="the beginning of another index")
     for name in FILES:  # of a process that was killed
         for left in out.glob(f".{name}.*-*.part"):
             left.unlink()
     return shards
 
 
-def _check_same(out: Path, before: Any, request: dict[str, Any], *, what: str) -> None:
+def _check_same(out: Path, earlier_request: Any, request: dict[str, Any], *, what: str) -> None:
     for name, value in json.loads(json.dumps(request)).items():
-        if before.get(name) != value:
+        if earlier_request.get(name) != value:
             raise InputError(f"{out} holds {what}: its {name} differs; name another folder, or "
                              f"give the command that it was begun with")  # fmt: skip
 

@@ -64,9 +64,9 @@ class Encoding:
             return np.empty(0, self.tokens)
         least, most = int(tokens.min()), int(tokens.max())
         if tokens.dtype.kind not in "iu" or least < 0 or most > self.separator:
-            found = least if least < 0 else most
+            outside = least if least < 0 else most
             raise InputError(
-                f"token id {found} is outside the {self.width}-byte tokens of this index, which "
+                f"token id {outside} is outside the {self.width}-byte tokens of this index, which "
                 f"hold 0 to {self.separator}; give ids of its tokenizer"
             )
         return tokens.astype(self.tokens)
@@ -81,11 +81,11 @@ class Encoding:
             return np.zeros(len(starts), np.uint64)
         per_word = WORD_BYTES // self.width
         lanes = np.arange(per_word)
-        places = starts[:, None] + (lanes[::-1] if self.order == "id" else lanes)
-        found = tokens.take(places, mode="clip")
+        positions = starts[:, None] + (lanes[::-1] if self.order == "id" else lanes)
+        gathered = tokens.take(positions, mode="clip")
         if (starts > len(tokens) - per_word).any():
-            found[places >= len(tokens)] = 0
-        packed = found.view("<u8" if self.order == "id" else ">u8")[:, 0]
+            gathered[positions >= len(tokens)] = 0
+        packed = gathered.view("<u8" if self.order == "id" else ">u8")[:, 0]
         return packed.astype("<u8", copy=False)
 
     def masks(self) -> UInt64[np.ndarray, " _"]:

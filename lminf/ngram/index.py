@@ -90,24 +90,24 @@ class Index:
 
     def _prob(self, prompts, tokens, lengths) -> Probability:
         rows = zip(prompts, tokens, lengths.tolist(), strict=True)
-        whole = [[*prompt[len(prompt) - n :], token] for prompt, token, n in rows]
-        parents = self.find([query[:-1] for query in whole])
-        if len(whole) == 1:
-            found = self._find_one(self.encoding.encode(whole[0]), parents)
+        sequences = [[*prompt[len(prompt) - n :], token] for prompt, token, n in rows]
+        parents = self.find([query[:-1] for query in sequences])
+        if len(sequences) == 1:
+            ranges = self._find_one(self.encoding.encode(sequences[0]), parents)
         else:
-            found = self.find_in(Queries.of(self.encoding, whole), parents)
-        return Probability(counts(parents), counts(found), lengths)
+            ranges = self.find_in(Queries.of(self.encoding, sequences), parents)
+        return Probability(counts(parents), counts(ranges), lengths)
 
     def _find_one(self, query: Shaped[np.ndarray, " T"], parents: Ranges | None) -> Ranges:
-        found = np.zeros((len(self.shards), 1, 2), np.int64)
+        ranges = np.zeros((len(self.shards), 1, 2), np.int64)
         for i, shard in enumerate(self.shards):
             low, high = (0, shard.slots) if parents is None else parents[i, 0].tolist()
-            found[i, 0] = shard.find_one(query, low, high)
-        return found
+            ranges[i, 0] = shard.find_one(query, low, high)
+        return ranges
 
     def find_in(self, queries: Queries, parents: Ranges | None) -> Ranges:
         """As `find`, within the ranges of what the queries begin with."""
-        found = np.zeros((len(self.shards), len(queries.starts), 2), np.int64)
+        ranges = np.zeros((len(self.shards), len(queries.starts), 2), np.int64)
         for i, shard in enumerate(self.shards):
             low = np.zeros(len(queries.starts), np.int64)
             high = np.full_like(low, shard.slots)
@@ -115,10 +115,10 @@ class Index:
                 low, high = parents[i, :, 0], parents[i, :, 1]
             first, beyond = shard.suffixes.bound(queries, low, high)
             rows = np.flatnonzero(shard.suffixes.begins(queries, first) & (first < high))
-            end, asked = first.copy(), queries.take(rows)
-            end[rows] = shard.suffixes.bound(asked, first[rows], beyond[rows], after=True)[0]
-            found[i] = np.stack([first, end], -1)
-        return found
+            end, present = first.copy(), queries.take(rows)
+            end[rows] = shard.suffixes.bound(present, first[rows], beyond[rows], after=True)[0]
+            ranges[i] = np.stack([first, end], -1)
+        return ranges
 
     # --- Longest matches --------------------------------------------------------------------------
 
@@ -156,10 +156,10 @@ class Index:
         occurs = np.zeros(len(queries.starts), bool)
         for shard in self.shards:
             rows = np.flatnonzero(~occurs)
-            asked, low = queries.take(rows), np.zeros(len(rows), np.int64)
+            remaining, low = queries.take(rows), np.zeros(len(rows), np.int64)
             high = np.full_like(low, shard.slots)
-            first, _ = shard.suffixes.bound(asked, low, high)
-            occurs[rows] = shard.suffixes.begins(asked, first)
+            first, _ = shard.suffixes.bound(remaining, low, high)
+            occurs[rows] = shard.suffixes.begins(remaining, first)
         return occurs
 
     def longest_prefixes(self, text: Tokens) -> Int64[np.ndarray, " T"]:
@@ -175,8 +175,8 @@ class Index:
             low = np.zeros(len(text), np.int64)
             rank, _ = shard.suffixes.bound(queries, low, low + shard.slots)
             for neighbour in (rank - 1, rank):
-                places = shard.places(np.clip(neighbour, 0, shard.slots - 1))
-                longest = np.maximum(longest, shard.suffixes.shared(queries, places))
+                positions = shard.positions(np.clip(neighbour, 0, shard.slots - 1))
+                longest = np.maximum(longest, shard.suffixes.lcp(queries, positions))
         return longest
 
     # --- Documents --------------------------------------------------------------------------------
@@ -186,10 +186,10 @@ class Index:
         if not 0 <= shard < len(self.shards) or not 0 <= rank < self.shards[shard].slots:
             raise InputError(f"there is no rank {rank} in shard {shard}; give one of a range that "
                              f"a query found")  # fmt: skip
-        found = self.shards[shard]
-        place = int(found.places(np.array([rank], np.int64))[0])
-        number = int(found.document_numbers(np.array([place], np.int64))[0])
-        return found.document(number, around=place, at_most=at_most)
+        source = self.shards[shard]
+        position = int(source.positions(np.array([rank], np.int64))[0])
+        number = int(source.document_numbers(np.array([position], np.int64))[0])
+        return source.document(number, around=position, at_most=at_most)
 
     def docs(
         self, query: Tokens, k: int, *, seed: int = 0, at_most: int = MAX_DISPLAYED

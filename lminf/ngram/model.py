@@ -52,10 +52,10 @@ class TokenModel(SequentialModel):
         if not continuation:
             raise InputError("a continuation is empty; give at least one character")
         # Spaces at the end of a prompt belong to the continuation, as for LM.
-        own, tokens = self.encode(prompt.rstrip()), self.encode(prompt + continuation)
-        check_apart(own, tokens, prompt, continuation)
-        log_probs = self.log_probs([tokens[:-1]], last=len(tokens) - len(own))[0]
-        return Score.of(log_probs, tokens[len(own) :])
+        prompt_tokens, tokens = self.encode(prompt.rstrip()), self.encode(prompt + continuation)
+        check_apart(prompt_tokens, tokens, prompt, continuation)
+        log_probs = self.log_probs([tokens[:-1]], last=len(tokens) - len(prompt_tokens))[0]
+        return Score.of(log_probs, tokens[len(prompt_tokens) :])
 
     def generate_one(self, prompt: str, *, max_new_tokens: int, stop: Sequence[str] = ()) -> str:
         tokens, stream = self.encode(prompt), TextStream(self.tokenizer, stop)
@@ -98,16 +98,16 @@ class InfiniGramLM(TokenModel):
         they are of all occurrences, none left out.
         """
         contexts = [prompt[: len(prompt) - i] for prompt in prompts for i in reversed(range(last))]
-        found = infgram_ntd(self.index, contexts, max_support=None)
-        token = np.where(found.token == self.index.encoding.separator, self.end_id, found.token)
+        ntd = infgram_ntd(self.index, contexts, max_support=None)
+        token = np.where(ntd.token == self.index.encoding.separator, self.end_id, ntd.token)
         if len(token) and int(token.max()) >= self.vocab_size:
             raise InputError(
                 f"the index holds token {int(token.max())} and the tokenizer has "
                 f"{self.vocab_size}: it is of another one; build it again"
             )
         probs = np.zeros((len(contexts), self.vocab_size))
-        np.add.at(probs, (found.prompt, token), found.counts / found.prompt_count[found.prompt])
-        sparse = np.bincount(found.prompt, minlength=len(contexts)) == 1
+        np.add.at(probs, (ntd.prompt, token), ntd.counts / ntd.prompt_count[ntd.prompt])
+        sparse = np.bincount(ntd.prompt, minlength=len(contexts)) == 1
         shape = (len(prompts), last)
         return probs.reshape(*shape, -1), sparse.reshape(shape)
 
@@ -132,13 +132,13 @@ class MixtureWeights:
     """The share of the ∞-gram in a mixture."""
 
     sparse: Annotated[float, Range(min=0, max=1)]  # where its estimate is sparse
-    other: Annotated[float, Range(min=0, max=1)]
+    non_sparse: Annotated[float, Range(min=0, max=1)]
 
     def __post_init__(self):
         ranges.check(self)
 
     def at(self, sparse: Bool[np.ndarray, " *B"]) -> Float64[np.ndarray, " *B"]:
-        return np.where(sparse, self.sparse, self.other)
+        return np.where(sparse, self.sparse, self.non_sparse)
 
     def nll(
         self,

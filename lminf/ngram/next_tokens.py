@@ -60,9 +60,9 @@ def _distribution(
     if max_support is not None:
         while (more := prompt_count > unit * max_support).any():
             unit[more] *= 2
-    found = [_of_shard(index, shard, ranges[shard], lengths, unit)
+    by_shard = [_of_shard(index, shard, ranges[shard], lengths, unit)
              for shard in range(len(index.shards))]  # fmt: skip
-    prompt, token, count = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    prompt, token, count = (np.concatenate(parts) for parts in zip(*by_shard, strict=True))
     # Prompts and tokens in one number, so that what stands in several parts is added.
     key, inverse = np.unique(prompt << 32 | token, return_inverse=True)
     summed = np.bincount(inverse, weights=count, minlength=len(key)).astype(np.int64)
@@ -75,7 +75,7 @@ def _of_shard(index: Index, number: int, ranges, lengths, unit):
     parts: list[tuple[Int[np.ndarray, " _"], ...]] = []
 
     def after(prompt, ranks):
-        return shard.tokens_at(shard.places(ranks) + lengths[prompt])
+        return shard.tokens_at(shard.positions(ranks) + lengths[prompt])
 
     prompt = np.flatnonzero(ranges[:, 1] > ranges[:, 0])
     low, high = ranges[prompt, 0], ranges[prompt, 1]

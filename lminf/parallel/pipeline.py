@@ -168,8 +168,8 @@ def _run(schedule, device, module, params, batch, mesh, strategy):
 
     def local(params, batch):
         batch = jax.tree.map(lambda x: x.reshape(m, -1, *x.shape[1:]), batch)
-        here = device(module, schedule, slots, params=params, batch=batch)
-        carry, _ = jax.lax.scan(here.tick, here.start(), ticks)
+        stage = device(module, schedule, slots, params=params, batch=batch)
+        carry, _ = jax.lax.scan(stage.tick, stage.start(), ticks)
         gradient = jax.lax.psum(carry.gradient, ("data", "fsdp"))
         shared = {name: g for name, g in gradient.items() if where[name] == P()}
         return carry.nll.reshape(-1, tokens.shape[1]), {**gradient, **jax.lax.psum(shared, AXIS)}

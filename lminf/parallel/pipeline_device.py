@@ -173,23 +173,23 @@ class Device:
     def _own_tokens(self, i: Int[Array, ""]) -> tuple[Array, Array]:
         """Rows of this device for the tokens of a microbatch, and which tokens are its own."""
         rows = _read(self.batch["tokens"], i) - self.first_row
-        own = (rows >= 0) & (rows < self.params["embed"].shape[0])
-        return jnp.where(own, rows, 0), own[..., None]
+        local = (rows >= 0) & (rows < self.params["embed"].shape[0])
+        return jnp.where(local, rows, 0), local[..., None]
 
     def _from(self, device: int, x: Array) -> Array:
         """The x of that device, on all of them."""
         return jax.lax.psum(jnp.where(self.index == device, x, 0), AXIS)
 
     def embed(self, carry: Carry, i: Int[Array, ""]) -> Carry:
-        rows, own = self._own_tokens(i)
+        rows, local = self._own_tokens(i)
         x = decoder.embed_tokens(self.module.spec, self.params, rows, dtype=self.module.dtype)
-        x = jax.lax.psum(jnp.where(own, x, 0), AXIS)
+        x = jax.lax.psum(jnp.where(local, x, 0), AXIS)
         return carry._replace(inputs=_write(carry.inputs, jnp.where(self.index == 0, i, -1), x))
 
     def embed_gradient(self, carry: Carry, i: Int[Array, ""], sent: Hidden) -> Carry:
-        rows, own = self._own_tokens(i)
+        rows, local = self._own_tokens(i)
         x = self._from(0, sent).astype(jnp.float32) * self.module.spec.embed_scale
-        total = carry.gradient["embed"].at[rows].add(jnp.where(own, x, 0))
+        total = carry.gradient["embed"].at[rows].add(jnp.where(local, x, 0))
         return carry._replace(gradient={**carry.gradient, "embed": total})
 
     def broadcast(self, carry: Carry, i: Int[Array, ""], sent: Hidden) -> Carry:

@@ -79,8 +79,8 @@ class Form(NamedTuple):
 
 
 def _in_turn(p: int, device: int, m: int) -> tuple[Sequence, Sequence]:
-    every = [(0, microbatch) for microbatch in range(m)]
-    return every, every
+    order = [(0, microbatch) for microbatch in range(m)]
+    return order, order
 
 
 def _in_groups(p: int, device: int, m: int) -> tuple[Sequence, Sequence]:
@@ -96,8 +96,8 @@ def _in_a_v(p: int, device: int, m: int) -> tuple[Sequence, Sequence]:
     backward = (6 * p - 2 + 3 * (p % 2 == 0) - device, 3 * p - 1 + 2 * device)
 
     def ordered(starts):
-        every = [(starts[c] + 6 * i, c, i) for c in (0, 1) for i in range(m)]
-        return [(chunk, microbatch) for _, chunk, microbatch in sorted(every)]
+        starts_of_passes = [(starts[c] + 6 * i, c, i) for c in (0, 1) for i in range(m)]
+        return [(chunk, microbatch) for _, chunk, microbatch in sorted(starts_of_passes)]
 
     return ordered(forward), ordered(backward)
 
@@ -174,8 +174,8 @@ def _listed(schedule: Schedule) -> list[Pass]:
     for device in range(p):
         forward, backward = (list(order) for order in form.order(p, device, m))
         queues.append({"F": forward, "B": backward, "W": list(backward) if form.split else []})
-        every = [(0, microbatch) for microbatch in range(m if barriers else 0)]
-        queues[-1] |= {"S": list(every), "T": list(every)}
+        microbatches = [(0, microbatch) for microbatch in range(m if barriers else 0)]
+        queues[-1] |= {"S": list(microbatches), "T": list(microbatches)}
     counts = [dict.fromkeys("FBW", 0) for _ in range(p)]
 
     def everywhere(kind, i, tick):
@@ -195,8 +195,8 @@ def _listed(schedule: Schedule) -> list[Pass]:
             return everywhere("S" if barriers == 1 else "T", i, tick)
         if kind == "T":
             return everywhere("S", i, tick)
-        before = {"B": ("F", stage), "W": ("B", stage), "S": ("F", s.last)}[kind]
-        return run.done(*before, i, tick)
+        dependency = {"B": ("F", stage), "W": ("B", stage), "S": ("F", s.last)}[kind]
+        return run.done(*dependency, i, tick)
 
     tick, total = 0, sum(len(queue) for each in queues for queue in each.values())
     while len(run.passes) < total:
@@ -229,9 +229,9 @@ def _interlaced(schedule: Schedule) -> list[Pass]:
             tick += s.duration(kind, device)
     for device in range(s.devices):
         offsets = {k: starts[k, 0 if k == "V" else device] for k in "FVB"}
-        every = [(offsets[k] + (window + vocabulary) * i, k, i) for k in "FVB"
+        passes = [(offsets[k] + (window + vocabulary) * i, k, i) for k in "FVB"
                  for i in range(s.microbatches)]  # fmt: skip
-        orders.append([(kind, i) for _, kind, i in sorted(every)])
+        orders.append([(kind, i) for _, kind, i in sorted(passes)])
     while any(orders):
         for device in range(s.devices):
             kind, i = orders[device][0] if orders[device] else ("", 0)
@@ -243,10 +243,10 @@ def _interlaced(schedule: Schedule) -> list[Pass]:
             if needs is None or not (first or needs in run.end):
                 continue
             together = range(s.devices) if kind == "V" else [device]
-            if any(orders[other][:1] != [(kind, i)] for other in together):
+            if any(orders[d][:1] != [(kind, i)] for d in together):
                 continue
-            start = max(run.end.get(needs, 0), *(run.free[other] for other in (*together, device)))
-            for other in together:
-                orders[other].pop(0)
-                run.add(other, start, kind, 0, i)
+            start = max(run.end.get(needs, 0), *(run.free[d] for d in (*together, device)))
+            for d in together:
+                orders[d].pop(0)
+                run.add(d, start, kind, 0, i)
     return run.passes

@@ -87,11 +87,11 @@ def reduce_softmax(
 ) -> Reduced:
     """C1 of what is minimised: Σ weight (nll + z_loss lse²)."""
     top = jax.lax.pmax(local.top, axis)
-    own = local.total * jnp.exp(local.top - top)
-    total, label_logit = jax.lax.psum((own, local.label_logit), axis)
+    local_total = local.total * jnp.exp(local.top - top)
+    total, label_logit = jax.lax.psum((local_total, local.label_logit), axis)
     lse = top + jnp.log(total)
     local = local._replace(
-        softmax_weight=weight * (1 + 2 * z_loss * lse) * own / total, label_weight=weight
+        softmax_weight=weight * (1 + 2 * z_loss * lse) * local_total / total, label_weight=weight
     )
     gradient = None
     if local.softmax_rows is not None and local.label_rows is not None:

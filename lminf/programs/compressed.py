@@ -76,14 +76,14 @@ class Memory:
                 f"every token attends to {self.longmem.retrieved} of the bank, and {room} are left "
                 f"beside the question; give a side network that retrieves fewer, or a larger budget"
             )
-        whole = len(tokens) // self.segment * self.segment
-        if not whole:
+        used = len(tokens) // self.segment * self.segment
+        if not used:
             raise InputError(
                 f"the context of {len(tokens)} tokens has no segment of {self.segment}; give a "
                 f"longer one, or shorter segments"
             )
         bank = self.longmem.empty(1)
-        for start in range(len(tokens) - whole, len(tokens), self.segment):
+        for start in range(len(tokens) - used, len(tokens), self.segment):
             segment = tokens[None, start : start + self.segment]
             _, bank = _read(self.longmem, self.side, self.lm.params, bank, segment)
         filled = int(bank.filled)

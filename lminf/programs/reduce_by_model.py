@@ -67,8 +67,8 @@ class SemanticDeletion(TextReducer):
         if len(left) < 2:  # without it there is no text
             return np.ones(len(left))
         without = ["".join([*left[:index], *left[index + 1 :]]) for index in range(len(left))]
-        whole, *others = unit_vectors(self.model, [text, *without])
-        return 1 - np.stack(others) @ whole
+        full, *shortened = unit_vectors(self.model, [text, *without])
+        return 1 - np.stack(shortened) @ full
 
     def delete(self, text: str, rate: float) -> str:
         """The text without the share `rate` of its words, to the nearest number."""
@@ -111,8 +111,8 @@ class Segments(TextReducer):
         ranges.check(self)
 
     def shorten(self, context: str, question: str, budget: Budget) -> str:
-        ids, before = self.lm.encode(context + question)[0], self.lm.encode(context)[0]
-        alike = ids[: len(before)] == before[: len(ids)]
+        ids, context_ids = self.lm.encode(context + question)[0], self.lm.encode(context)[0]
+        alike = ids[: len(context_ids)] == context_ids[: len(ids)]
         question_len = len(ids) - (len(alike) if alike.all() else int(alike.argmin()))
         bos = int(self.lm.tokenizer.add_bos)
         how = SegmentReading(self.segment_len, question_len, bos + self.head_len)

@@ -141,8 +141,8 @@ class SCM(TextReducer):
         """The turns that are recalled, the least alike the question first."""
         if not (count := min(self.recalled, len(earlier))):
             return []
-        (asked,) = unit_vectors(self.model, [question])
-        alike = np.stack([turn.embedding for turn in earlier]) @ asked
+        (query,) = unit_vectors(self.model, [question])
+        alike = np.stack([turn.embedding for turn in earlier]) @ query
         alike += self.recency * np.arange(1, len(earlier) + 1) / len(earlier)
         return np.argsort(alike, kind="stable")[-count:].tolist()
 

@@ -280,8 +280,8 @@ def _claim(path: Path, same: str | None, may_change: Sequence[str]) -> Path:
         return path
     if same is None or "config.json" not in entries:
         raise InputError(f"{path} already holds files; name a new or empty folder with --out")
-    before, now = RunFolder(path).read_json("config.json"), json.loads(same)
-    changed = difference(before, now, may_change=may_change)
+    stored, now = RunFolder(path).read_json("config.json"), json.loads(same)
+    changed = difference(stored, now, may_change=may_change)
     if changed:
         raise InputError(
             f"{path} holds a run with {changed}; give it the same settings to go on with it, or "

@@ -105,7 +105,7 @@ class Placed:
     # Bytes on a device of (weights, gradients, the optimizer's state with master parameters).
     layers: np.ndarray
     vocabulary: np.ndarray  # embedding and head
-    others: np.ndarray
+    other_params: np.ndarray
     weights: float  # bytes of all layers as a device multiplies by them: not in slices of fsdp
     slices_weights: bool
     slices_grads: bool
@@ -118,7 +118,7 @@ def place(program: TrainStep, sizes: MeshShape, strategy: str) -> Placed:
     sizes = replace(sizes, data=1, context=1, stage=1)
     made = moved(program, sizes, strategy, grad_accum_steps=1)
     state, laid_out = made.shapes, made.shardings
-    groups = {name: np.zeros(3) for name in ("layers", "vocabulary", "others")}
+    groups = {name: np.zeros(3) for name in ("layers", "vocabulary", "other_params")}
     for part, shapes, shardings in (
         (0, (state.params, state.frozen), (laid_out.params, laid_out.frozen)),
         (1, state.params, made.gradient_shardings),
@@ -130,10 +130,10 @@ def place(program: TrainStep, sizes: MeshShape, strategy: str) -> Placed:
             groups[group][part] += partition.planned_bytes([leaf], [sharding])
     layers = {name: x for name, x in state.params.items() if name.endswith("layers")}
     rules = tuple(rule for rule in made.strategy.params if rule[1] != "fsdp")
-    whole = partition.shardings(layers, decoder.AXES, rules, made.mesh)
+    shardings_without_fsdp = partition.shardings(layers, decoder.AXES, rules, made.mesh)
     return Placed(
         **groups,
-        weights=float(partition.planned_bytes(layers, whole)),
+        weights=float(partition.planned_bytes(layers, shardings_without_fsdp)),
         slices_weights=slices(made.strategy.params),
         slices_grads=slices(made.strategy.grads),
         channels={
@@ -146,7 +146,7 @@ def group_of(path: str) -> str:
     names = set(path.split("/"))
     if names & {"layers", "first_layers"}:
         return "layers"
-    return "vocabulary" if names & {"embed", "head"} else "others"
+    return "vocabulary" if names & {"embed", "head"} else "other_params"
 
 
 def slices(rules: partition.Rules) -> bool:
@@ -177,7 +177,7 @@ def memory(layout: Layout, placed: Placed, program: TrainStep, *, length: int) -
         vocabulary = 1.0 if spec.tied else 0.5  # each end has one of the two
         vocabulary = 1 / stages if passes.spreads_vocabulary else vocabulary
     params, grads, optimizer = (
-        placed.layers / stages + vocabulary * placed.vocabulary + placed.others
+        placed.layers / stages + vocabulary * placed.vocabulary + placed.other_params
     )
     if count > 1:  # pieces are added in float32
         grads *= 4 / itemsize

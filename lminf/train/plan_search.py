@@ -51,7 +51,7 @@ class Search:
         """The fastest layout of every mesh and strategy that fits, in the order of `Planned.rank`;
         InputError says why there is none.
         """
-        found: dict[tuple, Planned] = {}
+        fastest: dict[tuple, Planned] = {}
         smallest: tuple[float, Layout] | None = None
         for layout in self.layouts():
             taken = self.memory(layout)
@@ -61,13 +61,13 @@ class Search:
                 continue
             planned = self.planned(layout, taken)
             key = layout.sizes, layout.strategy
-            if key not in found or planned.rank < found[key].rank:
-                found[key] = planned
+            if key not in fastest or planned.rank < fastest[key].rank:
+                fastest[key] = planned
         if smallest is None:
             raise InputError(self.nothing_divides())
-        if not found:
+        if not fastest:
             raise InputError(self.nothing_fits(*smallest))
-        return sorted(found.values(), key=lambda planned: planned.rank)
+        return sorted(fastest.values(), key=lambda planned: planned.rank)
 
     @property
     def usable(self) -> float:
@@ -149,8 +149,8 @@ class Search:
         """Why no layout divides the model and the batch, and the nearest count that some divide."""
         count = self.devices.count
         near = next(
-            (other for step in range(1, count + 1) for other in (count - step, count + step)
-             if 0 < other <= MOST_DEVICES and self.on(other).divides),
+            (candidate for step in range(1, count + 1) for candidate in (count - step, count + step)
+             if 0 < candidate <= MOST_DEVICES and self.on(candidate).divides),
             1,
         )  # fmt: skip
         spec = self.program.spec
@@ -196,10 +196,10 @@ class Search:
 
 def strategies(sizes: MeshShape) -> list[str]:
     """The strategies that use every axis of the mesh, none of which is 1 in vain."""
-    others = [axis for axis in ("tensor", "context", "expert") if getattr(sizes, axis) > 1]
+    axes = [axis for axis in ("tensor", "context", "expert") if getattr(sizes, axis) > 1]
     if sizes.fsdp > 1:
-        return ["+".join([zero, *others]) for zero in ZEROS]
-    return ["+".join(others) or "data"]
+        return ["+".join([zero, *axes]) for zero in ZEROS]
+    return ["+".join(axes) or "data"]
 
 
 def divisors(number: int) -> list[int]:

@@ -90,9 +90,9 @@ def test_fitted_weights_are_the_likeliest():
 
     grid = np.linspace(0, 0.99, 100)
     best = min(((a, b) for a in grid for b in grid), key=lambda pair: nll(*pair))
-    assert (found.sparse, found.other) == pytest.approx(best, abs=0.011)
-    assert nll(found.sparse, found.other) <= nll(*best)
-    assert found.sparse > found.other
+    assert (found.sparse, found.non_sparse) == pytest.approx(best, abs=0.011)
+    assert nll(found.sparse, found.non_sparse) <= nll(*best)
+    assert found.sparse > found.non_sparse
     assert fit_weights(neural, np.ones(400, bool), 2 * neural) == MixtureWeights(0.0, 0.0)
 
 

@@ -226,5 +226,5 @@ def test_a_compiled_step_takes_what_the_layout_says(strategy, sizes, remat):
     found = compiled.memory_of(step.compile())
     one = layout(strategy, remat=remat, micro_batch=16, **sizes)
     taken = layouts.memory(one, layouts.place(made, one.sizes, strategy), made, length=64)
-    assert taken.params + taken.optimizer == pytest.approx(found.held, rel=0.01)
+    assert taken.params + taken.optimizer == pytest.approx(found.arguments, rel=0.01)
     assert taken.total == pytest.approx(found.total, rel=0.2)

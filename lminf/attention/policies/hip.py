@@ -216,16 +216,16 @@ class InfiniteHiP(HierarchicalSelect):
                     f"topk={kept} tokens is no whole number of chunks of chunk={size}; "
                     f"give a multiple"
                 )
-        for before, after in itertools.pairwise(self.chunk):
-            if before % after:
+        for previous, following in itertools.pairwise(self.chunk):
+            if previous % following:
                 yield (
-                    f"chunk={after} tokens does not divide chunk={before} of the stage before; "
-                    f"give a divisor"
+                    f"chunk={following} tokens does not divide chunk={previous} of the stage "
+                    f"before; give a divisor"
                 )
-        for before, after in itertools.pairwise(self.topk):
-            if after > before:
+        for previous, following in itertools.pairwise(self.topk):
+            if following > previous:
                 yield (
-                    f"topk={after} tokens of the topk={before} that the stage before leaves; "
+                    f"topk={following} tokens of the topk={previous} that the stage before leaves; "
                     f"give no more than those"
                 )
 

@@ -229,14 +229,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granite": Architecture("granite", spec_fields=_granite),
     "smollm3": Architecture("smollm3", spec_fields=_smollm3),
     "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3", own=lambda known: {"qk_norm": "head"}),
+    "qwen3": Architecture("qwen3", spec_fields=lambda known: {"qk_norm": "head"}),
     "qwen3moe": Architecture("qwen3_moe", spec_fields=_qwen3moe),
     "gemma": Architecture("gemma", spec_fields=_gemma, **_GEMMA),
     "gemma2": Architecture("gemma2", spec_fields=_gemma2, **_GEMMA),
     "gemma3": Architecture("gemma3_text", spec_fields=_gemma3, **_GEMMA),
     "olmo2": Architecture("olmo2", also=("olmo3",), spec_fields=_olmo2),
     "phi3": Architecture("phi3", spec_fields=_phi3),
-    "glm4": Architecture("glm4", layout="interleaved", own=lambda known: {"post_norms": True}),
+    "glm4": Architecture(
+        "glm4", layout="interleaved", spec_fields=lambda known: {"post_norms": True}
+    ),
     "stablelm": Architecture("stablelm", spec_fields=_stablelm, **_LAYER),
     "command-r": Architecture("cohere", norm="layer", layout="interleaved", spec_fields=_cohere),
     "cohere2": Architecture("cohere2", norm="layer", layout="interleaved", spec_fields=_cohere2),

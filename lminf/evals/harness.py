@@ -31,7 +31,7 @@ from lminf.errors import InputError
 from lminf.lm import generate
 from lminf.lm.generate import GREEDY, Sampling
 from lminf.lm.lm import DTYPES, LM
-from lminf.lm.prefix import TOGETHER, Pair, SharedPrefix
+from lminf.lm.prefix import BATCH_TOKENS, Pair, SharedPrefix
 from lminf.lm.protocol import OnAnswer
 from lminf.models import quantization
 
@@ -220,7 +220,7 @@ class HarnessLM(model.LM):
         if sampling == GREEDY:
             self.shared.generate(prompts, max_new_tokens=most, stop=stop, on_answer=keep)
             return
-        rows = self.shared.rows or max(1, TOGETHER // max(map(len, prompts)))
+        rows = self.shared.rows or max(1, BATCH_TOKENS // max(map(len, prompts)))
         for first in range(0, len(prompts), rows):
             texts = self.lm.generate(
                 prompts[first : first + rows], max_new_tokens=most, stop=stop, sampling=sampling,

@@ -65,8 +65,8 @@ def parse_draft(text: str, *, model: str, load: Callable[[str], LM]) -> Callable
 
 @dataclass(frozen=True)
 class PromptLookup:
-    """What followed the last tokens where they last stood in the text, prompt included: the longest
-    n-gram that it had before is looked up. A repetition is taken to go on.
+    """Prompt lookup: the continuation of the latest earlier occurrence of the text's last tokens,
+    by the longest n-gram that occurs earlier. A repetition is taken to continue.
     """
 
     ngram: Annotated[int, Range(min=1, max=1024)] = 3  # tokens, at most

@@ -42,7 +42,7 @@ ROUNDING = 256.0
 
 
 class Proposal(NamedTuple):
-    """What a draft expects each row to go on with."""
+    """The tokens that a draft proposes for each row."""
 
     tokens: Int[np.ndarray, "B k"]  # -1 behind what is proposed
     probs: Float[Array, "B k V"] | None = None  # they were drawn from; None: each was certain
@@ -59,7 +59,7 @@ class Drafter(Protocol):
 
 
 class Draft(Protocol):
-    """What proposes tokens: a model (lminf.lm.drafts), a text's own repetitions, counts."""
+    """A source of proposals: a model (lminf.lm.drafts), a text's own repetitions, counts."""
 
     def start(
         self, lm: Any, prompts: Texts, *, num_draft_tokens: int, max_new_tokens: int,
@@ -85,7 +85,7 @@ class Speculation:
 
 
 class Round(NamedTuple):
-    """What one call of the model that verifies came to."""
+    """The outcome of one verification by the target model."""
 
     tokens: list[Int[np.ndarray, " _"]]  # that each row goes on with
     drafted: int  # tokens, of all rows

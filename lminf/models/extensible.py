@@ -100,7 +100,7 @@ class ExtensibleTokenizer:
         trained = {"layers": layers["layers"], "final_norm": norm}
         return jax.tree.map(lambda x: jnp.array(x, jnp.float32), trained)
 
-    def kept(self, tokens: int, ratio: int) -> Int[np.ndarray, " M"]:
+    def kept_positions(self, tokens: int, ratio: int) -> Int[np.ndarray, " M"]:
         """The places, of so many tokens, whose states become embeddings."""
         if not 2 <= ratio <= self.chunk:
             raise InputError(
@@ -117,9 +117,9 @@ class ExtensibleTokenizer:
     def encode(
         self, params: Params, frozen: Params, tokens: Tokens, ratio: int
     ) -> Float[Array, "B M D"]:
-        """Embeddings of the tokens, chunk by chunk; M is the length of `kept`."""
+        """Embeddings of the tokens, chunk by chunk; M is the length of `kept_positions`."""
         rows, count = tokens.shape
-        kept = self.kept(count, ratio)
+        kept = self.kept_positions(count, ratio)
         padded = jnp.pad(
             tokens, ((0, 0), (0, -count % self.chunk))
         )  # nothing sees what comes later

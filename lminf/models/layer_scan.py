@@ -115,8 +115,8 @@ def scan_layers(
         )
         sliced_by_stage.append(stage_sliced)
         sown_by_stage.append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), sown))
-    sliced = _concatenated(sliced_by_stage)
-    kv = [carried or stacked for carried, stacked in zip(in_place, sliced, strict=True)]
+    sliced_kv = _concatenated(sliced_by_stage)
+    kv = [carried or stacked for carried, stacked in zip(in_place, sliced_kv, strict=True)]
     sown = {
         name: _concatenated([stage[name] for stage in sown_by_stage if name in stage])
         for name in sown_by_stage[-1]

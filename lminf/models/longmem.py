@@ -58,7 +58,7 @@ def memory_attention(
     q: Float[Array, "B T N H"], bank: Bank, *, chunk: int, retrieved: int, scale: float
 ) -> Float[Array, "B T N H"]:
     """Of each query over the `retrieved` tokens of the bank in the chunks of the largest inner
-    products with it; exact, without an index. Of an empty bank it means nothing.
+    products with it; exact, without an index. Undefined for an empty bank.
     """
     batch, tokens, num_heads, width = q.shape
     slots, kv_heads = bank.k.shape[1:3]

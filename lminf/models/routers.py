@@ -29,7 +29,7 @@ BIAS = "correction_bias"  # the parameter of LossFree, [E] in each layer
 
 
 class RouterInput(NamedTuple):
-    """What a router may go by."""
+    """The inputs that a router may use."""
 
     logits: Float[Array, "T E"]  # float32; zeros where the router learns nothing
     tokens: Int[Array, " T"] | None  # their ids, for a router that reads `tokens`
@@ -67,28 +67,28 @@ class Router(Protocol):
 
     @property
     def learned(self) -> bool:
-        """Whether it has a matrix from hidden states to logits."""
+        """Whether it has a weight matrix from hidden states to logits."""
         ...
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether it goes by token ids, which a text of embeddings has not."""
+        """Whether it needs token ids, which inputs given as embeddings lack."""
         ...
 
     @property
     def bias_rate(self) -> float | None:
-        """What its bias moves by after a step; None: it has none."""
+        """The step size of the bias update after a training step; None: no bias."""
         ...
 
     @property
     def balance_scale(self) -> float:
-        """Of the balance loss that it wants in pretraining."""
+        """The default coefficient of the load-balancing loss in pretraining."""
         ...
 
     def route(
         self, inputs: RouterInput, top_k: int, *, normalised: bool
     ) -> Routed | RoutedByExperts:
-        """The choice for all tokens; `top_k` is experts per token, on average where the router
+        """The assignment of all tokens; `top_k` is experts per token, on average where the router
         does not fix it. `normalised`: the weights of a token's experts sum to 1.
         """
         ...
@@ -117,7 +117,7 @@ class LossFree:
     """Token choice of scores plus a bias that only the choice sees; the weights are the scores'.
 
     After a step every bias moves by `bias_rate`: up where the expert read fewer tokens than the
-    mean, down where it read more (`rebalanced`). Nothing is added to the loss.
+    mean, down where it read more (`update_bias`). Nothing is added to the loss.
     Source: Wang et al. 2024, arXiv:2408.15664, Algorithm 1, with a softmax for their sigmoid.
     """
 
@@ -151,7 +151,7 @@ class Hash:
         del normalised  # they always are: there are no scores
         assert inputs.tokens is not None
         experts = inputs.logits.shape[-1]
-        first = (mixed(inputs.tokens) % experts).astype(jnp.int32)
+        first = (hash_ids(inputs.tokens) % experts).astype(jnp.int32)
         expert = (first[:, None] + jnp.arange(top_k, dtype=jnp.int32)[None]) % experts
         weight = jnp.full(expert.shape, 1 / top_k, jnp.float32)
         even = jnp.full_like(inputs.logits, 1 / experts)
@@ -177,7 +177,7 @@ class ExpertChoice:
         scores = jax.nn.softmax(logits, axis=-1)
         weight, token = jax.lax.top_k(scores.T, math.ceil(top_k * tokens / experts))
         even = jnp.full(experts, 1 / experts, jnp.float32)
-        return RoutedByExperts(token, weight, even, jnp.float32(1), z_of(logits))
+        return RoutedByExperts(token, weight, even, jnp.float32(1), z_loss(logits))
 
 
 ROUTERS: dict[str, type] = {
@@ -196,22 +196,22 @@ def routed(
     *,
     normalised: bool,
 ) -> Routed:
-    """The choice with its measures."""
+    """The assignment with its load and auxiliary losses."""
     experts = logits.shape[-1]
     if normalised:
         weight = weight / weight.sum(-1, keepdims=True)
     load = jax.nn.one_hot(expert, experts).mean((0, 1))  # share of the tokens: no gradient
     balance = experts * (load * probabilities.mean(0)).sum()
-    return Routed(expert, weight, load, balance, z_of(logits))
+    return Routed(expert, weight, load, balance, z_loss(logits))
 
 
-def z_of(logits: Float[Array, "T E"]) -> Float[Array, ""]:
+def z_loss(logits: Float[Array, "T E"]) -> Float[Array, ""]:
     """The z-loss. Source: Zoph et al. 2022, arXiv:2202.08906."""
     lse = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
     return jnp.square(lse).mean()
 
 
-def mixed(tokens: Int[Array, " T"]) -> UInt32[Array, " T"]:
+def hash_ids(tokens: Int[Array, " T"]) -> UInt32[Array, " T"]:
     """32 bits in which neighbouring ids have nothing in common (the finaliser of MurmurHash3)."""
     x = tokens.astype(jnp.uint32)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
@@ -232,7 +232,7 @@ def expert_slots(
     return slot, slot < capacity
 
 
-def rebalanced(params: Params, bias_rate: float, load: Float[Array, "L E"]) -> Params:
+def update_bias(params: Params, bias_rate: float, load: Float[Array, "L E"]) -> Params:
     """The parameters with the correction bias of every expert moved by the sign of its load error.
 
     Source: Wang et al. 2024, arXiv:2408.15664, Algorithm 1: b += u sign(mean load - load).

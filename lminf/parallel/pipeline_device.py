@@ -24,7 +24,7 @@ from lminf.parallel.ticks import KINDS, Slots, Ticks
 from lminf.types import Hidden, Params
 
 AXIS = "stage"
-BY_VOCABULARY = ("embed", "head")  # parameters whose rows are divided over the stages
+VOCAB_SHARDED = ("embed", "head")  # parameters whose rows are divided over the stages
 
 
 def _read(ring: Any, i: Int[Array, ""]) -> Any:
@@ -134,7 +134,7 @@ class Device:
     ) -> Done:
         """B and W, whose forward is computed again."""
         x, gradient = _read(carry.inputs, i), _read(carry.gradients, i)
-        params = {name: w for name, w in self.params.items() if name not in BY_VOCABULARY}
+        params = {name: w for name, w in self.params.items() if name not in VOCAB_SHARDED}
         _, vjp = jax.vjp(partial(self.stage, i=i), params, x)  # what is not used is not computed
         weights, x_gradient = vjp(gradient)
         if of_weights:

@@ -26,7 +26,8 @@ def simulate(schedule: Schedule) -> Simulated:
     """Costs of a schedule; raises ValueError where it lacks a pass or breaks a dependency."""
     s, form = schedule, schedule.form
     p, last, barriers = s.devices, s.last, VOCABULARIES[s.vocab]
-    kinds = "FB" + "W" * form.split + "ST" * bool(barriers) + "V" * (s.vocab == "interlaced")
+    kinds = "FB" + "W" * form.splits_backward + "ST" * bool(barriers)
+    kinds += "V" * (s.vocab == "interlaced")
     start: dict[tuple[str, int, int], int] = {}
     end: dict[tuple[str, int, int], int] = {}
     for each in s.passes:
@@ -62,7 +63,7 @@ def simulate(schedule: Schedule) -> Simulated:
         if any(second[0] < first[1] for first, second in itertools.pairwise(passes)):
             raise ValueError(f"two passes of device {device} overlap")
         idle.append(ticks - sum(stop - begin for begin, stop, _ in passes))
-        release = "W" if form.split else "B"
+        release = "W" if form.splits_backward else "B"
         changes = sorted([(begin, 1) for begin, _, kind in passes if kind == "F"]
                       + [(stop, -1) for _, stop, kind in passes if kind == release])  # fmt: skip
         running = [sum(step for _, step in changes[: n + 1]) for n in range(len(changes))]
@@ -70,10 +71,10 @@ def simulate(schedule: Schedule) -> Simulated:
     return Simulated(ticks, tuple(idle), tuple(peak))
 
 
-def typical(name: str) -> Duration:
+def typical_duration(name: str) -> Duration:
     """Ticks where the forward of a device's layers takes 4, their backward 8, S and T one each."""
     form = SCHEDULES[name]
-    ticks = {"F": 4, "B": 4 if form.split else 8, "W": 4}
+    ticks = {"F": 4, "B": 4 if form.splits_backward else 8, "W": 4}
     ticks = {kind: each // form.chunks for kind, each in ticks.items()} | {"S": 1, "T": 1, "V": 2}
     return lambda kind, device: ticks[kind]
 
@@ -90,7 +91,7 @@ def table(devices: Sequence[int] = (4, 8)) -> list[Mapping[str, Any]]:
         row: dict[str, Any] = {"schedule": name, "vocabulary": vocab}
         for p in devices:
             options = {"devices": p, "microbatches": 4 * p, "vocab": vocab}
-            simulated = simulate(build(name, duration=typical(name), **options))
+            simulated = simulate(build(name, duration=typical_duration(name), **options))
             idle = max(simulated.idle)
             row[f"bubble, p = {p}"] = f"{idle / (idle + 4 * p * 12):.1%}"
             row[f"peak, p = {p}"] = f"{float(simulated.peak[0]):g}"

@@ -44,8 +44,9 @@ def tabulate(schedule: Schedule) -> tuple[Ticks, Slots]:
         barriers["ST".index(kind), tick] = i if tick >= 0 else -1
     last = "T" if schedule.vocab == "two_barriers" else "S"
     starts, ends = np.zeros((2, len(Slots._fields), p, m), np.int64)  # of use of each buffer
+    release = "W" if schedule.form.splits_backward else "B"
     for d, i in ((d, i) for d in range(p) for i in range(m)):
-        freed = at_tick.get(("W" if schedule.form.split else "B", d, i), at_tick["F", d, i])
+        freed = at_tick.get((release, d, i), at_tick["F", d, i])
         used = max(at_tick.get(("T", d, i), -1), done["S", i])
         arrived = done[last, i] if d == p - 1 else at_tick.get(("B", d + 1, i), freed)
         starts[:, d, i] = (

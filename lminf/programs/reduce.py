@@ -61,7 +61,7 @@ class Reducer(Protocol):
         ...
 
 
-def check(context: str, question: str, budget: Budget) -> int:
+def room_for_context(context: str, question: str, budget: Budget) -> int:
     """The units that the budget has beside the question; refuses what cannot be reduced."""
     if not context.strip():
         raise InputError("the context is empty; ask the question without reducing anything")
@@ -81,7 +81,7 @@ class TextReducer(abc.ABC):
 
     def reduce(self, context: str, question: str, budget: Budget) -> str:
         """As `Reducer.reduce`."""
-        check(context, question, budget)
+        room_for_context(context, question, budget)
         if budget.holds(context + question):
             return context
         return self.shorten(context, question, budget)
@@ -91,7 +91,7 @@ class TextReducer(abc.ABC):
         """The shorter text of a context that does not fit."""
 
 
-def longest(text_of: Callable[[int], str], most: int, question: str, budget: Budget) -> str:
+def longest_fitting(text_of: Callable[[int], str], most: int, question: str, budget: Budget) -> str:
     """`text_of(n)` of the largest n up to `most` that fits together with the question; texts get
     longer with n, and `text_of(0)` is empty.
     """
@@ -111,7 +111,7 @@ def best_parts(parts: Sequence[str], ranking: Sequence[int], question: str, budg
     def best(count: int) -> str:
         return "".join(parts[index] for index in sorted(ranking[:count]))
 
-    return longest(best, len(parts), question, budget)
+    return longest_fitting(best, len(parts), question, budget)
 
 
 def chunks(text: str, words: int) -> list[str]:
@@ -139,7 +139,7 @@ class Truncation(TextReducer):
             first = {"end": count, "start": 0, "middle": -(-count // 2)}[self.cut]
             return context[:first] + context[len(context) - (count - first) :]
 
-        return longest(kept, len(context) - 1, question, budget)
+        return longest_fitting(kept, len(context) - 1, question, budget)
 
 
 @dataclass(frozen=True)

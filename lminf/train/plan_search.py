@@ -12,7 +12,7 @@ from lminf.errors import InputError
 from lminf.parallel.hardware import MOST_DEVICES, Devices
 from lminf.parallel.mesh import MeshShape
 from lminf.train import layouts, step_time
-from lminf.train.layouts import SCHEDULES, Layout, Memory, Placed
+from lminf.train.layouts import SCHEDULES, Layout, Memory, ShardedBytes
 from lminf.train.step import REMAT, TrainStep
 from lminf.train.step_time import StepTime
 
@@ -25,6 +25,8 @@ ZEROS = ("zero1", "zero2", "zero3")
 
 @dataclass(frozen=True)
 class Planned:
+    """A layout with the memory, time and MFU that it is estimated to have."""
+
     layout: Layout
     memory: Memory
     time: StepTime
@@ -45,7 +47,7 @@ class Search:
     rows: int
     length: int
     efficiency: float  # share of the peak that products reach
-    placed: dict[tuple, Placed] = field(default_factory=dict)
+    known: dict[tuple, ShardedBytes] = field(default_factory=dict)
 
     def best(self) -> list[Planned]:
         """The fastest layout of every mesh and strategy that fits, in the order of `Planned.rank`;
@@ -77,20 +79,20 @@ class Search:
     def work(self) -> step_time.Work:
         return step_time.work_of(self.program, rows=self.rows, length=self.length)
 
-    def place(self, layout: Layout) -> Placed:
+    def sharded(self, layout: Layout) -> ShardedBytes:
         sizes = layout.sizes
         key = sizes.fsdp, sizes.tensor, sizes.expert, layout.strategy
-        if key not in self.placed:
-            self.placed[key] = layouts.place(self.program, sizes, layout.strategy)
-        return self.placed[key]
+        if key not in self.known:
+            self.known[key] = layouts.sharded_bytes(self.program, sizes, layout.strategy)
+        return self.known[key]
 
     def memory(self, layout: Layout) -> Memory:
-        return layouts.memory(layout, self.place(layout), self.program, length=self.length)
+        return layouts.memory(layout, self.sharded(layout), self.program, length=self.length)
 
     def planned(self, layout: Layout, taken: Memory) -> Planned:
         kind = self.devices.kind
         time = step_time.step_time(
-            layout, self.place(layout), self.work, taken, kind, efficiency=self.efficiency
+            layout, self.sharded(layout), self.work, taken, kind, efficiency=self.efficiency
         )
         return Planned(layout, taken, time, step_time.mfu(time, layout, self.work, kind))
 

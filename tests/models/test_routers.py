@@ -72,7 +72,7 @@ def test_biases_move_by_the_sign_of_the_load_error():
     """Algorithm 1 of arXiv:2408.15664: up where fewer tokens than the mean, else down."""
     before = {"layers": {"moe": {routers.BIAS: jnp.array([[0.1, 0.2, 0.3, 0.4]])}}}
     load = jnp.array([[0.5, 0.25, 0.15, 0.1]])
-    after = routers.rebalanced(before, 0.01, load)["layers"]["moe"][routers.BIAS]
+    after = routers.update_bias(before, 0.01, load)["layers"]["moe"][routers.BIAS]
     np.testing.assert_allclose(after, [[0.09, 0.2, 0.31, 0.41]], rtol=1e-6)
 
 

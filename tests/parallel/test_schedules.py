@@ -10,7 +10,7 @@ from lminf.parallel.schedules import SCHEDULES
 
 
 def costs(name, p, vocab="last_stage", m=None, duration=None):
-    duration = duration or simulator.typical(name)
+    duration = duration or simulator.typical_duration(name)
     made = schedules.build(name, devices=p, microbatches=m or 4 * p, vocab=vocab, duration=duration)
     return simulator.simulate(made)
 

@@ -183,12 +183,14 @@ def measure(
     return out
 
 
-def measured(run: Run, request: Request, out: RunFolder, before: Sequence[Row]) -> Iterator[Row]:
+def measured(
+    run: Run, request: Request, out: RunFolder, earlier_rows: Sequence[Row]
+) -> Iterator[Row]:
     """What the run yields; refuses rows that lay there before and lack a column that it reads."""
     try:
         yield from run(request.config, out)
     except KeyError as error:
-        if all(name in row for row in before for name in error.args):
+        if all(name in row for row in earlier_rows for name in error.args):
             raise
         with foreign_rows_refused(out, request.experiment):
             raise

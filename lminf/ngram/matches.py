@@ -127,7 +127,7 @@ def contaminated(
 def _positions(
     index: Index, number: int, ranges: Ranges, stride: int = 1
 ) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " N"]]:
-    """(query, token where it occurs) of one occurrence in `every` of each query in a shard."""
+    """(query, token where it occurs) of one occurrence in `stride` of each query in a shard."""
     low, high = ranges[number, :, 0], ranges[number, :, 1]
     sizes = -(-(high - low) // stride)
     query = np.repeat(np.arange(len(sizes)), sizes)

@@ -68,9 +68,10 @@ def softmax_pass(
     )
 
 
-def _einsum_f32(axes: str, weights: Array, other: Array) -> Array:
+def _einsum_f32(axes: str, weights: Array, operand: Array) -> Array:
     """Float32 sums of products in the dtype of the model."""
-    return jnp.einsum(axes, weights.astype(other.dtype), other, preferred_element_type=jnp.float32)
+    weights = weights.astype(operand.dtype)
+    return jnp.einsum(axes, weights, operand, preferred_element_type=jnp.float32)
 
 
 class Reduced(NamedTuple):

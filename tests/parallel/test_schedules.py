@@ -36,7 +36,7 @@ def test_1f1b_has_the_same_bubble_with_any_vocabulary_and_the_published_peak(voc
 @pytest.mark.parametrize("vocab", ["one_barrier", "two_barriers"])
 def test_one_microbatch_less_in_flight_makes_a_larger_bubble(vocab, monkeypatch):
     """Each barrier costs a microbatch, and not less."""
-    form = SCHEDULES["1f1b"]._replace(ahead=lambda p, d, m: (p - d - 1, p - d - 1))
+    form = SCHEDULES["1f1b"]._replace(max_in_flight=lambda p, d, m: (p - d - 1, p - d - 1))
     monkeypatch.setitem(SCHEDULES, "1f1b", form)
     assert costs("1f1b", 8, vocab).idle[0] > 7 * (4 + 8)
 

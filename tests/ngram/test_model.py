@@ -63,7 +63,7 @@ def test_it_keeps_the_protocol(infinigram):
 
 @pytest.mark.slow
 def test_a_mixture_is_the_weighted_mean_of_both(infinigram, lm):
-    weights = MixtureWeights(sparse=0.75, other=0.25)
+    weights = MixtureWeights(sparse=0.75, non_sparse=0.25)
     mixture = Mixture(lm, infinigram, weights)
     prompts = ["The sky", "The "]  # one byte follows; two do
     neural, counted = np.exp(lm.next(prompts)), np.exp(infinigram.next(prompts))

@@ -60,7 +60,7 @@ class Query:
 
     @property
     def digest(self) -> str:
-        """Of all that it holds."""
+        """A digest of the query, its instructions and its documents."""
         fields = (self.text, *self.original, *self.changed, *self.documents.items())
         parts = (sorted(each) if isinstance(each, frozenset) else each for each in fields)
         return hashlib.sha256(repr(list(parts)).encode()).hexdigest()[:16]

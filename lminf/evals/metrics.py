@@ -89,7 +89,7 @@ def character_rouge_l(completion: str, reference: str) -> float:
 
 def bleu(completion: str, reference: str, *, tokenize: Literal["13a", "zh"]) -> float:
     """BLEU of one text, of up to four words in a row, or characters of Chinese (`zh`), by sacrebleu
-    (Post 2018, arXiv:1804.08771). What no four in a row have in common is smoothed exponentially.
+    (Post 2018, arXiv:1804.08771). n-gram precisions of zero are smoothed exponentially.
     """
     try:
         import sacrebleu  # pyright: ignore[reportMissingImports]

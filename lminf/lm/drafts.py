@@ -33,8 +33,9 @@ from lminf.ranges import Range
 
 
 def parse_draft(text: str, *, model: str, load: Callable[[str], LM]) -> Callable[[LM], Draft]:
-    """What makes the draft that a text describes for a model, which is called `model`. Another
-    model is only then loaded, by `load`; all else is refused at once if it means nothing.
+    """The function of a model to the draft for it that a text describes. Whatever is wrong with the
+    text is refused here; another model is loaded, by `load`, when the function is called. `model`
+    is the name of the target model in errors.
     """
     kind, _, rest = text.partition(":")
     if kind == "prompt_lookup":

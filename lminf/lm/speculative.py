@@ -49,7 +49,7 @@ class Proposal(NamedTuple):
 
 
 class Drafter(Protocol):
-    """A draft of one generation."""
+    """The state of a draft during one generation."""
 
     def propose(self, texts: Texts, k: int, *, key: jax.Array) -> Proposal:
         """Up to k >= 1 tokens for each row. Between two calls a row has grown by the first tokens

@@ -67,7 +67,7 @@ def token_nll(
 
 @dataclass(frozen=True)
 class ExtensibleTokenizer:
-    """What makes embeddings of tokens for a frozen model of this spec."""
+    """Compresses tokens into embeddings for a frozen model of this spec."""
 
     spec: ModelSpec
     layers: Annotated[int, Range(min=1, max=2**12)]  # of the model, copied
@@ -88,8 +88,8 @@ class ExtensibleTokenizer:
         return module_of(self.spec)
 
     def init(self, frozen: Params) -> Params:
-        """What is trained: the model's first layers, and a norm that gives their states the size
-        of its embeddings.
+        """The trainable parameters: the model's first layers, and a norm that gives their states
+        the scale of its embeddings.
         """
         check_float(frozen, purpose="training")
         layers = first_layer_params(frozen, self.layers)
@@ -101,7 +101,7 @@ class ExtensibleTokenizer:
         return jax.tree.map(lambda x: jnp.array(x, jnp.float32), trained)
 
     def kept_positions(self, tokens: int, ratio: int) -> Int[np.ndarray, " M"]:
-        """The places, of so many tokens, whose states become embeddings."""
+        """Positions, in a text of so many tokens, whose hidden states become embeddings."""
         if not 2 <= ratio <= self.chunk:
             raise InputError(
                 f"a ratio of {ratio} tokens to an embedding, in chunks of {self.chunk}; give 2 to "

@@ -124,13 +124,13 @@ class LongMem:
         return module_of(self.spec)
 
     def init(self, frozen: Params) -> Params:
-        """What is trained: every second layer of the model, and β [N]."""
+        """The trainable parameters: every second layer of the model, and β [N]."""
         check_float(frozen, purpose="training")
         layers = jax.tree.map(lambda x: jnp.array(x[1::2], jnp.float32), frozen["layers"])
         return {"layers": layers, "beta": jnp.zeros(self.spec.num_heads)}
 
     def empty(self, rows: int) -> Bank:
-        """A bank of nothing for each row."""
+        """An empty bank for each row."""
         shape = (rows, self.capacity, self.spec.num_kv_heads, self.spec.head_dim)
         return Bank(jnp.zeros(shape), jnp.zeros(shape), jnp.zeros((), jnp.int32))
 

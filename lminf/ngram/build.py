@@ -1,4 +1,6 @@
-"""Token stores and texts -> an index; what was interrupted goes on, and no half of it opens."""
+"""Builds indexes of token stores and texts. An interrupted build resumes; an unfinished index does
+not open.
+"""
 
 import contextlib
 import dataclasses
@@ -36,7 +38,7 @@ READ_TOKENS = 1 << 22  # of a token store at a time
 
 
 class Corpus(NamedTuple):
-    """Documents in their order, the same at every call, and what tells them from others."""
+    """Documents in a fixed order, and the facts that identify them."""
 
     sources: dict[str, Any]
     tokenizer: str  # a name
@@ -45,7 +47,7 @@ class Corpus(NamedTuple):
 
 
 def of_store(url: str) -> Corpus:
-    """A finished token store, without its tokens before and after documents."""
+    """The documents of a finished token store, without BOS and end-of-text tokens."""
     opened = store.open_store(url)
     facts = opened.facts
     assert facts is not None
@@ -93,7 +95,7 @@ def of_texts(
 def of_documents(
     token_ids: Sequence[Int[np.ndarray, " T"]], *, tokenizer: str, tokenizer_digest: str
 ) -> Corpus:
-    """Documents that already are tokens."""
+    """Documents that are given as token ids."""
     digest = hashlib.sha256()
     for document in token_ids:
         digest.update(len(document).to_bytes(8, "little") + np.asarray(document, "<i8").tobytes())
@@ -111,8 +113,8 @@ def build(
     progress: sorting.Progress = lambda done, of: None,
 ) -> Index:
     """The index of a corpus at `out`. Sorting takes at most so much memory; more than one shard is
-    made where documents are more than `shard_slots` tokens. Nothing is done where the finished
-    index of the same corpus lies there already.
+    made where documents are more than `shard_slots` tokens. A finished index of the same
+    corpus is opened as it is.
     """
     request = {
         **dataclasses.asdict(encoding), "tokenizer": corpus.tokenizer,

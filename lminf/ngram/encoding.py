@@ -44,17 +44,17 @@ class Encoding:
 
     @property
     def tokens(self) -> np.dtype:
-        """Of tokens in a file."""
+        """The dtype of tokens in a file."""
         return np.dtype(f"<u{self.width}")
 
     @property
     def ordered(self) -> np.dtype:
-        """As what a token's bytes are to be read, so that larger values are later in the order."""
+        """The dtype under which a token's bytes compare in the index's order."""
         return self.tokens if self.order == "id" else self.tokens.newbyteorder(">")
 
     @property
     def sortable(self) -> np.dtype:
-        """As what tokens are to be written, so that their bytes are in the order."""
+        """The dtype of tokens whose bytes, as written, compare in the index's order."""
         return self.tokens.newbyteorder(">") if self.order == "id" else self.tokens
 
     def encode(self, ids: Tokens) -> Shaped[np.ndarray, " T"]:
@@ -89,13 +89,13 @@ class Encoding:
         return packed.astype("<u8", copy=False)
 
     def masks(self) -> UInt64[np.ndarray, " _"]:
-        """By n, a word that keeps the first n tokens of another one."""
+        """For every n, the mask of the first n tokens of a word."""
         kept = range(0, 64 + 1, 8 * self.width)
         return np.array([(1 << 64) - (1 << 64 - bits) for bits in kept], np.uint64)
 
 
 class Queries(NamedTuple):
-    """Pieces of one array of tokens: query i is `lengths[i]` tokens from `starts[i]` on."""
+    """Slices of one array of tokens: query i is `lengths[i]` tokens from `starts[i]` on."""
 
     tokens: Shaped[np.ndarray, " S"]
     starts: Int64[np.ndarray, " B"]
@@ -105,7 +105,7 @@ class Queries(NamedTuple):
     def of(
         cls, encoding: Encoding, queries: Sequence[Tokens] | Int[np.ndarray, "B T"]
     ) -> "Queries":
-        """Of lists of token ids, or of the rows of an array."""
+        """The queries of lists of token ids, or of the rows of an array."""
         if isinstance(queries, np.ndarray) and queries.ndim == 2:
             lengths = np.full(len(queries), queries.shape[1], np.int64)
             ids = queries.ravel()
@@ -115,11 +115,11 @@ class Queries(NamedTuple):
         return cls(encoding.encode(ids), np.cumsum(lengths) - lengths, lengths)
 
     def take(self, rows: Shaped[np.ndarray, " R"]) -> "Queries":
-        """Those of rows, by numbers or by truth."""
+        """The queries at these rows, given by index or by a boolean mask."""
         return Queries(self.tokens, self.starts[rows], self.lengths[rows])
 
     def last(self, lengths: Int64[np.ndarray, " B"]) -> "Queries":
-        """The last `lengths` tokens of each."""
+        """The last `lengths` tokens of each query."""
         return Queries(self.tokens, self.starts + self.lengths - lengths, lengths)
 
 

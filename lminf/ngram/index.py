@@ -45,7 +45,7 @@ class Probability(NamedTuple):
 
 @dataclass(frozen=True)
 class Facts:
-    """What an index of ours says of itself; published ones have no such file."""
+    """The metadata of an index that this library built; published ones have none."""
 
     width: int
     order: Order
@@ -68,17 +68,17 @@ class Index:
     # --- Counts -----------------------------------------------------------------------------------
 
     def find(self, queries: Sequence[Tokens] | Int[np.ndarray, "B T"]) -> Ranges:
-        """The suffixes that begin with each query, of every shard."""
+        """The ranks of the suffixes that begin with each query, in every shard."""
         if len(queries) == 1:
             return self._find_one(self.encoding.encode(queries[0]), None)
         return self.find_in(Queries.of(self.encoding, queries), None)
 
     def count(self, queries: Sequence[Tokens] | Int[np.ndarray, "B T"]) -> Int64[np.ndarray, " B"]:
-        """Occurrences of each query; of an empty one, the slots of the index."""
+        """Occurrences of each query; for an empty one, all tokens of the index."""
         return counts(self.find(queries))
 
     def prob(self, prompts: Sequence[Tokens], tokens: Tokens) -> Probability:
-        """The probability of one token after each prompt, as it is after all of its occurrences."""
+        """The n-gram probability of one token after each prompt, over all of its occurrences."""
         _check_pairs(prompts, tokens)
         lengths = np.array([len(prompt) for prompt in prompts], np.int64)
         return self._prob(prompts, tokens, lengths)
@@ -163,7 +163,7 @@ class Index:
         return occurs
 
     def longest_prefixes(self, text: Tokens) -> Int64[np.ndarray, " T"]:
-        """For every token of a text, the tokens from it on that occur as they stand.
+        """For every token of a text, the length of the longest match that begins with it.
 
         The longest match of a suffix is with a neighbour of the rank where it would be inserted,
         so each token takes one search, whatever the length.
@@ -206,7 +206,7 @@ class Index:
 
 
 def counts(ranges: Ranges) -> Int64[np.ndarray, " B"]:
-    """Occurrences in all shards."""
+    """The number of occurrences, summed over shards."""
     return (ranges[..., 1] - ranges[..., 0]).sum(0)
 
 
@@ -264,7 +264,7 @@ def open_index(
 
 
 def read_facts(path: Path) -> Facts:
-    """What an index of ours says of itself."""
+    """The metadata of an index that this library built."""
     with refusing(str(path / FACTS), kind="description of an index", advice="build it again"):
         facts: dict[str, Any] = json.loads(read_bytes(path / FACTS))
         if facts.get("format") != FORMAT:

@@ -29,7 +29,7 @@ BISECTIONS = 60  # of a weight: to the last bit of a float64
 
 
 class TokenModel(SequentialModel):
-    """The verbs of a LanguageModel for what gives log-probabilities of tokens after tokens."""
+    """A LanguageModel that is defined by its log-probabilities of next tokens."""
 
     tokenizer: Tokenizer
 
@@ -37,7 +37,7 @@ class TokenModel(SequentialModel):
     def log_probs(
         self, prompts: Sequence[Int[np.ndarray, " _"]], *, last: int = 1
     ) -> Float32[np.ndarray, "B last V"]:
-        """Of what follows each of the `last` tokens of every prompt, nats."""
+        """Log-probabilities of the token after each of the `last` tokens of every prompt, nats."""
 
     def encode(self, text: str) -> Int[np.ndarray, " T"]:
         """Token ids; an empty text is refused."""
@@ -84,7 +84,7 @@ class InfiniGramLM(TokenModel):
 
     @property
     def end_id(self) -> int:
-        """One that no text has, where the tokenizer names none."""
+        """The end-of-text token; an unused id where the tokenizer has none."""
         return self.tokenizer.eos_ids[0] if self.tokenizer.eos_ids else self.tokenizer.vocab_size
 
     @property
@@ -118,7 +118,7 @@ class InfiniGramLM(TokenModel):
             return np.log(self.probs(prompts, last=last)[0]).astype(np.float32)
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "B D"]:
-        """How often each token occurs in a text, normalised to length 1: there are no states."""
+        """Token counts of each text, normalised to length 1, in place of hidden states."""
         counts = np.stack([np.bincount(self.encode(text), minlength=self.vocab_size)
                            for text in texts])  # fmt: skip
         return (counts / np.linalg.norm(counts, axis=1, keepdims=True)).astype(np.float32)
@@ -129,7 +129,7 @@ class InfiniGramLM(TokenModel):
 
 @dataclass(frozen=True)
 class MixtureWeights:
-    """The share of the ∞-gram in a mixture."""
+    """The weights λ of the ∞-gram in a mixture."""
 
     sparse: Annotated[float, Range(min=0, max=1)]  # where its estimate is sparse
     non_sparse: Annotated[float, Range(min=0, max=1)]
@@ -146,7 +146,7 @@ class MixtureWeights:
         sparse: Bool[np.ndarray, " T"],
         neural: Float[np.ndarray, " T"],
     ) -> Float64[np.ndarray, " T"]:
-        """Nats of tokens to which the models give these probabilities."""
+        """The mixture's NLL (nats) of tokens to which the models give these probabilities."""
         weight = self.at(sparse)
         return -np.log(weight * infgram + (1 - weight) * neural)
 
@@ -156,7 +156,7 @@ def fit_weights(
     sparse: Bool[np.ndarray, " T"],
     neural: Float[np.ndarray, " T"],
 ) -> MixtureWeights:
-    """The weights under which tokens of validation texts, with these probabilities, are likeliest.
+    """The maximum-likelihood weights for validation tokens with these probabilities.
 
     A group without tokens has the weight 0.
     """
@@ -216,7 +216,7 @@ class Mixture(TokenModel):
 
 
 class Perplexity(NamedTuple):
-    """Of the neural model alone and of the mixture."""
+    """Perplexities of the neural model alone and of the mixture."""
 
     neural: float
     mixture: float

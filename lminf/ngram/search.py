@@ -80,7 +80,7 @@ class SortedSuffixes:
         return begins & (ranks < self.slots)
 
     def lcp(self, queries: Queries, starts: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
-        """Tokens at the beginning of each query that are also those from a start on.
+        """Length (tokens) of the longest common prefix of each query and the suffix at a start.
 
         Few agree for long, so ever more tokens of ever fewer pairs are looked at.
         """

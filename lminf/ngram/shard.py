@@ -29,7 +29,7 @@ VIEWS: dict[int, Literal["B", "H", "I"]] = {1: "B", 2: "H", 4: "I"}  # unsigned,
 
 
 class Document(NamedTuple):
-    """A document, or what lies around a place of it."""
+    """A document, or an excerpt of it."""
 
     shard: int
     number: int  # in its shard
@@ -45,7 +45,7 @@ def pointer_bytes(tokenized_bytes: int) -> int:
 
 
 def mapped(path: Path) -> mmap.mmap | bytes:
-    """The bytes of a file, read when they are looked at."""
+    """The bytes of a file, memory-mapped."""
     with refusing(str(path), kind="file of an index", advice="build the index again"):
         if not check_regular(path):
             return b""
@@ -81,7 +81,7 @@ class Shard:
         self._pointers = np.frombuffer(self._table, f"<u{self._pointer}" if typed else "u1")
 
     def positions(self, ranks: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
-        """Where suffixes start, in tokens."""
+        """Start positions (tokens) of the suffixes at these ranks."""
         if self._pointers.itemsize == self._pointer:
             offsets = self._pointers.take(ranks, mode="clip").astype(np.int64)
         else:
@@ -142,7 +142,7 @@ class Shard:
         return int(self.offsets[number]) + 1, self.slots - int(ended)
 
     def document(self, number: int, *, around: int, at_most: int) -> Document:
-        """At most so many tokens of the document, around a place of the shard."""
+        """At most `at_most` tokens of the document, around a position of the shard."""
         first, end = self.span(number)
         start = max(first, min(around - at_most // 2, end - at_most))
         stop = min(end, start + at_most)

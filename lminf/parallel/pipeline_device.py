@@ -60,7 +60,7 @@ Done: TypeAlias = tuple[Carry, Hidden]  # after a pass, and what goes to the nei
 
 @dataclass(frozen=True)
 class Device:
-    """A device's passes and its part in what all do together."""
+    """The passes of one device, and its part in the collectives."""
 
     module: decoder.Decoder
     schedule: Schedule
@@ -168,7 +168,7 @@ class Device:
         total = {**carry.gradient, self.head: carry.gradient[self.head] + rows}
         return self.idle(carry._replace(gradient=total), i)
 
-    # --- What all devices do together -------------------------------------------------------------
+    # --- Collectives ------------------------------------------------------------------------------
 
     def _own_tokens(self, i: Int[Array, ""]) -> tuple[Array, Array]:
         """Rows of this device for the tokens of a microbatch, and which tokens are its own."""

@@ -1,4 +1,4 @@
-"""Contexts made to fit a budget, by one contract: `reduce(context, question, budget)`.
+"""Contexts reduced to a budget, behind one interface: `reduce(context, question, budget)`.
 
     Truncation    cuts off the end, the start or the middle
     BM25          keeps the chunks that share rare words with the question

@@ -1,5 +1,6 @@
 """What of a long context survives a budget: ways to reduce it, at equal numbers of tokens.
 
+Topic      context
 Question   Of the facts of a context that is reduced to a budget of tokens, how many are still
            answered: by truncation, retrieved chunks, deleted words, chosen segments, recalled
            turns, embeddings in the place of tokens, a bank of keys and values, smaller caches?

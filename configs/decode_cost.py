@@ -1,5 +1,6 @@
 """Time per token and memory of decoding, by number of preceding tokens.
 
+Topic      cost
 Question   What does the next token cost after 1,000 tokens, and after 100,000?
 Paper      LM-Infinite (Han et al. 2024, arXiv:2308.16137), efficiency; StreamingLLM (Xiao et al.
            2023, arXiv:2309.17453)

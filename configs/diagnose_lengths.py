@@ -1,5 +1,6 @@
 """Why full attention fails past the training length: three factors, on a real model.
 
+Topic      context
 Question   Which of distance, number of attended tokens and loss of the first tokens breaks a model?
 Paper      LM-Infinite (Han et al. 2024, arXiv:2308.16137), section 3
 Command    python -m experiments.diagnose_lengths

@@ -1,5 +1,6 @@
 """How far each policy answers, task by task of the evaluation suite.
 
+Topic      context
 Question   Up to which prompt length does each policy answer as well as it answers short prompts, on
            tasks of narrow and wide scope whose facts are easy and hard to find?
 Paper      Goldman et al. 2024 (arXiv:2407.00402) for scope and diffusion; lminf.evals.suites names

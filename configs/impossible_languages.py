@@ -1,5 +1,6 @@
 """Languages that no human speaks: how hard they are to learn, at equal steps.
 
+Topic      data
 Question   Is a language harder to learn the less its word order follows its sentences?
 Paper      Mission: Impossible Language Models (Kallini et al. 2024, arXiv:2401.06416)
 Command    python -m experiments.impossible_languages

@@ -1,5 +1,6 @@
 """Agreement of an ∞-gram with texts that its corpus does not hold, and its mixture with a model.
 
+Topic      data
 Question   How often does the ∞-gram of a small corpus agree with the next token of held-out text,
            by the length of what matches and by the size of the corpus, and by how much does its
            mixture with a neural model lower perplexity?

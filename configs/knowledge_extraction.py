@@ -1,5 +1,6 @@
 """Biographies written once or in many ways, and what a model of them can then be asked.
 
+Topic      data
 Question   Does writing about people in many ways make what a model knows of them extractable?
 Paper      Physics of Language Models 3.1 (Allen-Zhu and Li 2023, arXiv:2309.14316)
 Command    python -m experiments.knowledge_extraction

@@ -1,5 +1,6 @@
 """Quality, memory and time of smaller caches, by policy.
 
+Topic      cost
 Question   At a given size of the cache in bytes, which policy has the least loss and retrieves
            most?
 Paper      SirLLM (arXiv:2405.12528), H2O (arXiv:2306.14048), TOVA (arXiv:2401.06104), SnapKV

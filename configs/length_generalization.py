@@ -1,5 +1,6 @@
 """Loss by position, far past the training length.
 
+Topic      context
 Question   Does a policy keep a model fluent at lengths beyond those of training?
 Paper      LM-Infinite (Han et al. 2024, arXiv:2308.16137)
 Command    python -m experiments.length_generalization

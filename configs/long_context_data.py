@@ -1,5 +1,6 @@
 """Data for long contexts: what short documents can teach a model that is to look far back.
 
+Topic      training
 Question   At equal tokens, which data transform teaches a model of short contexts to find an answer
            at 8 times their length: plain packing, Untie the Knots, Dataset Decomposition, a mixture
            with long documents, a document mask?

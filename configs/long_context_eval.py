@@ -1,5 +1,6 @@
 """Retrieval from outside the window: policies that select by content, and those that do not.
 
+Topic      context
 Question   Which policies use tokens that have left the window, at equal numbers of attended tokens?
 Paper      LM-Infinite (Han et al. 2024, arXiv:2308.16137); InfLLM (Xiao et al. 2024,
            arXiv:2402.04617)

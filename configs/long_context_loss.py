@@ -1,5 +1,6 @@
 """Loss of windowed policies beside full attention and each other, on texts of several kinds.
 
+Topic      context
 Question   Do sinks and the distance limit matter, and what does a window lose, on which texts?
 Paper      LM-Infinite (Han et al. 2024, arXiv:2308.16137)
 Data       apt install linux-doc-6.1 anarchism; code and the language reference are Python's own

@@ -1,5 +1,6 @@
 """What policies keep of tokens that have left every window, against what they cost.
 
+Topic      context
 Question   How much of what was read far back does each policy keep, at equal attended tokens?
 Paper      LM-Infinite (Han et al. 2024, arXiv:2308.16137); InfLLM (Xiao et al. 2024,
            arXiv:2402.04617); RULER (Hsieh et al. 2024, arXiv:2404.06654), for the key-value needles

@@ -1,5 +1,6 @@
 """What a model learns of many labels from their examples in the prompt, by rounds and place.
 
+Topic      context
 Question   How many labels does a model tell apart from examples in its prompt, and does that depend
            on the rounds of examples, on the policy and on where the relevant example stands?
 Paper      LongICLBench (Li et al. 2024, arXiv:2404.02060), for the form; labels and sentences are

@@ -1,5 +1,6 @@
 """The longest output of models fine-tuned on answers up to a length.
 
+Topic      training
 Question   Does a model write no more than the longest answer that it was fine-tuned on, though it
            was trained on longer texts?
 Paper      LongWriter (Bai et al. 2024, arXiv:2408.07055)

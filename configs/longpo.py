@@ -1,5 +1,6 @@
 """Long prompts learned from the answers to short ones: LongPO beside DPO and fine-tuning.
 
+Topic      training
 Question   Does a model that is good at short prompts answer long ones better after learning from
            its own short answers, and does it stay as good at short ones?
 Paper      LongPO (Chen et al. 2025, arXiv:2502.13922)

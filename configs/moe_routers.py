@@ -1,5 +1,6 @@
 """Mixtures of experts that differ in their router, at equal active parameters.
 
+Topic      training
 Question   Which router gives a mixture of experts the lowest loss at equal active parameters, how
            evenly does it load the experts, and what is a loss worth whose router saw the future?
 Paper      expert choice (Zhou et al. 2022, arXiv:2202.09368), hash layers (Roller et al. 2021,

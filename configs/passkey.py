@@ -1,5 +1,6 @@
 """Passkey retrieval at prompt lengths below and past the training length.
 
+Topic      context
 Question   Up to which prompt length, and at which depths, does a model retrieve a passkey?
 Paper      LM-Infinite (Han et al. 2024, arXiv:2308.16137)
 Command    python -m experiments.passkey

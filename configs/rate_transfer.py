@@ -1,5 +1,6 @@
 """The best learning rate of a small model, taken over by wider and deeper ones.
 
+Topic      scaling
 Question   Does the learning rate that is best for a small model stay the best for wider and deeper
            ones, in the usual parametrization and in CompleteP?
 Paper      CompleteP (Dey et al. 2025, arXiv:2505.01618)

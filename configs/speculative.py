@@ -1,5 +1,6 @@
 """What a draft saves of the calls and of the time of a model that writes, by draft and context.
 
+Topic      cost
 Question   How many calls of the model does speculative decoding save, and is that faster, by what
            proposes the tokens and by the length of the context?
 Paper      Leviathan et al. 2023, arXiv:2211.17192; prompt lookup (Saxena 2023)

@@ -1,5 +1,6 @@
 """Learning rate and batch size: the step law, competing laws, and the cost of their errors.
 
+Topic      scaling
 Question   How far above the least loss of an exhaustive grid is each law's setting?
 Paper      Step Law (Li et al. 2025, arXiv:2503.04715)
 Command    python -m experiments.step_law --config.data=../shared/data/steplaw/dense_lr_bs_loss.csv

@@ -1,5 +1,6 @@
 """Learning rate and batch size of a small model, measured, with the predictions of the laws.
 
+Topic      scaling
 Question   Which learning rate and batch size give the least loss, and do the laws predict them?
 Paper      Step law (Li et al. 2025, arXiv:2503.04715)
 Command    lminf sweep step --config=step_sweep:laptop

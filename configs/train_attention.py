@@ -1,5 +1,6 @@
 """Training with sparse attention: a block-sparse policy beside a window and full attention.
 
+Topic      training
 Question   What do policies that attend to few tokens cost in loss when a model is trained with
            them, and what do they save in time?
 Paper      MoBA (Lu et al. 2025, arXiv:2502.13189)

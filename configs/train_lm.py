@@ -1,5 +1,6 @@
 """Training a language model, on a laptop or a pod.
 
+Topic      training
 Question   Which loss does a model of this shape reach on this text, and how fast?
 Command    python -m experiments.train_lm
 Time       about 15 minutes on two CPU cores

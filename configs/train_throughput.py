@@ -1,5 +1,6 @@
 """Training speed on this machine, beside a plain torch loop of the same shape.
 
+Topic      cost
 Question   How many tokens per second does a train step process, and what share of it is Python?
 Command    python -m experiments.train_throughput --config.peer=.venv-parity/bin/python
 Time       2 minutes on two CPU cores

@@ -1,5 +1,6 @@
 """What rows of new tokens are worth before any training, on a real model and another language.
 
+Topic      data
 Question   A tokenizer is given more tokens for a language that it splits finely. What does the
            model lose at first, by what the rows of the new tokens are made of?
 Paper      Yamaguchi et al. 2024, arXiv:2406.11477 (align, merge, mean, random rows)

@@ -1,5 +1,6 @@
 """Vocabulary size by budget: three approaches, two metrics, and their uncertainty.
 
+Topic      scaling
 Question   Do the three approaches to the optimal vocabulary agree with each other and with the
            data?
 Paper      Scaling Laws with Vocabulary (Tao et al. 2024, arXiv:2407.13623)

@@ -1,5 +1,6 @@
 """Loss by vocabulary size at equal FLOPs, measured: the optimum and its shift with the budget.
 
+Topic      scaling
 Question   How large should the vocabulary of a model be for its budget?
 Paper      Scaling laws with vocabulary (Tao et al. 2024, arXiv:2407.13623)
 Command    lminf sweep vocab --config=vocab_sweep:laptop

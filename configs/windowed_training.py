@@ -1,5 +1,6 @@
 """Training with LM-Infinite's mask: what it reads far past the length that it was trained at.
 
+Topic      training
 Question   Does a model that is trained with LM-Infinite's mask at a length read 32 times that
            length better than one that is trained in full and reads so far in full, under
            LM-Infinite or with a rotary schedule; and what do its steps save in time and memory?

@@ -24,7 +24,7 @@ from lminf.train.layouts import Layout
 from lminf.train.optim import AdamW
 from lminf.train.plan_search import Planned, Search
 from lminf.train.step import TrainStep
-from lminf.train.step_time import repeated_flops
+from lminf.train.step_time import recomputed_flops
 
 PAGE = Path(__file__).resolve().parent / "planning.md"
 BEGIN, END = "<!-- table: docs/frontier.py -->\n", "<!-- end of table -->\n"
@@ -86,7 +86,7 @@ def hardware_share(search: Search, planned: Planned) -> float:
     """Share of the peak that all FLOPs are, those of checkpointed activations too, as
     Megatron-DeepSpeed counts them.
     """
-    again = repeated_flops(planned.layout.remat, search.work)
+    again = recomputed_flops(planned.layout.remat, search.work)
     return planned.mfu * (1 + again / search.work.model_flops)
 
 

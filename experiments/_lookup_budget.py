@@ -78,9 +78,9 @@ class Lookup:
             return
         data = [Lookups(c.trained_length, c.batch, seed) for seed in missing]
         models = self.training.run(data, label="short documents")
-        for (seed, own), lm in zip(missing.items(), models, strict=True):
-            answers = {name: self.answer(name, lm, seed) for name in dict(own)}
-            for name, size in own:
+        for (seed, missing_cells), lm in zip(missing.items(), models, strict=True):
+            answers = {name: self.answer(name, lm, seed) for name in dict(missing_cells)}
+            for name, size in missing_cells:
                 yield self.measured(label(name), answers[name], size, seed)
 
     def measured(self, name: str, answer: Answer, size: int, seed: int) -> Row:
@@ -95,12 +95,12 @@ class Lookup:
             Budget(size, str.encode, "characters"),
         )[:, VALUE : VALUE + VALUES].astype(np.float64)  # fmt: skip
         right = np.array([ord(value) - VALUE for value in values])
-        own = log_probs[np.arange(len(right)), right]
+        chosen = log_probs[np.arange(len(right)), right]
         return {
             "part": "lookups", "model": "trained here", "method": name, "budget": size,
             "seed": seed, "length": c.length, "instances": len(right),
             "score": float((log_probs.argmax(1) == right).mean()),
-            "margin": float((own - (log_probs.sum(1) - own) / (VALUES - 1)).mean()),
+            "margin": float((chosen - (log_probs.sum(1) - chosen) / (VALUES - 1)).mean()),
             "seconds": time.perf_counter() - started,
         }  # fmt: skip
 
@@ -113,8 +113,10 @@ class Lookup:
         if name == Memory.name:
             return self.longmem(lm, seed)
 
-        def following(contexts: Sequence[str], asked: Sequence[str], budget: Budget) -> np.ndarray:
-            pairs, model = list(zip(contexts, asked, strict=True)), lm
+        def following(
+            contexts: Sequence[str], questions: Sequence[str], budget: Budget
+        ) -> np.ndarray:
+            pairs, model = list(zip(contexts, questions, strict=True)), lm
             if name in TRUNCATIONS:
                 cut = TRUNCATIONS[name]
                 pairs = [(cut.reduce(text, question, budget), question) for text, question in pairs]
@@ -135,14 +137,16 @@ class Lookup:
         )  # fmt: skip
         made = Extensible(lm, tokenizer, params, c.ratios)
         return one_by_one(
-            lambda text, asked, budget: made.next(made.reduce(text, asked, budget), asked)
+            lambda text, question, budget: made.next(made.reduce(text, question, budget), question)
         )
 
     def longmem(self, lm: LM, seed: int) -> Answer:
         """A side network for each budget, which is what it retrieves."""
         c = self.c
 
-        def following(contexts: Sequence[str], asked: Sequence[str], budget: Budget) -> np.ndarray:
+        def following(
+            contexts: Sequence[str], questions: Sequence[str], budget: Budget
+        ) -> np.ndarray:
             retrieved = (budget.size - 1) // c.retrieved_together * c.retrieved_together
             longmem = LongMem(
                 lm.spec, memory_layer=lm.spec.num_layers - 1, capacity=c.length,
@@ -154,8 +158,10 @@ class Lookup:
             )  # fmt: skip
             made = Memory(lm, longmem, side, c.chunk)
             return one_by_one(
-                lambda text, asked, budget: made.next(made.reduce(text, asked, budget), asked)
-            )(contexts, asked, budget)
+                lambda text, question, budget: made.next(
+                    made.reduce(text, question, budget), question
+                )
+            )(contexts, questions, budget)
 
         return following
 
@@ -164,9 +170,10 @@ class Lookup:
     ) -> Any:
         """What is trained beside the model: on contexts in chunks, and a chunk of questions."""
         c = self.c
+        texts = LookupTexts(c.length, c.chunk, c.tuning.batch, seed)
         with Progress(c.tuning.steps, label=f"seed {seed}, {label}") as progress:
             params, _ = frozen.fit(
-                loss_at, params, lm.params, Asked(c.length, c.chunk, c.tuning.batch, seed).batch,
+                loss_at, params, lm.params, texts.batch,
                 optimizer=parse_choice(c.optimizer, OPTIMIZERS, what="optimizer").build(),
                 schedule=parse_choice(c.tuning.schedule, SCHEDULES, what="schedule"),
                 steps=c.tuning.steps, progress=progress.update,
@@ -177,15 +184,15 @@ class Lookup:
 def one_by_one(answer: Callable[[str, str, Budget], Float[np.ndarray, " V"]]) -> Answer:
     """The answers to many questions of what answers one."""
 
-    def following(contexts: Sequence[str], asked: Sequence[str], budget: Budget) -> np.ndarray:
-        pairs = zip(contexts, asked, strict=True)
+    def following(contexts: Sequence[str], questions: Sequence[str], budget: Budget) -> np.ndarray:
+        pairs = zip(contexts, questions, strict=True)
         return np.stack([answer(text, question, budget) for text, question in pairs])
 
     return following
 
 
 @dataclass(frozen=True)
-class Asked:
+class LookupTexts:
     """Batches of contexts, each before a chunk of questions and their answers, which count."""
 
     length: int
@@ -198,8 +205,8 @@ class Asked:
         content, values, _ = _lookups.documents(random, self.rows, self.length)
         keys = random.integers(0, KEYS, (self.rows, self.chunk // 2))
         answers = VALUE + np.take_along_axis(values, keys, axis=1)
-        asked = np.stack([_lookups.KEY + keys, answers], axis=2).reshape(self.rows, -1)
+        queries = np.stack([_lookups.KEY + keys, answers], axis=2).reshape(self.rows, -1)
         weights = np.zeros((self.rows, self.length + self.chunk), np.float32)
         weights[:, self.length + 1 :: 2] = 1
-        tokens = np.concatenate([content, asked], axis=1).astype(np.int32)
+        tokens = np.concatenate([content, queries], axis=1).astype(np.int32)
         return {"tokens": tokens, "weights": weights}

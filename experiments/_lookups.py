@@ -50,11 +50,11 @@ def questions(
     random = np.random.default_rng(key)
     content, values, places = documents(random, count, long - 1)
     prompts, answers = [], []
-    for row, asked in enumerate(random.integers(0, KEYS, count)):
-        place = int(places[row, asked])
+    for row, number in enumerate(random.integers(0, KEYS, count)):
+        place = int(places[row, number])
         first, last = max(0, place - short + 2), min(place, long - short)
         start = int(random.integers(first, last + 1))
-        document, question = bytes(content[row].tolist()).decode(), chr(KEY + asked)
+        document, question = bytes(content[row].tolist()).decode(), chr(KEY + number)
         prompts.append(Prompts(document[start : start + short - 1] + question, document + question))
-        answers.append(chr(VALUE + values[row, asked]))
+        answers.append(chr(VALUE + values[row, number]))
     return prompts, answers

@@ -91,11 +91,11 @@ def leads() -> bool:
     return jax.process_index() == 0
 
 
-def assist(asked: Request, run: Run) -> None:
+def assist(request: Request, run: Run) -> None:
     """Takes part in a run that another process writes down."""
-    if asked.out is None:
+    if request.out is None:
         raise InputError("several processes share one folder; name it with --out")
-    for _ in run(asked.config, RunFolder(asked.out)):
+    for _ in run(request.config, RunFolder(request.out)):
         pass
 
 
@@ -109,7 +109,7 @@ def names_in(out: Path | None) -> frozenset[str] | None:
 
 
 def measure(
-    asked: Request,
+    request: Request,
     run: Run,
     plot: Plot,
     table: TableOf | None,
@@ -123,21 +123,21 @@ def measure(
     `names` are what the folder held before the call, which stays whatever happens.
     """
     if not resumes:
-        names = names_in(asked.out)
+        names = names_in(request.out)
     out = folder.create(
-        asked.experiment,
-        variant=asked.variant,
-        config=asked.resolved(),
-        config_source=asked.config_path.read_text(encoding="utf-8"),
-        overrides=asked.overrides,
+        request.experiment,
+        variant=request.variant,
+        config=request.resolved(),
+        config_source=request.config_path.read_text(encoding="utf-8"),
+        overrides=request.overrides,
         command=environment.command_line(),
-        at=asked.out,
+        at=request.out,
         resume=resumes,
         may_change=may_change,
     )
     started, earlier = time.monotonic(), out.rows()
     if earlier and table:
-        with foreign_rows_refused(out, asked.experiment):
+        with foreign_rows_refused(out, request.experiment):
             table(earlier)
 
     def nothing_new() -> bool:
@@ -145,32 +145,32 @@ def measure(
         return out.rows() == earlier and complete(out)
 
     try:
-        for row in measured(run, asked, out, earlier):
+        for row in measured(run, request, out, earlier):
             out.append_row(row)
         if not out.rows():
-            raise InputError(f"{asked.experiment} measured nothing; give it something to measure")
+            raise InputError(f"{request.experiment} measured nothing; give it something to measure")
     except BaseException as failure:
         if nothing_new():
             raise
         spent = time.monotonic() - started
-        kept = keep_what_there_is(out, asked, failure, names, seconds=spent, resumes=resumes)
+        kept = keep_what_there_is(out, request, failure, names, seconds=spent, resumes=resumes)
         if isinstance(failure, InputError):
             raise InputError("; ".join(filter(None, (str(failure), kept)))) from failure
         print(kept, file=sys.stderr)
         raise
     seconds = time.monotonic() - started
     rows = out.rows()
-    with foreign_rows_refused(out, asked.experiment) if earlier else contextlib.nullcontext():
+    with foreign_rows_refused(out, request.experiment) if earlier else contextlib.nullcontext():
         shown = table(rows) if table else rows
         drawn = plot(rows)
-    figures = plots.write(out, drawn, asked.experiment)
+    figures = plots.write(out, drawn, request.experiment)
     if not nothing_new():
         spent = (
             f" in the last of several calls, which found {len(earlier)} of {len(rows)} rows there"
         )
         write_report(
             out,
-            asked,
+            request,
             table=shown,
             figures=figures,
             seconds=seconds,
@@ -183,14 +183,16 @@ def measure(
     return out
 
 
-def measured(run: Run, asked: Request, out: RunFolder, before: Sequence[Row]) -> Iterator[Row]:
+def measured(
+    run: Run, request: Request, out: RunFolder, earlier_rows: Sequence[Row]
+) -> Iterator[Row]:
     """What the run yields; refuses rows that lay there before and lack a column that it reads."""
     try:
-        yield from run(asked.config, out)
+        yield from run(request.config, out)
     except KeyError as error:
-        if all(name in row for row in before for name in error.args):
+        if all(name in row for row in earlier_rows for name in error.args):
             raise
-        with foreign_rows_refused(out, asked.experiment):
+        with foreign_rows_refused(out, request.experiment):
             raise
 
 
@@ -219,7 +221,7 @@ def complete(out: RunFolder) -> bool:
 
 def keep_what_there_is(
     out: RunFolder,
-    asked: Request,
+    request: Request,
     failure: BaseException,
     names: frozenset[str] | None,
     *,
@@ -234,7 +236,7 @@ def keep_what_there_is(
         return ""
     how = "Interrupted" if isinstance(failure, KeyboardInterrupt) else f"Failed ({failure})"
     state = f"**{how} after {len(rows)} rows: {INCOMPLETE}**"
-    write_report(out, asked, table=rows, figures=[], seconds=seconds, state=state)
+    write_report(out, request, table=rows, figures=[], seconds=seconds, state=state)
     if not rows:
         return f"no row was measured, as {out / 'report.md'} says"
     how_to_go_on = (
@@ -247,7 +249,7 @@ def keep_what_there_is(
 
 def write_report(
     out: RunFolder,
-    asked: Request,
+    request: Request,
     *,
     table: list[Row],
     figures: Sequence[str],
@@ -257,7 +259,7 @@ def write_report(
     spent: str = "",
 ) -> None:
     text = report.compose(
-        header.read(asked.config_path),
+        header.read(request.config_path),
         state=state,
         described=out.read_json("environment.json"),
         config=(out / "config.json").read_text(),

@@ -137,13 +137,13 @@ def summary(rows: Sequence[Row]) -> list[Row]:
          "questions": row["instances"]}
         for row in rows if row["part"] == "prose"
     ]  # fmt: skip
-    own = [row for row in rows if row["part"] == "lookups"]
-    means, margins = (_seeds.over_seeds(own, ("method", "budget"), name)
+    lookups = [row for row in rows if row["part"] == "lookups"]
+    means, margins = (_seeds.over_seeds(lookups, ("method", "budget"), name)
                       for name in ("score", "margin"))  # fmt: skip
     lines += [
         {"part": "lookups", "method": method, "budget": budget, "answered": interval,
          "margin": margins[method, budget],
-         "questions": sum(row["instances"] for row in own
+         "questions": sum(row["instances"] for row in lookups
                           if (row["method"], row["budget"]) == (method, budget))}
         for (method, budget), interval in means.items()
     ]  # fmt: skip

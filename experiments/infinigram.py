@@ -59,13 +59,13 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     documents += [("other", tokens) for tokens in long_enough(c, lm)]
     texts = read(c, lm, out, documents)
     with tempfile.TemporaryDirectory() as folder:
-        whole = indexed(Path(folder) / "whole", lm, corpus)
-        found = matches.contaminated(whole, [text.tokens for text in texts])
-        left_out = {each.document for each in found}
+        full_index = indexed(Path(folder) / "whole", lm, corpus)
+        contaminated = matches.contaminated(full_index, [text.tokens for text in texts])
+        left_out = {each.document for each in contaminated}
         clean = [tokens for i, tokens in enumerate(corpus) if i not in left_out]
         common = {"model": c.model, "left_out": 0}
         if WITH_ALL not in done:
-            yield from measure(common | {"corpus": WITH_ALL}, whole, texts)
+            yield from measure(common | {"corpus": WITH_ALL}, full_index, texts)
         for part in c.parts:
             if (name := name_of(part)) not in done:
                 index = indexed(Path(folder) / str(part), lm, clean[::part])
@@ -99,16 +99,16 @@ def divided(
     c: ConfigDict, lm: LM
 ) -> tuple[list[Int[np.ndarray, " T"]], list[Int[np.ndarray, " T"]]]:
     """(documents held out, those of the corpus), in tokens; the first that are long enough."""
-    asked = c.documents + c.validation
+    num_held_out = c.documents + c.validation
     held_out, corpus = [], []
     for text in _texts.texts(c.text)[: c.corpus_documents]:
         tokens = lm.tokenizer.encode(text)
-        chosen = held_out if len(held_out) < asked and len(tokens) >= c.length else corpus
+        chosen = held_out if len(held_out) < num_held_out and len(tokens) >= c.length else corpus
         chosen.append(tokens)
-    if len(held_out) < asked or not corpus:
+    if len(held_out) < num_held_out or not corpus:
         raise InputError(
-            f"{c.text} has {len(held_out)} documents of {c.length} tokens, but {asked} are held "
-            f"out and others make the corpus; ask for fewer with --config.documents"
+            f"{c.text} has {len(held_out)} documents of {c.length} tokens, but {num_held_out} are "
+            f"held out and others make the corpus; ask for fewer with --config.documents"
         )
     return held_out, corpus
 
@@ -117,10 +117,10 @@ def long_enough(c: ConfigDict, lm: LM) -> list[Int[np.ndarray, " T"]]:
     """Documents of the other kind, as many as there are of those asked for."""
     encoded = (lm.tokenizer.encode(text) for text in _texts.texts(c.other_text))
     chosen = itertools.islice((each for each in encoded if len(each) >= c.length), c.documents)
-    if not (found := list(chosen)):
+    if not (documents := list(chosen)):
         raise InputError(f"{c.other_text} has no document of {c.length} tokens; name another one "
                          f"with --config.other_text")  # fmt: skip
-    return found
+    return documents
 
 
 def indexed(folder: Path, lm: LM, documents: Sequence[Int[np.ndarray, " T"]]) -> Index:
@@ -136,7 +136,9 @@ def measure(common: Row, index: Index, texts: Sequence[Text]) -> Iterator[Row]:
     scored = {name: [matches.score_text(index, text.tokens, max_context=context)
                      for text in texts] for name, context in ORDERS.items()}  # fmt: skip
     # The first token of a document has no past, and none is given it by the neural model.
-    probs = {name: [each.probability.prob[1:] for each in found] for name, found in scored.items()}
+    probs = {
+        name: [each.probability.prob[1:] for each in scores] for name, scores in scored.items()
+    }
     sparse = [each.sparse[1:] for each in scored["infinigram"]]
     weights = fitted(texts, probs["infinigram"], sparse)
     for i, text in enumerate(texts):
@@ -151,7 +153,7 @@ def measure(common: Row, index: Index, texts: Sequence[Text]) -> Iterator[Row]:
             "mean_n": float(n.mean()), "median_n": float(np.median(n)),
             "nll_neural": float(-np.log(text.neural, dtype=np.float64).mean()),
             "nll_mixture": float(mixed.mean()),
-            "weight_sparse": weights.sparse, "weight_other": weights.other,
+            "weight_sparse": weights.sparse, "weight_other": weights.non_sparse,
         }  # fmt: skip
     for kind in ("held_out", "other"):
         rows = [i for i, text in enumerate(texts) if text.kind == kind]

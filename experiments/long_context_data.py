@@ -166,11 +166,11 @@ class Study:
             right = self.answers(program, state, needles) == needles.answers
             width = self.long.length // EIGHTHS
             for start in range(0, length, width):
-                here = (needles.distances >= start) & (needles.distances < start + width)
-                if here.any():
+                at_distance = (needles.distances >= start) & (needles.distances < start + width)
+                if at_distance.any():
                     yield {"part": "needle", **facts, "length": length, "start": start,
-                           "stop": start + width, "questions": int(here.sum()),
-                           "accuracy": float(right[here].mean())}  # fmt: skip
+                           "stop": start + width, "questions": int(at_distance.sum()),
+                           "accuracy": float(right[at_distance].mean())}  # fmt: skip
         length = self.long.length
         texts = self.world.documents(self.c.documents, length, seed=(seed, 4))
         tokens = np.stack(texts)
@@ -190,12 +190,12 @@ class Study:
 
     def each(self, rows: np.ndarray, measure: Callable[[Array], Array]) -> np.ndarray:
         """`measure` of some rows at a time, over all of them."""
-        found = []
+        results = []
         for start in range(0, len(rows), AT_ONCE):
-            some = rows[np.arange(start, start + AT_ONCE) % len(rows)]  # of one shape
-            placed = batches.put({"tokens": some}, **self.place)["tokens"]
-            found.append(np.asarray(measure(placed)))
-        return np.concatenate(found)[: len(rows)]
+            chunk = rows[np.arange(start, start + AT_ONCE) % len(rows)]  # of one shape
+            placed = batches.put({"tokens": chunk}, **self.place)["tokens"]
+            results.append(np.asarray(measure(placed)))
+        return np.concatenate(results)[: len(rows)]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -210,23 +210,23 @@ def _likeliest(program: TrainStep, questions: int, params, tokens):
 
 def by_seed(rows: Sequence[Row], recipe: str) -> dict[str, dict[int, float]]:
     """Column -> seed -> value of one recipe."""
-    own = [row for row in rows if row["recipe"] == recipe]
+    of_recipe = [row for row in rows if row["recipe"] == recipe]
     long = max(row["length"] for row in rows)
-    found: dict[str, dict[int, float]] = {}
-    for seed in dict.fromkeys(row["seed"] for row in own):
-        here = [row for row in own if row["seed"] == seed]
-        needles = [row for row in here if row["part"] == "needle"]
+    values: dict[str, dict[int, float]] = {}
+    for seed in dict.fromkeys(row["seed"] for row in of_recipe):
+        of_seed = [row for row in of_recipe if row["seed"] == seed]
+        needles = [row for row in of_seed if row["part"] == "needle"]
         for column, chosen in (
             ("needles, one document", [row for row in needles if row["length"] < long]),
             (f"needles, {long:,} tokens", [row for row in needles if row["length"] == long]),
         ):
-            asked = sum(row["questions"] for row in chosen)
+            questions = sum(row["questions"] for row in chosen)
             right = sum(row["questions"] * row["accuracy"] for row in chosen)
-            found.setdefault(column, {})[seed] = right / asked
-        losses = [row["loss"] for row in here if row["part"] == "position"]
-        found.setdefault("loss, long documents", {})[seed] = float(np.mean(losses))
-        found.setdefault("loss, last eighth", {})[seed] = losses[-1]
-    return found
+            values.setdefault(column, {})[seed] = right / questions
+        losses = [row["loss"] for row in of_seed if row["part"] == "position"]
+        values.setdefault("loss, long documents", {})[seed] = float(np.mean(losses))
+        values.setdefault("loss, last eighth", {})[seed] = losses[-1]
+    return values
 
 
 def table(rows: list[Row]) -> list[Row]:

@@ -139,8 +139,8 @@ def shape_of(c: ConfigDict, name: str) -> ModelSpec:
         mixture = mixture.fine_grained(c.pieces, c.shared)
     elif name not in OTHERS:
         router = parse_choice(name, ROUTERS, what="router")
-        whole = {} if router.causal else {"capacity_factor": None, "normalised": False}
-        mixture = dataclasses.replace(mixture, router=router, **whole)
+        changes = {} if router.causal else {"capacity_factor": None, "normalised": False}
+        mixture = dataclasses.replace(mixture, router=router, **changes)
     return dataclasses.replace(dense, moe=mixture)
 
 
@@ -166,14 +166,14 @@ def trained(c: ConfigDict, name: str, data: Sequence[Once]) -> tuple[Replicas, S
     mixture, half = copies.program.spec.moe, c.steps // 2
     assert mixture is not None
     dense = replicas(c, dense_shape(c, mixture.hidden_dim))
-    before = train(c, dense, dense.init(), data, until=half, label="dense, to be upcycled")
+    dense_state = train(c, dense, dense.init(), data, until=half, label="dense, to be upcycled")
 
     def started(params: Params, key: jax.Array) -> State:
         _, params = upcycle.upcycle(dense.program.spec, params, mixture, key=key)
         return copies.program.state_of(params)._replace(step=jnp.int32(half))
 
     keys = jax.random.split(jax.random.key(c.seed), len(copies.seeds))
-    state = jax.vmap(jax.vmap(started, in_axes=(0, None)))(before.params, keys)
+    state = jax.vmap(jax.vmap(started, in_axes=(0, None)))(dense_state.params, keys)
     return copies, train(c, copies, state, data, until=c.steps, label=name)
 
 
@@ -219,28 +219,30 @@ def table(rows: list[Row]) -> list[Row]:
     for row in differences(rows):
         by_model.setdefault((row["model"], row["reading"]), []).append(row)
     lines: list[Row] = []
-    for (name, reading), own in by_model.items():
+    for (name, reading), group in by_model.items():
         line: Row = {
-            "model": name, "read": reading, "seeds": len(own), "active": own[0]["active"],
-            "parameters": own[0]["parameters"],
-            "loss (nats/byte)": interval([row["loss"] for row in own]),
-            "above token choice": None if name == BASE else interval([r["above"] for r in own]),
+            "model": name, "read": reading, "seeds": len(group), "active": group[0]["active"],
+            "parameters": group[0]["parameters"],
+            "loss (nats/byte)": interval([row["loss"] for row in group]),
+            "above token choice": None if name == BASE else interval([r["above"] for r in group]),
         }  # fmt: skip
-        if "largest" in own[0]:
-            largest = float(np.mean([row["largest"] for row in own]))
-            line["largest expert's share"] = f"{largest:.3f} ({largest * own[0]['experts']:.2f} x)"
+        if "largest" in group[0]:
+            largest = float(np.mean([row["largest"] for row in group]))
+            line["largest expert's share"] = (
+                f"{largest:.3f} ({largest * group[0]['experts']:.2f} x)"
+            )
             for column in ("dropped", "unread"):
-                line[f"{column} (%)"] = f"{100 * np.mean([row[column] for row in own]):.2f}"
+                line[f"{column} (%)"] = f"{100 * np.mean([row[column] for row in group]):.2f}"
         lines.append(line)
     return lines
 
 
 def interval(values: Sequence[float]) -> str:
     """`0.093 (0.067 to 0.119)`."""
-    found = _seeds.interval(values)
+    mean = _seeds.interval(values)
     if len(values) < 2:
-        return f"{found.mean:.3f}"
-    return f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})"
+        return f"{mean.mean:.3f}"
+    return f"{mean.mean:.3f} ({mean.low:.3f} to {mean.high:.3f})"
 
 
 def plot(rows: list[Row]) -> Figure:

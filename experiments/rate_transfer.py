@@ -108,12 +108,12 @@ def coordinates(c: ConfigDict, shape: ModelSpec, tokens: np.ndarray) -> Iterator
 
     for seed in range(c.seed, c.seed + c.replicates):
         state = program.init(key=jax.random.key(seed))
-        before = outputs(state.params)
+        initial = outputs(state.params)
         for done in range(1, c.coordinate_steps + 1):
             state, _ = program.step(state, batch)
             hidden, logits = (
                 float(jnp.sqrt(jnp.mean((now - first) ** 2)))
-                for now, first in zip(outputs(state.params), before, strict=True)
+                for now, first in zip(outputs(state.params), initial, strict=True)
             )
             yield {"seed": seed, "step": done, "hidden": hidden, "logits": logits}
 
@@ -125,14 +125,14 @@ def best_rates(rows: list[Row], size: tuple[str, int, int]) -> dict[int, float]:
     """Of every seed, the vertex of a parabola through its best rate and the neighbours, in log2;
     the rate itself where that is the first or the last.
     """
-    found = {}
+    log2_rates = {}
     for seed in {row["seed"] for row in rows if size_of(row) == size}:
         losses = sorted((row["lr"], row["loss"]) for row in rows
                         if size_of(row) == size and row["seed"] == seed)  # fmt: skip
         rates, values = np.log2([lr for lr, _ in losses]), np.array([loss for _, loss in losses])
         lowest = _noise.vertex(rates, values)
-        found[seed] = float(rates[values.argmin()] if lowest is None else lowest[0])
-    return found
+        log2_rates[seed] = float(rates[values.argmin()] if lowest is None else lowest[0])
+    return log2_rates
 
 
 def table(rows: list[Row]) -> list[Row]:

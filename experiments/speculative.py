@@ -74,14 +74,14 @@ def written(
     else:
         speculation = speculative.Speculation(draft, draft_tokens)
         rounds = speculative.rounds(lm, [prompt], speculation, **options)
-    (first, *others), times = timed(rounds)
-    kinds = [(each.drafted > 0, each.target_calls) for each in others]
-    tokens = np.concatenate([each.tokens[0] for each in (first, *others)])
+    (first, *later_rounds), times = timed(rounds)
+    kinds = [(each.drafted > 0, each.target_calls) for each in later_rounds]
+    tokens = np.concatenate([each.tokens[0] for each in (first, *later_rounds)])
     return {
         "answer": sources.digest(" ".join(map(str, tokens))),
-        "calls": sum(each.target_calls for each in others),  # after the prompt
-        "drafted": sum(each.drafted for each in others),
-        "accepted": sum(each.accepted for each in others),
+        "calls": sum(each.target_calls for each in later_rounds),  # after the prompt
+        "drafted": sum(each.drafted for each in later_rounds),
+        "accepted": sum(each.accepted for each in later_rounds),
         "seconds": steady([time.wall for time in times[1:]], kinds),
         "processor_seconds": steady([time.processor for time in times[1:]], kinds),
         "prompt_processor_seconds": times[0].processor,  # compiling included

@@ -209,7 +209,7 @@ class Study:
                 yield {"part": "speed", "trained": name, "length": length, "rows": rows,
                        "ms_per_step": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high,
                        "steps": TIMED, "tokens_per_second": rows * length / median,
-                       "held_bytes": memory.held, "peak_bytes": memory.total}  # fmt: skip
+                       "held_bytes": memory.arguments, "peak_bytes": memory.total}  # fmt: skip
 
 
 # --- Showing --------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from lminf.errors import InputError
 from lminf.run import exits
 
 COMMANDS = {  # the module is lminf.commands.<name>
-    "list": "the experiments; with a name, all about one",
+    "list": "the experiments by topic; with a name, all about one",
     "run": "one experiment; in a checkout also python -m experiments.NAME",
     "sweep": "every cell of a sweep that is not finished yet",
     "show": "tables and figures of finished runs",

@@ -77,15 +77,47 @@ def test_fetch_without_a_name_lists_the_names(capsys):
     assert all(name in printed for name in fetch.MODELS)
 
 
-def test_list_prints_every_experiment_on_a_line_of_its_own(capsys, monkeypatch):
+def listed(capsys, *words: str) -> list[str]:
+    cli.main(["list", *words])
+    return capsys.readouterr().out.splitlines()
+
+
+def test_list_prints_every_experiment_beside_its_topic(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    cli.main(["list"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(header.experiments()) < 30
+    lines = listed(capsys)
+    assert len(lines) < 30
     assert max(map(len, lines)) <= 80
-    for found in header.experiments():
-        assert any(line.split()[:1] == [found.name] for line in lines)
-        assert any(found.title[:30] in line for line in lines)
+    names, topic = {}, ""
+    for line in lines:
+        topic, *rest = [topic, *line.split()] if line[0] == " " else line.split()
+        names |= dict.fromkeys(rest, topic)
+    assert names == {each.name: each.entries["Topic"] for each in header.experiments()}
+
+
+def test_twice_as_many_experiments_still_fit_a_screen(capsys, monkeypatch):
+    """60 with names as long as the longest today, of 8 topics."""
+    monkeypatch.setenv("COLUMNS", "100")
+    longest = max(len(each.name) for each in header.experiments())
+    many = [
+        header.Header(f"{i:02}".ljust(longest, "n"), "", {"Topic": f"topic_{i % 8}"})
+        for i in range(60)
+    ]
+    monkeypatch.setattr(header, "experiments", lambda *_: many)
+    lines = listed(capsys)
+    assert len(lines) < 30
+    assert max(map(len, lines)) <= 100
+    assert {word for line in lines for word in line.split()} >= {each.name for each in many}
+
+
+def test_list_prints_the_titles_of_a_topic(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    expected = [each for each in header.experiments() if each.entries["Topic"] == "scaling"]
+    lines = listed(capsys, "scaling")
+    assert len(lines) == len(expected) > 3
+    for line, experiment in zip(lines, expected, strict=True):
+        assert line.split()[0] == experiment.name
+        assert experiment.title[:30] in line
+        assert len(line) <= 80
 
 
 def test_list_prints_all_about_an_experiment_that_is_named(capsys):

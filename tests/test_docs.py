@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from benchmarks import device
-from docs import make_tables
+from docs.tables import experiments, models, ngram, pipelines
 from lminf import cli
 from lminf.attention import policy as policies
 from lminf.commands import _model, sweep
@@ -285,22 +285,22 @@ def test_links_into_a_page_lead_to_a_heading_of_it(page):
 
 def test_the_index_of_experiments_is_what_configs_and_results_say():
     page = (ROOT / "docs/experiments.md").read_text()
-    assert page == make_tables.experiments(), "run: python docs/make_tables.py"
+    assert page == experiments.page(), "run: python docs/make_tables.py"
 
 
 def test_the_table_of_models_is_what_the_tables_of_checkpoints_say():
     page = (ROOT / "docs/models.md").read_text()
-    assert page == make_tables.models(), "run: python docs/make_tables.py"
+    assert page == models.page(), "run: python docs/make_tables.py"
 
 
 def test_the_tables_of_ngrams_are_those_of_the_rows():
     page = (ROOT / "docs/ngram.md").read_text()
-    assert page == make_tables.ngram(), "run: python docs/make_tables.py"
+    assert page == ngram.page(), "run: python docs/make_tables.py"
 
 
 def test_the_table_of_pipelines_is_what_the_simulator_says():
     page = (ROOT / "docs/pipelines.md").read_text()
-    assert page == make_tables.pipelines(), "run: python docs/make_tables.py"
+    assert page == pipelines.page(), "run: python docs/make_tables.py"
 
 
 def test_every_page_is_in_the_site():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from docs import make_tables
+from docs.tables import results
 from tests.test_layers import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -36,8 +36,8 @@ def table_after(text: str, head: str) -> list[list[str]]:
 
 
 def test_the_tables_are_what_the_rows_give():
-    assert make_tables.results() == RESULTS, "run: python docs/make_tables.py"
-    assert make_tables.readme() == README, "run: python docs/make_tables.py"
+    assert results.page() == RESULTS, "run: python docs/make_tables.py"
+    assert results.readme() == README, "run: python docs/make_tables.py"
 
 
 def test_every_number_of_a_table_stands_in_the_row_it_links_to():
@@ -58,7 +58,7 @@ def test_every_number_of_a_table_stands_in_the_row_it_links_to():
 
 def test_a_tables_rows_and_columns_say_what_their_numbers_are():
     heads, *lines = table_after(RESULTS, "| nats/token |")
-    policies = {name: policy for policy, name in make_tables.POLICIES.items()}
+    policies = {name: policy for policy, name in results.POLICIES.items()}
     assert len(lines) == len(policies)
     for name, *cells in lines:
         for head, cell in zip(heads[1:], cells, strict=True):
@@ -83,7 +83,7 @@ def test_the_readmes_table_is_four_by_four_and_says_what_the_rows_say():
     assert f"({path.relative_to(ROOT)})" in README
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     nll = {(row["policy"], row["start"]): row["nll"] for row in rows}
-    policies = {name: policy for policy, name in make_tables.POLICIES.items()}
+    policies = {name: policy for policy, name in results.POLICIES.items()}
     heads, *lines = table_after(README, "| nats/token at positions")
     assert [len(lines), *map(len, lines)] == [4, 5, 5, 5, 5]
     for name, *cells in lines:

@@ -195,8 +195,8 @@ def extend(
     else:
         attend = by_head(FULL if policy.needs_prompt else policy, config, over_positions)
 
-        def read(q, k, v, before, kv, layer, *, sinks=None):
-            stored = [x[layer] for x in (before.k, before.v, kv.k, kv.v)]
+        def read(q, k, v, old_kv, kv, layer, *, sinks=None):
+            stored = [x[layer] for x in (old_kv.k, old_kv.v, kv.k, kv.v)]
             out = attend(q, k, v, *stored, sinks=sinks)
             return out, policy.observe_queries(kv.state, q, layer)
 

@@ -74,6 +74,10 @@ class PreRotated:
     spare: int = 0  # tokens of the ring that no window reaches
     keeps_all = False
 
+    def ring_positions(self, last: Int[Array, "B 1"]) -> Int[Array, "B S"]:
+        """Positions that the slots of the ring hold after the token at `last`; below 0: none."""
+        return last - (last - jnp.arange(self.window, dtype=jnp.int32)[None]) % self.window
+
     def ordered(self, ring: Any, sinks: Any) -> tuple[Any, Any]:
         """What is k and v, and what is the state; and from these the ring and the sinks."""
         return (ring, sinks) if self.ring else (sinks, ring)

@@ -46,8 +46,9 @@ def prerotate(
         window = max(windows)
         window = min(window + spare, layout.slots) if layout.keeps_all else window + spare
     sinks = layout.slots if None in counts else max(counts)
+    rotated = caches.PreRotated(window, sinks, ring=None not in counts, spare=spare)
     last = cache.pos.max(1, keepdims=True)  # [B, 1]
-    ring_pos = last - (last - jnp.arange(window, dtype=jnp.int32)[None]) % window  # of slot p % w
+    ring_pos = rotated.ring_positions(last)
     ring_slots = jnp.clip(layout.slot(ring_pos), 0, layout.slots - 1)
     placement = Placement(config, last)
     by_ring = placement.rotation(ring_pos)
@@ -65,7 +66,6 @@ def prerotate(
         """[L, B, K, X, H] of rows [B, X, K, H]."""
         return tuple(jax.lax.map(lambda kv: part(*kv), (cache.k, cache.v)))
 
-    rotated = caches.PreRotated(window, sinks, ring=None not in counts, spare=spare)
     main, second = rotated.ordered(ring_of, sinks_of)
     state = every_layer(second)
     if layout.keeps_all:
@@ -114,8 +114,8 @@ def extend(
 
     def several(near_q, far_q, cache, heads, layer):
         cache = cache.of(jnp.asarray(layer, jnp.int32))
-        query_pos, last = positions[:, None, :, None], positions.max(1, keepdims=True)
-        ring_pos = last - (last - jnp.arange(layout.window, dtype=jnp.int32)[None]) % layout.window
+        query_pos = positions[:, None, :, None]
+        ring_pos = layout.ring_positions(positions.max(1, keepdims=True))
         distance = query_pos - ring_pos[:, None, None]
         window = jnp.array(windows, jnp.int32)[None, :, None, None]
         seen = (distance >= 0) & (distance < window) & (ring_pos >= 0)[:, None, None]

@@ -37,6 +37,12 @@ def _powers(base, dim: int):
     return base ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
 
 
+def _slowed(theta: np.ndarray, factor: float, ramp: np.ndarray) -> np.ndarray:
+    """Frequencies divided by `factor` where the ramp is 0, kept where it is 1, blended between."""
+    keep = np.clip(ramp, 0.0, 1.0)
+    return (1 - keep) * theta / factor + keep * theta
+
+
 class _Schedule:
     follows_length = False  # whether frequencies change with the number of tokens read
     temperature = property(lambda self: 1.0)  # factor on cos and sin
@@ -134,9 +140,7 @@ class YaRN(_Schedule):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
         ramp = (np.arange(dim // 2) - low) / max(high - low, 1e-3)
-        keep = 1.0 - np.clip(ramp, 0.0, 1.0)
-        theta = _powers(base, dim)
-        return (1 - keep) * theta / self.factor + keep * theta
+        return _slowed(_powers(base, dim), self.factor, 1.0 - ramp)
 
 
 @dataclass(frozen=True)
@@ -163,8 +167,7 @@ class Llama3(_Schedule):
         theta = _powers(base, dim)
         turns = self.trained_length * theta / TURN  # within the trained length
         span = self.high_freq_factor - self.low_freq_factor
-        keep = np.clip((turns - self.low_freq_factor) / span, 0.0, 1.0)
-        return (1 - keep) * theta / self.factor + keep * theta
+        return _slowed(theta, self.factor, (turns - self.low_freq_factor) / span)
 
 
 @dataclass(frozen=True)

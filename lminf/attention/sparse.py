@@ -178,7 +178,7 @@ def reader(
     window_read = by_head(policy, config, over_positions) if windowed else None
     dense_read = by_head(FULL, config, over_positions) if policy.dense_layers else None
 
-    def read(q, k, v, before, kv, layer, *, layer_index=None):
+    def read(q, k, v, old_kv, kv, layer, *, layer_index=None):
         index = layer if layer_index is None else layer_index
 
         def over(attend):

@@ -231,7 +231,7 @@ def read_spec(file: GGUFFile) -> ModelSpec:
         "tied": not known.has("output.weight"),
         "head_bias": False,
     }
-    architecture_fields = architecture.own(known)
+    architecture_fields = architecture.spec_fields(known)
     if "residual" not in architecture_fields:
         facts.only("use_parallel_residual", False)
     facts.refuse_others()

@@ -32,7 +32,7 @@ class Known:
         return tensor in self.file.tensors
 
 
-Own = Callable[[Known], dict[str, Any]]
+SpecFields = Callable[[Known], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Architecture:
     layout: Literal["half", "interleaved"] | None = "half"  # of the rotation; None: no rotation
     gated: bool = True
     grouped: bool = True  # it may have fewer key heads than query heads
-    also: tuple[str, ...] = ()  # families that `own` finds in the facts of some files
-    own: Own = lambda known: {}  # fields of the ModelSpec that are not Llama's
+    also: tuple[str, ...] = ()  # families that `spec_fields` finds in the facts of some files
+    spec_fields: SpecFields = lambda known: {}  # fields of the ModelSpec that are not Llama's
 
 
 def _local(known: Known, pattern: int, *, required: bool = True) -> tuple[int | None, ...]:
@@ -225,25 +225,29 @@ _LAYER: dict[str, Any] = {"norm": "layer", "norm_bias": True}
 _OLD: dict[str, Any] = _LAYER | {"gated": False, "grouped": False}
 _GEMMA: dict[str, Any] = {"activation": "gelu_tanh", "scale_offset": 1.0}
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture("llama", also=("mistral", "mixtral"), own=_llama),
-    "granite": Architecture("granite", own=_granite),
-    "smollm3": Architecture("smollm3", own=_smollm3),
+    "llama": Architecture("llama", also=("mistral", "mixtral"), spec_fields=_llama),
+    "granite": Architecture("granite", spec_fields=_granite),
+    "smollm3": Architecture("smollm3", spec_fields=_smollm3),
     "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3", own=lambda known: {"qk_norm": "head"}),
-    "qwen3moe": Architecture("qwen3_moe", own=_qwen3moe),
-    "gemma": Architecture("gemma", own=_gemma, **_GEMMA),
-    "gemma2": Architecture("gemma2", own=_gemma2, **_GEMMA),
-    "gemma3": Architecture("gemma3_text", own=_gemma3, **_GEMMA),
-    "olmo2": Architecture("olmo2", also=("olmo3",), own=_olmo2),
-    "phi3": Architecture("phi3", own=_phi3),
-    "glm4": Architecture("glm4", layout="interleaved", own=lambda known: {"post_norms": True}),
-    "stablelm": Architecture("stablelm", own=_stablelm, **_LAYER),
-    "command-r": Architecture("cohere", norm="layer", layout="interleaved", own=_cohere),
-    "cohere2": Architecture("cohere2", norm="layer", layout="interleaved", own=_cohere2),
-    "gpt-oss": Architecture("gpt_oss", own=_gpt_oss),
-    "gptneox": Architecture("gpt_neox", "gelu", own=_gptneox, **_OLD),
-    "gpt2": Architecture("gpt2", "gelu_tanh", layout=None, own=_gpt2, **_OLD),
-    "mpt": Architecture("mpt", "gelu", "layer", layout=None, gated=False, grouped=False, own=_mpt),
-    "bloom": Architecture("bloom", "gelu_tanh", layout=None, own=_bloom, **_OLD),
-    "falcon": Architecture("falcon", "gelu", gated=False, own=_falcon, **_LAYER),
+    "qwen3": Architecture("qwen3", spec_fields=lambda known: {"qk_norm": "head"}),
+    "qwen3moe": Architecture("qwen3_moe", spec_fields=_qwen3moe),
+    "gemma": Architecture("gemma", spec_fields=_gemma, **_GEMMA),
+    "gemma2": Architecture("gemma2", spec_fields=_gemma2, **_GEMMA),
+    "gemma3": Architecture("gemma3_text", spec_fields=_gemma3, **_GEMMA),
+    "olmo2": Architecture("olmo2", also=("olmo3",), spec_fields=_olmo2),
+    "phi3": Architecture("phi3", spec_fields=_phi3),
+    "glm4": Architecture(
+        "glm4", layout="interleaved", spec_fields=lambda known: {"post_norms": True}
+    ),
+    "stablelm": Architecture("stablelm", spec_fields=_stablelm, **_LAYER),
+    "command-r": Architecture("cohere", norm="layer", layout="interleaved", spec_fields=_cohere),
+    "cohere2": Architecture("cohere2", norm="layer", layout="interleaved", spec_fields=_cohere2),
+    "gpt-oss": Architecture("gpt_oss", spec_fields=_gpt_oss),
+    "gptneox": Architecture("gpt_neox", "gelu", spec_fields=_gptneox, **_OLD),
+    "gpt2": Architecture("gpt2", "gelu_tanh", layout=None, spec_fields=_gpt2, **_OLD),
+    "mpt": Architecture(
+        "mpt", "gelu", "layer", layout=None, gated=False, grouped=False, spec_fields=_mpt
+    ),
+    "bloom": Architecture("bloom", "gelu_tanh", layout=None, spec_fields=_bloom, **_OLD),
+    "falcon": Architecture("falcon", "gelu", gated=False, spec_fields=_falcon, **_LAYER),
 }

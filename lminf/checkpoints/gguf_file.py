@@ -98,10 +98,10 @@ def damaged(path: Path, finding: str) -> InputError:
     return InputError(f"{path} {finding}; it is damaged, fetch it again")
 
 
-def cut_short(path: Path, found: int) -> InputError:
+def cut_short(path: Path, num_bytes: int) -> InputError:
     return InputError(
-        f"{path} is cut short: its {found} bytes end before what its header announces; fetch it "
-        f"again"
+        f"{path} is cut short: its {num_bytes} bytes end before what its header announces; fetch "
+        f"it again"
     )
 
 

@@ -133,12 +133,12 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
 def check(
     spec: ModelSpec,
     rows: Iterable[weight_maps.Row],
-    wanted: list[Stored],
+    expected: list[Stored],
     shapes: Mapping[str, tuple[int, ...]],
     source: str,
 ) -> None:
     """Refuses a file that lacks a tensor, holds one too many, or one of another shape."""
-    names = {item.name for item in wanted}
+    names = {item.name for item in expected}
     model = f"a {spec.family} model of {spec.num_layers} layers"
     missing, extra = names - set(shapes), set(shapes) - names
     if missing and missing <= weight_maps.names_of(rows, "head"):
@@ -156,7 +156,7 @@ def check(
             f"{source} holds {_some(extra)}, which {model} does not use; only checkpoints whose "
             f"every tensor is understood are read"
         )
-    for item in wanted:
+    for item in expected:
         if tuple(shapes[item.name]) != item.shape:
             raise InputError(
                 f"{item.name} in {source} has shape {tuple(shapes[item.name])} where its "

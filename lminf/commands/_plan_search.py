@@ -38,8 +38,8 @@ def facts_and_layouts(args: argparse.Namespace) -> tuple[dict[str, Any], list[di
         key=lambda each: each[1].batch * each[1].length,
     )
     search = Search(program, devices, stage.batch, stage.length, args.efficiency)
-    found = search.best()
-    runs_here = next((each for each in found if each.layout.sizes.stage == 1), None)
+    planned = search.best()
+    runs_here = next((each for each in planned if each.layout.sizes.stage == 1), None)
     facts = {
         "config": args.config,
         "devices": f"{devices.count} x {devices.name}",
@@ -47,7 +47,7 @@ def facts_and_layouts(args: argparse.Namespace) -> tuple[dict[str, Any], list[di
         "step": f"{stage.batch} rows of {stage.length:,} tokens",
         "efficiency": args.efficiency,
         "usable_bytes": USABLE * devices.kind.memory_bytes,
-        "meshes_that_fit": len(found),
+        "meshes_that_fit": len(planned),
     }
     if runs_here is None:
         facts["overrides"] = "none: what fits needs a pipeline, which train_lm does not run"
@@ -60,7 +60,7 @@ def facts_and_layouts(args: argparse.Namespace) -> tuple[dict[str, Any], list[di
                 layout.of(program), devices, rows=stage.batch, length=stage.length
             ),
         }
-    return facts, [row_of(each) for each in found[:SHOWN]]
+    return facts, [row_of(each) for each in planned[:SHOWN]]
 
 
 def row_of(planned: Planned) -> dict[str, Any]:

@@ -1,7 +1,9 @@
-"""lminf list: every experiment in a line; lminf list NAME: all that its config file says."""
+"""lminf list: the experiments by topic; with a topic, their titles; with a name, all about one."""
 
 import argparse
+import itertools
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.padding import Padding
@@ -11,24 +13,45 @@ from lminf.run import header
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", nargs="*", metavar="NAME", help="all about these experiments")
+    parser.add_argument(
+        "names", nargs="*", metavar="TOPIC|NAME",
+        help="the titles of a topic's experiments, or all about an experiment",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
     console = Console(highlight=False, markup=False)
-    headers = header.experiments(args.names)
+    topics: dict[str, list[header.Header]] = {}
+    for experiment in header.experiments():
+        topics.setdefault(experiment.entries.get("Topic", "other"), []).append(experiment)
     if not args.names:
-        table = Table.grid(padding=(0, 2))
-        table.add_column(no_wrap=True, min_width=max(len(each.name) for each in headers))
-        table.add_column(no_wrap=True, overflow="ellipsis")
-        for experiment in headers:
-            table.add_row(experiment.name, experiment.title)
-        console.print(table)
+        console.print(overview(topics))
         # Beside the list, which fits a screen and may be read by another program.
-        print("lminf list NAME: question, command, time, what to expect", file=sys.stderr)
-        return
-    for experiment in headers:
-        console.print(f"{experiment.name}: {experiment.title}", style="bold")
-        for key, text in experiment.entries.items():
-            console.print(Padding(f"{key:10} {text}", (0, 0, 0, 2)))
-        console.print()
+        hint = "lminf list TOPIC: titles; lminf list NAME: question, command, time, what to expect"
+        print(hint, file=sys.stderr)
+    elif set(args.names) <= set(topics):
+        console.print(titles([*itertools.chain.from_iterable(topics[name] for name in args.names)]))
+    else:
+        for experiment in header.experiments(args.names):
+            console.print(f"{experiment.name}: {experiment.title}", style="bold")
+            for key, text in experiment.entries.items():
+                console.print(Padding(f"{key:10} {text}", (0, 0, 0, 2)))
+            console.print()
+
+
+def overview(topics: dict[str, list[header.Header]]) -> Table:
+    """A row for each topic with the names of its experiments: 60 of them fit a screen."""
+    table = Table.grid(padding=(0, 2))
+    for topic, experiments in sorted(topics.items()):
+        table.add_row(topic, "  ".join(experiment.name for experiment in experiments))
+    return table
+
+
+def titles(experiments: Sequence[header.Header]) -> Table:
+    """A row for each experiment, cut at the width of the terminal."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, min_width=max(len(each.name) for each in experiments))
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    for experiment in experiments:
+        table.add_row(experiment.name, experiment.title)
+    return table

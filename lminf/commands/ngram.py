@@ -158,37 +158,37 @@ def show(args: argparse.Namespace, row: dict[str, Any], text: str) -> None:
 
 
 def count(args: argparse.Namespace) -> None:
-    opened, asked = queries(args)
-    for text, found in zip(args.words, opened.index.count(asked).tolist(), strict=True):
-        show(args, {"text": text, "count": found}, f"{found:>12,}  {text}")
+    opened, token_ids = queries(args)
+    for text, occurrences in zip(args.words, opened.index.count(token_ids).tolist(), strict=True):
+        show(args, {"text": text, "count": occurrences}, f"{occurrences:>12,}  {text}")
 
 
 def prob(args: argparse.Namespace) -> None:
-    opened, asked = queries(args)
-    if short := next((t for t, ids in zip(args.words, asked, strict=True) if len(ids) < 2), None):
+    opened, encoded = queries(args)
+    if short := next((t for t, ids in zip(args.words, encoded, strict=True) if len(ids) < 2), None):
         raise InputError(f"{short!r} is one token; give at least one before the last")
-    found = opened.index.prob([ids[:-1] for ids in asked], [ids[-1] for ids in asked])
+    counts = opened.index.prob([ids[:-1] for ids in encoded], [ids[-1] for ids in encoded])
     for i, text in enumerate(args.words):
-        row = {"text": text, "prompt_count": int(found.prompt_count[i]),
-               "count": int(found.cont_count[i]), "prob": float(found.prob[i])}  # fmt: skip
+        row = {"text": text, "prompt_count": int(counts.prompt_count[i]),
+               "count": int(counts.cont_count[i]), "prob": float(counts.prob[i])}  # fmt: skip
         show(args, row, f"{row['prob']:.4f} = {row['count']:,} / {row['prompt_count']:,}  {text}")
 
 
 def ntd(args: argparse.Namespace, *, longest_suffix: bool = False) -> None:
-    opened, asked = queries(args)
+    opened, token_ids = queries(args)
     distribution = next_tokens.infgram_ntd if longest_suffix else next_tokens.ntd
-    found = distribution(opened.index, asked, max_support=args.max_support)
+    followers = distribution(opened.index, token_ids, max_support=args.max_support)
     for i, text in enumerate(args.words):
-        tokens = sorted(found.of(i).items(), key=lambda item: -item[1])
-        matched = opened.show(asked[i][len(asked[i]) - int(found.suffix_len[i]) :])
-        total = int(found.prompt_count[i])
+        tokens = sorted(followers.of(i).items(), key=lambda item: -item[1])
+        matched = opened.show(token_ids[i][len(token_ids[i]) - int(followers.suffix_len[i]) :])
+        total = int(followers.prompt_count[i])
         row = {
-            "text": text, "suffix": matched, "suffix_len": int(found.suffix_len[i]),
-            "prompt_count": total, "approx": bool(found.approx[i]), "tokens": dict(tokens),
+            "text": text, "suffix": matched, "suffix_len": int(followers.suffix_len[i]),
+            "prompt_count": total, "approx": bool(followers.approx[i]), "tokens": dict(tokens),
         }  # fmt: skip
         lines = [f"{count / total:8.4f}  {count:>10,}  {opened.show([token])!r}"
                  for token, count in tokens[:MOST_SHOWN]]  # fmt: skip
-        about = "about " if found.approx[i] else ""
+        about = "about " if followers.approx[i] else ""
         head = f"after {matched!r} ({about}{total:,} times)"
         show(args, row, "\n".join([head, *lines]))
 
@@ -198,12 +198,12 @@ def infgram(args: argparse.Namespace) -> None:
 
 
 def docs(args: argparse.Namespace) -> None:
-    opened, asked = queries(args)
-    for text, ids in zip(args.words, asked, strict=True):
-        found = opened.index.docs(ids, args.k, seed=args.seed)
-        if not found:
+    opened, token_ids = queries(args)
+    for text, ids in zip(args.words, token_ids, strict=True):
+        documents = opened.index.docs(ids, args.k, seed=args.seed)
+        if not documents:
             raise InputError(f"{text[:40]!r} does not occur in {args.index}; give another text")
-        for each in found:
+        for each in documents:
             shown = opened.show(each.tokens.tolist())
             row = {"shard": each.shard, "document": each.number, "start": each.start,
                    "length": each.length, "metadata": each.metadata, "text": shown}  # fmt: skip
@@ -224,11 +224,11 @@ def attribute(args: argparse.Namespace) -> None:
 def decontaminate(args: argparse.Namespace) -> None:
     opened = Opened(args)
     texts = [opened.encode(sources.read_text(path)) for path in args.words]
-    for found in matches.contaminated(opened.index, texts):
-        metadata = opened.index.shards[found.shard].metadata(found.document)
-        row = {**found._asdict(), "file": args.words[found.text], "metadata": metadata}
-        show(args, row, f"document {found.document} of shard {found.shard} holds "
-             f"{100 * found.share:.0f} % of {row['file']}: {metadata}")  # fmt: skip
+    for match in matches.contaminated(opened.index, texts):
+        metadata = opened.index.shards[match.shard].metadata(match.document)
+        row = {**match._asdict(), "file": args.words[match.text], "metadata": metadata}
+        show(args, row, f"document {match.document} of shard {match.shard} holds "
+             f"{100 * match.share:.0f} % of {row['file']}: {metadata}")  # fmt: skip
 
 
 VERBS: dict[str, Callable[[argparse.Namespace], None]] = {

@@ -221,7 +221,7 @@ def compiled_facts(
     print(f"compiling the step for {devices.name}: a minute or two …", file=sys.stderr)
     analysis = compiled.memory(program, devices, rows=rows, length=length)
     return {
-        "compiled_state_bytes": analysis.held,
+        "compiled_state_bytes": analysis.arguments,
         "compiled_working_bytes": analysis.working,
         "compiled_total_bytes": analysis.total,
     }

@@ -13,7 +13,7 @@ from rich.console import Console
 from lminf.atomic import check_space
 from lminf.commands import _model
 from lminf.evals import follow_ir, score
-from lminf.evals.follow_ir import Measured
+from lminf.evals.follow_ir import QueryScores
 from lminf.lm.prefix import SharedPrefix
 from lminf.run import folder, tables
 from lminf.run.progress import Progress
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     rank = follow_ir.by_model(SharedPrefix(lm))
     columns = {"model": args.model, "policy": lm.policy.name, "dtype": args.dtype,
                "weights": args.weights, "scaling": args.scaling}  # fmt: skip
-    measured: list[Measured] = []
+    measured: list[QueryScores] = []
     with Progress(len(queries), label=lm.policy.name, unit="queries") as progress:
         for count, query in enumerate(queries, 1):
             identity = {**columns, "query_digest": query.digest}
@@ -43,12 +43,12 @@ def run(args: argparse.Namespace) -> None:
                 row = {**identity, **follow_ir.measure(rank, query)._asdict()}
                 if args.out:
                     folder.append_line(Path(args.out), row)
-            measured.append(Measured(*(row[name] for name in Measured._fields)))
+            measured.append(QueryScores(*(row[name] for name in QueryScores._fields)))
             progress.update(count)
     Console(highlight=False).print(tables.rich_table([line(measured)], title=lm.policy.name))
 
 
-def line(measured: list[Measured]) -> dict[str, Any]:
+def line(measured: list[QueryScores]) -> dict[str, Any]:
     """The line of the table: means over queries with their 95 % intervals."""
     result = follow_ir.summary(measured)
     return {

@@ -92,7 +92,7 @@ def cells_of(name: str, run_request: Request) -> tuple[sweep.Cell, ...]:
 
 
 def work(
-    name: str, asked: Request, cells: Sequence[sweep.Cell], out: RunFolder, shard: sweep.Shard
+    name: str, run_request: Request, cells: Sequence[sweep.Cell], out: RunFolder, shard: sweep.Shard
 ) -> None:
     module = experiment(name)
     began = time.monotonic()
@@ -105,7 +105,7 @@ def work(
         print(f"[{time.monotonic() - began:6.0f} s, {done}/{total} finished] {text}", flush=True)
 
     try:
-        tally = sweep.work(out, asked, cells, module.run, shard=shard, say=say)
+        tally = sweep.work(out, run_request, cells, module.run, shard=shard, say=say)
     except KeyboardInterrupt:
         done = len(sweep.finished(out, cells))
         print(f"{done} of {total} cells are kept in {out.path}; the same command goes on",
@@ -147,7 +147,7 @@ def submit(
             job.result()
 
 
-def conclude(name: str, asked: Request, cells: Sequence[sweep.Cell], out: RunFolder) -> None:
+def conclude(name: str, run_request: Request, cells: Sequence[sweep.Cell], out: RunFolder) -> None:
     """The rows so far; once all cells are finished, the figures and the report too."""
     rows = sweep.collect(out, cells)
     done = sweep.finished(out, cells)
@@ -165,7 +165,7 @@ def conclude(name: str, asked: Request, cells: Sequence[sweep.Cell], out: RunFol
     ended = [sweep.cell_folder(out, cell).read_json(sweep.DONE) for cell in cells]
     seconds, processor = (sum(cell[key] for cell in ended) for key in ("seconds", "cpu_seconds"))
     main.write_report(
-        out, asked, table=lines, figures=figures, seconds=seconds,
+        out, run_request, table=lines, figures=figures, seconds=seconds,
         findings=module.findings(rows) if hasattr(module, "findings") else "",
         spent=f" in the cells, beside what else the machine did; {processor:.1f} s of processor "
         f"time, so at least {processor / (os.cpu_count() or 1):.0f} s on this machine when quiet",

@@ -32,11 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     of_bios = parser.add_argument_group("bios")
     of_bios.add_argument("--people", type=int, help="half of them may be asked about (2000)")
     of_bios.add_argument("--augment", help="single, or such as multi5+permute+fullname (single)")
-    other = parser.add_argument_group("impossible")
-    other.add_argument("--language", help=f"{', '.join(impossible.LANGUAGES)} (control)")
-    other.add_argument("--sentences", type=int, help="of a small grammar (20000)")
-    other.add_argument("--tagged", help="a text of one's own, each word as text/tag/lemma")
-    other.add_argument("--held-out", type=int, help="sentences of the test split (1000)")
+    of_impossible = parser.add_argument_group("impossible")
+    of_impossible.add_argument("--language", help=f"{', '.join(impossible.LANGUAGES)} (control)")
+    of_impossible.add_argument("--sentences", type=int, help="of a small grammar (20000)")
+    of_impossible.add_argument("--tagged", help="a text of one's own, each word as text/tag/lemma")
+    of_impossible.add_argument("--held-out", type=int, help="sentences of the test split (1000)")
 
 
 def run(args: argparse.Namespace) -> None:

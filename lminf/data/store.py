@@ -184,13 +184,14 @@ _FITS: dict[Any, Callable[[Any], bool]] = {
 }
 
 
-def check_shape(place: Storage, name: str, shape: Mapping[str, Any], found: Any) -> None:
+def check_shape(place: Storage, name: str, shape: Mapping[str, Any], content: Any) -> None:
     """Refuses an object of a store that lacks an entry, or has one of another name or type."""
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise InputError(f"{place.url}/{name} is damaged: it holds no object; name another place")
-    for entry in {**shape, **found}:
-        if entry not in found or entry not in shape or not _FITS[shape[entry]](found[entry]):
-            said = f"{entry} = {json.dumps(found[entry])[:60]}" if entry in found else f"no {entry}"
+    for entry in {**shape, **content}:
+        if entry not in content or entry not in shape or not _FITS[shape[entry]](content[entry]):
+            value = json.dumps(content.get(entry))[:60]
+            said = f"{entry} = {value}" if entry in content else f"no {entry}"
             raise InputError(f"{place.url}/{name} is damaged: it has {said}; write the store again "
                              f"into another place")  # fmt: skip
 
@@ -278,9 +279,9 @@ def _metadata(dtype: str) -> dict[str, Any]:
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}]}  # fmt: skip
 
 
-def _same_request(url: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _same_request(url: str, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     for name in now:
-        if before.get(name) != now[name]:
+        if stored.get(name) != now[name]:
             raise InputError(
                 f"{url} holds the beginning of another store: its {name} differs; name another "
                 f"place with --out, or finish that one first"

@@ -36,7 +36,7 @@ DEEPEST = 1000  # documents of a ranking that its average precision counts
 BENCHMARK = "FollowIR"
 
 
-class Instructed(NamedTuple):
+class Instruction(NamedTuple):
     """An instruction, and what it has as relevant."""
 
     text: str
@@ -48,8 +48,8 @@ class Query:
     """A query with its two instructions and the documents to be ranked, id -> text."""
 
     text: str
-    original: Instructed
-    changed: Instructed
+    original: Instruction
+    changed: Instruction
     documents: Mapping[str, str]
 
     @property
@@ -60,7 +60,7 @@ class Query:
 
     @property
     def digest(self) -> str:
-        """Of all that it holds."""
+        """A digest of the query, its instructions and its documents."""
         fields = (self.text, *self.original, *self.changed, *self.documents.items())
         parts = (sorted(each) if isinstance(each, frozenset) else each for each in fields)
         return hashlib.sha256(repr(list(parts)).encode()).hexdigest()[:16]
@@ -70,7 +70,7 @@ class Query:
 Ranker: TypeAlias = Callable[[str, str, Mapping[str, str]], Sequence[str]]
 
 
-class Measured(NamedTuple):
+class QueryScores(NamedTuple):
     """What the two rankings of a query are worth; None: it has no document to tell it by."""
 
     p_mrr: float | None
@@ -92,7 +92,7 @@ def evaluate(rank: Ranker, queries: Sequence[Query]) -> Result:
     return summary([measure(rank, query) for query in queries])
 
 
-def measure(rank: Ranker, query: Query) -> Measured:
+def measure(rank: Ranker, query: Query) -> QueryScores:
     """Ranks the documents of a query under both instructions."""
     instructions = query.original, query.changed
     original, changed = (_ranking(rank, query, instruction) for instruction in instructions)
@@ -105,10 +105,10 @@ def measure(rank: Ranker, query: Query) -> Measured:
         if instruction.relevant else None
         for ranking, instruction in zip((original, changed), instructions, strict=True)
     ]  # fmt: skip
-    return Measured(sum(falls) / len(falls) if falls else None, *precisions)
+    return QueryScores(sum(falls) / len(falls) if falls else None, *precisions)
 
 
-def summary(measured: Sequence[Measured]) -> Result:
+def summary(measured: Sequence[QueryScores]) -> Result:
     """The means of what was measured of each query."""
     columns = [
         [value for value in column if value is not None] for column in zip(*measured, strict=True)
@@ -119,7 +119,7 @@ def summary(measured: Sequence[Measured]) -> Result:
     return Result(p_mrr, original, changed, len(columns[0]))
 
 
-def _ranking(rank: Ranker, query: Query, instruction: Instructed) -> list[str]:
+def _ranking(rank: Ranker, query: Query, instruction: Instruction) -> list[str]:
     ids = list(rank(query.text, instruction.text, query.documents))
     if sorted(ids) != sorted(query.documents):
         raise InputError(
@@ -177,8 +177,8 @@ def read(folder: str | Path) -> list[Query]:
             raise InputError(f"{folder} {lacking} for the query {name}; fetch it again")
         queries.append(Query(
             each["text"],
-            Instructed(each["instruction_og"], original.get(name, none)),
-            Instructed(each["instruction_changed"], changed.get(name, none)),
+            Instruction(each["instruction_og"], original.get(name, none)),
+            Instruction(each["instruction_changed"], changed.get(name, none)),
             {document: corpus[document] for document in ids},
         ))  # fmt: skip
     if not any(query.ruled_out for query in queries):
@@ -242,8 +242,8 @@ def generate(*, count: int, documents: int, key: Sequence[int]) -> list[Query]:
         first = f"A relevant document says where {goods} were sent."
         queries.append(Query(
             f"Where were {goods} sent?",
-            Instructed(first, frozenset(map(str, about))),
-            Instructed(
+            Instruction(first, frozenset(map(str, about))),
+            Instruction(
                 f"{first} Documents about {out} are not relevant.",
                 frozenset(str(index) for index in about if sent[index][1] != out),
             ),

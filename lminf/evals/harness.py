@@ -31,7 +31,7 @@ from lminf.errors import InputError
 from lminf.lm import generate
 from lminf.lm.generate import GREEDY, Sampling
 from lminf.lm.lm import DTYPES, LM
-from lminf.lm.prefix import TOGETHER, Pair, SharedPrefix
+from lminf.lm.prefix import BATCH_TOKENS, Pair, SharedPrefix
 from lminf.lm.protocol import OnAnswer
 from lminf.models import quantization
 
@@ -43,8 +43,8 @@ NO_EFFECT = {"num_beams": 1, "repetition_penalty": 1.0}  # options of tasks, at 
 log = logging.getLogger("lm_eval.lminf")  # below the harness's, which prints it
 
 
-class Answering(NamedTuple):
-    """How answers of a task are written."""
+class GenerationOptions(NamedTuple):
+    """How the answers of a task are generated."""
 
     max_new_tokens: int
     stop: tuple[str, ...]
@@ -188,7 +188,7 @@ class HarnessLM(model.LM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """What the model writes after each context, up to the first stop text or end token."""
-        ways = [answering(request.args[1]) for request in requests]
+        ways = [generation_options(request.args[1]) for request in requests]
         prompts = [
             self._last(self._encode(request.args[0]), way.max_new_tokens)
             for request, way in zip(requests, ways, strict=True)
@@ -211,7 +211,7 @@ class HarnessLM(model.LM):
         return answers
 
     def _write(
-        self, prompts: Sequence[Int[np.ndarray, " _"]], way: Answering, keep: OnAnswer
+        self, prompts: Sequence[Int[np.ndarray, " _"]], way: GenerationOptions, keep: OnAnswer
     ) -> None:
         """Answers to prompts of about one length, of which one that is drawn has the random stream
         of its place.
@@ -220,7 +220,7 @@ class HarnessLM(model.LM):
         if sampling == GREEDY:
             self.shared.generate(prompts, max_new_tokens=most, stop=stop, on_answer=keep)
             return
-        rows = self.shared.rows or max(1, TOGETHER // max(map(len, prompts)))
+        rows = self.shared.rows or max(1, BATCH_TOKENS // max(map(len, prompts)))
         for first in range(0, len(prompts), rows):
             texts = self.lm.generate(
                 prompts[first : first + rows], max_new_tokens=most, stop=stop, sampling=sampling,
@@ -305,8 +305,8 @@ def parsed(policy: str | None, fields: Mapping[str, Any]) -> AnyPolicy | None:
         ) from error
 
 
-def answering(options: Mapping[str, Any]) -> Answering:
-    """The generation options of a task; what we do not have is refused."""
+def generation_options(options: Mapping[str, Any]) -> GenerationOptions:
+    """The generation options of a task; unsupported ones are refused."""
     known = dict(normalize_gen_kwargs(dict(options), NEW_TOKENS))
     until, most = known.pop("until"), known.pop("max_gen_toks")
     drawn = known.pop("do_sample")
@@ -319,4 +319,4 @@ def answering(options: Mapping[str, Any]) -> Answering:
                 f"the generation option {name}={value} has no counterpart here; there are until, "
                 f"max_gen_toks, do_sample, temperature, top_k and top_p"
             )
-    return Answering(most, tuple(until), sampling if temperature else GREEDY)
+    return GenerationOptions(most, tuple(until), sampling if temperature else GREEDY)

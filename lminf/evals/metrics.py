@@ -25,10 +25,10 @@ def normalized(text: str) -> list[str]:
     return ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split()
 
 
-def bag_f1(found: Sequence[Hashable], expected: Sequence[Hashable]) -> float:
+def bag_f1(predicted: Sequence[Hashable], expected: Sequence[Hashable]) -> float:
     """F1 of two bags."""
-    common = sum((Counter(found) & Counter(expected)).values())
-    return 2 * common / (len(found) + len(expected)) if common else 0.0
+    common = sum((Counter(predicted) & Counter(expected)).values())
+    return 2 * common / (len(predicted) + len(expected)) if common else 0.0
 
 
 def token_f1(completion: str, reference: str) -> float:
@@ -43,9 +43,9 @@ def character_f1(completion: str, reference: str) -> float:
     return bag_f1(_characters(completion), _characters(reference))
 
 
-def set_f1(found: Collection[Hashable], expected: Collection[Hashable]) -> float:
+def set_f1(predicted: Collection[Hashable], expected: Collection[Hashable]) -> float:
     """F1 of two sets; 1 where both are empty."""
-    one, two = set(found), set(expected)
+    one, two = set(predicted), set(expected)
     return 2 * len(one & two) / (len(one) + len(two)) if one or two else 1.0
 
 
@@ -89,7 +89,7 @@ def character_rouge_l(completion: str, reference: str) -> float:
 
 def bleu(completion: str, reference: str, *, tokenize: Literal["13a", "zh"]) -> float:
     """BLEU of one text, of up to four words in a row, or characters of Chinese (`zh`), by sacrebleu
-    (Post 2018, arXiv:1804.08771). What no four in a row have in common is smoothed exponentially.
+    (Post 2018, arXiv:1804.08771). n-gram precisions of zero are smoothed exponentially.
     """
     try:
         import sacrebleu  # pyright: ignore[reportMissingImports]
@@ -174,12 +174,12 @@ class OrderDeviation(NamedTuple):
     swap_distance: int  # places that the exchanges move, the most useful ones first
 
 
-def order_deviation(found: Sequence[Hashable], expected: Sequence[Hashable]) -> OrderDeviation:
+def order_deviation(predicted: Sequence[Hashable], expected: Sequence[Hashable]) -> OrderDeviation:
     """Deviations of two orders of the same things, as LooGLE scores a timeline."""
-    if sorted(map(repr, found)) != sorted(map(repr, expected)):
-        raise ValueError(f"{found} and {expected} are not orders of the same things")
+    if sorted(map(repr, predicted)) != sorted(map(repr, expected)):
+        raise ValueError(f"{predicted} and {expected} are not orders of the same things")
     rank = {item: index for index, item in enumerate(expected)}
-    order = [rank[item] for item in found]
+    order = [rank[item] for item in predicted]
     distances = [abs(place - index) for index, place in enumerate(order)]
     return OrderDeviation(
         sum(distance**2 for distance in distances) / len(order),
@@ -217,11 +217,11 @@ def _swapped_distance(order: Sequence[int]) -> int:
     return total
 
 
-def length_score(words: int, asked: int) -> float:
+def length_score(words: int, requested: int) -> float:
     """How well a text has the length asked for: 1, falling to 0 at four times and at a third."""
     if words <= 0:
         return 0.0
-    far = (words / asked - 1) / 3 if words > asked else (asked / words - 1) / 2
+    far = (words / requested - 1) / 3 if words > requested else (requested / words - 1) / 2
     return max(0.0, 1 - far)
 
 

@@ -1,4 +1,4 @@
-"""Perplexity protocols as plans and arithmetic; who computes the losses is not their business.
+"""Perplexity protocols: which windows are read, and how token losses are averaged.
 
 A token's NLL is in nats, given the tokens before it; the first token of a text has none.
 Sources of the protocols: Han et al. 2024, arXiv:2308.16137 (by position, streams).

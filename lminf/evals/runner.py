@@ -1,4 +1,4 @@
-"""Asks language models the instances of tasks: one row a cell, every answer kept as it comes.
+"""Runs benchmark tasks on language models: a row per cell, and every answer stored as it arrives.
 
 A cell is a task, a length and a number of instances. Answers are recorded one by one, so a run that
 was stopped asks only what is missing; a cell's row follows once all its instances are answered.
@@ -46,7 +46,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Subject:
-    """A language model under test, and what its rows say of it."""
+    """A language model under test, and the columns that describe it in rows."""
 
     model: TextGenerator
     columns: Mapping[str, Any]  # that tell it from others, such as its model and policy

@@ -29,7 +29,7 @@ class Standard:
         return _ratio(p, q)
 
     def residual(self, p: Float[Array, "*B V"], q: Float[Array, "*B V"]) -> Array:
-        """What is drawn from after a rejection [*B, V]."""
+        """The distribution [*B, V] to sample from after a rejection."""
         return _normalized(p - q, instead=p)
 
 

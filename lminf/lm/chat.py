@@ -9,13 +9,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Unpack
 
 import numpy as np
 from jaxtyping import Float32, Int
 
 from lminf.data.tokenizers import MESSAGE
 from lminf.lm.prefix import SharedPrefix
-from lminf.lm.protocol import OnAnswer, Score, check_apart
+from lminf.lm.protocol import GenerateOptions, Score, check_apart
 
 ENDS = re.compile(r"\n|[.?] ")  # what a beginning of an answer may follow
 
@@ -73,15 +74,5 @@ class ChatModel:
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "B D"]:
         return self.model.embed(texts)
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int,
-        stop: Sequence[str] = (),
-        on_answer: OnAnswer | None = None,
-    ) -> list[str]:
-        return self.model.generate(
-            [self.encode(prompt) for prompt in prompts], max_new_tokens=max_new_tokens, stop=stop,
-            on_answer=on_answer,
-        )  # fmt: skip
+    def generate(self, prompts: Sequence[str], **options: Unpack[GenerateOptions]) -> list[str]:
+        return self.model.generate([self.encode(prompt) for prompt in prompts], **options)

@@ -33,8 +33,9 @@ from lminf.ranges import Range
 
 
 def parse_draft(text: str, *, model: str, load: Callable[[str], LM]) -> Callable[[LM], Draft]:
-    """What makes the draft that a text describes for a model, which is called `model`. Another
-    model is only then loaded, by `load`; all else is refused at once if it means nothing.
+    """The function of a model to the draft for it that a text describes. Whatever is wrong with the
+    text is refused here; another model is loaded, by `load`, when the function is called. `model`
+    is the name of the target model in errors.
     """
     kind, _, rest = text.partition(":")
     if kind == "prompt_lookup":
@@ -65,8 +66,8 @@ def parse_draft(text: str, *, model: str, load: Callable[[str], LM]) -> Callable
 
 @dataclass(frozen=True)
 class PromptLookup:
-    """What followed the last tokens where they last stood in the text, prompt included: the longest
-    n-gram that it had before is looked up. A repetition is taken to go on.
+    """Prompt lookup: the continuation of the latest earlier occurrence of the text's last tokens,
+    by the longest n-gram that occurs earlier. A repetition is taken to continue.
     """
 
     ngram: Annotated[int, Range(min=1, max=1024)] = 3  # tokens, at most
@@ -83,14 +84,14 @@ class PromptLookup:
         return Proposal(np.stack([self._continued(text, k) for text in texts]))
 
     def _continued(self, text: Int[np.ndarray, " _"], k: int) -> Int[np.ndarray, " k"]:
-        starts, found = np.arange(1, len(text)), None  # of what follows an n-gram
+        starts, start = np.arange(1, len(text)), None  # of what follows an n-gram
         for size in range(1, self.ngram + 1):
             starts = starts[starts >= size]
             starts = starts[text[starts - size] == text[-size]]
             if not len(starts):
                 break
-            found = starts[-1]
-        return np.full(k, -1) if found is None else np.resize(text[found:], k)
+            start = starts[-1]
+        return np.full(k, -1) if start is None else np.resize(text[start:], k)
 
 
 # --- Models ---------------------------------------------------------------------------------------
@@ -138,14 +139,14 @@ class ModelDraft:
                     f"model rejects what it proposes; give the draft another policy, such as "
                     f"lm_infinite or infllm"
                 )
-        own = prompts if self.prompts is None else self.prompts
-        self.lm.check_length(max(map(len, own)) + max_new_tokens)
+        draft_prompts = prompts if self.prompts is None else self.prompts
+        self.lm.check_length(max(map(len, draft_prompts)) + max_new_tokens)
         read = read_prompts(
-            self.lm, own, room=max_new_tokens, spare=num_draft_tokens, sampling=GREEDY,
+            self.lm, draft_prompts, room=max_new_tokens, spare=num_draft_tokens, sampling=GREEDY,
             key=jax.random.key(0),
         )  # fmt: skip
         theirs, ours = (
-            np.array([len(text) for text in texts], np.int32) for texts in (prompts, own)
+            np.array([len(text) for text in texts], np.int32) for texts in (prompts, draft_prompts)
         )
         return _ModelDrafter(
             self.lm, lm.spec.vocab_size, sampling, read.rewindable, theirs - ours, ours,

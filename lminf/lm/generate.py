@@ -365,7 +365,7 @@ class TextStream:
 
     def _cut(self) -> bool:
         """Whether a stop string is there; it and what follows are then gone, and this is done."""
-        starts = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
+        starts = [start for start in (self._held.find(s) for s in self._stop) if start >= 0]
         if starts:
             self.done, self._held = True, self._held[: min(starts)]
         return bool(starts)

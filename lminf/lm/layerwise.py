@@ -96,8 +96,8 @@ class LayerwiseDecoder:
 def index_of(policies: Sequence[LayerPolicy], layer: int) -> int:
     """The first of the layers with this one's policy that does as it does, counted among them."""
     count = policies[:layer].count(policies[layer])
-    alike = [at for at in layer_scan.thresholds_of(policies[layer]) if at <= count]
-    return max(alike, default=0)
+    thresholds = [t for t in layer_scan.thresholds_of(policies[layer]) if t <= count]
+    return max(thresholds, default=0)
 
 
 def run_layer(

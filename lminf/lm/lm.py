@@ -297,11 +297,13 @@ class LM:
             raise InputError("a continuation is empty; give at least one character")
         context = prompt.rstrip()
         tokens = self.encode(prompt + continuation)[0]
-        own = self.encode(context)[0] if context else tokens[: int(self.tokenizer.add_bos)]
-        if not len(own):
+        prompt_tokens = (
+            self.encode(context)[0] if context else tokens[: int(self.tokenizer.add_bos)]
+        )
+        if not len(prompt_tokens):
             raise InputError("a prompt has no tokens, so nothing follows it; give at least one")
-        check_apart(own, tokens, prompt, continuation)
-        return tokens, len(own)
+        check_apart(prompt_tokens, tokens, prompt, continuation)
+        return tokens, len(prompt_tokens)
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "B D"]:
         """One vector a text: the mean of the final hidden states of its tokens."""

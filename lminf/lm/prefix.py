@@ -28,7 +28,7 @@ from lminf.lm.protocol import OnAnswer, Score
 from lminf.models import heads
 from lminf.models.layer_policies import chunk_within, common_eviction
 
-TOGETHER = 8192  # prompt tokens read side by side: more of them is no faster on a CPU
+BATCH_TOKENS = 8192  # prompt tokens read side by side: more of them is no faster on a CPU
 TAIL_ROWS = 16  # tails read side by side
 TAIL = 16  # tokens: continuations of a prompt are filled up to multiples of these
 Chunk = tuple[Int[np.ndarray, "P C"], Int[np.ndarray, "P C"]]  # tokens, positions
@@ -40,7 +40,7 @@ class SharedPrefix:
     """A LanguageModel with the answers of `lm`: what prompts of a call begin with is read once."""
 
     lm: LM
-    rows: int | None = None  # prompts read side by side; None: as many as have TOGETHER tokens
+    rows: int | None = None  # prompts read side by side; None: as many as have BATCH_TOKENS tokens
 
     def count_tokens(self, text: str) -> int:
         return self.lm.count_tokens(text)
@@ -107,7 +107,7 @@ class SharedPrefix:
         lengths = np.array([len(ids) for ids in encoded], np.int32)
         longest, texts = int(lengths.max()), [""] * len(encoded)
         empty = partial(decoding.empty_caches, lm, rows=1, longest=longest, room=max_new_tokens)
-        rows = max(1, TOGETHER // longest) if self.rows is None else self.rows
+        rows = max(1, BATCH_TOKENS // longest) if self.rows is None else self.rows
         for members, begun, caches in _branches(lm, chunks, empty, rows):
             written = decoding.decode_loop(
                 lm, _of_rows(chunks[begun:], members), caches, lengths=lengths[members],
@@ -242,7 +242,7 @@ def _branches(
     np.fill_diagonal(shared, 0)
     left = set(np.flatnonzero(shared.any(1)).tolist())
     while left:  # prompts that share nothing with a trunk have one of their own
-        trunk = max(sorted(left), key=lambda row: sum(shared[row, other] for other in left))
+        trunk = max(sorted(left), key=lambda row: sum(shared[row, member] for member in left))
         family = sorted(row for row in left if row == trunk or shared[trunk, row] > 0)
         left -= set(family)
         caches = empty()

@@ -1,7 +1,11 @@
-"""What evaluations, programs and ensembles ask of a language model, whatever it is made of."""
+"""What evaluations, programs and ensembles ask of a language model, whatever it is made of.
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+The protocols, and base classes of models that answer one prompt after another.
+"""
+
+import abc
+from collections.abc import Callable, Sequence, Sized
+from typing import NamedTuple, Protocol, Required, TypeAlias, TypedDict, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int
@@ -25,15 +29,18 @@ class Score(NamedTuple):
 
 
 def check_apart(
-    own: Int[np.ndarray, " P"], tokens: Int[np.ndarray, " T"], prompt: str, continuation: str
+    prompt_tokens: Int[np.ndarray, " P"],
+    tokens: Int[np.ndarray, " T"],
+    prompt: str,
+    continuation: str,
 ) -> None:
-    """Refuses a continuation without tokens of its own, where `own` are those of the prompt and
-    `tokens` those of both: the probability of one that is merged with the prompt's end is none of
+    """Refuses a continuation without tokens of its own, where `tokens` are those of it and the
+    prompt: the probability of one that is merged with the prompt's end is none of
     the continuation.
     """
-    if np.array_equal(own, tokens):
+    if np.array_equal(prompt_tokens, tokens):
         raise InputError("a continuation is empty; give at least one character")
-    if not np.array_equal(own, tokens[: len(own)]):
+    if not np.array_equal(prompt_tokens, tokens[: len(prompt_tokens)]):
         raise InputError(
             f"the tokenizer merges the beginning of {continuation[:40]!r} with the end of its "
             f"prompt ({prompt[-40:]!r}); begin it with a space, or end the prompt elsewhere"
@@ -41,6 +48,14 @@ def check_apart(
 
 
 OnAnswer: TypeAlias = Callable[[int, str], None]  # (index of the prompt, its complete answer)
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Keyword arguments of `TextGenerator.generate`, for those that pass them on."""
+
+    max_new_tokens: Required[int]
+    stop: Sequence[str]
+    on_answer: OnAnswer | None
 
 
 class TextGenerator(Protocol):
@@ -84,3 +99,54 @@ class LanguageModel(TextGenerator, Protocol):
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "B D"]:
         """One vector a text: the mean of the final hidden states of its tokens."""
         ...
+
+
+# --- One prompt after another ---------------------------------------------------------------------
+
+
+class SequentialGenerator(abc.ABC):
+    """A TextGenerator that answers one prompt after another."""
+
+    @abc.abstractmethod
+    def generate_one(self, prompt: str, *, max_new_tokens: int, stop: Sequence[str] = ()) -> str:
+        """The answer to one prompt, as `TextGenerator.generate` defines it."""
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        on_answer: OnAnswer | None = None,
+    ) -> list[str]:
+        answers = []
+        for index, prompt in enumerate(prompts):
+            answers.append(self.generate_one(prompt, max_new_tokens=max_new_tokens, stop=stop))
+            if on_answer:
+                on_answer(index, answers[-1])
+        return answers
+
+
+class SequentialModel(SequentialGenerator):
+    """The verbs of a LanguageModel that are the same for every text by itself; `next` and `embed`
+    are left to the subclass.
+    """
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> Sized:
+        """The tokens of a text."""
+
+    @abc.abstractmethod
+    def score_one(self, prompt: str, continuation: str) -> Score:
+        """The probability of a continuation after its prompt."""
+
+    def count_tokens(self, text: str) -> int:
+        return len(self.encode(text))
+
+    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[Score]:
+        return [self.score_one(p, c) for p, c in zip(prompts, continuations, strict=True)]
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the stop strings that are in it."""
+    return text[: min((text.find(end) for end in stop if end in text), default=None)]

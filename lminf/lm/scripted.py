@@ -7,14 +7,14 @@ import numpy as np
 from jaxtyping import Float32
 
 from lminf.errors import InputError
-from lminf.lm.protocol import OnAnswer, Score
+from lminf.lm.protocol import Score, SequentialModel, cut_at_stop
 
 BYTES = 256
 SCRIPTED = 0.99  # probability of the byte that the script has next; the others share the rest
 
 
 @dataclass(frozen=True)
-class Scripted:
+class Scripted(SequentialModel):
     """A LanguageModel that writes `answer(prompt)`. Its tokens are the bytes of UTF-8.
 
     Every byte of the answer has probability 0.99; after the answer's end, or once a text has left
@@ -23,13 +23,10 @@ class Scripted:
 
     answer: Callable[[str], str]
 
-    def count_tokens(self, text: str) -> int:
-        return len(text.encode())
+    def encode(self, text: str) -> bytes:
+        return text.encode()
 
-    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[Score]:
-        return [self._score(p, c) for p, c in zip(prompts, continuations, strict=True)]
-
-    def _score(self, prompt: str, continuation: str) -> Score:
+    def score_one(self, prompt: str, continuation: str) -> Score:
         given, script = _encoded(continuation), self.answer(prompt).encode()
         log_prob, follows = 0.0, True
         for index, byte in enumerate(given):
@@ -42,22 +39,10 @@ class Scripted:
         scripts = [self.answer(prompt).encode() for prompt in prompts]
         return np.stack([_log_probs(script[0] if script else None) for script in scripts])
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int,
-        stop: Sequence[str] = (),
-        on_answer: OnAnswer | None = None,
-    ) -> list[str]:
-        texts = []
-        for prompt in prompts:
-            _encoded(prompt)
-            text = self.answer(prompt).encode()[:max_new_tokens].decode(errors="ignore")
-            texts.append(text[: min([text.find(end) for end in stop if end in text], default=None)])
-            if on_answer:
-                on_answer(len(texts) - 1, texts[-1])
-        return texts
+    def generate_one(self, prompt: str, *, max_new_tokens: int, stop: Sequence[str] = ()) -> str:
+        _encoded(prompt)
+        text = self.answer(prompt).encode()[:max_new_tokens].decode(errors="ignore")
+        return cut_at_stop(text, stop)
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "B D"]:
         """How often each byte occurs, normalised to length 1."""

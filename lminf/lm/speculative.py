@@ -42,14 +42,14 @@ ROUNDING = 256.0
 
 
 class Proposal(NamedTuple):
-    """What a draft expects each row to go on with."""
+    """The tokens that a draft proposes for each row."""
 
     tokens: Int[np.ndarray, "B k"]  # -1 behind what is proposed
     probs: Float[Array, "B k V"] | None = None  # they were drawn from; None: each was certain
 
 
 class Drafter(Protocol):
-    """A draft of one generation."""
+    """The state of a draft during one generation."""
 
     def propose(self, texts: Texts, k: int, *, key: jax.Array) -> Proposal:
         """Up to k >= 1 tokens for each row. Between two calls a row has grown by the first tokens
@@ -59,7 +59,7 @@ class Drafter(Protocol):
 
 
 class Draft(Protocol):
-    """What proposes tokens: a model (lminf.lm.drafts), a text's own repetitions, counts."""
+    """A source of proposals: a model (lminf.lm.drafts), a text's own repetitions, counts."""
 
     def start(
         self, lm: Any, prompts: Texts, *, num_draft_tokens: int, max_new_tokens: int,
@@ -85,7 +85,7 @@ class Speculation:
 
 
 class Round(NamedTuple):
-    """What one call of the model that verifies came to."""
+    """The outcome of one verification by the target model."""
 
     tokens: list[Int[np.ndarray, " _"]]  # that each row goes on with
     drafted: int  # tokens, of all rows
@@ -142,8 +142,8 @@ def rounds(
         number += 1
         draft_key, target_key = jax.random.split(jax.random.fold_in(key, number))
         proposal = Proposal(np.full((len(texts), 0), -1))
-        if (asked := min(k, int(left.max()) - 1)) > 0:
-            proposal = drafter.propose(texts, asked, key=draft_key)
+        if (num_tokens := min(k, int(left.max()) - 1)) > 0:
+            proposal = drafter.propose(texts, num_tokens, key=draft_key)
         tokens, probs = _padded(proposal, k)
         # The last token of an answer is not read, so none is proposed for its place; and rows that
         # are complete read nothing: -1.
@@ -325,6 +325,6 @@ def _leading(spec, params, hidden, rounding):
     """The likeliest tokens [B, C], and whether each leads by more than rounding changes."""
     logits = heads.lm(spec, params, hidden)
     best = logits.argmax(-1).astype(jnp.int32)
-    others = jnp.where(jax.nn.one_hot(best, logits.shape[-1], dtype=bool), -jnp.inf, logits)
+    runners_up = jnp.where(jax.nn.one_hot(best, logits.shape[-1], dtype=bool), -jnp.inf, logits)
     unit = jnp.finfo(hidden.dtype).eps * jnp.abs(logits).max(-1)
-    return best, logits.max(-1) - others.max(-1) > rounding * unit
+    return best, logits.max(-1) - runners_up.max(-1) > rounding * unit

@@ -67,7 +67,7 @@ def token_nll(
 
 @dataclass(frozen=True)
 class ExtensibleTokenizer:
-    """What makes embeddings of tokens for a frozen model of this spec."""
+    """Compresses tokens into embeddings for a frozen model of this spec."""
 
     spec: ModelSpec
     layers: Annotated[int, Range(min=1, max=2**12)]  # of the model, copied
@@ -88,8 +88,8 @@ class ExtensibleTokenizer:
         return module_of(self.spec)
 
     def init(self, frozen: Params) -> Params:
-        """What is trained: the model's first layers, and a norm that gives their states the size
-        of its embeddings.
+        """The trainable parameters: the model's first layers, and a norm that gives their states
+        the scale of its embeddings.
         """
         check_float(frozen, purpose="training")
         layers = first_layer_params(frozen, self.layers)
@@ -100,8 +100,8 @@ class ExtensibleTokenizer:
         trained = {"layers": layers["layers"], "final_norm": norm}
         return jax.tree.map(lambda x: jnp.array(x, jnp.float32), trained)
 
-    def kept(self, tokens: int, ratio: int) -> Int[np.ndarray, " M"]:
-        """The places, of so many tokens, whose states become embeddings."""
+    def kept_positions(self, tokens: int, ratio: int) -> Int[np.ndarray, " M"]:
+        """Positions, in a text of so many tokens, whose hidden states become embeddings."""
         if not 2 <= ratio <= self.chunk:
             raise InputError(
                 f"a ratio of {ratio} tokens to an embedding, in chunks of {self.chunk}; give 2 to "
@@ -117,17 +117,17 @@ class ExtensibleTokenizer:
     def encode(
         self, params: Params, frozen: Params, tokens: Tokens, ratio: int
     ) -> Float[Array, "B M D"]:
-        """Embeddings of the tokens, chunk by chunk; M is the length of `kept`."""
+        """Embeddings of the tokens, chunk by chunk; M is the length of `kept_positions`."""
         rows, count = tokens.shape
-        places = self.kept(count, ratio)
+        kept = self.kept_positions(count, ratio)
         padded = jnp.pad(
             tokens, ((0, 0), (0, -count % self.chunk))
         )  # nothing sees what comes later
         chunks = padded.reshape(-1, self.chunk)
         positions = jnp.broadcast_to(jnp.arange(self.chunk, dtype=jnp.int32), chunks.shape)
-        own = first_layer_params(frozen, self.layers) | dict(params)
-        states: Any = self.encoder.apply({"params": own}, chunks, positions=positions)
-        return states[0].reshape(rows, -1, self.spec.width)[:, places]
+        encoder_params = first_layer_params(frozen, self.layers) | dict(params)
+        states: Any = self.encoder.apply({"params": encoder_params}, chunks, positions=positions)
+        return states[0].reshape(rows, -1, self.spec.width)[:, kept]
 
     def read(
         self, frozen: Params, past: Float[Array, "B M D"], tokens: Tokens

@@ -40,14 +40,14 @@ def thresholds_of(policy: LayerPolicy) -> tuple[int, ...]:
     return getattr(policy, "layer_thresholds", ())
 
 
-def index_of(policies: Sequence[LayerPolicy], place: int) -> Options:
+def index_of(policies: Sequence[LayerPolicy], layer: int) -> Options:
     """What the attention of a place in a period is told of its layer: which of all layers with its
     policy it is, where that changes anything.
     """
-    alike = [other for other, policy in enumerate(policies) if policy == policies[place]]
-    if not thresholds_of(policies[place]):
+    alike = [position for position, policy in enumerate(policies) if policy == policies[layer]]
+    if not thresholds_of(policies[layer]):
         return lambda row: {}
-    return lambda row: {"layer_index": row * len(alike) + alike.index(place)}
+    return lambda row: {"layer_index": row * len(alike) + alike.index(layer)}
 
 
 def without_cache(prefill: attend.Prefill, options: Options = lambda row: {}) -> LayerAttention:
@@ -115,7 +115,8 @@ def scan_layers(
         )
         sliced_by_stage.append(stage_sliced)
         sown_by_stage.append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), sown))
-    kv = [one or other for one, other in zip(in_place, _concatenated(sliced_by_stage), strict=True)]
+    sliced_kv = _concatenated(sliced_by_stage)
+    kv = [carried or stacked for carried, stacked in zip(in_place, sliced_kv, strict=True)]
     sown = {
         name: _concatenated([stage[name] for stage in sown_by_stage if name in stage])
         for name in sown_by_stage[-1]

@@ -58,7 +58,7 @@ def memory_attention(
     q: Float[Array, "B T N H"], bank: Bank, *, chunk: int, retrieved: int, scale: float
 ) -> Float[Array, "B T N H"]:
     """Of each query over the `retrieved` tokens of the bank in the chunks of the largest inner
-    products with it; exact, without an index. Of an empty bank it means nothing.
+    products with it; exact, without an index. Undefined for an empty bank.
     """
     batch, tokens, num_heads, width = q.shape
     slots, kv_heads = bank.k.shape[1:3]
@@ -70,9 +70,9 @@ def memory_attention(
     )
     first = (slots - bank.filled) // chunk
     scores = jnp.einsum("btkgh,bkmh->bkgtm", q, k.mean(3))
-    there = jnp.arange(slots // chunk, dtype=jnp.int32) >= first
-    there = jnp.broadcast_to(there, scores.shape)
-    _, chosen = jax.lax.top_k(jnp.where(there, scores, -jnp.inf), retrieved // chunk)
+    filled = jnp.arange(slots // chunk, dtype=jnp.int32) >= first
+    filled = jnp.broadcast_to(filled, scores.shape)
+    _, chosen = jax.lax.top_k(jnp.where(filled, scores, -jnp.inf), retrieved // chunk)
     row, head = (
         jnp.arange(size, dtype=jnp.int32).reshape(shape)
         for size, shape in ((batch, (-1, 1, 1, 1, 1)), (kv_heads, (1, -1, 1, 1, 1)))
@@ -124,13 +124,13 @@ class LongMem:
         return module_of(self.spec)
 
     def init(self, frozen: Params) -> Params:
-        """What is trained: every second layer of the model, and β [N]."""
+        """The trainable parameters: every second layer of the model, and β [N]."""
         check_float(frozen, purpose="training")
         layers = jax.tree.map(lambda x: jnp.array(x[1::2], jnp.float32), frozen["layers"])
         return {"layers": layers, "beta": jnp.zeros(self.spec.num_heads)}
 
     def empty(self, rows: int) -> Bank:
-        """A bank of nothing for each row."""
+        """An empty bank for each row."""
         shape = (rows, self.capacity, self.spec.num_kv_heads, self.spec.head_dim)
         return Bank(jnp.zeros(shape), jnp.zeros(shape), jnp.zeros((), jnp.int32))
 

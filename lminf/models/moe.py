@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lminf.models.quantization import QuantizedWeights
-from lminf.models.routers import BIAS, Asked, Routed, RoutedByExperts, expert_slots
+from lminf.models.routers import BIAS, Routed, RoutedByExperts, RouterInput, expert_slots
 from lminf.models.spec import MoESpec
 from lminf.types import Hidden, Tokens
 
@@ -38,8 +38,8 @@ class Experts(nn.Module):
     def __call__(self, x: Hidden, tokens: Tokens | None = None) -> Hidden:
         s, (B, T, D) = self.spec, x.shape
         flat = x.reshape(B * T, D)
-        asked = self.asked(flat, None if tokens is None else tokens.reshape(B * T))
-        routed = s.router.route(asked, s.top_k, normalised=s.normalised)
+        router_input = self.router_input(flat, None if tokens is None else tokens.reshape(B * T))
+        routed = s.router.route(router_input, s.top_k, normalised=s.normalised)
         dropped = unread = jnp.float32(0)
         if isinstance(routed, RoutedByExperts):
             out, unread = self.gather_dispatch(flat, routed)
@@ -54,11 +54,11 @@ class Experts(nn.Module):
             self.sow(ROUTING, name, value)
         return out.reshape(B, T, D)
 
-    def asked(self, x: Float[Array, "T D"], tokens: Array | None) -> Asked:
+    def router_input(self, x: Float[Array, "T D"], tokens: Array | None) -> RouterInput:
         """What the router goes by."""
         s = self.spec
         if not s.router.learned:
-            return Asked(jnp.zeros((len(x), s.experts), jnp.float32), tokens, None)
+            return RouterInput(jnp.zeros((len(x), s.experts), jnp.float32), tokens, None)
         router = self.param("router", nn.initializers.lecun_normal(), (x.shape[1], s.experts))
         # float32: two experts that bfloat16 cannot tell apart would swap ranks.
         logits = x.astype(jnp.float32) @ router.astype(jnp.float32)
@@ -68,7 +68,7 @@ class Experts(nn.Module):
         correction = None
         if s.router.bias_rate is not None:
             correction = self.param(BIAS, nn.initializers.zeros, (s.experts,))
-        return Asked(logits, tokens, correction)
+        return RouterInput(logits, tokens, correction)
 
     def dense_dispatch(self, x: Float[Array, "T D"], routed: Routed) -> Float[Array, "T D"]:
         """Outputs without dropped tokens: every expert reads every token, and has weight 0 where it

@@ -28,8 +28,8 @@ from lminf.types import Params
 BIAS = "correction_bias"  # the parameter of LossFree, [E] in each layer
 
 
-class Asked(NamedTuple):
-    """What a router may go by."""
+class RouterInput(NamedTuple):
+    """The inputs that a router may use."""
 
     logits: Float[Array, "T E"]  # float32; zeros where the router learns nothing
     tokens: Int[Array, " T"] | None  # their ids, for a router that reads `tokens`
@@ -67,26 +67,28 @@ class Router(Protocol):
 
     @property
     def learned(self) -> bool:
-        """Whether it has a matrix from hidden states to logits."""
+        """Whether it has a weight matrix from hidden states to logits."""
         ...
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether it goes by token ids, which a text of embeddings has not."""
+        """Whether it needs token ids, which inputs given as embeddings lack."""
         ...
 
     @property
     def bias_rate(self) -> float | None:
-        """What its bias moves by after a step; None: it has none."""
+        """The step size of the bias update after a training step; None: no bias."""
         ...
 
     @property
     def balance_scale(self) -> float:
-        """Of the balance loss that it wants in pretraining."""
+        """The default coefficient of the load-balancing loss in pretraining."""
         ...
 
-    def route(self, asked: Asked, top_k: int, *, normalised: bool) -> Routed | RoutedByExperts:
-        """The choice for all tokens; `top_k` is experts per token, on average where the router
+    def route(
+        self, inputs: RouterInput, top_k: int, *, normalised: bool
+    ) -> Routed | RoutedByExperts:
+        """The assignment of all tokens; `top_k` is experts per token, on average where the router
         does not fix it. `normalised`: the weights of a token's experts sum to 1.
         """
         ...
@@ -101,10 +103,10 @@ class TokenChoice:
 
     causal, learned, reads_tokens, bias_rate, balance_scale = True, True, False, None, 0.01
 
-    def route(self, asked: Asked, top_k: int, *, normalised: bool) -> Routed:
-        probabilities = jax.nn.softmax(asked.logits.astype(jnp.float32), axis=-1)
+    def route(self, inputs: RouterInput, top_k: int, *, normalised: bool) -> Routed:
+        probabilities = jax.nn.softmax(inputs.logits.astype(jnp.float32), axis=-1)
         weight, expert = jax.lax.top_k(probabilities, top_k)
-        return routed(asked.logits, probabilities, expert, weight, normalised=normalised)
+        return routed(inputs.logits, probabilities, expert, weight, normalised=normalised)
 
 
 TOKEN_CHOICE = TokenChoice()  # that of released models
@@ -115,7 +117,7 @@ class LossFree:
     """Token choice of scores plus a bias that only the choice sees; the weights are the scores'.
 
     After a step every bias moves by `bias_rate`: up where the expert read fewer tokens than the
-    mean, down where it read more (`rebalanced`). Nothing is added to the loss.
+    mean, down where it read more (`update_bias`). Nothing is added to the loss.
     Source: Wang et al. 2024, arXiv:2408.15664, Algorithm 1, with a softmax for their sigmoid.
     """
 
@@ -126,12 +128,12 @@ class LossFree:
     def __post_init__(self):
         ranges.check(self)
 
-    def route(self, asked: Asked, top_k: int, *, normalised: bool) -> Routed:
-        assert asked.bias is not None
-        probabilities = jax.nn.softmax(asked.logits.astype(jnp.float32), axis=-1)
-        _, expert = jax.lax.top_k(probabilities + asked.bias.astype(jnp.float32)[None], top_k)
+    def route(self, inputs: RouterInput, top_k: int, *, normalised: bool) -> Routed:
+        assert inputs.bias is not None
+        probabilities = jax.nn.softmax(inputs.logits.astype(jnp.float32), axis=-1)
+        _, expert = jax.lax.top_k(probabilities + inputs.bias.astype(jnp.float32)[None], top_k)
         weight = jnp.take_along_axis(probabilities, expert, axis=-1)
-        return routed(asked.logits, probabilities, expert, weight, normalised=normalised)
+        return routed(inputs.logits, probabilities, expert, weight, normalised=normalised)
 
 
 @dataclass(frozen=True)
@@ -145,15 +147,15 @@ class Hash:
 
     causal, learned, reads_tokens, bias_rate, balance_scale = True, False, True, None, 0.0
 
-    def route(self, asked: Asked, top_k: int, *, normalised: bool) -> Routed:
+    def route(self, inputs: RouterInput, top_k: int, *, normalised: bool) -> Routed:
         del normalised  # they always are: there are no scores
-        assert asked.tokens is not None
-        experts = asked.logits.shape[-1]
-        first = (mixed(asked.tokens) % experts).astype(jnp.int32)
+        assert inputs.tokens is not None
+        experts = inputs.logits.shape[-1]
+        first = (hash_ids(inputs.tokens) % experts).astype(jnp.int32)
         expert = (first[:, None] + jnp.arange(top_k, dtype=jnp.int32)[None]) % experts
         weight = jnp.full(expert.shape, 1 / top_k, jnp.float32)
-        even = jnp.full_like(asked.logits, 1 / experts)
-        return routed(asked.logits, even, expert, weight, normalised=False)
+        even = jnp.full_like(inputs.logits, 1 / experts)
+        return routed(inputs.logits, even, expert, weight, normalised=False)
 
 
 @dataclass(frozen=True)
@@ -168,14 +170,14 @@ class ExpertChoice:
 
     causal, learned, reads_tokens, bias_rate, balance_scale = False, True, False, None, 0.0
 
-    def route(self, asked: Asked, top_k: int, *, normalised: bool) -> RoutedByExperts:
+    def route(self, inputs: RouterInput, top_k: int, *, normalised: bool) -> RoutedByExperts:
         assert not normalised  # MoESpec refuses it
-        tokens, experts = asked.logits.shape
-        logits = asked.logits.astype(jnp.float32)
+        tokens, experts = inputs.logits.shape
+        logits = inputs.logits.astype(jnp.float32)
         scores = jax.nn.softmax(logits, axis=-1)
         weight, token = jax.lax.top_k(scores.T, math.ceil(top_k * tokens / experts))
         even = jnp.full(experts, 1 / experts, jnp.float32)
-        return RoutedByExperts(token, weight, even, jnp.float32(1), z_of(logits))
+        return RoutedByExperts(token, weight, even, jnp.float32(1), z_loss(logits))
 
 
 ROUTERS: dict[str, type] = {
@@ -194,22 +196,22 @@ def routed(
     *,
     normalised: bool,
 ) -> Routed:
-    """The choice with its measures."""
+    """The assignment with its load and auxiliary losses."""
     experts = logits.shape[-1]
     if normalised:
         weight = weight / weight.sum(-1, keepdims=True)
     load = jax.nn.one_hot(expert, experts).mean((0, 1))  # share of the tokens: no gradient
     balance = experts * (load * probabilities.mean(0)).sum()
-    return Routed(expert, weight, load, balance, z_of(logits))
+    return Routed(expert, weight, load, balance, z_loss(logits))
 
 
-def z_of(logits: Float[Array, "T E"]) -> Float[Array, ""]:
+def z_loss(logits: Float[Array, "T E"]) -> Float[Array, ""]:
     """The z-loss. Source: Zoph et al. 2022, arXiv:2202.08906."""
     lse = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
     return jnp.square(lse).mean()
 
 
-def mixed(tokens: Int[Array, " T"]) -> UInt32[Array, " T"]:
+def hash_ids(tokens: Int[Array, " T"]) -> UInt32[Array, " T"]:
     """32 bits in which neighbouring ids have nothing in common (the finaliser of MurmurHash3)."""
     x = tokens.astype(jnp.uint32)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
@@ -230,7 +232,7 @@ def expert_slots(
     return slot, slot < capacity
 
 
-def rebalanced(params: Params, bias_rate: float, load: Float[Array, "L E"]) -> Params:
+def update_bias(params: Params, bias_rate: float, load: Float[Array, "L E"]) -> Params:
     """The parameters with the correction bias of every expert moved by the sign of its load error.
 
     Source: Wang et al. 2024, arXiv:2408.15664, Algorithm 1: b += u sign(mean load - load).

@@ -1,4 +1,6 @@
-"""Token stores and texts -> an index; what was interrupted goes on, and no half of it opens."""
+"""Builds indexes of token stores and texts. An interrupted build resumes; an unfinished index does
+not open.
+"""
 
 import contextlib
 import dataclasses
@@ -36,7 +38,7 @@ READ_TOKENS = 1 << 22  # of a token store at a time
 
 
 class Corpus(NamedTuple):
-    """Documents in their order, the same at every call, and what tells them from others."""
+    """Documents in a fixed order, and the facts that identify them."""
 
     sources: dict[str, Any]
     tokenizer: str  # a name
@@ -45,7 +47,7 @@ class Corpus(NamedTuple):
 
 
 def of_store(url: str) -> Corpus:
-    """A finished token store, without its tokens before and after documents."""
+    """The documents of a finished token store, without BOS and end-of-text tokens."""
     opened = store.open_store(url)
     facts = opened.facts
     assert facts is not None
@@ -91,14 +93,14 @@ def of_texts(
 
 
 def of_documents(
-    found: Sequence[Int[np.ndarray, " T"]], *, tokenizer: str, tokenizer_digest: str
+    token_ids: Sequence[Int[np.ndarray, " T"]], *, tokenizer: str, tokenizer_digest: str
 ) -> Corpus:
-    """Documents that already are tokens."""
+    """Documents that are given as token ids."""
     digest = hashlib.sha256()
-    for document in found:
+    for document in token_ids:
         digest.update(len(document).to_bytes(8, "little") + np.asarray(document, "<i8").tobytes())
     return Corpus({"tokens": digest.hexdigest()}, tokenizer, tokenizer_digest,
-                  lambda: ((document, None) for document in found))  # fmt: skip
+                  lambda: ((document, None) for document in token_ids))  # fmt: skip
 
 
 def build(
@@ -111,8 +113,8 @@ def build(
     progress: sorting.Progress = lambda done, of: None,
 ) -> Index:
     """The index of a corpus at `out`. Sorting takes at most so much memory; more than one shard is
-    made where documents are more than `shard_slots` tokens. Nothing is done where the finished
-    index of the same corpus lies there already.
+    made where documents are more than `shard_slots` tokens. A finished index of the same
+    corpus is opened as it is.
     """
     request = {
         **dataclasses.asdict(encoding), "tokenizer": corpus.tokenizer,
@@ -147,8 +149,8 @@ def _finished(out: Path, request: dict[str, Any]) -> bool:
         return True
     if not (out / PROGRESS).exists():
         for name in FILES:
-            if there := next(out.glob(f"{name}.*"), None):
-                raise InputError(f"{there} is there already and belongs to no index of ours; "
+            if existing := next(out.glob(f"{name}.*"), None):
+                raise InputError(f"{existing} is there already and belongs to no index of ours; "
                                  f"name another folder")  # fmt: skip
     return False
 
@@ -160,17 +162,17 @@ def _written(out: Path, request: dict[str, Any]) -> list[dict[str, int]] | None:
         return None
     with refusing(str(path), kind="progress of a build", advice="name another folder"):
         state = json.loads(path.read_bytes())
-        before, shards = state["request"], state["shards"]
-    _check_same(out, before, request, what="the beginning of another index")
+        earlier_request, shards = state["request"], state["shards"]
+    _check_same(out, earlier_request, request, what="the beginning of another index")
     for name in FILES:  # of a process that was killed
         for left in out.glob(f".{name}.*-*.part"):
             left.unlink()
     return shards
 
 
-def _check_same(out: Path, before: Any, request: dict[str, Any], *, what: str) -> None:
+def _check_same(out: Path, earlier_request: Any, request: dict[str, Any], *, what: str) -> None:
     for name, value in json.loads(json.dumps(request)).items():
-        if before.get(name) != value:
+        if earlier_request.get(name) != value:
             raise InputError(f"{out} holds {what}: its {name} differs; name another folder, or "
                              f"give the command that it was begun with")  # fmt: skip
 

@@ -44,17 +44,17 @@ class Encoding:
 
     @property
     def tokens(self) -> np.dtype:
-        """Of tokens in a file."""
+        """The dtype of tokens in a file."""
         return np.dtype(f"<u{self.width}")
 
     @property
     def ordered(self) -> np.dtype:
-        """As what a token's bytes are to be read, so that larger values are later in the order."""
+        """The dtype under which a token's bytes compare in the index's order."""
         return self.tokens if self.order == "id" else self.tokens.newbyteorder(">")
 
     @property
     def sortable(self) -> np.dtype:
-        """As what tokens are to be written, so that their bytes are in the order."""
+        """The dtype of tokens whose bytes, as written, compare in the index's order."""
         return self.tokens.newbyteorder(">") if self.order == "id" else self.tokens
 
     def encode(self, ids: Tokens) -> Shaped[np.ndarray, " T"]:
@@ -64,9 +64,9 @@ class Encoding:
             return np.empty(0, self.tokens)
         least, most = int(tokens.min()), int(tokens.max())
         if tokens.dtype.kind not in "iu" or least < 0 or most > self.separator:
-            found = least if least < 0 else most
+            outside = least if least < 0 else most
             raise InputError(
-                f"token id {found} is outside the {self.width}-byte tokens of this index, which "
+                f"token id {outside} is outside the {self.width}-byte tokens of this index, which "
                 f"hold 0 to {self.separator}; give ids of its tokenizer"
             )
         return tokens.astype(self.tokens)
@@ -81,21 +81,21 @@ class Encoding:
             return np.zeros(len(starts), np.uint64)
         per_word = WORD_BYTES // self.width
         lanes = np.arange(per_word)
-        places = starts[:, None] + (lanes[::-1] if self.order == "id" else lanes)
-        found = tokens.take(places, mode="clip")
+        positions = starts[:, None] + (lanes[::-1] if self.order == "id" else lanes)
+        gathered = tokens.take(positions, mode="clip")
         if (starts > len(tokens) - per_word).any():
-            found[places >= len(tokens)] = 0
-        packed = found.view("<u8" if self.order == "id" else ">u8")[:, 0]
+            gathered[positions >= len(tokens)] = 0
+        packed = gathered.view("<u8" if self.order == "id" else ">u8")[:, 0]
         return packed.astype("<u8", copy=False)
 
     def masks(self) -> UInt64[np.ndarray, " _"]:
-        """By n, a word that keeps the first n tokens of another one."""
+        """For every n, the mask of the first n tokens of a word."""
         kept = range(0, 64 + 1, 8 * self.width)
         return np.array([(1 << 64) - (1 << 64 - bits) for bits in kept], np.uint64)
 
 
 class Queries(NamedTuple):
-    """Pieces of one array of tokens: query i is `lengths[i]` tokens from `starts[i]` on."""
+    """Slices of one array of tokens: query i is `lengths[i]` tokens from `starts[i]` on."""
 
     tokens: Shaped[np.ndarray, " S"]
     starts: Int64[np.ndarray, " B"]
@@ -105,7 +105,7 @@ class Queries(NamedTuple):
     def of(
         cls, encoding: Encoding, queries: Sequence[Tokens] | Int[np.ndarray, "B T"]
     ) -> "Queries":
-        """Of lists of token ids, or of the rows of an array."""
+        """The queries of lists of token ids, or of the rows of an array."""
         if isinstance(queries, np.ndarray) and queries.ndim == 2:
             lengths = np.full(len(queries), queries.shape[1], np.int64)
             ids = queries.ravel()
@@ -115,11 +115,11 @@ class Queries(NamedTuple):
         return cls(encoding.encode(ids), np.cumsum(lengths) - lengths, lengths)
 
     def take(self, rows: Shaped[np.ndarray, " R"]) -> "Queries":
-        """Those of rows, by numbers or by truth."""
+        """The queries at these rows, given by index or by a boolean mask."""
         return Queries(self.tokens, self.starts[rows], self.lengths[rows])
 
     def last(self, lengths: Int64[np.ndarray, " B"]) -> "Queries":
-        """The last `lengths` tokens of each."""
+        """The last `lengths` tokens of each query."""
         return Queries(self.tokens, self.starts + self.lengths - lengths, lengths)
 
 

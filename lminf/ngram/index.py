@@ -45,7 +45,7 @@ class Probability(NamedTuple):
 
 @dataclass(frozen=True)
 class Facts:
-    """What an index of ours says of itself; published ones have no such file."""
+    """The metadata of an index that this library built; published ones have none."""
 
     width: int
     order: Order
@@ -68,17 +68,17 @@ class Index:
     # --- Counts -----------------------------------------------------------------------------------
 
     def find(self, queries: Sequence[Tokens] | Int[np.ndarray, "B T"]) -> Ranges:
-        """The suffixes that begin with each query, of every shard."""
+        """The ranks of the suffixes that begin with each query, in every shard."""
         if len(queries) == 1:
             return self._find_one(self.encoding.encode(queries[0]), None)
         return self.find_in(Queries.of(self.encoding, queries), None)
 
     def count(self, queries: Sequence[Tokens] | Int[np.ndarray, "B T"]) -> Int64[np.ndarray, " B"]:
-        """Occurrences of each query; of an empty one, the slots of the index."""
+        """Occurrences of each query; for an empty one, all tokens of the index."""
         return counts(self.find(queries))
 
     def prob(self, prompts: Sequence[Tokens], tokens: Tokens) -> Probability:
-        """The probability of one token after each prompt, as it is after all of its occurrences."""
+        """The n-gram probability of one token after each prompt, over all of its occurrences."""
         _check_pairs(prompts, tokens)
         lengths = np.array([len(prompt) for prompt in prompts], np.int64)
         return self._prob(prompts, tokens, lengths)
@@ -90,24 +90,24 @@ class Index:
 
     def _prob(self, prompts, tokens, lengths) -> Probability:
         rows = zip(prompts, tokens, lengths.tolist(), strict=True)
-        whole = [[*prompt[len(prompt) - n :], token] for prompt, token, n in rows]
-        parents = self.find([query[:-1] for query in whole])
-        if len(whole) == 1:
-            found = self._find_one(self.encoding.encode(whole[0]), parents)
+        sequences = [[*prompt[len(prompt) - n :], token] for prompt, token, n in rows]
+        parents = self.find([query[:-1] for query in sequences])
+        if len(sequences) == 1:
+            ranges = self._find_one(self.encoding.encode(sequences[0]), parents)
         else:
-            found = self.find_in(Queries.of(self.encoding, whole), parents)
-        return Probability(counts(parents), counts(found), lengths)
+            ranges = self.find_in(Queries.of(self.encoding, sequences), parents)
+        return Probability(counts(parents), counts(ranges), lengths)
 
     def _find_one(self, query: Shaped[np.ndarray, " T"], parents: Ranges | None) -> Ranges:
-        found = np.zeros((len(self.shards), 1, 2), np.int64)
+        ranges = np.zeros((len(self.shards), 1, 2), np.int64)
         for i, shard in enumerate(self.shards):
             low, high = (0, shard.slots) if parents is None else parents[i, 0].tolist()
-            found[i, 0] = shard.find_one(query, low, high)
-        return found
+            ranges[i, 0] = shard.find_one(query, low, high)
+        return ranges
 
     def find_in(self, queries: Queries, parents: Ranges | None) -> Ranges:
         """As `find`, within the ranges of what the queries begin with."""
-        found = np.zeros((len(self.shards), len(queries.starts), 2), np.int64)
+        ranges = np.zeros((len(self.shards), len(queries.starts), 2), np.int64)
         for i, shard in enumerate(self.shards):
             low = np.zeros(len(queries.starts), np.int64)
             high = np.full_like(low, shard.slots)
@@ -115,10 +115,10 @@ class Index:
                 low, high = parents[i, :, 0], parents[i, :, 1]
             first, beyond = shard.suffixes.bound(queries, low, high)
             rows = np.flatnonzero(shard.suffixes.begins(queries, first) & (first < high))
-            end, asked = first.copy(), queries.take(rows)
-            end[rows] = shard.suffixes.bound(asked, first[rows], beyond[rows], after=True)[0]
-            found[i] = np.stack([first, end], -1)
-        return found
+            end, present = first.copy(), queries.take(rows)
+            end[rows] = shard.suffixes.bound(present, first[rows], beyond[rows], after=True)[0]
+            ranges[i] = np.stack([first, end], -1)
+        return ranges
 
     # --- Longest matches --------------------------------------------------------------------------
 
@@ -156,14 +156,14 @@ class Index:
         occurs = np.zeros(len(queries.starts), bool)
         for shard in self.shards:
             rows = np.flatnonzero(~occurs)
-            asked, low = queries.take(rows), np.zeros(len(rows), np.int64)
+            remaining, low = queries.take(rows), np.zeros(len(rows), np.int64)
             high = np.full_like(low, shard.slots)
-            first, _ = shard.suffixes.bound(asked, low, high)
-            occurs[rows] = shard.suffixes.begins(asked, first)
+            first, _ = shard.suffixes.bound(remaining, low, high)
+            occurs[rows] = shard.suffixes.begins(remaining, first)
         return occurs
 
     def longest_prefixes(self, text: Tokens) -> Int64[np.ndarray, " T"]:
-        """For every token of a text, the tokens from it on that occur as they stand.
+        """For every token of a text, the length of the longest match that begins with it.
 
         The longest match of a suffix is with a neighbour of the rank where it would be inserted,
         so each token takes one search, whatever the length.
@@ -175,8 +175,8 @@ class Index:
             low = np.zeros(len(text), np.int64)
             rank, _ = shard.suffixes.bound(queries, low, low + shard.slots)
             for neighbour in (rank - 1, rank):
-                places = shard.places(np.clip(neighbour, 0, shard.slots - 1))
-                longest = np.maximum(longest, shard.suffixes.shared(queries, places))
+                positions = shard.positions(np.clip(neighbour, 0, shard.slots - 1))
+                longest = np.maximum(longest, shard.suffixes.lcp(queries, positions))
         return longest
 
     # --- Documents --------------------------------------------------------------------------------
@@ -186,10 +186,10 @@ class Index:
         if not 0 <= shard < len(self.shards) or not 0 <= rank < self.shards[shard].slots:
             raise InputError(f"there is no rank {rank} in shard {shard}; give one of a range that "
                              f"a query found")  # fmt: skip
-        found = self.shards[shard]
-        place = int(found.places(np.array([rank], np.int64))[0])
-        number = int(found.document_numbers(np.array([place], np.int64))[0])
-        return found.document(number, around=place, at_most=at_most)
+        source = self.shards[shard]
+        position = int(source.positions(np.array([rank], np.int64))[0])
+        number = int(source.document_numbers(np.array([position], np.int64))[0])
+        return source.document(number, around=position, at_most=at_most)
 
     def docs(
         self, query: Tokens, k: int, *, seed: int = 0, at_most: int = MAX_DISPLAYED
@@ -206,7 +206,7 @@ class Index:
 
 
 def counts(ranges: Ranges) -> Int64[np.ndarray, " B"]:
-    """Occurrences in all shards."""
+    """The number of occurrences, summed over shards."""
     return (ranges[..., 1] - ranges[..., 0]).sum(0)
 
 
@@ -264,7 +264,7 @@ def open_index(
 
 
 def read_facts(path: Path) -> Facts:
-    """What an index of ours says of itself."""
+    """The metadata of an index that this library built."""
     with refusing(str(path / FACTS), kind="description of an index", advice="build it again"):
         facts: dict[str, Any] = json.loads(read_bytes(path / FACTS))
         if facts.get("format") != FORMAT:

@@ -42,8 +42,8 @@ def score_text(index: Index, text: Tokens, *, max_context: int | None = None) ->
     lengths = ends - starts
     contexts = Queries(index.encoding.encode(text), starts, lengths)
     ranges = index.find_in(contexts, None)
-    found = index.find_in(contexts._replace(lengths=lengths + 1), ranges)
-    probability = Probability(counts(ranges), counts(found), lengths)
+    continued = index.find_in(contexts._replace(lengths=lengths + 1), ranges)
+    probability = Probability(counts(ranges), counts(continued), lengths)
     return TextProbability(probability, _one_follower(index, ranges, lengths))
 
 
@@ -52,10 +52,10 @@ def _one_follower(
 ) -> Bool[np.ndarray, " T"]:
     """Whether the same token follows all occurrences: next tokens of a range are in order."""
     least, most = np.full(len(lengths), 1 << 40), np.full(len(lengths), -1)
-    for shard, found in zip(index.shards, ranges, strict=True):
-        rows = np.flatnonzero(found[:, 1] > found[:, 0])
-        for ranks in (found[rows, 0], found[rows, 1] - 1):
-            token = shard.tokens_at(shard.places(ranks) + lengths[rows])
+    for shard, shard_ranges in zip(index.shards, ranges, strict=True):
+        rows = np.flatnonzero(shard_ranges[:, 1] > shard_ranges[:, 0])
+        for ranks in (shard_ranges[rows, 0], shard_ranges[rows, 1] - 1):
+            token = shard.tokens_at(shard.positions(ranks) + lengths[rows])
             least[rows] = np.minimum(least[rows], token)
             most[rows] = np.maximum(most[rows], token)
     return least == most
@@ -78,8 +78,10 @@ def attribute(index: Index, text: Tokens, *, min_len: int) -> list[Span]:
     queries = [list(text[start : reach[start]]) for start in starts.tolist()]
     if not queries:
         return []
-    found = index.count(queries).tolist()
-    return [Span(*span) for span in zip(starts.tolist(), map(len, queries), found, strict=True)]
+    occurrences = index.count(queries).tolist()
+    return [
+        Span(*span) for span in zip(starts.tolist(), map(len, queries), occurrences, strict=True)
+    ]
 
 
 class Contaminated(NamedTuple):
@@ -102,35 +104,35 @@ def contaminated(
 
     A text of fewer than `n` tokens has no n-gram, and none is found.
     """
-    found = []
+    documents_of_texts = []
     for number, text in enumerate(texts):
         if len(text) < n:
             continue
         grams = np.unique(sliding_window_view(np.asarray(text), n), axis=0)
         ranges = index.find(grams)
         for shard in index.shards:
-            gram, places = _places(index, shard.number, ranges)
-            pairs = np.unique(shard.document_numbers(places) * len(grams) + gram)
-            documents, held = np.unique(pairs // len(grams), return_counts=True)
-            most = held >= share * len(grams)
-            found += [
+            gram, positions = _positions(index, shard.number, ranges)
+            pairs = np.unique(shard.document_numbers(positions) * len(grams) + gram)
+            documents, distinct = np.unique(pairs // len(grams), return_counts=True)
+            most = distinct >= share * len(grams)
+            documents_of_texts += [
                 Contaminated(shard.number, document, number, many / len(grams))
                 for document, many in zip(
-                    documents[most].tolist(), held[most].tolist(), strict=True
+                    documents[most].tolist(), distinct[most].tolist(), strict=True
                 )
             ]
-    return found
+    return documents_of_texts
 
 
-def _places(
-    index: Index, number: int, ranges: Ranges, every: int = 1
+def _positions(
+    index: Index, number: int, ranges: Ranges, stride: int = 1
 ) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " N"]]:
-    """(query, token where it occurs) of one occurrence in `every` of each query in a shard."""
+    """(query, token where it occurs) of one occurrence in `stride` of each query in a shard."""
     low, high = ranges[number, :, 0], ranges[number, :, 1]
-    sizes = -(-(high - low) // every)
+    sizes = -(-(high - low) // stride)
     query = np.repeat(np.arange(len(sizes)), sizes)
     within = np.arange(len(query)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return query, index.shards[number].places(low[query] + within * every)
+    return query, index.shards[number].positions(low[query] + within * stride)
 
 
 class ClauseCount(NamedTuple):
@@ -158,21 +160,21 @@ def count_cnf(
     total, approx = 0.0, False
     ranges = [index.find(clause) for clause in clauses]
     for shard in index.shards:
-        found, every = [], []
+        occurrences, strides = [], []
         for of_clause in ranges:
             sizes = of_clause[shard.number, :, 1] - of_clause[shard.number, :, 0]
-            every.append(max(1, -(-int(sizes.sum()) // max_clause_freq)))
-            places = _places(index, shard.number, of_clause, every[-1])[1]
-            found.append(np.unique(places))
-        approx |= max(every) > 1
-        rarest = min(range(len(found)), key=lambda i: len(found[i]) * every[i])
-        anchors = found[rarest]
+            strides.append(max(1, -(-int(sizes.sum()) // max_clause_freq)))
+            positions = _positions(index, shard.number, of_clause, strides[-1])[1]
+            occurrences.append(np.unique(positions))
+        approx |= max(strides) > 1
+        rarest = min(range(len(occurrences)), key=lambda i: len(occurrences[i]) * strides[i])
+        anchors = occurrences[rarest]
         number = shard.document_numbers(anchors)
         starts, ends = shard.offsets[number], np.append(shard.offsets, shard.slots)[number + 1]
-        held = np.ones(len(anchors), bool)
-        for places in found[:rarest] + found[rarest + 1 :]:
-            low = np.searchsorted(places, np.maximum(anchors - max_diff_tokens, starts))
+        near_all = np.ones(len(anchors), bool)
+        for positions in occurrences[:rarest] + occurrences[rarest + 1 :]:
+            low = np.searchsorted(positions, np.maximum(anchors - max_diff_tokens, starts))
             beyond = np.minimum(anchors + max_diff_tokens + 1, ends)
-            held &= np.searchsorted(places, beyond) > low
-        total += float(held.sum()) * every[rarest]
+            near_all &= np.searchsorted(positions, beyond) > low
+        total += float(near_all.sum()) * strides[rarest]
     return ClauseCount(round(total), approx)

@@ -20,7 +20,7 @@ from lminf.data.tokenizers import Tokenizer
 from lminf.errors import InputError
 from lminf.lm.generate import TextStream
 from lminf.lm.lm import LM
-from lminf.lm.protocol import OnAnswer, Score, check_apart
+from lminf.lm.protocol import Score, SequentialModel, check_apart
 from lminf.ngram.index import Index
 from lminf.ngram.next_tokens import infgram_ntd
 from lminf.ranges import Range
@@ -28,8 +28,8 @@ from lminf.ranges import Range
 BISECTIONS = 60  # of a weight: to the last bit of a float64
 
 
-class TokenModel(abc.ABC):
-    """The verbs of a LanguageModel for what gives log-probabilities of tokens after tokens."""
+class TokenModel(SequentialModel):
+    """A LanguageModel that is defined by its log-probabilities of next tokens."""
 
     tokenizer: Tokenizer
 
@@ -37,7 +37,7 @@ class TokenModel(abc.ABC):
     def log_probs(
         self, prompts: Sequence[Int[np.ndarray, " _"]], *, last: int = 1
     ) -> Float32[np.ndarray, "B last V"]:
-        """Of what follows each of the `last` tokens of every prompt, nats."""
+        """Log-probabilities of the token after each of the `last` tokens of every prompt, nats."""
 
     def encode(self, text: str) -> Int[np.ndarray, " T"]:
         """Token ids; an empty text is refused."""
@@ -45,46 +45,28 @@ class TokenModel(abc.ABC):
             raise InputError("a text is empty; give at least one character")
         return self.tokenizer.encode(text)
 
-    def count_tokens(self, text: str) -> int:
-        return len(self.encode(text))
-
     def next(self, prompts: Sequence[str]) -> Float32[np.ndarray, "B V"]:
         return self.log_probs([self.encode(prompt) for prompt in prompts])[:, 0]
 
-    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[Score]:
-        return [self._score(p, c) for p, c in zip(prompts, continuations, strict=True)]
-
-    def _score(self, prompt: str, continuation: str) -> Score:
+    def score_one(self, prompt: str, continuation: str) -> Score:
         if not continuation:
             raise InputError("a continuation is empty; give at least one character")
         # Spaces at the end of a prompt belong to the continuation, as for LM.
-        own, tokens = self.encode(prompt.rstrip()), self.encode(prompt + continuation)
-        check_apart(own, tokens, prompt, continuation)
-        log_probs = self.log_probs([tokens[:-1]], last=len(tokens) - len(own))[0]
-        return Score.of(log_probs, tokens[len(own) :])
+        prompt_tokens, tokens = self.encode(prompt.rstrip()), self.encode(prompt + continuation)
+        check_apart(prompt_tokens, tokens, prompt, continuation)
+        log_probs = self.log_probs([tokens[:-1]], last=len(tokens) - len(prompt_tokens))[0]
+        return Score.of(log_probs, tokens[len(prompt_tokens) :])
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int,
-        stop: Sequence[str] = (),
-        on_answer: OnAnswer | None = None,
-    ) -> list[str]:
-        texts = []
-        for prompt in prompts:
-            tokens, stream = self.encode(prompt), TextStream(self.tokenizer, stop)
-            text = ""
-            for _ in range(max_new_tokens):
-                token = int(self.log_probs([tokens])[0, 0].argmax())
-                text += stream.feed(token)
-                tokens = np.append(tokens, token)
-                if stream.done:
-                    break
-            texts.append(text + stream.finish())
-            if on_answer:
-                on_answer(len(texts) - 1, texts[-1])
-        return texts
+    def generate_one(self, prompt: str, *, max_new_tokens: int, stop: Sequence[str] = ()) -> str:
+        tokens, stream = self.encode(prompt), TextStream(self.tokenizer, stop)
+        text = ""
+        for _ in range(max_new_tokens):
+            token = int(self.log_probs([tokens])[0, 0].argmax())
+            text += stream.feed(token)
+            tokens = np.append(tokens, token)
+            if stream.done:
+                break
+        return text + stream.finish()
 
 
 @dataclass(frozen=True)
@@ -102,7 +84,7 @@ class InfiniGramLM(TokenModel):
 
     @property
     def end_id(self) -> int:
-        """One that no text has, where the tokenizer names none."""
+        """The end-of-text token; an unused id where the tokenizer has none."""
         return self.tokenizer.eos_ids[0] if self.tokenizer.eos_ids else self.tokenizer.vocab_size
 
     @property
@@ -116,16 +98,16 @@ class InfiniGramLM(TokenModel):
         they are of all occurrences, none left out.
         """
         contexts = [prompt[: len(prompt) - i] for prompt in prompts for i in reversed(range(last))]
-        found = infgram_ntd(self.index, contexts, max_support=None)
-        token = np.where(found.token == self.index.encoding.separator, self.end_id, found.token)
+        ntd = infgram_ntd(self.index, contexts, max_support=None)
+        token = np.where(ntd.token == self.index.encoding.separator, self.end_id, ntd.token)
         if len(token) and int(token.max()) >= self.vocab_size:
             raise InputError(
                 f"the index holds token {int(token.max())} and the tokenizer has "
                 f"{self.vocab_size}: it is of another one; build it again"
             )
         probs = np.zeros((len(contexts), self.vocab_size))
-        np.add.at(probs, (found.prompt, token), found.counts / found.prompt_count[found.prompt])
-        sparse = np.bincount(found.prompt, minlength=len(contexts)) == 1
+        np.add.at(probs, (ntd.prompt, token), ntd.counts / ntd.prompt_count[ntd.prompt])
+        sparse = np.bincount(ntd.prompt, minlength=len(contexts)) == 1
         shape = (len(prompts), last)
         return probs.reshape(*shape, -1), sparse.reshape(shape)
 
@@ -136,7 +118,7 @@ class InfiniGramLM(TokenModel):
             return np.log(self.probs(prompts, last=last)[0]).astype(np.float32)
 
     def embed(self, texts: Sequence[str]) -> Float32[np.ndarray, "B D"]:
-        """How often each token occurs in a text, normalised to length 1: there are no states."""
+        """Token counts of each text, normalised to length 1, in place of hidden states."""
         counts = np.stack([np.bincount(self.encode(text), minlength=self.vocab_size)
                            for text in texts])  # fmt: skip
         return (counts / np.linalg.norm(counts, axis=1, keepdims=True)).astype(np.float32)
@@ -147,16 +129,16 @@ class InfiniGramLM(TokenModel):
 
 @dataclass(frozen=True)
 class MixtureWeights:
-    """The share of the ∞-gram in a mixture."""
+    """The weights λ of the ∞-gram in a mixture."""
 
     sparse: Annotated[float, Range(min=0, max=1)]  # where its estimate is sparse
-    other: Annotated[float, Range(min=0, max=1)]
+    non_sparse: Annotated[float, Range(min=0, max=1)]
 
     def __post_init__(self):
         ranges.check(self)
 
     def at(self, sparse: Bool[np.ndarray, " *B"]) -> Float64[np.ndarray, " *B"]:
-        return np.where(sparse, self.sparse, self.other)
+        return np.where(sparse, self.sparse, self.non_sparse)
 
     def nll(
         self,
@@ -164,7 +146,7 @@ class MixtureWeights:
         sparse: Bool[np.ndarray, " T"],
         neural: Float[np.ndarray, " T"],
     ) -> Float64[np.ndarray, " T"]:
-        """Nats of tokens to which the models give these probabilities."""
+        """The mixture's NLL (nats) of tokens to which the models give these probabilities."""
         weight = self.at(sparse)
         return -np.log(weight * infgram + (1 - weight) * neural)
 
@@ -174,7 +156,7 @@ def fit_weights(
     sparse: Bool[np.ndarray, " T"],
     neural: Float[np.ndarray, " T"],
 ) -> MixtureWeights:
-    """The weights under which tokens of validation texts, with these probabilities, are likeliest.
+    """The maximum-likelihood weights for validation tokens with these probabilities.
 
     A group without tokens has the weight 0.
     """
@@ -234,7 +216,7 @@ class Mixture(TokenModel):
 
 
 class Perplexity(NamedTuple):
-    """Of the neural model alone and of the mixture."""
+    """Perplexities of the neural model alone and of the mixture."""
 
     neural: float
     mixture: float

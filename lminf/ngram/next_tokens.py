@@ -60,9 +60,9 @@ def _distribution(
     if max_support is not None:
         while (more := prompt_count > unit * max_support).any():
             unit[more] *= 2
-    found = [_of_shard(index, shard, ranges[shard], lengths, unit)
+    by_shard = [_of_shard(index, shard, ranges[shard], lengths, unit)
              for shard in range(len(index.shards))]  # fmt: skip
-    prompt, token, count = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    prompt, token, count = (np.concatenate(parts) for parts in zip(*by_shard, strict=True))
     # Prompts and tokens in one number, so that what stands in several parts is added.
     key, inverse = np.unique(prompt << 32 | token, return_inverse=True)
     summed = np.bincount(inverse, weights=count, minlength=len(key)).astype(np.int64)
@@ -74,18 +74,18 @@ def _of_shard(index: Index, number: int, ranges, lengths, unit):
     shard = index.shards[number]
     parts: list[tuple[Int[np.ndarray, " _"], ...]] = []
 
-    def after(prompt, ranks):
-        return shard.tokens_at(shard.places(ranks) + lengths[prompt])
+    def token_after(prompt, ranks):
+        return shard.tokens_at(shard.positions(ranks) + lengths[prompt])
 
     prompt = np.flatnonzero(ranges[:, 1] > ranges[:, 0])
     low, high = ranges[prompt, 0], ranges[prompt, 1]
     while len(prompt):
-        token = after(prompt, low)
-        alike = token == after(prompt, high - 1)
+        token = token_after(prompt, low)
+        alike = token == token_after(prompt, high - 1)
         parts.append((prompt[alike], token[alike], (high - low)[alike]))
         prompt, low, high = prompt[~alike], low[~alike], high[~alike]
         short = high - low < np.where(unit[prompt] > 1, 4 * unit[prompt], READ_WHOLE)
-        parts.append(_strides(after, prompt[short], low[short], high[short], unit))
+        parts.append(_strides(token_after, prompt[short], low[short], high[short], unit))
         prompt, low, high = prompt[~short], low[~short], high[~short]
         middle = (low + high) >> 1
         prompt = np.concatenate([prompt, prompt])
@@ -95,11 +95,11 @@ def _of_shard(index: Index, number: int, ranges, lengths, unit):
     ] * 3
 
 
-def _strides(after, prompt, low, high, unit):
+def _strides(token_after, prompt, low, high, unit):
     """One suffix from the middle of each stride of `unit`, which stands for all of it."""
     strides = -(-(high - low) // unit[prompt])
     row = np.repeat(np.arange(len(prompt)), strides)
     index = np.arange(len(row)) - np.repeat(np.cumsum(strides) - strides, strides)
     start = low[row] + index * unit[prompt[row]]
     end = np.minimum(start + unit[prompt[row]], high[row])
-    return prompt[row], after(prompt[row], (start + end) >> 1), end - start
+    return prompt[row], token_after(prompt[row], (start + end) >> 1), end - start

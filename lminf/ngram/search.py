@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int64, Shaped
 
 from lminf.ngram.encoding import WORD_BYTES, Encoding, Queries
 
-RUNGS = 4096  # suffixes whose first words are kept
+SAMPLED = 4096  # suffixes whose first words are kept
 NARROWEST, AT_ONCE = 8, 1 << 20  # tokens that are compared: of a pair at first, and of all pairs
 
 
@@ -41,18 +41,18 @@ class SortedSuffixes:
         first = self._first_words(queries)
         low, high = self._bracket(first, low, high)
         beyond, rows = high.copy(), np.flatnonzero(low < high)
-        asked, words = queries.take(rows), [column[rows] for column in first]
+        active, words = queries.take(rows), [column[rows] for column in first]
         while len(rows):
             middle = (low[rows] + high[rows]) >> 1
-            before, begins = self._compare(middle, asked, words)
+            smaller, begins = self._compare(middle, active, words)
             # The search for the end of a range begins at the last place that is known beyond it.
-            beyond[rows] = np.where(before | begins, beyond[rows], middle)
-            right = (before | begins) if after else before
+            beyond[rows] = np.where(smaller | begins, beyond[rows], middle)
+            right = (smaller | begins) if after else smaller
             low[rows] = np.where(right, middle + 1, low[rows])
             high[rows] = np.where(right, high[rows], middle)
             unknown = low[rows] < high[rows]
             if not unknown.all():
-                rows, asked = rows[unknown], asked.take(unknown)
+                rows, active = rows[unknown], active.take(unknown)
                 words = [column[unknown] for column in words]
         return low, beyond
 
@@ -60,17 +60,17 @@ class SortedSuffixes:
         """Narrower ranges of ranks, copied, by the first words of suffixes at even distances: the
         first half of the steps of every search looks at the same few thousand.
         """
-        ranks, rungs = self._ladder
+        ranks, words = self._sampled
         word, mask, _ = first
-        below = np.append(0, ranks + 1)[np.searchsorted(rungs, word)]
-        above = np.append(ranks, self.slots)[np.searchsorted(rungs, word | ~mask, side="right")]
+        below = np.append(0, ranks + 1)[np.searchsorted(words, word)]
+        above = np.append(ranks, self.slots)[np.searchsorted(words, word | ~mask, side="right")]
         low = np.minimum(np.maximum(low, below), high)
         return low, np.maximum(np.minimum(high, above), low)
 
     @functools.cached_property
-    def _ladder(self):
+    def _sampled(self):
         """(ranks, the first words of their suffixes)."""
-        ranks = np.arange(0, self.slots, max(1, self.slots // RUNGS))
+        ranks = np.arange(0, self.slots, max(1, self.slots // SAMPLED))
         return ranks, self.encoding.words(self.tokens, self.starts_of(ranks))
 
     def begins(self, queries: Queries, ranks: Int64[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
@@ -79,25 +79,25 @@ class SortedSuffixes:
         begins = self._compare(clipped, queries, self._first_words(queries))[1]
         return begins & (ranks < self.slots)
 
-    def shared(self, queries: Queries, starts: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
-        """Tokens at the beginning of each query that are also those from a start on.
+    def lcp(self, queries: Queries, starts: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
+        """Length (tokens) of the longest common prefix of each query and the suffix at a start.
 
         Few agree for long, so ever more tokens of ever fewer pairs are looked at.
         """
         limits = np.minimum(queries.lengths, len(self.tokens) - starts)
-        shared, offset, width = np.zeros(len(starts), np.int64), 0, NARROWEST
+        lcp, offset, width = np.zeros(len(starts), np.int64), 0, NARROWEST
         rows = np.flatnonzero(limits > 0)
         while len(rows):
             columns = np.arange(offset, offset + width)
             differ = self.tokens.take(starts[rows, None] + columns, mode="clip")
-            others = queries.starts[rows, None] + columns
-            differ = differ != queries.tokens.take(others, mode="clip")
+            query_columns = queries.starts[rows, None] + columns
+            differ = differ != queries.tokens.take(query_columns, mode="clip")
             somewhere = differ.any(1)
-            shared[rows] = offset + np.where(somewhere, differ.argmax(1), width)
+            lcp[rows] = offset + np.where(somewhere, differ.argmax(1), width)
             offset += width
             rows = rows[~somewhere & (limits[rows] > offset)]
             width = min(4 * width, max(NARROWEST, AT_ONCE // max(len(rows), 1)))
-        return np.minimum(shared, limits)
+        return np.minimum(lcp, limits)
 
     def _first_words(self, queries: Queries):
         """The first word of each query without what is beyond its end, the mask for that, and
@@ -111,15 +111,15 @@ class SortedSuffixes:
         """(the suffix at the rank is before the query, it begins with it) for every query."""
         starts, (query, mask, longer) = self.starts_of(ranks), first
         suffix = self.encoding.words(self.tokens, starts) & mask
-        before, begins = suffix < query, suffix == query
+        smaller, begins = suffix < query, suffix == query
         if len(rows := np.flatnonzero(begins & longer)):
-            shared = self.shared(queries.take(rows), starts[rows])
-            begins[rows] = shared == queries.lengths[rows]
+            lcp = self.lcp(queries.take(rows), starts[rows])
+            begins[rows] = lcp == queries.lengths[rows]
             kind = self.encoding.ordered
-            token = self.tokens.take(starts[rows] + shared, mode="clip").view(kind)
-            other = queries.tokens.take(queries.starts[rows] + shared, mode="clip").view(kind)
-            ended = starts[rows] + shared == len(self.tokens)
-            before[rows] = (ended | (token < other)) & ~begins[rows]
+            token = self.tokens.take(starts[rows] + lcp, mode="clip").view(kind)
+            query_token = queries.tokens.take(queries.starts[rows] + lcp, mode="clip").view(kind)
+            ended = starts[rows] + lcp == len(self.tokens)
+            smaller[rows] = (ended | (token < query_token)) & ~begins[rows]
         # Beyond the end stand zeros, which a query may hold: a suffix that ends is before it.
         ends = begins & (starts + queries.lengths > len(self.tokens))
-        return before | ends, begins & ~ends
+        return smaller | ends, begins & ~ends

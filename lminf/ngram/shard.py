@@ -29,7 +29,7 @@ VIEWS: dict[int, Literal["B", "H", "I"]] = {1: "B", 2: "H", 4: "I"}  # unsigned,
 
 
 class Document(NamedTuple):
-    """A document, or what lies around a place of it."""
+    """A document, or an excerpt of it."""
 
     shard: int
     number: int  # in its shard
@@ -45,7 +45,7 @@ def pointer_bytes(tokenized_bytes: int) -> int:
 
 
 def mapped(path: Path) -> mmap.mmap | bytes:
-    """The bytes of a file, read when they are looked at."""
+    """The bytes of a file, memory-mapped."""
     with refusing(str(path), kind="file of an index", advice="build the index again"):
         if not check_regular(path):
             return b""
@@ -75,13 +75,13 @@ class Shard:
         self.offsets = np.frombuffer(data[OFFSETS], "<u8").astype(np.int64) // encoding.width
         self._metadata = self._open_metadata(folder)
         self._table = data[TABLE]
-        self.suffixes = SortedSuffixes(encoding, self.tokens, self.places, self.slots)
+        self.suffixes = SortedSuffixes(encoding, self.tokens, self.positions, self.slots)
         self._view: Any = memoryview(data[TOKENS]).cast(VIEWS[encoding.width])
         typed = self._pointer in (1, 2, 4, 8)
         self._pointers = np.frombuffer(self._table, f"<u{self._pointer}" if typed else "u1")
 
-    def places(self, ranks: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
-        """Where suffixes start, in tokens."""
+    def positions(self, ranks: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
+        """Start positions (tokens) of the suffixes at these ranks."""
         if self._pointers.itemsize == self._pointer:
             offsets = self._pointers.take(ranks, mode="clip").astype(np.int64)
         else:
@@ -91,10 +91,10 @@ class Shard:
             offsets = packed.view("<i8")[:, 0]
         return offsets >> (self.encoding.width // 2)  # bytes of tokens of 1, 2 and 4
 
-    def tokens_at(self, places: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
+    def tokens_at(self, positions: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
         """The tokens there; beyond the end, where published shards have none, the separator."""
-        found = self.tokens.take(places, mode="clip").astype(np.int64)
-        return np.where(places < self.slots, found, self.encoding.separator)
+        ids = self.tokens.take(positions, mode="clip").astype(np.int64)
+        return np.where(positions < self.slots, ids, self.encoding.separator)
 
     # --- One query --------------------------------------------------------------------------------
 
@@ -102,17 +102,17 @@ class Shard:
 
     def find_one(self, query: Shaped[np.ndarray, " T"], low: int, high: int) -> tuple[int, int]:
         """The ranks [low, high) of the suffixes that begin with these tokens, of those given."""
-        wanted, beginning = self._beginnings(query)
-        first = bisect.bisect_left(range(high), wanted, low, high, key=beginning)
-        if first == high or beginning(first) != wanted:
+        target, beginning = self._beginnings(query)
+        first = bisect.bisect_left(range(high), target, low, high, key=beginning)
+        if first == high or beginning(first) != target:
             return first, first
-        return first, bisect.bisect_right(range(high), wanted, first, high, key=beginning)
+        return first, bisect.bisect_right(range(high), target, first, high, key=beginning)
 
     def contains_one(self, query: Shaped[np.ndarray, " T"]) -> bool:
         """Whether these tokens occur."""
-        wanted, beginning = self._beginnings(query)
-        first = bisect.bisect_left(range(self.slots), wanted, key=beginning)
-        return first < self.slots and beginning(first) == wanted
+        target, beginning = self._beginnings(query)
+        first = bisect.bisect_left(range(self.slots), target, key=beginning)
+        return first < self.slots and beginning(first) == target
 
     def _beginnings(self, query: Shaped[np.ndarray, " T"]) -> tuple[Any, Callable[[int], Any]]:
         """(the tokens, rank -> as many of its suffix), as what Python compares in their order."""
@@ -121,8 +121,8 @@ class Shard:
         by_id = self.encoding.order == "id"
 
         def beginning(rank: int) -> Any:
-            at = rank * width
-            start = int.from_bytes(table[at : at + width], "little") // token
+            offset = rank * width
+            start = int.from_bytes(table[offset : offset + width], "little") // token
             piece = view[start : start + size]
             return piece.tolist() if by_id else piece.tobytes()
 
@@ -130,9 +130,9 @@ class Shard:
 
     # --- Documents --------------------------------------------------------------------------------
 
-    def document_numbers(self, places: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
+    def document_numbers(self, positions: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
         """The document that each token lies in; a separator is of the document that it begins."""
-        return np.searchsorted(self.offsets, places, side="right") - 1
+        return np.searchsorted(self.offsets, positions, side="right") - 1
 
     def span(self, number: int) -> tuple[int, int]:
         """[first, end) tokens of a document, without separators."""
@@ -142,7 +142,7 @@ class Shard:
         return int(self.offsets[number]) + 1, self.slots - int(ended)
 
     def document(self, number: int, *, around: int, at_most: int) -> Document:
-        """At most so many tokens of the document, around a place of the shard."""
+        """At most `at_most` tokens of the document, around a position of the shard."""
         first, end = self.span(number)
         start = max(first, min(around - at_most // 2, end - at_most))
         stop = min(end, start + at_most)

@@ -23,7 +23,7 @@ from lminf.ngram.encoding import WORD_BYTES, Encoding, Queries
 from lminf.ngram.search import SortedSuffixes
 from lminf.ngram.shard import pointer_bytes
 
-SLOT_BYTES = 80  # of memory while suffixes are sorted: places, words, orders and groups
+SLOT_BYTES = 80  # of memory while suffixes are sorted: positions, words, orders and groups
 PER_BUCKET = 64  # suffixes drawn for each splitter: buckets are of nearly equal size
 BLOCK = 1 << 22  # slots that are scanned, or packed, at a time
 COMPARED = 64  # tokens of a pair at first, then ever more
@@ -74,7 +74,7 @@ def write_table(
 
 
 def in_memory_bytes(slots: int, encoding: Encoding) -> int:
-    """What divsufsort takes: the text, an integer a byte of it, and the places that are kept."""
+    """What divsufsort takes: the text, an integer a byte of it, and the positions that are kept."""
     text = slots * encoding.width
     return text + (4 if text < 2**31 else 8) * (text + 2 * slots)
 
@@ -128,12 +128,12 @@ def _scatter(
         if len(splitters):
             queries = Queries(tokens, starts, slots - starts)
             buckets, _ = order.bound(queries, buckets, buckets + len(splitters), after=True)
-        held = np.bincount(buckets, minlength=count)
-        parts = np.split(starts[np.argsort(buckets, kind="stable")], np.cumsum(held)[:-1])
-        for number in np.flatnonzero(held).tolist():
+        counts = np.bincount(buckets, minlength=count)
+        parts = np.split(starts[np.argsort(buckets, kind="stable")], np.cumsum(counts)[:-1])
+        for number in np.flatnonzero(counts).tolist():
             with (folder / str(number)).open("ab") as file:
                 parts[number].astype("<i8").tofile(file)
-        sizes += held
+        sizes += counts
         progress(end, 2 * slots)
     with atomic_write(finished) as temporary:
         temporary.write_text(json.dumps(sizes.tolist()))
@@ -150,11 +150,11 @@ def sorted_starts(
     # is first to begin with, and sorts are stable.
     ordered = np.sort(starts)[::-1].copy()
     per_word = WORD_BYTES // encoding.width
-    active = np.arange(len(ordered))  # places that are not settled
+    active = np.arange(len(ordered))  # ranks that are not final yet
     group = np.zeros(len(ordered), np.int64)  # of each: those of a group agree so far
-    offset, before = 0, 2 * LEAST_SETTLED * len(ordered)
-    while len(active) and before - len(active) >= before / LEAST_SETTLED:
-        before = len(active)
+    offset, num_active = 0, 2 * LEAST_SETTLED * len(ordered)
+    while len(active) and num_active - len(active) >= num_active / LEAST_SETTLED:
+        num_active = len(active)
         keys = encoding.words(tokens, ordered[active] + offset)
         by_key = np.lexsort((keys, group)) if offset else np.argsort(keys, kind="stable")
         keys, ordered[active] = keys[by_key], ordered[active[by_key]]
@@ -167,8 +167,8 @@ def sorted_starts(
         compare = functools.cmp_to_key(
             functools.partial(_compare, tokens, encoding.sortable, offset)
         )
-        for places in np.split(active, np.flatnonzero(np.diff(group)) + 1):
-            ordered[places] = sorted(ordered[places].tolist(), key=compare)
+        for members in np.split(active, np.flatnonzero(np.diff(group)) + 1):
+            ordered[members] = sorted(ordered[members].tolist(), key=compare)
     return ordered
 
 
@@ -180,8 +180,8 @@ def _compare(
     """
     size = COMPARED
     while True:
-        pieces = [tokens[at + offset : at + offset + size].astype(kind).tobytes()
-                  for at in (first, second)]  # fmt: skip
+        pieces = [tokens[start + offset : start + offset + size].astype(kind).tobytes()
+                  for start in (first, second)]  # fmt: skip
         if pieces[0] != pieces[1]:
             return -1 if pieces[0] < pieces[1] else 1
         if not pieces[0]:

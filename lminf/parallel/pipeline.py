@@ -26,13 +26,13 @@ from lminf.models.spec import ModelSpec
 from lminf.objectives.terms import CrossEntropy, Term, ZLoss, token_weights
 from lminf.parallel import partition, schedules
 from lminf.parallel.partition import Strategy
-from lminf.parallel.pipeline_device import AXIS, BY_VOCABULARY, Device
+from lminf.parallel.pipeline_device import AXIS, VOCAB_SHARDED, Device
 from lminf.parallel.schedules import Schedule
 from lminf.parallel.ticks import tabulate
 from lminf.ranges import Range
 from lminf.types import Params
 
-RUN = ("gpipe", "1f1b", "zero_bubble")  # the schedules that the devices can follow
+SUPPORTED = ("gpipe", "1f1b", "zero_bubble")  # the schedules that the devices can follow
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Pipeline:
 
     def __post_init__(self):
         ranges.check(self)
-        if self.schedule in schedules.SCHEDULES and self.schedule not in RUN:
+        if self.schedule in schedules.SCHEDULES and self.schedule not in SUPPORTED:
             raise InputError(
                 f"{self.schedule} puts layers of two depths on each device, which the training "
-                f"step does not do yet; take {', '.join(RUN)}"
+                f"step does not do yet; take {', '.join(SUPPORTED)}"
             )
         if self.vocab in ("last_stage", "interlaced"):
             raise InputError(
@@ -56,18 +56,18 @@ class Pipeline:
                 f"of the vocabulary's work; take one_barrier or two_barriers"
             )
 
-    def pieces(self, mesh: Mesh) -> int:
+    def num_microbatches(self, mesh: Mesh) -> int:
         """Microbatches of a step."""
         return self.microbatches or 4 * mesh.shape[AXIS]
 
     def build(self, mesh: Mesh) -> Schedule:
         """The schedule over the stages of the mesh, in ticks of one pass."""
         return schedules.build(
-            self.schedule, devices=mesh.shape[AXIS], microbatches=self.pieces(mesh),
+            self.schedule, devices=mesh.shape[AXIS], microbatches=self.num_microbatches(mesh),
             vocab=self.vocab,
         )  # fmt: skip
 
-    def buffered(self, mesh: Mesh) -> int:
+    def buffered_microbatches(self, mesh: Mesh) -> int:
         """Hidden states of microbatches that a device holds between passes, the softmax aside."""
         slots = tabulate(self.build(mesh))[1]
         return slots.inputs + slots.gradients + slots.hidden + slots.parts
@@ -143,9 +143,11 @@ def token_nll(
     """Nats of every token, by the forward passes alone."""
     rows = len(batch["tokens"]) // (mesh.shape["data"] * mesh.shape["fsdp"])
     schedule = schedules.build(
-        "gpipe", devices=mesh.shape[AXIS], microbatches=math.gcd(rows, pipeline.pieces(mesh)),
+        "gpipe",
+        devices=mesh.shape[AXIS],
+        microbatches=math.gcd(rows, pipeline.num_microbatches(mesh)),
         vocab="two_barriers",  # whose S computes no gradient
-    )  # fmt: skip
+    )
     forward = tuple(each for each in schedule.passes if each.kind in "FS")
     schedule = replace(schedule, passes=forward)
     batch = {**batch, "weights": jnp.ones(batch["tokens"].shape, jnp.float32)}
@@ -168,20 +170,20 @@ def _run(schedule, device, module, params, batch, mesh, strategy):
 
     def local(params, batch):
         batch = jax.tree.map(lambda x: x.reshape(m, -1, *x.shape[1:]), batch)
-        here = device(module, schedule, slots, params=params, batch=batch)
-        carry, _ = jax.lax.scan(here.tick, here.start(), ticks)
+        stage = device(module, schedule, slots, params=params, batch=batch)
+        carry, _ = jax.lax.scan(stage.tick, stage.start(), ticks)
         gradient = jax.lax.psum(carry.gradient, ("data", "fsdp"))
         shared = {name: g for name, g in gradient.items() if where[name] == P()}
         return carry.nll.reshape(-1, tokens.shape[1]), {**gradient, **jax.lax.psum(shared, AXIS)}
 
     # Rows that are none are added where the stages do not divide the vocabulary.
     size = module.spec.vocab_size
-    padded = {name: jnp.pad(w, ((0, -size % p), (0, 0))) if name in BY_VOCABULARY else w
+    padded = {name: jnp.pad(w, ((0, -size % p), (0, 0))) if name in VOCAB_SHARDED else w
               for name, w in params.items()}  # fmt: skip
-    where = {name: P(AXIS) if name in (*BY_VOCABULARY, "layers") else P() for name in params}
+    where = {name: P(AXIS) if name in (*VOCAB_SHARDED, "layers") else P() for name in params}
     out = where if "B" in schedule.kinds else {}
     nll, gradient = jax.shard_map(
         local, mesh=mesh, in_specs=(where, rows), out_specs=(rows, out), axis_names=by_hand,
         check_vma=False,
     )(padded, batch)  # fmt: skip
-    return nll, {name: g[:size] if name in BY_VOCABULARY else g for name, g in gradient.items()}
+    return nll, {name: g[:size] if name in VOCAB_SHARDED else g for name, g in gradient.items()}

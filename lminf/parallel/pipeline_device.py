@@ -24,7 +24,7 @@ from lminf.parallel.ticks import KINDS, Slots, Ticks
 from lminf.types import Hidden, Params
 
 AXIS = "stage"
-BY_VOCABULARY = ("embed", "head")  # parameters whose rows are divided over the stages
+VOCAB_SHARDED = ("embed", "head")  # parameters whose rows are divided over the stages
 
 
 def _read(ring: Any, i: Int[Array, ""]) -> Any:
@@ -60,7 +60,7 @@ Done: TypeAlias = tuple[Carry, Hidden]  # after a pass, and what goes to the nei
 
 @dataclass(frozen=True)
 class Device:
-    """A device's passes and its part in what all do together."""
+    """The passes of one device, and its part in the collectives."""
 
     module: decoder.Decoder
     schedule: Schedule
@@ -134,7 +134,7 @@ class Device:
     ) -> Done:
         """B and W, whose forward is computed again."""
         x, gradient = _read(carry.inputs, i), _read(carry.gradients, i)
-        params = {name: w for name, w in self.params.items() if name not in BY_VOCABULARY}
+        params = {name: w for name, w in self.params.items() if name not in VOCAB_SHARDED}
         _, vjp = jax.vjp(partial(self.stage, i=i), params, x)  # what is not used is not computed
         weights, x_gradient = vjp(gradient)
         if of_weights:
@@ -168,28 +168,28 @@ class Device:
         total = {**carry.gradient, self.head: carry.gradient[self.head] + rows}
         return self.idle(carry._replace(gradient=total), i)
 
-    # --- What all devices do together -------------------------------------------------------------
+    # --- Collectives ------------------------------------------------------------------------------
 
     def _own_tokens(self, i: Int[Array, ""]) -> tuple[Array, Array]:
         """Rows of this device for the tokens of a microbatch, and which tokens are its own."""
         rows = _read(self.batch["tokens"], i) - self.first_row
-        own = (rows >= 0) & (rows < self.params["embed"].shape[0])
-        return jnp.where(own, rows, 0), own[..., None]
+        local = (rows >= 0) & (rows < self.params["embed"].shape[0])
+        return jnp.where(local, rows, 0), local[..., None]
 
     def _from(self, device: int, x: Array) -> Array:
         """The x of that device, on all of them."""
         return jax.lax.psum(jnp.where(self.index == device, x, 0), AXIS)
 
     def embed(self, carry: Carry, i: Int[Array, ""]) -> Carry:
-        rows, own = self._own_tokens(i)
+        rows, local = self._own_tokens(i)
         x = decoder.embed_tokens(self.module.spec, self.params, rows, dtype=self.module.dtype)
-        x = jax.lax.psum(jnp.where(own, x, 0), AXIS)
+        x = jax.lax.psum(jnp.where(local, x, 0), AXIS)
         return carry._replace(inputs=_write(carry.inputs, jnp.where(self.index == 0, i, -1), x))
 
     def embed_gradient(self, carry: Carry, i: Int[Array, ""], sent: Hidden) -> Carry:
-        rows, own = self._own_tokens(i)
+        rows, local = self._own_tokens(i)
         x = self._from(0, sent).astype(jnp.float32) * self.module.spec.embed_scale
-        total = carry.gradient["embed"].at[rows].add(jnp.where(own, x, 0))
+        total = carry.gradient["embed"].at[rows].add(jnp.where(local, x, 0))
         return carry._replace(gradient={**carry.gradient, "embed": total})
 
     def broadcast(self, carry: Carry, i: Int[Array, ""], sent: Hidden) -> Carry:

@@ -61,7 +61,7 @@ class Schedule:
 
     def stage(self, device: int, chunk: int) -> int:
         """The stage that a chunk of a device is, from 0 at the embedding on."""
-        if self.form.turns and chunk == 1:  # V: down with the first chunk, up with the second
+        if self.form.v_shaped and chunk == 1:  # V: down with the first chunk, up with the second
             return 2 * self.devices - 1 - device
         return chunk * self.devices + device
 
@@ -70,61 +70,61 @@ class Form(NamedTuple):
     """How the devices of a schedule order their passes."""
 
     chunks: int  # of layers, on each device
-    split: bool  # whether W is a pass of its own
-    turns: bool  # whether the second chunks lie in the reverse order
+    splits_backward: bool  # whether W is a pass of its own
+    v_shaped: bool  # whether the second chunks lie in the reverse order
     # (p, device, m) -> (chunk, microbatch) of each F and of each B, in order
     order: Callable[[int, int, int], tuple[Sequence, Sequence]]
     # (p, device, m) -> most microbatches x chunks between F and B, and between F and W
-    ahead: Callable[[int, int, int], tuple[int, int]]
+    max_in_flight: Callable[[int, int, int], tuple[int, int]]
 
 
-def _in_turn(p: int, device: int, m: int) -> tuple[Sequence, Sequence]:
-    every = [(0, microbatch) for microbatch in range(m)]
-    return every, every
+def _sequential(p: int, device: int, m: int) -> tuple[Sequence, Sequence]:
+    order = [(0, microbatch) for microbatch in range(m)]
+    return order, order
 
 
-def _in_groups(p: int, device: int, m: int) -> tuple[Sequence, Sequence]:
+def _interleaved_order(p: int, device: int, m: int) -> tuple[Sequence, Sequence]:
     """p microbatches through the first chunk, the same p through the second, the next p."""
     forward = [(c, g * p + i) for g in range(m // p) for c in (0, 1) for i in range(p)]
     return forward, [(1 - c, i) for c, i in forward]
 
 
-def _in_a_v(p: int, device: int, m: int) -> tuple[Sequence, Sequence]:
+def _v_order(p: int, device: int, m: int) -> tuple[Sequence, Sequence]:
     """By when they start in the repeating block of six ticks, in which no two passes of a device
     collide: two ticks from one device to the next with the first chunk, one with the second."""
     forward = (2 * device, 3 * p - 2 - device)
     backward = (6 * p - 2 + 3 * (p % 2 == 0) - device, 3 * p - 1 + 2 * device)
 
     def ordered(starts):
-        every = [(starts[c] + 6 * i, c, i) for c in (0, 1) for i in range(m)]
-        return [(chunk, microbatch) for _, chunk, microbatch in sorted(every)]
+        starts_of_passes = [(starts[c] + 6 * i, c, i) for c in (0, 1) for i in range(m)]
+        return [(chunk, microbatch) for _, chunk, microbatch in sorted(starts_of_passes)]
 
     return ordered(forward), ordered(backward)
 
 
-def _interleaved_ahead(p: int, device: int, m: int) -> tuple[int, int]:
+def _interleaved_in_flight(p: int, device: int, m: int) -> tuple[int, int]:
     """As many as Megatron-LM warms up with, in microbatches x chunks, and one."""
     limit = 3 * p - 2 * device - 1
     return limit, limit
 
 
 SCHEDULES = {
-    "gpipe": Form(1, False, False, _in_turn, lambda p, d, m: (m, m)),
-    "1f1b": Form(1, False, False, _in_turn, lambda p, d, m: (p - d, p - d)),
-    "interleaved": Form(2, False, False, _in_groups, _interleaved_ahead),
-    "zero_bubble": Form(1, True, False, _in_turn, lambda p, d, m: (p - d, p)),
-    "v_half": Form(2, True, True, _in_a_v, lambda p, d, m: (p + 1, p + 2)),
+    "gpipe": Form(1, False, False, _sequential, lambda p, d, m: (m, m)),
+    "1f1b": Form(1, False, False, _sequential, lambda p, d, m: (p - d, p - d)),
+    "interleaved": Form(2, False, False, _interleaved_order, _interleaved_in_flight),
+    "zero_bubble": Form(1, True, False, _sequential, lambda p, d, m: (p - d, p)),
+    "v_half": Form(2, True, True, _v_order, lambda p, d, m: (p + 1, p + 2)),
 }
 
 
-def unit(kind: str, device: int) -> int:
+def one_tick(kind: str, device: int) -> int:
     """Every pass takes one tick."""
     return 1
 
 
 @functools.cache
 def build(
-    name: str, *, devices: int, microbatches: int, vocab: str, duration: Duration = unit
+    name: str, *, devices: int, microbatches: int, vocab: str, duration: Duration = one_tick
 ) -> Schedule:
     """The schedule of that name over `devices`, each pass as early as its device's order allows."""
     for word, table, what in ((name, SCHEDULES, "schedule"), (vocab, VOCABULARIES, "vocabulary")):
@@ -143,7 +143,7 @@ def build(
     if vocab == "interlaced" and name != "1f1b":
         raise InputError(f"{name} has no interlaced form; take 1f1b, or one_barrier")
     schedule = Schedule(name, vocab, devices, microbatches, duration)
-    passes = _interlaced(schedule) if vocab == "interlaced" else _listed(schedule)
+    passes = _interlaced(schedule) if vocab == "interlaced" else _greedy(schedule)
     return Schedule(name, vocab, devices, microbatches, duration, tuple(sorted(passes)))
 
 
@@ -165,7 +165,7 @@ class _Builder:
         return self.end.get((kind, where, microbatch), tick + 1) <= tick
 
 
-def _listed(schedule: Schedule) -> list[Pass]:
+def _greedy(schedule: Schedule) -> list[Pass]:
     """Tick by tick, each free device runs the first pass by PRIORITY whose inputs are there; it
     runs F no further ahead than its form allows, and one microbatch more for each barrier."""
     s, run, form = schedule, _Builder(schedule), schedule.form
@@ -173,9 +173,10 @@ def _listed(schedule: Schedule) -> list[Pass]:
     queues: list[dict[str, list]] = []
     for device in range(p):
         forward, backward = (list(order) for order in form.order(p, device, m))
-        queues.append({"F": forward, "B": backward, "W": list(backward) if form.split else []})
-        every = [(0, microbatch) for microbatch in range(m if barriers else 0)]
-        queues[-1] |= {"S": list(every), "T": list(every)}
+        weights = list(backward) if form.splits_backward else []
+        queues.append({"F": forward, "B": backward, "W": weights})
+        microbatches = [(0, microbatch) for microbatch in range(m if barriers else 0)]
+        queues[-1] |= {"S": list(microbatches), "T": list(microbatches)}
     counts = [dict.fromkeys("FBW", 0) for _ in range(p)]
 
     def everywhere(kind, i, tick):
@@ -184,8 +185,8 @@ def _listed(schedule: Schedule) -> list[Pass]:
     def ready(device, kind, chunk, i, tick):
         stage, count = s.stage(device, chunk), counts[device]
         if kind == "F":
-            limits = (limit + barriers * form.chunks for limit in form.ahead(p, device, m))
-            releases = (count["B"], count["W"] if form.split else count["B"])
+            limits = (limit + barriers * form.chunks for limit in form.max_in_flight(p, device, m))
+            releases = (count["B"], count["W"] if form.splits_backward else count["B"])
             if any(count["F"] - n >= limit for n, limit in zip(releases, limits, strict=True)):
                 return False
             return stage == 0 or run.done("F", stage - 1, i, tick)
@@ -195,8 +196,8 @@ def _listed(schedule: Schedule) -> list[Pass]:
             return everywhere("S" if barriers == 1 else "T", i, tick)
         if kind == "T":
             return everywhere("S", i, tick)
-        before = {"B": ("F", stage), "W": ("B", stage), "S": ("F", s.last)}[kind]
-        return run.done(*before, i, tick)
+        dependency = {"B": ("F", stage), "W": ("B", stage), "S": ("F", s.last)}[kind]
+        return run.done(*dependency, i, tick)
 
     tick, total = 0, sum(len(queue) for each in queues for queue in each.values())
     while len(run.passes) < total:
@@ -229,9 +230,9 @@ def _interlaced(schedule: Schedule) -> list[Pass]:
             tick += s.duration(kind, device)
     for device in range(s.devices):
         offsets = {k: starts[k, 0 if k == "V" else device] for k in "FVB"}
-        every = [(offsets[k] + (window + vocabulary) * i, k, i) for k in "FVB"
+        passes = [(offsets[k] + (window + vocabulary) * i, k, i) for k in "FVB"
                  for i in range(s.microbatches)]  # fmt: skip
-        orders.append([(kind, i) for _, kind, i in sorted(every)])
+        orders.append([(kind, i) for _, kind, i in sorted(passes)])
     while any(orders):
         for device in range(s.devices):
             kind, i = orders[device][0] if orders[device] else ("", 0)
@@ -243,10 +244,10 @@ def _interlaced(schedule: Schedule) -> list[Pass]:
             if needs is None or not (first or needs in run.end):
                 continue
             together = range(s.devices) if kind == "V" else [device]
-            if any(orders[other][:1] != [(kind, i)] for other in together):
+            if any(orders[d][:1] != [(kind, i)] for d in together):
                 continue
-            start = max(run.end.get(needs, 0), *(run.free[other] for other in (*together, device)))
-            for other in together:
-                orders[other].pop(0)
-                run.add(other, start, kind, 0, i)
+            start = max(run.end.get(needs, 0), *(run.free[d] for d in (*together, device)))
+            for d in together:
+                orders[d].pop(0)
+                run.add(d, start, kind, 0, i)
     return run.passes

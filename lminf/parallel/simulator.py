@@ -26,7 +26,8 @@ def simulate(schedule: Schedule) -> Simulated:
     """Costs of a schedule; raises ValueError where it lacks a pass or breaks a dependency."""
     s, form = schedule, schedule.form
     p, last, barriers = s.devices, s.last, VOCABULARIES[s.vocab]
-    kinds = "FB" + "W" * form.split + "ST" * bool(barriers) + "V" * (s.vocab == "interlaced")
+    kinds = "FB" + "W" * form.splits_backward + "ST" * bool(barriers)
+    kinds += "V" * (s.vocab == "interlaced")
     start: dict[tuple[str, int, int], int] = {}
     end: dict[tuple[str, int, int], int] = {}
     for each in s.passes:
@@ -35,10 +36,10 @@ def simulate(schedule: Schedule) -> Simulated:
         if key in start:
             raise ValueError(f"{key} runs twice")
         start[key], end[key] = each.tick, each.tick + s.duration(each.kind, each.device)
-    wanted = {(k, stage, i) for k in kinds for i in range(s.microbatches)
+    expected = {(k, stage, i) for k in kinds for i in range(s.microbatches)
               for stage in range(last + 1 if k in "FBW" else p)}  # fmt: skip
-    if wanted != set(start):
-        raise ValueError(f"missing or unknown passes: {sorted(wanted ^ set(start))[:3]}")
+    if expected != set(start):
+        raise ValueError(f"missing or unknown passes: {sorted(expected ^ set(start))[:3]}")
     for (kind, stage, i), tick in start.items():
         devices = range(p)
         head = {0: [("F", last)], 1: [("S", r) for r in devices], 2: [("T", r) for r in devices]}
@@ -57,23 +58,23 @@ def simulate(schedule: Schedule) -> Simulated:
                 raise ValueError(f"{kind} of stage {stage}, microbatch {i}, starts before {needed}")
     ticks, idle, peak = max(end.values()), [], []
     for device in range(p):
-        own = sorted((x.tick, x.tick + s.duration(x.kind, device), x.kind) for x in s.passes
+        passes = sorted((x.tick, x.tick + s.duration(x.kind, device), x.kind) for x in s.passes
                      if x.device == device)  # fmt: skip
-        if any(after[0] < before[1] for before, after in itertools.pairwise(own)):
+        if any(second[0] < first[1] for first, second in itertools.pairwise(passes)):
             raise ValueError(f"two passes of device {device} overlap")
-        idle.append(ticks - sum(stop - begin for begin, stop, _ in own))
-        release = "W" if form.split else "B"
-        held = sorted([(begin, 1) for begin, _, kind in own if kind == "F"]
-                      + [(stop, -1) for _, stop, kind in own if kind == release])  # fmt: skip
-        running = [sum(step for _, step in held[: n + 1]) for n in range(len(held))]
+        idle.append(ticks - sum(stop - begin for begin, stop, _ in passes))
+        release = "W" if form.splits_backward else "B"
+        changes = sorted([(begin, 1) for begin, _, kind in passes if kind == "F"]
+                      + [(stop, -1) for _, stop, kind in passes if kind == release])  # fmt: skip
+        running = [sum(step for _, step in changes[: n + 1]) for n in range(len(changes))]
         peak.append(Fraction(max(running), form.chunks))
     return Simulated(ticks, tuple(idle), tuple(peak))
 
 
-def typical(name: str) -> Duration:
+def typical_duration(name: str) -> Duration:
     """Ticks where the forward of a device's layers takes 4, their backward 8, S and T one each."""
     form = SCHEDULES[name]
-    ticks = {"F": 4, "B": 4 if form.split else 8, "W": 4}
+    ticks = {"F": 4, "B": 4 if form.splits_backward else 8, "W": 4}
     ticks = {kind: each // form.chunks for kind, each in ticks.items()} | {"S": 1, "T": 1, "V": 2}
     return lambda kind, device: ticks[kind]
 
@@ -90,9 +91,9 @@ def table(devices: Sequence[int] = (4, 8)) -> list[Mapping[str, Any]]:
         row: dict[str, Any] = {"schedule": name, "vocabulary": vocab}
         for p in devices:
             options = {"devices": p, "microbatches": 4 * p, "vocab": vocab}
-            found = simulate(build(name, duration=typical(name), **options))
-            idle = max(found.idle)
+            simulated = simulate(build(name, duration=typical_duration(name), **options))
+            idle = max(simulated.idle)
             row[f"bubble, p = {p}"] = f"{idle / (idle + 4 * p * 12):.1%}"
-            row[f"peak, p = {p}"] = f"{float(found.peak[0]):g}"
+            row[f"peak, p = {p}"] = f"{float(simulated.peak[0]):g}"
         rows.append(row)
     return rows

@@ -28,13 +28,13 @@ def missing(devices: Devices) -> str | None:
     return f"nobody has described {devices.name} to a compiler here; there are {known}"
 
 
-def devices(asked: Devices) -> Sequence[Any]:
+def devices(requested: Devices) -> Sequence[Any]:
     """As many devices of a topology; they hold no memory and run nothing."""
     # Otherwise libtpu asks a cloud machine's metadata server which chips it has.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    grid = "x".join(map(str, grid_of(asked.count, AXES[asked.name])))
+    grid = "x".join(map(str, grid_of(requested.count, AXES[requested.name])))
     return topologies.get_topology_desc(
-        platform="tpu", topology_name=f"{asked.name}:{grid}"
+        platform="tpu", topology_name=f"{requested.name}:{grid}"
     ).devices
 
 

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-NOWHERE = -1e30  # the logit of a row that only fills up the last device's share
+PADDING_LOGIT = -1e30  # the logit of a row that only fills up the last device's share
 
 
 class LocalSoftmax(NamedTuple):
-    """What S knows of N tokens from the device's own rows of the vocabulary; float32."""
+    """The softmax of N tokens over the device's own rows of the vocabulary; float32."""
 
     top: Float[Array, " N"]  # m'
     total: Float[Array, " N"]  # s'
@@ -49,7 +49,7 @@ def softmax_pass(
         capped = jnp.tanh(logits / soft_cap)
         logits, derivative = soft_cap * capped, 1 - jnp.square(capped)
     ids = first + jnp.arange(rows.shape[0], dtype=jnp.int32)[None]
-    logits = jnp.where(ids < vocab_size, logits, NOWHERE)
+    logits = jnp.where(ids < vocab_size, logits, PADDING_LOGIT)
     top = logits.max(1)
     unnormalised = jnp.exp(logits - top[:, None])
     total = unnormalised.sum(1)
@@ -58,7 +58,7 @@ def softmax_pass(
     label_slope = jnp.where(at_label, derivative, 0.0).sum(1)
     softmax_rows = label_rows = None
     if barriers == 1:
-        softmax_rows = _products("nv,vd->nd", slopes, rows)
+        softmax_rows = _einsum_f32("nv,vd->nd", slopes, rows)
         label = jnp.clip(labels - first, 0, rows.shape[0] - 1)
         label_rows = label_slope[:, None] * rows[label].astype(jnp.float32)
     zero = jnp.zeros_like(top)
@@ -68,13 +68,14 @@ def softmax_pass(
     )
 
 
-def _products(axes: str, weights: Array, other: Array) -> Array:
+def _einsum_f32(axes: str, weights: Array, operand: Array) -> Array:
     """Float32 sums of products in the dtype of the model."""
-    return jnp.einsum(axes, weights.astype(other.dtype), other, preferred_element_type=jnp.float32)
+    weights = weights.astype(operand.dtype)
+    return jnp.einsum(axes, weights, operand, preferred_element_type=jnp.float32)
 
 
 class Reduced(NamedTuple):
-    """What C1 gives; equal on all devices but for `local`."""
+    """The loss after the all-reduce C1; equal on all devices but for `local`."""
 
     nll: Float[Array, " N"]  # nats
     lse: Float[Array, " N"]
@@ -85,13 +86,13 @@ class Reduced(NamedTuple):
 def reduce_softmax(
     local: LocalSoftmax, weight: Float[Array, " N"], *, axis: str, z_loss: float
 ) -> Reduced:
-    """C1 of what is minimised: Σ weight (nll + z_loss lse²)."""
+    """The all-reduce C1 for the objective Σ weight (nll + z_loss lse²)."""
     top = jax.lax.pmax(local.top, axis)
-    own = local.total * jnp.exp(local.top - top)
-    total, label_logit = jax.lax.psum((own, local.label_logit), axis)
+    local_total = local.total * jnp.exp(local.top - top)
+    total, label_logit = jax.lax.psum((local_total, local.label_logit), axis)
     lse = top + jnp.log(total)
     local = local._replace(
-        softmax_weight=weight * (1 + 2 * z_loss * lse) * own / total, label_weight=weight
+        softmax_weight=weight * (1 + 2 * z_loss * lse) * local_total / total, label_weight=weight
     )
     gradient = None
     if local.softmax_rows is not None and local.label_rows is not None:
@@ -114,5 +115,5 @@ def gradient_pass(
         ids == labels[:, None], (local.label_weight * local.label_slope)[:, None], 0
     )
     logits = local.softmax_weight[:, None] * local.slopes - at_label
-    of_hidden = None if local.softmax_rows is not None else _products("nv,vd->nd", logits, rows)
-    return _products("nv,nd->vd", logits, hidden), of_hidden
+    of_hidden = None if local.softmax_rows is not None else _einsum_f32("nv,vd->nd", logits, rows)
+    return _einsum_f32("nv,nd->vd", logits, hidden), of_hidden

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lminf.errors import InputError
-from lminf.lm.protocol import OnAnswer, TextGenerator
+from lminf.lm.protocol import SequentialGenerator, TextGenerator, cut_at_stop
 
 MOST_PARAGRAPHS = 50
 PLAN_TOKENS = 4096
@@ -94,7 +94,7 @@ def plan_text(paragraphs: Sequence[Paragraph]) -> str:
 
 
 @dataclass(frozen=True)
-class AgentWrite:
+class AgentWrite(SequentialGenerator):
     """Answers each request by a plan and its paragraphs, as evaluations ask it to."""
 
     model: TextGenerator
@@ -125,21 +125,8 @@ class AgentWrite:
             written.append(reply.strip())
         return "\n\n".join(written)
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int,
-        stop: Sequence[str] = (),
-        on_answer: OnAnswer | None = None,
-    ) -> list[str]:
-        """The text that each request gets, cut at the first of the stop strings; a paragraph has
-        at most `max_new_tokens`.
+    def generate_one(self, prompt: str, *, max_new_tokens: int, stop: Sequence[str] = ()) -> str:
+        """The text that a request gets, cut at the first of the stop strings; a paragraph has at
+        most `max_new_tokens`.
         """
-        texts = []
-        for index, request in enumerate(prompts):
-            text = self.write(request, max_new_tokens=max_new_tokens)
-            texts.append(text[: min((text.find(end) for end in stop if end in text), default=None)])
-            if on_answer:
-                on_answer(index, texts[-1])
-        return texts
+        return cut_at_stop(self.write(prompt, max_new_tokens=max_new_tokens), stop)

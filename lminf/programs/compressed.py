@@ -19,7 +19,7 @@ from lminf.lm.lm import LM
 from lminf.models import heads
 from lminf.models.extensible import ExtensibleTokenizer
 from lminf.models.longmem import Bank, LongMem
-from lminf.programs.reduce import Embeddings, KeyValues, check
+from lminf.programs.reduce import Embeddings, KeyValues, room_for_context
 from lminf.types import Params
 
 
@@ -36,8 +36,9 @@ class Extensible:
 
     def reduce(self, context: str, question: str, budget: Budget) -> Embeddings:
         """As `Reducer.reduce`."""
-        room, tokens = check(context, question, budget), self.lm.encode(context)[0]
-        sizes = {ratio: len(self.tokenizer.kept(len(tokens), ratio)) for ratio in self.ratios}
+        room, tokens = room_for_context(context, question, budget), self.lm.encode(context)[0]
+        positions = {each: self.tokenizer.kept_positions(len(tokens), each) for each in self.ratios}
+        sizes = {ratio: len(kept) for ratio, kept in positions.items()}
         ratio = next((ratio for ratio, size in sizes.items() if size <= room), None)
         if ratio is None:
             raise InputError(
@@ -70,20 +71,20 @@ class Memory:
 
     def reduce(self, context: str, question: str, budget: Budget) -> KeyValues:
         """As `Reducer.reduce`, of the whole segments at the end of the context."""
-        room, tokens = check(context, question, budget), self.lm.encode(context)[0]
+        room, tokens = room_for_context(context, question, budget), self.lm.encode(context)[0]
         if room < self.longmem.retrieved:
             raise InputError(
                 f"every token attends to {self.longmem.retrieved} of the bank, and {room} are left "
                 f"beside the question; give a side network that retrieves fewer, or a larger budget"
             )
-        whole = len(tokens) // self.segment * self.segment
-        if not whole:
+        used = len(tokens) // self.segment * self.segment
+        if not used:
             raise InputError(
                 f"the context of {len(tokens)} tokens has no segment of {self.segment}; give a "
                 f"longer one, or shorter segments"
             )
         bank = self.longmem.empty(1)
-        for start in range(len(tokens) - whole, len(tokens), self.segment):
+        for start in range(len(tokens) - used, len(tokens), self.segment):
             segment = tokens[None, start : start + self.segment]
             _, bank = _read(self.longmem, self.side, self.lm.params, bank, segment)
         filled = int(bank.filled)

@@ -1,4 +1,4 @@
-"""Answers that are asked for once: a program that was stopped goes on where it was.
+"""A cache of answers, with which an interrupted program resumes.
 
 A program over a model is a sequence of prompts, each of which follows from the answers before it.
 Recording every answer beside its prompt's digest is therefore all that a program needs to resume.

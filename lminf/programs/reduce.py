@@ -1,4 +1,4 @@
-"""Contexts made to fit a budget, by one contract: `reduce(context, question, budget)`.
+"""Contexts reduced to a budget, behind one interface: `reduce(context, question, budget)`.
 
     Truncation    cuts off the end, the start or the middle
     BM25          keeps the chunks that share rare words with the question
@@ -13,7 +13,7 @@ import abc
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Annotated, Literal, NamedTuple, Protocol, TypeAlias, Unpack
 
 import numpy as np
 from jaxtyping import Array, Float
@@ -22,7 +22,7 @@ from lminf import ranges
 from lminf.config import closest
 from lminf.errors import InputError
 from lminf.lm.budget import Budget
-from lminf.lm.protocol import OnAnswer, TextGenerator
+from lminf.lm.protocol import GenerateOptions, TextGenerator
 from lminf.ranges import Range
 
 Count: TypeAlias = Annotated[int, Range(min=1, max=2**31 - 1)]
@@ -61,7 +61,7 @@ class Reducer(Protocol):
         ...
 
 
-def check(context: str, question: str, budget: Budget) -> int:
+def room_for_context(context: str, question: str, budget: Budget) -> int:
     """The units that the budget has beside the question; refuses what cannot be reduced."""
     if not context.strip():
         raise InputError("the context is empty; ask the question without reducing anything")
@@ -81,7 +81,7 @@ class TextReducer(abc.ABC):
 
     def reduce(self, context: str, question: str, budget: Budget) -> str:
         """As `Reducer.reduce`."""
-        check(context, question, budget)
+        room_for_context(context, question, budget)
         if budget.holds(context + question):
             return context
         return self.shorten(context, question, budget)
@@ -91,7 +91,7 @@ class TextReducer(abc.ABC):
         """The shorter text of a context that does not fit."""
 
 
-def longest(text_of: Callable[[int], str], most: int, question: str, budget: Budget) -> str:
+def longest_fitting(text_of: Callable[[int], str], most: int, question: str, budget: Budget) -> str:
     """`text_of(n)` of the largest n up to `most` that fits together with the question; texts get
     longer with n, and `text_of(0)` is empty.
     """
@@ -111,7 +111,7 @@ def best_parts(parts: Sequence[str], ranking: Sequence[int], question: str, budg
     def best(count: int) -> str:
         return "".join(parts[index] for index in sorted(ranking[:count]))
 
-    return longest(best, len(parts), question, budget)
+    return longest_fitting(best, len(parts), question, budget)
 
 
 def chunks(text: str, words: int) -> list[str]:
@@ -139,7 +139,7 @@ class Truncation(TextReducer):
             first = {"end": count, "start": 0, "middle": -(-count // 2)}[self.cut]
             return context[:first] + context[len(context) - (count - first) :]
 
-        return longest(kept, len(context) - 1, question, budget)
+        return longest_fitting(kept, len(context) - 1, question, budget)
 
 
 @dataclass(frozen=True)
@@ -191,18 +191,9 @@ class Reader:
     budget: Budget
     split: Callable[[str], tuple[str, str]]  # of a prompt into context and question
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int,
-        stop: Sequence[str] = (),
-        on_answer: OnAnswer | None = None,
-    ) -> list[str]:
+    def generate(self, prompts: Sequence[str], **options: Unpack[GenerateOptions]) -> list[str]:
         """What the model writes after each reduced context and its question."""
         reduced = []
         for context, question in map(self.split, prompts):
             reduced.append(self.reducer.reduce(context, question, self.budget) + question)
-        return self.model.generate(
-            reduced, max_new_tokens=max_new_tokens, stop=stop, on_answer=on_answer
-        )
+        return self.model.generate(reduced, **options)

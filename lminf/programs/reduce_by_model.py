@@ -18,7 +18,14 @@ from lminf.lm.budget import Budget
 from lminf.lm.lm import LM
 from lminf.lm.protocol import LanguageModel, TextGenerator
 from lminf.programs import segment_reading
-from lminf.programs.reduce import WORD, Count, TextReducer, best_parts, check, longest
+from lminf.programs.reduce import (
+    WORD,
+    Count,
+    TextReducer,
+    best_parts,
+    longest_fitting,
+    room_for_context,
+)
 from lminf.programs.segment_reading import SegmentReading
 from lminf.ranges import Range
 
@@ -50,7 +57,7 @@ class SemanticDeletion(TextReducer):
 
     def __post_init__(self):
         ranges.check(self)
-        embedder(self.model, self.name)
+        check_embeds(self.model, self.name)
 
     def importance(
         self, words: Sequence[str], left: Sequence[int] | None = None
@@ -67,8 +74,8 @@ class SemanticDeletion(TextReducer):
         if len(left) < 2:  # without it there is no text
             return np.ones(len(left))
         without = ["".join([*left[:index], *left[index + 1 :]]) for index in range(len(left))]
-        whole, *others = unit_vectors(self.model, [text, *without])
-        return 1 - np.stack(others) @ whole
+        full, *shortened = unit_vectors(self.model, [text, *without])
+        return 1 - np.stack(shortened) @ full
 
     def delete(self, text: str, rate: float) -> str:
         """The text without the share `rate` of its words, to the nearest number."""
@@ -111,8 +118,8 @@ class Segments(TextReducer):
         ranges.check(self)
 
     def shorten(self, context: str, question: str, budget: Budget) -> str:
-        ids, before = self.lm.encode(context + question)[0], self.lm.encode(context)[0]
-        alike = ids[: len(before)] == before[: len(ids)]
+        ids, context_ids = self.lm.encode(context + question)[0], self.lm.encode(context)[0]
+        alike = ids[: len(context_ids)] == context_ids[: len(ids)]
         question_len = len(ids) - (len(alike) if alike.all() else int(alike.argmin()))
         bos = int(self.lm.tokenizer.add_bos)
         how = SegmentReading(self.segment_len, question_len, bos + self.head_len)
@@ -122,10 +129,10 @@ class Segments(TextReducer):
                 f"head, segment and question take {needed} tokens and the budget is {budget.size}; "
                 f"give shorter segments, or a larger budget"
             )
-        kept = segment_reading.surest(self.lm, ids, how, room=budget.size)
+        kept = segment_reading.select_segments(self.lm, ids, how, room=budget.size)
         text = self.lm.tokenizer.decode(kept.tokens[bos : len(kept.tokens) - question_len])
         # Tokens of two segments that meet may be read as more than they were.
-        return longest(lambda count: text[:count], len(text), question, budget)
+        return longest_fitting(lambda count: text[:count], len(text), question, budget)
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,7 @@ class Summary(TextReducer):
     name = "summary"
 
     def shorten(self, context: str, question: str, budget: Budget) -> str:
-        room = check(context, question, budget)
+        room = room_for_context(context, question, budget)
         prompt = SUMMARIZE.format(
             context=context, words=max(1, room // WORD_TOKENS), question=question.strip()
         )
@@ -149,10 +156,10 @@ class Summary(TextReducer):
                 f"the model wrote no summary of {context[:40]!r}…; ask another model, or reduce "
                 f"by another method"
             )
-        return longest(lambda count: text[:count], len(text), question, budget)
+        return longest_fitting(lambda count: text[:count], len(text), question, budget)
 
 
-def embedder(model: object, method: str) -> None:
+def check_embeds(model: object, method: str) -> None:
     """Refuses a model that gives no embeddings."""
     if not callable(getattr(model, "embed", None)):
         raise InputError(

@@ -21,8 +21,8 @@ from lminf import ranges
 from lminf.errors import InputError
 from lminf.lm.budget import Budget
 from lminf.lm.protocol import LanguageModel
-from lminf.programs.reduce import Count, TextReducer, chunks, longest
-from lminf.programs.reduce_by_model import embedder, unit_vectors
+from lminf.programs.reduce import Count, TextReducer, chunks, longest_fitting
+from lminf.programs.reduce_by_model import check_embeds, unit_vectors
 from lminf.ranges import Range
 
 SUMMARIZE = "{text}\n\nSay in one sentence what the text above says.\nSummary:"
@@ -39,7 +39,9 @@ BLANK_LINE = "\n\n"
 
 
 class Turn(NamedTuple):
-    """What was said, in a sentence or, where it is short, as it is; and where it points."""
+    """One turn of a conversation, its one-sentence summary (itself where it is short), and its
+    embedding.
+    """
 
     text: str
     summary: str
@@ -66,7 +68,7 @@ class SCM(TextReducer):
 
     def __post_init__(self):
         ranges.check(self)
-        embedder(self.model, self.name)
+        check_embeds(self.model, self.name)
 
     def remember(self, memory: Sequence[Turn], text: str) -> tuple[Turn, ...]:
         """The memory with one more turn at its end."""
@@ -135,14 +137,14 @@ class SCM(TextReducer):
             if budget.holds(form + BLANK_LINE + question):
                 return form + BLANK_LINE
         end = turn.summary + BLANK_LINE
-        return longest(lambda count: end[len(end) - count :], len(end), question, budget)
+        return longest_fitting(lambda count: end[len(end) - count :], len(end), question, budget)
 
     def _ranking(self, earlier: Sequence[Turn], question: str) -> list[int]:
         """The turns that are recalled, the least alike the question first."""
         if not (count := min(self.recalled, len(earlier))):
             return []
-        (asked,) = unit_vectors(self.model, [question])
-        alike = np.stack([turn.embedding for turn in earlier]) @ asked
+        (query,) = unit_vectors(self.model, [question])
+        alike = np.stack([turn.embedding for turn in earlier]) @ query
         alike += self.recency * np.arange(1, len(earlier) + 1) / len(earlier)
         return np.argsort(alike, kind="stable")[-count:].tolist()
 

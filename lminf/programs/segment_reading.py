@@ -22,9 +22,9 @@ from jaxtyping import Array, Float, Int
 from lminf.errors import InputError
 from lminf.lm.generate import GREEDY, Sampling
 from lminf.lm.lm import LM
-from lminf.lm.protocol import OnAnswer
+from lminf.lm.protocol import SequentialGenerator
 
-TOGETHER = 8192  # tokens of segments read side by side: more of them is no faster on a CPU
+BATCH_TOKENS = 8192  # tokens of segments read side by side: more of them is no faster on a CPU
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class TopK:
         if self.count is not None and self.count < 1:
             raise InputError(f"top_k with count={self.count}: give at least 1 segment")
 
-    def keeps(self, ordered: Float[np.ndarray, " N"]) -> int:
+    def num_kept(self, ordered: Float[np.ndarray, " N"]) -> int:
         return len(ordered) if self.count is None else min(self.count, len(ordered))
 
 
@@ -47,7 +47,7 @@ class Threshold:
 
     nats: float
 
-    def keeps(self, ordered: Float[np.ndarray, " N"]) -> int:
+    def num_kept(self, ordered: Float[np.ndarray, " N"]) -> int:
         return max(1, int((ordered <= self.nats).sum()))
 
 
@@ -102,7 +102,7 @@ def entropies(
 ) -> Float[np.ndarray, " N"]:
     """Entropy (nats) of the next token after each prompt, or its mean over the `last` places."""
     longest = max(map(len, prompts), default=1)
-    together = max(1, TOGETHER // longest)
+    together = max(1, BATCH_TOKENS // longest)
     values = [
         np.asarray(_entropy(jnp.asarray(lm.logits(prompts[start : start + together], last=last))))
         for start in range(0, len(prompts), together)
@@ -136,10 +136,12 @@ def key_context(
             f"head and question take {fixed} tokens, but this model was trained at "
             f"{lm.context_length} and the answer takes {max_new_tokens}; shorten them"
         )  # fmt: skip
-    return surest(lm, ids, how, room=room)
+    return select_segments(lm, ids, how, room=room)
 
 
-def surest(lm: LM, ids: Int[np.ndarray, " P"], how: SegmentReading, *, room: int) -> KeyContext:
+def select_segments(
+    lm: LM, ids: Int[np.ndarray, " P"], how: SegmentReading, *, room: int
+) -> KeyContext:
     """The key context of at most `room` tokens of a prompt with more tokens than head and question.
 
     A prompt that fits is kept whole, without a pass over its segments.
@@ -161,7 +163,7 @@ def surest(lm: LM, ids: Int[np.ndarray, " P"], how: SegmentReading, *, room: int
     order = np.argsort(np.round(unsure, 5), kind="stable")
     inside, kept = np.zeros(len(ids), bool), []
     inside[: how.head_len] = inside[cut:] = True
-    for index in order[: how.select.keeps(unsure[order])]:
+    for index in order[: how.select.num_kept(unsure[order])]:
         start, stop = spans[index]
         if inside.sum() + (~inside[start:stop]).sum() <= room:  # overlaps count once
             inside[start:stop] = True
@@ -189,30 +191,16 @@ def generate(
 
 
 @dataclass(frozen=True)
-class SegmentReader:
+class SegmentReader(SequentialGenerator):
     """Answers each prompt of a list from its key context, as evaluations ask it to."""
 
     lm: LM
     how: SegmentReading
     name: str = "segments"  # as rows call it
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int,
-        stop: Sequence[str] = (),
-        on_answer: OnAnswer | None = None,
-    ) -> list[str]:
-        """What the model writes after each prompt's key context; the prompts are of any length."""
-        answers = []
-        for index, prompt in enumerate(prompts):
-            answers.append(
-                generate(self.lm, prompt, self.how, max_new_tokens=max_new_tokens, stop=stop)
-            )
-            if on_answer:
-                on_answer(index, answers[-1])
-        return answers
+    def generate_one(self, prompt: str, *, max_new_tokens: int, stop: Sequence[str] = ()) -> str:
+        """What the model writes after the key context of a prompt of any length."""
+        return generate(self.lm, prompt, self.how, max_new_tokens=max_new_tokens, stop=stop)
 
     def attended_tokens(self, max_new_tokens: int) -> int:
         """The most tokens that an answer is written from, its own included."""

@@ -168,10 +168,10 @@ class RunFolder:
         for name in ("rows.jsonl", "metrics.jsonl"):
             self.keep(lambda line: line.get("step", 0) <= step, of=name)
 
-    def keep(self, wanted: Callable[[Row], bool], *, of: str = "rows.jsonl") -> None:
+    def keep(self, predicate: Callable[[Row], bool], *, of: str = "rows.jsonl") -> None:
         """Drops the other lines of that file."""
         lines = read_lines(self.path / of)
-        kept = [line for line in lines if wanted(line)]
+        kept = [line for line in lines if predicate(line)]
         if len(kept) < len(lines):
             self.write(of, "".join(json.dumps(line) + "\n" for line in kept))
 
@@ -280,8 +280,8 @@ def _claim(path: Path, same: str | None, may_change: Sequence[str]) -> Path:
         return path
     if same is None or "config.json" not in entries:
         raise InputError(f"{path} already holds files; name a new or empty folder with --out")
-    before, now = RunFolder(path).read_json("config.json"), json.loads(same)
-    changed = difference(before, now, may_change=may_change)
+    stored, now = RunFolder(path).read_json("config.json"), json.loads(same)
+    changed = difference(stored, now, may_change=may_change)
     if changed:
         raise InputError(
             f"{path} holds a run with {changed}; give it the same settings to go on with it, or "
@@ -290,9 +290,9 @@ def _claim(path: Path, same: str | None, may_change: Sequence[str]) -> Path:
     return path
 
 
-def difference(before: Any, now: Any, *, may_change: Sequence[str] = ()) -> str | None:
-    """The first setting of two configurations that differs, as `field=before, not now`."""
-    earlier, later = dict(_leaves(before)), dict(_leaves(now))
+def difference(old: Any, new: Any, *, may_change: Sequence[str] = ()) -> str | None:
+    """The first setting of two configurations that differs, as `field=old, not new`."""
+    earlier, later = dict(_leaves(old)), dict(_leaves(new))
     for name in {**earlier, **later}:
         sections = [name[:index] for index, letter in enumerate(name) if letter == "."]
         if earlier.get(name) != later.get(name) and not {name, *sections} & set(may_change):

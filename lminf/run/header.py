@@ -23,7 +23,7 @@ ENTRY = re.compile(r"([A-Z]\w*)(?:: *| {2,})(\S.*)")
 class Header:
     name: str  # of the experiment: the stem of its config file
     title: str
-    entries: dict[str, str]  # Question, Paper, Command, Time, Tiny, Expected, …
+    entries: dict[str, str]  # Topic, Question, Paper, Command, Time, Tiny, Expected, …
 
 
 def read(path: Path) -> Header:

@@ -279,10 +279,10 @@ def quote_words(argument: str, config: ConfigDict) -> str:
     return argument
 
 
-def check_items(overrides: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+def check_items(overrides: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Refuses a tuple whose items are of another type than the config file's."""
     for name, value in overrides.items():
-        kinds = {type(item) for item in before[name]} if isinstance(value, tuple) else set()
+        kinds = {type(item) for item in defaults[name]} if isinstance(value, tuple) else set()
         allowed = kinds | ({int} if float in kinds else set())
         for item in value if kinds else ():
             if type(item) not in allowed:

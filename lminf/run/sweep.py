@@ -118,40 +118,43 @@ class Shard:
         return sorted(cells, key=lambda cell: (cells.index(cell) - self.index) % self.of)
 
 
-def cells_of(asked: Request) -> tuple[Cell, ...]:
+def cells_of(run_request: Request) -> tuple[Cell, ...]:
     """The cells that the config file asks for, with the overrides of the command line below them.
 
     InputError where a cell names no field or gives it a value of another type, where two cells are
     one, and where there is none.
     """
-    module = request.load_module(asked.config_path)
+    module = request.load_module(run_request.config_path)
     if not hasattr(module, "get_sweep"):
         raise InputError(
-            f"{asked.config_path} has no get_sweep(config, variant), so there is nothing to sweep"
+            f"{run_request.config_path} has no get_sweep(config, variant), so there is nothing to "
+            f"sweep"
         )
     cells: dict[str, Cell] = {}
-    with request.defects_of(asked.config_path, f"get_sweep(config, {asked.variant!r})"):
-        listed = list(module.get_sweep(asked.config, asked.variant))
+    with request.defects_of(run_request.config_path, f"get_sweep(config, {run_request.variant!r})"):
+        listed = list(module.get_sweep(run_request.config, run_request.variant))
     for overrides in listed:
         if not isinstance(overrides, Mapping):
             raise InputError(
-                f"get_sweep of {asked.config_path} gives {overrides!r:.60} as a cell; give "
+                f"get_sweep of {run_request.config_path} gives {overrides!r:.60} as a cell; give "
                 f"dictionaries from a field's name to its value"
             )
-        config = overridden(asked.config, overrides, experiment=asked.experiment)
-        resolved = json.dumps([asked.experiment, request.to_dict(config)], sort_keys=True)
+        config = overridden(run_request.config, overrides, experiment=run_request.experiment)
+        resolved = json.dumps([run_request.experiment, request.to_dict(config)], sort_keys=True)
         key = hashlib.sha256(resolved.encode()).hexdigest()[:12]
         cell = Cell(dict(overrides), config, key)
         if key in cells:
             raise InputError(f"two cells are the same run: ({cells[key]}) and ({cell})")
         cells[key] = cell
     if not cells:
-        raise InputError(f"the sweep of {asked.config_path} has no cells; give every axis a value")
-    for name in asked.overrides:
+        raise InputError(
+            f"the sweep of {run_request.config_path} has no cells; give every axis a value"
+        )
+    for name in run_request.overrides:
         if all(name in cell.overrides for cell in cells.values()):
             raise InputError(
                 f"--config.{name}: every cell of this sweep sets {name} itself, so nothing would "
-                f"read it; leave it out, or change get_sweep of {asked.config_path}"
+                f"read it; leave it out, or change get_sweep of {run_request.config_path}"
             )
     return tuple(cells.values())
 
@@ -176,20 +179,20 @@ def overridden(base: ConfigDict, overrides: Overrides, *, experiment: str) -> Co
 # --- Running --------------------------------------------------------------------------------------
 
 
-def create(asked: Request, cells: Sequence[Cell], command: Sequence[str]) -> RunFolder:
+def create(run_request: Request, cells: Sequence[Cell], command: Sequence[str]) -> RunFolder:
     """The sweep's folder: `--out`, or one that the same sweep finds again."""
-    name = "-".join(filter(None, (asked.experiment, asked.variant)))
-    path = asked.out or Path("runs") / "sweeps" / name
+    name = "-".join(filter(None, (run_request.experiment, run_request.variant)))
+    path = run_request.out or Path("runs") / "sweeps" / name
     with lock.held(path, wait=True):  # workers that start together write the same files
         return folder.create(
-            asked.experiment,
-            variant=asked.variant,
+            run_request.experiment,
+            variant=run_request.variant,
             config={
-                "base": asked.resolved(),
+                "base": run_request.resolved(),
                 "cells": {cell.key: _plain(cell.overrides) for cell in cells},
             },
-            config_source=asked.config_path.read_text(encoding="utf-8"),
-            overrides=asked.overrides,
+            config_source=run_request.config_path.read_text(encoding="utf-8"),
+            overrides=run_request.overrides,
             command=command,
             at=path,
             resume=True,
@@ -208,7 +211,7 @@ class Tally:
 
 def work(
     out: RunFolder,
-    asked: Request,
+    run_request: Request,
     cells: Sequence[Cell],
     run: Run,
     *,
@@ -234,7 +237,7 @@ def work(
             say(f"{cell}")
             started, processor = time.monotonic(), time.process_time()
             try:
-                count = _run_cell(cell_path, asked, cell, run)
+                count = _run_cell(cell_path, run_request, cell, run)
             except Exception as error:
                 if isinstance(error, OSError):
                     raise  # a full disk fails every cell
@@ -251,19 +254,21 @@ def work(
     return tally
 
 
-def _run_cell(at: RunFolder, asked: Request, cell: Cell, run: Run) -> int:
+def _run_cell(out: RunFolder, run_request: Request, cell: Cell, run: Run) -> int:
     """The number of rows; what an earlier worker left half done is dropped first."""
     for name in WRITTEN:
-        at.path.joinpath(name).unlink(missing_ok=True)
-    if (at / "checkpoints").exists():  # of the attempt whose rows are gone; may be large or wanted
-        begun = sorted(at.path.glob("checkpoints.interrupted*"))
-        at.path.joinpath("checkpoints").rename(at / f"checkpoints.interrupted-{len(begun) + 1}")
-    at.write_json("config.json", request.to_dict(cell.config))
-    at.write_json("overrides.json", _plain(cell.overrides))
-    at.write_json("environment.json", {"experiment": asked.experiment, "variant": asked.variant})
+        out.path.joinpath(name).unlink(missing_ok=True)
+    if (out / "checkpoints").exists():  # of the attempt whose rows are gone; may be large or wanted
+        begun = sorted(out.path.glob("checkpoints.interrupted*"))
+        out.path.joinpath("checkpoints").rename(out / f"checkpoints.interrupted-{len(begun) + 1}")
+    out.write_json("config.json", request.to_dict(cell.config))
+    out.write_json("overrides.json", _plain(cell.overrides))
+    out.write_json(
+        "environment.json", {"experiment": run_request.experiment, "variant": run_request.variant}
+    )
     count = 0
-    for row in run(cell.config, at):
-        at.append_row(row)
+    for row in run(cell.config, out):
+        out.append_row(row)
         count += 1
     return count
 

@@ -121,8 +121,8 @@ def align_rows(
     """
     return [
         _weighted([(n, uniform(ids)) for ids, n in counts[token].items()])
-        if counts.get(token) else other
-        for token, other in enumerate(otherwise, old_tokens)
+        if counts.get(token) else default
+        for token, default in enumerate(otherwise, old_tokens)
     ]  # fmt: skip
 
 

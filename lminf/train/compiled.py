@@ -18,12 +18,12 @@ from lminf.train.step import TrainStep
 class Memory:
     """Of one device, in bytes, as the compiler laid the step out."""
 
-    held: int  # the state and the batch
+    arguments: int  # the state and the batch
     working: int  # gradients, activations and everything in between, at its highest
 
     @property
     def total(self) -> int:
-        return self.held + self.working
+        return self.arguments + self.working
 
 
 def memory(program: TrainStep, devices: Devices, *, rows: int, length: int) -> Memory:

@@ -1,4 +1,4 @@
-"""CompleteP: the learning rate of a small model for wider and deeper ones.
+"""CompleteP: transfers the learning rate of a small model to wider and deeper ones.
 
 Every hidden matrix then changes what it computes by as much per step in a model of any width, and
 every layer what the model computes by 1 / L of it, so that the rate, weight decay and epsilon that

@@ -70,12 +70,12 @@ class Replicas:
         losses = [np.zeros((0, len(self.seeds), len(self.peaks)), np.float32)]
         while done < until:
             count = min(AT_ONCE, until - done)
-            at = np.minimum(np.arange(done, done + AT_ONCE), until - 1)
-            batches = [[source.batch(step) for source in data] for step in at]
+            steps_of_chunk = np.minimum(np.arange(done, done + AT_ONCE), until - 1)
+            batches = [[source.batch(step) for source in data] for step in steps_of_chunk]
             stacked = jax.tree.map(
                 lambda *leaves: np.stack(leaves), *[_stacked(of_seeds) for of_seeds in batches]
             )
-            rates = [dataclasses.replace(schedule, peak=p)(jnp.asarray(at), steps)
+            rates = [dataclasses.replace(schedule, peak=p)(jnp.asarray(steps_of_chunk), steps)
                      for p in self.peaks]  # fmt: skip
             if len(losses) > 1:
                 jax.block_until_ready(losses[-1])  # meanwhile the next batches were made

@@ -82,13 +82,13 @@ class Layout:
 
     def of(self, program: TrainStep) -> TrainStep:
         """The program, laid out so on devices that need not be here."""
-        return moved(
+        return on_mesh(
             program, self.sizes, self.strategy,
             remat=self.remat, grad_accum_steps=self.accumulation,
         )  # fmt: skip
 
 
-def moved(program: TrainStep, sizes: MeshShape, strategy: str, **changes: Any) -> TrainStep:
+def on_mesh(program: TrainStep, sizes: MeshShape, strategy: str, **changes: Any) -> TrainStep:
     """The program on another mesh, whose devices need not be here."""
     devices = math.prod(asdict(sizes).values())
     laid_out = mesh.absent(sizes, devices)
@@ -99,26 +99,26 @@ def moved(program: TrainStep, sizes: MeshShape, strategy: str, **changes: Any) -
 
 
 @dataclass(frozen=True)
-class Placed:
-    """What about layouts does not depend on data, context, stage and micro-batches."""
+class ShardedBytes:
+    """Bytes and channels that layouts of equal fsdp, tensor and expert sizes have in common."""
 
     # Bytes on a device of (weights, gradients, the optimizer's state with master parameters).
     layers: np.ndarray
     vocabulary: np.ndarray  # embedding and head
-    others: np.ndarray
+    other_params: np.ndarray
     weights: float  # bytes of all layers as a device multiplies by them: not in slices of fsdp
-    slices_weights: bool
-    slices_grads: bool
+    shards_weights: bool
+    shards_grads: bool
     # By remat: channels of a token that a layer keeps, and that the layer at work has besides.
     channels: Mapping[str, tuple[float, float]]
 
 
-def place(program: TrainStep, sizes: MeshShape, strategy: str) -> Placed:
-    """What the layouts with these sizes of fsdp, tensor and expert share."""
+def sharded_bytes(program: TrainStep, sizes: MeshShape, strategy: str) -> ShardedBytes:
+    """The bytes that layouts with these sizes of fsdp, tensor and expert share."""
     sizes = replace(sizes, data=1, context=1, stage=1)
-    made = moved(program, sizes, strategy, grad_accum_steps=1)
+    made = on_mesh(program, sizes, strategy, grad_accum_steps=1)
     state, laid_out = made.shapes, made.shardings
-    groups = {name: np.zeros(3) for name in ("layers", "vocabulary", "others")}
+    groups = {name: np.zeros(3) for name in ("layers", "vocabulary", "other_params")}
     for part, shapes, shardings in (
         (0, (state.params, state.frozen), (laid_out.params, laid_out.frozen)),
         (1, state.params, made.gradient_shardings),
@@ -130,12 +130,12 @@ def place(program: TrainStep, sizes: MeshShape, strategy: str) -> Placed:
             groups[group][part] += partition.planned_bytes([leaf], [sharding])
     layers = {name: x for name, x in state.params.items() if name.endswith("layers")}
     rules = tuple(rule for rule in made.strategy.params if rule[1] != "fsdp")
-    whole = partition.shardings(layers, decoder.AXES, rules, made.mesh)
-    return Placed(
+    shardings_without_fsdp = partition.shardings(layers, decoder.AXES, rules, made.mesh)
+    return ShardedBytes(
         **groups,
-        weights=float(partition.planned_bytes(layers, whole)),
-        slices_weights=slices(made.strategy.params),
-        slices_grads=slices(made.strategy.grads),
+        weights=float(partition.planned_bytes(layers, shardings_without_fsdp)),
+        shards_weights=shards_fsdp(made.strategy.params),
+        shards_grads=shards_fsdp(made.strategy.grads),
         channels={
             remat: planning.activation_channels(replace(made, remat=remat)) for remat in REMAT
         },
@@ -146,10 +146,10 @@ def group_of(path: str) -> str:
     names = set(path.split("/"))
     if names & {"layers", "first_layers"}:
         return "layers"
-    return "vocabulary" if names & {"embed", "head"} else "others"
+    return "vocabulary" if names & {"embed", "head"} else "other_params"
 
 
-def slices(rules: partition.Rules) -> bool:
+def shards_fsdp(rules: partition.Rules) -> bool:
     return any(axis == "fsdp" for _, axis in rules)
 
 
@@ -168,7 +168,7 @@ class Memory:
         return self.params + self.grads + self.optimizer + self.activations + self.gathered
 
 
-def memory(layout: Layout, placed: Placed, program: TrainStep, *, length: int) -> Memory:
+def memory(layout: Layout, sharded: ShardedBytes, program: TrainStep, *, length: int) -> Memory:
     """What one device holds in a step."""
     spec, itemsize = program.spec, jnp.dtype(program.dtype).itemsize
     stages, passes, count = layout.sizes.stage, layout.passes, layout.accumulation
@@ -177,15 +177,15 @@ def memory(layout: Layout, placed: Placed, program: TrainStep, *, length: int) -
         vocabulary = 1.0 if spec.tied else 0.5  # each end has one of the two
         vocabulary = 1 / stages if passes.spreads_vocabulary else vocabulary
     params, grads, optimizer = (
-        placed.layers / stages + vocabulary * placed.vocabulary + placed.others
+        sharded.layers / stages + vocabulary * sharded.vocabulary + sharded.other_params
     )
     if count > 1:  # pieces are added in float32
         grads *= 4 / itemsize
-    kept, working = placed.channels[layout.remat]
+    kept, working = sharded.channels[layout.remat]
     tokens = layout.micro_batch * length / layout.sizes.context
     in_flight = passes.in_flight(stages, count) * spec.num_layers / stages
     gathered = 0.0
-    if placed.slices_weights and layout.sizes.fsdp > 1:
-        gathered = 2 * placed.weights / spec.num_layers
+    if sharded.shards_weights and layout.sizes.fsdp > 1:
+        gathered = 2 * sharded.weights / spec.num_layers
     activations = tokens * (in_flight * kept + working) * itemsize * MEASURED_ACTIVATIONS
     return Memory(float(params), float(grads), float(optimizer), activations, gathered)

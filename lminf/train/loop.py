@@ -12,9 +12,9 @@ Watch = Callable[[int, Metrics], None]  # (steps done, metrics of the last one)
 
 
 class Hook(NamedTuple):
-    """`call(steps done, state)` after every `every` steps."""
+    """`call(steps done, state)` after every `every_steps` steps."""
 
-    every: int
+    every_steps: int
     call: Callable[[int, State], None]
 
 
@@ -60,7 +60,7 @@ def fit(
         look()
         waiting = (index + 1, metrics)
         for hook in hooks:
-            if (index + 1) % hook.every == 0:
+            if (index + 1) % hook.every_steps == 0:
                 look()
                 hook.call(index + 1, state)
         if stop and stop(index + 1):

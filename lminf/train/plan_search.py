@@ -12,7 +12,7 @@ from lminf.errors import InputError
 from lminf.parallel.hardware import MOST_DEVICES, Devices
 from lminf.parallel.mesh import MeshShape
 from lminf.train import layouts, step_time
-from lminf.train.layouts import SCHEDULES, Layout, Memory, Placed
+from lminf.train.layouts import SCHEDULES, Layout, Memory, ShardedBytes
 from lminf.train.step import REMAT, TrainStep
 from lminf.train.step_time import StepTime
 
@@ -25,6 +25,8 @@ ZEROS = ("zero1", "zero2", "zero3")
 
 @dataclass(frozen=True)
 class Planned:
+    """A layout with the memory, time and MFU that it is estimated to have."""
+
     layout: Layout
     memory: Memory
     time: StepTime
@@ -45,13 +47,13 @@ class Search:
     rows: int
     length: int
     efficiency: float  # share of the peak that products reach
-    placed: dict[tuple, Placed] = field(default_factory=dict)
+    known: dict[tuple, ShardedBytes] = field(default_factory=dict)
 
     def best(self) -> list[Planned]:
         """The fastest layout of every mesh and strategy that fits, in the order of `Planned.rank`;
         InputError says why there is none.
         """
-        found: dict[tuple, Planned] = {}
+        fastest: dict[tuple, Planned] = {}
         smallest: tuple[float, Layout] | None = None
         for layout in self.layouts():
             taken = self.memory(layout)
@@ -61,13 +63,13 @@ class Search:
                 continue
             planned = self.planned(layout, taken)
             key = layout.sizes, layout.strategy
-            if key not in found or planned.rank < found[key].rank:
-                found[key] = planned
+            if key not in fastest or planned.rank < fastest[key].rank:
+                fastest[key] = planned
         if smallest is None:
             raise InputError(self.nothing_divides())
-        if not found:
+        if not fastest:
             raise InputError(self.nothing_fits(*smallest))
-        return sorted(found.values(), key=lambda planned: planned.rank)
+        return sorted(fastest.values(), key=lambda planned: planned.rank)
 
     @property
     def usable(self) -> float:
@@ -77,20 +79,20 @@ class Search:
     def work(self) -> step_time.Work:
         return step_time.work_of(self.program, rows=self.rows, length=self.length)
 
-    def place(self, layout: Layout) -> Placed:
+    def sharded(self, layout: Layout) -> ShardedBytes:
         sizes = layout.sizes
         key = sizes.fsdp, sizes.tensor, sizes.expert, layout.strategy
-        if key not in self.placed:
-            self.placed[key] = layouts.place(self.program, sizes, layout.strategy)
-        return self.placed[key]
+        if key not in self.known:
+            self.known[key] = layouts.sharded_bytes(self.program, sizes, layout.strategy)
+        return self.known[key]
 
     def memory(self, layout: Layout) -> Memory:
-        return layouts.memory(layout, self.place(layout), self.program, length=self.length)
+        return layouts.memory(layout, self.sharded(layout), self.program, length=self.length)
 
     def planned(self, layout: Layout, taken: Memory) -> Planned:
         kind = self.devices.kind
         time = step_time.step_time(
-            layout, self.place(layout), self.work, taken, kind, efficiency=self.efficiency
+            layout, self.sharded(layout), self.work, taken, kind, efficiency=self.efficiency
         )
         return Planned(layout, taken, time, step_time.mfu(time, layout, self.work, kind))
 
@@ -149,8 +151,8 @@ class Search:
         """Why no layout divides the model and the batch, and the nearest count that some divide."""
         count = self.devices.count
         near = next(
-            (other for step in range(1, count + 1) for other in (count - step, count + step)
-             if 0 < other <= MOST_DEVICES and self.on(other).divides),
+            (candidate for step in range(1, count + 1) for candidate in (count - step, count + step)
+             if 0 < candidate <= MOST_DEVICES and self.on(candidate).divides),
             1,
         )  # fmt: skip
         spec = self.program.spec
@@ -196,10 +198,10 @@ class Search:
 
 def strategies(sizes: MeshShape) -> list[str]:
     """The strategies that use every axis of the mesh, none of which is 1 in vain."""
-    others = [axis for axis in ("tensor", "context", "expert") if getattr(sizes, axis) > 1]
+    axes = [axis for axis in ("tensor", "context", "expert") if getattr(sizes, axis) > 1]
     if sizes.fsdp > 1:
-        return ["+".join([zero, *others]) for zero in ZEROS]
-    return ["+".join(others) or "data"]
+        return ["+".join([zero, *axes]) for zero in ZEROS]
+    return ["+".join(axes) or "data"]
 
 
 def divisors(number: int) -> list[int]:

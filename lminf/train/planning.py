@@ -50,7 +50,7 @@ def activation_bytes(program: TrainStep, *, rows: int, length: int) -> int:
     tokens = local_tokens(program, rows=rows, length=length)
     per_token = program.spec.num_layers / program.mesh.shape["stage"] * kept + working
     if program.pipeline is not None:
-        per_token += program.pipeline.buffered(program.mesh) * program.spec.width
+        per_token += program.pipeline.buffered_microbatches(program.mesh) * program.spec.width
     return math.ceil(tokens * per_token * jnp.dtype(program.dtype).itemsize)
 
 

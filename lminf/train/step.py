@@ -16,7 +16,7 @@ from lminf.attention.policy import LayerPolicy
 from lminf.errors import InputError
 from lminf.models import decoder
 from lminf.models.quantization import check_float
-from lminf.models.routers import rebalanced
+from lminf.models.routers import update_bias
 from lminf.models.spec import ModelSpec
 from lminf.objectives import terms
 from lminf.objectives.terms import CrossEntropy, Term
@@ -115,7 +115,11 @@ class TrainStep:
     @property
     def pieces(self) -> int:
         """Parts of a batch that are computed one after another."""
-        return self.grad_accum_steps if self.pipeline is None else self.pipeline.pieces(self.mesh)
+        return (
+            self.grad_accum_steps
+            if self.pipeline is None
+            else self.pipeline.num_microbatches(self.mesh)
+        )
 
     # --- State ------------------------------------------------------------------------------------
 
@@ -321,7 +325,7 @@ class TrainStep:
         if load is not None and self.lora is None:  # under adapters the router stays as it is
             rate = self.spec.moe and self.spec.moe.router.bias_rate
             assert rate is not None
-            exact = rebalanced(exact, rate, load)
+            exact = update_bias(exact, rate, load)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         def kept(new, old):

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from lminf.models import cost
 from lminf.parallel.hardware import Kind
 from lminf.train import planning
-from lminf.train.layouts import Layout, Memory, Placed
+from lminf.train.layouts import Layout, Memory, ShardedBytes
 from lminf.train.step import TrainStep
 
 # Axes from the innermost, whose devices are next to each other, to the outermost.
@@ -102,19 +102,27 @@ PARTS = tuple(field.name for field in fields(StepTime))
 
 
 def step_time(
-    layout: Layout, placed: Placed, work: Work, taken: Memory, kind: Kind, *, efficiency: float
+    layout: Layout,
+    sharded: ShardedBytes,
+    work: Work,
+    taken: Memory,
+    kind: Kind,
+    *,
+    efficiency: float,
 ) -> StepTime:
-    """`efficiency`: the share of the peak that products reach; `taken`: bytes of the layout."""
+    """The seconds of one step. `efficiency` is the share of the peak FLOPs that matrix products
+    reach, `taken` the bytes that the layout takes.
+    """
     reach = layout.devices * kind.peak_flops * efficiency
     products = work.model_flops * work.tokens / reach
-    recomputation = repeated_flops(layout.remat, work) * work.tokens / reach
+    recomputation = recomputed_flops(layout.remat, work) * work.tokens / reach
     unread = passes_of(layout, backward=2) * work.unread * work.tokens / reach
     multiplying = products + recomputation + unread
-    traffic = moved_bytes(layout, placed, work, taken) / kind.memory_bandwidth
+    traffic = moved_bytes(layout, sharded, work, taken) / kind.memory_bandwidth
     computing = max(multiplying, traffic)
     took = {
         axis: sent / bandwidth(layout, axis, kind)
-        for axis, sent in collectives(layout, placed, work).items()
+        for axis, sent in collectives(layout, sharded, work).items()
     }
     tensor, context, expert = (took.pop(axis) for axis in ("tensor", "context", "expert"))
     busy = computing + tensor + context + expert
@@ -134,19 +142,19 @@ def step_time(
 
 
 def mfu(time: StepTime, layout: Layout, work: Work, kind: Kind) -> float:
-    """Share of the peak that the model's own FLOPs are."""
+    """Model FLOPs utilization: the model's own FLOPs as a share of the peak."""
     peak = layout.devices * kind.peak_flops
     return work.model_flops * work.tokens / (time.total * peak)
 
 
-def repeated_flops(remat: str, work: Work) -> float:
-    """For a token, of the forward pass that the backward repeats."""
+def recomputed_flops(remat: str, work: Work) -> float:
+    """FLOPs of a token's forward pass that the backward pass computes again."""
     again = {"none": 0.0, "dots": work.attention, "full": work.layers + work.attention}
     return again[remat]
 
 
 def local_tokens(layout: Layout, work: Work) -> float:
-    """Of a micro-batch on a device; with `tensor`, others too."""
+    """Tokens of a micro-batch on a device; devices of the `tensor` axis have the same ones."""
     return layout.micro_batch * work.length / layout.sizes.context
 
 
@@ -157,43 +165,43 @@ def passes_of(layout: Layout, *, backward: int = 1) -> int:
     return 1 + backward + (layout.remat == "full")
 
 
-def moved_bytes(layout: Layout, placed: Placed, work: Work, taken: Memory) -> float:
+def moved_bytes(layout: Layout, sharded: ShardedBytes, work: Work, taken: Memory) -> float:
     """Read from and written to a device's memory in a step: weights in every pass of a micro-batch
     and their gradients, activations in and out of every pass, and the state in the update.
     """
-    weights = placed.weights / layout.sizes.stage * (passes_of(layout) + 1)
-    channels = sum(placed.channels[layout.remat]) * work.num_layers / layout.sizes.stage
+    weights = sharded.weights / layout.sizes.stage * (passes_of(layout) + 1)
+    channels = sum(sharded.channels[layout.remat]) * work.num_layers / layout.sizes.stage
     activations = 2 * passes_of(layout) * local_tokens(layout, work) * channels * work.itemsize
     state = taken.params + taken.grads + taken.optimizer
     return layout.accumulation * (weights + activations) + 2 * state
 
 
-def collectives(layout: Layout, placed: Placed, work: Work) -> dict[str, float]:
+def collectives(layout: Layout, sharded: ShardedBytes, work: Work) -> dict[str, float]:
     """Bytes that each device sends in a step, by the axis over which it sends them."""
     sizes, count, passes = layout.sizes, layout.accumulation, passes_of(layout)
     tokens = local_tokens(layout, work)
     stream, layers = tokens * work.stream_bytes, work.num_layers / sizes.stage
     # Around attention and around the MLP an all-gather and a reduce-scatter.
-    tensor = count * passes * layers * 4 * stream * part(sizes.tensor)
+    tensor = count * passes * layers * 4 * stream * ring_share(sizes.tensor)
     kv = tokens * work.kv_bytes / sizes.tensor
     context = count * (passes + 1) * layers * kv * (sizes.context - 1)  # once more: gradients
     mixed = work.mixed_layers / sizes.stage
-    expert = count * passes * mixed * 2 * stream * work.expert_copies * part(sizes.expert)
-    weights = placed.weights / sizes.stage
+    expert = count * passes * mixed * 2 * stream * work.expert_copies * ring_share(sizes.expert)
+    weights = sharded.weights / sizes.stage
     gradient = weights * (4 / work.itemsize if count > 1 else 1)
-    reduced = gradient / sizes.fsdp if placed.slices_grads else gradient
-    if placed.slices_weights:  # gathered in both passes of a piece, and reduced after it
-        fsdp = count * (2 * weights + gradient) * part(sizes.fsdp)
+    reduced = gradient / sizes.fsdp if sharded.shards_grads else gradient
+    if sharded.shards_weights:  # gathered in both passes of a piece, and reduced after it
+        fsdp = count * (2 * weights + gradient) * ring_share(sizes.fsdp)
     else:  # once a step: the gradient is reduced, and slices or new weights are gathered
-        fsdp = (gradient + weights) * part(sizes.fsdp)
-    data = 2 * reduced * part(sizes.data)
+        fsdp = (gradient + weights) * ring_share(sizes.fsdp)
+    data = 2 * reduced * ring_share(sizes.data)
     ends = 2 * count * stream * layout.passes.chunks / sizes.tensor if sizes.stage > 1 else 0.0
     return {"tensor": tensor, "context": context, "expert": expert, "fsdp": fsdp, "data": data,
             "stage": ends}  # fmt: skip
 
 
-def part(devices: int) -> float:
-    """Of the bytes of a collective, what each device sends in a ring."""
+def ring_share(devices: int) -> float:
+    """The share of a collective's bytes that each device sends in a ring."""
     return (devices - 1) / devices
 
 

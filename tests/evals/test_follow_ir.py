@@ -42,7 +42,7 @@ def test_p_mrr_is_the_mean_over_documents_of_a_query_and_then_over_queries():
     def query(gone):
         every = frozenset("abcd")
         return follow_ir.Query(
-            "q", follow_ir.Instructed("one", every), follow_ir.Instructed("two", every - gone),
+            "q", follow_ir.Instruction("one", every), follow_ir.Instruction("two", every - gone),
             dict.fromkeys("abcd", ""),
         )  # fmt: skip
 

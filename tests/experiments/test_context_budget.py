@@ -10,7 +10,7 @@ from lminf.run import request
 
 
 def test_rows_ask_in_a_chunk_of_their_own_about_their_own_context():
-    batch = _lookup_budget.Asked(length=24, chunk=8, rows=5, seed=0).batch(3)
+    batch = _lookup_budget.LookupTexts(length=24, chunk=8, rows=5, seed=0).batch(3)
     for tokens, weights in zip(batch["tokens"], batch["weights"], strict=True):
         facts = {(x - _lookups.FACT) // 8: (x - _lookups.FACT) % 8
                  for x in tokens[:24].tolist() if x < _lookups.KEY}  # fmt: skip

@@ -22,18 +22,18 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, SPEC.vocab_size, (2, 2
 
 def test_the_pick_is_every_kth_state_of_a_chunk_counted_from_one():
     picked = [8 * chunk + 3 * j - 1 for chunk in (0, 1) for j in (1, 2)]
-    assert sorted({*TOKENIZER.kept(16, 3)} - {7, 15}) == picked
-    np.testing.assert_array_equal(TOKENIZER.kept(16, 3), [2, 5, 7, 10, 13, 15])
-    np.testing.assert_array_equal(TOKENIZER.kept(11, 4), [3, 7, 10])
-    np.testing.assert_array_equal(TOKENIZER.kept(16, 8), [7, 15])
-    assert len(TOKENIZER.kept(0, 4)) == 0
+    assert sorted({*TOKENIZER.kept_positions(16, 3)} - {7, 15}) == picked
+    np.testing.assert_array_equal(TOKENIZER.kept_positions(16, 3), [2, 5, 7, 10, 13, 15])
+    np.testing.assert_array_equal(TOKENIZER.kept_positions(11, 4), [3, 7, 10])
+    np.testing.assert_array_equal(TOKENIZER.kept_positions(16, 8), [7, 15])
+    assert len(TOKENIZER.kept_positions(0, 4)) == 0
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TOKENIZER.kept(16, 1), "a ratio of 1 tokens to an embedding, .* give 2 to 8"),
-        (lambda: TOKENIZER.kept(16, 9), "a ratio of 9 tokens to an embedding, in chunks of 8"),
+        (lambda: TOKENIZER.kept_positions(16, 1), "a ratio of 1 tokens to an embed.* give 2 to 8"),
+        (lambda: TOKENIZER.kept_positions(16, 9), "a ratio of 9 tokens to an embed.*chunks of 8"),
         (lambda: ExtensibleTokenizer(SPEC, 3, 8), "the first 3 layers of a model of 2 layers"),
         (lambda: ExtensibleTokenizer(specs.MIXED, 1, 8), "the first 1 layers of a mixture of ex"),
         (lambda: ExtensibleTokenizer(SPEC, 1, 1), r"ExtensibleTokenizer\.chunk is 1"),

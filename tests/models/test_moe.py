@@ -31,20 +31,6 @@ def experts(**changes):
     return moe.Experts(mix, WIDTH, product, True, layers.unconstrained)
 
 
-@pytest.fixture(scope="module")
-def x():
-    return np.random.default_rng(1).normal(size=(2, 6, WIDTH)).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def params(x):
-    shapes = jax.eval_shape(experts().init, jax.random.key(0), x)["params"]
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: (rng.normal(size=leaf.shape) * WIDTH**-0.5).astype(np.float32), shapes
-    )
-
-
 def ran(module, params, x):
     @cases.compiled
     def run(params, x):

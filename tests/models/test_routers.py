@@ -13,10 +13,9 @@ from lminf.models import cost, decoder, routers
 from lminf.models.routers import ExpertChoice, Hash, LossFree, TokenChoice
 from tests.attention import cases
 from tests.models import specs
-from tests.models.test_moe import MIX, experts, mixed, one, params, ran, x
+from tests.models.test_moe import MIX, experts, mixed, one, ran
 from tests.train import making
 
-__all__ = ["params", "x"]  # fixtures
 CHOOSING = {"router": ExpertChoice()}
 FLAT = (12, 16)  # the tokens of x, and its width
 
@@ -73,7 +72,7 @@ def test_biases_move_by_the_sign_of_the_load_error():
     """Algorithm 1 of arXiv:2408.15664: up where fewer tokens than the mean, else down."""
     before = {"layers": {"moe": {routers.BIAS: jnp.array([[0.1, 0.2, 0.3, 0.4]])}}}
     load = jnp.array([[0.5, 0.25, 0.15, 0.1]])
-    after = routers.rebalanced(before, 0.01, load)["layers"]["moe"][routers.BIAS]
+    after = routers.update_bias(before, 0.01, load)["layers"]["moe"][routers.BIAS]
     np.testing.assert_allclose(after, [[0.09, 0.2, 0.31, 0.41]], rtol=1e-6)
 
 

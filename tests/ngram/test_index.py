@@ -55,7 +55,7 @@ def test_files_are_as_published(any_index):
     for shard in any_index.shards:
         tokens = shard.tokens.tolist()
         table = oracle.suffix_array(tokens, encoding.width, encoding.order)
-        assert (shard.places(np.arange(shard.slots)) * encoding.width).tolist() == table
+        assert (shard.positions(np.arange(shard.slots)) * encoding.width).tolist() == table
         spans = oracle.document_spans(tokens, encoding.separator)
         assert (shard.offsets + 1).tolist() == [first for first, _ in spans]
         assert [shard.span(i) for i in range(len(spans))] == spans

@@ -11,14 +11,13 @@ from lminf.lm.protocol import LanguageModel
 from lminf.ngram.model import InfiniGramLM, Mixture, MixtureWeights, fit_weights
 from tests import stated_ranges
 from tests.lm import test_protocol
-from tests.lm.conftest import lm  # noqa: F401
 from tests.ngram import cases
 
 TEXTS = ["The grass is green. The sky is blue.", "Here we go. There and back again."]
 
 
 @pytest.fixture
-def infinigram(tmp_path, lm) -> InfiniGramLM:  # noqa: F811
+def infinigram(tmp_path, lm) -> InfiniGramLM:
     return test_protocol.infinigram(tmp_path, lm.tokenizer, TEXTS)
 
 
@@ -63,8 +62,8 @@ def test_it_keeps_the_protocol(infinigram):
 
 
 @pytest.mark.slow
-def test_a_mixture_is_the_weighted_mean_of_both(infinigram, lm):  # noqa: F811
-    weights = MixtureWeights(sparse=0.75, other=0.25)
+def test_a_mixture_is_the_weighted_mean_of_both(infinigram, lm):
+    weights = MixtureWeights(sparse=0.75, non_sparse=0.25)
     mixture = Mixture(lm, infinigram, weights)
     prompts = ["The sky", "The "]  # one byte follows; two do
     neural, counted = np.exp(lm.next(prompts)), np.exp(infinigram.next(prompts))
@@ -91,9 +90,9 @@ def test_fitted_weights_are_the_likeliest():
 
     grid = np.linspace(0, 0.99, 100)
     best = min(((a, b) for a in grid for b in grid), key=lambda pair: nll(*pair))
-    assert (found.sparse, found.other) == pytest.approx(best, abs=0.011)
-    assert nll(found.sparse, found.other) <= nll(*best)
-    assert found.sparse > found.other
+    assert (found.sparse, found.non_sparse) == pytest.approx(best, abs=0.011)
+    assert nll(found.sparse, found.non_sparse) <= nll(*best)
+    assert found.sparse > found.non_sparse
     assert fit_weights(neural, np.ones(400, bool), 2 * neural) == MixtureWeights(0.0, 0.0)
 
 
@@ -104,7 +103,7 @@ def test_weights_outside_their_range_are_refused():
             dataclasses.replace(MixtureWeights(0.5, 0.5), **{field: value})
 
 
-def test_an_index_of_another_tokenizer_is_refused(tmp_path, lm):  # noqa: F811
+def test_an_index_of_another_tokenizer_is_refused(tmp_path, lm):
     index = cases.made(tmp_path, cases.documents(0))
     with pytest.raises(InputError, match="built with the tokenizer drawn, and not"):
         InfiniGramLM(index, lm.tokenizer)

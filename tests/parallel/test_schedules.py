@@ -10,7 +10,7 @@ from lminf.parallel.schedules import SCHEDULES
 
 
 def costs(name, p, vocab="last_stage", m=None, duration=None):
-    duration = duration or simulator.typical(name)
+    duration = duration or simulator.typical_duration(name)
     made = schedules.build(name, devices=p, microbatches=m or 4 * p, vocab=vocab, duration=duration)
     return simulator.simulate(made)
 
@@ -36,7 +36,7 @@ def test_1f1b_has_the_same_bubble_with_any_vocabulary_and_the_published_peak(voc
 @pytest.mark.parametrize("vocab", ["one_barrier", "two_barriers"])
 def test_one_microbatch_less_in_flight_makes_a_larger_bubble(vocab, monkeypatch):
     """Each barrier costs a microbatch, and not less."""
-    form = SCHEDULES["1f1b"]._replace(ahead=lambda p, d, m: (p - d - 1, p - d - 1))
+    form = SCHEDULES["1f1b"]._replace(max_in_flight=lambda p, d, m: (p - d - 1, p - d - 1))
     monkeypatch.setitem(SCHEDULES, "1f1b", form)
     assert costs("1f1b", 8, vocab).idle[0] > 7 * (4 + 8)
 

@@ -227,14 +227,14 @@ def test_arguments_that_mean_nothing_are_refused(harness, folder, arguments, mes
 
 
 def test_generation_options_are_ours_or_refused(harness):
-    assert harness.answering({}) == (256, (), Sampling())
-    assert harness.answering({"temperature": 0.7, "top_k": 3, "until": "x"}) == (
+    assert harness.generation_options({}) == (256, (), Sampling())
+    assert harness.generation_options({"temperature": 0.7, "top_k": 3, "until": "x"}) == (
         256, ("x",), Sampling(0.7, top_k=3),
     )  # fmt: skip
-    assert harness.answering({"do_sample": True}).sampling == Sampling(1.0)
-    assert harness.answering({"num_beams": 1}).sampling == Sampling()
+    assert harness.generation_options({"do_sample": True}).sampling == Sampling(1.0)
+    assert harness.generation_options({"num_beams": 1}).sampling == Sampling()
     with pytest.raises(InputError, match="option num_beams=4 has no counterpart here; there are"):
-        harness.answering({"num_beams": 4})
+        harness.generation_options({"num_beams": 4})
 
 
 @pytest.mark.parametrize(

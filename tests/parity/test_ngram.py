@@ -62,7 +62,7 @@ def prompts(index):
 
 
 def test_the_table_is_the_same(index, folder):
-    ours = (index.shards[0].places(np.arange(index.slots)) * 2).astype("<u8").view("u1")
+    ours = (index.shards[0].positions(np.arange(index.slots)) * 2).astype("<u8").view("u1")
     theirs = np.fromfile(folder / "table.0", "u1").reshape(index.slots, -1)
     np.testing.assert_array_equal(theirs, ours.reshape(-1, 8)[:, : theirs.shape[1]])
 

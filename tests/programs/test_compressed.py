@@ -54,7 +54,7 @@ def test_a_budget_that_no_ratio_or_retrieval_meets_is_refused():
 def test_a_context_is_as_many_embeddings_as_the_smallest_fitting_ratio_makes(size, ratio):
     embeddings, _ = methods()
     reduced = embeddings.reduce(TEXT, QUESTION, budget(size))
-    assert len(reduced.values) == len(TOKENIZER.kept(20, ratio)) <= size - 3
+    assert len(reduced.values) == len(TOKENIZER.kept_positions(20, ratio)) <= size - 3
     tokens = jnp.asarray(MODEL.encode(TEXT)[0])[None]
     expected = TOKENIZER.encode(embeddings.params, MODEL.params, tokens, ratio)[0]
     np.testing.assert_allclose(reduced.values, expected, atol=1e-5)

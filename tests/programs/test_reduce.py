@@ -141,12 +141,12 @@ def test_a_summary_is_what_the_model_writes_until_the_budget_ends():
 def test_segments_are_the_surest_of_segment_reading(lm, monkeypatch):
     asked = []
 
-    def surest(model, ids, how, *, room):
+    def select_segments(model, ids, how, *, room):
         asked.append((bytes(ids.tolist()).decode(), how, room))
         kept = np.concatenate([ids[5:15], ids[len(ids) - how.question_len :]])
         return KeyContext(kept, (), np.zeros(0), ())
 
-    monkeypatch.setattr(reduce_by_model.segment_reading, "surest", surest)
+    monkeypatch.setattr(reduce_by_model.segment_reading, "select_segments", select_segments)
     budget = Budget(60, lambda text: lm.encode(text)[0], "tokens")
     kept = Segments(lm, segment_len=10).reduce(TEXT, QUESTION, budget)
     ((prompt, how, room),) = asked

@@ -143,7 +143,7 @@ def test_entropies_do_not_depend_on_order_or_company(full, small_steps, monkeypa
     np.testing.assert_allclose(alone[0], -(p * np.log(p)).sum(-1).mean(), rtol=1e-5)
     together = segment_reading.entropies(full, prompts[::-1], last=last)
     np.testing.assert_allclose(together[::-1], alone, rtol=1e-5)
-    monkeypatch.setattr(segment_reading, "TOGETHER", 1)
+    monkeypatch.setattr(segment_reading, "BATCH_TOKENS", 1)
     np.testing.assert_allclose(
         segment_reading.entropies(full, prompts, last=last), alone, rtol=1e-5
     )

@@ -45,7 +45,7 @@ def test_an_experiment_is_a_run_and_a_plot(name):
 def test_a_config_says_what_to_expect(name):
     found = header.read(header.CONFIGS / f"{name}.py")
     assert found.title
-    missing = {"Question", "Command", "Time", "Expected", "Tiny"} - set(found.entries)
+    missing = {"Topic", "Question", "Command", "Time", "Expected", "Tiny"} - set(found.entries)
     assert not missing, f"the docstring of configs/{name}.py lacks {sorted(missing)}"
 
 

@@ -59,9 +59,9 @@ def test_bytes_and_traffic_of_zero_are_those_of_its_paper(
     taken, count = found.memory(one), cost.parameters(LARGE)
     state = taken.params + taken.grads + taken.optimizer
     assert state / count == pytest.approx(bytes_per_parameter, rel=1e-3)
-    placed = found.place(one)
-    traffic = sum(step_time.collectives(one, placed, found.work).values())
-    assert traffic / (placed.weights * 63 / 64) == pytest.approx(sent, rel=0.01)
+    sharded = found.sharded(one)
+    traffic = sum(step_time.collectives(one, sharded, found.work).values())
+    assert traffic / (sharded.weights * 63 / 64) == pytest.approx(sent, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +225,6 @@ def test_a_compiled_step_takes_what_the_layout_says(strategy, sizes, remat):
     step = made.step.lower(*compiled.shapes_of(made, 8 * 16, 64))
     found = compiled.memory_of(step.compile())
     one = layout(strategy, remat=remat, micro_batch=16, **sizes)
-    taken = layouts.memory(one, layouts.place(made, one.sizes, strategy), made, length=64)
-    assert taken.params + taken.optimizer == pytest.approx(found.held, rel=0.01)
+    taken = layouts.memory(one, layouts.sharded_bytes(made, one.sizes, strategy), made, length=64)
+    assert taken.params + taken.optimizer == pytest.approx(found.arguments, rel=0.01)
     assert taken.total == pytest.approx(found.total, rel=0.2)

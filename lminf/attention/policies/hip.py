@@ -53,10 +53,10 @@ class HierarchicalSelect(sparse.SparsePolicy):
 
     @abc.abstractmethod
     def search(
-        self, stage: int, query: sparse.Query, start: Array, before: Array | None
+        self, stage: int, query: sparse.Query, start: Array, parent_ids: Array | None
     ) -> Int[Array, "B K kept"]:
-        """Numbers of the blocks that a stage keeps of those `before`, in order; first -1 for none.
-        The first stage has `before` None, and everything from sinks to `start`.
+        """Ids of the blocks that a stage keeps, in order; first -1 for none. It searches in the
+        blocks `parent_ids` of the stage before; the first (None) in all from sinks to `start`.
         """
 
     def init_state(self, shape: caches.CacheShape) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class HiP(HierarchicalSelect):
         return self.sinks + blocks * self.block
 
     def search(
-        self, stage: int, query: sparse.Query, start: Array, before: Array | None
+        self, stage: int, query: sparse.Query, start: Array, parent_ids: Array | None
     ) -> Int[Array, "B K kept"]:
         q, kept, lists = query.q, self.kept(stage, query.slots), (len(query.q), query.kv_heads)
         if not kept:
@@ -216,16 +216,16 @@ class InfiniteHiP(HierarchicalSelect):
                     f"topk={kept} tokens is no whole number of chunks of chunk={size}; "
                     f"give a multiple"
                 )
-        for before, after in itertools.pairwise(self.chunk):
-            if before % after:
+        for previous, following in itertools.pairwise(self.chunk):
+            if previous % following:
                 yield (
-                    f"chunk={after} tokens does not divide chunk={before} of the stage before; "
-                    f"give a divisor"
+                    f"chunk={following} tokens does not divide chunk={previous} of the stage "
+                    f"before; give a divisor"
                 )
-        for before, after in itertools.pairwise(self.topk):
-            if after > before:
+        for previous, following in itertools.pairwise(self.topk):
+            if following > previous:
                 yield (
-                    f"topk={after} tokens of the topk={before} that the stage before leaves; "
+                    f"topk={following} tokens of the topk={previous} that the stage before leaves; "
                     f"give no more than those"
                 )
 
@@ -248,16 +248,16 @@ class InfiniteHiP(HierarchicalSelect):
         return max(seen, 2, *(self._listed(stage, slots) for stage in stages))
 
     def search(
-        self, stage: int, query: sparse.Query, start: Array, before: Array | None
+        self, stage: int, query: sparse.Query, start: Array, parent_ids: Array | None
     ) -> Int[Array, "B K kept"]:
         size, listed = self.chunk[stage], self._listed(stage, query.slots)
         kept, lists = self.kept(stage, query.slots), (len(query.q), query.kv_heads)
         total = (start - self.sinks)[:, None, None]
-        if before is None:  # chunks of all that there is, the last one at the end of the list
+        if parent_ids is None:  # chunks of all that there is, the last one at the end of the list
             number = -(-total // size) - listed + jnp.arange(listed, dtype=jnp.int32)[None, None]
             number = jnp.broadcast_to(jnp.maximum(number, -1), (*lists, listed))
         else:  # those of the chunks before
-            number = sparse.block_positions(before, self.chunk[stage - 1] // size)
+            number = sparse.block_positions(parent_ids, self.chunk[stage - 1] // size)
             number = jnp.sort(jnp.where(number * size < total, number, -1), axis=2)
         if kept == listed:
             return number

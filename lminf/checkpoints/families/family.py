@@ -34,7 +34,7 @@ class Family:
 
 
 def llama_like(
-    fields: Fields, family: str, *, rotary: Mapping[str, Any] | None = None, **own: Any
+    fields: Fields, family: str, *, rotary: Mapping[str, Any] | None = None, **spec_fields: Any
 ) -> ModelSpec:
     """Spec of a pre-norm, gated, grouped-query decoder; `own` is what the family does otherwise,
     `rotary` what its rotary encoding is where the file does not say it.
@@ -42,10 +42,12 @@ def llama_like(
     width, heads, layers = (
         fields[name] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
     )
-    head_dim = own.pop("head_dim", None) or fields.get("head_dim") or divided(fields, width, heads)
-    mlp = own.pop("mlp", None)
+    head_dim = (
+        spec_fields.pop("head_dim", None) or fields.get("head_dim") or divided(fields, width, heads)
+    )
+    mlp = spec_fields.pop("mlp", None)
     if mlp is None:
-        activation = own.pop("activation", None) or fields.activation("hidden_act")
+        activation = spec_fields.pop("activation", None) or fields.activation("hidden_act")
         mlp_bias = fields.get("mlp_bias", False)
         mlp = MLPSpec(fields["intermediate_size"], activation, gated=True, bias=mlp_bias)
     bias = fields.get("attention_bias", False)
@@ -58,12 +60,12 @@ def llama_like(
         "num_kv_heads": fields.get("num_key_value_heads", heads),
         "head_dim": head_dim,
         "mlp": mlp,
-        "norm": None if "norm" in own else rms(fields),
+        "norm": None if "norm" in spec_fields else rms(fields),
         "encoding": None
-        if "encoding" in own
+        if "encoding" in spec_fields
         else hf_rotary.read(fields, head_dim, **(rotary or {})),
         "trained_length": fields["max_position_embeddings"],
-        "windows": None if "windows" in own else by_type(fields, None) or (None,) * layers,
+        "windows": None if "windows" in spec_fields else by_type(fields, None) or (None,) * layers,
         "residual": "sequential",
         "qkv_bias": bias,
         "out_bias": bias,
@@ -77,18 +79,18 @@ def llama_like(
         "tied": fields.get("tie_word_embeddings", False),
         "head_bias": False,
     }
-    return ModelSpec(**(facts | own))
+    return ModelSpec(**(facts | spec_fields))
 
 
-def plain(family: str, fields: Fields, **own: Any) -> ModelSpec:
+def plain(family: str, fields: Fields, **spec_fields: Any) -> ModelSpec:
     """Spec of a decoder with layer norms, as many key heads as query heads and a plain MLP."""
     facts = {
         "family": family,
-        "num_kv_heads": own["num_heads"],
-        "windows": (None,) * own["num_layers"],
+        "num_kv_heads": spec_fields["num_heads"],
+        "windows": (None,) * spec_fields["num_layers"],
         "qk_norm": None,
         "post_norms": False,
-        "query_scale": own["head_dim"] ** -0.5,
+        "query_scale": spec_fields["head_dim"] ** -0.5,
         "qkv_clip": None,
         "attention_soft_cap": None,
         "final_soft_cap": None,
@@ -96,7 +98,7 @@ def plain(family: str, fields: Fields, **own: Any) -> ModelSpec:
         "head_bias": False,
         "vocab_size": fields["vocab_size"],
     }
-    return ModelSpec(**(facts | own))
+    return ModelSpec(**(facts | spec_fields))
 
 
 def rms(fields: Fields, *, scale_offset: float = 0.0) -> NormSpec:

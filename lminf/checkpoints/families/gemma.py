@@ -23,7 +23,7 @@ from lminf.checkpoints.families.family import (
 from lminf.models.spec import ModelSpec
 
 
-def _gemma_like(fields: Fields, family: str, **own: Any) -> ModelSpec:
+def _gemma_like(fields: Fields, family: str, **spec_fields: Any) -> ModelSpec:
     fields.only("mlp_bias", False)
     fields.only("use_bidirectional_attention", False)
     fields["head_dim"]
@@ -33,7 +33,7 @@ def _gemma_like(fields: Fields, family: str, **own: Any) -> ModelSpec:
         norm=rms(fields, scale_offset=1.0),
         embed_scale=fields["hidden_size"] ** 0.5,
         tied=fields.get("tie_word_embeddings", True),
-        **own,
+        **spec_fields,
     )
 
 
@@ -44,7 +44,7 @@ def _gemma(fields: Fields, family: str) -> ModelSpec:
     return _gemma_like(fields, family, activation="gelu_tanh")
 
 
-def _sandwiched(fields: Fields, family: str, **own: Any) -> ModelSpec:
+def _sandwiched(fields: Fields, family: str, **spec_fields: Any) -> ModelSpec:
     """Gemma 2 and 3: norms after attention and MLP too, soft caps, a scale of its own."""
     fields.ignored("hidden_act")  # older files have both; the model runs hidden_activation
     return _gemma_like(
@@ -53,7 +53,7 @@ def _sandwiched(fields: Fields, family: str, **own: Any) -> ModelSpec:
         activation=fields.activation("hidden_activation"),
         post_norms=True,
         query_scale=fields["query_pre_attn_scalar"] ** -0.5,
-        **own,
+        **spec_fields,
     )
 
 

@@ -80,7 +80,7 @@ def _granite_fields(spec: ModelSpec) -> dict[str, Any]:
 # --- Qwen -----------------------------------------------------------------------------------------
 
 
-def qwen(fields: Fields, family: str, **own: Any) -> ModelSpec:
+def qwen(fields: Fields, family: str, **spec_fields: Any) -> ModelSpec:
     """Spec of a Qwen 2 or 3, whose layers slide from the max_window_layers-th on."""
     layers = fields["num_hidden_layers"]
     slides = fields.get("use_sliding_window", False)
@@ -95,7 +95,7 @@ def qwen(fields: Fields, family: str, **own: Any) -> ModelSpec:
     else:
         fields["head_dim"]  # the default of its absence is one model's
         extra |= {"qk_norm": "head"}
-    return llama_like(fields, family, **(extra | own))
+    return llama_like(fields, family, **(extra | spec_fields))
 
 
 def qwen_fields(spec: ModelSpec) -> dict[str, Any]:

@@ -71,13 +71,13 @@ class Answer(NamedTuple):
 
 
 METRICS: Mapping[str, Callable[[str, str, Sequence[str]], float]] = {
-    "f1": lambda found, right, _: metrics.token_f1(found, right),
-    "f1_zh": lambda found, right, _: metrics.character_f1(found, right),
-    "rouge": lambda found, right, _: metrics.rouge_l(found, right),
-    "rouge_zh": lambda found, right, _: metrics.character_rouge_l(found, right),
+    "f1": lambda completion, right, _: metrics.token_f1(completion, right),
+    "f1_zh": lambda completion, right, _: metrics.character_f1(completion, right),
+    "rouge": lambda completion, right, _: metrics.rouge_l(completion, right),
+    "rouge_zh": lambda completion, right, _: metrics.character_rouge_l(completion, right),
     "class": metrics.classified,
-    "number": lambda found, right, _: metrics.number_share(found, _number(right)),
-    "code": lambda found, right, _: metrics.code_similarity(found, right),
+    "number": lambda completion, right, _: metrics.number_share(completion, _number(right)),
+    "code": lambda completion, right, _: metrics.code_similarity(completion, right),
 }
 
 

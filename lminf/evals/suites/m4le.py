@@ -84,7 +84,7 @@ class Composed(GeneratedTask):
 
     def _make_clear(self, composed: list[tuple[str, str]], city: str) -> None:
         """Makes the city that of every third note, and the others take turns."""
-        decoys = [other for other in CITIES if other != city]
+        decoys = [decoy for decoy in CITIES if decoy != city]
         for index, (goods, _) in enumerate(composed):
             composed[index] = goods, city if index % 3 == 0 else decoys[index % len(decoys)]
 

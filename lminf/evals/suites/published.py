@@ -26,11 +26,11 @@ Record: TypeAlias = Mapping[str, Any]
 
 
 class Question(NamedTuple):
-    """One of a file: its prompt is before + context + after."""
+    """One of a file: its prompt is prefix + context + suffix."""
 
-    before: str
+    prefix: str
     context: str  # of which the middle can be left out
-    after: str
+    suffix: str
     answer: Any
     options: Sequence[str] = ()
 
@@ -61,8 +61,8 @@ class PublishedTask(SuiteTask):
         return [self._fitted(budget, questions[index]) for index in order[:count]]
 
     def _fitted(self, budget: Budget, question: Question) -> Item:
-        before, context, after, answer, options = question
-        text = before + context + after
+        prefix, context, suffix, answer, options = question
+        text = prefix + context + suffix
         if (tokens := budget.count(text)) <= budget.size:
             return Item(text, answer, tokens, options=options)
         if self.too_long == "refuse":
@@ -74,7 +74,7 @@ class PublishedTask(SuiteTask):
 
         def shortened(kept: int) -> str:
             head, tail = context[: kept - kept // 2], context[len(context) - kept // 2 :]
-            return before + head + tail + after
+            return prefix + head + tail + suffix
 
         filled = fill(budget, shortened, part="character of its context", most=len(context))
         cut = len(context) - filled.parts

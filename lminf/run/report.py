@@ -49,7 +49,11 @@ def compose(
 
 def question(header: Header) -> str:
     """The title of a report and what its experiment says of itself."""
-    entries = [f"- **{key}**: {text}" for key, text in header.entries.items() if key != "Command"]
+    entries = [
+        f"- **{key}**: {text}"
+        for key, text in header.entries.items()
+        if key not in ("Command", "Topic")
+    ]
     return "\n\n".join(filter(None, [f"# {header.title or header.name}", "\n".join(entries)]))
 
 

@@ -127,7 +127,8 @@ def rounds(
     generate.check_new_tokens(max_new_tokens)
     texts = [np.asarray(each, np.int32) for each in prompts]
     turn = layer_policies.common_eviction(lm.decoder.policies)  # tokens, the most in a call
-    k = min(speculation.num_draft_tokens, DRAFT_TOKENS.max if turn is None else turn - 1)
+    k = speculation.num_draft_tokens
+    k = k if turn is None else min(k, turn - 1)
     drafter = speculation.draft.start(
         lm, texts, num_draft_tokens=k, max_new_tokens=max_new_tokens, sampling=sampling
     )

@@ -1,4 +1,4 @@
-"""A draft for speculative decoding: what followed most often in a corpus, by its ∞-gram."""
+"""A draft for speculative decoding: what the ∞-gram of a corpus gives most of the probability."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,20 +7,20 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int, Int64
+from jaxtyping import Int
 
 from lminf.errors import InputError
 from lminf.lm.lm import LM
 from lminf.lm.speculative import Proposal, Texts
 from lminf.ngram.index import FACTS, PROGRESS, Index, open_index
-from lminf.ngram.next_tokens import NextTokens, ntd
+from lminf.ngram.next_tokens import ntd
 
 
 @dataclass(frozen=True)
 class NGramDraft:
-    """What followed the longest end of the text that occurs in a corpus most often, token by token;
-    of equals the smaller one. Nothing is proposed behind the end of a document, nor where not even
-    the text's last token occurs.
+    """What followed more than half of the occurrences of the longest end of the text that occurs in
+    a corpus, token by token. Nothing is proposed from where no token did, nor where not even the
+    text's last token occurs: a call that reads several tokens in vain is slower than plain decoding.
     """
 
     index: Index
@@ -39,11 +39,12 @@ class NGramDraft:
         for step in range(k):
             if not len(rows):
                 break
-            tokens = most_frequent(ntd(self.index, [ends[row] for row in rows]))
-            goes_on = tokens != separator
-            rows, tokens = rows[goes_on], tokens[goes_on]
+            found = ntd(self.index, [ends[row] for row in rows])
+            certain = 2 * found.counts > found.prompt_count[found.prompt]
+            certain &= found.token != separator
+            rows, tokens = rows[found.prompt[certain]], found.token[certain]
             proposed[rows, step] = tokens
-            # What followed the longest end is, with it, the longest end of the longer text.
+            # With what followed it, the longest end is that of the longer text.
             for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
                 ends[row] = np.append(ends[row], token)
         return Proposal(proposed)
@@ -53,13 +54,6 @@ def _storable(text: Int[np.ndarray, " _"], separator: int) -> Int[np.ndarray, " 
     """The end of a text behind the last token that no document can hold."""
     beyond = np.flatnonzero(text >= separator)
     return text[beyond[-1] + 1 :] if len(beyond) else text
-
-
-def most_frequent(found: NextTokens) -> Int64[np.ndarray, " B"]:
-    """The token that followed each prompt most often, each of which has occurred."""
-    order = np.lexsort((found.token, -found.counts, found.prompt))
-    first = np.searchsorted(found.prompt[order], np.arange(len(found.prompt_count)))
-    return found.token[order][first]
 
 
 def ngram_draft(folder: str, *, model: str) -> Callable[[LM], NGramDraft]:

@@ -31,22 +31,23 @@ def followed(text, count):
         if end is None:
             break
         after = [corpus[i + len(end)] for i in range(len(corpus)) if corpus.startswith(end, i)]
-        written += max(sorted(set(after)), key=lambda c: (after.count(c), -ord(c)))
-        if written[-1] == "\0":
-            return written[:-1]
+        most = max(set(after), key=after.count)
+        if most == "\0" or 2 * after.count(most) <= len(after):
+            break
+        written += most
     return written
 
 
-def test_what_followed_most_often_is_proposed(lm, tmp_path):
+def test_what_followed_more_than_half_of_the_time_is_proposed(lm, tmp_path):
     draft = built(tmp_path / "index", lm.tokenizer, CORPUS)(lm)
-    texts = ["I know the c", "cow s", "the cat sat b", "qqq", "the ma", "xx Z", "o"]
+    texts = ["I know the ca", "cow s", "the cat sat b", "qqq", "the ma", "xx Z", "o", "the c"]
     tokens = [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
     tokens[2] = np.insert(tokens[2], 1, [256, 255])  # ids that a byte of the index does not hold
     found = draft.propose(tokens, 9, key=jax.random.key(0)).tokens
     written = ["".join(map(chr, row[row >= 0])) for row in found]
     assert written == [followed(text, 9) for text in [*texts[:2], "e cat sat b", *texts[3:]]]
-    assert written[:2] == ["at sat on", "at on the"]
-    assert written[3] == written[5] == ""
+    assert written[:2] == ["t sat on ", "at on the"]
+    assert written[3] == written[5] == written[7] == ""
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from lminf.ngram.next_tokens import ntd
 class NGramDraft:
     """What followed more than half of the occurrences of the longest end of the text that occurs in
     a corpus, token by token. Nothing is proposed from where no token did, nor where not even the
-    text's last token occurs: a call that reads several tokens in vain is slower than plain decoding.
+    text's last token occurs: reading several tokens in vain is slower than plain decoding.
     """
 
     index: Index

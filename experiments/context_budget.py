@@ -160,11 +160,18 @@ def table(rows: list[Row]) -> list[Row]:
     ]  # fmt: skip
 
 
+def kind(method: str) -> str:
+    """Which methods stand in one panel."""
+    if method in (NOTHING, *TRUNCATIONS):
+        return "cut"
+    return "chosen texts" if method in PROSE else "inside the model"
+
+
 def plot(rows: list[Row]) -> Figure:
     """Answers by budget; what is reduced by nothing has the whole length."""
     points = [
         {**line, "answered": line["answered"].mean, **score.ends(line["answered"]),
-         "panel": PANELS[line["part"]]}
+         "panel": f"{PANELS[line['part']]}: {kind(line['method'])}"}
         for line in summary(rows)
     ]  # fmt: skip
     return plots.curves(

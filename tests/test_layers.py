@@ -27,9 +27,9 @@ MODELS = ATTENTION | {"lminf.models"}
 DATA = BASE | {"lminf.data"}
 TRAIN = MODELS | {"lminf.objectives", "lminf.surgery", "lminf.parallel", "lminf.train"}
 CHECKPOINTS = TRAIN | DATA | {"lminf.checkpoints"}
-LM = CHECKPOINTS | {"lminf.lm"}
+LM = CHECKPOINTS | {"lminf.lm", "lminf.ngram"}
 EVALS = LM | {"lminf.evals", "lminf.programs"}
-LIBRARY = EVALS | {"lminf.ngram", "lminf.scaling", "lminf.run", "lminf"}
+LIBRARY = EVALS | {"lminf.ngram.model", "lminf.scaling", "lminf.run", "lminf"}
 LAYERS = {
     "lminf.errors": set(),
     "lminf.types": set(),
@@ -46,8 +46,9 @@ LAYERS = {
     "lminf.train": TRAIN,
     "lminf.data": BASE,
     "lminf.checkpoints": TRAIN | DATA,
-    "lminf.lm": CHECKPOINTS,
-    "lminf.ngram": LM,
+    "lminf.ngram": DATA,
+    "lminf.lm": CHECKPOINTS | {"lminf.ngram"},
+    "lminf.ngram.model": LM,
     "lminf.programs": LM,
     "lminf.evals": LM,
     "lminf.run": BASE - {"lminf.types"},

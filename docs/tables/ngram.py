@@ -17,9 +17,9 @@ QUERIES = {
 
 TABLES = """\
 {speed}
-Medians, in microseconds a query, of 200 single queries and of three batches of 1,000 on an index of
-{slots} tokens; `ratio` is the median of the same turn with its quartiles. Of clauses (`count_cnf`)
-the counts of infini-gram may be a few per cent apart.
+Medians, in microseconds of processor time a query, of 200 single queries and of three batches of
+1,000 on an index of {slots} tokens; `ratio` is the median of the same turn with its quartiles.
+Counts of clauses (`count_cnf`) are the same within a document; see above.
 
 Sorting, from the file of tokens to the file of the table, in medians of all turns: in memory on one
 core, infini-gram on two; and by our own sort of a sixteenth of the suffixes at a time.

@@ -96,6 +96,10 @@ class LayerPolicy(Named):
     # tuple[int, ...]: from which on, of the layers with this policy, it does otherwise.
     layer_thresholds: Any = ()
     needs_hidden = False  # whether `observe_hidden` wants to know what was read
+    # LayerPolicy | None: under which tokens that are read together see what they would see one
+    # after another, with the same cache; None: there is none.
+    one_by_one: Any = property(lambda self: self)
+    accumulates = False  # whether its state holds sums over tokens, from which none can be taken
 
     def cache_layout(self, capacity: int) -> Any:
         """The cache layout for a text of at most `capacity` tokens; None: what positions need."""

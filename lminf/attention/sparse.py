@@ -36,6 +36,7 @@ class SparsePolicy(Policy, abc.ABC):
     """Selects among all earlier tokens. Subclasses say which, and what they remember."""
 
     context_parallel = False
+    one_by_one = None  # queries select in groups
 
     @property
     def bounded(self) -> bool:

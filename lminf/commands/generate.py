@@ -29,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, help="draw among the fewest that hold this much")
     parser.add_argument("--stop", action="append", default=[], help="text to end at; may repeat")
     parser.add_argument("--draft", help="what proposes tokens that the model then reads together: "
-                        "prompt_lookup, layers:8, policy:lm_infinite:window=1024,sinks=4, or a "
-                        "model with the same tokenizer; greedy answers stay the same")  # fmt: skip
+                        "prompt_lookup, ngram:FOLDER of an index, layers:8, "
+                        "policy:lm_infinite:window=1024,sinks=4, or a model with the same "
+                        "tokenizer; greedy answers stay the same")  # fmt: skip
     parser.add_argument("--draft-tokens", type=int, help="that it proposes at a time (7)")
     parser.add_argument("--seed", type=_model.seed, help="of what is drawn (0)")
     parser.add_argument("--chat", action="store_true", help="use the model's chat template; "

@@ -1,6 +1,7 @@
-"""Drafts for speculative decoding: other models, parts of a model, and what a text repeats.
+"""Drafts for speculative decoding: other models, parts of a model, what a text or a corpus repeats.
 
 prompt_lookup:ngram=3                    what followed the last tokens earlier in the text
+ngram:FOLDER                             what followed them in the corpus of an index
 layers:8                                 the model's own first layers, and its head
 policy:lm_infinite:window=1024,sinks=4   the model itself, seeing less of the text
 NAME_OR_FOLDER                           another model with the same tokenizer
@@ -27,6 +28,7 @@ from lminf.errors import InputError
 from lminf.lm import generate
 from lminf.lm.generate import GREEDY, Sampling
 from lminf.lm.lm import LM
+from lminf.lm.ngram_draft import ngram_draft
 from lminf.lm.speculative import Draft, Proposal, Texts, read_prompts
 from lminf.models import heads
 from lminf.ranges import Range
@@ -41,6 +43,8 @@ def parse_draft(text: str, *, model: str, load: Callable[[str], LM]) -> Callable
     if kind == "prompt_lookup":
         lookup = parse_choice(text, {kind: PromptLookup}, what="draft")
         return lambda lm: lookup
+    if kind == "ngram":
+        return ngram_draft(rest, model=model)
     if kind == "policy":
         policy = parse_policy(rest)
         return lambda lm: ModelDraft(lm.with_policy(policy))

@@ -11,6 +11,7 @@ than rounding changes (`ROUNDING`). Elsewhere the tokens so far are read once mo
 reads them, from caches that plain decoding would have: each at most once in an answer.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,12 +24,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lminf import ranges
 from lminf.attention import cache, decode, rope
-from lminf.attention.sparse import SparsePolicy
+from lminf.attention.policy import AnyPolicy, PerLayer
 from lminf.errors import InputError
 from lminf.lm import generate
 from lminf.lm.acceptance import RAPID, STANDARD, Rule, verify
 from lminf.lm.generate import GREEDY, Caches, Sampling
-from lminf.models import decoder, heads
+from lminf.models import decoder, heads, layer_policies
 from lminf.ranges import Range
 
 Texts = Sequence[Int[np.ndarray, " _"]]  # the tokens of each row, its prompt and what follows
@@ -124,7 +125,10 @@ def rounds(
     """Yields what follows the prompts, first one token of each row. `lm` is an lminf.LM."""
     _check(lm, speculation.rule, sampling)
     generate.check_new_tokens(max_new_tokens)
-    k, texts = speculation.num_draft_tokens, [np.asarray(each, np.int32) for each in prompts]
+    texts = [np.asarray(each, np.int32) for each in prompts]
+    turn = layer_policies.common_eviction(lm.decoder.policies)  # tokens, the most in a call
+    k = speculation.num_draft_tokens
+    k = k if turn is None else min(k, turn - 1)
     drafter = speculation.draft.start(
         lm, texts, num_draft_tokens=k, max_new_tokens=max_new_tokens, sampling=sampling
     )
@@ -147,7 +151,8 @@ def rounds(
         tokens, probs = _padded(proposal, k)
         # The last token of an answer is not read, so none is proposed for its place; and rows that
         # are complete read nothing: -1.
-        counts = np.minimum((tokens >= 0).sum(1), left - 1).astype(np.int32)
+        counts = np.minimum((tokens >= 0).sum(1), left - 1)
+        counts = np.minimum(counts, target.most_drafted(texts)).astype(np.int32)
         accepted, following = target.verify(
             texts, Proposal(tokens, probs), counts, speculation.rule, target_key
         )
@@ -174,6 +179,7 @@ class _Target:
 
     def __init__(self, lm, prompts, *, spare, room, sampling, key):
         self.lm, self.sampling, self.calls = lm, sampling, 0
+        self.together = lm.with_policy(_one_by_one(lm.policy))  # reads several tokens in a call
         read = read_prompts(lm, prompts, room=room, spare=spare, sampling=sampling, key=key)
         self.next_token, self.caches = read.next_token, read.rewindable
         self.lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -190,16 +196,43 @@ class _Target:
         key: jax.Array,
     ) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
         """How many of the first `counts` tokens are accepted [B], and the tokens after them [B]."""
-        lm, tokens = self.lm, proposal.tokens
+        tokens, before = proposal.tokens, self._sums()
         hidden, positions = self._read(texts, tokens, counts)
         if self.sampling.temperature == 0:
-            return self._verify_greedily(texts, tokens, counts, hidden)
-        if hidden.shape[1] == 1:
-            args = lm.spec, lm.params, hidden, positions, self.sampling, key
+            accepted, following = self._verify_greedily(texts, tokens, counts, hidden)
+        elif hidden.shape[1] == 1:
+            args = self.lm.spec, self.lm.params, hidden, positions, self.sampling, key
             return np.zeros_like(counts), np.asarray(generate.next_token(*args))
-        args = lm.spec, rule, lm.params, hidden, proposal.probs, tokens, counts, self.sampling, key
-        accepted, following = _verified(*args)
-        return np.asarray(accepted), np.asarray(following)
+        else:
+            args = self.lm.spec, rule, self.lm.params, hidden, proposal.probs, tokens, counts
+            accepted, following = map(np.asarray, _verified(*args, self.sampling, key))
+        if before and (rejected := accepted < counts).any():
+            self._take_back(before, rejected)
+            self._read(texts, tokens, np.where(rejected, accepted, -1).astype(np.int32))
+        return accepted, following
+
+    def most_drafted(self, texts: Texts) -> Int[np.ndarray, " B"]:
+        """Drafted tokens of each row that a call may read: none from where layers evict next."""
+        read = np.array([len(text) - 1 for text in texts])
+        turn = layer_policies.common_eviction(self.lm.decoder.policies)
+        return np.full_like(read, DRAFT_TOKENS.max) if turn is None else turn - 1 - read % turn
+
+    def _sums(self) -> dict[int, Any]:
+        """Copies of the states, by layer, that hold sums over tokens."""
+        policies = self.lm.decoder.policies
+        pairs = enumerate(zip(policies, self.caches, strict=False))
+        return {
+            number: jax.tree.map(jnp.copy, layer.state)
+            for number, (policy, layer) in pairs if policy.accumulates
+        }  # fmt: skip
+
+    def _take_back(self, before: dict[int, Any], rejected: Bool[np.ndarray, " B"]) -> None:
+        """Puts the states of these rows back to what they were."""
+        caches = list(self.caches)
+        for number, state in before.items():
+            kept = _kept(jnp.asarray(rejected), state, caches[number].state)
+            caches[number] = dataclasses.replace(caches[number], state=kept)
+        self.caches = tuple(caches)
 
     def _verify_greedily(self, texts, tokens, counts, hidden):
         best, certain = map(np.asarray, _leading(self.lm.spec, self.lm.params, hidden, ROUNDING))
@@ -219,14 +252,16 @@ class _Target:
         positions.
         """
         width = tokens.shape[1] + 1 if (counts > 0).any() else 1
+        lm = self.together if width > 1 else self.lm
         read = np.array([len(text) - 1 for text in texts], np.int32)
         last = np.array([text[-1:] for text in texts])
         chunk = np.maximum(np.concatenate([last, tokens], 1)[:, :width], 0).astype(np.int32)
         index = np.arange(width, dtype=np.int32)[None]
         positions = np.where(index <= counts[:, None], read[:, None] + index, -1)
         positions = positions.astype(np.int32)
-        caches = tuple(cache.rewound(layer, read) for layer in self.caches)
-        hidden, self.caches = self.lm.on_one_device.forward(chunk, positions, caches)
+        kept = np.where(counts >= 0, read, np.iinfo(np.int32).max)  # all of rows that read nothing
+        caches = tuple(cache.rewound(layer, kept) for layer in self.caches)
+        hidden, self.caches = lm.on_one_device.forward(chunk, positions, caches)
         self.calls += 1
         return hidden, positions
 
@@ -291,12 +326,11 @@ _prerotated = jax.jit(decode.prerotate, static_argnums=(0, 1), static_argnames="
 
 def _check(lm, rule, sampling) -> None:
     for policy in lm.decoder.policies:
-        if isinstance(policy, SparsePolicy) or policy.evict_every is not None:
+        if policy.one_by_one is None:
             raise InputError(
-                f"{policy.name} selects by what tokens hold, and of several that are read at once "
-                f"may select otherwise than of one after another, so the answer would not be that "
-                f"of plain decoding; leave the draft out, or use a policy of positions, such as "
-                f"lm_infinite"
+                f"{policy.name} selects for several tokens that are read at once otherwise than "
+                f"for one after another, so the answer would not be that of plain decoding; leave "
+                f"the draft out, or use another policy, such as infllm or lm_infinite"
             )
     for encoding in lm.spec.encodings:
         if isinstance(encoding, rope.Rotary) and encoding.scaling.follows_length:
@@ -308,6 +342,22 @@ def _check(lm, rule, sampling) -> None:
         raise InputError(
             "RAPID shifts probabilities, but at temperature 0 nothing is drawn; give a temperature"
         )
+
+
+def _one_by_one(policy: AnyPolicy) -> AnyPolicy:
+    if isinstance(policy, PerLayer):
+        return PerLayer(tuple(each.one_by_one for each in policy.policies))
+    return policy.one_by_one
+
+
+@jax.jit
+def _kept(rejected, before, after):
+    """The state [L, B, ...] of rows from before, and of others that from after a call."""
+
+    def of(old, new):
+        return jnp.where(rejected.reshape(1, -1, *[1] * (new.ndim - 2)), old, new)
+
+    return jax.tree.map(of, before, after)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int64, Shaped
 from numpy.lib.stride_tricks import sliding_window_view
 
 from lminf.errors import InputError
 from lminf.ngram.encoding import Queries
 from lminf.ngram.index import Index, Probability, Ranges, Tokens, counts
+from lminf.ngram.shard import Shard
 
 MAX_DIFF_TOKENS = 100
 MAX_CLAUSE_FREQ = 50_000
+ANCHORS = 1 << 12  # places whose surroundings are read at a time
 CONTAMINATION_N, CONTAMINATION_SHARE = 13, 0.8
 
 
@@ -149,32 +151,51 @@ def count_cnf(
     max_diff_tokens: int = MAX_DIFF_TOKENS,
     max_clause_freq: int = MAX_CLAUSE_FREQ,
 ) -> ClauseCount:
-    """Occurrences of the rarest clause with one of every other clause within `max_diff_tokens` of
-    it and in its document; a clause is any of several n-grams.
+    """Occurrences of the rarest clause beside which all others stand in its document; a clause is
+    any of several n-grams.
 
-    A clause that occurs more than `max_clause_freq` times is looked up at one occurrence in so
-    many, which stands for all of them.
+    The others are looked for from the rarest to the commonest, each within `max_diff_tokens` of the
+    span of those before it, which then reaches to the nearest of it on both sides. Where the rarest
+    occurs more than `max_clause_freq` times in a shard, one occurrence in so many stands for all.
     """
     if not clauses or not all(len(clause) and all(map(len, clause)) for clause in clauses):
         raise InputError("a clause or an n-gram is empty; give at least one token of each")
-    total, approx = 0.0, False
+    total, approx = 0, False
     ranges = [index.find(clause) for clause in clauses]
+    encoded = [[index.encoding.encode(ngram) for ngram in clause] for clause in clauses]
     for shard in index.shards:
-        occurrences, strides = [], []
-        for of_clause in ranges:
-            sizes = of_clause[shard.number, :, 1] - of_clause[shard.number, :, 0]
-            strides.append(max(1, -(-int(sizes.sum()) // max_clause_freq)))
-            positions = _positions(index, shard.number, of_clause, strides[-1])[1]
-            occurrences.append(np.unique(positions))
-        approx |= max(strides) > 1
-        rarest = min(range(len(occurrences)), key=lambda i: len(occurrences[i]) * strides[i])
-        anchors = occurrences[rarest]
-        number = shard.document_numbers(anchors)
-        starts, ends = shard.offsets[number], np.append(shard.offsets, shard.slots)[number + 1]
-        near_all = np.ones(len(anchors), bool)
-        for positions in occurrences[:rarest] + occurrences[rarest + 1 :]:
-            low = np.searchsorted(positions, np.maximum(anchors - max_diff_tokens, starts))
-            beyond = np.minimum(anchors + max_diff_tokens + 1, ends)
-            near_all &= np.searchsorted(positions, beyond) > low
-        total += float(near_all.sum()) * strides[rarest]
-    return ClauseCount(round(total), approx)
+        sizes = [int(np.diff(of_clause[shard.number]).sum()) for of_clause in ranges]
+        rarest, *others = sorted(range(len(clauses)), key=sizes.__getitem__)
+        stride = max(1, -(-sizes[rarest] // max_clause_freq))
+        anchors = np.unique(_positions(index, shard.number, ranges[rarest], stride)[1])
+        for start in range(0, len(anchors), ANCHORS):
+            some = anchors[start : start + ANCHORS]
+            total += stride * _beside(shard, some, [encoded[i] for i in others], max_diff_tokens)
+        approx |= stride > 1
+    return ClauseCount(total, approx)
+
+
+def _beside(
+    shard: Shard,
+    anchors: Int64[np.ndarray, " A"],
+    clauses: Sequence[Sequence[Shaped[np.ndarray, " _"]]],
+    max_diff: int,
+) -> int:
+    """How many of these positions have all the clauses beside them, looked for in their order."""
+    first = last = anchors  # of what was found
+    for clause in clauses:
+        document = shard.document_numbers(first)
+        begins, ends = shard.offsets[document], np.append(shard.offsets, shard.slots)[document + 1]
+        low, high = np.maximum(first - max_diff, begins), np.minimum(last + max_diff, ends - 1)
+        positions = low[:, None] + np.arange((high - low).max(initial=-1) + 1)
+        occurs = np.zeros(positions.shape, bool)
+        for ngram in clause:
+            tokens = (shard.tokens_at(positions + i) == token for i, token in enumerate(ngram))
+            occurs |= np.logical_and.reduce(list(tokens))
+        occurs &= positions <= high[:, None]
+        before = np.where(occurs & (positions <= last[:, None]), positions, -1).max(1, initial=-1)
+        after = np.where(occurs & (positions >= first[:, None]), positions, shard.slots)
+        after, matched = after.min(1, initial=shard.slots), occurs.any(1)
+        first = np.where(before < 0, first, np.minimum(first, before))[matched]
+        last = np.where(after == shard.slots, last, np.maximum(last, after))[matched]
+    return len(first)

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int64, Shaped
 from lminf.ngram.encoding import WORD_BYTES, Encoding, Queries
 
 SAMPLED = 4096  # suffixes whose first words are kept
-NARROWEST, AT_ONCE = 8, 1 << 20  # tokens that are compared: of a pair at first, and of all pairs
+NARROWEST, AT_ONCE = 16, 1 << 20  # tokens that are compared: of a pair at first, and of all pairs
 
 
 class SortedSuffixes:
@@ -79,14 +79,17 @@ class SortedSuffixes:
         begins = self._compare(clipped, queries, self._first_words(queries))[1]
         return begins & (ranks < self.slots)
 
-    def lcp(self, queries: Queries, starts: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
-        """Length (tokens) of the longest common prefix of each query and the suffix at a start.
+    def lcp(
+        self, queries: Queries, starts: Int64[np.ndarray, " B"], *, known: int = 0
+    ) -> Int64[np.ndarray, " B"]:
+        """Length (tokens) of the longest common prefix of each query and the suffix at a start, of
+        which `known` tokens are known to agree.
 
         Few agree for long, so ever more tokens of ever fewer pairs are looked at.
         """
         limits = np.minimum(queries.lengths, len(self.tokens) - starts)
-        lcp, offset, width = np.zeros(len(starts), np.int64), 0, NARROWEST
-        rows = np.flatnonzero(limits > 0)
+        lcp, offset, width = np.full(len(starts), known), known, NARROWEST
+        rows = np.flatnonzero(limits > known)
         while len(rows):
             columns = np.arange(offset, offset + width)
             differ = self.tokens.take(starts[rows, None] + columns, mode="clip")
@@ -113,7 +116,15 @@ class SortedSuffixes:
         suffix = self.encoding.words(self.tokens, starts) & mask
         smaller, begins = suffix < query, suffix == query
         if len(rows := np.flatnonzero(begins & longer)):
-            lcp = self.lcp(queries.take(rows), starts[rows])
+            # Most suffixes that agree in the first word differ in the second.
+            rest, known = queries.take(rows), self._per_word
+            rest = rest._replace(starts=rest.starts + known, lengths=rest.lengths - known)
+            query, mask, longer = self._first_words(rest)
+            suffix = self.encoding.words(self.tokens, starts[rows] + known) & mask
+            smaller[rows], begins[rows] = suffix < query, suffix == query
+            rows = rows[begins[rows] & longer]
+        if len(rows):
+            lcp = self.lcp(queries.take(rows), starts[rows], known=2 * self._per_word)
             begins[rows] = lcp == queries.lengths[rows]
             kind = self.encoding.ordered
             token = self.tokens.take(starts[rows] + lcp, mode="clip").view(kind)

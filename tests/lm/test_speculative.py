@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 
 from lminf.attention import rope
+from lminf.attention.policies.block_topk import MoBA
 from lminf.attention.policies.eviction import H2O, TOVA, SirLLM
 from lminf.attention.policies.hip import HiP
 from lminf.attention.policies.infllm import InfLLM
@@ -56,17 +57,17 @@ POLICIES = {
     "snapkv": SnapKV(6, window=2, pooling=3),
     "think": ThinK(0.5, recent=4),
     "snapkv_and_window": PerLayer((SnapKV(6, window=2, pooling=3), LMInfinite(8, 2))),
-}
-SELECTING = {
     "topk": TopK(8, sinks=2, topk=3, from_layer=1),
     "infllm": InfLLM(window=8, sinks=2, topk=1, block=4, repr_topk=1, exec_block=8),
-    "hip": HiP(topk=4, window=4, sinks=2, block=2, query_block=4, query_stride=2, refresh=2,
-               dense_layers=1),
     "longheads": LongHeads(12, chunk=4),
+    "moba": MoBA(block=4, topk=2),
     "h2o": H2O(12, sinks=2, recent=2, turn=4),
     "tova": TOVA(12, turn=4),
-    "sirllm": SirLLM(12, sinks=2, recent=2, turn=4),
-}  # fmt: skip
+    "sirllm_and_moba": PerLayer((SirLLM(12, sinks=2, recent=2, turn=4), MoBA(block=4, topk=2))),
+}
+HIP = HiP(
+    topk=4, window=4, sinks=2, block=2, query_block=4, query_stride=2, refresh=2, dense_layers=1
+)
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,9 @@ def test_greedy_tokens_are_those_of_plain_decoding_under_every_policy(lm, name, 
         np.testing.assert_array_equal(tokens, plain)
 
 
-@pytest.mark.parametrize("name", SELECTING)
-def test_policies_that_select_by_content_are_refused(lm, name):
-    with pytest.raises(InputError, match=r"selects by what tokens hold.*leave the draft out, or"):
-        rounds_of(lm.with_policy(SELECTING[name]), PROMPTS, PromptLookup())
+def test_a_policy_that_searches_once_for_the_next_tokens_is_refused(lm):
+    with pytest.raises(InputError, match=r"for several tokens.*otherwise.*leave the draft out, or"):
+        rounds_of(lm.with_policy(HIP), PROMPTS, PromptLookup())
 
 
 def test_schedules_that_follow_the_length_are_refused(lm):
@@ -167,7 +167,7 @@ def test_tokens_within_rounding_are_read_as_plain_decoding_does(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["infllm", "hip", "snapkv"])
 def test_models_that_see_less_draft_for_full_attention(lm, name, small_steps):
-    full, policy = lm.with_policy(Full()), (POLICIES | SELECTING)[name]
+    full, policy = lm.with_policy(Full()), (POLICIES | {"hip": HIP})[name]
     plain = plain_tokens(full, PROMPTS)
     rounds, tokens = rounds_of(full, PROMPTS, ModelDraft(lm.with_policy(policy)))
     np.testing.assert_array_equal(tokens, plain)
@@ -294,7 +294,7 @@ def test_drafts_that_mean_nothing_are_refused_in_a_sentence(lm):
     with pytest.raises(InputError, match="RAPID shifts probabilities, but at temperature 0"):
         rounds_of(lm, PROMPTS, PromptLookup(), rule=RAPID(1.0))
     with pytest.raises(InputError, match=r"the draft's h2o.* evicts tokens that would be needed"):
-        rounds_of(lm, PROMPTS, ModelDraft(lm.with_policy(SELECTING["h2o"])))
+        rounds_of(lm, PROMPTS, ModelDraft(lm.with_policy(POLICIES["h2o"])))
 
 
 @pytest.mark.slow

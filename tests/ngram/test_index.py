@@ -183,22 +183,48 @@ def test_documents_that_hold_most_of_a_text_are_found(tmp_path):
     assert matches.contaminated(index, [texts[0][:12]]) == []
 
 
+def beside(document, clauses, limit):
+    """How often the first clause stands in a document with all others beside it, each within the
+    limit of what was found before: the last that is not after that, the first not before it.
+    """
+    places = [
+        [i for i in range(len(document)) if any(document[i : i + len(g)] == g for g in grams)]
+        for grams in clauses
+    ]
+    total = 0
+    for first in places[0]:
+        last = first
+        for others in places[1:]:
+            left = max((i for i in others if i <= last), default=-1000)
+            right = min((i for i in others if i >= first), default=1000)
+            if first - left > limit and right - last > limit:
+                break
+            first, last = (min(first, left) if first - left <= limit else first,
+                           max(last, right) if right - last <= limit else last)  # fmt: skip
+        else:
+            total += 1
+    return total
+
+
 @pytest.mark.parametrize("limit", [3, 20])
-def test_clauses_are_counted_beside_each_other(limit, tmp_path):
+@pytest.mark.parametrize("count", [2, 4])
+def test_clauses_are_counted_beside_each_other(limit, count, tmp_path):
     drawn = cases.documents(5, alphabet=5, top=5, slots=600)
-    index = cases.made(tmp_path, drawn, shard_slots=300)
-    clauses = [[[0, 1]], [[2], [4, 4]]]
-    expected = 0
-    for document in map(np.ndarray.tolist, drawn):
-        first, second = (
-            [i for i in range(len(document)) for g in grams if document[i : i + len(g)] == g]
-            for grams in clauses
-        )
-        expected += sum(any(abs(a - b) <= limit for b in second) for a in first)
-    found = matches.count_cnf(index, clauses, max_diff_tokens=limit)
-    assert found == (expected, False)
-    sampled = matches.count_cnf(index, clauses, max_diff_tokens=limit, max_clause_freq=30)
+    index = cases.made(tmp_path, drawn, shard_slots=700)
+    rising = [[[0, 1, 2]], [[3, 3]], [[4, 0], [2, 3]], [[1]]][:count]
+    expected = sum(beside(document.tolist(), rising, limit) for document in drawn)
+    assert matches.count_cnf(index, rising[::-1], max_diff_tokens=limit) == (expected, False)
+
+
+def test_of_a_frequent_clause_a_sample_stands_for_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(matches, "ANCHORS", 16)
+    drawn = cases.documents(5, alphabet=5, top=5, slots=20_000)
+    index = cases.made(tmp_path, drawn)
+    clauses = [[[0], [1]], [[2, 2]], [[4, 4], [3, 3]]]
+    exact, _ = matches.count_cnf(index, clauses, max_diff_tokens=20)
+    sampled = matches.count_cnf(index, clauses, max_diff_tokens=20, max_clause_freq=300)
     assert sampled.approx
+    assert sampled.occurrences == pytest.approx(exact, rel=0.1)
 
 
 def test_what_no_index_holds_is_refused(index):

@@ -32,6 +32,8 @@ class MoBA(sparse.SparsePolicy):
     num_sinks = 0
     window_field = "block"
     group = sparse.WHOLE_CALL  # no query waits for another: each chooses by itself
+    one_by_one = property(lambda self: self)
+    accumulates = True
     selected_distance = "true"
     ranks_by_products = True
     window = property(attrgetter("block"))

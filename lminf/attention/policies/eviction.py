@@ -42,6 +42,7 @@ class EvictionPolicy(Policy):
     window = property(attrgetter("capacity"))
     window_field = "capacity"
     evict_every = property(attrgetter("turn"))
+    accumulates = True
     # Tokens that a turn finds there, once there are so many, and those because of their score.
     kept = property(lambda self: self.capacity - self.turn)
     best = property(lambda self: self.kept - self.sinks - (self.recent or 0))

@@ -5,6 +5,7 @@ after the group that pushed the last of it out of the window; where topk = 0 not
 block. The `repr_topk` tokens of a block that attracted most attention in the window stand for it.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
@@ -34,6 +35,8 @@ class InfLLM(sparse.SparsePolicy):
 
     needs_rotary = True
     group = property(attrgetter("exec_block"))
+    one_by_one = property(lambda self: dataclasses.replace(self, exec_block=1))
+    accumulates = True
     max_selected = property(lambda self: self.topk * self.block)
     selected_distance = property(lambda self: self.window - 1)
 

@@ -35,6 +35,7 @@ class LongHeads(sparse.SparsePolicy):
     selected_distance = "packed"
     needs_rotary = True
     group = property(attrgetter("chunk"))
+    one_by_one = property(lambda self: self)  # each query ranks for itself
     window = property(lambda self: self.chunk + 1)  # the chunk before is always seen
     max_selected = property(lambda self: self.attended - self.window)
     chunks = property(lambda self: self.attended // self.chunk)  # that a head attends to at most

@@ -40,6 +40,7 @@ class TopK(sparse.SparsePolicy):
     group = 1
     last_only = True
     needs_rotary = True
+    one_by_one = property(lambda self: _EachSelects(**vars(self)))
     layer_thresholds = property(lambda self: (self.from_layer,))
     max_selected = property(attrgetter("topk"))
     selected_distance = property(lambda self: self.window // 2 if self.at is None else self.at)
@@ -63,3 +64,10 @@ class TopK(sparse.SparsePolicy):
         products = scores.dot(q, query.kv.k[query.layer].astype(q.dtype))[:, :, 0]
         products = jnp.where(between[:, None], products, -jnp.inf)
         return sparse.best_of(products, min(self.topk, query.slots)), state
+
+
+@dataclass(frozen=True)
+class _EachSelects(TopK):
+    """The same where every query of a call selects, as it would alone."""
+
+    last_only = False

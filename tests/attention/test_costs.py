@@ -4,6 +4,7 @@ of decoding that leave alone what they need not look at.
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,8 @@ def angles(jaxpr: Jaxpr) -> Iterator[int]:
     """Sizes of the arrays of cosines and sines that a program computes, inner ones too."""
     for equation in jaxpr.eqns:
         if equation.primitive.name in ("cos", "sin"):
-            yield math.prod(equation.outvars[0].aval.shape)
+            angle: Any = equation.outvars[0].aval
+            yield math.prod(angle.shape)
         for parameter in jax.tree.leaves(
             list(equation.params.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)
         ):
@@ -137,5 +139,5 @@ def test_a_decoding_step_copies_no_cache(policy):
     program = jax.jit(run, donate_argnums=4).lower(*arguments).compile()
     keys = arguments[-1].k
     copied = f"f32[{','.join(map(str, keys.shape))}]"
-    lines = [line for line in program.as_text().splitlines() if " copy(" in line]
+    lines = [line for line in str(program.as_text()).splitlines() if " copy(" in line]
     assert not [line for line in lines if copied in line]

@@ -12,8 +12,9 @@ Choosing   --config=:choosing times the policies by content, with about 1,024 at
            1,024 to 32,768 tokens, in 4 minutes. From 4,096 to 32,768 tokens InfLLM slows down by a
            quarter, LongHeads by a tenth, InfiniteHiP and the evicting policies not at all. Full
            takes 3.0 times as long. Top-k, which scores every key, takes 7.9 times as long, and HiP
-           3.8 times: it searches for every token here, its first three layers are dense, and on a
-           CPU every layer computes the rotations of all positions
+           3.8 times: it searches for every token here, and its first three layers are dense. These
+           rows are from before each layer stopped computing the rotations of all positions, and
+           before Top-k stopped copying its keys
 Tiny       --config=:tiny first trains a byte model at 64 tokens: under 2 minutes
 """
 

@@ -196,6 +196,21 @@ def beside_peers() -> str:
     return markdown(lines)
 
 
+def products() -> str:
+    """What the products of a token alone cost: benchmarks/results/products.jsonl."""
+    lines = [["work", "whole step", "products alone", "q, k, v and gate, up merged"]]
+    for row in benchmark("products"):
+        cells = []
+        for name in ("whole", "products", "merged products"):
+            low, share, high = row["share_of_whole"][name]
+            shown = f"{row['processor_ms_per_token'][name]:.2f} ms"
+            cells.append(
+                shown if name == "whole" else f"{shown}, {share:.2f} ({low:.2f}–{high:.2f})"
+            )
+        lines.append([f"{row['work']} after {row['context']:,}", *cells])
+    return markdown(lines)
+
+
 def cost_of(found: dict[str, Any], work: str, side: str) -> str:
     """Median time of a token under one side."""
     summary = found["summary"][f"{work} {side}"]
@@ -380,6 +395,13 @@ turns, one round. Times are of a token. transformers' weights are float32 unless
 llama.cpp's are the 4 bits of the file, and it reads 8,190 tokens, its most, without their losses.
 
 {beside_peers}
+`python -m benchmarks.products` shows what part of that is products with the weights, which no step
+can be faster than, on an Intel Xeon whose two cores other work shared: processor time of a token
+under full attention on one device, of its products alone, and of these with q, k and v, and gate
+and up, merged into one each; beside them their share of the whole step of the same turn, the median
+of seven and its range. Merged products gain less than turns differ by, so the weights stay apart.
+
+{products}
 {targets}"""
 
 
@@ -387,7 +409,7 @@ def page() -> str:
     """The page docs/results.md."""
     builders = (
         length_generalization, claims, retrieval, passkeys_by_depth, passkeys_by_length, decoding,
-        weights_speed, weights_nll, vocabularies, regrets, training, beside_peers,
+        weights_speed, weights_nll, vocabularies, regrets, training, beside_peers, products,
     )  # fmt: skip
     built = {builder.__name__: builder() for builder in builders}
     names = {label: name for name, label in LABELS.items()}

@@ -184,7 +184,7 @@ def extend(
         if all_pos.shape[1] == 1:
             # Of all slots, one holds the token itself. The first positions are the first slots.
             attend = reference.dense(
-                part, config, Placement(config, positions), positions, new_pos,
+                part, config, _placement(config, layout, positions), positions, new_pos,
                 num_far=part.num_sinks,
             )  # fmt: skip
             return lambda q, k, v, before_k, before_v, *stored: attend(q, *stored)
@@ -222,6 +222,11 @@ def prepare_decoding(
     return decode.prerotate(policy, config, cache)
 
 
+def _placement(config, layout, positions):
+    """Of new tokens and those in the cache."""
+    return Placement(config, positions, table=layout.slots if layout.keeps_all else 0)
+
+
 def _over_cache(policy, config, layout, positions, shards, implementation):
     """A chunk over a cache: over all of it, which is then in order, or over the last `window`
     stored tokens, itself, and the first `num_sinks`.
@@ -249,7 +254,7 @@ def _over_cache(policy, config, layout, positions, shards, implementation):
         return near(k, before_k, after_k), near(v, before_v, after_v), *far
 
     return _attention(
-        policy, config, Placement(config, chunk), positions, key_pos,
+        policy, config, _placement(config, layout, chunk), positions, key_pos,
         caches.first_positions(len(chunk), count), keys, count=count, query_offset=query_offset,
         implementation=implementation,
     )  # fmt: skip

@@ -218,6 +218,12 @@ def write(
     if slots.ndim == 3:
         index = layer, row[..., None], slots, jnp.arange(slots.shape[2])[None, None]
     new = new.astype(stored.dtype)
+    if new.shape[1] == 1 and jax.default_backend() == "cpu":
+        # XLA's CPU backend merges the write of one row with what reads the cache next, into a copy
+        # of all slots. Two rows, of which one is dropped, it writes first, and in place.
+        new = jnp.concatenate([new, new], 1)
+        dropped = jnp.full_like(slots, stored.shape[2])
+        index = (*index[:2], jnp.concatenate([slots, dropped], 1), *index[3:])
     if stored.dtype.itemsize == 2 and jax.default_backend() == "cpu":
         return _written_as_bits(stored, new, index)
     return stored.at[index].set(new, mode="drop")

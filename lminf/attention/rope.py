@@ -328,6 +328,25 @@ def rotation(
     )
 
 
+class RotationTable(NamedTuple):
+    """Rotations of the positions below F^2, each composed of two: that of the multiple of F before
+    it, and that of what is left.
+    """
+
+    coarse: Rotation  # [B or 1, F, P], of the multiples of F
+    fine: Rotation  # [B or 1, F, P], of 0 to F - 1, without the schedule's temperature; F = 2^n
+
+    def at(self, positions: Int[Array, "*B"]) -> Rotation:
+        """[B, ..., P] of positions [B, ...]; those that are not in the table get another's."""
+        rows, count, _ = self.fine.cos.shape
+        positions = jnp.clip(positions, 0, count**2 - 1)
+        row = jnp.arange(len(positions), dtype=jnp.int32) % rows
+        row = jnp.expand_dims(row, range(1, positions.ndim))
+        a_cos, a_sin = (x[row, positions // count] for x in self.coarse)
+        b_cos, b_sin = (x[row, positions % count] for x in self.fine)
+        return Rotation(a_cos * b_cos - a_sin * b_sin, a_sin * b_cos + a_cos * b_sin)
+
+
 def rotate(
     x: Float[Array, "*B T N H"], by: Rotation, layout: Literal["half", "interleaved"]
 ) -> Float[Array, "*B T N H"]:

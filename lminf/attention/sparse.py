@@ -53,8 +53,8 @@ class SparsePolicy(Policy, abc.ABC):
     sink_distance = property(attrgetter("selected_distance"))
 
     def table_size(self, slots: int, rows: int) -> int:
-        """One past the largest position that a key of a list is placed at; 0: none is by a list."""
-        return 0 if isinstance(self.selected_distance, int) else slots
+        """One past the largest position that a key is placed at."""
+        return slots
 
     @abc.abstractmethod
     def select(self, state: Any, query: "Query") -> tuple[Any, Any]:

@@ -46,6 +46,22 @@ def test_angles_are_right_at_every_position(base, dim):
             assert sin[0, i, m] == pytest.approx(math.sin(angle), abs=5e-7)
 
 
+@pytest.mark.parametrize("scaling", [rope.Unscaled(), rope.YaRN(4.0, 64), rope.DynamicNTK(2.0, 64)])
+def test_rotations_are_looked_up_as_they_are_computed(scaling):
+    encoding = rope.Rotary(10_000.0, 8, "half", scaling)
+    read = jnp.array([[5000], [60_000]], jnp.int32)  # a schedule of each row's own length
+    config = scores.ScoreConfig(encoding, 1.0, None)
+    positions = jnp.array([[0, 1, 255, 256, 257, 4999], [3, 511, 512, 30_000, 59_999, 65_535]])
+
+    def both(read, positions):
+        placement = scores.Placement(config, read, table=2**16)
+        assert placement.table is not None
+        return placement.table.at(positions), placement.rotation(positions)
+
+    for found, computed in zip(*cases.compiled(both)(read, positions), strict=True):
+        np.testing.assert_allclose(found, computed, atol=1e-6, rtol=0)
+
+
 @settings(max_examples=20)
 @given(
     positions=st.lists(st.integers(-(2**31), LAST), min_size=64, max_size=64),

@@ -105,9 +105,9 @@ def read(policy, scoring, calls, at=None, capacity=TOKENS):
     return lambda q, k, v: run(q, k, v)[0]
 
 
-def check(name, policy, encoding, group, every):
+def check(name, policy, encoding, group, every, kv_heads=cases.KV_HEADS):
     scoring = cases.scoring(encoding, soft_cap=4.0 if encoding == "partial" else None)
-    arrays = cases.arrays(group, tokens=TOKENS)
+    arrays = cases.arrays(group, tokens=TOKENS, kv_heads=kv_heads)
 
     @cases.compiled
     def run(*arrays):
@@ -121,6 +121,11 @@ def check(name, policy, encoding, group, every):
 def test_reading_and_decoding_are_the_formulas(name):
     """The temperature of YaRN is in the channels that are rotated, and in no others."""
     check(name, POLICIES[name], "partial_yarn", 3, CALLS[2:])
+
+
+@lanes()
+def test_all_heads_may_share_one_key_head(name):
+    check(name, POLICIES[name], "rotary", 3, CALLS[2:], kv_heads=1)
 
 
 @pytest.mark.slow

@@ -88,7 +88,8 @@ def attend_blocks(
     placement, (batch, rows, heads, width) = query.placement, query.q.shape
     options = {"return_residuals": True, **query.config.for_kernel()}
     placed = placement.at(query.q, query.rows_pos)
-    k = placement.rotate(query.kv.k[query.layer].astype(query.q.dtype), placement.table)
+    k_pos = caches.first_positions(batch, query.slots)
+    k = placement.at(query.kv.k[query.layer].astype(query.q.dtype), k_pos)
     v = query.kv.v[query.layer].astype(query.q.dtype)
 
     # A query's own block: the blocks that the queries stand in are rows of a batch.

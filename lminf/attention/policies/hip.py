@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from lminf.attention import cache as caches
-from lminf.attention import scores, sparse
+from lminf.attention import sparse
 from lminf.attention.policy import Count, CountOrNone, Layers, Tokens, register
 
 
@@ -245,7 +245,7 @@ class InfiniteHiP(HierarchicalSelect):
         stages = range(len(self.chunk))
         listed = self.kept(stages[-1], slots) * self.chunk[-1]
         seen = self.sinks + listed + self.window + rows + self.refresh[0]
-        return max(seen, 2, *(self._listed(stage, slots) for stage in stages))
+        return max(slots, seen, *(self._listed(stage, slots) for stage in stages))
 
     def search(
         self, stage: int, query: sparse.Query, start: Array, parent_ids: Array | None
@@ -262,8 +262,8 @@ class InfiniteHiP(HierarchicalSelect):
         if kept == listed:
             return number
         tokens = jnp.where(number < 0, 0, jnp.minimum(total - number * size, size))
-        heads = query.q.shape[2]
-        first, left = (scores.each_head(x, heads) for x in (number * size, tokens))
+        shared = query.q.shape[2] // query.kv_heads
+        first, left = (jnp.repeat(x, shared, axis=1) for x in (number * size, tokens))
 
         def largest(sides, key_pos):
             """The largest product [B, K, X] of the token that each chunk comes down to."""

@@ -48,7 +48,7 @@ class LongHeads(sparse.SparsePolicy):
             )
 
     def table_size(self, slots: int, rows: int) -> int:
-        return min(self.chunks, -(-slots // self.chunk)) * self.chunk
+        return -(-slots // self.chunk) * self.chunk
 
     def init_state(self, shape: caches.CacheShape) -> Any:
         if shape.slots <= self.attended:  # nothing is ever left out

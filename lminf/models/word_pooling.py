@@ -117,9 +117,7 @@ class WordPooling:
     def encode(self, params: Params, words: Words) -> Vectors:
         """The p vectors of every word, which depend on its units alone."""
         units = words.reshape(-1, words.shape[-1])
-        slots = jnp.broadcast_to(
-            params["slots"][None], (len(units), self.slots, self.spec.width)
-        )
+        slots = jnp.broadcast_to(params["slots"][None], (len(units), self.slots, self.spec.width))
         embeds = jnp.concatenate([slots, self._embed(params, units)], 1)
         present = jnp.pad(units >= 0, ((0, 0), (self.slots, 0)), constant_values=True)
         places = jnp.arange(embeds.shape[1], dtype=jnp.int32)[None]

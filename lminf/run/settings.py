@@ -33,7 +33,7 @@ RANGES = {
             "key_value_prompts", "lengths", "passkey_length", "passkeys", "positions", "prompt",
             "prompts", "queries", "instances", "contexts", "num_keys", "num_values",
             "longest", "requested", "max_new_tokens", "new_tokens",
-            "parts", "validation", "corpus_documents",
+            "parts", "validation", "corpus_documents", "slots",
             "words", "span", "embedding_layers", "segment_len", "recalled", "needles",
             "retrieved_together", "trained_length",
             # worlds
@@ -48,7 +48,10 @@ RANGES = {
         ),
         COUNT_OR_NONE,
     ),
-    **dict.fromkeys(("num_layers", "base_layers", "layer_counts"), Range(min=1, max=2**12)),
+    **dict.fromkeys(
+        ("num_layers", "base_layers", "layer_counts", "encoder_layers", "decoder_layers"),
+        Range(min=1, max=2**12),
+    ),
     "tokens": Range(min=1, max=2**63 - 1),  # read in all
     "length": Range(min=2, max=MOST),  # a token and the one it predicts
     "times": Range(min=2, max=2**16),  # the trained length

@@ -26,9 +26,9 @@ PARAMS = jax.tree_util.tree_map_with_path(
     jax.eval_shape(POOLING.init, key=jax.random.key(0)),
 )
 LENGTHS = np.array([[3, 1, 4, 2], [1, 2, 4, 3]])  # of words of at most four units
-WORDS = np.where(
-    np.arange(4) < LENGTHS[..., None], RNG.integers(0, 6, (2, 4, 4)), -1
-).astype(np.int32)
+WORDS = np.where(np.arange(4) < LENGTHS[..., None], RNG.integers(0, 6, (2, 4, 4)), -1).astype(
+    np.int32
+)
 
 
 @jax.jit
@@ -113,9 +113,7 @@ def test_more_room_for_units_changes_nothing():
     for one, other in zip(expected[:2], found[:2], strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
     there = np.arange(5) <= LENGTHS[:, 1:, None]
-    np.testing.assert_allclose(
-        expected[2][there], np.asarray(found[2])[:, :, :5][there], atol=1e-5
-    )
+    np.testing.assert_allclose(expected[2][there], np.asarray(found[2])[:, :, :5][there], atol=1e-5)
 
 
 @pytest.mark.parametrize("changed", [1, 2])

@@ -7,7 +7,7 @@ what ends it: the likeliest next unit, again and again, then writes exactly that
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Protocol
 
 import jax
@@ -65,14 +65,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
         for seed in seeds:
             order = np.random.default_rng(seed).permutation(words.train)
             read = words.rows[order[np.arange(c.steps * c.batch) % words.train]]
-            with Progress(c.steps, label=f"{name}, seed {seed}") as progress:
-                params, losses = frozen.fit(
-                    lambda step, loss=model.loss: loss, model.init(jax.random.key(seed)), {},
-                    lambda step, read=read: model.batch(read[step * c.batch :][: c.batch]),
-                    optimizer=optimizer,
-                    schedule=parse_choice(c.schedule, SCHEDULES, what="schedule"),
-                    steps=c.steps, progress=progress.update,
-                )  # fmt: skip
+            params, losses = trained(c, model, read, optimizer, seed, label=f"{name}, seed {seed}")
             facts = {
                 "model": name, "seed": seed, "text": sources.digest(text), "steps": c.steps,
                 "parameters": parameters(params), "positions": model.positions(words.rows),
@@ -80,6 +73,26 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
             }  # fmt: skip
             for of_bucket in accuracy(c, model, params, words, read):
                 yield {**facts, **of_bucket}
+
+
+def trained(
+    c: ConfigDict,
+    model: "Model",
+    read: Int[np.ndarray, "N W"],
+    optimizer: Any,
+    seed: int,
+    *,
+    label: str,
+) -> tuple[Params, Float[np.ndarray, " steps"]]:
+    """The model after it has read these rows, and the loss of each step."""
+    loss = model.loss
+    with Progress(c.steps, label=label) as progress:
+        return frozen.fit(
+            lambda step: loss, model.init(jax.random.key(seed)), {},
+            lambda step: model.batch(read[step * c.batch :][: c.batch]),
+            optimizer=optimizer, schedule=parse_choice(c.schedule, SCHEDULES, what="schedule"),
+            steps=c.steps, progress=progress.update,
+        )  # fmt: skip
 
 
 def accuracy(

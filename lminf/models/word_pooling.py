@@ -1,6 +1,6 @@
 """Word pooling: a model reads words as a few vectors each, and writes them unit by unit.
 
-    encoder    inside each word, in both directions: [slots ; units] -> p vectors, those of the slots
+    encoder    inside each word, in both directions: [slots ; units] -> the p vectors of the slots
     backbone   any decoder over the p vectors of every word; the slots of a word see one another and
                all earlier words
     decoder    for every next word at once, causal: [p states of the backbone ; units of the word]
@@ -159,7 +159,7 @@ class WordPooling:
         )
         return states[0]
 
-    # --- Words --------------------------------------------------------------------------------------
+    # --- Words ------------------------------------------------------------------------------------
 
     def targets(self, words: Words) -> Int[Array, "B W c+1"]:
         """The units of each word, the unit that ends it, and then -1."""

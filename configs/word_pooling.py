@@ -3,13 +3,13 @@
 Question   Does a model that pools the units of a word into a few vectors expect the right next word
            more often than one of bytes, characters or subwords, and is that so of rare words?
 Paper      Learn Your Tokens (Thawani et al. 2023, arXiv:2310.11628)
-Data       apt install libreoffice-help-el: pages of Greek, where a letter is two bytes
 Command    python -m experiments.word_pooling
 Time       not measured
 Expected   not measured
 Tiny       --config=:tiny: one layer a part, 8 steps on the interpreter's documentation: under a
            minute
-Pod        --config=:pod: the paper's shape, 8 layers of width 512 and 128 words; not run here
+Pod        --config=:pod: the paper's shape, 8 layers of width 512 and 128 words, on a text of
+           one's own (text=FILES); not run here
 """
 
 from ml_collections import ConfigDict
@@ -24,22 +24,22 @@ def get_config(arg: str = "") -> ConfigDict:
     c = base.get_config(arg, variants=VARIANTS)
     # The others are ordinary decoders of the pooled model's width and number of layers in all.
     c.models = ("word pooling", "subword", "character", "byte")
-    c.text = "/usr/share/libreoffice/help/el/text/**/*.html"
-    c.held_out = 0.05  # share of the text, its end
+    c.text = "reference"  # of this Python; or files of text or HTML, a pattern
+    c.held_out = 0.08  # share of the text's rows
     c.words = 32  # of a row; the second half of held-out rows is measured
-    c.contexts = 320  # held-out rows that are read
+    c.contexts = 280  # held-out rows that are read
     c.longest = 12  # characters of a word: longer ones are cut in the text, for all models
     c.vocab = 1024  # subwords
     c.slots = 4  # vectors of a word
     c.encoder_layers = c.decoder_layers = 1
     c.model = shape(width=64, layers=2, heads=1, kv_heads=1, hidden=128)  # of the backbone
-    c.batch = 8  # rows of a step
-    c.steps = 250
+    c.batch = 2  # rows of a step
+    c.steps = 1500
     c.replicates = 3  # seeds from c.seed on: initial parameters and order of the rows
     c.optimizer = "adamw:b2=0.95,weight_decay=0.1"
-    c.schedule = "cosine:peak=4e-3,floor=4e-4,warmup=25"
+    c.schedule = "cosine:peak=4e-3,floor=4e-4,warmup=100"
     if arg == "tiny":
-        c.text, c.words, c.contexts, c.held_out = "reference", 8, 8, 0.01
+        c.words, c.contexts, c.held_out = 8, 8, 0.01
         c.model = shape(width=32, layers=1, heads=2, kv_heads=2, hidden=32)
         c.vocab, c.slots, c.batch, c.steps, c.replicates = 300, 2, 4, 8, 2
         c.schedule = "cosine:peak=4e-3,floor=4e-4,warmup=2"

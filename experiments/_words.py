@@ -13,14 +13,14 @@ from tokenizers import Tokenizer, models, trainers
 
 from lminf.errors import InputError
 
-WORD = re.compile(r"\w+|[^\w\s]")  # punctuation is words of one character
+WORD = re.compile(r"\w+|[^\w\s]+")  # punctuation is apart
 STOP, UNKNOWN = 0, 1  # the unit that ends a word, and what training has none of
 END = "\n"  # of a word among subwords, whose last one has the end in it
 
 
 @dataclass(frozen=True, eq=False)
 class Words:
-    """Rows of words, those after the first `train` ones held out."""
+    """Rows of words in a mixed order, those after the first `train` ones held out."""
 
     types: tuple[str, ...]  # the different words
     rows: Int[np.ndarray, "N W"]  # of types
@@ -43,7 +43,8 @@ def rows_of(text: str, *, words: int, longest: int, held_out: float) -> Words:
             f"longer text, or give fewer words a row"
         )
     types, ids = np.unique(all_words[: count * words], return_inverse=True)
-    return Words(tuple(types.tolist()), ids.reshape(count, words), train)
+    order = np.random.default_rng(0).permutation(count)  # the same for all models and seeds
+    return Words(tuple(types.tolist()), ids.reshape(count, words)[order], train)
 
 
 @dataclass(frozen=True, eq=False)

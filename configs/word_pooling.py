@@ -31,16 +31,17 @@ def get_config(arg: str = "") -> ConfigDict:
     c.longest = 12  # characters of a word: longer ones are cut in the text, for all models
     c.vocab = 1024  # subwords
     c.slots = 4  # vectors of a word
-    c.encoder_layers = c.decoder_layers = 1
-    c.model = shape(width=64, layers=2, heads=1, kv_heads=1, hidden=128)  # of the backbone
+    c.encoder_layers, c.decoder_layers = 1, 2
+    c.model = shape(width=64, layers=1, heads=1, kv_heads=1, hidden=128)  # of the backbone
     c.batch = 2  # rows of a step
-    c.steps = 1500
+    c.steps = 700
     c.replicates = 3  # seeds from c.seed on: initial parameters and order of the rows
     c.optimizer = "adamw:b2=0.95,weight_decay=0.1"
-    c.schedule = "cosine:peak=4e-3,floor=4e-4,warmup=100"
+    c.schedule = "cosine:peak=4e-3,floor=4e-4,warmup=50"
     if arg == "tiny":
         c.words, c.contexts, c.held_out = 8, 8, 0.01
         c.model = shape(width=32, layers=1, heads=2, kv_heads=2, hidden=32)
+        c.decoder_layers = 1
         c.vocab, c.slots, c.batch, c.steps, c.replicates = 300, 2, 4, 8, 2
         c.schedule = "cosine:peak=4e-3,floor=4e-4,warmup=2"
     elif arg == "pod":

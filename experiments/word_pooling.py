@@ -2,13 +2,15 @@
 next word.
 
 A word is right when all its units are the likeliest after the right ones before them, and so is
-what ends it: the likeliest next unit, again and again, then writes exactly that word.
+what ends it: the likeliest next unit, again and again, then writes exactly that word. Its nats are
+the sum over those units, so they compare models of different units (of subwords they are those of
+one way to spell the word, which is an upper bound).
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +73,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
                 "parameters": parameters(params), "positions": model.positions(words.rows),
                 "loss": float(losses[-max(1, c.steps // 20) :].mean()),
             }  # fmt: skip
-            for of_bucket in accuracy(c, model, params, words, read):
+            for of_bucket in measured(c, model, params, words, read):
                 yield {**facts, **of_bucket}
 
 
@@ -95,7 +97,7 @@ def trained(
         )  # fmt: skip
 
 
-def accuracy(
+def measured(
     c: ConfigDict, model: "Model", params: Params, words: Words, read: Int[np.ndarray, "N W"]
 ) -> Iterator[Row]:
     """Of the words in the second half of held-out rows: by how often the model has read them."""
@@ -106,8 +108,9 @@ def accuracy(
             f"the text has fewer than {c.batch} held-out rows; give a larger --config.held_out"
         )
     batches = rows.reshape(-1, c.batch, rows.shape[1])
-    right = np.concatenate([model.right(params, model.batch(batch)) for batch in batches])
-    asked, right = (x[:, words.rows.shape[1] // 2 :] for x in (rows, right))
+    judged = [model.judge(params, model.batch(batch)) for batch in batches]
+    right, nats = (np.concatenate(each) for each in zip(*judged, strict=True))
+    asked, right, nats = (x[:, words.rows.shape[1] // 2 :] for x in (rows, right, nats))
     times = np.bincount(read.ravel(), minlength=len(words.types))[asked]
     number = np.array([word.isdecimal() for word in words.types])[asked]
     buckets = {
@@ -117,7 +120,8 @@ def accuracy(
     }  # fmt: skip
     for name, inside in buckets.items():
         if inside.any():
-            yield {"words": name, "n": int(inside.sum()), "accuracy": float(right[inside].mean())}
+            yield {"words": name, "n": int(inside.sum()), "nats": float(nats[inside].mean()),
+                   "accuracy": float(right[inside].mean())}  # fmt: skip
 
 
 def parameters(params: Params) -> int:
@@ -129,6 +133,9 @@ def parameters(params: Params) -> int:
 # --- Models ---------------------------------------------------------------------------------------
 
 
+Judged: TypeAlias = tuple[Bool[np.ndarray, "B W"], Float[np.ndarray, "B W"]]
+
+
 class Model(Protocol):
     """A model of words, in units of its own."""
 
@@ -138,8 +145,10 @@ class Model(Protocol):
 
     def batch(self, rows: Int[np.ndarray, "B W"]) -> dict[str, np.ndarray]: ...
 
-    def right(self, params: Params, batch: Mapping[str, Any]) -> Bool[np.ndarray, "B W"]:
-        """Whether each word is what the model expects after those before it; of the first, False"""
+    def judge(self, params: Params, batch: Mapping[str, Any]) -> Judged:
+        """Whether each word is what the model expects after those before it, and nats of its units;
+        of the first, False and 0.
+        """
         ...
 
     def positions(self, rows: Int[np.ndarray, "N W"]) -> float:
@@ -160,6 +169,14 @@ def model_of(c: ConfigDict, name: str, words: Words) -> Model:
     return Flat(spec.llama(vocab_size=units.size, trained_length=longest, **sizes), units, longest)
 
 
+def judged(
+    logits: Float[Array, "*B V"], targets: Int[Array, "*B"]
+) -> tuple[Bool[Array, "*B"], Float[Array, "*B"]]:
+    """Whether each target is the likeliest, and its nats."""
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+    return logits.argmax(-1) == targets, -chosen
+
+
 @dataclass(frozen=True, eq=False)
 class Pooled:
     pooling: WordPooling
@@ -175,18 +192,20 @@ class Pooled:
     def batch(self, rows: Int[np.ndarray, "B W"]) -> dict[str, np.ndarray]:
         return {"words": self.units.within[rows], "known": self.units.known[rows]}
 
-    def right(self, params: Params, batch: Mapping[str, Any]) -> Bool[np.ndarray, "B W"]:
-        logits, targets = self._read(params, batch["words"])
-        spelled = ((np.asarray(logits) == targets) | (np.asarray(targets) < 0)).all(-1)
-        return np.pad(spelled, ((0, 0), (1, 0))) & batch["known"]
+    def judge(self, params: Params, batch: Mapping[str, Any]) -> Judged:
+        correct, nats = (np.asarray(x) for x in self._judge(params, batch["words"]))
+        first = ((0, 0), (1, 0))
+        return np.pad(correct.all(-1), first) & batch["known"], np.pad(nats.sum(-1), first)
 
     @cached_property
-    def _read(self):
-        def read(params, words):
+    def _judge(self):
+        def judge(params, words):
             logits, targets = self.pooling.next_words(params, words)
-            return logits.argmax(-1), targets
+            best, nats = judged(logits, jnp.maximum(targets, 0))
+            padding = targets < 0
+            return best | padding, jnp.where(padding, 0, nats)
 
-        return jax.jit(read)
+        return jax.jit(judge)
 
     def positions(self, rows: Int[np.ndarray, "N W"]) -> float:
         return float(self.pooling.slots)
@@ -237,17 +256,22 @@ class Flat:
         batch = {"tokens": units[:, :-1], "targets": units[:, 1:], "word": word[:, 1:]}
         return {**batch, "known": self.units.known[rows]}
 
-    def right(self, params: Params, batch: Mapping[str, Any]) -> Bool[np.ndarray, "B W"]:
-        correct = np.asarray(self._best(params, batch["tokens"])) == batch["targets"]
-        right = batch["known"].copy()
-        row, place = np.nonzero((batch["word"] >= 0) & ~correct)
+    def judge(self, params: Params, batch: Mapping[str, Any]) -> Judged:
+        correct, nats = (np.asarray(x) for x in self._judge(params, batch))
+        right, of_words = batch["known"].copy(), np.zeros(batch["known"].shape)
+        later = batch["word"] > 0
+        row, place = np.nonzero(later & ~correct)
         right[row, batch["word"][row, place]] = False
+        np.add.at(of_words, (np.nonzero(later)[0], batch["word"][later]), nats[later])
         right[:, 0] = False
-        return right
+        return right, of_words
 
     @cached_property
-    def _best(self):
-        return jax.jit(lambda params, tokens: self.loss.logits(params, tokens).argmax(-1))
+    def _judge(self):
+        def judge(params, batch):
+            return judged(self.loss.logits(params, batch["tokens"]), batch["targets"])
+
+        return jax.jit(judge)
 
     def positions(self, rows: Int[np.ndarray, "N W"]) -> float:
         return float(self.units.lengths(rows).sum() / rows.size)
@@ -256,40 +280,55 @@ class Flat:
 # --- Showing --------------------------------------------------------------------------------------
 
 
+MEASURES = {"accuracy": ("right (%)", 100, 1), "nats": ("nats a word", 1, 2)}
+
+
 def table(rows: list[Row]) -> list[Row]:
-    """Shares of words that are right, means over seeds with 95 % intervals (Student's t), by how
-    often a word was read in training; the last column is paired by seed.
+    """Two lines a model: the share of words that are right and their nats, means over seeds with
+    95 % intervals (Student's t), by how often a word was read in training; the last column is
+    paired by seed.
     """
-    base = {row["seed"]: row["accuracy"] for row in rows
-            if (row["model"], row["words"]) == (BASE, ALL)}  # fmt: skip
     by_model: dict[str, list[Row]] = {}
     for row in rows:
         by_model.setdefault(row["model"], []).append(row)
     lines = []
-    for name, own in by_model.items():
-        line: Row = {
-            "model": name, "seeds": len({row["seed"] for row in own}),
-            "parameters": own[0]["parameters"], "positions a word": f"{own[0]['positions']:.2f}",
-        }  # fmt: skip
-        for bucket in dict.fromkeys(row["words"] for row in own):
-            line[f"{bucket} (%)"] = percent(r["accuracy"] for r in own if r["words"] == bucket)
-        above = [r["accuracy"] - base[r["seed"]] for r in own
-                 if r["words"] == ALL and r["seed"] in base]  # fmt: skip
-        line[f"{ALL}, above {BASE} (%)"] = percent(above) if above and name != BASE else None
-        lines.append(line)
+    for measure, (label, factor, digits) in MEASURES.items():
+        base = {row["seed"]: row[measure] for row in rows
+                if (row["model"], row["words"]) == (BASE, ALL)}  # fmt: skip
+        for name, own in by_model.items():
+            line: Row = {
+                "measure": label, "model": name, "seeds": len({row["seed"] for row in own}),
+                "parameters": own[0]["parameters"],
+                "positions a word": f"{own[0]['positions']:.2f}",
+            }  # fmt: skip
+            values: dict[str, list[float]] = {}
+            for row in own:
+                values.setdefault(row["words"], []).append(row[measure])
+            if name != BASE and base:
+                values[f"{ALL}, above {BASE}"] = [
+                    row[measure] - base[row["seed"]] for row in own
+                    if row["words"] == ALL and row["seed"] in base
+                ]  # fmt: skip
+            for bucket, of_seeds in values.items():
+                interval = _seeds.interval([factor * value for value in of_seeds])
+                line[bucket] = score.value_text(interval, digits=digits)
+            lines.append(line)
     return lines
 
 
-def percent(values: Any) -> str:
-    return score.value_text(_seeds.interval([100 * value for value in values]), digits=1)
-
-
-def plot(rows: Sequence[Row]) -> Figure:
-    return plots.bars(
-        [{**row, "percent": 100 * row["accuracy"]} for row in rows],
-        x="words", y="percent", by="model", center=np.mean, x_label="how often a word was read",
-        y_label="next words that are right, each seed a dot (%)",
-    )  # fmt: skip
+def plot(rows: Sequence[Row]) -> dict[str, Figure]:
+    labels = {
+        "accuracy": "next words that are right, each seed a dot (%)",
+        "nats": "loss of next words, each seed a dot (nats/word)",
+    }
+    return {
+        f"word_pooling_{measure}": plots.bars(
+            [{**row, measure: factor * row[measure]} for row in rows],
+            x="words", y=measure, by="model", center=np.mean, x_label="how often a word was read",
+            y_label=labels[measure],
+        )
+        for measure, (_, factor, _) in MEASURES.items()
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def words():
 
 def test_rows_hold_the_text_word_by_word(words):
     rows = [" ".join(words.types[index] for index in row) for row in words.rows]
-    sentence = "the cat , the dog . the catast : ωδή".split() * 2
+    sentence = ["the", "cat", ",", "the", "dog", ".", "the", "catast", ":", "ωδή"] * 2
     assert sorted(rows) == sorted(
         15 * [" ".join(sentence[start : start + 4]) for start in range(0, 20, 4)]
     )  # 300 of 303 words
@@ -78,16 +78,18 @@ def test_a_word_is_right_where_all_its_units_are_the_likeliest(words):
     assert batch["tokens"][0, : len(row) - 1].tolist() == [b + 2 if b else STOP for b in row[:-1]]
     assert batch["targets"][0, : len(row) - 1].tolist() == [b + 2 if b else STOP for b in row[1:]]
     assert batch["word"][0].tolist() == [0] * 3 + [1] * 4 + [2] * 2 + [3] * 4 + [-1] * 26
-    best = batch["targets"].copy()
-    model.__dict__["_best"] = lambda params, tokens: best
-    assert model.right({}, batch).tolist() == [[False, True, True, True]] * 2
-    best[0, 6] += 1  # the end of "cat"
-    best[0, 20] += 1  # padding
-    best[1, :2] += 1  # of the first word, and that is not asked
-    assert model.right({}, batch).tolist() == [
-        [False, False, True, True],
-        [False, True, True, True],
-    ]
+    best = np.ones(batch["targets"].shape, bool)
+    nats = np.arange(best.size, dtype=np.float64).reshape(best.shape)
+    model.__dict__["_judge"] = lambda params, batch: (best, nats)
+    right, of_words = model.judge({}, batch)
+    assert right.tolist() == [[False, True, True, True]] * 2
+    sums = [sum(range(3, 7)), sum(range(7, 9)), sum(range(9, 13))]
+    assert of_words.tolist() == [[0, *sums], [0, *(sums[i] + 39 * (4, 2, 4)[i] for i in range(3))]]
+    best[0, 6] = False  # the end of "cat"
+    best[0, 20] = False  # padding
+    best[1, :2] = False  # of the first word, and that is not asked
+    right, _ = model.judge({}, batch)
+    assert right.tolist() == [[False, False, True, True], [False, True, True, True]]
 
 
 @pytest.mark.parametrize(
@@ -112,14 +114,17 @@ def test_texts_that_are_too_short_are_refused(words):
 def test_the_table_pairs_models_by_seed():
     rows = [
         {"model": model, "seed": seed, "parameters": 9, "positions": 2.0, "words": bucket,
-         "accuracy": accuracy + seed / 10}
-        for model, accuracy in (("word pooling", 0.3), ("subword", 0.2))
+         "accuracy": value + seed / 10, "nats": 10 * value - seed}
+        for model, value in (("word pooling", 0.3), ("subword", 0.2))
         for seed in (0, 1) for bucket in ("never", "all words")
     ]  # fmt: skip
-    pooled, subword = word_pooling.table(rows)
-    assert pooled["all words (%)"].startswith("35.0 (")
-    assert pooled["all words, above subword (%)"] == "10.0 (10.0 to 10.0)"
-    assert subword["all words, above subword (%)"] is None
+    pooled, subword, nats, _ = word_pooling.table(rows)
+    assert pooled["all words"].startswith("35.0 (")
+    assert pooled["all words, above subword"] == "10.0 (10.0 to 10.0)"
+    assert "all words, above subword" not in subword
+    assert nats["measure"] == "nats a word"
+    assert nats["all words"].startswith("2.50 (")
+    assert nats["all words, above subword"] == "1.00 (1.00 to 1.00)"
 
 
 @pytest.mark.slow

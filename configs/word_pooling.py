@@ -27,17 +27,17 @@ def get_config(arg: str = "") -> ConfigDict:
     c.text = "reference"  # of this Python; or files of text or HTML, a pattern
     c.held_out = 0.08  # share of the text's rows
     c.words = 32  # of a row; the second half of held-out rows is measured
-    c.contexts = 280  # held-out rows that are read
+    c.contexts = 200  # held-out rows that are read
     c.longest = 12  # characters of a word: longer ones are cut in the text, for all models
     c.vocab = 1024  # subwords
     c.slots = 4  # vectors of a word
     c.encoder_layers, c.decoder_layers = 1, 2
     c.model = shape(width=64, layers=1, heads=1, kv_heads=1, hidden=128)  # of the backbone
     c.batch = 2  # rows of a step
-    c.steps = 700
+    c.steps = 300
     c.replicates = 3  # seeds from c.seed on: initial parameters and order of the rows
     c.optimizer = "adamw:b2=0.95,weight_decay=0.1"
-    c.schedule = "cosine:peak=4e-3,floor=4e-4,warmup=50"
+    c.schedule = "cosine:peak=4e-3,floor=4e-4,warmup=30"
     if arg == "tiny":
         c.words, c.contexts, c.held_out = 8, 8, 0.01
         c.model = shape(width=32, layers=1, heads=2, kv_heads=2, hidden=32)
@@ -48,5 +48,5 @@ def get_config(arg: str = "") -> ConfigDict:
         c.model = shape(width=512, layers=8, heads=8, kv_heads=8, hidden=1408)
         c.encoder_layers = c.decoder_layers = 2
         c.words, c.vocab, c.batch, c.steps = 128, 32_768, 64, 20_000
-        c.schedule = "cosine:peak=1e-3,floor=1e-4,warmup=500"
+        c.schedule = "cosine:peak=1e-3,floor=1e-4,warmup=300"
     return c

@@ -6,7 +6,7 @@ Paper      ElChat (Yamaguchi et al. 2024, arXiv:2412.11704), and the training of
 Data       apt install libreoffice-help-el libreoffice-help-en-us: the same pages in two languages
 Command    python -m experiments.chat_repair
 Time       not measured
-Expected   not measured
+Expected   not measured: no rows are committed
 Tiny       --config=:tiny trains a byte model at 64 tokens, which has no conduct: under 2 minutes
 """
 

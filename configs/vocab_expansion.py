@@ -3,7 +3,8 @@
 Topic      data
 Question   A tokenizer is given more tokens for a language that it splits finely. What does the
            model lose at first, by what the rows of the new tokens are made of?
-Paper      Yamaguchi et al. 2024, arXiv:2406.11477 (align, merge, mean, random rows)
+Paper      Yamaguchi et al. 2024, arXiv:2406.11477 (align, merge, mean, random rows); Dobler
+           and de Melo 2023, arXiv:2305.14481 (focus)
 Data       apt install libreoffice-help-el libreoffice-help-en-us: the same pages in two languages
 Command    python -m experiments.vocab_expansion
 Time       about 3 s of processor time a page and vocabulary on two busy cores of an Intel Xeon, 17
@@ -31,7 +32,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.text = "/usr/share/libreoffice/help/el/text/**/*.html"
     c.other_text = "/usr/share/libreoffice/help/en-US/text/**/*.html"
     c.tokens = (200, 1000)  # new ones; with the old, multiples of 8
-    c.rows = ("random", "mean", "merge", "align")  # what their rows are made of
+    c.rows = ("random", "mean", "merge", "align", "focus")  # what their rows are made of
     c.replicates = 2  # draws of random rows
     c.sample_characters = 2_000_000  # of the texts that tokens are chosen from
     c.documents = 16  # of each language to measure, none of which tokens are chosen from

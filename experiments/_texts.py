@@ -1,5 +1,6 @@
 """Documents of several kinds of text, read where they are installed and never copied."""
 
+import html.parser
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from lminf.errors import InputError
 from lminf.lm.lm import LM
 
 REFERENCE, CODE = "reference", "code"
+LEAST_CHARS = 40  # of a paragraph of a page; shorter ones are names of buttons and links
 
 
 def texts(entry: str) -> list[str]:
@@ -55,3 +57,43 @@ def kind(entry: str) -> str:
     if "doc" in parts[:-1]:
         return parts[parts.index("doc") + 1]
     return parts[-1] if parts else REFERENCE
+
+
+# --- Pages ----------------------------------------------------------------------------------------
+
+
+def pages(entry: str) -> list[str]:
+    """The documents of an entry (`texts`), of HTML their paragraphs, each once."""
+    known: set[str] = set()
+    if not entry.endswith(".html"):
+        return texts(entry)
+    paragraphs = []
+    files = sorted(documents.find([entry]), key=lambda each: sources.digest(each.path.name))
+    for file in files:
+        parser = Paragraphs()
+        parser.feed(file.path.read_text(encoding="utf-8"))
+        lines = [line for line in dict.fromkeys(parser.lines) if line not in known]
+        known.update(lines)
+        if lines:
+            paragraphs.append("\n".join(lines))
+    return paragraphs
+
+
+class Paragraphs(html.parser.HTMLParser):
+    """The text between tags outside of scripts and styles."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines: list[str] = []
+        self._skipped = 0
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self._skipped += tag in ("script", "style")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._skipped -= tag in ("script", "style")
+
+    def handle_data(self, data: str) -> None:
+        line = " ".join(data.split())
+        if not self._skipped and len(line) >= LEAST_CHARS:
+            self.lines.append(line)

@@ -1,13 +1,11 @@
 """What new tokens' rows are worth before any training, by what they are made of."""
 
-import html.parser
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from lminf.data import documents, sources
 from lminf.errors import InputError
 from lminf.evals import score
 from lminf.experiments import _models, _texts
@@ -20,11 +18,10 @@ from lminf.run.progress import Progress
 
 IDENTITY = ("tokens", "rows", "seed", "language", "document")  # what tells a row from others
 NONE = "none"  # the model as it is, without new tokens
-LEAST_CHARS = 40  # of a paragraph of a page; shorter ones are names of buttons and links
 
 
 def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
-    all_pages = {"target": pages(c.text), "other": pages(c.other_text)}
+    all_pages = {"target": _texts.pages(c.text), "other": _texts.pages(c.other_text)}
     held_out = {
         language: [page[: c.characters] for page in of_language if len(page) >= c.characters]
         for language, of_language in all_pages.items()
@@ -83,46 +80,6 @@ def first_characters(pages: Sequence[str], characters: int) -> Iterator[str]:
         if characters > 0:
             yield page[:characters]
         characters -= len(page)
-
-
-# --- Texts ----------------------------------------------------------------------------------------
-
-
-def pages(entry: str) -> list[str]:
-    """The documents of an entry (`_texts.texts`), of HTML their paragraphs, each once."""
-    known: set[str] = set()
-    if not entry.endswith(".html"):
-        return _texts.texts(entry)
-    paragraphs = []
-    files = sorted(documents.find([entry]), key=lambda each: sources.digest(each.path.name))
-    for file in files:
-        parser = Paragraphs()
-        parser.feed(file.path.read_text(encoding="utf-8"))
-        lines = [line for line in dict.fromkeys(parser.lines) if line not in known]
-        known.update(lines)
-        if lines:
-            paragraphs.append("\n".join(lines))
-    return paragraphs
-
-
-class Paragraphs(html.parser.HTMLParser):
-    """The text between tags outside of scripts and styles."""
-
-    def __init__(self):
-        super().__init__()
-        self.lines: list[str] = []
-        self._skipped = 0
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        self._skipped += tag in ("script", "style")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._skipped -= tag in ("script", "style")
-
-    def handle_data(self, data: str) -> None:
-        line = " ".join(data.split())
-        if not self._skipped and len(line) >= LEAST_CHARS:
-            self.lines.append(line)
 
 
 # --- What is shown --------------------------------------------------------------------------------

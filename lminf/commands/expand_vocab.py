@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="to add; up to seven more fill tables to a multiple of 8")  # fmt: skip
     parser.add_argument("--rows", choices=typing.get_args(Rows), default="align",
                         help="what new rows are made of: the old tokens that stand in their place "
-                        "(align), that they are merged from, that spell them (mean), or noise; "
-                        "default: align")  # fmt: skip
+                        "(align), that they are merged from, that spell them (mean), that are used "
+                        "alike (focus), or noise; default: align")  # fmt: skip
     parser.add_argument("--seed", type=_model.seed, default=0, help="of rows that are drawn (0)")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
 

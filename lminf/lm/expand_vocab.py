@@ -4,7 +4,7 @@ import typing
 from collections.abc import Sequence
 
 from lminf.config import closest
-from lminf.data import bpe
+from lminf.data import bpe, token_vectors
 from lminf.data.tokenizers import Tokenizer
 from lminf.errors import InputError
 from lminf.lm.lm import LM
@@ -42,6 +42,10 @@ def new_rows(old: Tokenizer, new: Tokenizer, texts: Sequence[str], rows: Rows) -
         return [{}] * count
     if rows == "mean":
         return [vocab_map.uniform(ids) for ids in bpe.pieces_of_added(old, new)]
+    if rows == "focus":
+        ids = [new.encode(text) for text in texts]
+        vectors = token_vectors.token_vectors(ids, new.vocab_size)
+        return vocab_map.focus_rows(vectors, old_tokens=old.vocab_size)
     merged = vocab_map.merge_rows(bpe.merges_of(new), old_tokens=old.vocab_size, count=count)
     if rows == "merge":
         return merged

@@ -33,7 +33,7 @@ RANGES = {
             "key_value_prompts", "lengths", "passkey_length", "passkeys", "positions", "prompt",
             "prompts", "queries", "instances", "contexts", "num_keys", "num_values",
             "longest", "requested", "max_new_tokens", "new_tokens",
-            "parts", "validation", "corpus_documents",
+            "parts", "validation", "corpus_documents", "slots", "questions",
             "words", "span", "embedding_layers", "segment_len", "recalled", "needles",
             "retrieved_together", "trained_length",
             # worlds
@@ -48,11 +48,15 @@ RANGES = {
         ),
         COUNT_OR_NONE,
     ),
-    **dict.fromkeys(("num_layers", "base_layers", "layer_counts"), Range(min=1, max=2**12)),
+    **dict.fromkeys(
+        ("num_layers", "base_layers", "layer_counts", "encoder_layers", "decoder_layers"),
+        Range(min=1, max=2**12),
+    ),
     "tokens": Range(min=1, max=2**63 - 1),  # read in all
     "length": Range(min=2, max=MOST),  # a token and the one it predicts
     "times": Range(min=2, max=2**16),  # the trained length
     "depths": SHARE,
+    "chat_shares": SHARE,
     "warmup": SHARE,
     "decay": SHARE,
     "question_share": SHARE,
@@ -83,7 +87,7 @@ MAY_BE_EMPTY = {
       for name in ("lengths", "prompts")),
 }  # fmt: skip
 # An item that stands twice would be measured twice, but for the items of what goes with another.
-MAY_REPEAT = {"prompts", "key_value_prompts", "train_lm.profile"}
+MAY_REPEAT = {"prompts", "key_value_prompts", "train_lm.profile", "chat_shares"}
 
 
 def check(config: ConfigDict, *, experiment: str) -> None:

@@ -9,8 +9,11 @@ has over the old table. Rows of old tokens stay bit for bit. One map serves embe
     merge    half of each part's row, for the pair of tokens that the new token is merged from
     align    the mean over the places where the new token stands in a text, of the mean of the rows
              of the old tokens that stand there
+    focus    of the old tokens of the texts, those that are used most alike: the sparsemax of the
+             cosines between vectors of tokens that an auxiliary model gives
 
-Source: Yamaguchi et al. 2024, arXiv:2406.11477; mean: Hewitt 2021.
+Source: Yamaguchi et al. 2024, arXiv:2406.11477; mean: Hewitt 2021; focus: Dobler and de Melo 2023,
+arXiv:2305.14481.
 """
 
 import dataclasses
@@ -27,7 +30,7 @@ from lminf.errors import InputError
 from lminf.models.spec import ModelSpec
 from lminf.types import Params
 
-Rows: TypeAlias = Literal["random", "mean", "merge", "align"]
+Rows: TypeAlias = Literal["random", "mean", "merge", "align", "focus"]
 Row: TypeAlias = Mapping[int, float]  # old id -> its share, or nothing where nothing is known
 
 
@@ -124,6 +127,34 @@ def align_rows(
         if counts.get(token) else default
         for token, default in enumerate(otherwise, old_tokens)
     ]  # fmt: skip
+
+
+def focus_rows(vectors: Float[np.ndarray, "V d"], *, old_tokens: int) -> list[Row]:
+    """The row of each new token by its cosines with the old tokens that have a vector; one whose
+    own vector is zero is unknown.
+    """
+    sizes = np.linalg.norm(vectors, axis=1, keepdims=True)
+    directions = vectors / np.where(sizes == 0, 1, sizes)
+    old = np.flatnonzero(sizes[:old_tokens, 0])
+    if not len(old):
+        return [{} for _ in vectors[old_tokens:]]
+    shares = sparsemax(directions[old_tokens:] @ directions[old].T)
+    return [
+        {int(old[place]): float(row[place]) for place in np.flatnonzero(row)} if size else {}
+        for row, size in zip(shares, sizes[old_tokens:, 0], strict=True)
+    ]
+
+
+def sparsemax(scores: Float[np.ndarray, "N M"]) -> Float[np.ndarray, "N M"]:
+    """The nearest point to each row among those of non-negative entries that sum to 1.
+
+    Source: Martins and Astudillo 2016, arXiv:1602.02068, algorithm 1.
+    """
+    ordered = -np.sort(-scores, axis=1)
+    above = np.cumsum(ordered, 1) - 1
+    support = (ordered * np.arange(1, scores.shape[1] + 1) > above).sum(1, keepdims=True)
+    threshold = np.take_along_axis(above, support - 1, 1) / support
+    return np.maximum(scores - threshold, 0)
 
 
 def _weighted(rows: Sequence[tuple[float, Row]]) -> Row:

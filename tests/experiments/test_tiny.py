@@ -15,7 +15,7 @@ from lminf.run import folder, request
 pytestmark = pytest.mark.slow
 
 NAMES = (
-    "decode_cost", "diagnose_lengths", "effective_length", "infinigram", "kv_cache",
+    "chat_repair", "decode_cost", "diagnose_lengths", "effective_length", "infinigram", "kv_cache",
     "length_generalization", "long_context_eval", "long_context_loss", "long_context_retrieval",
     "long_icl", "passkey", "speculative", "vocab_expansion",
 )  # fmt: skip

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from lminf.errors import InputError
+from lminf.experiments import _texts
 from lminf.experiments import vocab_expansion as experiment
 
 
@@ -30,7 +31,7 @@ def options(texts):
 
 
 def test_pages_are_their_paragraphs_without_scripts_and_menus(texts):
-    pages = experiment.pages(texts[1])
+    pages = _texts.pages(texts[1])
     assert len(pages) == 6
     assert all("cat dog" in page and "yyy" not in page for page in pages)
     assert not any("menu" in page for page in pages)

@@ -190,6 +190,40 @@ def test_where_each_token_always_replaces_the_same_tokens_align_is_mean(old, new
         assert align == pytest.approx(mean)
 
 
+def test_sparsemax_is_the_nearest_point_of_the_simplex():
+    """By trying every support: on it, all scores are lowered by as much."""
+    for scores in np.random.default_rng(0).normal(size=(20, 4)):
+        points = []
+        for size in range(1, 5):
+            for support in map(list, itertools.combinations(range(4), size)):
+                point = np.zeros(4)
+                point[support] = scores[support] - (scores[support].sum() - 1) / size
+                points.append(point)
+        inside = [point for point in points if point.min() >= 0]
+        nearest = min(inside, key=lambda point: ((point - scores) ** 2).sum())
+        np.testing.assert_allclose(vocab_map.sparsemax(scores[None])[0], nearest, atol=1e-12)
+
+
+def test_focus_weighs_old_tokens_by_their_likeness():
+    # Old tokens 0 to 2, of which 2 has no vector; cosines of 3 with 0 and 1 are 1 and 1/2.
+    vectors = np.array([[2.0, 0], [0.5, 0.75**0.5], [0, 0], [3, 0], [0, 0], [-1, 0]])
+    likely, unknown, opposite = vocab_map.focus_rows(vectors, old_tokens=3)
+    assert likely == pytest.approx({0: 0.75, 1: 0.25})
+    assert unknown == {}
+    assert opposite == pytest.approx({1: 0.75, 0: 0.25})  # cosines -1 and -1/2
+    assert vocab_map.focus_rows(vectors[2:], old_tokens=1) == [{}, {}, {}]
+
+
+def test_focus_takes_old_tokens_of_the_texts_and_leaves_rare_ones_unknown(old, new, greek):
+    rows = new_rows(old, new, greek, "focus")
+    counts = np.bincount(np.concatenate([new.encode(text) for text in greek]), minlength=340)
+    assert [bool(row) for row in rows] == (counts[300:] >= 10).tolist()
+    assert 5 < sum(map(bool, rows)) < 40
+    for row in filter(None, rows):
+        assert sum(row.values()) == pytest.approx(1)
+        assert min(counts[token] for token in row) >= 10
+
+
 def test_unknown_rows_have_the_spread_of_the_table_in_every_channel():
     table = np.random.default_rng(1).normal([0.0, 3.0], [1.0, 0.1], (4000, 2)).astype(np.float32)
     mapping = vocab_map.vocab_map([{}] * 4000, old_tokens=4000, old_rows=4000)

@@ -1,5 +1,6 @@
 """A chat model after training on plain text of another language, with and without repair.
 
+Topic      data
 Question   A chat model gets tokens of another language and is trained on plain text of it. What is
            left of its conduct, and what does repair without training bring back?
 Paper      ElChat (Yamaguchi et al. 2024, arXiv:2412.11704), and the training of arXiv:2406.11477

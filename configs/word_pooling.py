@@ -1,5 +1,6 @@
 """Words as a few vectors against bytes, characters and subwords, by the next words they expect.
 
+Topic      data
 Question   Does a model that pools the units of a word into a few vectors expect the right next word
            more often than one of bytes, characters or subwords, and is that so of rare words?
 Paper      Learn Your Tokens (Thawani et al. 2023, arXiv:2310.11628)

@@ -163,10 +163,13 @@ def _written(out: Path, request: dict[str, Any]) -> list[dict[str, int]] | None:
     with refusing(str(path), kind="progress of a build", advice="name another folder"):
         state = json.loads(path.read_bytes())
         earlier_request, shards = state["request"], state["shards"]
-    _check_same(out, earlier_request, request, what="the beginning of another index")
+    if shards is not None:
+        _check_same(out, earlier_request, request, what="the beginning of another index")
     for name in FILES:  # of a process that was killed
-        for left in out.glob(f".{name}.*-*.part"):
-            left.unlink()
+        # Of tokens that were not all written, none are used, so another request may begin there.
+        for pattern in (f".{name}.*-*.part", *([f"{name}.*"] if shards is None else [])):
+            for left in out.glob(pattern):
+                left.unlink()
     return shards
 
 

@@ -103,8 +103,22 @@ def test_documents_that_cannot_be_read_leave_no_index(tmp_path):
         build.build(broken, tmp_path / "index", **arguments)
     with pytest.raises(InputError, match="unfinished"):
         open_index(tmp_path / "index")
+    # No token of it can be used, so the corrected command begins anew.
+    cases.made(tmp_path / "whole", repeats(), memory=SMALL)
+    build.build(cases.corpus(repeats()), tmp_path / "index", **arguments)
+    assert content(tmp_path) == content(tmp_path / "whole")
+
+
+def test_tokens_that_wait_for_another_index_are_kept(tmp_path):
+    arguments = {"encoding": cases.ID, "memory_bytes": SMALL}
+    with pytest.raises(Stopped):
+        build.build(
+            cases.corpus(repeats()), tmp_path / "index", **arguments, progress=stop_after(1)
+        )
+    before = sorted(tmp_path.rglob("*"))
     with pytest.raises(InputError, match="beginning of another index: its sources differs"):
-        build.build(cases.corpus(repeats()), tmp_path / "index", **arguments)
+        build.build(cases.corpus(repeats()[1:]), tmp_path / "index", **arguments)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_index_that_is_there_is_kept(tmp_path):

@@ -31,6 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer = "adamw:b2=0.95,weight_decay=0.1"
     c.length, c.batch, c.steps = 96, 16, 100  # characters of a text; rows of a step
     c.schedule = "cosine:peak=1e-2,floor=1e-4,warmup=10"
+    c.loss_weights = ("per_token", "per_sequence")  # what weighs the same in the fine-tuning's loss
     c.longest = (16, 32, 64)  # characters of the longest answer of a fine-tuning
     c.tuning = ConfigDict()
     c.tuning.length, c.tuning.steps = 68, 300  # room for a request and the longest answer

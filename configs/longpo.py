@@ -28,7 +28,7 @@ VARIANTS = ("tiny", "h100", "pod")
 
 def get_config(arg: str = "") -> ConfigDict:
     c = base.get_config(arg, variants=VARIANTS)
-    c.methods = ("none", "sft", "dpo", "longpo")
+    c.methods = ("none", "sft", "sft_kl", "dpo", "longpo")
     c.replicates = 3  # seeds from c.seed on
     c.model = shape(width=32, layers=2, heads=2, kv_heads=2, hidden=64)
     c.optimizer = "adamw:b2=0.95,weight_decay=0.1"
@@ -40,7 +40,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.tuning.batch, c.tuning.steps = 8, 60  # pairs of a step, and steps of a round
     c.tuning.schedule = "cosine:peak=1e-3,floor=1e-5,warmup=10"
     c.beta = 0.1
-    c.preference_scale = 1.0  # lambda: the paper's 0.01 is for answers of hundreds of tokens
+    # Lambda, and the factor of the KL: the paper's 0.01 is for answers of hundreds of tokens.
+    c.preference_scale = 1.0
     c.lengths = (64, 128, 256, 512)  # characters of the prompts that are measured
     c.instances = 256  # questions of each length
     if arg == "tiny":

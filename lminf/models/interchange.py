@@ -39,9 +39,9 @@ def interchange(
             "states are exchanged between layers that are alike; give a model without experts, "
             "under a policy without thresholds of layers"
         )
-    to_base, to_source = (residual_stream(module, params, tokens) for tokens in (base, source))
-    chosen = jnp.arange(base.shape[1], dtype=jnp.int32) == positions[:, None]
-    streams = jnp.where(chosen[..., None], to_source, to_base)
+    of_base, of_source = (residual_stream(module, params, tokens) for tokens in (base, source))
+    chosen = _positions(base) == positions[:, None]
+    streams = jnp.where(chosen[None, ..., None], of_source, of_base)
     return jnp.stack([_read_on(module, params, x, layer) for layer, x in enumerate(streams)])
 
 

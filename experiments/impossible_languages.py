@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
@@ -186,8 +186,8 @@ def _plural_predicted(
     arrays: Mapping[str, np.ndarray],
     markers: Int[np.ndarray, " 2"],
     positions: Int[np.ndarray, " N"],
-) -> Bool[np.ndarray, "S L+1 N"]:
-    """Whether the plural marker is the likelier one after each prefix, by seed and layer."""
+) -> Bool[np.ndarray, "R S N"]:
+    """Whether the plural marker is the likelier one after each prefix, by replica and layer."""
     count, length = arrays["base"].shape
     rows, parts = min(count, max(1, _worlds.MEASURED // length)), []
     for start in range(0, count, rows):
@@ -203,7 +203,7 @@ def _plural_predicted(
 @partial(jax.jit, static_argnums=0)
 def _marker_logits(
     program: TrainStep, params, base, source, last, markers, positions
-) -> Float[np.ndarray, "S L+1 N 2"]:
+) -> Float[Array, "R S N 2"]:
     def one(params):
         hidden = interchange(program.module, params, base, source, positions)
         hidden = jnp.take_along_axis(hidden, last[None, :, None, None], 2)[:, :, 0]

@@ -22,9 +22,9 @@ def interchange(
     base: Tokens,
     source: Tokens,
     positions: Int[Array, " B"],
-) -> Float[Array, "L+1 B T D"]:
-    """Final hidden states of `base`, one text for each layer l at which the residual stream of row
-    b has, at `positions[b]`, the state of `source`.
+) -> Float[Array, "S B T D"]:
+    """Final hidden states of `base` for S = L + 1 layers l, at which the residual stream of row b
+    has, at `positions[b]`, the state of `source`.
 
     The stream is taken behind l layers: behind 0 it is the embeddings, behind all L what the final
     norm reads. A position that no token has, such as -1, leaves the row as it is.
@@ -47,8 +47,8 @@ def interchange(
 
 def residual_stream(
     module: decoder.Decoder, params: Params, tokens: Tokens
-) -> Float[Array, "L+1 B T D"]:
-    """What the first layer reads, and what each layer adds up to."""
+) -> Float[Array, "S B T D"]:
+    """What the first layer reads, and what each of the L layers makes of it; S = L + 1."""
     positions = _positions(tokens)
     embeds = decoder.embed_tokens(module.spec, params, tokens, dtype=module.dtype)
     first = decoder.place_embeds(module.spec, params, embeds, positions)

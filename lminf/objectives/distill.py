@@ -6,7 +6,7 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from lminf import ranges
 from lminf.models import heads
@@ -67,7 +67,7 @@ def sft_with_kl(*, scale: float = 0.01) -> tuple[Term, ...]:
 
 def _of_answer(
     model: Model, prefix: str, count: int
-) -> tuple[Float[Array, "B C V"], Float[Array, "B C"]]:
+) -> tuple[Float[Array, "B C V"], Bool[Array, "B C"]]:
     """Log-probabilities where an answer's tokens are predicted, in their order; behind them others,
     and which are of the answer.
     """

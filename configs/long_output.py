@@ -2,15 +2,21 @@
 
 Topic      training
 Question   Does a model write no more than the longest answer that it was fine-tuned on, though it
-           was trained on longer texts?
+           was trained on longer texts, and does it write less where all answers weigh the same in
+           the loss instead of all their tokens?
 Paper      LongWriter (Bai et al. 2024, arXiv:2408.07055)
 Command    python -m experiments.long_output
-Time       3 minutes of processor time, which took 19 minutes beside other work; the same command
-           with the same --out resumes
+Time       3 minutes of processor time for per-token weights, which took 19 minutes beside other
+           work; the same command with the same --out resumes
 Expected   the longest output is the longest answer trained on, 16, 32 and 64, with each of 5 seeds,
            and lengths that were trained on are met (scores 0.99 to 1.00). Asked for more a model
            writes no more: mostly less than its longest answer. Here the number that the longest
-           answer ends with was always followed by an end
+           answer ends with was always followed by an end. Per-sequence weights do not shorten these
+           outputs, as LongWriter finds of long ones: trained lengths are met as well (differences
+           of scores 0.00 to 0.01, intervals that hold 0), where one answer is right and each of its
+           characters is learned in the end; one seed of 5 writes 104 once where it was trained up
+           to 64. Longer ones score 0.08 less for 32 (0.15 less to 0.00) and are not told apart for
+           16 and 64
 Tiny       --config=:tiny trains one seed for a few steps, which teaches nothing: seconds
 Sizes      --config=:h100, :pod on one device; a pod runs its seeds as commands of their own, with
            --config.seed and --config.replicates=1

@@ -29,11 +29,6 @@ def interchange(
     The stream is taken behind l layers: behind 0 it is the embeddings, behind all L what the final
     norm reads. A position that no token has, such as -1, leaves the row as it is.
     """
-    if base.shape != source.shape:
-        raise InputError(
-            f"texts of {base.shape} and {source.shape} tokens do not exchange states; give both "
-            f"as many rows of the same length"
-        )
     if module.spec.moe is not None or any(map(layer_scan.thresholds_of, module.policies)):
         raise InputError(
             "states are exchanged between layers that are alike; give a model without experts, "

@@ -21,6 +21,7 @@ from lminf.experiments import _seeds
 from lminf.experiments._lookups import KEYS, MEASURED, TRAINING, Lookups, questions
 from lminf.experiments._main import main
 from lminf.lm.lm import LM
+from lminf.objectives.distill import sft_with_kl
 from lminf.objectives.preference import DPO, longpo
 from lminf.objectives.terms import CrossEntropy, Term
 from lminf.programs.longpo import AnswerPair, Prompts, rounds
@@ -30,7 +31,7 @@ from lminf.run.progress import Progress
 from lminf.train.loop import fit
 from lminf.train.step import TrainStep
 
-METHODS = ("none", "sft", "dpo", "longpo")
+METHODS = ("none", "sft", "sft_kl", "dpo", "longpo")
 
 
 def check(c: ConfigDict, given: Collection[str] = ()) -> None:
@@ -98,6 +99,7 @@ class Training:
     def objective(self) -> tuple[Term, ...]:
         return {
             "sft": (CrossEntropy(prefix="chosen_"),),
+            "sft_kl": sft_with_kl(scale=self.c.preference_scale),
             "dpo": (DPO(self.c.beta),),
             "longpo": longpo(beta=self.c.beta, scale=self.c.preference_scale),
         }[self.method]
@@ -184,4 +186,4 @@ def table(rows: list[Row]) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main(run, plot, table=table, resumes=True, check=check)
+    main(run, plot, table=table, resumes=True, may_change=("methods",), check=check)

@@ -42,9 +42,14 @@ class Backtracing:
             raise InputError("Backtracing.characters is (); give the tokens that ids are made of")
 
     @property
-    def token_ids(self) -> tuple[int, ...]:
+    def mark_ids(self) -> tuple[int, ...]:
+        """The tokens that no text holds."""
         return (self.open_id, self.close_id, self.open_list_id, self.separator_id,
-                self.close_list_id, *self.characters)  # fmt: skip
+                self.close_list_id)  # fmt: skip
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return (*self.mark_ids, *self.characters)
 
 
 class Tied(NamedTuple):
@@ -133,6 +138,7 @@ class UntieTheKnots:
 
     def tie(self, tokens: Int[np.ndarray, " T"], key: Key) -> Tied:
         """The whole tied sequence, with what `untie` needs."""
+        self._check_free(tokens)
         (word,) = permutation.words((*key, 0), 1).tolist()
         law = self.laws[_drawn(self.weights, word)]
         if not any(law[1:]):
@@ -150,6 +156,16 @@ class UntieTheKnots:
         predicted[1:] *= predicts[:-1]
         joined = np.concatenate([np.asarray(part.tokens, tokens.dtype) for part in parts])
         return Tied(joined, np.concatenate(sources), predicted)
+
+    def _check_free(self, tokens: Int[np.ndarray, " T"]) -> None:
+        """Refuses a text that holds a reserved token, which a model could not tell from a mark."""
+        marks = (*self.knot_ids, *(self.backtracing.mark_ids if self.backtracing else ()))
+        places = np.flatnonzero(np.isin(tokens, marks))
+        if len(places):
+            raise InputError(
+                f"the text holds the token {tokens[places[0]]}, at place {places[0]:,} of a row, "
+                f"but untie_the_knots reserves it as a mark; reserve tokens that no text holds"
+            )
 
     def _chunks(self, tokens: np.ndarray, law: Sequence[float], key: Key) -> list[Chunk]:
         """The chunks of all documents in their order; a document shorter than its number of chunks

@@ -278,6 +278,23 @@ def test_rows_whose_documents_are_kept_apart_are_refused_before_training():
         Loader([corpus()], parse_plan("concat"), length=64, rows=4, seed=0, transforms=[fill])
 
 
+@pytest.mark.parametrize("mark", [KNOTS[1], OPEN, CLOSE_LIST])
+def test_a_text_that_holds_a_reserved_token_is_refused(mark):
+    tokens = sequence([4, 3])
+    tokens[2] = mark
+    message = rf"holds the token {mark}, at place 2 of a row, .*; reserve tokens that no text holds"
+    with pytest.raises(InputError, match=message):
+        TRACED({"tokens": tokens}, (0, 0))
+    # Of a store the first batch is looked at before a run begins.
+    knots = parse_transforms(TEXT, vocab_size=200)
+    texts = store.from_documents([np.array([FIRST, KNOTS[3], END])] * 40)
+    with pytest.raises(InputError, match=f"holds the token {KNOTS[3]}, at place "):
+        Loader([texts], parse_plan("concat"), length=64, rows=1, seed=0, transforms=knots)
+    # Characters of ids are letters, which texts are made of.
+    tokens[2] = LETTERS[0]
+    assert TRACED({"tokens": tokens}, (0, 0))
+
+
 @pytest.mark.parametrize("sample", [ALWAYS, TRACED.backtracing], ids=lambda s: type(s).__name__)
 def test_numbers_outside_their_range_are_refused_by_field(sample):
     assert stated_ranges.without_range(type(sample)) == []

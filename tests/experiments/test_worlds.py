@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from lminf.data.worlds import impossible
 from lminf.errors import InputError
 from lminf.experiments import _worlds, impossible_languages, knowledge_extraction
 from lminf.experiments.knowledge_extraction import HELD_OUT, Mixed
@@ -73,6 +74,41 @@ def test_generated_sentences_are_not_counted_where_a_text_is_read():
         impossible_languages.check(asked.config, asked.overrides)
 
 
+def test_a_flip_counts_where_both_prefixes_of_a_pair_were_predicted_rightly(monkeypatch):
+    language = impossible.TokenHop()
+    pairs = impossible.number_pairs(language, range(40), seed=0)
+    world = impossible.world(impossible.sentences(300, seed=0), language, held_out=9)
+    ids = world.encode(impossible.MARKERS[1:])
+    plural = {tuple(world.encode(pair.plural)) for pair in pairs}
+    wrong = set(list(plural)[:3])
+
+    def predicted(copies, params, arrays, markers, positions):
+        """A model that reads the number of the state at the verb's fourth word, of layer 1 only."""
+        assert markers.tolist() == ids.tolist()
+        made = np.zeros((1, 2, len(positions)), bool)
+        for i, place in enumerate(positions.tolist()):
+            prefixes = [tuple(arrays[name][i, 1 : arrays["last"][i] + 1])
+                        for name in ("base", "source")]  # fmt: skip
+            base, source = (each in plural and each not in wrong for each in prefixes)
+            made[0, :, i] = base
+            if place == arrays["last"][i]:
+                made[0, 1, i] = source
+        return made
+
+    monkeypatch.setattr(impossible_languages, "_plural_predicted", predicted)
+    copies = type("Copies", (), {"seeds": (7,)})()
+    places = impossible_languages.places_of(language)
+    rows = list(impossible_languages.flips(copies, None, world, pairs, places))  # pyright: ignore
+    assert [row["place"] for row in rows[::2]] == [
+        "subject", "verb", "verb + 1", "verb + 2", "verb + 3", "last before the marker"
+    ]  # fmt: skip
+    for row in rows:
+        flips = row["place"] == "last before the marker" and row["layer"] == 1
+        assert row["flipped"] == float(flips)
+        assert row["seed"] == 7
+        assert row["prefixes"] == 2 * (len(pairs) - 3)
+
+
 @pytest.fixture
 def trained(rows_of):
     """`rows_of` where optax may mix dtypes."""
@@ -87,14 +123,22 @@ def trained(rows_of):
 @pytest.mark.slow
 def test_languages_that_are_finished_are_not_trained_again(trained):
     names = ("control", "no_hop")
-    rows = trained("impossible_languages", languages=names, replicates=1)
+    made = trained("impossible_languages", languages=names, replicates=1)
+    rows = [row for row in made if "place" not in row]
     assert [(row["language"], row["step"]) for row in rows] == [
         (name, step) for name in names for step in (10, 20)
+    ]
+    exchanges = [row for row in made if "place" in row]
+    assert [(row["language"], row["place"], row["layer"]) for row in exchanges] == [
+        ("no_hop", place, layer) for place in ("subject", "verb") for layer in (0, 1)
     ]
     for first, last in (rows[:2], rows[2:]):
         assert 1 < last["perplexity"] < first["perplexity"]
     assert [row.get("markers", 0) > 0 for row in rows] == [False, False, True, True]
-    assert trained("impossible_languages", rows, languages=names, replicates=1) == []
+    assert trained("impossible_languages", made, languages=names, replicates=1) == []
+    # Of a language whose perplexities are there, only the exchanged states are measured.
+    again = trained("impossible_languages", rows, languages=names, replicates=1)
+    assert again == exchanges
     control, no_hop = impossible_languages.table(rows)
     assert control["perplexity"].startswith(f"{rows[1]['perplexity']:.2f}")
     assert no_hop["times its control"] == "1.00 (1.00–1.00)"

@@ -5,7 +5,8 @@ punctuation mark and clitic is a token. Source: Kallini et al. 2024, "Mission: I
 Models", arXiv:2401.06416.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, NamedTuple, Protocol, TypeAlias
@@ -258,8 +259,38 @@ class _Draws:
         return next(self._words) < share * 2**64
 
 
-def _sentence(draws: _Draws) -> Iterator[Word]:
-    yield from _clause(draws)
+class NumberPair(NamedTuple):
+    """What stands before the first marker in two sentences that differ in the number of their first
+    subject alone; the words of both have the same places.
+    """
+
+    singular: Words
+    plural: Words
+    verb: int  # the place of the verb whose marker comes next; its subject stands before it
+
+
+def number_pairs(language: NoHop, numbers: Iterable[int], *, seed: int) -> list[NumberPair]:
+    """Pairs of the grammar's sentences with these numbers, which say the same of one and of many;
+    those of sentences that the language leaves out are missing.
+    """
+    pairs = []
+    for number in numbers:
+        one, many = (
+            tuple(_sentence(_Draws((seed, number)), plural=plural)) for plural in (False, True)
+        )
+        tokens = [language(sentence, (seed, number)) for sentence in (one, many)]
+        if None not in tokens:
+            prefixes = [
+                tuple(itertools.takewhile(lambda token: token not in MARKERS, each or ()))
+                for each in tokens
+            ]
+            pairs.append(NumberPair(*prefixes, verb=_verbs(one)[0]))
+    return pairs
+
+
+def _sentence(draws: _Draws, *, plural: bool | None = None) -> Iterator[Word]:
+    """A sentence whose first subject has the number that is drawn, or this one."""
+    yield from _clause(draws, plural=plural)
     if draws.happens(0.4):
         yield Word(",", ",", ",")
         conjunction = draws.one("conjunction")
@@ -268,8 +299,9 @@ def _sentence(draws: _Draws) -> Iterator[Word]:
     yield Word(".", ".", ".")
 
 
-def _clause(draws: _Draws) -> Iterator[Word]:
-    plural = draws.happens(0.5)
+def _clause(draws: _Draws, *, plural: bool | None = None) -> Iterator[Word]:
+    drawn = draws.happens(0.5)
+    plural = drawn if plural is None else plural
     yield from _noun_phrase(draws, plural)
     verb = draws.one("verb")
     if draws.happens(0.2):

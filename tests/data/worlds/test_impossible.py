@@ -72,6 +72,28 @@ def test_sentences_are_tagged_and_agree():
     assert min(verbs.values()) > 100
 
 
+@pytest.mark.parametrize("name", ["no_hop", "token_hop", "word_hop"])
+def test_a_number_pair_differs_in_its_subject_and_determiner(name):
+    language = LANGUAGES[name]()
+    pairs = impossible.number_pairs(language, range(300), seed=1)
+    assert len(pairs) == sum(sentence is not None for sentence in spoken(language))
+    given = {tokens[: tokens.index(marker)]: marker for tokens in spoken(language) if tokens
+             for marker in (next(t for t in tokens if t in MARKERS),)}  # fmt: skip
+    nouns = {word.text: word.tag for sentence in SENTENCES for word in sentence}
+    for one, many, verb in pairs:
+        assert (one in given) + (many in given) >= 1  # each is made of a sentence of the language
+        assert given.get(one, SINGULAR) == SINGULAR
+        assert given.get(many, PLURAL) == PLURAL
+        assert len(one) == len(many)
+        different = [i for i in range(len(one)) if one[i] != many[i]]
+        assert different[-1] == verb - 1
+        assert nouns[one[verb - 1]] == "NN"
+        assert len(different) <= 2  # a determiner: a, this; these, some
+        after = [word for word in one[verb + 1 :] if name == "token_hop"
+                 or (word not in CLITICS and word.isalnum())]  # fmt: skip
+        assert len(after) == language.distance
+
+
 # --- Shuffle --------------------------------------------------------------------------------------
 
 

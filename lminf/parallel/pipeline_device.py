@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from lminf.attention import rope
 from lminf.models import decoder, layers
@@ -117,7 +117,7 @@ class Device:
 
     def stage(self, params: Params, x: Hidden, virtual: Int[Array, ""]) -> Hidden:
         """The layers of a chunk; in the first one what comes before, in the last the final norm."""
-        i, chunk = virtual // self.chunks, virtual % self.chunks
+        i, chunk = self.schedule.microbatch_and_chunk(virtual)
         s, batch = self.module.spec, _read(self.batch, i)
         positions = batch["positions"]
         if s.embed_norm or isinstance(s.encoding, rope.Learnt):
@@ -194,7 +194,7 @@ class Device:
         rows, local = self._own_tokens(i)
         x = decoder.embed_tokens(self.module.spec, self.params, rows, dtype=self.module.dtype)
         x = jax.lax.psum(jnp.where(local, x, 0), AXIS)
-        where = jnp.where(self.index == 0, i * self.chunks, -1)
+        where = jnp.where(self.index == 0, self.schedule.virtual_microbatch(i, 0), -1)
         return carry._replace(inputs=_write(carry.inputs, where, x))
 
     def embed_gradient(self, carry: Carry, i: Int[Array, ""], sent: Hidden) -> Carry:
@@ -207,7 +207,8 @@ class Device:
         return carry._replace(hidden=_write(carry.hidden, i, self._from(self.last, sent)))
 
     def _to_last(self, carry: Carry, i: Int[Array, ""], gradient: Array) -> Carry:
-        where = jnp.where(self.index == self.last, (i + 1) * self.chunks - 1, -1)
+        virtual = self.schedule.virtual_microbatch(i, self.chunks - 1)
+        where = jnp.where(self.index == self.last, virtual, -1)
         gradient = gradient.reshape(carry.gradients.shape[1:])
         return carry._replace(gradients=_write(carry.gradients, where, gradient))
 
@@ -236,25 +237,27 @@ class Device:
         back = jax.lax.ppermute(sent, AXIS, [((d + 1) % p, d) for d in range(p)])
         arrived = _microbatch(row, (self.index - 1) % p, "F")
         returned = _microbatch(row, (self.index + 1) % p, "B")
-        next_chunk = jnp.where(self._ends_in(arrived, self.chunks - 1), -1, arrived + 1)
-        chunk_before = jnp.where(self._ends_in(returned, 0), -1, returned - 1)
-        arrived = jnp.where(self.index > 0, arrived, next_chunk)
-        returned = jnp.where(self.index < self.last, returned, chunk_before)
+        wrapped = self.index == 0, self.index == self.last
+        arrived = jnp.where(wrapped[0], self._in_chunk(arrived, 1), arrived)
+        returned = jnp.where(wrapped[1], self._in_chunk(returned, -1), returned)
         return carry._replace(
             inputs=_write(carry.inputs, arrived, on),
             gradients=_write(carry.gradients, returned, back),
         )
 
-    def _ends_in(self, virtual: Int[Array, ""], chunk: int) -> Bool[Array, ""]:
-        """Whether a virtual microbatch is none, or in that chunk."""
-        return (virtual < 0) | (virtual % self.chunks == chunk)
+    def _in_chunk(self, virtual: Int[Array, ""], step: int) -> Int[Array, ""]:
+        """The same microbatch so many chunks on; -1 where there is no such chunk."""
+        i, chunk = self.schedule.microbatch_and_chunk(virtual)
+        chunk += step
+        there = (virtual >= 0) & (chunk >= 0) & (chunk < self.chunks)
+        return jnp.where(there, self.schedule.virtual_microbatch(i, chunk), -1)
 
     def _at_end(self, row: Ticks, kind: str, stage: int) -> Int[Array, ""]:
         """The microbatch of a pass through the first stage or the last in the row, or -1."""
-        chunk, device = divmod(stage, self.schedule.devices)
+        end, device = divmod(stage, self.schedule.devices)
         virtual = _microbatch(row, device, kind)
-        here = (virtual >= 0) & (virtual % self.chunks == chunk)
-        return jnp.where(here, virtual // self.chunks, -1)
+        i, chunk = self.schedule.microbatch_and_chunk(virtual)
+        return jnp.where((virtual >= 0) & (chunk == end), i, -1)
 
     def tick(self, carry: Carry, row: Ticks) -> tuple[Carry, None]:
         """One row of the schedule. What a row says is the same on all devices, so that all of them

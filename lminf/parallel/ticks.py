@@ -30,11 +30,7 @@ class Slots(NamedTuple):
 
 
 def tabulate(schedule: Schedule) -> tuple[Ticks, Slots]:
-    """The schedule as arrays, and the sizes of the buffers that serve it.
-
-    A microbatch in a chunk of a device's layers is a virtual microbatch, as Megatron-LM calls it,
-    with the number microbatch x chunks + chunk.
-    """
+    """The schedule as arrays, and the sizes of the buffers that serve it."""
     p, m, chunks, at_tick = schedule.devices, schedule.microbatches, schedule.form.chunks, {}
     shape = (1 + max(each.tick for each in schedule.passes), p)
     op, microbatch = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -42,7 +38,7 @@ def tabulate(schedule: Schedule) -> tuple[Ticks, Slots]:
         in_layers = kind in "FBW"
         at_tick[kind, schedule.stage(device, chunk) if in_layers else device, i] = tick
         op[tick, device] = KINDS.index(kind)
-        microbatch[tick, device] = i * chunks + chunk if in_layers else i
+        microbatch[tick, device] = schedule.virtual_microbatch(i, chunk) if in_layers else i
     done = {(kind, i): max(at_tick.get((kind, device, i), -1) for device in range(p))
             for kind in "ST" for i in range(m)}  # fmt: skip
     barriers = np.full((2, len(op)), -1, np.int32)
@@ -54,7 +50,7 @@ def tabulate(schedule: Schedule) -> tuple[Ticks, Slots]:
     of_vocabulary = np.zeros((2, 3, p, m), np.int64)
     for d, i in ((d, i) for d in range(p) for i in range(m)):
         for chunk in range(chunks):
-            stage, virtual = schedule.stage(d, chunk), i * chunks + chunk
+            stage, virtual = schedule.stage(d, chunk), schedule.virtual_microbatch(i, chunk)
             freed = at_tick.get((release, stage, i), at_tick["F", stage, i])
             if stage == schedule.last:
                 returned = done[before_backward, i]

@@ -17,6 +17,7 @@ from lminf.run import plots, style
 from lminf.run.folder import Row, RunFolder
 
 MAY_CHANGE = ("tasks", "policies", "lengths")  # of a run that goes on: each cell is by itself
+RATE = "instruction_following_rate"  # a column of Ada-LEval's tasks
 QUARTERS = [(scope, diffusion) for scope in ("low", "high") for diffusion in ("low", "high")]
 
 
@@ -85,10 +86,12 @@ def plot(rows: list[Row]) -> Mapping[str, Figure]:
 
 def table(rows: list[Row]) -> list[Row]:
     """A task and policy a line, by scope and diffusion: scores by length, and the longest length
-    that is answered as well as the shortest.
+    that is answered as well as the shortest. Where a task reports it, also the share of answers in
+    the form that was asked for.
     """
     lines = []
     lengths = sorted({row["length"] for row in rows})
+    has_rate = any(RATE in row for row in rows)
     for scope, diffusion in QUARTERS:
         quarter = [row for row in rows if (row["scope"], row["diffusion"]) == (scope, diffusion)]
         for task in dict.fromkeys(row["task"] for row in quarter):
@@ -101,12 +104,20 @@ def table(rows: list[Row]) -> list[Row]:
                         **{f"{length:,}": text_of(cells.get(length)) for length in lengths},
                         "instances": sum(row["instances"] for row in scored),
                         "effective length": summary.effective_length(scored),
+                        **({"instruction following": followed(scored)} if has_rate else {}),
                     })  # fmt: skip
     return lines
 
 
 def text_of(row: Row | None) -> str:
     return f"{row['score']:.2f} ({row['low']:.2f}–{row['high']:.2f})" if row else "–"
+
+
+def followed(rows: list[Row]) -> float | None:
+    """The share of the answers of all rows from which an answer could be extracted."""
+    rated = [row for row in rows if RATE in row]
+    instances = sum(row["instances"] for row in rated)
+    return sum(row[RATE] * row["instances"] for row in rated) / instances if rated else None
 
 
 def over_levels(rows: list[Row]) -> list[Row]:

@@ -71,14 +71,14 @@ def identity(row: Row) -> tuple:
 def drawn(c: ConfigDict, lm: LM, number: int) -> Drawn:
     """A document, the same for every policy, order and number of rounds."""
     random = np.random.default_rng((c.seed, number))
-    names, lead, firsts = told_apart(lm, many_shot.drawn_labels(random, CANDIDATES * c.labels))
+    names, lead, firsts = told_apart(lm, many_shot.sample_labels(random, CANDIDATES * c.labels))
     if len(names) < c.labels:
         raise InputError(
             f"the tokenizer of {c.model} begins many labels with the same token, so only "
             f"{len(names)} can be told apart by it; give --config.labels={len(names)} or fewer"
         )
-    tools = many_shot.drawn_tools(random, c.labels, c.text)
-    rounds = many_shot.drawn_examples(random, tools)
+    tools = many_shot.sample_tools(random, c.labels, c.text)
+    rounds = many_shot.sample_examples(random, tools)
     examples = list(itertools.islice(rounds, max(c.rounds) * c.labels))
     of_first = {example.label: example.tool for example in examples[: c.labels]}
     tools_asked = [of_first[label] for label in range(c.labels)]
@@ -102,10 +102,12 @@ def told_apart(lm: LM, names: Sequence[str]) -> tuple[list[str], list[int], list
 def measure(lm: LM, document: Drawn, rounds: int, order: many_shot.Order) -> Iterator[Row]:
     """A row for each quarter of the examples."""
     started, labels = time.perf_counter(), len(document.names)
-    examples = many_shot.ordered(document.examples[: rounds * labels], order)
-    shots = many_shot.shown(examples, document.names)
+    examples = many_shot.order_examples(document.examples[: rounds * labels], order)
+    shots = many_shot.format_examples(examples, document.names)
     prompts = [
-        np.append(lm.encode(shots + many_shot.question(tool))[0], document.lead).astype(np.int32)
+        np.append(lm.encode(shots + many_shot.format_question(tool))[0], document.lead).astype(
+            np.int32
+        )
         for tool in document.tools
     ]
     # [labels asked for, labels]

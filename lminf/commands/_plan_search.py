@@ -17,7 +17,7 @@ SEARCHED = ("mesh", "strategy", "remat", "grad_accum_steps")  # fields that the 
 
 
 def facts_and_layouts(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """About the run and the best layout that `train_lm` runs; and a row for each of the best."""
+    """About the run and the best layout without stages; and a row for each of the best."""
     from lminf.experiments import _training
 
     parsed = request.parse(
@@ -50,7 +50,9 @@ def facts_and_layouts(args: argparse.Namespace) -> tuple[dict[str, Any], list[di
         "meshes_that_fit": len(planned),
     }
     if runs_here is None:
-        facts["overrides"] = "none: what fits needs a pipeline, which train_lm does not run"
+        facts["overrides"] = (
+            "none: what fits needs a pipeline, whose flags the search does not write"
+        )
     else:
         layout = runs_here.layout
         facts |= {

@@ -191,7 +191,7 @@ def read(folder: str | Path) -> list[Query]:
 
 def _records(path: Path, fields: Sequence[str], *, texts: Sequence[str] = ()) -> list[dict]:
     """Records that have the fields; those of `texts` are texts, and null only where optional."""
-    records = published.records(str(path), BENCHMARK, fields)
+    records = published.read_records(str(path), BENCHMARK, fields)
     for number, record in enumerate(records, 1):
         for name in texts:
             value = record.get(name)

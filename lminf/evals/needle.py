@@ -1,6 +1,6 @@
 """What passkeys and key-value pairs share: one line of a long prompt holds the number asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,9 @@ class NeedleTask:
 
     def score(self, answer: Any, instance: Needle) -> float:
         return float(answer == instance.answer)
+
+    def rates(self, completions: Sequence[str], instances: Sequence[Needle]) -> Mapping[str, float]:
+        return {}
 
     def aggregate(self, scores: Sequence[float]) -> Interval:
         return success_rate(round(sum(scores)), len(scores))

@@ -99,8 +99,8 @@ def measure(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Row]:
     """A row for every subject and cell: the subject's columns, the cell's coordinates, `unit`,
-    `instances`, the mean `score` with its 95 % interval `low` to `high`, `prompts_digest`,
-    `seconds` and the subject's facts.
+    `instances`, the mean `score` with its 95 % interval `low` to `high`, the task's `rates`,
+    `prompts_digest`, `seconds` and the subject's facts.
 
     `rows` and `answers` are those of earlier calls (of this generator, and as given to `record`);
     they are not measured again. Neighbouring cells of one task and length are asked in one call of
@@ -210,7 +210,9 @@ def _row(
     questions: Sequence[Question],
     answers: Mapping[str, Mapping[str, Any]],
 ) -> Row:
-    interval = cell.task.aggregate([float(answers[each.digest]["score"]) for each in questions])
+    given = [answers[each.digest] for each in questions]
+    instances = [question.instance for question in questions]
+    interval = cell.task.aggregate([float(answer["score"]) for answer in given])
     return {
         **subject.identity(cell),
         "unit": unit,
@@ -219,7 +221,8 @@ def _row(
         "score": interval.mean,
         "low": interval.low,
         "high": interval.high,
-        **subject.facts(cell.length, [question.instance for question in questions]),
+        **cell.task.rates([answer["completion"] for answer in given], instances),
+        **subject.facts(cell.length, instances),
         "seconds": sum(
             answers[digest]["seconds"] for digest in {each.digest for each in questions}
         ),

@@ -5,7 +5,7 @@ A task is a frozen dataclass whose fields, a number or text each, are its coordi
 language model and makes the rows; a task never sees the model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from lminf.evals.score import Interval
@@ -55,6 +55,12 @@ class Task(Protocol[InstanceT]):
 
     def score(self, answer: Any, instance: InstanceT) -> float:
         """How good an answer is, in [0, 1]."""
+        ...
+
+    def rates(
+        self, completions: Sequence[str], instances: Sequence[InstanceT]
+    ) -> Mapping[str, float]:
+        """What a row reports of a cell beside its score, by column: shares of the completions."""
         ...
 
     def aggregate(self, scores: Sequence[float]) -> Interval:

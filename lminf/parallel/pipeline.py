@@ -32,7 +32,8 @@ from lminf.parallel.ticks import tabulate
 from lminf.ranges import Range
 from lminf.types import Params
 
-SUPPORTED = ("gpipe", "1f1b", "zero_bubble")  # the schedules that the devices can follow
+# The schedules that the devices can follow.
+SUPPORTED = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Pipeline:
         ranges.check(self)
         if self.schedule in schedules.SCHEDULES and self.schedule not in SUPPORTED:
             raise InputError(
-                f"{self.schedule} puts layers of two depths on each device, which the training "
-                f"step does not do yet; take {', '.join(SUPPORTED)}"
+                f"{self.schedule} sends activations both ways between the stages, which the "
+                f"training step does not do yet; take {', '.join(SUPPORTED)}"
             )
         if self.vocab in ("last_stage", "interlaced"):
             raise InputError(
@@ -92,10 +93,12 @@ def check(pipeline: Pipeline, spec: ModelSpec, mesh: Mesh, objective: tuple[Term
                 f"mesh.{axis}={mesh.shape[axis]}: a pipeline runs beside data, fsdp and tensor "
                 f"only; set mesh.{axis}=1"
             )
-    if spec.num_layers % stages:
+    chunks = pipeline.build(mesh).form.chunks
+    if spec.num_layers % (stages * chunks):
+        each = f" with {chunks} chunks on each" if chunks > 1 else ""
         raise InputError(
-            f"{spec.num_layers} layers do not divide over mesh.stage={stages}; choose a number of "
-            f"stages that divides them"
+            f"{spec.num_layers} layers do not divide over mesh.stage={stages}{each}; choose a "
+            f"number of stages that divides them"
         )
     if spec.moe is not None or spec.head_bias or spec.logit_scale != 1.0:
         what = "experts" if spec.moe else "a bias or a scale of its logits"
@@ -107,7 +110,6 @@ def check(pipeline: Pipeline, spec: ModelSpec, mesh: Mesh, objective: tuple[Term
             f"a pipeline minimises one cross-entropy of the tokens, and z-loss beside it, not "
             f"{' + '.join(kinds)}; leave the pipeline out"
         )
-    pipeline.build(mesh)
 
 
 def gradients(
@@ -158,6 +160,7 @@ def token_nll(
 def _run(schedule, device, module, params, batch, mesh, strategy):
     """(nats of every token [B, T], gradient): one program for all devices."""
     tokens, p, m = batch["tokens"], schedule.devices, schedule.microbatches
+    chunks = schedule.form.chunks
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     batch = {"positions": positions, **batch}
     rows = partition.spec(("batch", "length"), tokens.shape, strategy.activations, mesh)
@@ -176,14 +179,21 @@ def _run(schedule, device, module, params, batch, mesh, strategy):
         shared = {name: g for name, g in gradient.items() if where[name] == P()}
         return carry.nll.reshape(-1, tokens.shape[1]), {**gradient, **jax.lax.psum(shared, AXIS)}
 
-    # Rows that are none are added where the stages do not divide the vocabulary.
+    # Rows that are none are added where the stages do not divide the vocabulary. Of every chunk of
+    # the layers a device has its part: with several, weights move there at the start of the step.
     size = module.spec.vocab_size
-    padded = {name: jnp.pad(w, ((0, -size % p), (0, 0))) if name in VOCAB_SHARDED else w
-              for name, w in params.items()}  # fmt: skip
-    where = {name: P(AXIS) if name in (*VOCAB_SHARDED, "layers") else P() for name in params}
+    laid_out = {name: jnp.pad(w, ((0, -size % p), (0, 0))) if name in VOCAB_SHARDED else w
+                for name, w in params.items()}  # fmt: skip
+    laid_out["layers"] = jax.tree.map(
+        lambda w: w.reshape(chunks, -1, *w.shape[1:]), laid_out["layers"]
+    )
+    where = {name: P(AXIS) if name in VOCAB_SHARDED else P() for name in params}
+    where["layers"] = P(None, AXIS)
     out = where if "B" in schedule.kinds else {}
     nll, gradient = jax.shard_map(
         local, mesh=mesh, in_specs=(where, rows), out_specs=(rows, out), axis_names=by_hand,
         check_vma=False,
-    )(padded, batch)  # fmt: skip
+    )(laid_out, batch)  # fmt: skip
+    if gradient:
+        gradient["layers"] = jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), gradient["layers"])
     return nll, {name: g[:size] if name in VOCAB_SHARDED else g for name, g in gradient.items()}

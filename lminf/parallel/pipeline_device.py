@@ -1,10 +1,11 @@
 """What one device of a pipeline does, inside shard_map.
 
 A schedule is data that one compiled loop reads. In each tick every device runs the pass that stands
-in its row; then activations go one device on and gradients one device back, and the barriers that
-are due are reduced. A forward pass keeps its stage's input and nothing else: the backward is
-jax.vjp of the stage from there. Every device holds a share of the vocabulary's rows
-(vocabulary.py), looks up its own tokens for the first stage and adds their gradients.
+in its row; then activations go one device on and gradients one device back, around the ring where
+a device has several chunks of layers, and the barriers that are due are reduced. A forward pass
+keeps its stage's input and nothing else: the backward is jax.vjp of the stage from there. Every
+device holds a share of the vocabulary's rows (vocabulary.py), looks up its own tokens for the first
+stage and adds their gradients.
 """
 
 from collections.abc import Callable, Mapping
@@ -67,7 +68,8 @@ class Device:
     slots: Slots
     scale: float  # of the cross-entropy
     z_loss: float  # beside a cross-entropy of scale 1
-    params: Params  # its layers, its rows of the vocabulary, and what all devices share
+    # Its layers [chunks, layers, ...], its rows of the vocabulary, and what all devices share.
+    params: Params
     batch: Mapping[str, Array]  # [M, R, T]: M microbatches of R rows
 
     @property
@@ -77,6 +79,10 @@ class Device:
     @property
     def last(self) -> int:
         return self.schedule.devices - 1
+
+    @property
+    def chunks(self) -> int:
+        return self.schedule.form.chunks
 
     @property
     def barriers(self) -> int:
@@ -109,17 +115,19 @@ class Device:
             jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), trained),
         )  # fmt: skip
 
-    def stage(self, params: Params, x: Hidden, i: Int[Array, ""]) -> Hidden:
-        """This device's layers; on the first one what comes before, on the last the final norm."""
+    def stage(self, params: Params, x: Hidden, virtual: Int[Array, ""]) -> Hidden:
+        """The layers of a chunk; in the first one what comes before, in the last the final norm."""
+        i, chunk = self.schedule.microbatch_and_chunk(virtual)
         s, batch = self.module.spec, _read(self.batch, i)
         positions = batch["positions"]
         if s.embed_norm or isinstance(s.encoding, rope.Learnt):
             placed = decoder.place_embeds(s, params, x, positions).astype(x.dtype)
-            x = jnp.where(self.index == 0, placed, x)
+            x = jnp.where((self.index == 0) & (chunk == 0), placed, x)
         attentions, _ = self.module.attentions(x.shape[1], positions, batch.get("segments"))
-        x, _, _ = self.module.run_layers({"layers": params["layers"]}, x, attentions)
+        x, _, _ = self.module.run_layers({"layers": _read(params["layers"], chunk)}, x, attentions)
         norm: Any = layers.Norm(s.norm, s.width).apply
-        return jnp.where(self.index == self.last, norm({"params": params["final_norm"]}, x), x)
+        normed = norm({"params": params["final_norm"]}, x)
+        return jnp.where((self.index == self.last) & (chunk == self.chunks - 1), normed, x)
 
     # --- Passes -----------------------------------------------------------------------------------
 
@@ -127,6 +135,7 @@ class Device:
         return carry, jnp.zeros_like(carry.inputs[0])
 
     def forward(self, carry: Carry, i: Int[Array, ""]) -> Done:
+        """F of a virtual microbatch, as for B and W."""
         return carry, self.stage(self.params, _read(carry.inputs, i), i)
 
     def backward(
@@ -135,7 +144,8 @@ class Device:
         """B and W, whose forward is computed again."""
         x, gradient = _read(carry.inputs, i), _read(carry.gradients, i)
         params = {name: w for name, w in self.params.items() if name not in VOCAB_SHARDED}
-        _, vjp = jax.vjp(partial(self.stage, i=i), params, x)  # what is not used is not computed
+        # What is not used is not computed.
+        _, vjp = jax.vjp(partial(self.stage, virtual=i), params, x)
         weights, x_gradient = vjp(gradient)
         if of_weights:
             total = {name: carry.gradient[name] for name in params}
@@ -184,7 +194,8 @@ class Device:
         rows, local = self._own_tokens(i)
         x = decoder.embed_tokens(self.module.spec, self.params, rows, dtype=self.module.dtype)
         x = jax.lax.psum(jnp.where(local, x, 0), AXIS)
-        return carry._replace(inputs=_write(carry.inputs, jnp.where(self.index == 0, i, -1), x))
+        where = jnp.where(self.index == 0, self.schedule.virtual_microbatch(i, 0), -1)
+        return carry._replace(inputs=_write(carry.inputs, where, x))
 
     def embed_gradient(self, carry: Carry, i: Int[Array, ""], sent: Hidden) -> Carry:
         rows, local = self._own_tokens(i)
@@ -196,7 +207,8 @@ class Device:
         return carry._replace(hidden=_write(carry.hidden, i, self._from(self.last, sent)))
 
     def _to_last(self, carry: Carry, i: Int[Array, ""], gradient: Array) -> Carry:
-        where = jnp.where(self.index == self.last, i, -1)
+        virtual = self.schedule.virtual_microbatch(i, self.chunks - 1)
+        where = jnp.where(self.index == self.last, virtual, -1)
         gradient = gradient.reshape(carry.gradients.shape[1:])
         return carry._replace(gradients=_write(carry.gradients, where, gradient))
 
@@ -217,17 +229,35 @@ class Device:
         return self._to_last(carry, i, jax.lax.psum(_read(carry.parts, i), AXIS))
 
     def exchange(self, carry: Carry, row: Ticks, sent: Hidden) -> Carry:
-        """Activations one device on, gradients one device back; the ends of the row are apart."""
-        devices, p = range(self.last), self.schedule.devices
-        on = jax.lax.ppermute(sent, AXIS, [(d, d + 1) for d in devices])
-        back = jax.lax.ppermute(sent, AXIS, [(d + 1, d) for d in devices])
-        left, right = (self.index - 1) % p, (self.index + 1) % p
-        arrived = jnp.where(self.index > 0, _microbatch(row, left, "F"), -1)
-        returned = jnp.where(self.index < self.last, _microbatch(row, right, "B"), -1)
+        """Activations one device on, gradients one device back. From the last device to the first
+        they go on to the next chunk of layers, and back to the one before.
+        """
+        p = self.schedule.devices
+        on = jax.lax.ppermute(sent, AXIS, [(d, (d + 1) % p) for d in range(p)])
+        back = jax.lax.ppermute(sent, AXIS, [((d + 1) % p, d) for d in range(p)])
+        arrived = _microbatch(row, (self.index - 1) % p, "F")
+        returned = _microbatch(row, (self.index + 1) % p, "B")
+        wrapped = self.index == 0, self.index == self.last
+        arrived = jnp.where(wrapped[0], self._in_chunk(arrived, 1), arrived)
+        returned = jnp.where(wrapped[1], self._in_chunk(returned, -1), returned)
         return carry._replace(
             inputs=_write(carry.inputs, arrived, on),
             gradients=_write(carry.gradients, returned, back),
         )
+
+    def _in_chunk(self, virtual: Int[Array, ""], step: int) -> Int[Array, ""]:
+        """The same microbatch so many chunks on; -1 where there is no such chunk."""
+        i, chunk = self.schedule.microbatch_and_chunk(virtual)
+        chunk += step
+        there = (virtual >= 0) & (chunk >= 0) & (chunk < self.chunks)
+        return jnp.where(there, self.schedule.virtual_microbatch(i, chunk), -1)
+
+    def _at_end(self, row: Ticks, kind: str, stage: int) -> Int[Array, ""]:
+        """The microbatch of a pass through the first stage or the last in the row, or -1."""
+        end, device = divmod(stage, self.schedule.devices)
+        virtual = _microbatch(row, device, kind)
+        i, chunk = self.schedule.microbatch_and_chunk(virtual)
+        return jnp.where((virtual >= 0) & (chunk == end), i, -1)
 
     def tick(self, carry: Carry, row: Ticks) -> tuple[Carry, None]:
         """One row of the schedule. What a row says is the same on all devices, so that all of them
@@ -239,18 +269,19 @@ class Device:
             "W": partial(self.backward, of_input=False, of_weights=True),
         }  # fmt: skip
         branches = [passes[kind] for kind in KINDS if kind in {"", *self.schedule.kinds}]
-        carry = _when(_microbatch(row, 0, "F"), self.embed, carry)
+        first, last = 0, self.schedule.last
+        carry = _when(self._at_end(row, "F", first), self.embed, carry)
         carry, sent = jax.lax.switch(
             row.op[self.index], branches, carry, row.microbatch[self.index]
         )
         moves = ((row.op == KINDS.index("F")) | (row.op == KINDS.index("B"))).any()
         carry = jax.lax.cond(moves, self.exchange, lambda carry, *_: carry, carry, row, sent)
-        carry = _when(_microbatch(row, self.last, "F"), self.broadcast, carry, sent)
+        carry = _when(self._at_end(row, "F", last), self.broadcast, carry, sent)
         carry = _when(row.softmax, self.reduce_softmax, carry)
         if self.barriers == 2:
             carry = _when(row.hidden, self.reduce_hidden, carry)
         if carry.gradient:
-            carry = _when(_microbatch(row, 0, "B"), self.embed_gradient, carry, sent)
+            carry = _when(self._at_end(row, "B", first), self.embed_gradient, carry, sent)
         return carry, None
 
 

@@ -15,7 +15,7 @@ Yeung et al. 2024, arXiv:2411.05288 (the vocabulary).
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from lminf.config import closest
 from lminf.errors import InputError
@@ -64,6 +64,19 @@ class Schedule:
         if self.form.v_shaped and chunk == 1:  # V: down with the first chunk, up with the second
             return 2 * self.devices - 1 - device
         return chunk * self.devices + device
+
+    # A microbatch in one chunk of the layers is a virtual microbatch, as in Megatron-LM. They are
+    # numbered in the order of the forward passes: p microbatches in each chunk, then the next p.
+
+    def virtual_microbatch(self, microbatch: Any, chunk: Any) -> Any:
+        """The number of a microbatch in a chunk; of both, int or array."""
+        group, index = microbatch // self.devices, microbatch % self.devices
+        return (group * self.form.chunks + chunk) * self.devices + index
+
+    def microbatch_and_chunk(self, virtual: Any) -> tuple[Any, Any]:
+        """What a virtual microbatch is."""
+        block, index = virtual // self.devices, virtual % self.devices
+        return block // self.form.chunks * self.devices + index, block % self.form.chunks
 
 
 class Form(NamedTuple):

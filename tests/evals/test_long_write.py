@@ -50,7 +50,10 @@ def test_the_requests_of_a_file_are_scored_by_the_words_that_they_ask_for(tmp_pa
         assert prompt.endswith(" words about bees.\n\n")
         return "w " * (int(prompt.split()[1]) // 2)
 
-    groups = LongBenchWrite(path, below=500), LongBenchWrite(path, least=500, below=2000)
+    groups = (
+        LongBenchWrite(path, max_words=500),
+        LongBenchWrite(path, min_words=500, max_words=2000),
+    )
     cells = [
         Cell(groups[0], 1000, 2),
         Cell(groups[1], 1000, 1),
@@ -65,7 +68,7 @@ def test_the_requests_of_a_file_are_scored_by_the_words_that_they_ask_for(tmp_pa
 def test_a_file_without_such_requests_or_with_other_lengths_is_refused(tmp_path):
     path = file_of(tmp_path, (100, 400))
     with pytest.raises(InputError, match=r"no request of 500 to 2000 words; its .* of 100 to 400$"):
-        LongBenchWrite(path, least=500, below=2000).questions()
+        LongBenchWrite(path, min_words=500, max_words=2000).questions()
     with pytest.raises(InputError, match="asks for a text of 'long' words; give a number above 0"):
         LongBenchWrite(file_of(tmp_path, [9], length="long")).questions()
     (tmp_path / "other.jsonl").write_text('{"prompt": "x"}')

@@ -9,7 +9,7 @@ import pytest
 from lminf.errors import InputError
 from lminf.evals import runner
 from lminf.evals.runner import Cell, Subject
-from lminf.evals.suites import catalog, composed_files, longbench
+from lminf.evals.suites import benchmark_files, catalog, longbench
 from lminf.evals.suites.infinite_bench import InfiniteBench
 from lminf.evals.suites.long_icl import LongICL
 from lminf.evals.suites.longbench import LongBench, LongBenchV2
@@ -297,15 +297,16 @@ def test_a_cloze_of_loogle_is_scored_by_its_masks(completion, exact, partial, fi
 @pytest.mark.parametrize("answer", [[2, 4, 1, 3], "[2, 4, 1, 3]"])
 def test_tsort_is_read_with_its_prompts_and_never_cut(answer, file_of):
     record = {"book_id": 1, "para_offset": [3, 9], "prompt": BOOK, "answer": answer}
-    task = composed_files.TSortFile(file_of("textsort_2k.json", [record]))
+    task = benchmark_files.TSortFile(file_of("textsort_2k.json", [record]))
     (item,) = task.instances(Budget.characters(20_000), count=1, key=(0,))
     assert item.prompt == BOOK
     assert score_of(task, "Answer: [2, 4, 1, 3]") == 1
     assert score_of(task, "[1, 2, 3, 4]") == 0
+    assert task.rates(["[1, 2, 3, 4]", "?"], [item, item]) == {"instruction_following_rate": 0.5}
     with pytest.raises(InputError, match=r"takes \d+ characters, more than the length 500"):
         task.instances(Budget.characters(500), count=1, key=(0,))
     with pytest.raises(InputError, match="which is no order of four"):
-        composed_files.TSortFile(file_of("bad.json", [{**record, "answer": [1, 2]}])).questions()
+        benchmark_files.TSortFile(file_of("bad.json", [{**record, "answer": [1, 2]}])).questions()
 
 
 def test_needle_threading_is_read_with_the_end_of_a_thread_as_the_answer(file_of):
@@ -317,7 +318,7 @@ def test_needle_threading_is_read_with_the_end_of_a_thread_as_the_answer(file_of
     record = {"id": 1, "haystack": json.dumps(table), "keys": str(keys),
               "values": str([table[key] for key in keys]), "question": "Which? ",
               "thread_length": 4}  # fmt: skip
-    task = composed_files.NeedleThreadingFile(file_of("Single_Thread.json", [record]))
+    task = benchmark_files.NeedleThreadingFile(file_of("Single_Thread.json", [record]))
     assert [q.answer for q in task.questions()] == [item.answer]
     assert score_of(task, item.answer[0]) == 1
     assert score_of(task, keys[1]) == 0
@@ -327,15 +328,17 @@ def test_best_answer_is_read_with_its_label(file_of):
     answers = [f"answer {n}" for n in range(12)]
     record = {"question_id": 1, "question": "How?", "answer": "A12", "all_answers": answers,
               "tags": ["x"]}  # fmt: skip
-    task = composed_files.BestAnswerFile(file_of("stackselect_1k.json", [record]))
+    task = benchmark_files.BestAnswerFile(file_of("stackselect_1k.json", [record]))
     assert score_of(task, "A12") == 1
     assert score_of(task, "A1") == 0
+    (item,) = task.instances(Budget.characters(20_000), count=1, key=(0,))
+    assert task.rates(["A3", "A13"], [item, item]) == {"instruction_following_rate": 0.5}
 
 
 def test_long_ins_is_read_with_numbers_in_brackets(file_of):
     records = {"task1": {"Lenth": 9, "task_prompt": "Add.", "Data": "[0:1 + 1 Answer: 3]",
                          "error": [0, 2], "true_list": [1]}}  # fmt: skip
-    task = composed_files.LongInsFile(file_of("256.json", records))
+    task = benchmark_files.LongInsFile(file_of("256.json", records))
     assert score_of(task, "There are 5: [0, 2]") == 1
     assert score_of(task, "[0]") == pytest.approx(2 / 3)
     assert score_of(task, "0, 2") == 0
@@ -358,21 +361,21 @@ def test_long_ins_is_read_with_numbers_in_brackets(file_of):
 def test_m4le_is_read_with_its_own_prompts(name, right, completion, score, file_of):
     record = {"instruction": "Do it.", "input": BOOK, "answers": right, "input_length": 9,
               "total_length": 10, "length_bucket": 1000}  # fmt: skip
-    task = composed_files.M4LEFile(file_of(f"{name}.jsonl", [record]), bucket=1000)
+    task = benchmark_files.M4LEFile(file_of(f"{name}.jsonl", [record]), bucket=1000)
     assert score_of(task, completion) == score
     with pytest.raises(InputError, match="no instance of the bucket 2000"):
-        composed_files.M4LEFile(task.path, bucket=2000).questions()
+        benchmark_files.M4LEFile(task.path, bucket=2000).questions()
     with pytest.raises(InputError, match="which M4LE as it is scored here does not have"):
-        composed_files.M4LEFile(file_of("lcsts.jsonl", [record])).questions()
+        benchmark_files.M4LEFile(file_of("lcsts.jsonl", [record])).questions()
 
 
 @pytest.mark.parametrize(
     ("kind", "name", "record", "message"),
     [
-        (composed_files.M4LEFile, "wow.jsonl",
+        (benchmark_files.M4LEFile, "wow.jsonl",
          {"instruction": "", "input": 5, "answers": "x", "length_bucket": 1},
          "question 1 of .* has int for a text; a field is of another type"),
-        (composed_files.LongInsFile, "256.json", {"Data": "x", "error": 7},
+        (benchmark_files.LongInsFile, "256.json", {"Data": "x", "error": 7},
          "could not be read as a file of long_ins_file .*not iterable.*; a field is of another"),
     ],
 )  # fmt: skip
@@ -390,7 +393,7 @@ def test_translations_are_refused_before_anything_is_asked_where_bleu_is_missing
     file_of, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    task = composed_files.M4LEFile(file_of("tedtalks-zh2en.jsonl", [TRANSLATION]))
+    task = benchmark_files.M4LEFile(file_of("tedtalks-zh2en.jsonl", [TRANSLATION]))
     with pytest.raises(InputError, match=r"sacrebleu, which is not installed; .*'lminf\[transl"):
         task.instances(Budget.characters(20_000), count=1, key=(0,))
 
@@ -408,7 +411,7 @@ def test_translations_are_refused_before_anything_is_asked_where_bleu_is_missing
 )  # fmt: skip
 def test_translations_are_scored_by_bleu(name, right, completion, precisions, brevity, file_of):
     """Papineni et al. 2002: the geometric mean of the precisions, times the brevity penalty."""
-    task = composed_files.M4LEFile(file_of(f"{name}.jsonl", [{**TRANSLATION, "answers": right}]))
+    task = benchmark_files.M4LEFile(file_of(f"{name}.jsonl", [{**TRANSLATION, "answers": right}]))
     assert task.stop == ()  # they may have several lines
     expected = float(np.prod(precisions)) ** (1 / 4) * brevity
     assert score_of(task, completion) == pytest.approx(expected)
@@ -418,11 +421,11 @@ def test_super_gpqa_has_up_to_ten_options_and_disciplines(file_of):
     record = {"uuid": "0", "question": "Which?", "options": [f"o{n}" for n in range(10)],
               "answer": "o9", "answer_letter": "J", "discipline": "Law", "field": "f",
               "subfield": "s", "difficulty": "easy", "is_calculation": False}  # fmt: skip
-    task = composed_files.SuperGPQA(file_of("all.jsonl", [record]), discipline="Law")
+    task = benchmark_files.SuperGPQA(file_of("all.jsonl", [record]), discipline="Law")
     assert score_of(task, "The answer is J.") == 1
     assert score_of(task, "A") == 0
     with pytest.raises(InputError, match='has no discipline "Art"; it has Law'):
-        composed_files.SuperGPQA(task.path, discipline="Art").questions()
+        benchmark_files.SuperGPQA(task.path, discipline="Art").questions()
 
 
 def test_long_icl_shows_rounds_of_all_labels_or_groups_of_them(file_of):

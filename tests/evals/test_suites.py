@@ -354,7 +354,7 @@ def test_long_writing_is_scored_by_the_words_written():
     ],
 )
 def test_an_order_is_read_from_a_list_or_from_digits_that_spell_one(completion, order):
-    assert ada_leval.order_in(completion) == order
+    assert ada_leval.parse_order(completion) == order
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,26 @@ def test_an_order_is_read_from_a_list_or_from_digits_that_spell_one(completion, 
      ("between 2 and 11", 11), ("none", None)],
 )  # fmt: skip
 def test_a_label_is_the_last_one_mentioned(completion, label):
-    assert ada_leval.label_in(completion, 12) == label
+    assert ada_leval.parse_label(completion, 12) == label
+
+
+@pytest.mark.parametrize(
+    ("task", "replies"),
+    [(ada_leval.TSort, ("[2, 4, 1, 3]", "I cannot tell.", "[1, 1, 2, 3]", "3")),
+     (ada_leval.BestAnswer, ("A1", "the second one", "A999", "none"))],
+)  # fmt: skip
+def test_ada_leval_reports_the_share_of_answers_in_the_form_asked_for(task, replies, book):
+    replies = dict(zip("0123", replies, strict=True))
+    asked = {}
+    measured = task(text=book)
+
+    def answer(prompt):
+        return replies[asked.setdefault(prompt, str(len(asked)))]
+
+    (row,) = rows_of([measured], answer, count=4)
+    assert row["instruction_following_rate"] == 1 / 4
+    chosen = dataclasses.replace(measured, answers="likeliest")
+    assert chosen.rates(list(replies.values()), items_of(chosen, count=4)) == {}
 
 
 # --- Filling a budget -----------------------------------------------------------------------------
@@ -388,7 +407,7 @@ def test_filling_leaves_no_room_for_one_more_and_asks_the_tokenizer_a_handful_of
 
 
 def test_filling_stops_where_there_is_no_more():
-    filled = generated.fill(Budget.characters(100), lambda n: "x" * n, part="line", most=7)
+    filled = generated.fill(Budget.characters(100), lambda n: "x" * n, part="line", max_parts=7)
     assert (filled.parts, filled.tokens) == (7, 7)
 
 
@@ -440,8 +459,9 @@ def test_a_task_that_lacks_something_is_refused_in_a_sentence():
     class Read(published.PublishedTask):
         name, max_new_tokens = "read", 5
 
-    with pytest.raises(InputError, match=r"Half of tests\.evals\.test_suites has no method 'item' "
-                       r"and no attribute 'max_new_tokens'; give them to its class$"):  # fmt: skip
+    with pytest.raises(InputError, match=r"Half of tests\.evals\.test_suites has no method "
+                       r"'make_instance' and no attribute 'max_new_tokens'; give them to "
+                       r"its class$"):  # fmt: skip
         Half()
     with pytest.raises(InputError, match="has no method 'parse' and no method 'questions'; give"):
         Read("file.json")
@@ -456,7 +476,7 @@ def test_prose_is_the_paragraphs_of_a_file_without_lists_headings_and_code(tmp_p
     others = ["A heading", "  code(x)", "* A list of things", lines[0], f"{'A long line ' * 9}:"]
     path.write_text("\n\n".join([*others[:3], *lines, *others[3:]]))
     assert prose.paragraphs(str(path)) == tuple(lines)
-    assert prose.followed(str(path)) == tuple(range(8))
+    assert prose.indices_with_next(str(path)) == tuple(range(8))
     path.with_name("short.txt").write_text("\n\n".join(lines[:3]))
     with pytest.raises(
         InputError, match=r"short\.txt has 3 paragraphs of prose, which .* at least 8"

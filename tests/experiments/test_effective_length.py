@@ -77,6 +77,16 @@ def test_the_table_groups_by_scope_and_diffusion_and_says_how_far_a_policy_holds
     assert [line["effective length"] for line in lines] == [1000, 700] * 4
     assert lines[0]["700"] == "1.00 (0.81–1.00)"
     assert lines[0]["instances"] == 32
+    assert "instruction following" not in lines[0]
+
+
+def test_the_table_has_the_share_of_answers_in_the_form_asked_for(rows):
+    rate = effective_length.RATE
+    rated = [{**row, rate: 0.5 if row["length"] == 700 else 1.0} if row["task"] == "single_needle"
+             else row for row in rows]  # fmt: skip
+    shares = {line["task"]: line["instruction following"] for line in effective_length.table(rated)}
+    assert shares["single_needle"] == 0.75
+    assert shares["multi_needle"] is None
 
 
 def test_the_figures_are_a_panel_a_task_and_a_map_where_there_are_levels(rows):

@@ -92,7 +92,7 @@ def test_orders_and_rounds_ask_the_same_questions_of_the_same_examples(random_lm
     assert document == again != experiment.drawn(config, random_lm, 1)
     assert len({name[0] for name in document.names}) == 6  # bytes tell labels by their first letter
     assert bytes(document.lead) == b" "
-    grouped = many_shot.ordered(document.examples, "grouped")
+    grouped = many_shot.order_examples(document.examples, "grouped")
     assert sorted(grouped) == sorted(document.examples) != grouped
     assert [each.label for each in grouped] == sorted(each.label for each in grouped)
 

@@ -73,7 +73,7 @@ def alone():
 
 
 def passes_run(monkeypatch):
-    """Passes that devices really run, (kind, microbatch) by (stage, copy of the model)."""
+    """Passes that devices really run, (kind, microbatch) by (device, copy of the model)."""
     seen = defaultdict(list)
 
     def noted(method, kinds):
@@ -100,6 +100,8 @@ def passes_run(monkeypatch):
         (2, "gpipe:vocab=two_barriers,microbatches=2", {"strategy": "zero3", "fsdp": 2}),
         (4, "zero_bubble:microbatches=4", {"data": 2}),
         (8, "1f1b:microbatches=8", {}),
+        (2, "interleaved:vocab=two_barriers,microbatches=4", {"data": 2}),
+        (4, "interleaved:microbatches=8", {}),
     ],
 )
 def test_a_pipelined_gradient_follows_its_schedule_and_equals_that_of_a_single_device(
@@ -111,10 +113,17 @@ def test_a_pipelined_gradient_follows_its_schedule_and_equals_that_of_a_single_d
     assert making.largest_difference(gradient, alone[1]) < making.ATOL
     jax.effects_barrier()
     assert made.pipeline is not None
-    passes = made.pipeline.build(made.mesh).passes
+    schedule = made.pipeline.build(made.mesh)
+    expected = [
+        (each.device, each.kind, each.microbatch, each.chunk) for each in schedule.passes
+    ]  # fmt: skip
     assert len(seen) == made.mesh.size
-    for (stage, _), found in seen.items():
-        assert found == [(each.kind, each.microbatch) for each in passes if each.device == stage]
+    for (device, _), found in seen.items():
+        shown = [
+            (device, kind, *(schedule.microbatch_and_chunk(i) if kind in "FBW" else (i, 0)))
+            for kind, i in found
+        ]
+        assert shown == [each for each in expected if each[0] == device]
 
 
 @pytest.mark.slow
@@ -166,6 +175,7 @@ def test_buffers_hold_what_the_schedule_keeps_in_flight():
     assert slots("gpipe:microbatches=20").inputs == 20
     assert slots("1f1b").gradients <= 2
     assert slots("1f1b").softmax <= 3
+    assert slots("interleaved").softmax <= 3
     plain = planning.activation_bytes(making.program(shape=SHAPE), rows=32, length=16)
     piped = planning.activation_bytes(program("1f1b", stage=8), rows=32, length=16)
     assert piped < plain / 8
@@ -182,7 +192,8 @@ def test_buffers_hold_what_the_schedule_keeps_in_flight():
         ("1f1b", {"stage": 2, "lora": LoRA(rank=2)}, "adapters have no pipeline yet"),
         ("1f1b", {"stage": 2, "objective": (DPO(),)}, "cross-entropy of the tokens, .* not DPO"),
         ("1f2b", {}, "no pipeline is called '1f2b'; did you mean '1f1b'"),
-        ("v_half", {"stage": 2}, "v_half puts layers of two depths on each device"),
+        ("interleaved", {"stage": 8}, "8 layers do not divide over mesh.stage=8 with 2 chunks on"),
+        ("v_half", {"stage": 2}, "v_half sends activations both ways between the stages"),
         ("1f1b:vocab=last_stage", {"stage": 2}, "without their share of the vocabulary's work"),
         ("1f1b:vocab=one", {"stage": 2}, "no pipeline vocabulary is called 'one'"),
         ("1f1b:microbatches=0", {"stage": 2}, "Pipeline.microbatches is 0; give a whole number"),

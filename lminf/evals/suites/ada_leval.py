@@ -3,22 +3,28 @@
     tsort        four consecutive segments of a text, shuffled, to be put in order
     best_answer  which of many labelled passages follows a given one
 
+Beside the accuracy of written answers, rows have the paper's instruction following rate: the share
+of answers in which the extraction finds an order or a label.
+
 Source: Wang et al. 2024, arXiv:2404.06480. Its TSort reads books and its BestAnswer questions of a
 forum with their accepted answers. Here the accepted answer is the paragraph that follows in the
 text, and the distractors are other paragraphs, the nearest ones first.
 """
 
+import abc
 import itertools
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from lminf.evals.suites import prose
 from lminf.evals.suites.generated import GeneratedTask, fill
 from lminf.evals.suites.ruler import Share
-from lminf.evals.suites.suite_task import Answers, Item
+from lminf.evals.suites.suite_task import Answers, Instance, SuiteTask
 from lminf.evals.task import Budget
 
 SEGMENTS = 4
@@ -26,7 +32,7 @@ HINT = 40  # words of the text before the segments, and after them
 ORDERS = ["".join(order) for order in itertools.permutations("1234")]
 
 
-def order_in(completion: str) -> tuple[int, ...] | None:
+def parse_order(completion: str) -> tuple[int, ...] | None:
     """The order of four that an answer gives: a JSON list, or else the one permutation of 1 to 4
     that its digits spell. None: it gives none, or several.
     """
@@ -42,7 +48,7 @@ def order_in(completion: str) -> tuple[int, ...] | None:
     return tuple(map(int, spelled.pop())) if len(spelled) == 1 else None
 
 
-def label_in(completion: str, candidates: int) -> int | None:
+def parse_label(completion: str, candidates: int) -> int | None:
     """The label that an answer mentions last, such as 12 for A12; else a bare number, from the
     highest down. None: there is none.
     """
@@ -53,8 +59,53 @@ def label_in(completion: str, candidates: int) -> int | None:
     return max((n for n in numbers if 1 <= n <= candidates), default=None)
 
 
+class AdaLEvalTask(SuiteTask):
+    """A task scored by the order or the label that is extracted from an answer."""
+
+    def parse(self, completion: str) -> str:
+        return completion  # which numbers are labels depends on the instance
+
+    @abc.abstractmethod
+    def extract(self, completion: str, instance: Any) -> Any:
+        """The order or the label in an answer; None if there is none."""
+
+    @abc.abstractmethod
+    def target(self, instance: Any) -> Any:
+        """The order or the label that is right."""
+
+    def score(self, answer: str, instance: Any) -> float:
+        return float(self.extract(answer, instance) == self.target(instance))
+
+    def rates(self, completions: Sequence[str], instances: Sequence[Any]) -> Mapping[str, float]:
+        if self.answers == "likeliest":
+            return {}
+        extracted = map(self.extract, completions, instances)
+        followed = sum(each is not None for each in extracted)
+        return {"instruction_following_rate": followed / len(completions)}
+
+
+class SegmentOrder(AdaLEvalTask):
+    """TSort, generated or published: the order of four segments."""
+
+    def extract(self, completion: str, instance: Any) -> tuple[int, ...] | None:
+        return parse_order(completion)
+
+    def target(self, instance: Any) -> tuple[int, ...]:
+        return instance.answer
+
+
+class CandidateLabel(AdaLEvalTask):
+    """BestAnswer, generated or published: the label of one of the candidates."""
+
+    def extract(self, completion: str, instance: Any) -> int | None:
+        return parse_label(completion, instance.answer[1])
+
+    def target(self, instance: Any) -> int:
+        return instance.answer[0]
+
+
 @dataclass(frozen=True)
-class TSort(GeneratedTask):
+class TSort(SegmentOrder, GeneratedTask):
     """The order of the segments as a JSON list: the numbers of the first to the last."""
 
     text: str | None = None  # a file of prose; none: the interpreter's documentation
@@ -64,14 +115,14 @@ class TSort(GeneratedTask):
     scope, diffusion = "high", "high"
     max_new_tokens = 16
 
-    def item(self, budget: Budget, random: np.random.Generator) -> Item:
+    def make_instance(self, budget: Budget, random: np.random.Generator) -> Instance:
         words = " ".join(prose.paragraphs(self.text)).split()
         most = (len(words) - 2 * HINT) // SEGMENTS
         start = int(random.integers(len(words)))
         order = [int(index) for index in random.permutation(SEGMENTS)]  # of what is shown
 
         def piece(first: int, count: int) -> str:
-            return " ".join(prose.endless(words, start + first, count))
+            return " ".join(prose.cycle_from(words, start + first, count))
 
         def prompt(size: int) -> str:
             """Segments of `size` words."""
@@ -88,18 +139,15 @@ class TSort(GeneratedTask):
                 "\nAnswer:",
             ])  # fmt: skip
 
-        filled = fill(budget, prompt, part="word", least=1, most=most)
+        filled = fill(budget, prompt, part="word", min_parts=1, max_parts=most)
         prose.check_filled(filled, most, self.text, budget)
         answer = tuple(order.index(place) + 1 for place in range(SEGMENTS))
         options = tuple(f" [{', '.join(each)}]" for each in ORDERS)
-        return Item(filled.prompt, answer, filled.tokens, options=options)
-
-    def parse(self, completion: str) -> tuple[int, ...] | None:
-        return order_in(completion)
+        return Instance(filled.prompt, answer, filled.tokens, options=options)
 
 
 @dataclass(frozen=True)
-class BestAnswer(GeneratedTask):
+class BestAnswer(CandidateLabel, GeneratedTask):
     """The label of the passage that follows the one given."""
 
     depth: Share | None = None  # share of the candidates before it; none: drawn
@@ -110,9 +158,9 @@ class BestAnswer(GeneratedTask):
     scope, diffusion = "high", "high"
     max_new_tokens = 12
 
-    def item(self, budget: Budget, random: np.random.Generator) -> Item:
+    def make_instance(self, budget: Budget, random: np.random.Generator) -> Instance:
         paragraphs = prose.paragraphs(self.text)
-        query = int(random.choice(prose.followed(self.text)))
+        query = int(random.choice(prose.indices_with_next(self.text)))
         near = sorted(range(len(paragraphs)), key=lambda index: abs(index - query - 0.5))
         distractors = [index for index in near if index not in (query, query + 1)]
         ranks = random.random(len(distractors))  # the order in which they are shown
@@ -136,16 +184,9 @@ class BestAnswer(GeneratedTask):
                 f"Answer with the label of the candidate that follows it, such as A2.\nAnswer:"
             )
 
-        filled = fill(budget, prompt, part="candidate", least=2, most=len(distractors) + 1)
+        filled = fill(budget, prompt, part="candidate", min_parts=2, max_parts=len(distractors) + 1)
         prose.check_filled(filled, len(distractors) + 1, self.text, budget)
         answer = shown(filled.parts).index(query + 1) + 1, filled.parts
         # Complete lines: what A1 begins, A12 goes on with, and is never likelier.
         options = tuple(f" A{label}\n" for label in range(1, filled.parts + 1))
-        return Item(filled.prompt, answer, filled.tokens, options=options)
-
-    def parse(self, completion: str) -> str:
-        return completion  # which numbers are labels depends on the instance
-
-    def score(self, answer: str, instance: Item) -> float:
-        label, candidates = instance.answer
-        return float(label_in(answer, candidates) == label)
+        return Instance(filled.prompt, answer, filled.tokens, options=options)

@@ -16,8 +16,8 @@ import numpy as np
 
 from lminf.errors import InputError
 from lminf.evals.suites.generated import SharedTextTask, fill
-from lminf.evals.suites.ruler import Several, scattered
-from lminf.evals.suites.suite_task import Answers, Item
+from lminf.evals.suites.ruler import Several, insert_in_prose
+from lminf.evals.suites.suite_task import Answers, Instance
 from lminf.evals.task import Budget
 
 PEOPLE = ("Mary", "John", "Sandra", "Daniel", "Emily", "Victor")
@@ -29,8 +29,8 @@ MOVES = 8  # sentences about moves that do not matter to the answer
 
 
 @dataclass(frozen=True)
-class BabiLong(SharedTextTask):
-    """A place of six, which so many facts of the text tell."""
+class BABILong(SharedTextTask):
+    """The place of a person or a thing, from one, two or three facts in the text."""
 
     facts: Literal[1, 2, 3] = 1
     text: str | None = None  # a file of prose; none: the interpreter's documentation
@@ -50,9 +50,9 @@ class BabiLong(SharedTextTask):
                 f"answers {most}; give at most questions={most}"
             )
 
-    def items(self, budget: Budget, random: np.random.Generator) -> list[Item]:
+    def make_instances(self, budget: Budget, random: np.random.Generator) -> list[Instance]:
         story, answers = self._story(random)
-        body = scattered(story, sorted(random.random(len(story))), self.text, random.random())
+        body = insert_in_prose(story, sorted(random.random(len(story))), self.text, random.random())
         task = (
             "Facts about people are hidden in the following text. Answer the question from the "
             "latest facts.\n"
@@ -62,7 +62,7 @@ class BabiLong(SharedTextTask):
         shared = filled.prompt.removesuffix(longest)
         options = tuple(f" {place}" for place in PLACES)
         return [
-            Item(prompt, answer, budget.count(prompt), options=options)
+            Instance(prompt, answer, budget.count(prompt), options=options)
             for question, answer in answers.items()
             for prompt in [shared + question]
         ]

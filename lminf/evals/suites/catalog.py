@@ -11,15 +11,21 @@ from lminf.config import closest, parse_choice
 from lminf.errors import InputError
 from lminf.evals.key_value import KeyValue
 from lminf.evals.passkey import Passkey
-from lminf.evals.suites import ada_leval, composed_files, needle_threading, ruler, ruler_aggregation
-from lminf.evals.suites.babilong import BabiLong
+from lminf.evals.suites import (
+    ada_leval,
+    benchmark_files,
+    needle_threading,
+    ruler,
+    ruler_aggregation,
+)
+from lminf.evals.suites.babilong import BABILong
 from lminf.evals.suites.infinite_bench import InfiniteBench
 from lminf.evals.suites.long_icl import LongICL
 from lminf.evals.suites.long_ins import LongIns
 from lminf.evals.suites.long_write import LongBenchWrite, LongWrite
 from lminf.evals.suites.longbench import LongBench, LongBenchV2
 from lminf.evals.suites.loogle import LooGLE
-from lminf.evals.suites.m4le import Composed
+from lminf.evals.suites.m4le import M4LE
 from lminf.evals.suites.many_shot import ManyShot
 from lminf.evals.task import Task
 
@@ -48,18 +54,18 @@ FILES: tuple[Any, ...] = (
     LongBenchV2,
     InfiniteBench,
     LooGLE,
-    composed_files.NeedleThreadingFile,
-    composed_files.BestAnswerFile,
-    composed_files.TSortFile,
-    composed_files.LongInsFile,
-    composed_files.M4LEFile,
-    composed_files.SuperGPQA,
+    benchmark_files.NeedleThreadingFile,
+    benchmark_files.BestAnswerFile,
+    benchmark_files.TSortFile,
+    benchmark_files.LongInsFile,
+    benchmark_files.M4LEFile,
+    benchmark_files.SuperGPQA,
     LongICL,
     LongBenchWrite,
 )
 KINDS: tuple[Any, ...] = (
-    Passkey, KeyValue, *(kind for kinds in SUITES.values() for kind in kinds), BabiLong, LongIns,
-    ManyShot, Composed, LongWrite, *FILES,
+    Passkey, KeyValue, *(kind for kinds in SUITES.values() for kind in kinds), BABILong, LongIns,
+    ManyShot, M4LE, LongWrite, *FILES,
 )  # fmt: skip
 TASKS: Mapping[str, Any] = {kind.name: kind for kind in KINDS}
 IN_NATS = ("copy_gain", "needle_margin", "key_value_margin")  # no shares of right answers

@@ -1,4 +1,4 @@
-"""Tasks whose prompts are drawn: instances from a random stream, prompts that fill a budget."""
+"""Base classes of generated tasks: instances from a random stream, prompts that fill a budget."""
 
 import abc
 from collections.abc import Callable, Sequence
@@ -8,26 +8,26 @@ import numpy as np
 
 from lminf.errors import InputError
 from lminf.evals.score import Interval, of_groups
-from lminf.evals.suites.suite_task import Item, SuiteTask
+from lminf.evals.suites.suite_task import Instance, SuiteTask
 from lminf.evals.task import Budget
 
 
 class GeneratedTask(SuiteTask):
-    """A task whose fields have defaults and whose instances are drawn one by one."""
+    """A task whose fields have defaults and whose instances are sampled one by one."""
 
     @abc.abstractmethod
-    def item(self, budget: Budget, random: np.random.Generator) -> Item:
+    def make_instance(self, budget: Budget, random: np.random.Generator) -> Instance:
         """One instance whose prompt fills the budget."""
 
-    def instances(self, budget: Budget, *, count: int, key: Sequence[int]) -> list[Item]:
+    def instances(self, budget: Budget, *, count: int, key: Sequence[int]) -> list[Instance]:
         """Each instance has a random stream of its own, so that cells with the same key have the
         same draws whatever else differs.
         """
-        return self._drawn(lambda random: [self.item(budget, random)], count, key)
+        return self._drawn(lambda random: [self.make_instance(budget, random)], count, key)
 
     def _drawn(
-        self, items: Callable[[np.random.Generator], list[Item]], texts: int, key: Sequence[int]
-    ) -> list[Item]:
+        self, items: Callable[[np.random.Generator], list[Instance]], texts: int, key: Sequence[int]
+    ) -> list[Instance]:
         try:
             streams = (np.random.default_rng((*key, text)) for text in range(texts))
             return [item for stream in streams for item in items(stream)]
@@ -45,16 +45,16 @@ class SharedTextTask(GeneratedTask):
     questions: int
 
     @abc.abstractmethod
-    def items(self, budget: Budget, random: np.random.Generator) -> list[Item]:
+    def make_instances(self, budget: Budget, random: np.random.Generator) -> list[Instance]:
         """The questions of one text, each as an instance; the longest prompt fills the budget."""
 
-    def item(self, budget: Budget, random: np.random.Generator) -> Item:
-        return self.items(budget, random)[0]
+    def make_instance(self, budget: Budget, random: np.random.Generator) -> Instance:
+        return self.make_instances(budget, random)[0]
 
-    def instances(self, budget: Budget, *, count: int, key: Sequence[int]) -> list[Item]:
+    def instances(self, budget: Budget, *, count: int, key: Sequence[int]) -> list[Instance]:
         """Each text has a random stream of its own; the last may be asked fewer questions."""
         texts = -(-count // self.questions)
-        return self._drawn(lambda random: self.items(budget, random), texts, key)[:count]
+        return self._drawn(lambda random: self.make_instances(budget, random), texts, key)[:count]
 
     def aggregate(self, scores: Sequence[float]) -> Interval:
         if self.questions == 1:
@@ -62,7 +62,7 @@ class SharedTextTask(GeneratedTask):
         return of_groups(scores, self.questions)
 
 
-class Filled(NamedTuple):
+class FilledPrompt(NamedTuple):
     """The longest prompt that fits."""
 
     prompt: str
@@ -75,39 +75,40 @@ def fill(
     prompt: Callable[[int], str],
     *,
     part: str,
-    least: int = 0,
-    most: int | None = None,
-) -> Filled:
-    """The prompt of as many parts as fit: one more would not, or there is none (`most`).
+    min_parts: int = 0,
+    max_parts: int | None = None,
+) -> FilledPrompt:
+    """The prompt of as many parts as fit: one more would not, or there is none (`max_parts`).
 
     The tokenizer is asked a handful of times: parts are of about one length, so the number that
-    fits is interpolated. `part` names one in the refusal of a budget below `least` of them.
+    fits is interpolated. `part` names one in the refusal of a budget below `min_parts` of them.
     """
-    text = prompt(least)
+    text = prompt(min_parts)
     first = tokens = budget.count(text)
     if tokens > budget.size:
         raise InputError(
-            f"a prompt with {_counted(least, part)} takes {tokens} {budget.unit}, more than "
+            f"a prompt with {_counted(min_parts, part)} takes {tokens} {budget.unit}, more than "
             f"the length {budget.size}; ask for a length of at least {tokens}"
         )
-    best, beyond = Filled(text, least, tokens), None  # beyond: (count, tokens) known not to fit
+    best = FilledPrompt(text, min_parts, tokens)
+    beyond = None  # (count, tokens) known not to fit
     while beyond is None or beyond[0] - best.parts > 1:
-        if best.parts == most:
+        if best.parts == max_parts:
             break
         if beyond is not None:
             slope = (beyond[1] - best.tokens) / (beyond[0] - best.parts)
         else:
-            slope = (best.tokens - first) / max(best.parts - least, 1)
+            slope = (best.tokens - first) / max(best.parts - min_parts, 1)
         step = int((budget.size - best.tokens) / slope) if slope > 0 else 8
         guess = best.parts + max(step, 1)
         if beyond is not None:
             guess = min(guess, beyond[0] - 1)
-        if most is not None:
-            guess = min(guess, most)
+        if max_parts is not None:
+            guess = min(guess, max_parts)
         text = prompt(guess)
         tokens = budget.count(text)
         if tokens <= budget.size:
-            best = Filled(text, guess, tokens)
+            best = FilledPrompt(text, guess, tokens)
         else:
             beyond = guess, tokens
     return best
@@ -117,6 +118,6 @@ def _counted(count: int, part: str) -> str:
     return f"{count or 'no'} {part}{'' if count == 1 else 's'}"
 
 
-def place(total: int, depth: float) -> int:
-    """The index that has the share `depth` of `total` things before it; below `total`."""
+def index_at_depth(total: int, depth: float) -> int:
+    """The index below `total` that has the share `depth` of the parts before it."""
     return min(int(depth * total), max(total - 1, 0))

@@ -30,11 +30,11 @@ def last_number(completion: str, right: list[str]) -> float:
     return float(bool(words) and words[-1] == right[0])
 
 
-def word(completion: str, right: list[str]) -> float:
+def contains_word(completion: str, right: list[str]) -> float:
     return float(right[0].upper() in completion.translate(MARKS).upper().split())
 
 
-def letter(completion: str, right: list[str]) -> float:
+def option_letter(completion: str, right: list[str]) -> float:
     return float(metrics.letter_in(completion) == right[0])
 
 
@@ -50,8 +50,8 @@ def rouge(completion: str, right: list[str]) -> float:
     return max(metrics.rouge_l(completion, text) for text in right)
 
 
-def results_in_order(completion: str, right: list[str]) -> float:
-    """The share of the results before the first that is wrong."""
+def correct_prefix(completion: str, right: list[str]) -> float:
+    """The share of the results before the first wrong one."""
     numbers = re.findall(r"\d+", completion)
     same = [one == two for one, two in zip(numbers, right, strict=False)]
     return (same.index(False) if False in same else len(same)) / len(right)
@@ -61,28 +61,28 @@ def results_in_order(completion: str, right: list[str]) -> float:
 TASKS: Mapping[str, tuple[Scorer, int]] = {
     "passkey": (first_number, 6),
     "number_string": (first_number, 12),
-    "kv_retrieval": (word, 50),
+    "kv_retrieval": (contains_word, 50),
     "longbook_sum_eng": (rouge, 1200),
-    "longbook_choice_eng": (letter, 40),
+    "longbook_choice_eng": (option_letter, 40),
     "longbook_qa_eng": (f1, 40),
     "longbook_qa_chn": (f1_zh, 40),
-    "longdialogue_qa_eng": (word, 40),
+    "longdialogue_qa_eng": (contains_word, 40),
     "math_find": (first_number, 3),
-    "math_calc": (results_in_order, 30_000),
+    "math_calc": (correct_prefix, 30_000),
     "code_run": (last_number, 5),
-    "code_debug": (letter, 5),
+    "code_debug": (option_letter, 5),
 }
 
 
 @dataclass(frozen=True)
 class InfiniteBench(PublishedTask):
-    """A task of the benchmark, by its score."""
+    """A task of ∞Bench, scored as in its release."""
 
     name = "infinite_bench"
 
     @property
     def _kind(self) -> tuple[Scorer, int]:
-        return published.one_of(Path(self.path).stem, TASKS, self.path, "∞Bench")
+        return published.lookup(Path(self.path).stem, TASKS, self.path, "∞Bench")
 
     @property
     def max_new_tokens(self) -> int:
@@ -92,17 +92,17 @@ class InfiniteBench(PublishedTask):
         fields = ("context", "input", "answer", "options")
         return [
             Question("", record["context"], self._asked(record), self._right(record))
-            for record in published.records(self.path, "∞Bench", fields)
+            for record in published.read_records(self.path, "∞Bench", fields)
         ]
 
     def _asked(self, record: Record) -> str:
-        options = published.lettered(record["options"]) if record["options"] else ""
+        options = published.format_options(record["options"]) if record["options"] else ""
         how = "\nAnswer with the letter of the right option." if options else ""
         return f"\n\n{record['input']}{options}{how}\nAnswer:"
 
     def _right(self, record: Record) -> list[str]:
-        right = published.texts(record, "answer", self.path)
-        if self._kind[0] is letter and right[0] in record["options"]:
+        right = published.text_list(record, "answer", self.path)
+        if self._kind[0] is option_letter and right[0] in record["options"]:
             return [chr(65 + record["options"].index(right[0]))]
         return right
 

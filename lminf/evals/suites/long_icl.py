@@ -18,7 +18,7 @@ from lminf.ranges import Range
 
 @dataclass(frozen=True)
 class LongICL(PublishedTask):
-    """The label of a text, from examples of all labels."""
+    """A set of LongICLBench: the label of a text, from examples of all labels."""
 
     too_long: Literal["middle", "refuse"] = "refuse"  # half an example says nothing
     shots: str = ""
@@ -44,7 +44,7 @@ class LongICL(PublishedTask):
 
     def _labelled(self, path: str) -> list[tuple[str, str]]:
         """Texts as they are shown, with their labels."""
-        records = published.records(path, "LongICLBench", ())
+        records = published.read_records(path, "LongICLBench", ())
         return [(_shown(record, path), str(_field(record, LABELS, path))) for record in records]
 
     def _chosen(self, examples: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -16,46 +16,46 @@ import numpy as np
 
 from lminf.evals import metrics
 from lminf.evals.suites.generated import GeneratedTask, fill
-from lminf.evals.suites.suite_task import Item
+from lminf.evals.suites.suite_task import Instance
 from lminf.evals.task import Budget
 from lminf.ranges import Range
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-Made = tuple[str, str, str]  # a question, its right answer, a wrong one
+QuestionAnswers = tuple[str, str, str]  # a question, its right answer, a wrong one
 
 
-def added(random: np.random.Generator) -> Made:
+def addition(random: np.random.Generator) -> QuestionAnswers:
     one, two = (int(n) for n in random.integers(2, 50, 2))
     return f"{one} + {two}", str(one + two), str(one + two + int(random.choice([-2, -1, 1, 2])))
 
 
-def subtracted(random: np.random.Generator) -> Made:
+def subtraction(random: np.random.Generator) -> QuestionAnswers:
     one, two = int(random.integers(50, 99)), int(random.integers(2, 40))
     return f"{one} - {two}", str(one - two), str(one - two + int(random.choice([-2, -1, 1, 2])))
 
 
-def next_letter(random: np.random.Generator) -> Made:
+def next_letter(random: np.random.Generator) -> QuestionAnswers:
     index = int(random.integers(1, 25))
     return LETTERS[index], LETTERS[index + 1], LETTERS[index - 1]
 
 
-def larger(random: np.random.Generator) -> Made:
+def larger_number(random: np.random.Generator) -> QuestionAnswers:
     one, two = (int(n) for n in random.choice(np.arange(10, 100), 2, replace=False))
     return f"{one}, {two}", str(max(one, two)), str(min(one, two))
 
 
-def parity(random: np.random.Generator) -> Made:
+def parity(random: np.random.Generator) -> QuestionAnswers:
     number = int(random.integers(10, 100))
     right, wrong = ("even", "odd") if number % 2 == 0 else ("odd", "even")
     return str(number), right, wrong
 
 
 # The instruction of each kind of question, and what makes one.
-KINDS: dict[str, Callable[[np.random.Generator], Made]] = {
-    "Add the two numbers.": added,
-    "Subtract the second number from the first.": subtracted,
+KINDS: dict[str, Callable[[np.random.Generator], QuestionAnswers]] = {
+    "Add the two numbers.": addition,
+    "Subtract the second number from the first.": subtraction,
     "Give the letter that follows this letter in the alphabet.": next_letter,
-    "Give the larger of the two numbers.": larger,
+    "Give the larger of the two numbers.": larger_number,
     "Say whether the number is odd or even.": parity,
 }
 
@@ -72,7 +72,7 @@ class LongIns(GeneratedTask):
     levels = ("form", ("gist", "list", "limt"))
     max_new_tokens = 256
 
-    def item(self, budget: Budget, random: np.random.Generator) -> Item:
+    def make_instance(self, budget: Budget, random: np.random.Generator) -> Instance:
         kinds = list(KINDS)
         common = kinds[int(random.integers(len(kinds)))]
         lines: list[tuple[str, bool]] = []
@@ -102,14 +102,14 @@ class LongIns(GeneratedTask):
                 f"commas.\nWrong:"
             )
 
-        filled = fill(budget, prompt, part="question", least=self.every)
+        filled = fill(budget, prompt, part="question", min_parts=self.every)
         answer = frozenset(
             n for n, (_, is_wrong) in enumerate(lines[: filled.parts], 1) if is_wrong
         )
-        return Item(filled.prompt, answer, filled.tokens)
+        return Instance(filled.prompt, answer, filled.tokens)
 
     def parse(self, completion: str) -> frozenset[int]:
         return metrics.numbers_in(completion)
 
-    def score(self, answer: Any, instance: Item) -> float:
+    def score(self, answer: Any, instance: Instance) -> float:
         return metrics.set_f1(answer, instance.answer)

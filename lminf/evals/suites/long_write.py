@@ -16,7 +16,7 @@ from lminf.evals import metrics
 from lminf.evals.suites import published
 from lminf.evals.suites.generated import GeneratedTask, fill
 from lminf.evals.suites.published import PublishedTask, Question, Record
-from lminf.evals.suites.suite_task import Item
+from lminf.evals.suites.suite_task import Instance
 from lminf.evals.task import Budget
 from lminf.ranges import Range
 
@@ -34,14 +34,14 @@ Words = Annotated[int, Range(min=0, max=10**6)]
 
 
 def count_words(text: str) -> int:
-    """Chinese characters, and words between them."""
+    """The number of Chinese characters and of words between them."""
     spaced = FULL_WIDTH.sub(" ", CHINESE.sub(" ", text))
     return len(CHINESE.findall(text)) + len(spaced.split())
 
 
 @dataclass(frozen=True)
 class LongWrite(GeneratedTask):
-    """The length of what is written, beside the number of words that was asked for."""
+    """A text of a requested number of words, scored by its length."""
 
     words: Annotated[int, Range(min=10, max=100_000)] = 500
 
@@ -54,16 +54,18 @@ class LongWrite(GeneratedTask):
     def max_new_tokens(self) -> int:
         return TOKENS_PER_WORD * self.words
 
-    def item(self, budget: Budget, random: np.random.Generator) -> Item:
+    def make_instance(self, budget: Budget, random: np.random.Generator) -> Instance:
         form, topic = str(random.choice(FORMS)), str(random.choice(TOPICS))
         request = f"Write a {form} of {self.words} words about {topic}.\n\n"
-        filled = fill(budget, lambda count: count * request, part="request", least=1, most=1)
-        return Item(request, self.words, filled.tokens)
+        filled = fill(
+            budget, lambda count: count * request, part="request", min_parts=1, max_parts=1
+        )
+        return Instance(request, self.words, filled.tokens)
 
     def parse(self, completion: str) -> int:
         return count_words(completion)
 
-    def score(self, answer: int, instance: Item) -> float:
+    def score(self, answer: int, instance: Instance) -> float:
         return metrics.length_score(answer, instance.answer)
 
 
@@ -71,12 +73,12 @@ class LongWrite(GeneratedTask):
 class LongBenchWrite(PublishedTask):
     """The requests of a published file with the words that each asks for, scored by length.
 
-    The paper groups them by `least` and `below` words: 0 to 500, to 2000, to 4000, to 20000. A file
-    of LongWrite-Ruler in the same form is read too. Requests are never cut.
+    The paper groups them by words, from `min_words` to below `max_words`: 0 to 500, to 2000, to
+    4000, to 20000. A file of LongWrite-Ruler in the same form is read too. Requests are never cut.
     """
 
-    least: Words = 0
-    below: Words = 20_000
+    min_words: Words = 0
+    max_words: Words = 20_000
 
     name = "longbench_write"
     scope, diffusion = "high", "low"
@@ -86,17 +88,17 @@ class LongBenchWrite(PublishedTask):
         return TOKENS_PER_WORD * max(question.answer for question in self.questions())
 
     def questions(self) -> list[Question]:
-        records = published.records(self.path, "LongBench-Write", ("prompt", "length"))
+        records = published.read_records(self.path, "LongBench-Write", ("prompt", "length"))
         lengths = [_words(record, self.path) for record in records]
         questions = [
             Question(f"{record['prompt']}\n\n", "", "", words)
             for record, words in zip(records, lengths, strict=True)
-            if self.least <= words < self.below
+            if self.min_words <= words < self.max_words
         ]
         if not questions:
             raise InputError(
-                f"{self.path} has no request of {self.least} to {self.below} words; its requests "
-                f"are of {min(lengths)} to {max(lengths)}"
+                f"{self.path} has no request of {self.min_words} to {self.max_words} words; its "
+                f"requests are of {min(lengths)} to {max(lengths)}"
             )
         return questions
 

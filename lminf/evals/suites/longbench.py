@@ -64,7 +64,7 @@ DATASETS: Mapping[str, DataSet] = {
 
 
 class Answer(NamedTuple):
-    """What is right, of the texts of which one is enough."""
+    """The reference answers, of which one is enough, and the labels of a classification."""
 
     texts: Sequence[str]
     classes: Sequence[str]
@@ -88,7 +88,7 @@ def _number(text: str) -> int:
 
 @dataclass(frozen=True)
 class LongBench(PublishedTask):
-    """A data set of version 1, by its metric. Files of LongBench-E have the same form."""
+    """A data set of LongBench, scored by its metric. Files of LongBench-E have the same form."""
 
     prompts: str | None = None  # the release's dataset2prompt.json; none: our own sentences
 
@@ -96,7 +96,7 @@ class LongBench(PublishedTask):
 
     @property
     def dataset(self) -> DataSet:
-        return published.one_of(self._name, DATASETS, self.path, "LongBench")
+        return published.lookup(self._name, DATASETS, self.path, "LongBench")
 
     @property
     def _name(self) -> str:
@@ -113,9 +113,10 @@ class LongBench(PublishedTask):
             Question(
                 head.replace("{input}", record["input"]), record["context"],
                 tail.replace("{input}", record["input"]),
-                Answer(published.texts(record, "answers", self.path), record["all_classes"] or ()),
+                Answer(published.text_list(record, "answers", self.path),
+                       record["all_classes"] or ()),
             )
-            for record in published.records(self.path, "LongBench", fields)
+            for record in published.read_records(self.path, "LongBench", fields)
         ]  # fmt: skip
 
     def _template(self) -> str:
@@ -144,7 +145,7 @@ class LongBench(PublishedTask):
 
 @dataclass(frozen=True)
 class LongBenchV2(PublishedTask):
-    """Four options on a long text, by the letter of the answer."""
+    """LongBench v2: multiple choice about a long text, scored by the letter of the answer."""
 
     answers: Answers = "written"
 
@@ -158,11 +159,11 @@ class LongBenchV2(PublishedTask):
             Question(
                 "Read the text and answer the question.\n\n", record["context"],
                 f"\n\nQuestion: {record['question']}"
-                f"{published.lettered([record[choice] for choice in choices])}\n"
+                f"{published.format_options([record[choice] for choice in choices])}\n"
                 f"Answer with the letter of the right option.\nThe correct answer is (",
                 record["answer"], "ABCD",
             )
-            for record in published.records(self.path, "LongBench v2", fields)
+            for record in published.read_records(self.path, "LongBench v2", fields)
         ]  # fmt: skip
 
     def parse(self, completion: str) -> str | None:

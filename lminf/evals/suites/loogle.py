@@ -21,7 +21,7 @@ from lminf.evals.suites.published import PublishedTask, Question, Record
 
 @dataclass(frozen=True)
 class LooGLE(PublishedTask):
-    """Answers and summaries of a file, by Rouge-L; clozes by the share of their masks."""
+    """Answers and summaries scored by Rouge-L, clozes by the share of their masks."""
 
     match: Literal["exact", "partial"] = "exact"  # partial: a word of what a mask hides is enough
 
@@ -32,7 +32,7 @@ class LooGLE(PublishedTask):
         fields = ("input", "title", "qa_pairs", "output")
         return [
             question
-            for record in published.records(self.path, "LooGLE", fields)
+            for record in published.read_records(self.path, "LooGLE", fields)
             for question in self._of(record)
         ]
 
@@ -74,7 +74,7 @@ class LooGLE(PublishedTask):
     def score(self, answer: str, instance: Any) -> float:
         if not isinstance(instance.answer, Mapping):
             return metrics.rouge_l(answer, instance.answer)
-        named = masks_in(answer)
+        named = parse_masks(answer)
         right = [
             name == named.get(mask) if self.match == "exact"
             else bool(set(name.split()) & set(named.get(mask, "").split()))
@@ -83,7 +83,7 @@ class LooGLE(PublishedTask):
         return sum(right) / len(right)
 
 
-def masks_in(completion: str) -> dict[str, str]:
+def parse_masks(completion: str) -> dict[str, str]:
     """What an answer says that masks hide: the first object of it that can be read."""
     for written in re.findall(r"\{[^{}]*\}", completion):
         for read in (json.loads, ast.literal_eval):

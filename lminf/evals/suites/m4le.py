@@ -1,4 +1,4 @@
-"""M4LE's five abilities, by composing short notes into one long text.
+"""M4LE's five abilities, tested by composing short notes into one long text.
 
     explicit_single    the note is named by its number
     semantic_single    the note is named by what it is about
@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from lminf.evals.suites.generated import GeneratedTask, fill
-from lminf.evals.suites.suite_task import Item
+from lminf.evals.suites.suite_task import Instance
 from lminf.evals.task import Budget
 
 CITIES = (
@@ -37,8 +37,8 @@ CITY = re.compile("|".join(CITIES))
 
 
 @dataclass(frozen=True)
-class Composed(GeneratedTask):
-    """The cities of the notes that are meant, or the city of most notes."""
+class M4LE(GeneratedTask):
+    """The cities of the notes asked about, or the city that most notes name."""
 
     ability: Ability = "explicit_single"
 
@@ -47,7 +47,7 @@ class Composed(GeneratedTask):
     levels = ("ability", get_args(Ability))
     max_new_tokens = 24
 
-    def item(self, budget: Budget, random: np.random.Generator) -> Item:
+    def make_instance(self, budget: Budget, random: np.random.Generator) -> Instance:
         special, *usual = (str(each) for each in random.permutation(GOODS))
         shares = sorted(random.random(SEVERAL if "multiple" in self.ability else 1))
         drawn_cities = [str(city) for city in random.choice(CITIES, SEVERAL, replace=False)]
@@ -70,13 +70,13 @@ class Composed(GeneratedTask):
             )
             return f"{lines}\n{self._question(special, self._meant(shares, count))}"
 
-        filled = fill(budget, prompt, part="note", least=2 * SEVERAL)
+        filled = fill(budget, prompt, part="note", min_parts=2 * SEVERAL)
         composed = notes(filled.parts)
         if self.ability == "global":
             answer = [Counter(city for _, city in composed).most_common(1)[0][0]]
         else:
             answer = [composed[index][1] for index in self._meant(shares, filled.parts)]
-        return Item(filled.prompt, answer, filled.tokens)
+        return Instance(filled.prompt, answer, filled.tokens)
 
     def _meant(self, shares: list[float], count: int) -> list[int]:
         """Indices of the notes that are asked for, different and rising."""
@@ -101,7 +101,7 @@ class Composed(GeneratedTask):
     def parse(self, completion: str) -> list[str]:
         return list(dict.fromkeys(CITY.findall(completion)))
 
-    def score(self, answer: Any, instance: Item) -> float:
+    def score(self, answer: Any, instance: Instance) -> float:
         """The share of the expected cities among as many as are expected, from the first."""
         expected = set(instance.answer)
         return len(set(answer[: len(expected)]) & expected) / len(expected)

@@ -24,7 +24,7 @@ from lminf.errors import InputError
 from lminf.evals.suites import prose
 from lminf.evals.suites.generated import GeneratedTask, fill
 from lminf.evals.suites.ruler import Share
-from lminf.evals.suites.suite_task import Answers, Item
+from lminf.evals.suites.suite_task import Answers, Instance
 from lminf.evals.task import Budget
 from lminf.ranges import Range
 
@@ -52,7 +52,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class ManyShot(GeneratedTask):
-    """The label of a sentence."""
+    """The label of a sentence, from labelled examples in the prompt."""
 
     labels: Annotated[int, Range(min=2, max=500)] = 28
     order: Order = "grouped"
@@ -65,30 +65,31 @@ class ManyShot(GeneratedTask):
     levels = ("depth", (0.0, 0.25, 0.5, 0.75, 1.0))
     max_new_tokens = 10
 
-    def item(self, budget: Budget, random: np.random.Generator) -> Item:
-        names = drawn_labels(random, self.labels)
-        tools = drawn_tools(random, self.labels, self.text)
+    def make_instance(self, budget: Budget, random: np.random.Generator) -> Instance:
+        names = sample_labels(random, self.labels)
+        tools = sample_tools(random, self.labels, self.text)
         query_label = min(int(self.depth * self.labels), self.labels - 1)
         if self.order == "shuffled":
             query_label = 0  # where it stands is drawn with the rounds
-        drawn, examples = drawn_examples(random, tools), []
+        drawn, examples = sample_examples(random, tools), []
 
         def prompt(count: int) -> str:
             examples.extend(itertools.islice(drawn, max(count - len(examples), 0)))
             # Of the first round, which every prompt has.
             tool = next(each.tool for each in examples if each.label == query_label)
-            return shown(ordered(examples[:count], self.order), names) + question(tool)
+            listed = order_examples(examples[:count], self.order)
+            return format_examples(listed, names) + format_question(tool)
 
-        filled = fill(budget, prompt, part="example", least=self.labels)
+        filled = fill(budget, prompt, part="example", min_parts=self.labels)
         options = tuple(f" {name}" for name in names)
-        return Item(filled.prompt, names[query_label], filled.tokens, options=options)
+        return Instance(filled.prompt, names[query_label], filled.tokens, options=options)
 
     def parse(self, completion: str) -> str | None:
         match = LABEL.search(completion.lower())
         return match[0] if match else None
 
 
-def drawn_labels(random: np.random.Generator, count: int) -> list[str]:
+def sample_labels(random: np.random.Generator, count: int) -> list[str]:
     """Different invented words of three syllables."""
     names: dict[str, None] = {}
     while len(names) < count:
@@ -97,7 +98,7 @@ def drawn_labels(random: np.random.Generator, count: int) -> list[str]:
     return list(names)
 
 
-def drawn_tools(random: np.random.Generator, labels: int, text: str | None) -> list[list[str]]:
+def sample_tools(random: np.random.Generator, labels: int, text: str | None) -> list[list[str]]:
     """Different words for every label, none of them a word of the phrases."""
     known = [word for word in prose.words(text) if word not in PHRASE_WORDS]
     if len(known) < labels * TOOLS:
@@ -109,7 +110,7 @@ def drawn_tools(random: np.random.Generator, labels: int, text: str | None) -> l
     return [[str(next(drawn)) for _ in range(TOOLS)] for _ in range(labels)]
 
 
-def drawn_examples(
+def sample_examples(
     random: np.random.Generator, tools: Sequence[Sequence[str]]
 ) -> Iterator[Example]:
     """Rounds without end, of one example of each label in a drawn order."""
@@ -120,16 +121,16 @@ def drawn_examples(
             yield Example(label, tool, phrase.format(tool=tool))
 
 
-def ordered(examples: Sequence[Example], order: Order) -> list[Example]:
-    """The examples as a prompt has them."""
+def order_examples(examples: Sequence[Example], order: Order) -> list[Example]:
+    """The examples in the order in which a prompt shows them."""
     return sorted(examples, key=lambda each: each.label) if order == "grouped" else list(examples)
 
 
-def shown(examples: Sequence[Example], names: Sequence[str]) -> str:
-    """The examples with the names of their labels."""
+def format_examples(examples: Sequence[Example], names: Sequence[str]) -> str:
+    """The examples as text, with the names of their labels."""
     return "\n".join(f"Sentence: {each.text}\nLabel: {names[each.label]}" for each in examples)
 
 
-def question(tool: str) -> str:
-    """What follows the examples."""
+def format_question(tool: str) -> str:
+    """The unlabelled sentence at the end of a prompt."""
     return f"\nSentence: {QUESTION.format(tool=tool)}\nLabel:"

@@ -20,8 +20,8 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from lminf.evals.suites.generated import GeneratedTask, fill, place
-from lminf.evals.suites.suite_task import Item
+from lminf.evals.suites.generated import GeneratedTask, fill, index_at_depth
+from lminf.evals.suites.suite_task import Instance
 from lminf.evals.task import Budget
 from lminf.ranges import Range
 
@@ -37,12 +37,12 @@ VALUE = "\nCorresponding value:"
 VALUES = "\nCorresponding values:"
 
 
-class Threading(GeneratedTask):
-    """Pairs at drawn places of a haystack; a subclass says which, and what is asked."""
+class NeedleThreadingTask(GeneratedTask):
+    """Key-value pairs at random positions of a JSON haystack; a subclass samples them."""
 
     @property
     def expected(self) -> int:
-        """Identifiers in an answer."""
+        """The number of identifiers in an answer."""
         return 1
 
     @property
@@ -50,41 +50,43 @@ class Threading(GeneratedTask):
         return UUID_TOKENS * self.expected
 
     @abc.abstractmethod
-    def hidden(self, random: np.random.Generator) -> tuple[list[Pair], str, list[str]]:
-        """The pairs to hide, in the order that `places` knows; the question; its answers."""
+    def sample_needles(self, random: np.random.Generator) -> tuple[list[Pair], str, list[str]]:
+        """The pairs to hide, in the order of `needle_positions`; the question; its answers."""
 
-    def places(self, random: np.random.Generator, count: int) -> Callable[[int], list[int]]:
-        """Pairs of the haystack -> where the `count` needles stand among them: all different."""
+    def needle_positions(
+        self, random: np.random.Generator, count: int
+    ) -> Callable[[int], list[int]]:
+        """A function from the pairs of the haystack to the `count` indices of the needles."""
         shares = _rising(random, count)
         return lambda total: _spread(shares, total)
 
-    def item(self, budget: Budget, random: np.random.Generator) -> Item:
-        pairs, question, answers = self.hidden(random)
-        where = self.places(random, len(pairs))
+    def make_instance(self, budget: Budget, random: np.random.Generator) -> Instance:
+        pairs, question, answers = self.sample_needles(random)
+        where = self.needle_positions(random, len(pairs))
         hay: list[Pair] = []
 
         def prompt(total: int) -> str:
-            hay.extend((uuid(random), uuid(random)) for _ in range(total - len(hay)))
+            hay.extend((random_uuid(random), random_uuid(random)) for _ in range(total - len(hay)))
             listed: list[Pair | None] = [None] * total
             for pair, index in zip(pairs, where(total), strict=True):
                 listed[index] = pair
             rest = iter(hay)
-            return "\n".join([TASK, as_json([each or next(rest) for each in listed]), question])
+            return "\n".join([TASK, to_json([each or next(rest) for each in listed]), question])
 
-        filled = fill(budget, prompt, part="pair", least=len(pairs))
-        return Item(filled.prompt, answers, filled.tokens)
+        filled = fill(budget, prompt, part="pair", min_parts=len(pairs))
+        return Instance(filled.prompt, answers, filled.tokens)
 
     def parse(self, completion: str) -> list[str]:
         return UUID.findall(completion)
 
-    def score(self, answer: Any, instance: Item) -> float:
+    def score(self, answer: Any, instance: Instance) -> float:
         """The share of the expected values among as many as are expected, from the first."""
         expected = instance.answer
         return len(set(answer[: len(expected)]) & set(expected)) / len(expected)
 
 
 @dataclass(frozen=True)
-class SingleNeedle(Threading):
+class SingleNeedle(NeedleThreadingTask):
     """The value of one key."""
 
     depth: Annotated[float, Range(min=0, max=1)] = 0.5  # share of the other pairs before it
@@ -93,16 +95,18 @@ class SingleNeedle(Threading):
     scope, diffusion = "low", "low"
     levels = ("depth", (0.0, 0.25, 0.5, 0.75, 1.0))
 
-    def hidden(self, random: np.random.Generator) -> tuple[list[Pair], str, list[str]]:
-        key, value = uuid(random), uuid(random)
-        return [(key, value)], asked_key(key), [value]
+    def sample_needles(self, random: np.random.Generator) -> tuple[list[Pair], str, list[str]]:
+        key, value = random_uuid(random), random_uuid(random)
+        return [(key, value)], key_question(key), [value]
 
-    def places(self, random: np.random.Generator, count: int) -> Callable[[int], list[int]]:
-        return lambda total: [place(total, self.depth)]
+    def needle_positions(
+        self, random: np.random.Generator, count: int
+    ) -> Callable[[int], list[int]]:
+        return lambda total: [index_at_depth(total, self.depth)]
 
 
 @dataclass(frozen=True)
-class MultiNeedle(Threading):
+class MultiNeedle(NeedleThreadingTask):
     """The values of several keys."""
 
     needles: Several = 5
@@ -116,15 +120,17 @@ class MultiNeedle(Threading):
     def expected(self) -> int:
         return self.needles
 
-    def hidden(self, random: np.random.Generator) -> tuple[list[Pair], str, list[str]]:
-        pairs = [(uuid(random), uuid(random)) for _ in range(self.needles)]
+    def sample_needles(self, random: np.random.Generator) -> tuple[list[Pair], str, list[str]]:
+        pairs = [(random_uuid(random), random_uuid(random)) for _ in range(self.needles)]
         keys = ", ".join(f'"{key}"' for key, _ in pairs)
         question = f"Extract the values of these keys, in this order.\nKeys: {keys}{VALUES}"
         return pairs, question, [value for _, value in pairs]
 
-    def places(self, random: np.random.Generator, count: int) -> Callable[[int], list[int]]:
+    def needle_positions(
+        self, random: np.random.Generator, count: int
+    ) -> Callable[[int], list[int]]:
         if self.placement == "random":
-            return super().places(random, count)
+            return super().needle_positions(random, count)
         start = random.random()
         return lambda total: list(range(first := int(start * (total - count + 1)), first + count))
 
@@ -138,17 +144,17 @@ class ConditionalNeedle(MultiNeedle):
     name = "conditional_needle"
     scope, diffusion = "high", "high"
 
-    def hidden(self, random: np.random.Generator) -> tuple[list[Pair], str, list[str]]:
+    def sample_needles(self, random: np.random.Generator) -> tuple[list[Pair], str, list[str]]:
         pairs = []
         for _ in range(self.needles):
-            key, index = uuid(random), int(random.integers(36))
-            pairs.append((key[:index] + self.character + key[index + 1 :], uuid(random)))
+            key, index = random_uuid(random), int(random.integers(36))
+            pairs.append((key[:index] + self.character + key[index + 1 :], random_uuid(random)))
         question = f"Extract the values of all keys that contain the character {self.character}."
         return pairs, question + VALUES, [value for _, value in pairs]
 
 
 @dataclass(frozen=True)
-class SingleThread(Threading):
+class SingleThread(NeedleThreadingTask):
     """The last value of a chain of pairs."""
 
     thread_length: Annotated[int, Range(min=2, max=100)] = 5  # pairs of the chain
@@ -158,17 +164,19 @@ class SingleThread(Threading):
     scope, diffusion = "low", "high"
     levels = ("thread_length", (2, 5, 10))
 
-    def hidden(self, random: np.random.Generator) -> tuple[list[Pair], str, list[str]]:
-        chain = thread(random, self.thread_length)
-        return chain, asked_end(chain[0][0]), [chain[-1][1]]
+    def sample_needles(self, random: np.random.Generator) -> tuple[list[Pair], str, list[str]]:
+        chain = random_thread(random, self.thread_length)
+        return chain, thread_question(chain[0][0]), [chain[-1][1]]
 
-    def places(self, random: np.random.Generator, count: int) -> Callable[[int], list[int]]:
+    def needle_positions(
+        self, random: np.random.Generator, count: int
+    ) -> Callable[[int], list[int]]:
         shares = _directed(random, _rising(random, count), self.direction)
         return lambda total: _spread(shares, total)
 
 
 @dataclass(frozen=True)
-class MultiThread(Threading):
+class MultiThread(NeedleThreadingTask):
     """The last values of several chains."""
 
     threads: Several = 3
@@ -183,8 +191,8 @@ class MultiThread(Threading):
     def expected(self) -> int:
         return self.threads
 
-    def hidden(self, random: np.random.Generator) -> tuple[list[Pair], str, list[str]]:
-        chains = [thread(random, self.thread_length) for _ in range(self.threads)]
+    def sample_needles(self, random: np.random.Generator) -> tuple[list[Pair], str, list[str]]:
+        chains = [random_thread(random, self.thread_length) for _ in range(self.threads)]
         keys = ", ".join(f'"{chain[0][0]}"' for chain in chains)
         question = (
             "A value may be the key of another pair. From each of these keys follow the values to "
@@ -192,7 +200,9 @@ class MultiThread(Threading):
         )
         return list(itertools.chain(*chains)), question, [chain[-1][1] for chain in chains]
 
-    def places(self, random: np.random.Generator, count: int) -> Callable[[int], list[int]]:
+    def needle_positions(
+        self, random: np.random.Generator, count: int
+    ) -> Callable[[int], list[int]]:
         """Each chain runs in the direction; chains cross."""
         shares = random.permutation(_rising(random, count)).reshape(
             self.threads, self.thread_length
@@ -204,7 +214,7 @@ class MultiThread(Threading):
 
 
 @dataclass(frozen=True)
-class BranchedThread(Threading):
+class BranchedThread(NeedleThreadingTask):
     """The last value of the longest chain: at every step all branches but one end a pair later."""
 
     thread_length: Annotated[int, Range(min=2, max=100)] = 5
@@ -214,10 +224,12 @@ class BranchedThread(Threading):
     scope, diffusion = "low", "high"
     levels = ("thread_length", (2, 5, 10))
 
-    def hidden(self, random: np.random.Generator) -> tuple[list[Pair], str, list[str]]:
-        chain = thread(random, self.thread_length)
+    def sample_needles(self, random: np.random.Generator) -> tuple[list[Pair], str, list[str]]:
+        chain = random_thread(random, self.thread_length)
         # Of all keys but the last: a dead end there would be as long as the chain.
-        dead = [(key, uuid(random)) for key, _ in chain[:-1] for _ in range(self.branches - 1)]
+        dead = [
+            (key, random_uuid(random)) for key, _ in chain[:-1] for _ in range(self.branches - 1)
+        ]
         question = (
             "A value may be the key of other pairs, and several pairs may have the same key. From "
             "this key follow the values along the longest chain to the one that is no key, and "
@@ -229,29 +241,29 @@ class BranchedThread(Threading):
 # --- Identifiers and places -----------------------------------------------------------------------
 
 
-def uuid(random: np.random.Generator) -> str:
+def random_uuid(random: np.random.Generator) -> str:
     """32 random hexadecimal digits in the form 8-4-4-4-12; two are equal once in 2^64."""
     digits = random.bytes(16).hex()
     return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
-def thread(random: np.random.Generator, length: int) -> list[Pair]:
+def random_thread(random: np.random.Generator, length: int) -> list[Pair]:
     """A chain of pairs: each value is the key of the next."""
-    links = [uuid(random) for _ in range(length + 1)]
+    links = [random_uuid(random) for _ in range(length + 1)]
     return list(itertools.pairwise(links))
 
 
-def as_json(pairs: Sequence[Pair]) -> str:
-    """On one line. Not by a dictionary, because keys may repeat."""
+def to_json(pairs: Sequence[Pair]) -> str:
+    """The pairs as a JSON object on one line. Not by a dictionary, because keys may repeat."""
     return "{" + ", ".join(f'"{key}": "{value}"' for key, value in pairs) + "}"
 
 
-def asked_key(key: str) -> str:
+def key_question(key: str) -> str:
     """The question about one key."""
     return f'Extract the value of this key.\nKey: "{key}"{VALUE}'
 
 
-def asked_end(key: str) -> str:
+def thread_question(key: str) -> str:
     """The question about the end of a chain."""
     return (
         "A value may be the key of another pair. From this key follow the values to the one that "

@@ -1,4 +1,4 @@
-"""Real text to hide things in: the documentation in the interpreter's library, or a file.
+"""Filler text of generated prompts: the documentation in the interpreter's library, or a file.
 
 The text is read where it is installed and is not part of this repository. It differs with the
 version of Python, which the digest of the prompts in every row tells. It takes seconds to collect,
@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 from lminf.data import sources
 from lminf.errors import InputError
-from lminf.evals.suites.generated import Filled
+from lminf.evals.suites.generated import FilledPrompt
 from lminf.evals.task import Budget
 
 SENTENCE_END = re.compile(r"(?<=[.!?]) +(?=[A-Z])")
-LEAST, MOST = 25, 300  # characters of a sentence that reads as one
+MIN_CHARS, MAX_CHARS = 25, 300  # characters of a sentence that reads as one
 WORD = re.compile(r"\b[a-z]{4,9}\b")
 
 
@@ -49,8 +49,8 @@ def paragraphs(path: str | None) -> Sequence[str]:
 
 
 @functools.cache
-def followed(path: str | None) -> Sequence[int]:
-    """The indices of the paragraphs that another one of the same article follows."""
+def indices_with_next(path: str | None) -> Sequence[int]:
+    """The indices of the paragraphs that are not the last of their article."""
     first = 0
     indices: list[int] = []
     for article in articles(path):
@@ -63,7 +63,9 @@ def followed(path: str | None) -> Sequence[int]:
 def sentences(path: str | None) -> Sequence[str]:
     """The sentences of the paragraphs, in order."""
     split = [each for line in paragraphs(path) for each in SENTENCE_END.split(line)]
-    return tuple(each for each in split if LEAST <= len(each) <= MOST and each[-1] in ".!?")
+    return tuple(
+        each for each in split if MIN_CHARS <= len(each) <= MAX_CHARS and each[-1] in ".!?"
+    )
 
 
 @functools.cache
@@ -72,16 +74,16 @@ def words(path: str | None) -> Sequence[str]:
     return tuple(sorted({word for line in paragraphs(path) for word in WORD.findall(line)}))
 
 
-def endless(parts: Sequence[str], start: int, count: int) -> list[str]:
-    """`count` of the parts from one on; the first follows the last."""
+def cycle_from(parts: Sequence[str], start: int, count: int) -> list[str]:
+    """`count` parts from index `start` on; after the last comes the first again."""
     return [parts[(start + index) % len(parts)] for index in range(count)]
 
 
-def check_filled(filled: Filled, most: int, path: str | None, budget: Budget) -> None:
+def check_filled(filled: FilledPrompt, max_parts: int, path: str | None, budget: Budget) -> None:
     """Refuses a prompt of all parts that the text has: it may be shorter than was asked for, and a
     text is not repeated where its order or its parts are the question.
     """
-    if filled.parts == most:
+    if filled.parts == max_parts:
         raise InputError(
             f"{path or 'the documentation of Python'} does not fill a prompt of {budget.size} "
             f"{budget.unit}; ask for a shorter length, or give a longer text with text=FILE"

@@ -19,7 +19,7 @@ import numpy as np
 from lminf.atomic import read_bytes
 from lminf.errors import InputError, refusing
 from lminf.evals.suites.generated import fill
-from lminf.evals.suites.suite_task import Item, SuiteTask
+from lminf.evals.suites.suite_task import Instance, SuiteTask
 from lminf.evals.task import Budget
 
 Record: TypeAlias = Mapping[str, Any]
@@ -49,7 +49,7 @@ class PublishedTask(SuiteTask):
     def questions(self) -> Sequence[Question]:
         """All of the file, in its order."""
 
-    def instances(self, budget: Budget, *, count: int, key: Sequence[int]) -> list[Item]:
+    def instances(self, budget: Budget, *, count: int, key: Sequence[int]) -> list[Instance]:
         questions = _questions_of(self)
         if count > len(questions):
             raise InputError(
@@ -60,11 +60,11 @@ class PublishedTask(SuiteTask):
         order = np.random.default_rng(key[0]).permutation(len(questions))
         return [self._fitted(budget, questions[index]) for index in order[:count]]
 
-    def _fitted(self, budget: Budget, question: Question) -> Item:
+    def _fitted(self, budget: Budget, question: Question) -> Instance:
         prefix, context, suffix, answer, options = question
         text = prefix + context + suffix
         if (tokens := budget.count(text)) <= budget.size:
-            return Item(text, answer, tokens, options=options)
+            return Instance(text, answer, tokens, options=options)
         if self.too_long == "refuse":
             raise InputError(
                 f"a prompt of {self.path} takes {tokens} {budget.unit}, more than the length "
@@ -76,9 +76,9 @@ class PublishedTask(SuiteTask):
             head, tail = context[: kept - kept // 2], context[len(context) - kept // 2 :]
             return prefix + head + tail + suffix
 
-        filled = fill(budget, shortened, part="character of its context", most=len(context))
+        filled = fill(budget, shortened, part="character of its context", max_parts=len(context))
         cut = len(context) - filled.parts
-        return Item(filled.prompt, answer, filled.tokens, cut, options)
+        return Instance(filled.prompt, answer, filled.tokens, cut, options)
 
 
 @functools.lru_cache(maxsize=8)
@@ -98,7 +98,7 @@ def _questions_of(task: PublishedTask) -> Sequence[Question]:
 # --- Files ----------------------------------------------------------------------------------------
 
 
-def records(path: str, benchmark: str, fields: Sequence[str]) -> list[dict[str, Any]]:
+def read_records(path: str, benchmark: str, fields: Sequence[str]) -> list[dict[str, Any]]:
     """The records of a .jsonl file, or of a .json file with a list of them or with an object whose
     values they are; each has the fields. Anything else is refused in one sentence.
     """
@@ -136,7 +136,7 @@ def _parsed(path: Path, benchmark: str) -> Any:
         raise InputError(f"{path} is not JSON in UTF-8 ({error}); fetch it again") from error
 
 
-def texts(record: Record, field: str, path: str) -> list[str]:
+def text_list(record: Record, field: str, path: str) -> list[str]:
     """The text or texts of a field."""
     value = record[field]
     listed = value if isinstance(value, list) else [value]
@@ -145,7 +145,7 @@ def texts(record: Record, field: str, path: str) -> list[str]:
     return [str(each) for each in listed]
 
 
-def one_of(name: str, known: Mapping[str, Any], path: str, benchmark: str) -> Any:
+def lookup(name: str, known: Mapping[str, Any], path: str, benchmark: str) -> Any:
     """What the table says of a data set; a name that it lacks is refused."""
     if name not in known:
         raise InputError(
@@ -155,6 +155,6 @@ def one_of(name: str, known: Mapping[str, Any], path: str, benchmark: str) -> An
     return known[name]
 
 
-def lettered(options: Sequence[str]) -> str:
+def format_options(options: Sequence[str]) -> str:
     """The options on lines of their own, from (A) on."""
     return "".join(f"\n({chr(65 + index)}) {text}" for index, text in enumerate(options))

@@ -20,7 +20,7 @@ from lminf.errors import InputError
 from lminf.evals import metrics
 from lminf.evals.suites import prose
 from lminf.evals.suites.generated import GeneratedTask, SharedTextTask, fill
-from lminf.evals.suites.suite_task import Item
+from lminf.evals.suites.suite_task import Instance
 from lminf.evals.task import Budget
 from lminf.ranges import Range
 
@@ -36,14 +36,14 @@ QUESTION = (
 LINE = "One of the special magic numbers for {key} is: {value}."
 
 
-def scattered(
+def insert_in_prose(
     lines: Sequence[str], shares: Sequence[float], text: str | None, start: float
 ) -> Callable[[int], str]:
-    """Sentences of prose -> that many of them as one text, the lines among them at the shares."""
+    """A function: so many sentences of prose as one text, with the lines at these shares of it."""
     filler = prose.sentences(text)
 
     def make(count: int) -> str:
-        parts = prose.endless(filler, int(start * len(filler)), count)
+        parts = prose.cycle_from(filler, int(start * len(filler)), count)
         order = sorted(range(len(lines)), key=lambda index: -shares[index])
         for index in order:  # from the last, so that the places of the others stay
             parts.insert(round(shares[index] * count), lines[index])
@@ -53,14 +53,14 @@ def scattered(
 
 
 class Needles(SharedTextTask):
-    """Lines of keys and numbers in prose; a subclass draws them, and says what is asked."""
+    """Sentences with a key and a number, hidden in prose; a subclass samples them."""
 
     text: str | None
     questions: int = 1
 
     @property
     def expected(self) -> int:
-        """Numbers in an answer."""
+        """The number of numbers in an answer."""
         return 1
 
     @property
@@ -68,25 +68,25 @@ class Needles(SharedTextTask):
         return NUMBER_TOKENS * self.expected + 4
 
     @abc.abstractmethod
-    def lines(self, random: np.random.Generator) -> tuple[list[tuple[str, int]], list[list[str]]]:
-        """Keys with their numbers, and the keys that each question asks for; the first line is an
-        answer to the first question.
+    def needles(self, random: np.random.Generator) -> tuple[list[tuple[str, int]], list[list[str]]]:
+        """Keys with their numbers, and the keys that each question asks for; the first pair answers
+        the first question.
         """
 
-    def shares(self, random: np.random.Generator, count: int) -> list[float]:
+    def depths(self, random: np.random.Generator, count: int) -> list[float]:
         return list(random.random(count))
 
-    def items(self, budget: Budget, random: np.random.Generator) -> list[Item]:
-        pairs, queries = self.lines(random)
-        shares = self.shares(random, len(pairs))
+    def make_instances(self, budget: Budget, random: np.random.Generator) -> list[Instance]:
+        pairs, queries = self.needles(random)
+        shares = self.depths(random, len(pairs))
         hidden = [LINE.format(key=key, value=value) for key, value in pairs]
-        body = scattered(hidden, shares, self.text, random.random())
+        body = insert_in_prose(hidden, shares, self.text, random.random())
         questions = [QUESTION.format(keys=" and ".join(keys)) for keys in queries]
         longest = max(questions, key=budget.count)
         filled = fill(budget, lambda count: TASK + body(count) + longest, part="sentence")
         shared = filled.prompt.removesuffix(longest)
         return [
-            Item(prompt, [value for key, value in pairs if key in keys], budget.count(prompt))
+            Instance(prompt, [value for key, value in pairs if key in keys], budget.count(prompt))
             for keys, question in zip(queries, questions, strict=True)
             for prompt in [shared + question]
         ]
@@ -94,13 +94,13 @@ class Needles(SharedTextTask):
     def parse(self, completion: str) -> str:
         return completion
 
-    def score(self, answer: str, instance: Item) -> float:
+    def score(self, answer: str, instance: Instance) -> float:
         return metrics.string_match_all(answer, [str(number) for number in instance.answer])
 
 
 @dataclass(frozen=True)
 class MultiKey(Needles):
-    """One number, beside lines of other keys that look like its own."""
+    """The number of one key, among distractors with other keys."""
 
     depth: Share = 0.5  # of the line that the first question asks for; others stand anywhere
     keys: Several = 4
@@ -119,13 +119,13 @@ class MultiKey(Needles):
                 f"many questions as keys"
             )
 
-    def lines(self, random: np.random.Generator) -> tuple[list[tuple[str, int]], list[list[str]]]:
-        keys = drawn_words(random, self.keys, self.text)
-        pairs = list(zip(keys, drawn_numbers(random, self.keys), strict=True))
+    def needles(self, random: np.random.Generator) -> tuple[list[tuple[str, int]], list[list[str]]]:
+        keys = sample_words(random, self.keys, self.text)
+        pairs = list(zip(keys, sample_numbers(random, self.keys), strict=True))
         return pairs, [[key] for key in keys[: self.questions]]
 
-    def shares(self, random: np.random.Generator, count: int) -> list[float]:
-        return [self.depth, *super().shares(random, count)[1:]]
+    def depths(self, random: np.random.Generator, count: int) -> list[float]:
+        return [self.depth, *super().depths(random, count)[1:]]
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,9 @@ class MultiValue(Needles):
     def expected(self) -> int:
         return self.values
 
-    def lines(self, random: np.random.Generator) -> tuple[list[tuple[str, int]], list[list[str]]]:
-        keys = drawn_words(random, self.questions, self.text)
-        numbers = drawn_numbers(random, self.values * self.questions)
+    def needles(self, random: np.random.Generator) -> tuple[list[tuple[str, int]], list[list[str]]]:
+        keys = sample_words(random, self.questions, self.text)
+        numbers = sample_numbers(random, self.values * self.questions)
         pairs = [(keys[index // self.values], number) for index, number in enumerate(numbers)]
         return pairs, [[key] for key in keys]
 
@@ -166,14 +166,14 @@ class MultiQuery(Needles):
     def expected(self) -> int:
         return self.queries
 
-    def lines(self, random: np.random.Generator) -> tuple[list[tuple[str, int]], list[list[str]]]:
-        keys = drawn_words(random, self.queries, self.text)
-        return list(zip(keys, drawn_numbers(random, self.queries), strict=True)), [keys]
+    def needles(self, random: np.random.Generator) -> tuple[list[tuple[str, int]], list[list[str]]]:
+        keys = sample_words(random, self.queries, self.text)
+        return list(zip(keys, sample_numbers(random, self.queries), strict=True)), [keys]
 
 
 @dataclass(frozen=True)
 class VariableTracking(GeneratedTask):
-    """The variables that a value was passed on to, each assignment a line of the text."""
+    """The variables assigned a value, directly or through a chain of assignments."""
 
     hops: Annotated[int, Range(min=1, max=25)] = 4  # assignments after the first of a chain
     chains: Annotated[int, Range(min=1, max=20)] = 2  # one of which is asked for
@@ -187,40 +187,40 @@ class VariableTracking(GeneratedTask):
     def max_new_tokens(self) -> int:
         return 8 * (self.hops + 1)
 
-    def item(self, budget: Budget, random: np.random.Generator) -> Item:
-        names = drawn_names(random, self.chains * (self.hops + 1))
+    def make_instance(self, budget: Budget, random: np.random.Generator) -> Instance:
+        names = sample_variable_names(random, self.chains * (self.hops + 1))
         chains = [names[i :: self.chains] for i in range(self.chains)]
-        numbers = drawn_numbers(random, self.chains)
+        numbers = sample_numbers(random, self.chains)
         lines, shares = [], []
         for chain, number in zip(chains, numbers, strict=True):
             values = [str(number), *(f"VAR {name}" for name in chain)]
             lines += [f"VAR {name} = {value}." for name, value in zip(chain, values, strict=False)]
             shares += sorted(random.random(len(chain)))
-        body = scattered(lines, shares, self.text, random.random())
+        body = insert_in_prose(lines, shares, self.text, random.random())
         question = (
             f"\nFind all variables that are assigned the value {numbers[0]} in the text above. "
             f"The {len(chains[0])} variables that are assigned the value {numbers[0]} are:"
         )
         task = "Track the chains of variable assignments hidden in the following text.\n"
         filled = fill(budget, lambda count: task + body(count) + question, part="sentence")
-        return Item(filled.prompt, chains[0], filled.tokens)
+        return Instance(filled.prompt, chains[0], filled.tokens)
 
     def parse(self, completion: str) -> str:
         return completion
 
-    def score(self, answer: str, instance: Item) -> float:
+    def score(self, answer: str, instance: Instance) -> float:
         return metrics.string_match_all(answer, instance.answer)
 
 
 # --- What is drawn --------------------------------------------------------------------------------
 
 
-def drawn_words(random: np.random.Generator, count: int, text: str | None) -> list[str]:
+def sample_words(random: np.random.Generator, count: int, text: str | None) -> list[str]:
     """Different words of the text."""
     return [str(word) for word in random.choice(prose.words(text), count, replace=False)]
 
 
-def drawn_numbers(random: np.random.Generator, count: int) -> list[int]:
+def sample_numbers(random: np.random.Generator, count: int) -> list[int]:
     """Different numbers of seven digits."""
     numbers: dict[int, None] = {}
     while len(numbers) < count:
@@ -228,7 +228,7 @@ def drawn_numbers(random: np.random.Generator, count: int) -> list[int]:
     return list(numbers)
 
 
-def drawn_names(random: np.random.Generator, count: int) -> list[str]:
+def sample_variable_names(random: np.random.Generator, count: int) -> list[str]:
     """Different names of five capital letters."""
     names: dict[str, None] = {}
     while len(names) < count:

@@ -17,9 +17,9 @@ import numpy as np
 from lminf.errors import InputError
 from lminf.evals import metrics
 from lminf.evals.suites import prose
-from lminf.evals.suites.generated import GeneratedTask, fill, place
-from lminf.evals.suites.ruler import Share, drawn_words
-from lminf.evals.suites.suite_task import Item
+from lminf.evals.suites.generated import GeneratedTask, fill, index_at_depth
+from lminf.evals.suites.ruler import Share, sample_words
+from lminf.evals.suites.suite_task import Instance
 from lminf.evals.task import Budget
 from lminf.ranges import Range
 
@@ -49,8 +49,8 @@ class CommonWords(GeneratedTask):
     def max_new_tokens(self) -> int:
         return 12 * self.common
 
-    def item(self, budget: Budget, random: np.random.Generator) -> Item:
-        words = drawn_words(random, len(prose.words(self.text)), self.text)
+    def make_instance(self, budget: Budget, random: np.random.Generator) -> Instance:
+        words = sample_words(random, len(prose.words(self.text)), self.text)
         common, rare = words[: self.common], words[self.common :]
         order: list[float] = []
 
@@ -69,14 +69,14 @@ class CommonWords(GeneratedTask):
                 f"{self.common} most common words in the list are:"
             )
 
-        filled = fill(budget, prompt, part="other word", least=1, most=len(rare))
+        filled = fill(budget, prompt, part="other word", min_parts=1, max_parts=len(rare))
         prose.check_filled(filled, len(rare), self.text, budget)
-        return Item(filled.prompt, common, filled.tokens)
+        return Instance(filled.prompt, common, filled.tokens)
 
     def parse(self, completion: str) -> str:
         return completion
 
-    def score(self, answer: str, instance: Item) -> float:
+    def score(self, answer: str, instance: Instance) -> float:
         return metrics.string_match_all(answer, instance.answer)
 
 
@@ -95,7 +95,7 @@ class DocumentQA(GeneratedTask):
     levels = ("depth", (0.0, 0.25, 0.5, 0.75, 1.0))
     max_new_tokens = 12
 
-    def item(self, budget: Budget, random: np.random.Generator) -> Item:
+    def make_instance(self, budget: Budget, random: np.random.Generator) -> Instance:
         documents = prose.paragraphs(self.text)
         order = random.permutation(len(documents))
         source, sentence, word = self._question(documents, order, random)
@@ -105,16 +105,16 @@ class DocumentQA(GeneratedTask):
         def prompt(count: int) -> str:
             """`count` documents, one of them that of the question."""
             shown = list(fillers[: count - 1])
-            shown.insert(place(count, self.depth), source)
+            shown.insert(index_at_depth(count, self.depth), source)
             listing = "\n".join(f"Document {number}: {d}" for number, d in enumerate(shown, 1))
             return (
                 f"Read the documents and complete the sentence, which is in one of them.\n{listing}"
                 f"\nSentence: {cloze}\nThe missing word, written in the place of {BLANK}, is"
             )
 
-        filled = fill(budget, prompt, part="document", least=1, most=len(documents))
+        filled = fill(budget, prompt, part="document", min_parts=1, max_parts=len(documents))
         prose.check_filled(filled, len(documents), self.text, budget)
-        return Item(filled.prompt, word, filled.tokens)
+        return Instance(filled.prompt, word, filled.tokens)
 
     def _question(
         self, documents: Sequence[str], order: np.ndarray, random: np.random.Generator
@@ -125,7 +125,7 @@ class DocumentQA(GeneratedTask):
             sentence = lines[int(random.integers(len(lines)))]
             words = [w for w in prose.WORD.findall(sentence) if len(w) >= 6]
             rare = [w for w in words if documents[index].count(w) == 1]
-            if rare and prose.LEAST <= len(sentence) <= prose.MOST:
+            if rare and prose.MIN_CHARS <= len(sentence) <= prose.MAX_CHARS:
                 return documents[index], sentence, rare[int(random.integers(len(rare)))]
         raise InputError(f"no sentence of {self.text} has a word to ask for; give a longer text")
 

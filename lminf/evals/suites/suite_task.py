@@ -1,4 +1,4 @@
-"""What the tasks of all suites share: instances with their answers, coordinates, aggregation.
+"""The base class of all suite tasks: instances with their answers, difficulty, aggregation.
 
 A task of a suite is a frozen dataclass, `SingleNeedle(depth=0.5)`, that derives from GeneratedTask
 (generated.py) or PublishedTask (published.py). Its class says how its score is to be read:
@@ -11,7 +11,7 @@ Scope and diffusion are the coordinates of Goldman et al. 2024, arXiv:2407.00402
 """
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -27,8 +27,8 @@ Answers: TypeAlias = Literal["written", "likeliest"]
 
 
 @dataclass(frozen=True)
-class Item:
-    """An instance: what is asked, and what is right."""
+class Instance:
+    """A prompt with its reference answer."""
 
     prompt: str
     answer: Any
@@ -62,21 +62,24 @@ class SuiteTask(abc.ABC):
         ranges.check(self)
 
     @abc.abstractmethod
-    def instances(self, budget: Budget, *, count: int, key: Sequence[int]) -> list[Item]:
+    def instances(self, budget: Budget, *, count: int, key: Sequence[int]) -> list[Instance]:
         """As `Task.instances`."""
 
     @abc.abstractmethod
     def parse(self, completion: str) -> Any:
         """As `Task.parse`."""
 
-    def prompt(self, instance: Item) -> str:
+    def prompt(self, instance: Instance) -> str:
         return instance.prompt
 
-    def choices(self, instance: Item) -> Sequence[str]:
+    def choices(self, instance: Instance) -> Sequence[str]:
         return instance.options if self.answers == "likeliest" else ()
 
-    def score(self, answer: Any, instance: Item) -> float:
+    def score(self, answer: Any, instance: Instance) -> float:
         return float(answer == instance.answer)
+
+    def rates(self, completions: Sequence[str], instances: Sequence[Any]) -> Mapping[str, float]:
+        return {}
 
     def aggregate(self, scores: Sequence[float]) -> Interval:
         """Wilson's interval where every answer is right or wrong; else the bootstrap's."""

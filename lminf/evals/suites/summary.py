@@ -1,4 +1,4 @@
-"""What rows say together: pooled over levels, and up to which length a policy holds."""
+"""Aggregates of rows: scores pooled over levels, and the effective length of a policy."""
 
 import math
 from collections.abc import Mapping, Sequence

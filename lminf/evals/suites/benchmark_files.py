@@ -25,7 +25,7 @@ LETTERS = "ABCDEFGHIJ"
 
 @dataclass(frozen=True)
 class NeedleThreadingFile(PublishedTask):
-    """A split of Needle Threading: the share of the values that are expected."""
+    """A split of Needle Threading, scored by the share of the expected values."""
 
     name = "needle_threading_file"
     max_new_tokens = 25 * UUID_TOKENS
@@ -35,7 +35,7 @@ class NeedleThreadingFile(PublishedTask):
         return [
             Question("", record["haystack"], f"\n{record['question'].rstrip(' ')}",
                      self._expected(record["haystack"], str(record["values"])))
-            for record in published.records(self.path, "Needle Threading", fields)
+            for record in published.read_records(self.path, "Needle Threading", fields)
         ]  # fmt: skip
 
     def _expected(self, haystack: str, values: str) -> list[str]:
@@ -55,7 +55,7 @@ class NeedleThreadingFile(PublishedTask):
 
 
 @dataclass(frozen=True)
-class BestAnswerFile(PublishedTask):
+class BestAnswerFile(ada_leval.CandidateLabel, PublishedTask):
     """Ada-LEval's BestAnswer: the label of the accepted answer of a question in a forum."""
 
     name = "best_answer_file"
@@ -70,19 +70,12 @@ class BestAnswerFile(PublishedTask):
                 "\nWhich is the most helpful one? Answer with its label, such as A2.\nAnswer:",
                 (int(str(record["answer"]).lstrip("A")), len(record["all_answers"])),
             )
-            for record in published.records(self.path, "Ada-LEval", fields)
+            for record in published.read_records(self.path, "Ada-LEval", fields)
         ]
-
-    def parse(self, completion: str) -> str:
-        return completion
-
-    def score(self, answer: str, instance: Any) -> float:
-        label, candidates = instance.answer
-        return float(ada_leval.label_in(answer, candidates) == label)
 
 
 @dataclass(frozen=True)
-class TSortFile(PublishedTask):
+class TSortFile(ada_leval.SegmentOrder, PublishedTask):
     """Ada-LEval's TSort: the order of the segments, asked for with the prompts of the release."""
 
     too_long: Literal["middle", "refuse"] = "refuse"  # without its middle no order can be told
@@ -93,22 +86,19 @@ class TSortFile(PublishedTask):
     def questions(self) -> list[Question]:
         return [
             Question("", record["prompt"], "", self._order(record["answer"]))
-            for record in published.records(self.path, "Ada-LEval", ("prompt", "answer"))
+            for record in published.read_records(self.path, "Ada-LEval", ("prompt", "answer"))
         ]
 
     def _order(self, written: Any) -> tuple[int, ...]:
-        order = ada_leval.order_in(str(written))
+        order = ada_leval.parse_order(str(written))
         if order is None:
             raise InputError(f"{self.path} has {written!r} as an answer, which is no order of four")
         return order
 
-    def parse(self, completion: str) -> tuple[int, ...] | None:
-        return ada_leval.order_in(completion)
-
 
 @dataclass(frozen=True)
 class LongInsFile(PublishedTask):
-    """LongIns: the numbers, in brackets, of the questions that are answered wrong, by set F1."""
+    """LongIns: the numbers of the questions answered wrongly, in brackets, scored by set F1."""
 
     name = "long_ins_file"
     max_new_tokens = 256
@@ -123,7 +113,7 @@ class LongInsFile(PublishedTask):
                 "[0, 3].\nWrong:",
                 frozenset(record["error"]),
             )
-            for record in published.records(self.path, "LongIns", ("Data", "error"))
+            for record in published.read_records(self.path, "LongIns", ("Data", "error"))
         ]
 
     def parse(self, completion: str) -> frozenset[int]:
@@ -170,7 +160,7 @@ class M4LEFile(PublishedTask):
 
     @property
     def _kind(self) -> str:
-        return published.one_of(Path(self.path).stem, M4LE, self.path, "M4LE as it is scored here")
+        return published.lookup(Path(self.path).stem, M4LE, self.path, "M4LE as it is scored here")
 
     @property
     def _translates(self) -> bool:
@@ -187,7 +177,7 @@ class M4LEFile(PublishedTask):
     def questions(self) -> list[Question]:
         fields = ("instruction", "input", "answers", "length_bucket")
         records = [
-            record for record in published.records(self.path, "M4LE", fields)
+            record for record in published.read_records(self.path, "M4LE", fields)
             if self.bucket in (None, record["length_bucket"])
         ]  # fmt: skip
         if not records:
@@ -196,7 +186,7 @@ class M4LEFile(PublishedTask):
             metrics.bleu("", "", tokenize="13a")  # refuses here, before a model has translated
         return [
             Question(f"{record['instruction']}\n", record["input"], "",
-                     published.texts(record, "answers", self.path))
+                     published.text_list(record, "answers", self.path))
             for record in records
         ]  # fmt: skip
 
@@ -226,7 +216,7 @@ def _parts(text: str) -> set[str]:
 
 @dataclass(frozen=True)
 class SuperGPQA(PublishedTask):
-    """SuperGPQA: a question with up to ten options, by the letter of the answer."""
+    """SuperGPQA: multiple choice with up to ten options, scored by the letter of the answer."""
 
     discipline: str | None = None  # none: all of the file
     answers: Answers = "written"
@@ -237,7 +227,7 @@ class SuperGPQA(PublishedTask):
 
     def questions(self) -> list[Question]:
         fields = ("question", "options", "answer_letter", "discipline")
-        records = published.records(self.path, "SuperGPQA", fields)
+        records = published.read_records(self.path, "SuperGPQA", fields)
         known = dict.fromkeys(str(record["discipline"]) for record in records)
         if self.discipline is not None and self.discipline not in known:
             raise InputError(
@@ -248,7 +238,7 @@ class SuperGPQA(PublishedTask):
             Question(
                 "Answer the question with the letter of the right option.\n\n",
                 record["question"],
-                f"{published.lettered(record['options'])}\nAnswer:",
+                f"{published.format_options(record['options'])}\nAnswer:",
                 (record["answer_letter"], len(record["options"])),
                 [f" {letter}" for letter in LETTERS[: len(record["options"])]],
             )

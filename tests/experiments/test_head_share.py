@@ -1,0 +1,60 @@
+"""What the vocabulary takes, against bytes counted by hand; the tiny form end to end."""
+
+import jax.numpy as jnp
+import pytest
+
+from lminf.configs import head_share as config
+from lminf.errors import InputError
+from lminf.experiments import _main, head_share
+from lminf.run import folder
+
+DEVICES, WIDTH, VOCAB = 8, 3072, 262_144
+
+
+def test_the_vocabulary_takes_its_bytes_on_every_device_or_its_slice():
+    """bfloat16 weights, float32 gradients, master parameters and Adam's two moments: 18 bytes for
+    each of the two tables.
+    """
+    c = config.get_config("")
+    program = head_share.program_of(c.planned.model, VOCAB, c.planned.length, dtype=jnp.bfloat16)
+    rows = {name: head_share.planned(c, name, program) for name in head_share.STRATEGIES}
+    tables = 2 * 18 * VOCAB * WIDTH
+    shares = {"data": 1, "fsdp": 1 / DEVICES, "tensor": 1 / DEVICES, "1f1b, last stage": 1 / 2,
+              "1f1b, one barrier": 1 / DEVICES}  # fmt: skip
+    assert {name: row["vocab_bytes"] / tables for name, row in rows.items()} == pytest.approx(
+        shares
+    )
+    # Of the forward FLOPs and those of the backward; layers are computed once more (remat=full).
+    layers = 2 * 32 * (4 * WIDTH**2 + 3 * WIDTH * 8192) + 32 * 2 * WIDTH * 4097
+    head = 2 * WIDTH * VOCAB
+    expected = 3 * head / (3 * head + 4 * layers)
+    for name in ("data", "1f1b, one barrier"):
+        assert rows[name]["vocab_time_share"] == pytest.approx(expected, rel=0.02)
+    assert rows["1f1b, last stage"]["vocab_time_share"] > 2 * expected
+
+
+def test_devices_that_divide_neither_rows_nor_layers_are_refused():
+    c = config.get_config("")
+    c.planned.devices = "a100x7"
+    with pytest.raises(InputError, match="128 rows do not divide over 7 devices"):
+        head_share.check(c)
+
+
+@pytest.mark.slow
+def test_the_tiny_form_leaves_rows_and_figures(tmp_path):
+    _main.main(
+        head_share.run, head_share.plot, table=head_share.table, check=head_share.check,
+        argv=["--config=:tiny", f"--out={tmp_path / 'run'}"],
+    )  # fmt: skip
+    rows = folder.RunFolder(tmp_path / "run").rows()
+    compiled = [row for row in rows if row["part"] == "compiled"]
+    assert len(rows) == 2 * 5 + 4
+    assert {path.stem for path in (tmp_path / "run" / "plots").glob("*.png")} == {
+        "time", "memory", "compiled",
+    }  # fmt: skip
+    # Two devices. Weights, gradients and two moments of two tables of width 32, in float32.
+    whole = 2 * 4 * 4 * 32
+    for row in compiled:
+        share = 1 if row["strategy"] == "data" else 1 / 2
+        assert row["bytes_per_token_model"] == pytest.approx(share * whole)
+        assert row["bytes_per_token"] >= share * whole

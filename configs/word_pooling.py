@@ -5,8 +5,15 @@ Question   Does a model that pools the units of a word into a few vectors expect
            more often than one of bytes, characters or subwords, and is that so of rare words?
 Paper      Learn Your Tokens (Thawani et al. 2023, arXiv:2310.11628)
 Command    python -m experiments.word_pooling
-Time       not measured to its end; the same command with the same --out resumes
-Expected   not measured: no rows are committed
+Time       about 10 minutes of processor time on two busy cores of an Intel Xeon, in several calls;
+           the same command with the same --out resumes
+Expected   after 300 steps of 64 words, three seeds, 95 % intervals: subwords expect 8.3 % of the
+           next words (5.6 to 11.1), bytes 5.6 (4.5 to 6.8), characters 5.6 (3.2 to 8.0) and pooled
+           words 4.2. In nats a word pooled words are 10.43 (10.23 to 10.63), below characters,
+           11.29 (10.85 to 11.74), and bytes, but above subwords, 9.03 (8.78 to 9.29). No model
+           gets a word right that it read fewer than 10 times, so what the paper says of rare words
+           does not show. The rate and the layers of each part were chosen by the loss of pooled
+           words, which favours them, and all models have seen far too little
 Tiny       --config=:tiny: one layer a part, 8 steps on the interpreter's documentation: under a
            minute
 Pod        --config=:pod: the paper's shape, 8 layers of width 512 and 128 words, on a text of

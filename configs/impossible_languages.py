@@ -13,8 +13,10 @@ Expected   shuffles are harder the wider they reach: 12.5 for the control, 20, 3
            cost 5 % of perplexity and their markers are less well predicted. Where no_hop's states
            are exchanged behind the first layer, that of the subject flips 1.00, 0.48 and 1.00 of
            the predicted markers (3 seeds) and that of the verb 0.00, 0.51 and 0.00; behind the last
-           layer the verb's, which predicts the marker, flips all. The states of the other two hop
-           languages are not measured yet; the command goes on with them
+           layer the verb's, which predicts the marker, flips all. In token_hop and word_hop, whose
+           markers are predicted four tokens or words later, exchanged embeddings of the subject
+           flip 0.36 (0.05 to 0.81) and 0.39 (0.21 to 0.56), and behind the first layer no one
+           state flips more than 0.31
 Tiny       --config=:tiny: three languages, 20 steps, under a minute
 Pod        --config=:pod: the paper's shape, batch and steps, on 2 M generated sentences or a tagged
            text (text=FILE); --config=:h100 an eighth of the batch. Not run here

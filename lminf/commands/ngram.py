@@ -97,7 +97,8 @@ def corpus_of(args: argparse.Namespace) -> build.Corpus:
                              f"--tokenizer out")  # fmt: skip
         return build.of_store(args.words[0])
     if not args.tokenizer:
-        raise InputError(f"{', '.join(args.words)} are texts; name a --tokenizer for them")
+        raise InputError(f"{', '.join(args.words)}: no token store; name a --tokenizer for texts, "
+                         f"a model's or bytes")  # fmt: skip
     tokenizer, out = named_tokenizer(args.tokenizer), Path(args.index).expanduser()
     return build.of_texts(args.words, tokenizer, name=args.tokenizer, out=out)
 

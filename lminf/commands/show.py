@@ -9,6 +9,7 @@ run has no row that can be read, or its figures are not drawn as asked, that is 
 import argparse
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from rich.console import Console
 from lminf.errors import InputError, printable
 from lminf.run import folder, header, plots, report, tables
 from lminf.run.folder import Row, RunFolder
+
+COMMAND = re.compile(r"(?:python -m experiments\.|lminf run )(\w+)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,6 +96,11 @@ class Reading:
 
     def figures(self) -> Mapping[str, Figure]:
         """The experiment's figures of the rows, by file stem."""
+        if not self.experiment:
+            raise InputError(
+                f"{self.run.path} does not say which experiment it is of; name the folder after "
+                f"it, as in passkey or passkey_short"
+            )
         if self.module is None or not hasattr(self.module, "plot"):
             raise InputError(
                 f"{self.run.path} is of experiment {self.experiment!r}, which is not installed here"
@@ -138,11 +146,22 @@ def read(name: str) -> Reading:
         experiment = ""
     # Kept results are called after their experiment, or EXPERIMENT_VARIANT.
     folder_name = run.path.resolve().name
-    experiment = _experiment_of(experiment) or experiment or _experiment_of(folder_name) or ""
+    if not experiment:
+        names = (folder_name, _reported(run))
+        experiment = next(filter(None, map(_experiment_of, names)), "")
+    experiment = _experiment_of(experiment) or experiment
     variant = environment.get("variant")
     changed = [f"{key}={value}" for key, value in overrides.items()]
     title = " ".join([*([str(variant)] if variant else []), *changed]) or folder_name
     return Reading(run, experiment, title, rows, damage)
+
+
+def _reported(run: RunFolder) -> str:
+    """The experiment of the command in a run's report."""
+    path = run / "report.md"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    command = COMMAND.search(text)
+    return command[1] if command else ""
 
 
 def _experiment_of(name: str) -> str | None:
@@ -166,6 +185,11 @@ def combined(runs: Sequence[Reading], *, summarise: bool) -> list[Row]:
 
 def redraw(one: Reading) -> None:
     """Draws the figures and the report's table again; leaves both if any row cannot be read."""
+    if not one.rows and not one.damage:
+        one.damage.append(
+            f"{one.run / 'rows.jsonl'} holds no row to draw; run the experiment first"
+        )
+        return
     if one.damage:
         one.damage[-1] += "; its figures are as they were"
         return

@@ -63,7 +63,7 @@ def find(patterns: Sequence[str], *, out: Path | None = None) -> list[Source]:
                     continue
                 raise InputError(
                     f"{path} would be read and lies in {out}, which is to be written; name another "
-                    f"folder with --out"
+                    f"folder to write"
                 )
             if key in sources:
                 raise InputError(f"{path} is named twice among {', '.join(patterns)}; "

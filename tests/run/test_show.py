@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
 from lminf import cli
+from lminf.commands import show
 from lminf.errors import InputError
 from lminf.run import folder, header, report
 from tests import cases
@@ -142,6 +144,26 @@ def test_the_damaged_runs_of_the_cases_are_shown(name, tmp_path, capsys):
     shutil.copytree(cases.path(f"runs/cli_rows-{name}"), run)
     out, _ = shown(run, capsys)
     assert len(out.splitlines()) > 5
+
+
+def test_a_copy_under_another_name_is_known_by_its_report(tmp_path):
+    kept = Path(__file__).parents[2] / "docs/results/passkey"
+    (tmp_path / "copy").mkdir()
+    for name in ("report.md", "rows.jsonl"):
+        shutil.copy(kept / name, tmp_path / "copy" / name)
+    assert show.read(str(tmp_path / "copy")).experiment == "passkey"
+    (tmp_path / "copy/report.md").unlink()
+    with pytest.raises(InputError, match="which experiment it is of; name the folder after it"):
+        show.redraw(show.read(str(tmp_path / "copy")))
+
+
+def test_a_run_without_rows_is_not_drawn(tmp_path, capsys):
+    run = tmp_path / "passkey"
+    run.mkdir()
+    (run / "rows.jsonl").write_text("")
+    with pytest.raises(SystemExit):
+        cli.main(["show", str(run), "--redraw"])
+    assert "rows.jsonl holds no row to draw; run the experiment first" in capsys.readouterr().err
 
 
 def test_a_report_gets_the_new_table_and_the_figures_that_are_there():

@@ -228,14 +228,14 @@ def plot(rows: list[Row]) -> dict[str, Figure]:
         )
     }  # fmt: skip
     cells = [
-        {"line": f"{language}, behind {layer} layers", "place": place,
+        {"line": f"{language}, behind {layer} layers", "place": place.partition(" before")[0],
          "share": float(np.mean(shares)), "written": f"{np.mean(shares):.2f}"}
         for (language, layer, place), shares in shares_of(exchanges).items() if shares
     ]  # fmt: skip
     if cells:
         figures["interchange"] = plots.heatmap(
             cells, x="place", y="line", value="share", limits=(0, 1), text="written",
-            x_label="place of the exchanged state (token)", y_label="",
+            x_label="exchanged state, the last one before the marker (token)", y_label="",
             value_label="predicted markers that flip (share)",
         )  # fmt: skip
     return figures

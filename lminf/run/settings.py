@@ -22,10 +22,11 @@ RANGES = {
         (
             # training
             "steps", "grad_accum_steps", "every", "evaluate_every", "last", "batches", "log_every",
-            "batch", "replicates", "rounds", "labels", "coordinate_steps",
+            "batch", "replicates", "rounds", "labels", "coordinate_steps", "devices",
+            "rows",
             # shapes
             "width", "num_heads", "num_kv_heads", "hidden_dim", "top_k", "vocab",
-            "vocabs", "vocab_size", "seq_len", "head_dim", "base_width", "widths",
+            "vocabs", "vocab_size", "vocab_sizes", "seq_len", "head_dim", "base_width", "widths",
             "experts", "pieces",
             # measuring
             "beyond", "block", "capacities", "continuation", "documents", "draws",
@@ -62,6 +63,7 @@ RANGES = {
     "question_share": SHARE,
     "key_value_depths": SHARE,
     "held_out": Range(above=0, below=1),
+    "efficiency": Range(above=0, max=1),  # share of the peak
     "long_share": Range(above=0, below=1),
     "clip": Range(min=0),  # 0: gradients are not clipped
     "z_loss": Range(min=0, max=1),

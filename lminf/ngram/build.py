@@ -166,9 +166,11 @@ def _written(out: Path, request: dict[str, Any]) -> list[dict[str, int]] | None:
     if shards is not None:
         _check_same(out, earlier_request, request, what="the beginning of another index")
     for name in FILES:  # of a process that was killed
+        for left in out.glob(f".{name}.*-*.part"):
+            left.unlink()
         # Of tokens that were not all written, none are used, so another request may begin there.
-        for pattern in (f".{name}.*-*.part", *([f"{name}.*"] if shards is None else [])):
-            for left in out.glob(pattern):
+        for left in out.glob(f"{name}.*") if shards is None else ():
+            if left.name.removeprefix(f"{name}.").isdecimal():
                 left.unlink()
     return shards
 

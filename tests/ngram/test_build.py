@@ -103,10 +103,11 @@ def test_documents_that_cannot_be_read_leave_no_index(tmp_path):
         build.build(broken, tmp_path / "index", **arguments)
     with pytest.raises(InputError, match="unfinished"):
         open_index(tmp_path / "index")
-    # No token of it can be used, so the corrected command begins anew.
+    # No token of it can be used, so the corrected command begins anew, and keeps what is not ours.
+    (tmp_path / "index" / "metadata.json").write_text("somebody's")
     cases.made(tmp_path / "whole", repeats(), memory=SMALL)
     build.build(cases.corpus(repeats()), tmp_path / "index", **arguments)
-    assert content(tmp_path) == content(tmp_path / "whole")
+    assert content(tmp_path) == content(tmp_path / "whole") | {"metadata.json": b"somebody's"}
 
 
 def test_tokens_that_wait_for_another_index_are_kept(tmp_path):

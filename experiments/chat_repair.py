@@ -12,6 +12,7 @@ before. Answers of the chat model itself are scored under all versions: nats a t
 """
 
 import dataclasses
+import io
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -164,8 +165,10 @@ def train(c: ConfigDict, expanded: LM, sample: Sequence[str], out: RunFolder) ->
                 schedule=parse_choice(c.schedule, SCHEDULES, what="schedule"),
                 steps=c.steps, progress=progress.update,
             )  # fmt: skip
+        arrays = io.BytesIO()
         leaves = map(np.asarray, jax.tree.leaves(params))
-        np.savez(path, **{f"{index}": leaf for index, leaf in enumerate(leaves)})
+        np.savez(arrays, **{f"{index}": leaf for index, leaf in enumerate(leaves)})
+        out.write(path.name, arrays.getvalue())
     return dataclasses.replace(expanded, params=loss.join(params, rest))
 
 

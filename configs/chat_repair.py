@@ -2,7 +2,7 @@
 
 Topic      data
 Question   A chat model gets tokens of another language and is trained on plain text of it. What is
-           left of its conduct, and what does repair without training bring back?
+           left of its chat behaviour, and what does repair without training bring back?
 Paper      ElChat (Yamaguchi et al. 2024, arXiv:2412.11704), and the training of arXiv:2406.11477
 Data       apt install libreoffice-help-el libreoffice-help-en-us: the same pages in two languages
 Command    python -m experiments.chat_repair
@@ -10,12 +10,12 @@ Time       took 12 minutes beside other work on two cores of an Intel Xeon, half
            same command with the same --out resumes
 Expected   60 steps of 256 tokens bring Greek from 3.43 bits/character to 2.24 (1.80 to 2.50; 4
            pages), where the chat model has 2.67 without the new tokens, and leave English as it was
-           (0.02). They cost conduct: of 12 answers 4 are in form, 6 before, and the chat model's
-           own answers take 0.16 nats/token more (0.06 to 0.33). Repaired 10 are in form, a
+           (0.02). Chat behaviour suffers: of 12 answers 4 are in form, 6 before, and the chat
+           model's own answers take 0.16 nats/token more (0.06 to 0.33). Repaired 10 are in form, a
            difference of 0.50 in share (0.17 to 0.83, paired), and those answers take 0.08 less
            (0.04 to 0.14), for 0.09 bits/character of the Greek (0.07 to 0.10). Linear and spherical
            interpolation are not told apart
-Tiny       --config=:tiny trains a byte model at 64 tokens, which has no conduct: under 2 minutes
+Tiny       --config=:tiny trains a byte model at 64 tokens, which does not chat: under 2 minutes
 """
 
 from ml_collections import ConfigDict

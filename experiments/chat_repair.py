@@ -1,5 +1,5 @@
 """Gives a chat model more tokens, trains it on plain text of their language, and measures its
-conduct in conversations with and without repair.
+chat behaviour with and without repair.
 
     chat        the model as it is
     expanded    with more tokens, before any training

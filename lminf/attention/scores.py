@@ -165,9 +165,9 @@ class Branches:
 
             return placed
 
-        seem_q, seem_k, _ = self.far_distance
+        far_q_pos, far_k_pos, _ = self.far_distance
         self.near = placing(placement.rotation(q_pos), placement.of_text(k_pos))
-        self.far = placing(*(placement.rotation(pos, far.scale) for pos in (seem_q, seem_k)))
+        self.far = placing(*(placement.rotation(pos, far.scale) for pos in (far_q_pos, far_k_pos)))
 
 
 # --- One softmax ----------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Between two sets of parameters: linear and spherical interpolation, and rows taken over.
 
-With them a chat model that was adapted to a language on plain text gets its conduct back, without
+With them a chat model adapted to a language on plain text gets its chat behaviour back, without
 training (`restore_chat`). Source: Yamaguchi et al. 2024, arXiv:2412.11704 (ElChat).
 """
 

@@ -1,7 +1,7 @@
 """Training the first and the last layers of a model with its embeddings; those between are frozen.
 
 Little text of a new language is learnt best so ("2x2 LS" where two layers at either end are
-trained), and a chat model's conduct can be restored afterwards (lminf.surgery.interpolate). Weights
+trained), and chat behaviour can be restored afterwards (lminf.surgery.interpolate). Weights
 of frozen layers get no gradient, which saves a third of their backward pass. Source: Yamaguchi et
 al. 2024, arXiv:2406.11477, section 3.3.
 """

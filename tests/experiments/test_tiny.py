@@ -15,7 +15,7 @@ from lminf.run import folder, request
 pytestmark = pytest.mark.slow
 
 NAMES = (
-    "chat_repair", "decode_cost", "diagnose_lengths", "effective_length", "infinigram", "kv_cache",
+    "decode_cost", "diagnose_lengths", "effective_length", "infinigram", "kv_cache",
     "length_generalization", "long_context_eval", "long_context_loss", "long_context_retrieval",
     "long_icl", "passkey", "speculative", "vocab_expansion",
 )  # fmt: skip
@@ -41,6 +41,12 @@ def measure(name, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_it_leaves_rows_figures_and_a_report(name, rows_of_tiny, tmp_path):
     assert rows_of_tiny(name)
+    assert_complete(tmp_path)
+
+
+def test_chat_repair_trains_and_leaves_rows_figures_and_a_report(rows_of_tiny, tmp_path):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes
+        assert rows_of_tiny("chat_repair")
     assert_complete(tmp_path)
 
 

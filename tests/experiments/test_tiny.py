@@ -50,6 +50,24 @@ def test_chat_repair_trains_and_leaves_rows_figures_and_a_report(rows_of_tiny, t
     assert_complete(tmp_path)
 
 
+def test_long_context_training_goes_on_with_what_it_trained(rows_of_tiny, tmp_path):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes
+        rows = rows_of_tiny("long_context_training")
+        assert_complete(tmp_path)
+        last = [row for row in rows if (row["version"], row["document"]) == ("full", 2)]
+        assert rows[-3:] == last
+        out = folder.RunFolder(tmp_path / "run")
+        steps = len(out.metrics())
+        out.keep(lambda row: row != rows[-1])  # and so what else there is of that document
+        config = request.parse(
+            "long_context_training", ["--config=long_context_training:tiny"]
+        ).config
+        module = importlib.import_module("lminf.experiments.long_context_training")
+        again = list(module.run(config, out))
+    assert [row["nll"] for row in again] == [row["nll"] for row in last]
+    assert len(out.metrics()) == steps == 2 * 4  # nothing was trained again
+
+
 def test_context_budget_asks_a_model_and_trains_others(rows_of_tiny, tmp_path):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes
         rows = rows_of_tiny("context_budget")

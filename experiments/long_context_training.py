@@ -1,9 +1,9 @@
 """Continues a model on long documents with its rotary base raised, and reads others by position.
 
-    none         the model as it is
-    lm_infinite  the same weights under LM-Infinite: no training
-    raised       the same weights with the raised base: no training
-    lora, full   that, trained: adapters, or all parameters
+    none             the model as it is
+    lm_infinite      the same weights under LM-Infinite: no training
+    raised           the same weights with the raised base: no training
+    lora, finetuned  that, trained: adapters, or all parameters
 
 Every version but lm_infinite attends in full. Documents that are read were in no step, and all
 versions read the same ones: a claim is a difference with its interval over documents.
@@ -46,9 +46,10 @@ from lminf.train.schedules import SCHEDULES
 from lminf.train.stages import Stage, Stages
 from lminf.train.step import REMAT, Metrics, TrainStep
 
-NONE, LM_INFINITE, RAISED, LORA, ALL = "none", "lm_infinite", "raised", "lora", "full"
-VERSIONS = (NONE, LM_INFINITE, RAISED, LORA, ALL)
-TRAINED = (LORA, ALL)
+NONE, LM_INFINITE, RAISED = "none", "lm_infinite", "raised"
+LORA, FINETUNED = "lora", "finetuned"
+TRAINED = (LORA, FINETUNED)
+VERSIONS = (NONE, LM_INFINITE, RAISED, *TRAINED)
 BASES = (NONE, LM_INFINITE)  # what the others are compared with
 
 
@@ -135,7 +136,7 @@ class Study:
 
     @cached_property
     def raised(self) -> LM:
-        return dataclasses.replace(self.lm, spec=stage_of(self.c, ALL).shape(self.lm.spec))
+        return dataclasses.replace(self.lm, spec=stage_of(self.c, FINETUNED).shape(self.lm.spec))
 
     def version(self, name: str) -> LM:
         if name in TRAINED and name not in self._trained:

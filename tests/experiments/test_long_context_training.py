@@ -53,8 +53,8 @@ def test_only_the_base_of_the_raised_version_differs(study, random_lm):
 @pytest.mark.slow
 def test_adapters_change_matrices_and_full_training_all_parameters(study, random_lm):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes
-        lora, full = study.version("lora"), study.version("full")
-    assert lora.spec == full.spec == study.raised.spec
+        lora, finetuned = study.version("lora"), study.version("finetuned")
+    assert lora.spec == finetuned.spec == study.raised.spec
 
     def changed(lm):
         return {
@@ -65,7 +65,7 @@ def test_adapters_change_matrices_and_full_training_all_parameters(study, random
             )
         }  # fmt: skip
 
-    assert all(changed(full).values())
+    assert all(changed(finetuned).values())
     assert {name for name, does in changed(lora).items() if does} == {
         name for name in changed(lora) if "'w" in name
     }

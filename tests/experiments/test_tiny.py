@@ -54,7 +54,7 @@ def test_long_context_training_goes_on_with_what_it_trained(rows_of_tiny, tmp_pa
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes
         rows = rows_of_tiny("long_context_training")
         assert_complete(tmp_path)
-        last = [row for row in rows if (row["version"], row["document"]) == ("full", 2)]
+        last = [row for row in rows if (row["version"], row["document"]) == ("finetuned", 2)]
         assert rows[-3:] == last
         out = folder.RunFolder(tmp_path / "run")
         steps = len(out.metrics())

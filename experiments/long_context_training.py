@@ -253,7 +253,7 @@ def table(rows: list[Row]) -> list[Row]:
             for (start, stop), losses in sorted(blocks.items()):
                 interval = score.over_documents(losses)
                 line[f"{start}–{stop}"] = score.value_text(interval, digits=3)
-            line["documents"] = len(losses)
+            line["documents"] = max(map(len, blocks.values()))
             if base is None:
                 line["tokens trained"] = of_version[-1]["training_tokens"]
                 line["processor s of training"] = of_version[-1]["training_processor_seconds"]

@@ -12,8 +12,9 @@ Expected   not measured. Past 8,192 tokens the untrained model's loss climbs and
            not (length_generalization); training is worth it where its loss there is lower than
            LM-Infinite's by more than it gives up, and costs, below 2,048
 Short      --config=:short reads 11,264 tokens and trains 4 steps of 2,048, which show the new base
-           and no distance that the model has not seen. Not run as a whole: a step takes 39 s
-           (adapters) or 41 s (all parameters) of processor time on a busy core of an Intel Xeon
+           and no distance that the model has not seen. Not run as a whole: on a busy core of an
+           Intel Xeon a step took 39 s of processor time (adapters) or 41 s (all parameters), and
+           the first reading 111 s with its compilation, so that all 30 take up to an hour
 Tiny       --config=:tiny trains a byte model at 64 tokens, then at 128: a minute
 """
 

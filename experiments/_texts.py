@@ -1,7 +1,7 @@
 """Documents of several kinds of text, read where they are installed and never copied."""
 
 import html.parser
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -77,6 +77,14 @@ def pages(entry: str) -> list[str]:
         if lines:
             paragraphs.append("\n".join(lines))
     return paragraphs
+
+
+def first_characters(pages: Sequence[str], characters: int) -> Iterator[str]:
+    """The pages, and of the last one what is left of so many characters."""
+    for page in pages:
+        if characters > 0:
+            yield page[:characters]
+        characters -= len(page)
 
 
 class Paragraphs(html.parser.HTMLParser):

@@ -1,6 +1,6 @@
 """What new tokens' rows are worth before any training, by what they are made of."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -36,7 +36,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
         del long_pages[c.documents :]
     measured = set(held_out["target"])
     unmeasured = [page for page in all_pages["target"] if page[: c.characters] not in measured]
-    sample = list(first_characters(unmeasured, c.sample_characters))
+    sample = list(_texts.first_characters(unmeasured, c.sample_characters))
     lm = _models.load(c.model, seed=c.seed, dtype=c.dtype)
     cells = [(0, NONE, 0)] + [
         (tokens, rows, seed)
@@ -72,14 +72,6 @@ def measure(lm: LM, text: str) -> Row:
         "bits_per_character": nll.bits_per_byte * len(text.encode()) / len(text),
         "characters_per_token": len(text) / lm.count_tokens(text),
     }
-
-
-def first_characters(pages: Sequence[str], characters: int) -> Iterator[str]:
-    """The pages, and of the last one what is left of so many characters."""
-    for page in pages:
-        if characters > 0:
-            yield page[:characters]
-        characters -= len(page)
 
 
 # --- What is shown --------------------------------------------------------------------------------

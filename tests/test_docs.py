@@ -375,6 +375,7 @@ def test_the_diagram_has_every_layer():
     assert set().union(*(names for _, names in drawn())) == layers
 
 
+@pytest.mark.slow
 def test_what_a_line_of_the_diagram_imports_stands_above_it():
     above: set[str] = {"lminf"}
     for _, names in drawn():

@@ -207,6 +207,7 @@ BOUNDED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "encoding", "group"), BOUNDED)
 def test_a_stream_reads_the_same_after_100_million_tokens(policy, encoding, group):
     """A chunk and a token, with the same sinks and window, at the start and far on."""

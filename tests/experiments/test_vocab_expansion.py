@@ -37,6 +37,7 @@ def test_pages_are_their_paragraphs_without_scripts_and_menus(texts):
     assert not any("menu" in page for page in pages)
 
 
+@pytest.mark.slow
 def test_new_tokens_shorten_their_language_alone(rows_of, texts):
     rows = rows_of("vocab_expansion", **options(texts))
     assert len(rows) == (1 + 1 + 2) * 2 * 2

@@ -82,6 +82,7 @@ def test_a_decoding_step_under_a_window_is_one_program_for_streams_of_any_length
     assert step(LMInfinite(24, 4), 10**9).as_text() == program
 
 
+@pytest.mark.slow
 def test_the_work_of_a_decoding_step_is_that_of_what_is_kept():
     def costs(policy, capacity):
         costs = step(policy, capacity).compile(cases.fast_options()).cost_analysis()

@@ -36,18 +36,42 @@ def get_config(arg: str = "") -> ConfigDict:
     c.new_tokens = 128  # written after each, greedily
     c.drafts = (
         "prompt_lookup:ngram=3",
+        "ngram",  # of an index of the other documents
         "layers:8",
         "layers:24",
         "policy:lm_infinite:window=256,sinks=10",
         "policy:infllm:window=256,sinks=10,topk=4,block=64,exec_block=256",
     )
     c.draft_tokens = 7  # proposed at a time
+    c.corpus_documents = 10_000  # at most, of the index
+    c.answers = answers()
     if arg == "short":
         c.lengths, c.documents, c.new_tokens = (512, 2048), 3, 64
-        c.drafts = ("prompt_lookup:ngram=3", "layers:24", "policy:lm_infinite:window=256,sinks=10")
+        c.drafts = (
+            "prompt_lookup:ngram=3", "ngram", "layers:24", "policy:lm_infinite:window=256,sinks=10",
+        )  # fmt: skip
+        c.answers.length, c.answers.documents = 1024, 6
+        c.answers.draft = "retrieved:tokens=256,chunk=32,question=32"
     if arg == "tiny":
         c.model, c.text = "tiny", "code"
         c.lengths, c.documents, c.new_tokens = (48,), 2, 16
-        c.drafts = ("prompt_lookup:ngram=3", "layers:2", "policy:lm_infinite:window=16,sinks=2")
-        c.draft_tokens = 3
+        c.drafts = (
+            "prompt_lookup:ngram=3", "ngram", "layers:2", "policy:lm_infinite:window=16,sinks=2",
+        )  # fmt: skip
+        c.draft_tokens, c.corpus_documents = 3, 40
+        c.answers.length, c.answers.documents, c.answers.needles = 600, 1, 1
+        c.answers.draft = "retrieved:tokens=200,chunk=40,question=80"
+        c.answers.rules, c.answers.new_tokens = ("rapid:eta=10",), 4
+    return c
+
+
+def answers() -> ConfigDict:
+    """Questions about long texts, drafted by the model itself from what is retrieved of them."""
+    c = ConfigDict()
+    c.length = 4096  # tokens of a prompt
+    c.documents, c.needles = 12, 4  # texts, and numbers in each, all of them asked for
+    c.new_tokens = 12  # written to each question
+    c.temperature = 0.5
+    c.draft = "retrieved:tokens=512,chunk=64,question=32"  # what is read beside the model
+    c.rules = ("standard", "rapid:eta=10,residual_of=shifted", "rapid:eta=10")
     return c

@@ -62,6 +62,7 @@ def get_config(arg: str = "") -> ConfigDict:
         c.policies = ("snapkv:capacity={c}", "h2o:capacity={c},recent={h},turn={h}")
         c.rounds, c.recalled = 2, 4
         c.lookups.budgets, c.lookups.tuning.steps = (9, 33), 300
+        c.lookups.summary.steps = 600
     if arg == "tiny":
         c.model, c.dtype, c.length, c.instances, c.budgets = "tiny", "float32", 600, 4, (300,)
         c.methods = ("truncation of the end", "bm25", "semantic deletion", "scm")
@@ -74,7 +75,11 @@ def get_config(arg: str = "") -> ConfigDict:
         c.lookups.tuning.steps, c.lookups.tuning.batch = 2, 2
         c.lookups.tuning.schedule = "cosine:peak=1e-2,floor=1e-4,warmup=1"
         c.lookups.budgets, c.lookups.chunk, c.lookups.ratios = (9,), 16, (4,)
-        c.lookups.methods = ("nothing", TRUNCATIONS[2], "extensible tokenization", "longmem")
+        c.lookups.summary.batch, c.lookups.summary.steps = 4, 8
+        c.lookups.summary.schedule = "cosine:peak=1e-2,floor=1e-4,warmup=2"
+        c.lookups.methods = (
+            "nothing", TRUNCATIONS[2], "trained summary", "extensible tokenization", "longmem",
+        )  # fmt: skip
         c.lookups.policies = ("lm_infinite:window={w},sinks=4",)
     return c
 
@@ -90,7 +95,9 @@ def lookups() -> ConfigDict:
     c.length = 128  # characters of a context
     c.instances = 128  # questions
     c.budgets = (9, 17, 33)  # characters: of the context 8, 16, 32, and the question
-    c.methods = ("nothing", *TRUNCATIONS, "extensible tokenization", "longmem")
+    c.methods = (
+        "nothing", *TRUNCATIONS, "trained summary", "extensible tokenization", "longmem",
+    )  # fmt: skip
     c.policies = ("h2o:capacity={c},recent={h},turn={h}", "lm_infinite:window={w},sinks=4")
     c.chunk = 32  # characters that the first layers read at once, and of a segment of LongMem
     c.layers, c.ratios = 2, (4, 8, 16)  # of Extensible Tokenization: copied, and drawn
@@ -98,4 +105,8 @@ def lookups() -> ConfigDict:
     c.tuning = ConfigDict()  # of what is trained beside the model
     c.tuning.batch, c.tuning.steps = 16, 4000
     c.tuning.schedule = "cosine:peak=3e-3,floor=1e-4,warmup=20"
+    c.summary = ConfigDict()  # of the model that is trained further to write summaries
+    c.summary.lengths = (4, 8)  # characters, rising
+    c.summary.batch, c.summary.steps = 16, 1500
+    c.summary.schedule = "cosine:peak=1e-2,floor=1e-4,warmup=50"
     return c

@@ -36,6 +36,7 @@ from lminf.run.folder import Row, RunFolder
 from lminf.run.progress import Progress
 
 NONE = "none"  # plain decoding
+MAY_CHANGE = ("documents", "drafts", "lengths", "answers.documents")  # when a run goes on
 CORPUS = "ngram"  # the draft of an index of the text's other documents, which is built here
 
 
@@ -169,7 +170,7 @@ def table(rows: list[Row]) -> list[Row]:
             "as without": f"{sum(row['answer'] == base['answer'] for row, base in group)} of "
                           f"{len(group)}",
         }
-        for (length, draft), group in groups.items()
+        for (length, draft), group in sorted(groups.items(), key=lambda item: item[0][0])
     ]  # fmt: skip
     for way, group in _drafted_answers.groups(answers).items():
         lines.append({
@@ -236,4 +237,4 @@ def plot(rows: list[Row]) -> dict[str, Figure]:
 
 
 if __name__ == "__main__":
-    main(run, plot, table=table, resumes=True, may_change=("documents", "drafts", "lengths"))
+    main(run, plot, table=table, resumes=True, may_change=MAY_CHANGE)

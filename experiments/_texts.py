@@ -2,6 +2,7 @@
 
 import html.parser
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
@@ -9,8 +10,12 @@ from jaxtyping import Int
 from lminf.data import documents, sources
 from lminf.errors import InputError
 from lminf.lm.lm import LM
+from lminf.ngram import build
+from lminf.ngram.encoding import Encoding
+from lminf.ngram.index import Index
 
 REFERENCE, CODE = "reference", "code"
+SORTING_BYTES = 4 << 30  # of memory
 LEAST_CHARS = 40  # of a paragraph of a page; shorter ones are names of buttons and links
 
 
@@ -57,6 +62,14 @@ def kind(entry: str) -> str:
     if "doc" in parts[:-1]:
         return parts[parts.index("doc") + 1]
     return parts[-1] if parts else REFERENCE
+
+
+def indexed(folder: Path, lm: LM, documents: Sequence[Int[np.ndarray, " T"]]) -> Index:
+    """The index of documents in the model's tokens."""
+    digest = lm.tokenizer.digest
+    corpus = build.of_documents(documents, tokenizer="the model's", tokenizer_digest=digest)
+    encoding = Encoding(2 if lm.tokenizer.vocab_size < 1 << 16 else 4, "id")
+    return build.build(corpus, folder, encoding=encoding, memory_bytes=SORTING_BYTES)
 
 
 # --- Pages ----------------------------------------------------------------------------------------

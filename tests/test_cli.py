@@ -330,6 +330,11 @@ def test_the_type_of_numbers_is_chosen_on_the_command_line(command, monkeypatch)
             "--draft-tokens=0: give a whole number of at least 1",
         ),
         (["generate", "m", "x", "--draft=layers:all"], "'layers:all' has no number of layers"),
+        (["generate", "m", "x", "--acceptance=rapid:eta=1"], "--acceptance means nothing without"),
+        (
+            ["generate", "m", "x", "--draft=retrieved:tokens=512", "--acceptance=rapid:eta=1"],
+            "RAPID shifts probabilities, but at temperature 0 nothing is drawn",
+        ),
         (["generate", "m", "x", "--seed=-1"], "give a whole number below 2^32"),
         (["generate", "m", "x", "--seed=99999999999999999999"], "give a whole number below 2^32"),
     ],

@@ -71,6 +71,7 @@ RANGES = {
     "draft_tokens": Range(min=1, max=1024),
     "rope_base": Range(min=1),
     "beta": AMOUNT,
+    "temperature": AMOUNT,
     "capacity_factor": AMOUNT,
     "preference_scale": AMOUNT,
     "rates": AMOUNT,

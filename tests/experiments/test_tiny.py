@@ -56,7 +56,8 @@ def test_context_budget_asks_a_model_and_trains_others(rows_of_tiny, tmp_path):
     assert_complete(tmp_path)
     assert [(row["part"], row["method"], row["budget"]) for row in rows] == [
         ("lookups", "nothing", 33), ("lookups", "truncation of the middle", 9),
-        ("lookups", "extensible tokenization", 9), ("lookups", "longmem", 9),
+        ("lookups", "trained summary", 9), ("lookups", "extensible tokenization", 9),
+        ("lookups", "longmem", 9),
         ("lookups", "lm_infinite", 9),
         ("prose", "nothing", 600), ("prose", "truncation of the end", 300), ("prose", "bm25", 300),
         ("prose", "semantic deletion", 300), ("prose", "scm", 300), ("prose", "lm_infinite", 300),

@@ -24,9 +24,11 @@ from ml_collections import ConfigDict
 
 from lminf.configs import base
 
+VARIANTS = ("tiny", "training")
+
 
 def get_config(arg: str = "") -> ConfigDict:
-    c = base.get_config(arg)
+    c = base.get_config(arg, variants=VARIANTS)
     c.model = "smollm2-135m-instruct"
     c.dtype = "float32"  # of weights, activations and caches
     # Of the language of the new tokens: texts they are chosen from, and others to measure.
@@ -38,8 +40,24 @@ def get_config(arg: str = "") -> ConfigDict:
     c.sample_characters = 2_000_000  # of the texts that tokens are chosen from
     c.documents = 16  # of each language to measure, none of which tokens are chosen from
     c.characters = 1200  # of a document that are measured
+    # Training on those texts: after so many steps models are measured again. None: before it alone.
+    c.steps = ()
+    c.layers = 2  # trained at either end, with embeddings and head
+    c.mtp_heads, c.mtp_rows = (
+        1,
+        (),
+    )  # further heads, and which of the rows are trained with them too
+    c.length, c.batch = 512, 1  # tokens of a row, rows of a step
+    c.optimizer = "adamw:b2=0.999,weight_decay=0.01"
+    c.schedule = "cosine:peak=5e-4,floor=5e-5,warmup=3"
+    if arg == "training":
+        c.tokens, c.replicates = (1000,), 1
+        c.steps, c.mtp_rows = (8, 20), ("mean",)
+        c.documents, c.characters = 6, 600
     if arg == "tiny":
         c.model, c.text, c.other_text = "tiny", "code", "code"
         c.tokens, c.replicates, c.sample_characters = (7, 31), 2, 50_000
         c.documents, c.characters = 3, 400
+        c.steps, c.layers, c.mtp_rows, c.length = (2,), 1, ("mean",), 32
+        c.schedule = "cosine:peak=5e-4,floor=5e-5,warmup=1"
     return c

@@ -43,10 +43,8 @@ def get_config(arg: str = "") -> ConfigDict:
     # Training on those texts: after so many steps models are measured again. None: before it alone.
     c.steps = ()
     c.layers = 2  # trained at either end, with embeddings and head
-    c.mtp_heads, c.mtp_rows = (
-        1,
-        (),
-    )  # further heads, and which of the rows are trained with them too
+    c.mtp_heads = 1  # heads for tokens further ahead, in training
+    c.mtp_rows = ()  # of the rows those that are trained with them too
     c.length, c.batch = 512, 1  # tokens of a row, rows of a step
     c.optimizer = "adamw:b2=0.999,weight_decay=0.01"
     c.schedule = "cosine:peak=5e-4,floor=5e-5,warmup=3"

@@ -1,9 +1,9 @@
-"""Training with further heads that predict the tokens after the next one; they are dropped afterwards.
+"""Training with further heads, which predict the tokens after the next one and are then dropped.
 
-Head k reads the hidden state of token t, as the model's own head does, and predicts token t + 1 + k.
-Source: Gloeckle et al. 2024, arXiv:2404.19737, equation 2, whose heads have a layer of their own;
-heads that are rows alone and start as the model's own head: Yamaguchi et al. 2024,
-arXiv:2406.11477, section 3.3.
+Head k reads the hidden state of token t, as the model's own head does, and predicts token
+t + 1 + k. Sources: Gloeckle et al. 2024, arXiv:2404.19737, equation 2 (whose heads have a layer of
+their own); heads that are tables alone and start as the model's own: Yamaguchi et al. 2024,
+arXiv:2406.11477.
 """
 
 from collections.abc import Mapping

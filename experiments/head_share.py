@@ -34,6 +34,7 @@ from lminf.train.step import TrainStep
 # Name in rows -> the mesh axis over which all devices lie, the strategy, the planner's schedule.
 STRATEGIES = {
     "data": ("data", "data", ""),
+    "zero2": ("fsdp", "zero2", ""),
     "fsdp": ("fsdp", "fsdp", ""),
     "tensor": ("tensor", "tensor", ""),
     "1f1b, last stage": ("stage", "data", "1f1b"),

@@ -67,11 +67,11 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     sample = list(first_characters(unmeasured, c.sample_characters))
     lm = _models.load(c.model, seed=c.seed, dtype=c.dtype)
     done = {tuple(row[name] for name in (*CELL, *IDENTITY)) for row in out.rows()}
-    cells = cells_of(c)
-    with Progress(len(cells), label="vocabularies") as progress:
-        for count, cell in enumerate(cells, 1):
+    visits = visits_of(c)
+    with Progress(len(visits), label="vocabularies") as progress:
+        for count, (cell, all_steps) in enumerate(visits, 1):
             missing: dict[int, dict[tuple[str, int], str]] = {}
-            for steps in steps_of(c, cell):
+            for steps in all_steps:
                 missing[steps] = {
                     (language, number): text
                     for language, of_language in held_out.items()
@@ -94,25 +94,20 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
 Cell = tuple[int, str, int, int]  # new tokens, rows, seed, further heads
 
 
-def cells_of(c: ConfigDict) -> list[Cell]:
-    expanded = [
+def visits_of(c: ConfigDict) -> list[tuple[Cell, tuple[int, ...]]]:
+    """Models and the steps of training after which they are measured: all of them before any, and
+    then each with its training. Further heads change nothing before it; the model without new
+    tokens is not trained.
+    """
+    cells = [
         (tokens, rows, seed, mtp_heads)
         for tokens in c.tokens
-        for mtp_heads, of_rows in ((0, c.rows), (c.mtp_heads, c.mtp_rows))
-        for rows in of_rows
+        for rows in c.rows
         for seed in range(c.replicates if rows == "random" else 1)
+        for mtp_heads in ((0, c.mtp_heads) if rows in c.mtp_rows else (0,))
     ]
-    return [(0, NONE, 0, 0), *expanded]
-
-
-def steps_of(c: ConfigDict, cell: Cell) -> tuple[int, ...]:
-    """Steps of training after which a model is measured. Before any, further heads change nothing;
-    the model without new tokens is not trained.
-    """
-    _, rows, _, mtp_heads = cell
-    if rows == NONE:
-        return (0,)
-    return c.steps if mtp_heads else (0, *c.steps)
+    before = [(0, NONE, 0, 0), *(cell for cell in cells if not cell[-1])]
+    return [(cell, (0,)) for cell in before] + [(cell, c.steps) for cell in cells if c.steps]
 
 
 def models(

@@ -22,7 +22,8 @@ def test_the_vocabulary_takes_its_bytes_on_every_device_or_its_slice():
     rows = {name: head_share.planned(c, name, program) for name in head_share.STRATEGIES}
     tables = 2 * VOCAB * WIDTH
     expected_bytes = {
-        "data": 18 + 2, "fsdp": 18 / DEVICES + 2 + 2 + 2, "tensor": (18 + 2) / DEVICES,
+        "data": 18 + 2, "zero2": 2 + 16 / DEVICES + 2 + 2, "fsdp": 18 / DEVICES + 2 + 2 + 2,
+        "tensor": (18 + 2) / DEVICES,
         "1f1b, last stage": (18 + 2) / 2, "1f1b, one barrier": (18 + 2) / DEVICES,
     }  # fmt: skip
     found = {name: row["vocab_bytes"] / tables for name, row in rows.items()}
@@ -52,15 +53,16 @@ def test_the_tiny_form_leaves_rows_and_figures(tmp_path):
         )  # fmt: skip
     rows = folder.RunFolder(tmp_path / "run").rows()
     compiled = [row for row in rows if row["part"] == "compiled"]
-    assert len(rows) == 2 * 5 + 4
+    assert len(rows) == 2 * 6 + 5
     assert {path.stem for path in (tmp_path / "run" / "plots").glob("*.png")} == {
         "time", "memory", "compiled",
     }  # fmt: skip
     # Two devices. Weights, gradients and two moments of two tables of width 32, in float32, and a
     # piece's gradient; over fsdp the gathered tables and their whole gradient.
     table = 2 * 4 * 32
-    expected = {"data": 5, "fsdp": 4 / 2 + 3, "tensor": 5 / 2, "1f1b, one barrier": 5 / 2}
+    expected = {"data": 5, "zero2": 1 + 3 / 2 + 2, "fsdp": 4 / 2 + 3, "tensor": 5 / 2,
+                "1f1b, one barrier": 5 / 2}  # fmt: skip
     for row in compiled:
         model = expected[row["strategy"]] * table
         assert row["bytes_per_token_model"] == pytest.approx(model)
-        assert row["bytes_per_token"] == pytest.approx(model, rel=0.25)
+        assert model / 1.6 < row["bytes_per_token"] < 1.25 * model, row["strategy"]

@@ -80,6 +80,7 @@ RANGES = {
     "n_nv": Range(min=1e4, max=1e14),  # as tables of runs have it
     "profile": Range(),  # exponents; of train_lm, steps
     "stages": Range(),  # texts
+    "mtp_rows": Range(),  # texts
     "ratios": Range(min=2, max=MOST),  # tokens to an embedding
 }  # fmt: skip
 # Tuples hold something, but for these of an experiment.

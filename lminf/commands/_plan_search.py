@@ -65,7 +65,7 @@ def row_of(planned: Planned) -> dict[str, Any]:
         "remat": layout.remat,
         "schedule": layout.schedule or "-",
         "state_bytes": memory.params + memory.grads + memory.optimizer,
-        "activation_bytes": memory.activations + memory.whole,
+        "activation_bytes": memory.activations + memory.transient,
         "total_bytes": memory.total,
         "step_seconds": planned.time.total,
         "mfu": planned.mfu,

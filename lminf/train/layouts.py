@@ -201,11 +201,13 @@ class Memory:
     grads: float
     optimizer: float  # with the float32 master parameters
     activations: float
-    whole: float  # planning.whole_bytes: gathered weights, gradients not yet added up or in slices
+    transient: (
+        float  # planning.transient_bytes: gathered weights, gradients not yet added up or in slices
+    )
 
     @property
     def total(self) -> float:
-        return self.params + self.grads + self.optimizer + self.activations + self.whole
+        return self.params + self.grads + self.optimizer + self.activations + self.transient
 
 
 def memory(layout: Layout, sharded: ShardedBytes, program: TrainStep, *, length: int) -> Memory:
@@ -225,12 +227,12 @@ def memory(layout: Layout, sharded: ShardedBytes, program: TrainStep, *, length:
     tokens = layout.micro_batch * length / layout.sizes.context
     in_flight = passes.in_flight(stages, count) * spec.num_layers / stages
     sliced = layout.sizes.fsdp > 1
-    whole = planning.whole_bytes(
+    transient = planning.transient_bytes(
         sharded.weights / stages, vocabulary * sharded.tables,
         layer_slices=float(sharded.layers[1]) / stages, num_layers=spec.num_layers / stages,
         shards_weights=sharded.shards_weights and sliced,
-        shards_grads=sharded.shards_grads and sliced,
-        pieces=count, piped=stages > 1, itemsize=itemsize,
+        shards_grads=sharded.shards_grads and sliced and program.lora is None,
+        pieces=1 if program.lora else count, piped=stages > 1, itemsize=itemsize,
     )  # fmt: skip
     activations = tokens * (in_flight * kept + working) * itemsize * MEASURED_ACTIVATIONS
-    return Memory(float(params), float(grads), float(optimizer), activations, whole)
+    return Memory(float(params), float(grads), float(optimizer), activations, transient)

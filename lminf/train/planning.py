@@ -24,11 +24,11 @@ class Bytes:
     grads: int
     optimizer: int  # with the float32 master parameters
     activations: int  # that the backward finds in memory: a formula, within what XLA makes of it
-    whole: int  # `whole_bytes`
+    transient: int  # `transient_bytes`
 
     @property
     def total(self) -> int:
-        return self.params + self.grads + self.optimizer + self.activations + self.whole
+        return self.params + self.grads + self.optimizer + self.activations + self.transient
 
 
 def device_bytes(program: TrainStep, *, rows: int, length: int) -> Bytes:
@@ -44,11 +44,11 @@ def device_bytes(program: TrainStep, *, rows: int, length: int) -> Bytes:
             (state.master_params, state.optimizer), (laid_out.master_params, laid_out.optimizer)
         ),
         activation_bytes(program, rows=rows, length=length),
-        math.ceil(_whole_bytes_of(program)),
+        math.ceil(_transient_bytes_of(program)),
     )
 
 
-def whole_bytes(
+def transient_bytes(
     layers: float,
     tables: float,
     *,
@@ -75,8 +75,8 @@ def whole_bytes(
     return gathered + unsliced + of_piece
 
 
-def _whole_bytes_of(program: TrainStep) -> float:
-    """`whole_bytes` of a step. Gradients of adapters are small."""
+def _transient_bytes_of(program: TrainStep) -> float:
+    """`transient_bytes` of a step. Gradients of adapters are small."""
     adapters, strategy = program.lora is not None, program.strategy
     params = program.shapes.frozen if adapters else program.shapes.params
     assert params is not None
@@ -91,7 +91,7 @@ def _whole_bytes_of(program: TrainStep) -> float:
         return float(partition.planned_bytes(part, laid_out))
 
     sliced = program.mesh.shape["fsdp"] > 1
-    return whole_bytes(
+    return transient_bytes(
         bytes_by(unsliced, layers), bytes_by(unsliced, tables),
         layer_slices=bytes_by(strategy.grads, layers),
         num_layers=program.spec.num_layers / program.mesh.shape["stage"],

@@ -82,7 +82,7 @@ def test_a_layout_takes_what_the_plan_of_its_step_says(one):
     assert taken.params == wanted.params
     assert taken.grads == wanted.grads
     assert taken.optimizer == wanted.optimizer
-    assert taken.whole == pytest.approx(wanted.whole, rel=1e-5)  # the last norm aside
+    assert taken.transient == pytest.approx(wanted.transient, rel=1e-5)  # the last norm aside
     formula = taken.activations / layouts.MEASURED_ACTIVATIONS
     assert formula == pytest.approx(wanted.activations, rel=1e-9)
 

@@ -259,10 +259,15 @@ def plot(rows: list[Row]) -> Mapping[str, Figure]:
         before, x="added", y="bits_per_character", by="rows", center=np.mean, x_label="",
         y_label=y_label,
     )}  # fmt: skip
-    if any(row["steps"] for row in target):
+    trained = [line for line in summary(target) if line["version"][-1]]
+    if trained:
+        # Before training, further heads change nothing: such lines begin where the others do.
+        names = {line["version"][:-1]: name_of(line) for line in trained}
         figures["vocab_expansion_training"] = plots.curves(
-            [{"line": name_of(line), "steps": line["version"][-1], "bits": line["bits"].mean}
-             for line in summary(target) if line["version"][1] != NONE],
+            [{"line": name, "steps": line["version"][-1], "bits": line["bits"].mean}
+             for (tokens, rows, mtp_heads), name in names.items() for line in summary(target)
+             if line["version"][:-1] == (tokens, rows, mtp_heads)
+             or line["version"] == (tokens, rows, 0, 0)],
             x="steps", y="bits", by="line", x_label="training (steps)", y_label=y_label,
         )  # fmt: skip
     return figures

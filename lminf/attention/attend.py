@@ -65,7 +65,7 @@ def prefill(
             return _ring_attention(part, config, positions, shards, implementation)
         return _over_sequence(part, config, positions, segments, shards, implementation)
 
-    return by_head(policy, config, make)
+    return config.gained(by_head(policy, config, make), positions)
 
 
 def _prefill_through_cache(policy, config, positions, segments, context_axis):
@@ -173,9 +173,11 @@ def extend(
             f"spread rows over devices, or use a policy of positions"
         )
     if isinstance(layout, caches.PreRotated):
-        return decode.extend(policy, config, layout, positions), stored_pos
+        step = decode.extend(policy, config, layout, positions)
+        return config.gained(step, positions), stored_pos
     if isinstance(layout, caches.SlotCache):
-        return policy.extend(config, layout, stored_pos, positions)
+        step, new_pos = policy.extend(config, layout, stored_pos, positions)
+        return config.gained(step, positions), new_pos
     shards = ContextShards(context_axis, positions.shape[1])
     all_pos = shards.all(positions)
     to_slots = layout.destinations(all_pos)
@@ -216,7 +218,8 @@ def extend(
         k, v = (x.at[layer].set(shards.own(y[0])) for x, y in ((kv.k, new.k), (kv.v, new.v)))
         return out, new._replace(k=k, v=v)
 
-    return (over_shares if shares_slots(layout, shards.devices) else step), new_pos
+    run = over_shares if shares_slots(layout, shards.devices) else step
+    return config.gained(run, positions), new_pos
 
 
 def prepare_decoding(

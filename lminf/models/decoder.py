@@ -334,7 +334,7 @@ def stages_of(spec: ModelSpec) -> dict[str, ModelSpec]:
 def score_configs(spec: ModelSpec) -> tuple[ScoreConfig, ...]:
     """[L] how each layer scores a query and a key."""
     return tuple(
-        ScoreConfig(encoding, spec.query_scale, spec.attention_soft_cap)
+        ScoreConfig(encoding, spec.query_scale, spec.attention_soft_cap, spec.query_gain)
         for encoding in spec.encodings
     )
 

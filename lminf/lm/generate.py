@@ -287,7 +287,7 @@ def forward(
     def run(params, tokens, positions, caches) -> Any:
         return module.apply({"params": params}, tokens, positions=positions, caches=caches)
 
-    if shared:
+    if mesh is not None and shared:
         shares, of_caches = P(None, CONTEXT), cache_specs(caches, mesh)
         run = jax.shard_map(
             run,

@@ -32,6 +32,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.other_text = "/usr/share/libreoffice/help/en-US/text/**/*.html"
     c.versions = ("chat", "expanded", "trained", "linear", "spherical")
     c.tokens = 200  # new ones
+    c.sample_characters = 2_000_000  # of the texts that tokens are chosen from and trained on
     c.rows = "mean"  # what their rows are made of
     # Of the chat model in the first and the last layers, where it is repaired. As many layers are
     # trained, with the embeddings and the head.
@@ -44,7 +45,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.characters = 600  # of a page
     if arg == "tiny":
         c.model, c.text, c.other_text = "tiny", "code", "code"
-        c.tokens, c.chat_shares, c.length, c.steps = 7, (0.3, 0.3), 32, 3
+        c.tokens, c.sample_characters = 7, 50_000
+        c.chat_shares, c.length, c.steps = (0.3, 0.3), 32, 3
         c.questions, c.max_new_tokens, c.documents, c.characters = 2, 4, 3, 200
         c.schedule = "cosine:peak=5e-4,floor=5e-5,warmup=1"
     return c

@@ -46,10 +46,10 @@ def get_config(arg: str = "") -> ConfigDict:
     c.training.finetuned_schedule = "cosine:peak=1e-4,floor=1e-5,warmup=3"
     c.training.dtype, c.training.remat = "bfloat16", "full"
     if arg == "short":
-        c.documents, c.length, c.dtype = 6, 11_264, "bfloat16"
+        c.documents, c.length, c.dtype = 4, 11_264, "bfloat16"
         c.training.documents = 8
         c.training.length, c.training.batch = 2048, 1
-        c.training.steps, c.training.every = 4, 2
+        c.training.steps, c.training.every = 8, 4
         c.training.lora_schedule = "constant:peak=1e-3"
         c.training.finetuned_schedule = "constant:peak=1e-4"
         c.training.dtype, c.training.remat = "float32", "none"

@@ -3,7 +3,7 @@ the caches of a small model, and by what is trained beside it.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -22,7 +22,8 @@ from lminf.lm.lm import LM
 from lminf.models.extensible import ExtensibleTokenizer, TwoStream
 from lminf.models.longmem import LongMem, SideNetwork
 from lminf.programs.compressed import Extensible, Memory
-from lminf.programs.reduce import Truncation
+from lminf.programs.reduce import TextReducer, Truncation
+from lminf.programs.trained_summary import Form, Pair, TrainedSummary, training_rows
 from lminf.run.folder import Row, RunFolder
 from lminf.run.progress import Progress
 from lminf.train import frozen
@@ -31,7 +32,7 @@ from lminf.train.schedules import SCHEDULES
 
 NOTHING = "nothing"  # is reduced
 TRUNCATIONS = {cut.name: cut for cut in map(Truncation, ("end", "start", "middle"))}
-LOOKUPS = (NOTHING, *TRUNCATIONS, Extensible.name, Memory.name)
+LOOKUPS = (NOTHING, *TRUNCATIONS, TrainedSummary.name, Extensible.name, Memory.name)
 # (contexts, the question of each, budget) -> log-probabilities of what follows
 Answer: TypeAlias = Callable[[Sequence[str], Sequence[str], Budget], Float[np.ndarray, "N V"]]
 
@@ -78,10 +79,26 @@ class Lookup:
             return
         data = [Lookups(c.trained_length, c.batch, seed) for seed in missing]
         models = self.training.run(data, label="short documents")
-        for (seed, missing_cells), lm in zip(missing.items(), models, strict=True):
-            answers = {name: self.answer(name, lm, seed) for name in dict(missing_cells)}
+        reducers: list[dict[str, TextReducer]] = [dict(TRUNCATIONS) for _ in missing]
+        if any(TrainedSummary.name in dict(missing_cells) for missing_cells in missing.values()):
+            for each, written in zip(reducers, self.summaries(models, [*missing]), strict=True):
+                each[written.name] = written
+        for (seed, missing_cells), lm, of_seed in zip(
+            missing.items(), models, reducers, strict=True
+        ):
+            answers = {name: self.answer(name, lm, seed, of_seed) for name in dict(missing_cells)}
             for name, size in missing_cells:
                 yield self.measured(label(name), answers[name], size, seed)
+
+    def summaries(self, models: Sequence[LM], seeds: Sequence[int]) -> list[TrainedSummary]:
+        """By each of the models, trained further to write them."""
+        summary = self.c.summary
+        lengths = tuple(summary.lengths)
+        data = [SummaryRows(self.c.length, summary.batch, seed, lengths) for seed in seeds]
+        settings = ConfigDict({**self.c.to_dict(), "length": data[0].width})
+        training = _seeds.Training(settings, summary.schedule, summary.steps)
+        trained = training.run(data, label="summaries", start=models)
+        return [TrainedSummary(each, summary_form(lengths), lengths) for each in trained]
 
     def measured(self, name: str, answer: Answer, size: int, seed: int) -> Row:
         """The share of questions whose value is the likeliest of all, and by how many nats it is
@@ -106,7 +123,7 @@ class Lookup:
 
     # --- Methods ----------------------------------------------------------------------------------
 
-    def answer(self, name: str, lm: LM, seed: int) -> Answer:
+    def answer(self, name: str, lm: LM, seed: int, reducers: Mapping[str, TextReducer]) -> Answer:
         """How the method answers, once what it needs is trained."""
         if name == Extensible.name:
             return self.extensible(lm, seed)
@@ -117,9 +134,10 @@ class Lookup:
             contexts: Sequence[str], questions: Sequence[str], budget: Budget
         ) -> np.ndarray:
             pairs, model = list(zip(contexts, questions, strict=True)), lm
-            if name in TRUNCATIONS:
-                cut = TRUNCATIONS[name]
-                pairs = [(cut.reduce(text, question, budget), question) for text, question in pairs]
+            if reducer := reducers.get(name):
+                pairs = [
+                    (reducer.reduce(text, question, budget), question) for text, question in pairs
+                ]
             elif name != NOTHING:
                 model = lm.with_policy(policies([name], budget.size)[0])
             return model.next(["".join(pair) for pair in pairs])
@@ -189,6 +207,42 @@ def one_by_one(answer: Callable[[str, str, Budget], Float[np.ndarray, " V"]]) ->
         return np.stack([answer(text, question, budget) for text, question in pairs])
 
     return following
+
+
+def summary_form(lengths: Sequence[int]) -> Form:
+    """A summary of each length is asked for by a character of its own."""
+    return Form(lambda length: chr(_lookups.ASK + lengths.index(length)), chr(_lookups.END))
+
+
+@dataclass(frozen=True)
+class SummaryRows(_seeds.DrawnRows):
+    """Batches of contexts, each with its summary of one of the lengths: the facts of the first so
+    many keys in their order, which are all that is ever asked for.
+    """
+
+    lengths: tuple[int, ...]  # characters
+
+    @property
+    def width(self) -> int:
+        """Tokens of a row: a context, what asks, and the longest summary."""
+        return self.length + 1 + min(max(self.lengths), KEYS)
+
+    def pairs(self, step: int) -> list[Pair]:
+        random = np.random.default_rng((self.seed, _lookups.TRAINING, 2, step))
+        content, values, _ = _lookups.documents(random, self.rows, self.length)
+        facts = _lookups.FACT + VALUES * np.arange(KEYS) + values
+        lengths = random.choice(self.lengths, self.rows).tolist()
+        return [
+            Pair(bytes(text).decode(), length, bytes(kept[:length]).decode())
+            for text, length, kept in zip(content.tolist(), lengths, facts.tolist(), strict=True)
+        ]
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        def encode(text: str) -> np.ndarray:  # as the models read it, which have a token a byte
+            return np.frombuffer(text.encode(), np.uint8)
+
+        form = summary_form(self.lengths)
+        return training_rows(self.pairs(step), form, encode, width=self.width)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from lminf.programs.longpo import Prompts
 
 KEYS = VALUES = 8
 FACT, KEY, VALUE, FILLER = 32, 96, 104, 112  # first characters of each kind, eight or more of them
+ASK, END = 120, 126  # that ask for a summary of the first, second, … length; what ends one
 TRAINING, MEASURED = 0, 1  # random streams
 
 

@@ -1,7 +1,8 @@
 """Documents of several kinds of text, read where they are installed and never copied."""
 
 import html.parser
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
@@ -9,8 +10,12 @@ from jaxtyping import Int
 from lminf.data import documents, sources
 from lminf.errors import InputError
 from lminf.lm.lm import LM
+from lminf.ngram import build
+from lminf.ngram.encoding import Encoding
+from lminf.ngram.index import Index
 
 REFERENCE, CODE = "reference", "code"
+SORTING_BYTES = 4 << 30  # of memory
 LEAST_CHARS = 40  # of a paragraph of a page; shorter ones are names of buttons and links
 
 
@@ -59,6 +64,14 @@ def kind(entry: str) -> str:
     return parts[-1] if parts else REFERENCE
 
 
+def indexed(folder: Path, lm: LM, documents: Sequence[Int[np.ndarray, " T"]]) -> Index:
+    """The index of documents in the model's tokens."""
+    digest = lm.tokenizer.digest
+    corpus = build.of_documents(documents, tokenizer="the model's", tokenizer_digest=digest)
+    encoding = Encoding(2 if lm.tokenizer.vocab_size < 1 << 16 else 4, "id")
+    return build.build(corpus, folder, encoding=encoding, memory_bytes=SORTING_BYTES)
+
+
 # --- Pages ----------------------------------------------------------------------------------------
 
 
@@ -77,6 +90,14 @@ def pages(entry: str) -> list[str]:
         if lines:
             paragraphs.append("\n".join(lines))
     return paragraphs
+
+
+def first_characters(pages: Sequence[str], characters: int) -> Iterator[str]:
+    """The pages, and of the last one what is left of so many characters."""
+    for page in pages:
+        if characters > 0:
+            yield page[:characters]
+        characters -= len(page)
 
 
 class Paragraphs(html.parser.HTMLParser):

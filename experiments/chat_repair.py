@@ -89,7 +89,8 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     chat = with_template(_models.load(c.model, seed=c.seed, dtype="float32"))
     target, other = _texts.pages(c.text), _texts.pages(c.other_text)
     held_out = {TARGET: held_out_of(c, target), OTHER: held_out_of(c, other)}
-    sample = [page for page in target if page[: c.characters] not in held_out[TARGET]]
+    unmeasured = [page for page in target if page[: c.characters] not in held_out[TARGET]]
+    sample = list(_texts.first_characters(unmeasured, c.sample_characters))
     expanded = expand_vocab(chat, sample, tokens=c.tokens, rows=c.rows, seed=c.seed)
     trained = train(c, expanded, sample, out) if set(c.versions) - {CHAT, EXPANDED} else expanded
     prompts = [

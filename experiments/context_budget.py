@@ -3,7 +3,7 @@
 prose     one of several numbers that stand in prose, asked of a model that is not trained further;
           texts are reduced before it reads them, policies reduce its keys and values
 lookups   one of eight facts among characters (_lookups), asked of small models that are trained
-          here, and of what is trained beside them: Extensible Tokenization and LongMem
+          here, and of what is trained beside them: summaries, Extensible Tokenization and LongMem
 
 A budget is of the context and the question together, in tokens: of a text, of embeddings, or of the
 keys and values that a token attends to.
@@ -32,6 +32,7 @@ from lminf.models.extensible import first_layer_params, first_layers
 from lminf.programs.reduce import BM25, Reader, TextReducer
 from lminf.programs.reduce_by_model import EMBEDDED, Segments, SemanticDeletion, Summary
 from lminf.programs.scm import SCM
+from lminf.programs.trained_summary import TrainedSummary
 from lminf.run import memory, plots
 from lminf.run.folder import Row, RunFolder
 
@@ -164,7 +165,7 @@ def kind(method: str) -> str:
     """Which methods stand in one panel."""
     if method in (NOTHING, *TRUNCATIONS):
         return "cut"
-    return "chosen texts" if method in PROSE else "inside the model"
+    return "chosen texts" if method in (*PROSE, TrainedSummary.name) else "inside the model"
 
 
 def plot(rows: list[Row]) -> Figure:
@@ -182,4 +183,6 @@ def plot(rows: list[Row]) -> Figure:
 
 
 if __name__ == "__main__":
-    main(run, plot, table=table, resumes=True, check=check)
+    main(
+        run, plot, table=table, resumes=True, check=check, may_change=("methods", "lookups.methods")
+    )

@@ -47,6 +47,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
         for index, layer in enumerate(c.layers):
             queries, keys = activations["q"][index][:, q_pos], activations["k"][index]
             config = score_configs(lm.spec)[layer]
+            queries = config.gained(lambda q: q, jnp.asarray(q_pos[None]))(queries)
             look = partial(_logits, config, queries, keys, jnp.asarray(q_pos[None]))
             for policy in policies:
                 lm.with_policy(policy)  # refuses a window past the trained length

@@ -21,7 +21,7 @@ from lminf.errors import InputError
 from lminf.experiments._main import main
 from lminf.kernels.common import platforms
 from lminf.models.spec import ModelSpec, llama
-from lminf.parallel import hardware, mesh, partition, pipeline
+from lminf.parallel import hardware, mesh, partition
 from lminf.parallel.mesh import MeshShape
 from lminf.run import plots
 from lminf.run.folder import Row, RunFolder
@@ -34,6 +34,7 @@ from lminf.train.step import TrainStep
 # Name in rows -> the mesh axis over which all devices lie, the strategy, the planner's schedule.
 STRATEGIES = {
     "data": ("data", "data", ""),
+    "zero2": ("fsdp", "zero2", ""),
     "fsdp": ("fsdp", "fsdp", ""),
     "tensor": ("tensor", "tensor", ""),
     "1f1b, last stage": ("stage", "data", "1f1b"),
@@ -84,7 +85,7 @@ def planned(c: ConfigDict, name: str, program: TrainStep) -> Row:
     sharded = layouts.sharded_bytes(program, layout.sizes, layout.strategy)
     work = step_time.work_of(program, rows=p.rows, length=p.length)
     layers_work = dataclasses.replace(work, head=0.0, model_flops=work.model_flops - 3 * work.head)
-    layers_only = dataclasses.replace(sharded, vocabulary=np.zeros(3))
+    layers_only = dataclasses.replace(sharded, vocabulary=np.zeros(3), tables=0.0)
 
     def costs(sharded, work):
         memory = layouts.memory(layout, sharded, program, length=p.length)
@@ -152,14 +153,7 @@ def measured(p: ConfigDict, name: str) -> Row:
 def compiled_bytes(p: ConfigDict, layout: Layout, program: TrainStep) -> int:
     """Bytes of each device in a step as XLA lays it out."""
     cpus = jax.devices("cpu")
-    strategy = partition.parse(layout.strategy)
-    changes = {"strategy": strategy, "grad_accum_steps": layout.accumulation}
-    if layout.schedule:
-        text = f"1f1b:vocab=one_barrier,microbatches={layout.accumulation}"
-        changes = {"strategy": strategy * partition.PIPELINE, "pipeline": pipeline.parse(text)}
-    program = dataclasses.replace(
-        program, mesh=mesh.make(layout.sizes, cpus), remat=layout.remat, **changes
-    )
+    program = dataclasses.replace(layout.of(program), mesh=mesh.make(layout.sizes, cpus))
     arguments = compiled.shapes_of(program, p.rows, p.length)
     step: Any = program.step  # jitted
     with platforms.assuming(cpus[0]):

@@ -23,8 +23,7 @@ from lminf.evals import score
 from lminf.experiments import _models, _texts
 from lminf.experiments._main import main
 from lminf.lm.lm import LM
-from lminf.ngram import build, matches
-from lminf.ngram.encoding import Encoding
+from lminf.ngram import matches
 from lminf.ngram.index import Index
 from lminf.ngram.model import MixtureWeights, Perplexity, fit_weights
 from lminf.run import plots
@@ -35,7 +34,6 @@ ORDERS = {"infinigram": None, "5-gram": 4, "3-gram": 2}  # tokens of context; No
 MOST_N = 16  # effective n from which tokens are counted together
 BINS = 10  # of probability, a side
 WITH_ALL = "with contamination"  # the corpus from which nothing is left out
-MEMORY = 4 << 30  # bytes, for sorting
 PUBLISHED_TOKENS = 1.4e12  # the largest corpus of the paper
 
 
@@ -59,7 +57,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     documents += [("other", tokens) for tokens in long_enough(c, lm)]
     texts = read(c, lm, out, documents)
     with tempfile.TemporaryDirectory() as folder:
-        full_index = indexed(Path(folder) / "whole", lm, corpus)
+        full_index = _texts.indexed(Path(folder) / "whole", lm, corpus)
         contaminated = matches.contaminated(full_index, [text.tokens for text in texts])
         left_out = {each.document for each in contaminated}
         clean = [tokens for i, tokens in enumerate(corpus) if i not in left_out]
@@ -68,7 +66,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
             yield from measure(common | {"corpus": WITH_ALL}, full_index, texts)
         for part in c.parts:
             if (name := name_of(part)) not in done:
-                index = indexed(Path(folder) / str(part), lm, clean[::part])
+                index = _texts.indexed(Path(folder) / str(part), lm, clean[::part])
                 common = {"model": c.model, "left_out": len(left_out), "corpus": name}
                 yield from measure(common, index, texts)
 
@@ -121,13 +119,6 @@ def long_enough(c: ConfigDict, lm: LM) -> list[Int[np.ndarray, " T"]]:
         raise InputError(f"{c.other_text} has no document of {c.length} tokens; name another one "
                          f"with --config.other_text")  # fmt: skip
     return documents
-
-
-def indexed(folder: Path, lm: LM, documents: Sequence[Int[np.ndarray, " T"]]) -> Index:
-    digest = lm.tokenizer.digest
-    corpus = build.of_documents(documents, tokenizer="the model's", tokenizer_digest=digest)
-    encoding = Encoding(2 if lm.tokenizer.vocab_size < 1 << 16 else 4, "id")
-    return build.build(corpus, folder, encoding=encoding, memory_bytes=MEMORY)
 
 
 def measure(common: Row, index: Index, texts: Sequence[Text]) -> Iterator[Row]:

@@ -89,8 +89,10 @@ def small_steps(monkeypatch):
 # programs bit by bit, which are the same only after optimizations.
 OPTIMIZED = (
     "tests/scaling/test_recovery.py", "tests/scaling/test_robust_fit.py",
-    "tests/experiments/test_tiny.py::test_context_budget",
+    "tests/scaling/test_plan.py", "tests/scaling/test_determined.py",
+    "tests/experiments/test_sweeps.py", "tests/experiments/test_tiny.py::test_context_budget",
     "tests/kernels/test_lambda_attention.py::test_positions_0_1_2_are_what_none_means",
+    "tests/test_default_model.py",
 )  # fmt: skip
 
 

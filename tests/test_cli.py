@@ -36,7 +36,12 @@ def test_every_command_has_help_of_its_own(name, capsys):
     ("arguments", "message"),
     [
         (["lst"], "there is no command 'lst'; did you mean 'list'"),
-        (["list", "length_generalisation"], "there is no experiment 'length_generalisation'"),
+        (
+            ["list", "length_generalisation"],
+            "there is no experiment or topic 'length_generalisation'; did you mean "
+            "'length_generalization'?",
+        ),
+        (["list", "Cost"], "there is no experiment or topic 'Cost'; did you mean 'cost'?"),
         (["run", "nothing"], "there is no experiment 'nothing'"),
         (["show", "nothing"], "'nothing' is no run's folder"),
         (
@@ -124,6 +129,12 @@ def test_list_prints_all_about_an_experiment_that_is_named(capsys):
     for found in header.experiments():
         cli.main(["list", found.name])
         assert found.entries["Question"] in " ".join(capsys.readouterr().out.split())
+
+
+def test_list_takes_topics_beside_names(capsys):
+    printed = "\n".join(listed(capsys, "cost", "train_lm"))
+    assert printed.index("decode_cost") < printed.index("train_lm: ")
+    assert "passkey" not in printed
 
 
 def test_outside_a_checkout_every_command_is_of_lminf(tmp_path, monkeypatch, capsys):
@@ -319,6 +330,11 @@ def test_the_type_of_numbers_is_chosen_on_the_command_line(command, monkeypatch)
             "--draft-tokens=0: give a whole number of at least 1",
         ),
         (["generate", "m", "x", "--draft=layers:all"], "'layers:all' has no number of layers"),
+        (["generate", "m", "x", "--acceptance=rapid:eta=1"], "--acceptance means nothing without"),
+        (
+            ["generate", "m", "x", "--draft=retrieved:tokens=512", "--acceptance=rapid:eta=1"],
+            "RAPID shifts probabilities, but at temperature 0 nothing is drawn",
+        ),
         (["generate", "m", "x", "--seed=-1"], "give a whole number below 2^32"),
         (["generate", "m", "x", "--seed=99999999999999999999"], "give a whole number below 2^32"),
     ],

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from lminf import kernels
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,6 +206,7 @@ def test_every_kernel_operation_has_a_caller_in_the_library():
     assert offered <= used, f"no caller in lminf: {', '.join(sorted(offered - used))}"
 
 
+@pytest.mark.slow
 def test_importing_starts_no_device_and_makes_no_array():
     """With a platform that does not exist, the first array or device asked for is an error."""
     # Only Triton's compilers import what is written in Triton: a CPU has no triton. What stands in

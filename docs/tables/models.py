@@ -34,8 +34,9 @@ Training, LoRA and export need floating-point weights.
 
 Not read: DeepSeek's MLA, which stores one vector a token from which the keys and values of all
 heads are made, where caches and policies here hold keys by head; recurrent layers, which keep a
-state instead of keys; and models that read images. [Adding a model](adding_a_model.md) shows how to
-add a family.
+state instead of keys; and models that read images, but for the text model of a `mistral3` folder
+(Mistral Small 3.1, Ministral 3). Quantised safetensors are not read either, GGUF is. [Adding a
+model](adding_a_model.md) shows how to add a family.
 """
 
 
@@ -71,6 +72,8 @@ def page() -> str:
 def position(spec: ModelSpec) -> str:
     """How the model knows where tokens are, and what differs by layer."""
     name = {rope.Rotary: "rotary", rope.Alibi: "ALiBi", rope.Learnt: "learnt"}[type(spec.encoding)]
+    if spec.query_gain is not None:
+        return f"{name}, and queries scaled by position"
     own = {type(encoding) for encoding in spec.layer_encodings if encoding is not None}
     if rope.NoEncoding in own:
         return f"{name}, none in some layers"

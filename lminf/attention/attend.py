@@ -8,9 +8,10 @@ each layer calls, so angles are not recomputed per layer. Policies that select, 
 process a sequence through their cache, in one call, so that prefill and extend are one function.
 
 Both also run inside shard_map with a sequence's (or chunk's) tokens sharded over a mesh axis,
-`context_axis`: each device attends from its queries to the keys of all. In a prefill, a policy with
-a window fetches only the window's keys from its neighbours (a halo) and the sinks from the device
-that has them; full attention is ring attention; the others gather all keys, as packed rows do.
+`context_axis`: each device attends from its queries to the keys of all. A cache is sharded by its
+slots, and one layer of it is gathered at a time. In a prefill, a policy with a window fetches only
+the window's keys from its neighbours (a halo) and the sinks from the device that has them; full
+attention is ring attention; the others gather all keys, as packed rows do.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from jaxtyping import Array, Int
 from lminf import kernels
 from lminf.attention import cache as caches
 from lminf.attention import decode, reference, scores, sparse
-from lminf.attention.context_parallel import ContextShards
+from lminf.attention.context_parallel import ContextShards, shares_slots
 from lminf.attention.policy import FULL, LayerPolicy, Policy
 from lminf.attention.scores import Branches, Placement, ScoreConfig, by_head
 from lminf.errors import InputError
@@ -64,7 +65,7 @@ def prefill(
             return _ring_attention(part, config, positions, shards, implementation)
         return _over_sequence(part, config, positions, segments, shards, implementation)
 
-    return by_head(policy, config, make)
+    return config.gained(by_head(policy, config, make), positions)
 
 
 def _prefill_through_cache(policy, config, positions, segments, context_axis):
@@ -172,9 +173,11 @@ def extend(
             f"spread rows over devices, or use a policy of positions"
         )
     if isinstance(layout, caches.PreRotated):
-        return decode.extend(policy, config, layout, positions), stored_pos
+        step = decode.extend(policy, config, layout, positions)
+        return config.gained(step, positions), stored_pos
     if isinstance(layout, caches.SlotCache):
-        return policy.extend(config, layout, stored_pos, positions)
+        step, new_pos = policy.extend(config, layout, stored_pos, positions)
+        return config.gained(step, positions), new_pos
     shards = ContextShards(context_axis, positions.shape[1])
     all_pos = shards.all(positions)
     to_slots = layout.destinations(all_pos)
@@ -208,7 +211,15 @@ def extend(
         out, state = read(q, k, v, kv, written, layer, **options)
         return out, written._replace(state=state)
 
-    return step, new_pos
+    def over_shares(q, k, v, kv, layer, **options):
+        """`step` over one layer, gathered from all devices, of which each keeps its share."""
+        whole = [shards.all(x[layer])[None] for x in (kv.k, kv.v)]
+        out, new = step(q, k, v, kv._replace(k=whole[0], v=whole[1]), jnp.int32(0), **options)
+        k, v = (x.at[layer].set(shards.own(y[0])) for x, y in ((kv.k, new.k), (kv.v, new.v)))
+        return out, new._replace(k=k, v=v)
+
+    run = over_shares if shares_slots(layout, shards.devices) else step
+    return config.gained(run, positions), new_pos
 
 
 def prepare_decoding(

@@ -53,4 +53,4 @@ def prefill(
         )
         return out.swapaxes(0, 1).reshape(batch, -1, *out.shape[3:])[:, :tokens]
 
-    return attend
+    return config.gained(attend, positions)

@@ -8,6 +8,12 @@ from jaxtyping import Array, Int
 from lminf.attention import cache as caches
 
 
+def shares_slots(layout: caches.Layout, devices: int) -> bool:
+    """Whether each device holds its share of a cache's slots, in order, or all of them."""
+    ordered = isinstance(layout, caches.SinkRingCache)
+    return devices > 1 and ordered and layout.slots % devices == 0
+
+
 class ContextShards:
     """How one text's tokens lie on a mesh axis: `tokens` on each device, in order."""
 
@@ -21,6 +27,11 @@ class ContextShards:
     def all(self, x: Array) -> Array:
         """[B, T, ...] of every device, in order, from each device's share of T."""
         return x if self.axis is None else jax.lax.all_gather(x, self.axis, axis=1, tiled=True)
+
+    def own(self, x: Array) -> Array:
+        """This device's share of [B, T, ...], of which `all` makes the whole again."""
+        share = x.shape[1] // self.devices
+        return jax.lax.dynamic_slice_in_dim(x, self.index * share, share, 1)
 
     def rows(self, x: Array, rows: Int[Array, "B R"]) -> Array:
         """[B, R, ...], from the devices that have them; row 0 is this device's first."""

@@ -99,7 +99,8 @@ class LayerPolicy(Named):
     # LayerPolicy | None: under which tokens that are read together see what they would see one
     # after another, with the same cache; None: there is none.
     one_by_one: Any = property(lambda self: self)
-    accumulates = False  # whether its state holds sums over tokens, from which none can be taken
+    # Whether its state holds sums over tokens, or what one of them found: none can be taken back.
+    accumulates = False
 
     def cache_layout(self, capacity: int) -> Any:
         """The cache layout for a text of at most `capacity` tokens; None: what positions need."""

@@ -276,6 +276,24 @@ class Learnt:
 Encoding = Rotary | Alibi | NoEncoding | Learnt
 
 
+@dataclass(frozen=True)
+class QueryGain:
+    """Queries times 1 + beta ln(1 + floor(position / length)): in a long text the softmax would
+    otherwise flatten. Source: Llama 4's temperature tuning, as Ministral 3 runs it (Mistral 2025).
+    """
+
+    beta: Annotated[float, Range(above=0, max=1e3)]
+    length: Length  # tokens whose queries stay as they are
+
+    def __post_init__(self):
+        ranges.check(self)
+
+    def at(self, positions: Int[Array, "*B T"]) -> Float32[Array, "*B T"]:
+        """The factor of queries at these positions; 1 of padding."""
+        laps = jnp.maximum(positions, 0) // self.length
+        return 1 + jnp.float32(self.beta) * jnp.log1p(laps.astype(jnp.float32))
+
+
 # --- Angles ---------------------------------------------------------------------------------------
 
 

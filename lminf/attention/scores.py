@@ -29,6 +29,16 @@ class ScoreConfig:
     encoding: rope.Encoding
     scale: float
     soft_cap: float | None
+    query_gain: rope.QueryGain | None = None
+
+    def gained(
+        self, attend: Callable[..., Any], positions: Int[Array, "B T"]
+    ) -> Callable[..., Any]:
+        """`attend` of queries at these positions times their gain."""
+        if self.query_gain is None:
+            return attend
+        gain = self.query_gain.at(positions)[..., None, None]
+        return lambda q, *args, **options: attend(q * gain.astype(q.dtype), *args, **options)
 
     def slopes(self, num_heads: int) -> Float[Array, " N"] | None:
         if isinstance(self.encoding, rope.Alibi):

@@ -59,6 +59,7 @@ SHAPE: dict[str, Any] = {
     "rope.freq_base": Base,
     "rope.freq_base_swa": Base,
     "attention.scale": Multiplier,
+    "attention.temperature_scale": Annotated[float, Range(min=0, max=1e3)],
     "attention.max_alibi_bias": Annotated[float, Range(above=0, max=1e3)],
     "attention.clamp_kqv": Cap,
     "embedding_scale": Multiplier,
@@ -74,6 +75,7 @@ SHAPE: dict[str, Any] = {
     "rope.scaling.attn_factor": Temperature,
     "rope.scaling.yarn_beta_fast": Factor,
     "rope.scaling.yarn_beta_slow": Factor,
+    "rope.scaling.yarn_log_multiplier": Annotated[float, Range(min=0, max=1e3)],
 }
 # Keys that change nothing in what the model computes, and at which values: sizes said again, parts
 # of other architectures that this file does without. All others are used, or refused by name.
@@ -267,7 +269,10 @@ def _scaling(facts: Fields, file: GGUFFile, base: float, dim: int) -> Scaling:
         facts.only("rope.scaling.yarn_ext_factor", 1.0)
         usual = YaRN(factor, 1).temperature
         multiplier = facts.get("rope.scaling.attn_factor", 1.0)
-        scaling = YaRN(factor, trained, fast, slow, None if multiplier == 1 else usual * multiplier)
+        temperature = None if multiplier == 1 else usual * multiplier
+        if bottom := facts.get("rope.scaling.yarn_log_multiplier"):  # mscale_all_dim; mscale is 1
+            temperature = multiplier * (1 + (usual - 1)) / (1 + bottom * (usual - 1))
+        scaling = YaRN(factor, trained, fast, slow, temperature)
     elif kind in ("none", "linear"):
         facts.only("rope.scaling.yarn_ext_factor", 0.0)
         facts.only("rope.scaling.attn_factor", 1.0)

@@ -9,7 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lminf.attention.rope import Alibi, Encoding, Learnt, NoEncoding, Rotary, Unscaled, YaRN
+from lminf.attention.rope import (
+    Alibi,
+    Encoding,
+    Learnt,
+    NoEncoding,
+    QueryGain,
+    Rotary,
+    Unscaled,
+    YaRN,
+)
 from lminf.checkpoints.config_fields import Activation, Fields
 from lminf.checkpoints.families.family import differing, every
 from lminf.checkpoints.gguf_file import GGUFFile
@@ -85,6 +94,14 @@ def _llama(known: Known) -> dict[str, Any]:
     if known.facts.get("expert_count") is None:
         return {}
     return {"family": "mixtral", "moe": _experts(known, "expert_feed_forward_length")}
+
+
+def _mistral3(known: Known) -> dict[str, Any]:
+    """Ministral 3. llama.cpp takes the length from YaRN's."""
+    beta, facts = known.facts.get("attention.temperature_scale", 0.0), known.facts
+    length = facts.get("rope.scaling.original_context_length", facts["context_length"])
+    facts.same("attention.temperature_length", length)
+    return {"query_gain": QueryGain(float(beta), length) if beta else None}
 
 
 def _qwen3moe(known: Known) -> dict[str, Any]:
@@ -226,6 +243,7 @@ _OLD: dict[str, Any] = _LAYER | {"gated": False, "grouped": False}
 _GEMMA: dict[str, Any] = {"activation": "gelu_tanh", "scale_offset": 1.0}
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama", also=("mistral", "mixtral"), spec_fields=_llama),
+    "mistral3": Architecture("ministral3", spec_fields=_mistral3),
     "granite": Architecture("granite", spec_fields=_granite),
     "smollm3": Architecture("smollm3", spec_fields=_smollm3),
     "qwen2": Architecture("qwen2"),

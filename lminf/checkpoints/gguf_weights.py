@@ -109,6 +109,7 @@ FALCON_TWO_NORMS = [
 ]
 TABLES: dict[str, list[Row]] = {
     "llama": [*_LLAMA, *_EXPERTS],
+    "mistral3": _LLAMA,
     "granite": _LLAMA,
     "smollm3": _LLAMA,
     "qwen2": _PLAIN,

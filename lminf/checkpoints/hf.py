@@ -31,6 +31,7 @@ from lminf.types import Params
 WEIGHTS = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 POLICY_FILE = "lminf.json"  # how a model attends, where config.json cannot say it
+OF_IMAGES = ("vision_tower.", "multi_modal_projector.")  # tensors
 FLOATS = {"F64", "F32", "F16", "BF16"}
 DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
@@ -49,6 +50,7 @@ def load(
     """Spec, parameters (numpy, of `dtype`) and, where the folder has one, tokenizer."""
     spec = read_spec(folder)
     with _tensors(folder) as (shapes, tensor):
+        shapes, tensor = _text_model(folder, shapes, tensor)
         params = tensors.read(
             spec,
             FAMILIES[spec.family].rows_of(spec),
@@ -101,6 +103,20 @@ def _tensors(
                     )
                 shapes[name], shards[name] = tuple(view.get_shape()), shard
         yield mxfp4.named(shapes, lambda name: shards[name].get_tensor(name), str(folder))
+
+
+def _text_model(
+    folder: Path, shapes: dict[str, tuple[int, ...]], tensor: Callable[[str], np.ndarray]
+) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
+    """The tensors of the text model of one that reads images too, by the names it has alone."""
+    if read_json(folder / "config.json").get("model_type") != hf_config.WITH_IMAGES:
+        return shapes, tensor
+    stored = {
+        name.removeprefix("language_model.").replace("model.language_model.", "model.", 1): name
+        for name in shapes
+        if not name.removeprefix("model.").startswith(OF_IMAGES)
+    }
+    return {name: shapes[old] for name, old in stored.items()}, lambda name: tensor(stored[name])
 
 
 def _files(folder: Path) -> list[Path]:

@@ -28,14 +28,17 @@ UNLIKE = {
         "its recurrent layers keep a state instead of keys",
     ),
     **dict.fromkeys(
-        ("gemma3", "mistral3", "mllama", "qwen2_vl", "qwen2_5_vl", "llama4"),
+        ("gemma3", "mllama", "qwen2_vl", "qwen2_5_vl", "llama4"),
         "it reads images too; give its text model: a folder of its own, or a GGUF file",
     ),
 }
 
+WITH_IMAGES = "mistral3"  # a model of texts and images whose text model is in a section of its own
+
 
 def to_spec(values: Mapping[str, Any], source: str) -> ModelSpec:
     """The spec of a config.json; `source` names the file in errors."""
+    values = _text_model(values, source)
     stored = values.get("quantization_config")
     mxfp4 = isinstance(stored, Mapping) and stored.get("quant_method") == "mxfp4"
     if mxfp4 and values.get("model_type") == "gpt_oss":
@@ -58,6 +61,20 @@ def to_spec(values: Mapping[str, Any], source: str) -> ModelSpec:
         raise InputError(f"{source} describes no model that can be: {error}") from error
     fields.refuse_others()
     return spec
+
+
+def _text_model(values: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """The values of the text model alone."""
+    if values.get("model_type") != WITH_IMAGES:
+        return values
+    section = values.get("text_config")
+    if not isinstance(section, Mapping):
+        raise InputError(
+            f"{source} has no text_config, the section of the text model; fetch the file again"
+        )
+    # A head is tied, or the weights quantised, as the whole model's part of the file says.
+    names = ("tie_word_embeddings", "quantization_config")
+    return {**section} | {name: values[name] for name in names if name in values}
 
 
 def _unknown(family: Any) -> str:

@@ -43,6 +43,7 @@ _SCALING_SHAPE: dict[str, Any] = {
     "original_max_position_embeddings": Length,
     "max_position_embeddings": Length,
     "truncate": bool,
+    "llama_4_scaling_beta": Annotated[float, Range(min=0, max=1e3)],
 }
 _BY_TYPE: dict[str, Any] = {"full_attention": dict, "sliding_attention": dict}
 _MEANINGLESS: Meaningless = {"finetuned": None, "attn_factor": (1.0,)}
@@ -74,8 +75,21 @@ def read(
         theta = fields["rope_theta"]
     rotated = int(head_dim * _either(given, fields, "partial_rotary_factor", neox, share))
     scaling = _scaling(given, fields)
+    if fields.get("model_type") == "ministral3":
+        for name in ("llama_4_scaling_beta", "original_max_position_embeddings"):
+            given.ignored(name)  # of query_gain
     given.refuse_others()
     return rope.Rotary(float(theta), rotated, layout, scaling)
+
+
+def query_gain(fields: Fields) -> rope.QueryGain | None:
+    """What queries at late positions are multiplied by, where Ministral 3 says it: beside the
+    rotary encoding.
+    """
+    section = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
+    given = fields.part(section, _SCALING_SHAPE, _MEANINGLESS)
+    beta = float(given["llama_4_scaling_beta"])
+    return rope.QueryGain(beta, given["original_max_position_embeddings"]) if beta else None
 
 
 def read_by_type(fields: Fields, head_dim: int) -> tuple[rope.Rotary, rope.Rotary]:
@@ -228,6 +242,16 @@ def write(encoding: rope.Encoding) -> dict[str, Any]:
                 "truncate": truncate,
             } | ({} if temperature is None else {"attention_factor": temperature})
     return fields
+
+
+def write_with_gain(encoding: rope.Rotary, gain: rope.QueryGain | None) -> dict[str, Any]:
+    """Encoding and gain of queries, as `read` and `query_gain` read them, and transformers 5."""
+    fields = write(encoding)
+    said = {"rope_type": "default", "rope_theta": fields["rope_theta"], "llama_4_scaling_beta": 0.0}
+    if gain is not None:
+        said["llama_4_scaling_beta"] = gain.beta
+        said["original_max_position_embeddings"] = gain.length
+    return {"rope_parameters": said | fields.get("rope_scaling", {})}
 
 
 def write_by_type(full: rope.Encoding, sliding: rope.Encoding) -> dict[str, Any]:

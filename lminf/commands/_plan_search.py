@@ -13,11 +13,12 @@ from lminf.run import request
 from lminf.train.plan_search import USABLE, Planned, Search
 
 SHOWN = 5  # layouts
-SEARCHED = ("mesh", "strategy", "remat", "grad_accum_steps")  # fields that the search chooses
+# Fields that the search chooses.
+SEARCHED = ("mesh", "strategy", "pipeline", "remat", "grad_accum_steps")
 
 
 def facts_and_layouts(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """About the run and the best layout without stages; and a row for each of the best."""
+    """About the run and the best layout; and a row for each of the best."""
     from lminf.experiments import _training
 
     parsed = request.parse(
@@ -29,7 +30,7 @@ def facts_and_layouts(args: argparse.Namespace) -> tuple[dict[str, Any], list[di
         raise InputError(f"--override={chosen[0]}: --search chooses it; leave one of the two out")
     c: Any = parsed.config
     c.mesh.update(asdict(MeshShape(data=1)))
-    c.strategy, c.remat, c.grad_accum_steps = "data", "none", 1
+    c.strategy, c.pipeline, c.remat, c.grad_accum_steps = "data", "", "none", 1
     _training.check(c, parsed.overrides)
     shape, devices = _training.shape_to_plan(c), hardware.parse(args.devices)
     first, stages = _training.program_of(c, shape, absent=1), _training.stages_of(c)
@@ -39,7 +40,7 @@ def facts_and_layouts(args: argparse.Namespace) -> tuple[dict[str, Any], list[di
     )
     search = Search(program, devices, stage.batch, stage.length, args.efficiency)
     planned = search.best()
-    runs_here = next((each for each in planned if each.layout.sizes.stage == 1), None)
+    layout = planned[0].layout
     facts = {
         "config": args.config,
         "devices": f"{devices.count} x {devices.name}",
@@ -48,20 +49,9 @@ def facts_and_layouts(args: argparse.Namespace) -> tuple[dict[str, Any], list[di
         "efficiency": args.efficiency,
         "usable_bytes": USABLE * devices.kind.memory_bytes,
         "meshes_that_fit": len(planned),
+        "overrides": " ".join(f"--config.{override}" for override in layout.overrides),
+        **plan.compiled_facts(layout.of(program), devices, rows=stage.batch, length=stage.length),
     }
-    if runs_here is None:
-        facts["overrides"] = (
-            "none: what fits needs a pipeline, whose flags the search does not write"
-        )
-    else:
-        layout = runs_here.layout
-        facts |= {
-            "overrides": " ".join(f"--override={o}" for o in layout.overrides),
-            "overrides_mfu": runs_here.mfu,
-            **plan.compiled_facts(
-                layout.of(program), devices, rows=stage.batch, length=stage.length
-            ),
-        }
     return facts, [row_of(each) for each in planned[:SHOWN]]
 
 
@@ -75,7 +65,7 @@ def row_of(planned: Planned) -> dict[str, Any]:
         "remat": layout.remat,
         "schedule": layout.schedule or "-",
         "state_bytes": memory.params + memory.grads + memory.optimizer,
-        "activation_bytes": memory.activations + memory.gathered,
+        "activation_bytes": memory.activations + memory.transient,
         "total_bytes": memory.total,
         "step_seconds": planned.time.total,
         "mfu": planned.mfu,

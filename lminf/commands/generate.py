@@ -4,16 +4,19 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 
 from lminf.commands import _model
+from lminf.config import parse_choice
 from lminf.data import sources
 from lminf.errors import InputError, printable
+from lminf.lm.acceptance import RULES
 from lminf.lm.drafts import parse_draft
 from lminf.lm.generate import Sampling
 from lminf.lm.lm import LM
-from lminf.lm.speculative import DRAFT_TOKENS
+from lminf.lm.speculative import DRAFT_TOKENS, check_rule
 from lminf.ranges import Range
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but for tabs and ends of lines
@@ -30,9 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", default=[], help="text to end at; may repeat")
     parser.add_argument("--draft", help="what proposes tokens that the model then reads together: "
                         "prompt_lookup, ngram:FOLDER of an index, layers:8, "
-                        "policy:lm_infinite:window=1024,sinks=4, or a model with the same "
-                        "tokenizer; greedy answers stay the same")  # fmt: skip
+                        "policy:lm_infinite:window=1024,sinks=4, retrieved:tokens=512, or a model "
+                        "with the same tokenizer; greedy answers stay the same")  # fmt: skip
     parser.add_argument("--draft-tokens", type=int, help="that it proposes at a time (7)")
+    parser.add_argument("--acceptance", help="of what it proposes: standard, or rapid:eta=10, "
+                        "which moves the answer towards the draft's")  # fmt: skip
     parser.add_argument("--seed", type=_model.seed, help="of what is drawn (0)")
     parser.add_argument("--chat", action="store_true", help="use the model's chat template; "
                         "without a prompt, a conversation, a line a turn")  # fmt: skip
@@ -76,10 +81,16 @@ def drafting(args: argparse.Namespace) -> Callable[[argparse.Namespace], LM]:
     """What loads the model, with its draft if it shall have one."""
     tokens = args.draft_tokens
     if args.draft is None:
-        if tokens is not None:
-            raise InputError("--draft-tokens means nothing without --draft; give one too")
+        for name in ("draft_tokens", "acceptance"):
+            if getattr(args, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{option} means nothing without --draft; give one too")
         return _model.load
-    settings = {} if tokens is None else {"num_draft_tokens": tokens}
+    rule = parse_choice(args.acceptance or "standard", RULES, what="rule of acceptance")
+    settings: dict[str, Any] = {"rule": rule}
+    if tokens is not None:
+        settings["num_draft_tokens"] = tokens
+    check_rule(rule, args.temperature)
     if tokens is not None and (problem := DRAFT_TOKENS.problem(tokens, whole=True)):
         raise InputError(f"--draft-tokens={tokens}: give {problem}")
 

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
+from lminf.config import closest
+from lminf.errors import InputError
 from lminf.run import header
 
 
@@ -29,14 +31,23 @@ def run(args: argparse.Namespace) -> None:
         # Beside the list, which fits a screen and may be read by another program.
         hint = "lminf list TOPIC: titles; lminf list NAME: question, command, time, what to expect"
         print(hint, file=sys.stderr)
-    elif set(args.names) <= set(topics):
-        console.print(titles([*itertools.chain.from_iterable(topics[name] for name in args.names)]))
-    else:
-        for experiment in header.experiments(args.names):
-            console.print(f"{experiment.name}: {experiment.title}", style="bold")
-            for key, text in experiment.entries.items():
-                console.print(Padding(f"{key:10} {text}", (0, 0, 0, 2)))
-            console.print()
+        return
+    named = {each.name: each for each in itertools.chain.from_iterable(topics.values())}
+    for name in args.names:
+        if name in topics:
+            console.print(titles(topics[name]))
+        elif name in named:
+            show(named[name], console)
+        else:
+            known = closest(name, [*topics, *named])
+            raise InputError(f"there is no experiment or topic {name!r}; {known}")
+
+
+def show(experiment: header.Header, console: Console) -> None:
+    console.print(f"{experiment.name}: {experiment.title}", style="bold")
+    for key, text in experiment.entries.items():
+        console.print(Padding(f"{key:10} {text}", (0, 0, 0, 2)))
+    console.print()
 
 
 def overview(topics: dict[str, list[header.Header]]) -> Table:

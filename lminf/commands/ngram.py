@@ -137,9 +137,22 @@ class Opened:
             if not all(word.isdecimal() for word in words):
                 raise InputError(f"{text[:40]!r} is no list of token ids; write 5613,4086,9068")
             ids = [int(word) for word in words]
+            self._check_vocabulary(ids)
         if not ids:
             raise InputError("a text is empty; give at least one token")
         return ids
+
+    def _check_vocabulary(self, ids: Sequence[int]) -> None:
+        """Refuses ids that no text has, which would be counted 0 times; separators are counted."""
+        facts, separator = self.index.facts, self.index.encoding.separator
+        if facts is None or facts.vocab_size is None:
+            return
+        beyond = [token for token in ids if token >= facts.vocab_size and token != separator]
+        if beyond:
+            raise InputError(
+                f"token id {beyond[0]} is beyond the tokenizer {facts.tokenizer} of this index, "
+                f"whose ids are 0 to {facts.vocab_size - 1}; give ids of its tokenizer"
+            )
 
     def show(self, ids: Sequence[int]) -> str:
         """Token ids as text."""

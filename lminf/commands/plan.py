@@ -202,6 +202,7 @@ def plan_training(args: argparse.Namespace) -> None:
         "grads_bytes": memory.grads,
         "optimizer_bytes": memory.optimizer,
         "activation_bytes": memory.activations,
+        "transient_bytes": memory.transient,
         "total_bytes": memory.total,
         **compiled_facts(program, devices, rows=largest.batch, length=largest.length),
         "device_memory_bytes": devices.kind.memory_bytes,

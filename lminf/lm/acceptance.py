@@ -82,6 +82,7 @@ def _normalized(weights, *, instead):
 
 STANDARD = Standard()
 Rule: TypeAlias = Standard | RAPID
+RULES = {"standard": Standard, "rapid": RAPID}
 
 
 def verify(

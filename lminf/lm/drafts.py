@@ -4,6 +4,7 @@ prompt_lookup:ngram=3                    what followed the last tokens earlier i
 ngram:FOLDER                             what followed them in the corpus of an index
 layers:8                                 the model's own first layers, and its head
 policy:lm_infinite:window=1024,sinks=4   the model itself, seeing less of the text
+retrieved:tokens=512                     the model itself, reading what was retrieved of the prompt
 NAME_OR_FOLDER                           another model with the same tokenizer
 """
 
@@ -29,7 +30,8 @@ from lminf.lm import generate
 from lminf.lm.generate import GREEDY, Sampling
 from lminf.lm.lm import LM
 from lminf.lm.ngram_draft import ngram_draft
-from lminf.lm.speculative import Draft, Proposal, Texts, read_prompts
+from lminf.lm.retrieval import Retrieval
+from lminf.lm.speculative import Draft, Drafter, Proposal, Texts, read_prompts
 from lminf.models import heads
 from lminf.ranges import Range
 
@@ -43,6 +45,9 @@ def parse_draft(text: str, *, model: str, load: Callable[[str], LM]) -> Callable
     if kind == "prompt_lookup":
         lookup = parse_choice(text, {kind: PromptLookup}, what="draft")
         return lambda lm: lookup
+    if kind == "retrieved":
+        retrieval = parse_choice(text, {kind: Retrieval}, what="draft")
+        return lambda lm: RetrievedDraft(lm, retrieval)
     if kind == "ngram":
         return ngram_draft(rest, model=model)
     if kind == "policy":
@@ -155,6 +160,24 @@ class ModelDraft:
         return _ModelDrafter(
             self.lm, lm.spec.vocab_size, sampling, read.rewindable, theirs - ours, ours,
             num_draft_tokens + 1,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RetrievedDraft:
+    """A language model that reads what is retrieved of each prompt, and all that is written."""
+
+    lm: LM
+    retrieval: Retrieval
+
+    def start(
+        self, lm: Any, prompts: Texts, *, num_draft_tokens: int, max_new_tokens: int,
+        sampling: Sampling,
+    ) -> Drafter:  # fmt: skip
+        shorter = [self.retrieval.of(self.lm.tokenizer, prompt) for prompt in prompts]
+        return ModelDraft(self.lm, shorter).start(
+            lm, prompts, num_draft_tokens=num_draft_tokens, max_new_tokens=max_new_tokens,
+            sampling=sampling,
         )  # fmt: skip
 
 

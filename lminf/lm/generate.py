@@ -1,18 +1,20 @@
 """Generation: tokens one at a time through the cache, and text out of tokens."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int
 
 from lminf.attention import attend, cache
+from lminf.attention.context_parallel import shares_slots
 from lminf.attention.policy import LayerPolicy
 from lminf.attention.scores import ScoreConfig
 from lminf.errors import InputError
@@ -285,18 +287,42 @@ def forward(
     def run(params, tokens, positions, caches) -> Any:
         return module.apply({"params": params}, tokens, positions=positions, caches=caches)
 
-    if shared:
-        shares = P(None, CONTEXT)
+    if mesh is not None and shared:
+        shares, of_caches = P(None, CONTEXT), cache_specs(caches, mesh)
         run = jax.shard_map(
             run,
             mesh=mesh,
-            in_specs=(P(), shares, shares, P()),
-            out_specs=(shares, P()),
-            # That all devices end with the same caches, jax cannot know: it follows from the
+            in_specs=(P(), shares, shares, of_caches),
+            out_specs=(shares, of_caches),
+            # That all devices end with the same windows, jax cannot know: it follows from the
             # gathered keys and values that each of them writes.
             check_vma=False,
         )
     return run(params, tokens, positions, caches)
+
+
+def cache_specs(caches: Caches, mesh: Mesh) -> Caches:
+    """The PartitionSpec of each array of the caches of a text that is read on this mesh."""
+
+    def specs(layer: cache.Cache) -> cache.Cache:
+        everywhere = jax.tree.map(lambda x: P(), layer)
+        if not shares_slots(layer.layout, mesh.size):
+            return everywhere
+        by_slot: Any = P(None, None, CONTEXT)
+        return dataclasses.replace(everywhere, k=by_slot, v=by_slot)
+
+    return tuple(specs(layer) for layer in caches)
+
+
+@lru_cache(maxsize=64)
+def empty_on(
+    mesh: Mesh, spec: ModelSpec, policies: tuple[LayerPolicy, ...], batch: int, capacity: int,
+    dtype: Any,
+) -> Callable[[], Caches]:  # fmt: skip
+    """The program of decoder.init_caches that makes on each device of a mesh what it holds."""
+    make = partial(decoder.init_caches, spec, policies, batch=batch, capacity=capacity, dtype=dtype)
+    specs = cache_specs(jax.eval_shape(make), mesh)
+    return jax.jit(make, out_shardings=jax.tree.map(partial(NamedSharding, mesh), specs))
 
 
 def prepare_decoding(

@@ -203,6 +203,8 @@ class LM:
                 f"{needed / 1e9:.1f} GB, but this device has {available / 1e9:.1f} GB; read fewer "
                 f"tokens or use a policy with a window, such as lm_infinite"
             )
+        if self.mesh is not None:
+            return generate.empty_on(self.mesh, self.spec, by_layer, batch, capacity, self.dtype)()
         period = self.spec.num_layers if self._layerwise else None
         return decoder.init_caches(
             self.spec, by_layer, batch=batch, capacity=capacity, dtype=self.dtype, period=period

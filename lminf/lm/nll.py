@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Float32, Int
 
@@ -84,8 +84,6 @@ def stream_nll(
     prompt = _prompt_within(lm, longest, prompt)
     chunk = layer_policies.chunk_within(prompt, chunk)
     caches = lm.init_caches(batch=1, capacity=-(-(longest or 0) // chunk) * chunk)
-    if mesh is not None:
-        caches = jax.device_put(caches, NamedSharding(mesh, P()))
     buffer, start = np.zeros(0, np.int32), 0
     for piece in itertools.chain(pieces, [None]):
         last = piece is None

@@ -218,7 +218,7 @@ class _Target:
         return np.full_like(read, DRAFT_TOKENS.max) if turn is None else turn - 1 - read % turn
 
     def _sums(self) -> dict[int, Any]:
-        """Copies of the states, by layer, that hold sums over tokens."""
+        """Copies of the states, by layer, from which no token can be taken back."""
         policies = self.lm.decoder.policies
         pairs = enumerate(zip(policies, self.caches, strict=False))
         return {
@@ -338,7 +338,12 @@ def _check(lm, rule, sampling) -> None:
                 f"{type(encoding.scaling).__name__} rotates keys anew with every token, so several "
                 f"cannot be read at once as one after another; leave the draft out, or use NTKAware"
             )
-    if isinstance(rule, RAPID) and sampling.temperature == 0:
+    check_rule(rule, sampling.temperature)
+
+
+def check_rule(rule: Rule, temperature: float) -> None:
+    """Refuses a rule that means nothing at this temperature."""
+    if isinstance(rule, RAPID) and temperature == 0:
         raise InputError(
             "RAPID shifts probabilities, but at temperature 0 nothing is drawn; give a temperature"
         )

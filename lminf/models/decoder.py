@@ -68,8 +68,8 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32  # of the computation; parameters are cast to it where they are used
     remat: Any = None  # a jax.checkpoint policy; None keeps every activation
     implementation: str | None = None  # of kernels.lambda_attention; None chooses
-    # Inside shard_map: the mesh axis that tokens of a row are spread over. Caches are not: every
-    # device holds all of them.
+    # Inside shard_map: the mesh axis that tokens of a row are spread over, and slots of caches
+    # where context_parallel.shares_slots says so.
     context_axis: str | None = None
     prefill: Callable[..., attend.Prefill] = attend.prefill  # how a text attends over itself
     # constrain(x, *logical axes): x with the sharding that those axes have on a mesh.
@@ -228,8 +228,9 @@ class Decoder(nn.Module):
             attend.extend(policy, config, layer.layout, layer.pos, positions, **options)
             for (policy, config), layer in zip(layers_, caches, strict=True)
         ]
+        devices = 1 if self.context_axis is None else jax.lax.axis_size(self.context_axis)
         attentions = [
-            layer_scan.with_cache(extend, options, layer, length)
+            layer_scan.with_cache(extend, options, layer, length, devices)
             for (extend, _), options, layer in zip(extends, indices, caches, strict=True)
         ]
         return attentions, [new_positions for _, new_positions in extends]
@@ -333,7 +334,7 @@ def stages_of(spec: ModelSpec) -> dict[str, ModelSpec]:
 def score_configs(spec: ModelSpec) -> tuple[ScoreConfig, ...]:
     """[L] how each layer scores a query and a key."""
     return tuple(
-        ScoreConfig(encoding, spec.query_scale, spec.attention_soft_cap)
+        ScoreConfig(encoding, spec.query_scale, spec.attention_soft_cap, spec.query_gain)
         for encoding in spec.encodings
     )
 

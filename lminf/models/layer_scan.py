@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lminf.attention import attend, cache
+from lminf.attention.context_parallel import shares_slots
 from lminf.attention.policy import LayerPolicy
 from lminf.errors import InputError
 from lminf.types import Hidden, Params
@@ -58,18 +59,20 @@ def without_cache(prefill: attend.Prefill, options: Options = lambda row: {}) ->
 
 
 def with_cache(
-    extend: attend.Extend, options: Options, layer_cache: cache.Cache, tokens: int
+    extend: attend.Extend, options: Options, layer_cache: cache.Cache, tokens: int, devices: int
 ) -> LayerAttention:
-    """Attention of `tokens` new tokens over a cache.
+    """Attention of `tokens` new tokens over a cache whose slots are on so many devices.
 
-    One token is written into the arrays of all layers in place. A longer chunk that overwrites
-    slots which it also reads would make XLA copy all layers in every layer, so it is sliced.
+    One token is written into the arrays of all layers in place, and so is what was gathered from
+    several devices. A longer chunk that overwrites slots which it also reads would make XLA copy
+    all layers in every layer, so it is sliced.
     """
 
     def extend_row(q, k, v, kv, row, **sinks):
         return extend(q, k, v, kv, row, **sinks, **options(row))
 
-    if tokens == 1 or layer_cache.layout.keeps_all:
+    layout = layer_cache.layout
+    if tokens == 1 or layout.keeps_all or shares_slots(layout, devices):
         return LayerAttention(extend_row, layer_cache.kv)
 
     def extend_slice(q, k, v, kv, row, **sinks):

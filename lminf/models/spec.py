@@ -44,6 +44,7 @@ from lminf.attention.rope import (
     Linear,
     LongRoPE,
     NTKAware,
+    QueryGain,
     Rotary,
     YaRN,
 )
@@ -188,6 +189,7 @@ class ModelSpec:
     sinks: bool = False  # a learnt logit of each head joins its softmax and has no value
     residual_scale: Multiplier = 1.0  # multiplies what attention and MLP add
     logit_scale: Multiplier = 1.0  # multiplies the logits
+    query_gain: QueryGain | None = None  # what queries at late positions are multiplied by
 
     @property
     def encodings(self) -> tuple[Encoding, ...]:

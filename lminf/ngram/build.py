@@ -44,6 +44,7 @@ class Corpus(NamedTuple):
     tokenizer: str  # a name
     tokenizer_digest: str
     read: Any  # () -> an iterator of (token ids, metadata or None), a document each
+    vocab_size: int | None = None  # of the tokenizer; None: not known
 
 
 def of_store(url: str) -> Corpus:
@@ -52,7 +53,8 @@ def of_store(url: str) -> Corpus:
     facts = opened.facts
     assert facts is not None
     sources = {"store": facts.text_digest, "documents": facts.documents, "tokens": facts.tokens}
-    return Corpus(sources, facts.tokenizer, facts.tokenizer_digest, lambda: _stored(opened))
+    return Corpus(sources, facts.tokenizer, facts.tokenizer_digest, lambda: _stored(opened),
+                  facts.vocab_size)  # fmt: skip
 
 
 def _stored(opened: TokenStore) -> Iterator[tuple[Int[np.ndarray, " T"], None]]:
@@ -89,7 +91,7 @@ def of_texts(
                         yield document, {"path": str(file.path), "linenum": line}
                     parts = []
 
-    return Corpus(sources, name, tokenizer.digest, read)
+    return Corpus(sources, name, tokenizer.digest, read, tokenizer.vocab_size)
 
 
 def of_documents(
@@ -136,7 +138,8 @@ def build(
             sorting.write_table(
                 tokens, encoding, table, memory_bytes=memory_bytes, progress=progress
             )
-    _write_json(out / FACTS, dataclasses.asdict(Facts(**request, shards=shards)))
+    facts = Facts(**request, shards=shards, vocab_size=corpus.vocab_size)
+    _write_json(out / FACTS, dataclasses.asdict(facts))
     (out / PROGRESS).unlink()
     return open_index(out)
 

@@ -53,6 +53,7 @@ class Facts:
     tokenizer_digest: str  # Tokenizer.digest
     sources: dict[str, Any]  # what it was built from
     shards: list[dict[str, int]]  # slots and documents of each
+    vocab_size: int | None = None  # of the tokenizer; None: not known
     format: str = FORMAT
 
 

@@ -32,8 +32,8 @@ from lminf.parallel.ticks import tabulate
 from lminf.ranges import Range
 from lminf.types import Params
 
-# The schedules that the devices can follow.
-SUPPORTED = ("gpipe", "1f1b", "interleaved", "zero_bubble")
+# How the vocabulary can be divided in a program that all devices run: each has its share.
+VOCABULARIES = ("one_barrier", "two_barriers")
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,15 @@ class Pipeline:
 
     def __post_init__(self):
         ranges.check(self)
-        if self.schedule in schedules.SCHEDULES and self.schedule not in SUPPORTED:
-            raise InputError(
-                f"{self.schedule} sends activations both ways between the stages, which the "
-                f"training step does not do yet; take {', '.join(SUPPORTED)}"
-            )
         if self.vocab in ("last_stage", "interlaced"):
             raise InputError(
                 f"vocab={self.vocab} would leave most devices of one program without their share "
                 f"of the vocabulary's work; take one_barrier or two_barriers"
+            )
+        if self.vocab not in VOCABULARIES:
+            raise InputError(
+                f"no vocabulary of a pipelined step is called {self.vocab!r}; "
+                f"{closest(self.vocab, VOCABULARIES)}"
             )
 
     def num_microbatches(self, mesh: Mesh) -> int:
@@ -82,6 +82,13 @@ def parse(text: str) -> Pipeline:
     return parse_choice(f"pipeline:schedule={name},{fields}".rstrip(","), {"pipeline": Pipeline})
 
 
+def unsupported(spec: ModelSpec) -> str:
+    """What of a model the stages of a pipeline cannot compute; empty where they can."""
+    if spec.moe is not None:
+        return "experts"
+    return "a bias or a scale of its logits" if spec.head_bias or spec.logit_scale != 1.0 else ""
+
+
 def check(pipeline: Pipeline, spec: ModelSpec, mesh: Mesh, objective: tuple[Term, ...]) -> None:
     """Refuses what the stages of a pipeline cannot divide or compute."""
     stages = mesh.shape[AXIS]
@@ -100,8 +107,7 @@ def check(pipeline: Pipeline, spec: ModelSpec, mesh: Mesh, objective: tuple[Term
             f"{spec.num_layers} layers do not divide over mesh.stage={stages}{each}; choose a "
             f"number of stages that divides them"
         )
-    if spec.moe is not None or spec.head_bias or spec.logit_scale != 1.0:
-        what = "experts" if spec.moe else "a bias or a scale of its logits"
+    if what := unsupported(spec):
         raise InputError(f"a model with {what} has no pipeline yet; leave the pipeline out")
     kinds = sorted(type(term).__name__ for term in objective)
     prefixes = [term.prefix for term in objective if isinstance(term, CrossEntropy)]
@@ -185,7 +191,7 @@ def _run(schedule, device, module, params, batch, mesh, strategy):
     laid_out = {name: jnp.pad(w, ((0, -size % p), (0, 0))) if name in VOCAB_SHARDED else w
                 for name, w in params.items()}  # fmt: skip
     laid_out["layers"] = jax.tree.map(
-        lambda w: w.reshape(chunks, -1, *w.shape[1:]), laid_out["layers"]
+        lambda w: _turned(schedule, w.reshape(chunks, -1, *w.shape[1:])), laid_out["layers"]
     )
     where = {name: P(AXIS) if name in VOCAB_SHARDED else P() for name in params}
     where["layers"] = P(None, AXIS)
@@ -195,5 +201,15 @@ def _run(schedule, device, module, params, batch, mesh, strategy):
         check_vma=False,
     )(laid_out, batch)  # fmt: skip
     if gradient:
-        gradient["layers"] = jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), gradient["layers"])
+        gradient["layers"] = jax.tree.map(
+            lambda g: _turned(schedule, g).reshape(-1, *g.shape[2:]), gradient["layers"]
+        )
     return nll, {name: g[:size] if name in VOCAB_SHARDED else g for name, g in gradient.items()}
+
+
+def _turned(schedule: Schedule, w: Array) -> Array:
+    """Layers [chunks, L, ...] in the order of the devices, from that of the stages; or back."""
+    if not schedule.form.v_shaped:
+        return w
+    by_device = w.reshape(schedule.form.chunks, schedule.devices, -1, *w.shape[2:])
+    return jnp.stack([by_device[0], by_device[1, ::-1]]).reshape(w.shape)

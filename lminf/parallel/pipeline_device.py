@@ -1,8 +1,8 @@
 """What one device of a pipeline does, inside shard_map.
 
 A schedule is data that one compiled loop reads. In each tick every device runs the pass that stands
-in its row; then activations go one device on and gradients one device back, around the ring where
-a device has several chunks of layers, and the barriers that are due are reduced. A forward pass
+in its row; then activations go to the device of the next stage and gradients to that of the one
+before, and the barriers that are due are reduced. A forward pass
 keeps its stage's input and nothing else: the backward is jax.vjp of the stage from there. Every
 device holds a share of the vocabulary's rows (vocabulary.py), looks up its own tokens for the first
 stage and adds their gradients.
@@ -78,7 +78,8 @@ class Device:
 
     @property
     def last(self) -> int:
-        return self.schedule.devices - 1
+        """The device of the last stage."""
+        return self.schedule.device_and_chunk(self.schedule.last)[0]
 
     @property
     def chunks(self) -> int:
@@ -229,32 +230,38 @@ class Device:
         return self._to_last(carry, i, jax.lax.psum(_read(carry.parts, i), AXIS))
 
     def exchange(self, carry: Carry, row: Ticks, sent: Hidden) -> Carry:
-        """Activations one device on, gradients one device back. From the last device to the first
-        they go on to the next chunk of layers, and back to the one before.
+        """Activations to the next stage, gradients to the one before: one device on or back, around
+        the ring from the last device to the first; at the turn of a V they stay where they are.
         """
         p = self.schedule.devices
+        left, right = (self.index - 1) % p, (self.index + 1) % p
         on = jax.lax.ppermute(sent, AXIS, [(d, (d + 1) % p) for d in range(p)])
         back = jax.lax.ppermute(sent, AXIS, [((d + 1) % p, d) for d in range(p)])
-        arrived = _microbatch(row, (self.index - 1) % p, "F")
-        returned = _microbatch(row, (self.index + 1) % p, "B")
-        wrapped = self.index == 0, self.index == self.last
-        arrived = jnp.where(wrapped[0], self._in_chunk(arrived, 1), arrived)
-        returned = jnp.where(wrapped[1], self._in_chunk(returned, -1), returned)
-        return carry._replace(
-            inputs=_write(carry.inputs, arrived, on),
-            gradients=_write(carry.gradients, returned, back),
-        )
+        if self.schedule.form.v_shaped:
+            both = ((left, on), (right, back), (self.index, sent))
+            activations, gradients = both, both
+        else:
+            activations, gradients = ((left, on),), ((right, back),)
+        for source, x in activations:
+            where = self._arriving(row, source, "F")
+            carry = carry._replace(inputs=_write(carry.inputs, where, x))
+        for source, x in gradients:
+            where = self._arriving(row, source, "B")
+            carry = carry._replace(gradients=_write(carry.gradients, where, x))
+        return carry
 
-    def _in_chunk(self, virtual: Int[Array, ""], step: int) -> Int[Array, ""]:
-        """The same microbatch so many chunks on; -1 where there is no such chunk."""
-        i, chunk = self.schedule.microbatch_and_chunk(virtual)
-        chunk += step
-        there = (virtual >= 0) & (chunk >= 0) & (chunk < self.chunks)
-        return jnp.where(there, self.schedule.virtual_microbatch(i, chunk), -1)
+    def _arriving(self, row: Ticks, source: Int[Array, ""], kind: str) -> Int[Array, ""]:
+        """The virtual microbatch that this device gets from a pass of the source, or -1."""
+        s, virtual = self.schedule, _microbatch(row, source, kind)
+        i, chunk = s.microbatch_and_chunk(virtual)
+        stage = s.stage(source, chunk) + (1 if kind == "F" else -1)
+        device, chunk = s.device_and_chunk(stage)
+        here = (virtual >= 0) & (stage >= 0) & (stage <= s.last) & (device == self.index)
+        return jnp.where(here, s.virtual_microbatch(i, chunk), -1)
 
     def _at_end(self, row: Ticks, kind: str, stage: int) -> Int[Array, ""]:
         """The microbatch of a pass through the first stage or the last in the row, or -1."""
-        end, device = divmod(stage, self.schedule.devices)
+        device, end = self.schedule.device_and_chunk(stage)
         virtual = _microbatch(row, device, kind)
         i, chunk = self.schedule.microbatch_and_chunk(virtual)
         return jnp.where((virtual >= 0) & (chunk == end), i, -1)

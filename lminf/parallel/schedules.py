@@ -59,24 +59,37 @@ class Schedule:
         """The last stage: as many stages as devices and chunks, one after another."""
         return self.devices * self.form.chunks - 1
 
-    def stage(self, device: int, chunk: int) -> int:
+    def stage(self, device: Any, chunk: Any) -> Any:
         """The stage that a chunk of a device is, from 0 at the embedding on."""
-        if self.form.v_shaped and chunk == 1:  # V: down with the first chunk, up with the second
-            return 2 * self.devices - 1 - device
-        return chunk * self.devices + device
+        return chunk * self.devices + self._reversed_in(chunk, device)
+
+    def device_and_chunk(self, stage: Any) -> tuple[Any, Any]:
+        """Where a stage is; int or array."""
+        chunk, index = stage // self.devices, stage % self.devices
+        return self._reversed_in(chunk, index), chunk
+
+    def _reversed_in(self, chunk: Any, device: Any) -> Any:
+        """V: down with the first chunk, up with the second."""
+        turns = chunk if self.form.v_shaped else 0
+        return device + turns * (self.devices - 1 - 2 * device)
 
     # A microbatch in one chunk of the layers is a virtual microbatch, as in Megatron-LM. They are
-    # numbered in the order of the forward passes: p microbatches in each chunk, then the next p.
+    # numbered about in the order of the forward passes: a group of microbatches in each chunk, then
+    # the next group.
+
+    @property
+    def _group(self) -> int:
+        return 1 if self.form.v_shaped else self.devices
 
     def virtual_microbatch(self, microbatch: Any, chunk: Any) -> Any:
         """The number of a microbatch in a chunk; of both, int or array."""
-        group, index = microbatch // self.devices, microbatch % self.devices
-        return (group * self.form.chunks + chunk) * self.devices + index
+        group, index = microbatch // self._group, microbatch % self._group
+        return (group * self.form.chunks + chunk) * self._group + index
 
     def microbatch_and_chunk(self, virtual: Any) -> tuple[Any, Any]:
         """What a virtual microbatch is."""
-        block, index = virtual // self.devices, virtual % self.devices
-        return block // self.form.chunks * self.devices + index, block % self.form.chunks
+        block, index = virtual // self._group, virtual % self._group
+        return block // self.form.chunks * self._group + index, block % self.form.chunks
 
 
 class Form(NamedTuple):
@@ -209,8 +222,8 @@ def _greedy(schedule: Schedule) -> list[Pass]:
             return everywhere("S" if barriers == 1 else "T", i, tick)
         if kind == "T":
             return everywhere("S", i, tick)
-        dependency = {"B": ("F", stage), "W": ("B", stage), "S": ("F", s.last)}[kind]
-        return run.done(*dependency, i, tick)
+        before, where = {"B": ("F", stage), "W": ("B", stage), "S": ("F", s.last)}[kind]
+        return run.done(before, where, i, tick)
 
     tick, total = 0, sum(len(queue) for each in queues for queue in each.values())
     while len(run.passes) < total:

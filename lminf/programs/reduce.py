@@ -21,13 +21,13 @@ from jaxtyping import Array, Float
 from lminf import ranges
 from lminf.config import closest
 from lminf.errors import InputError
+from lminf.lm import bm25
 from lminf.lm.budget import Budget
 from lminf.lm.protocol import GenerateOptions, TextGenerator
 from lminf.ranges import Range
 
 Count: TypeAlias = Annotated[int, Range(min=1, max=2**31 - 1)]
 WORD = re.compile(r"\s*\S+(?:\s+$)?")  # with the space before it: a text's words joined are it
-TERM = re.compile(r"\w+")
 
 
 class Embeddings(NamedTuple):
@@ -144,11 +144,8 @@ class Truncation(TextReducer):
 
 @dataclass(frozen=True)
 class BM25(TextReducer):
-    """The chunks of so many words that score highest for the question, by Okapi BM25.
-
-    score = Σ over terms t of the question of idf(t) · tf · (k1 + 1) / (tf + k1 (1 − b + b n / n̄))
-    idf(t) = ln(1 + (N − N_t + 0.5) / (N_t + 0.5)), N_t of N chunks having t, n of n̄ terms
-    Source: Robertson and Zaragoza 2009, Foundations and Trends in Information Retrieval 3(4).
+    """The chunks of so many words that score highest for the question, by Okapi BM25
+    (lminf.lm.bm25).
     """
 
     words: Count = 32
@@ -160,22 +157,10 @@ class BM25(TextReducer):
     def __post_init__(self):
         ranges.check(self)
 
-    def scores(self, documents: Sequence[str], question: str) -> Float[np.ndarray, " N"]:
-        """Of every document."""
-        terms = [[term.lower() for term in TERM.findall(text)] for text in documents]
-        lengths = np.array([len(each) for each in terms], np.float64)
-        norm = self.k1 * (1 - self.b + self.b * lengths / max(lengths.mean(), 1))
-        total = np.zeros(len(terms))
-        for term in (term.lower() for term in TERM.findall(question)):
-            tf = np.array([each.count(term) for each in terms], np.float64)
-            having = (tf > 0).sum()
-            idf = np.log(1 + (len(terms) - having + 0.5) / (having + 0.5))
-            total += idf * tf * (self.k1 + 1) / np.maximum(tf + norm, 1e-9)
-        return total
-
     def shorten(self, context: str, question: str, budget: Budget) -> str:
         parts = chunks(context, self.words)
-        ranking = np.argsort(-self.scores(parts, question), kind="stable")
+        scores = bm25.scores(parts, question, k1=self.k1, b=self.b)
+        ranking = np.argsort(-scores, kind="stable")
         return best_parts(parts, ranking.tolist(), question, budget)
 
 

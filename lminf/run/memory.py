@@ -19,6 +19,16 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def share_heap() -> None:
+    """Makes threads that start from now on take memory from one heap, where the C library is glibc.
+
+    Each would have its own, and keep up to 64 MiB there of what it freed: 0.13 GB in all, where two
+    devices read SmolLM2-135M.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+
+
 def keep_pages() -> None:
     """Makes this process keep the memory that it frees, where its C library is glibc.
 

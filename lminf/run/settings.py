@@ -33,7 +33,7 @@ RANGES = {
             "key_value_lengths",
             "key_value_prompts", "lengths", "passkey_length", "passkeys", "positions", "prompt",
             "prompts", "queries", "instances", "contexts", "num_keys", "num_values",
-            "longest", "requested", "max_new_tokens", "new_tokens",
+            "longest", "requested", "max_new_tokens", "new_tokens", "mtp_heads",
             "parts", "validation", "corpus_documents", "slots", "questions",
             "words", "span", "embedding_layers", "segment_len", "recalled", "needles",
             "retrieved_together", "trained_length",
@@ -71,6 +71,7 @@ RANGES = {
     "draft_tokens": Range(min=1, max=1024),
     "rope_base": Range(min=1),
     "beta": AMOUNT,
+    "temperature": AMOUNT,
     "capacity_factor": AMOUNT,
     "preference_scale": AMOUNT,
     "rates": AMOUNT,
@@ -80,11 +81,13 @@ RANGES = {
     "n_nv": Range(min=1e4, max=1e14),  # as tables of runs have it
     "profile": Range(),  # exponents; of train_lm, steps
     "stages": Range(),  # texts
+    "mtp_rows": Range(),  # texts
     "ratios": Range(min=2, max=MOST),  # tokens to an embedding
 }  # fmt: skip
 # Tuples hold something, but for these of an experiment.
 MAY_BE_EMPTY = {
     "train_lm.profile", "train_lm.stages", "rate_transfer.widths", "rate_transfer.layer_counts",
+    "vocab_expansion.steps", "vocab_expansion.mtp_rows",
     *(f"long_context_eval.{task}{name}" for task in ("", "key_value_")
       for name in ("lengths", "prompts")),
 }  # fmt: skip

@@ -29,10 +29,12 @@ def fit(
     schedule: Schedule,
     steps: int,
     progress: Callable[[int], object] = lambda done: None,
+    watch: Callable[[int, Params], object] = lambda done, params: None,
 ) -> tuple[Params, Float[np.ndarray, " steps"]]:
     """The trained parameters after so many steps, and the loss of each step. `optimizer` is for a
     learning rate of 1; gradients are clipped to a norm of 1. What is frozen is read and not
-    returned, so it cannot change.
+    returned, so it cannot change. `watch` sees what is trained after every step, and must copy what
+    it keeps: the next step uses it up.
     """
     params = jax.tree.map(jnp.array, params)  # copies, which the steps use up
     state, losses = optimizer.init(params), []
@@ -41,6 +43,7 @@ def fit(
         batch = {name: jnp.asarray(x) for name, x in batch_at(step).items()}
         params, state, loss = _step(loss_at(step), optimizer, params, state, frozen, batch, rate)
         losses.append(loss)
+        watch(step + 1, params)
         if step:
             losses[-2].block_until_ready()
             progress(step)

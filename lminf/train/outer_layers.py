@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lminf import ranges
 from lminf.attention import attend
@@ -103,6 +103,10 @@ class OuterLayers:
         self, params: Params, frozen: Params, batch: Mapping[str, Array]
     ) -> Float[Array, ""]:
         hidden = self.hidden(params, frozen, batch["tokens"])
-        logits = heads.lm(self.spec, {**frozen, **params}, hidden)
-        chosen = jnp.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
-        return (jax.nn.logsumexp(logits, -1) - chosen).mean()
+        return mean_nll(heads.lm(self.spec, {**frozen, **params}, hidden), batch["targets"])
+
+
+def mean_nll(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, ""]:
+    """Nats of a target."""
+    chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return (jax.nn.logsumexp(logits, -1) - chosen).mean()

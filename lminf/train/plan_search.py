@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from lminf.errors import InputError
+from lminf.parallel import pipeline
 from lminf.parallel.hardware import MOST_DEVICES, Devices
 from lminf.parallel.mesh import MeshShape
 from lminf.train import layouts, step_time
@@ -106,12 +107,11 @@ class Search:
                 continue
             rows = self.rows // replicas
             for strategy in strategies(sizes):
-                for schedule in self.schedules(sizes.stage):
-                    for micro_batch in (b for b in MICRO_BATCHES if rows % b == 0):
+                for micro_batch in (b for b in MICRO_BATCHES if rows % b == 0):
+                    pieces = rows // micro_batch
+                    for schedule in self.schedules(sizes.stage, pieces):
                         for remat in REMAT:
-                            yield Layout(
-                                sizes, strategy, micro_batch, rows // micro_batch, remat, schedule
-                            )
+                            yield Layout(sizes, strategy, micro_batch, pieces, remat, schedule)
 
     def meshes(self) -> Iterator[MeshShape]:
         spec, most = self.program.spec, self.devices.count
@@ -129,7 +129,7 @@ class Search:
         for tensor in tensors:
             for context in contexts:
                 for expert in (e for e in divisors(most) if experts % e == 0):
-                    for stage in (p for p in divisors(most) if spec.num_layers % p == 0):
+                    for stage in self.stages() if context == expert == 1 else [1]:
                         inner = tensor * context * expert * stage
                         if most % inner:
                             continue
@@ -138,12 +138,21 @@ class Search:
                                 most // inner // fsdp, fsdp, tensor, context, expert, stage
                             )
 
-    def schedules(self, stages: int) -> list[str]:
+    def stages(self) -> list[int]:
+        """Of pipelines that train this program: more than one only where there are any."""
+        spec = self.program.spec
+        if pipeline.unsupported(spec) or self.program.lora is not None:
+            return [1]
+        return [p for p in divisors(self.devices.count) if spec.num_layers % p == 0]
+
+    def schedules(self, stages: int, pieces: int) -> list[str]:
+        """Those that lminf.parallel.pipeline runs with so many micro-batches."""
         if stages == 1:
             return [""]
         layers = self.program.spec.num_layers
         return [name for name, schedule in SCHEDULES.items()
-                if layers % (stages * schedule.chunks) == 0]  # fmt: skip
+                if schedule.pipeline and layers % (stages * schedule.chunks) == 0
+                and schedule.divides(stages, pieces)]  # fmt: skip
 
     # --- Refusals ---------------------------------------------------------------------------------
 
@@ -191,8 +200,8 @@ class Search:
         for sizes in self.meshes():
             replicas = sizes.data * sizes.fsdp * sizes.expert
             if self.rows % replicas == 0:
-                for schedule in self.schedules(sizes.stage):
-                    strategy, pieces = strategies(sizes)[-1], self.rows // replicas
+                strategy, pieces = strategies(sizes)[-1], self.rows // replicas
+                for schedule in self.schedules(sizes.stage, pieces):
                     yield Layout(sizes, strategy, 1, pieces, "full", schedule)
 
 

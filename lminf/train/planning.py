@@ -13,6 +13,8 @@ from lminf.models.spec import ModelSpec
 from lminf.parallel import partition
 from lminf.train.step import TrainStep
 
+TABLES = ("embed", "head")  # of the vocabulary
+
 
 @dataclass(frozen=True)
 class Bytes:
@@ -22,10 +24,11 @@ class Bytes:
     grads: int
     optimizer: int  # with the float32 master parameters
     activations: int  # that the backward finds in memory: a formula, within what XLA makes of it
+    transient: int  # `transient_bytes`
 
     @property
     def total(self) -> int:
-        return self.params + self.grads + self.optimizer + self.activations
+        return self.params + self.grads + self.optimizer + self.activations + self.transient
 
 
 def device_bytes(program: TrainStep, *, rows: int, length: int) -> Bytes:
@@ -41,7 +44,66 @@ def device_bytes(program: TrainStep, *, rows: int, length: int) -> Bytes:
             (state.master_params, state.optimizer), (laid_out.master_params, laid_out.optimizer)
         ),
         activation_bytes(program, rows=rows, length=length),
+        math.ceil(_transient_bytes_of(program)),
     )
+
+
+def transient_bytes(
+    layers: float,
+    tables: float,
+    *,
+    layer_slices: float,
+    num_layers: float,
+    shards_weights: bool,
+    shards_grads: bool,
+    pieces: int,
+    piped: bool,
+    itemsize: int,
+) -> float:
+    """Bytes of weights that fsdp's slices are gathered to, and of gradients that are not yet added
+    to those of other pieces, or not yet in slices.
+
+    `layers` and `tables` (embedding and head) are the weights that a device multiplies by, not in
+    slices of fsdp; `layer_slices` the gradient of the layers as it is kept, in the dtype of the
+    computation. Layers are gathered one at a time, the next beside the one at work; the tables
+    whole, and so is their gradient. A pipeline gathers its stage for the step and sums its whole
+    gradient in float32.
+    """
+    gathered = (tables + (layers if piped else 2 * layers / num_layers)) * shards_weights
+    unsliced = ((layers + tables) * 4 / itemsize if piped else tables) * shards_grads
+    of_piece = (tables + layer_slices) * (pieces > 1)
+    return gathered + unsliced + of_piece
+
+
+def _transient_bytes_of(program: TrainStep) -> float:
+    """`transient_bytes` of a step. Gradients of adapters are small."""
+    adapters, strategy = program.lora is not None, program.strategy
+    params = program.shapes.frozen if adapters else program.shapes.params
+    assert params is not None
+    unsliced = tuple(rule for rule in strategy.params if rule[1] != "fsdp")
+    tables, layers = (
+        {name: x for name, x in params.items() if (name in TABLES) == of_tables}
+        for of_tables in (True, False)
+    )
+
+    def bytes_by(rules, part):
+        laid_out = partition.shardings(part, decoder.AXES, rules, program.mesh)
+        return float(partition.planned_bytes(part, laid_out))
+
+    sliced = program.mesh.shape["fsdp"] > 1
+    return transient_bytes(
+        bytes_by(unsliced, layers), bytes_by(unsliced, tables),
+        layer_slices=bytes_by(strategy.grads, layers),
+        num_layers=program.spec.num_layers / program.mesh.shape["stage"],
+        shards_weights=sliced and shards_fsdp(strategy.params),
+        shards_grads=sliced and shards_fsdp(strategy.grads) and not adapters,
+        pieces=1 if adapters else program.pieces, piped=program.pipeline is not None,
+        itemsize=jnp.dtype(program.dtype).itemsize,
+    )  # fmt: skip
+
+
+def shards_fsdp(rules: partition.Rules) -> bool:
+    return any(axis == "fsdp" for _, axis in rules)
 
 
 def activation_bytes(program: TrainStep, *, rows: int, length: int) -> int:

@@ -4,6 +4,8 @@ A policy is a visible set and a distance delta(i, j); a rotary score is Re sum_c
 exp(i delta theta_c), so nothing is ever placed at a position.
 """
 
+import functools
+
 import numpy as np
 
 from lminf.attention import policy as p
@@ -71,8 +73,7 @@ def _products(encoding, q, k, distance):
     if not isinstance(encoding, rope.Rotary):
         return np.einsum("bth,bsh->bts", q, k)
     dim, pairs = encoding.dim, np.arange(encoding.dim // 2)
-    # The schedules have tests of their own.
-    theta = encoding.scaling.frequencies(encoding.base, dim)
+    theta = rates(encoding)
     if encoding.layout == "half":
         real, imaginary = pairs, pairs + dim // 2
     else:
@@ -83,6 +84,12 @@ def _products(encoding, q, k, distance):
     turned = np.einsum("btc,bsc,btsc->bts", by_q, by_k.conj(), turn).real
     rest = np.einsum("bth,bsh->bts", q[..., dim:], k[..., dim:])
     return turned * encoding.scaling.temperature**2 + rest
+
+
+@functools.cache
+def rates(encoding):
+    """rad/token; the schedules have tests of their own."""
+    return encoding.scaling.frequencies(encoding.base, encoding.dim)
 
 
 def alibi_slope(head: int, heads: int, max_bias: float) -> float:

@@ -10,7 +10,7 @@ import itertools
 import numpy as np
 
 from lminf.attention import rope
-from tests.attention.oracle import _products
+from tests.attention.oracle import _products, rates
 
 
 def groups(calls, size):
@@ -140,7 +140,7 @@ def rotated(encoding, x, at):
     pairs, half = np.arange(encoding.dim // 2), encoding.layout == "half"
     real = pairs if half else 2 * pairs
     imaginary = pairs + encoding.dim // 2 if half else 2 * pairs + 1
-    angle = at[:, None] * encoding.scaling.frequencies(encoding.base, encoding.dim)
+    angle = at[:, None] * rates(encoding)
     turned = (x[:, real] + 1j * x[:, imaginary]) * np.exp(1j * angle)
     out = x.copy()
     out[:, real] = turned.real * encoding.scaling.temperature

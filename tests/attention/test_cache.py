@@ -136,6 +136,7 @@ def test_a_cache_is_stored_in_its_own_dtype():
     assert np.asarray(written, np.float32)[0, 0, 0, 0, 0] == 256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_head", [False, True])
 def test_bfloat16_is_written_as_float32_is_and_so_are_its_gradients(by_head):
     """A slot past the end drops its row."""

@@ -42,6 +42,7 @@ LINEAR = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "gradients"), LINEAR)
 def test_the_tiled_form_grows_by_less_than_1_6_when_the_text_doubles(policy, gradients):
     # From 2,048 positions on, blocks over all keys are four times as long: compare equal blocks.

@@ -124,6 +124,7 @@ def test_h2o_is_its_release():
         np.testing.assert_array_equal(of_heads, theirs[:, : len(of_heads[0])])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_row", [0, 1])
 def test_the_search_of_hip_is_its_release(first_row):
     """Outputs are of the rows 0, 2 of every block, which the release can be given. Left alone it

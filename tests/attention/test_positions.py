@@ -1,5 +1,6 @@
 """Angles, schedules and slopes against exact arithmetic; positions past 10^8."""
 
+import dataclasses
 import math
 from decimal import Decimal, getcontext
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lminf.attention import attend, cache, rope, scores
+from lminf.attention.policies.eviction import H2O
 from lminf.attention.policy import (
     Full,
     Lambda,
@@ -207,6 +209,7 @@ BOUNDED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "encoding", "group"), BOUNDED)
 def test_a_stream_reads_the_same_after_100_million_tokens(policy, encoding, group):
     """A chunk and a token, with the same sinks and window, at the start and far on."""
@@ -239,6 +242,41 @@ def test_a_stream_reads_the_same_after_100_million_tokens(policy, encoding, grou
     at = np.arange(first + 7)[None]
     whole = oracle.attention(policy, scoring, *text, q_pos=at, k_pos=at)
     np.testing.assert_allclose(start, whole[:, first:], atol=cases.ATOL, rtol=0)
+
+
+# --- Queries that grow ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        LMInfinite(5, 3),
+        pytest.param(Full(), marks=pytest.mark.slow),
+        pytest.param(H2O(32, recent=6, turn=24), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_models_gain_of_queries_is_theirs_at_once_and_in_steps(policy):
+    """Llama 4: 1 + beta ln(1 + floor(position / length))."""
+    q, k, v = map(jnp.asarray, cases.arrays(1))
+    at = cases.padded((0, 9))
+    gain = 1 + 0.5 * np.log(1 + np.floor(np.maximum(at, 0) / 7.0))
+    plain = cases.scoring("rotary")
+    growing = dataclasses.replace(plain, query_gain=rope.QueryGain(0.5, 7))
+    grown = q * gain[..., None, None].astype(np.float32)
+    sizes = (8, 8) + (1,) * 8
+
+    def both(config):
+        def run(q):
+            steps = cases.chunks(policy, config, at, sizes, implementation=None)
+            return attend.prefill(policy, config, jnp.asarray(at))(q, k, v), steps(q, k, v)[0]
+
+        return cases.compiled(run)
+
+    as_it_is = both(plain)
+    for found, expected in zip(both(growing)(q), as_it_is(grown), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
+    assert abs(as_it_is(q)[0] - as_it_is(grown)[0]).max() > 1e-2
 
 
 # --- Dynamic scaling ------------------------------------------------------------------------------

@@ -125,6 +125,10 @@ GGUF_SPECS = {
         BASE, family="granite", query_scale=0.5, embed_scale=3.0, residual_scale=0.5,
         logit_scale=0.25,
     ),
+    "mistral3": dataclasses.replace(
+        BASE, family="ministral3", query_gain=rope.QueryGain(0.125, 16),
+        encoding=rope.Rotary(10000.0, 8, "half", rope.YaRN(4.0, 16, attention_factor=1.0)),
+    ),
     "smollm3": dataclasses.replace(
         BASE, family="smollm3", num_layers=4, windows=(None,) * 4,
         layer_encodings=(None, None, None, rope.NoEncoding()),
@@ -201,6 +205,8 @@ _GGUF_FACTS = {
     "granite": {
         "attention.scale": 0.5, "embedding_scale": 3.0, "residual_scale": 0.5, "logit_scale": 4.0,
     },
+    "mistral3": {"attention.temperature_scale": 0.125, "rope.scaling.yarn_log_multiplier": 1.0}
+    | {f"rope.scaling.{name}": value for name, value in _YARN.items()},
     "qwen3moe": {
         "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 24,
     },

@@ -2,11 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from lminf.attention import rope
-from lminf.checkpoints import hf_config
+from lminf.checkpoints import hf, hf_config
 from lminf.errors import InputError
+from tests.checkpoints import making
 from tests.checkpoints.test_hf import GOLDENS
 
 DROPPED = object()
@@ -72,6 +75,37 @@ def test_a_mixture_is_read_with_the_names_of_both_versions():
     assert not spec.moe.normalised
 
 
+@pytest.mark.parametrize(
+    ("layers", "head", "images"),
+    [
+        ("language_model.model.", "language_model.lm_head.", ""),  # of the published files
+        ("model.language_model.", "lm_head.", "model."),  # as transformers 5 writes it
+    ],
+)
+def test_the_text_model_of_one_that_reads_images_is_read_alone(layers, head, images, tmp_path):
+    text = config_of("ministral3")
+    tied = text.pop("tie_word_embeddings")
+    alone = safetensors.numpy.load_file(GOLDENS / "ministral3" / "model.safetensors")
+    prefixes = {"model": layers, "lm_head": head}
+    stored = {
+        prefixes[first] + rest: x
+        for name, x in alone.items()
+        for first, _, rest in [name.partition(".")]
+    }
+    for name in ("vision_tower.patch.weight", "multi_modal_projector.norm.weight"):
+        stored[images + name] = np.zeros((2, 2), np.float32)
+    safetensors.numpy.save_file(stored, tmp_path / "model.safetensors")
+    config = {"model_type": "mistral3", "text_config": text, "vision_config": {"image_size": 8}}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": tied}))
+    spec, params, _ = hf.load(tmp_path)
+    alone, expected, _ = hf.load(GOLDENS / "ministral3")
+    assert spec == alone
+    making.assert_same(params, expected)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral3"}))
+    with pytest.raises(InputError, match="no text_config"):
+        hf.load(tmp_path)
+
+
 def test_falcons_of_all_three_shapes():
     assert (spec_of("falcon").num_kv_heads, spec_of("falcon").residual) == (2, "parallel")
     seven = spec_of("falcon_7b")
@@ -106,6 +140,9 @@ def test_multipliers_that_are_absent_multiply_by_one():
         ("cohere", {"logit_scale": DROPPED}, "no logit_scale"),
         ("cohere2", {"use_parallel_embedding": True}, "use_parallel_embedding"),
         ("gemma", {"head_dim": DROPPED}, "no head_dim"),
+        ("llama", {"rope_parameters": {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1}},
+         "rope_parameters.llama_4_scaling_beta = 0.1, which is not understood"),
+        ("ministral3", {"rope_parameters": {"rope_theta": 1e4}}, "no .*llama_4_scaling_beta"),
         ("gemma", {"hidden_act": "silu"}, "hidden_act"),
     ],
 )  # fmt: skip

@@ -1,10 +1,13 @@
+import fcntl
 import importlib
+import os
 import tempfile
 from pathlib import Path
 
 import jax
 import pytest
 
+from lminf import checkpoints
 from lminf.data.tokenizers import ByteTokenizer
 from lminf.experiments import _models
 from lminf.lm.lm import LM
@@ -28,10 +31,25 @@ def small_lm() -> LM:
 
 
 @pytest.fixture(scope="session")
-def tiny_lm() -> LM:
-    """The tiny model, trained once for all tests: under a minute on two cores."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes
-        return _models.train_tiny(seed=0)
+def tiny_folder(tmp_path_factory) -> Path:
+    """The tiny model on disk, trained once for the tests of all workers: 90 s of processor time."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a worker's folder lies in the one of the session
+        shared = shared.parent
+    folder = shared / "tiny_lm"
+    with (shared / "tiny_lm.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax
+                lm = _models.train_tiny(seed=0)
+            checkpoint = checkpoints.Checkpoint(lm.spec, lm.params, lm.tokenizer, "")
+            checkpoints.save(str(folder), checkpoint)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(tiny_folder) -> LM:
+    return LM.from_pretrained(str(tiny_folder), dtype="float32")
 
 
 @pytest.fixture

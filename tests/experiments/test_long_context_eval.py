@@ -87,6 +87,7 @@ def test_a_cell_is_a_task_a_policy_a_length_and_a_depth(measure):
     assert all(isinstance(figure, Figure) for figure in figures.values())
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_not_measured_again(measure):
     rows = measure()
     again = measure(rows[:4])

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 NAMES = (
     "decode_cost", "diagnose_lengths", "effective_length", "infinigram", "kv_cache",
     "length_generalization", "long_context_eval", "long_context_loss", "long_context_retrieval",
-    "long_icl", "passkey", "speculative", "vocab_expansion",
+    "long_icl", "passkey", "speculative",
 )  # fmt: skip
 TRAINING = ("long_output", "longpo")  # models of their own
 
@@ -44,9 +44,10 @@ def test_it_leaves_rows_figures_and_a_report(name, rows_of_tiny, tmp_path):
     assert_complete(tmp_path)
 
 
-def test_chat_repair_trains_and_leaves_rows_figures_and_a_report(rows_of_tiny, tmp_path):
+@pytest.mark.parametrize("name", ["chat_repair", "vocab_expansion"])
+def test_it_trains_and_leaves_rows_figures_and_a_report(name, rows_of_tiny, tmp_path):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax mixes
-        assert rows_of_tiny("chat_repair")
+        assert rows_of_tiny(name)
     assert_complete(tmp_path)
 
 
@@ -74,7 +75,8 @@ def test_context_budget_asks_a_model_and_trains_others(rows_of_tiny, tmp_path):
     assert_complete(tmp_path)
     assert [(row["part"], row["method"], row["budget"]) for row in rows] == [
         ("lookups", "nothing", 33), ("lookups", "truncation of the middle", 9),
-        ("lookups", "extensible tokenization", 9), ("lookups", "longmem", 9),
+        ("lookups", "trained summary", 9), ("lookups", "extensible tokenization", 9),
+        ("lookups", "longmem", 9),
         ("lookups", "lm_infinite", 9),
         ("prose", "nothing", 600), ("prose", "truncation of the end", 300), ("prose", "bm25", 300),
         ("prose", "semantic deletion", 300), ("prose", "scm", 300), ("prose", "lm_infinite", 300),

@@ -278,6 +278,15 @@ SMALL = {
         **_local_first(),
     ),
     "ministral": lambda: _small("MinistralConfig", head_dim=6, **_local_first()),
+    # Past the original 8 tokens queries grow in four steps; mscale undoes YaRN's temperature.
+    "ministral3": lambda: _small(
+        "Ministral3Config",
+        head_dim=8,
+        rope_parameters=_scaled(
+            "yarn", factor=8.0, beta_fast=4.0, beta_slow=0.5, mscale=1.0, mscale_all_dim=1.0,
+            original_max_position_embeddings=8, llama_4_scaling_beta=0.4,
+        ),
+    ),
     "granite": lambda: _small(
         "GraniteConfig",
         embedding_multiplier=3.0,

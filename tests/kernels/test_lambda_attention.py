@@ -328,6 +328,7 @@ def test_reference_is_the_definition():
         np.testing.assert_allclose(lse[0, 0, i], np.log(total), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_lists_of_positions_are_the_definition():
     """Pair by pair: a row is seen from its position on, w tokens later, by its key head alone."""
     start, window, rows = 6, 2, 7

@@ -6,6 +6,7 @@ import pytest
 
 from lminf.attention.policy import Full, LMInfinite
 from lminf.lm import generate, nll
+from lminf.lm.lm import LM
 from lminf.models import decoder
 from lminf.objectives import cross_entropy
 from tests.attention import cases
@@ -77,11 +78,29 @@ def step(policy, capacity, batch=1):
     return generate.forward.lower(module, None, abstract_parameters(spec), ids, ids, caches)
 
 
+@pytest.mark.parametrize("policy", [Full(), LMInfinite(2040, 8)], ids=str)
+def test_devices_that_read_together_hold_the_cache_once(policy):
+    """Each its share of the slots, written in place; of one layer of 16 they gather all."""
+    spec = specs.change(specs.LLAMA, num_layers=16, windows=(None,) * 16, trained_length=2048)
+    lm = LM(spec, None, None, policy).with_devices(jax.devices()[:2])
+    caches = jax.eval_shape(lambda: lm.init_caches(batch=1, capacity=2048))
+    ids = shape(1, 16, dtype=jnp.int32)
+    program = generate.forward.lower(
+        lm.decoder, lm.mesh, abstract_parameters(spec), ids, ids, caches
+    )
+    memory = program.compile(cases.fast_options()).memory_analysis()  # of one device
+    (layers,) = caches
+    share = (layers.k.size + layers.v.size) * 4 / 2
+    assert share < memory.alias_size_in_bytes < 1.1 * share
+    assert memory.temp_size_in_bytes < share
+
+
 def test_a_decoding_step_under_a_window_is_one_program_for_streams_of_any_length():
     program = step(LMInfinite(24, 4), 1000).as_text()
     assert step(LMInfinite(24, 4), 10**9).as_text() == program
 
 
+@pytest.mark.slow
 def test_the_work_of_a_decoding_step_is_that_of_what_is_kept():
     def costs(policy, capacity):
         costs = step(policy, capacity).compile(cases.fast_options()).cost_analysis()

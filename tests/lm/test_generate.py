@@ -49,6 +49,7 @@ def test_greedy_decoding_is_the_argmax_of_the_whole_text(lm, small_steps):
     np.testing.assert_array_equal(tokens_after(lm, PROMPTS[:1])[0], text[0, 20 : 20 + NEW])
 
 
+@pytest.mark.slow
 def test_prompts_of_unequal_length_are_each_alone(lm, small_steps):
     together = tokens_after(lm, PROMPTS)
     for row, prompt in enumerate(PROMPTS):
@@ -199,6 +200,7 @@ def test_a_chat_ends_at_a_stop_string(lm, small_steps):
     assert "".join(stopped) == text[: text.find(text[3:5])]
 
 
+@pytest.mark.slow
 def test_explain_names_the_kernels_that_reading_and_decoding_run(lm):
     """One for each policy of a period; nothing else attends."""
     module = lm.decoder

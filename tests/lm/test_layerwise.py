@@ -64,6 +64,7 @@ def by_layers(layers: int) -> list:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", range(4), ids=["topk", "hip", "infinite_hip", "ordered"])
 def test_a_policy_does_in_each_layer_what_it_says_of_it(kind, scanned):
     """With a cache for each layer, with one for all, and without: of no layer, one, and all."""

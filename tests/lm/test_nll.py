@@ -45,6 +45,16 @@ def test_losses_through_the_cache_are_those_of_the_whole_text(lm, one_shot, smal
     assert calls == [(16, 40), (32, 40), (40, 40)]
 
 
+def test_devices_that_read_together_never_hold_all_keys(lm):
+    """Full has 32 slots, the window with its sinks 10."""
+    caches = lm.with_devices(jax.devices()[:2]).init_caches(batch=1, capacity=32)
+    assert [layer.pos.shape[1] for layer in caches] == [10, 32]
+    for layer in caches:
+        for x in (layer.k, layer.v):
+            (first, second) = (shard.data.shape[2] for shard in x.addressable_shards)
+            assert first == second == x.shape[2] / 2
+
+
 # Three do not divide a chunk: each reads it whole.
 @pytest.mark.parametrize("devices", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_losses_do_not_depend_on_the_devices(lm, one_shot, small_steps, devices):

@@ -14,7 +14,7 @@ from scipy import stats
 from lminf.attention import rope
 from lminf.attention.policies.block_topk import MoBA
 from lminf.attention.policies.eviction import H2O, TOVA, SirLLM
-from lminf.attention.policies.hip import HiP
+from lminf.attention.policies.hip import HiP, InfiniteHiP
 from lminf.attention.policies.infllm import InfLLM
 from lminf.attention.policies.longheads import LongHeads
 from lminf.attention.policies.prompt_compression import SnapKV, ThinK
@@ -35,12 +35,21 @@ from lminf.data.tokenizers import ByteTokenizer
 from lminf.errors import InputError
 from lminf.lm import speculative
 from lminf.lm.acceptance import RAPID
-from lminf.lm.drafts import ModelDraft, PromptLookup, first_layers, parse_draft
+from lminf.lm.drafts import (
+    ModelDraft,
+    PromptLookup,
+    RetrievedDraft,
+    first_layers,
+    parse_draft,
+)
 from lminf.lm.generate import GREEDY, Sampling, distribution, generate_tokens
 from lminf.lm.lm import LM
+from lminf.lm.retrieval import Retrieval
 from lminf.lm.speculative import Proposal, Speculation
 from lminf.models import heads
+from tests.lm.test_acceptance import published_law, shifted
 from tests.models import specs
+from tests.stated_ranges import outside, without_range
 
 PROMPTS = ["Twenty bytes of text", "Seven b", "Eleven byte"]  # 20, 7 and 11 tokens
 NEW = 24
@@ -63,11 +72,14 @@ POLICIES = {
     "moba": MoBA(block=4, topk=2),
     "h2o": H2O(12, sinks=2, recent=2, turn=4),
     "tova": TOVA(12, turn=4),
+    "hip": HiP(
+        topk=4, window=4, sinks=2, block=2, query_block=4, query_stride=2, refresh=3, dense_layers=1
+    ),
+    "infinite_hip": InfiniteHiP(
+        (4, 2), (8, 4), (5, 2), window=4, sinks=2, query_block=4, ordered_layers=1
+    ),
     "sirllm_and_moba": PerLayer((SirLLM(12, sinks=2, recent=2, turn=4), MoBA(block=4, topk=2))),
 }
-HIP = HiP(
-    topk=4, window=4, sinks=2, block=2, query_block=4, query_stride=2, refresh=2, dense_layers=1
-)
 
 
 @dataclass(frozen=True)
@@ -137,9 +149,12 @@ def test_greedy_tokens_are_those_of_plain_decoding_under_every_policy(lm, name, 
         np.testing.assert_array_equal(tokens, plain)
 
 
-def test_a_policy_that_searches_once_for_the_next_tokens_is_refused(lm):
+def test_a_policy_whose_queries_select_in_groups_is_refused(lm):
+    class Grouped(HiP):
+        one_by_one = None
+
     with pytest.raises(InputError, match=r"for several tokens.*otherwise.*leave the draft out, or"):
-        rounds_of(lm.with_policy(HIP), PROMPTS, PromptLookup())
+        rounds_of(lm.with_policy(Grouped(4, 4)), PROMPTS, PromptLookup())
 
 
 def test_schedules_that_follow_the_length_are_refused(lm):
@@ -167,7 +182,7 @@ def test_tokens_within_rounding_are_read_as_plain_decoding_does(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["infllm", "hip", "snapkv"])
 def test_models_that_see_less_draft_for_full_attention(lm, name, small_steps):
-    full, policy = lm.with_policy(Full()), (POLICIES | {"hip": HIP})[name]
+    full, policy = lm.with_policy(Full()), POLICIES[name]
     plain = plain_tokens(full, PROMPTS)
     rounds, tokens = rounds_of(full, PROMPTS, ModelDraft(lm.with_policy(policy)))
     np.testing.assert_array_equal(tokens, plain)
@@ -297,14 +312,80 @@ def test_drafts_that_mean_nothing_are_refused_in_a_sentence(lm):
         rounds_of(lm, PROMPTS, ModelDraft(lm.with_policy(POLICIES["h2o"])))
 
 
+# --- Drafts that read less of the prompt ----------------------------------------------------------
+
+
 @pytest.mark.slow
-def test_a_draft_may_read_a_shorter_context(lm, small_steps):
+@pytest.mark.parametrize("kind", ["prompts", "retrieved"])
+def test_a_draft_may_read_a_shorter_context(lm, kind, small_steps):
     """As RAPID's, which reads what was retrieved."""
     short = [lm.tokenizer.encode(prompt)[-5:] for prompt in PROMPTS]
+    draft = ModelDraft(lm, short)
+    if kind == "retrieved":
+        draft = RetrievedDraft(lm, Retrieval(9, chunk=3, question=4))
     plain = plain_tokens(lm, PROMPTS)
-    _, tokens = rounds_of(lm, PROMPTS, ModelDraft(lm, short))
+    _, tokens = rounds_of(lm, PROMPTS, draft)
     np.testing.assert_array_equal(tokens, plain)
     rule, drawn = RAPID(20.0), Sampling(1.0)
-    rounds, tokens = rounds_of(lm, PROMPTS, ModelDraft(lm, short), sampling=drawn, rule=rule)
+    rounds, tokens = rounds_of(lm, PROMPTS, draft, sampling=drawn, rule=rule)
     assert [len(row) for row in tokens] == [NEW] * 3
     assert sum(each.accepted for each in rounds) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("residual_of", ["shifted", "published"])
+def test_drawn_tokens_follow_the_law_of_rapid(lm, residual_of, small_steps):
+    """2,000 rows that begin alike, their second token given the first one that is most often drawn:
+    p reads the whole prompt, and q what was retrieved of it.
+    """
+    sampling, rows, eta = Sampling(0.3), 2000, 8.0
+    retrieval = Retrieval(9, chunk=3, question=4)
+    prompt = lm.tokenizer.encode(PROMPTS[0])
+    _, tokens = rounds_of(
+        lm, [prompt] * rows, RetrievedDraft(lm, retrieval), k=1, new=3, sampling=sampling,
+        rule=RAPID(eta, residual_of=residual_of),
+    )  # fmt: skip
+    firsts = [row[0] for row in tokens]
+    common = max(sorted(set(firsts)), key=firsts.count)
+    seconds = [row[1] for row in tokens if row[0] == common]
+    p, q = (
+        np.asarray(distribution(jnp.asarray(lm.logits([np.append(read, common)])[0]), sampling)[0])
+        for read in (prompt, retrieval.of(lm.tokenizer, prompt))
+    )
+    law = {"shifted": shifted, "published": published_law}[residual_of](p, q, eta)
+    assert np.abs(law - p).sum() > 0.2
+    expected, counts = len(seconds) * law / law.sum(), np.bincount(seconds, minlength=len(law))
+    often = expected >= 5
+    expected, counts = (np.append(x[often], x[~often].sum()) for x in (expected, counts))
+    assert stats.chisquare(counts, expected).pvalue > 1e-3
+
+
+class Words:
+    """A tokenizer of words, with a token 0 before each text."""
+
+    add_bos, bos_id = True, 0
+    words = ("<bos>", "the", "bee", "cat", "sea", "hive", "where", "is")
+
+    def decode(self, ids):
+        return " ".join(self.words[token] for token in ids)
+
+
+def test_what_fits_the_end_of_a_prompt_is_retrieved_in_its_order():
+    """Chunks of two words; the bee stands in the second and the fifth, the hive in the fourth."""
+    prompt = np.array([0, 1, 3, 1, 2, 1, 4, 5, 1, 2, 1, 4, 6, 7, 2, 5])
+    chunks = [prompt[1:3], prompt[3:5], prompt[5:7], prompt[7:9], prompt[9:11], prompt[11:12]]
+    for size, kept in ((7, [3]), (9, [1, 3]), (10, [1, 3]), (11, [1, 3, 4])):
+        read = Retrieval(size, chunk=2, question=4).of(Words(), prompt)
+        expected = [prompt[:1], *(chunks[index] for index in kept), prompt[12:]]
+        np.testing.assert_array_equal(read, np.concatenate(expected))
+        assert len(read) <= size
+    np.testing.assert_array_equal(Retrieval(16, chunk=2, question=4).of(Words(), prompt), prompt)
+
+
+def test_a_retrieval_that_holds_no_chunk_is_refused():
+    with pytest.raises(InputError, match="a chunk of 64 tokens and a question of 32 take more"):
+        parse_draft("retrieved:tokens=95", model="smollm2", load=lambda name: None)
+    assert without_range(Retrieval) == []
+    for field, value in outside(Retrieval):
+        with pytest.raises(InputError, match=rf"Retrieval\.{field} is "):
+            Retrieval(**({"tokens": 512} | {field: value}))

@@ -114,6 +114,7 @@ def frozen():
     return run(params), (tokens >= spec.vocab_size // 2).astype(jnp.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROBES)
 def test_a_linear_probe_of_frozen_hidden_states_learns_in_a_few_steps(name, frozen):
     (hidden, labels), (params, loss, predict) = frozen, PROBES[name]

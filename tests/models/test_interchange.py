@@ -68,6 +68,7 @@ def test_states_are_exchanged_behind_every_layer(spec, policies):
         assert float(jnp.abs(exchanged[layer] - exchanged[layer + 1]).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_swap_of_embeddings_is_a_swap_of_tokens_and_none_changes_nothing():
     spec = specs.shallow(specs.LLAMA, LAYERS)
     params, module = specs.parameters(spec), decoder.Decoder(spec, (FULL, FULL))

@@ -102,6 +102,8 @@ def passes_run(monkeypatch):
         (8, "1f1b:microbatches=8", {}),
         (2, "interleaved:vocab=two_barriers,microbatches=4", {"data": 2}),
         (4, "interleaved:microbatches=8", {}),
+        (2, "v_half:vocab=two_barriers,microbatches=2", {"data": 2}),
+        (4, "v_half:microbatches=8", {"strategy": "zero3", "fsdp": 2}),
     ],
 )
 def test_a_pipelined_gradient_follows_its_schedule_and_equals_that_of_a_single_device(
@@ -193,9 +195,9 @@ def test_buffers_hold_what_the_schedule_keeps_in_flight():
         ("1f1b", {"stage": 2, "objective": (DPO(),)}, "cross-entropy of the tokens, .* not DPO"),
         ("1f2b", {}, "no pipeline is called '1f2b'; did you mean '1f1b'"),
         ("interleaved", {"stage": 8}, "8 layers do not divide over mesh.stage=8 with 2 chunks on"),
-        ("v_half", {"stage": 2}, "v_half sends activations both ways between the stages"),
+        ("v_half", {"stage": 8}, "8 layers do not divide over mesh.stage=8 with 2 chunks on"),
         ("1f1b:vocab=last_stage", {"stage": 2}, "without their share of the vocabulary's work"),
-        ("1f1b:vocab=one", {"stage": 2}, "no pipeline vocabulary is called 'one'"),
+        ("1f1b:vocab=one", {"stage": 2}, "is called 'one'; use one_barrier, two_barriers$"),
         ("1f1b:microbatches=0", {"stage": 2}, "Pipeline.microbatches is 0; give a whole number"),
         ("1f1b:barriers=1", {"stage": 2}, "pipeline has no field 'barriers'"),
     ],

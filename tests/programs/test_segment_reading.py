@@ -116,6 +116,7 @@ def finds_digits():
     return LM(spec, params, ByteTokenizer())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("at", "digit"), [(3, "7"), (29, "0"), (50, "9")])
 def test_a_planted_key_is_in_the_surest_segment_and_is_the_answer(finds_digits, at, digit):
     """Anywhere else the model, which sees no digit, holds all bytes for equally likely."""

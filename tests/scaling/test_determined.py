@@ -68,6 +68,7 @@ def test_constant_losses_determine_no_other_law():
         scaling.fit(scaling.StepFit(), dataclasses.replace(grid, loss=0 * grid.loss + 2), draws=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["n", "d"])
 def test_two_values_of_a_regressor_are_said_to_be_too_few(name, monkeypatch):
     """Of few starts: 4,500 show no more of what the rows leave open."""
@@ -113,6 +114,7 @@ def test_the_help_of_a_verb_lists_its_flags_with_units(capsys):
     assert capsys.readouterr().out.count("usage: lminf scaling fit") == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "message"), [("vocab", "does not determine ln_A1"), ("step", "N varies by only")]
 )

@@ -69,6 +69,7 @@ def test_approach_1_with_free_exponents():
     assert law.constants["alpha_h"] == pytest.approx(0.5871, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_the_reference_selector_is_no_minimum():
     table = data.vocab_table()
     optimum, reference = (

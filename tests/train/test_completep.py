@@ -28,6 +28,7 @@ def shape(width: int, layers: int, *, tied: bool = False) -> spec.ModelSpec:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_base_model_trains_as_without():
     own = shape(16, 2)
     made = BASE.spec(own)

@@ -10,10 +10,12 @@ import pytest
 from docs import frontier
 from lminf import cli
 from lminf.errors import InputError
+from lminf.experiments import _training
 from lminf.models import cost, spec
 from lminf.models.spec import MoESpec
-from lminf.parallel import hardware
+from lminf.parallel import hardware, schedules, simulator
 from lminf.parallel.mesh import MeshShape
+from lminf.run import request
 from lminf.train import compiled, layouts, plan_search, planning, step_time
 from lminf.train.layouts import SCHEDULES, Layout
 from tests.train import making
@@ -80,6 +82,7 @@ def test_a_layout_takes_what_the_plan_of_its_step_says(one):
     assert taken.params == wanted.params
     assert taken.grads == wanted.grads
     assert taken.optimizer == wanted.optimizer
+    assert taken.transient == pytest.approx(wanted.transient, rel=1e-5)  # the last norm aside
     formula = taken.activations / layouts.MEASURED_ACTIVATIONS
     assert formula == pytest.approx(wanted.activations, rel=1e-9)
 
@@ -95,7 +98,7 @@ def test_a_stage_holds_its_layers_and_one_end_of_the_vocabulary():
     four = search("h100x4").memory(dataclasses.replace(one, schedule="1f1b_vocab"))
     assert four.params == 2 * (layers * of_layer + 2 * ends / 4 + d)
     in_flight = [SCHEDULES[name].in_flight(4, 16) for name in SCHEDULES]
-    assert in_flight == [16, 4, 4 * (1 + 3 / 8), 5]
+    assert in_flight == [16, 4, 4 * (1 + 3 / 8), 16, 5, 4 * (1 + 3 / 8) + 1]
     assert taken.activations / 2 > 4 * layers * 2 * 4096 * d  # inputs of 8 layers, 4 in flight
 
 
@@ -156,8 +159,43 @@ def test_experts_that_nobody_reads_cost_time():
 def test_the_best_layout_fits_and_the_search_says_what_it_found(capsys):
     cli.main(["plan", "--config=train_lm:tiny", "--devices=h100x8", "--search", "--json"])
     out = capsys.readouterr().out
-    assert '"overrides_mfu"' in out
-    assert "--override=mesh.data=" in out
+    assert "--config.mesh.data=" in out
+
+
+RUNNABLE = {name for name, schedule in SCHEDULES.items() if schedule.pipeline}
+
+
+@pytest.mark.parametrize("schedule", sorted(RUNNABLE))
+def test_flags_of_a_pipeline_ask_for_its_step_and_hold_as_many_microbatches(schedule):
+    """The step that train_lm makes of the flags, and the buffers of its schedule."""
+    one = layout("data", stage=4, schedule=schedule, accumulation=16, micro_batch=2, data=2)
+    flags = [f"--config.{override}" for override in one.overrides]
+    assert "--config.mesh.stage=4" in flags
+    asked = request.parse("train_lm", ["--config=train_lm:7b", *flags])
+    assert asked is not None
+    made = _training.program_of(asked.config, LARGE, absent=8)
+    assert made.pipeline == one.of(program()).pipeline
+    assert made.strategy == one.of(program()).strategy
+    assert made.remat == "full"
+    simulated = simulator.simulate(made.pipeline.build(made.mesh))
+    assert simulated.peak[0] == SCHEDULES[schedule].in_flight(4, 16)
+
+
+def test_the_search_proposes_only_pipelines_that_run():
+    """Microbatches that a schedule cannot divide, models without pipelines, other axes."""
+    found = search("h100x8", rows=16)
+    piped = [each for each in found.layouts() if each.sizes.stage > 1]
+    assert {each.schedule for each in piped} == {
+        name for name, s in SCHEDULES.items() if s.pipeline
+    }
+    for each in piped:
+        assert each.sizes.context == each.sizes.expert == 1
+        schedules.build(
+            each.passes.pipeline, devices=each.sizes.stage, microbatches=each.accumulation,
+            vocab="one_barrier",
+        )  # fmt: skip
+    scaled = dataclasses.replace(LARGE, logit_scale=0.5)
+    assert all(each.sizes.stage == 1 for each in search(shape=scaled).layouts())
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,8 @@ class HierarchicalSelect(sparse.SparsePolicy):
     ranks_by_products = True
     window_slack = 0  # tokens that a window may have beyond its width
     group = property(attrgetter("query_block"))
+    accumulates = True  # what a token that is taken back found is not what served before it
+    searches_one_by_one = False  # whether tokens that are read together search as in decoding
 
     @abc.abstractmethod
     def kept(self, stage: int, slots: int) -> int:
@@ -80,20 +82,21 @@ class HierarchicalSelect(sparse.SparsePolicy):
 
     def _block_ids(self, state, query):
         """What the last stage keeps, where the window begins, and what is remembered of it, which
-        is something where the token is read alone.
+        is something where tokens are read alone, or as if they were.
         """
         first, layer = query.first, query.layer
         block_ids: Any = None
         start = self.window_start(first)
-        if not query.alone:
+        if not (query.alone or self.searches_one_by_one):
             for stage in range(len(self.refreshes)):
                 block_ids = self.search(stage, query, start, block_ids)
             return block_ids, start, {**state, "start": state["start"].at[layer].set(-1)}
         stored_start, refreshed = state["start"][layer], []
-        stale = (stored_start < 0) | (first % self.refreshes[0] == 0)
+        reads = query.pos[:, 0] >= 0  # rows of padding search for nothing
+        stale = ((stored_start < 0) | (first % self.refreshes[0] == 0)) & reads
         start = jnp.where(stale, start, stored_start)
         for stage, last in enumerate(state["block_ids"]):
-            stale |= first % self.refreshes[stage] == 0
+            stale |= (first % self.refreshes[stage] == 0) & reads
             search = functools.partial(self.search, stage, query, start, block_ids)
             block_ids = jax.lax.cond(stale.any(), search, lambda last=last: last[layer])
             block_ids = jnp.where(stale[:, None, None], block_ids, last[layer])
@@ -118,6 +121,7 @@ class HiP(HierarchicalSelect):
 
     selected_distance = "true"
     layer_thresholds = property(lambda self: (self.dense_layers,))
+    one_by_one = property(lambda self: _OneByOneHiP(**vars(self)))
     max_selected = property(attrgetter("topk"))
     window_slack = property(attrgetter("block"))
     refreshes = property(lambda self: (self.refresh,))
@@ -199,6 +203,7 @@ class InfiniteHiP(HierarchicalSelect):
     selected_distance = "packed"
     needs_rotary = True
     layer_thresholds = property(attrgetter("dense_layers", "ordered_layers"))
+    one_by_one = property(lambda self: _OneByOneInfiniteHiP(**vars(self)))
     block = property(lambda self: self.chunk[-1])
     max_selected = property(lambda self: self.topk[-1])
     refreshes = property(attrgetter("refresh"))
@@ -302,3 +307,19 @@ class InfiniteHiP(HierarchicalSelect):
         best = jax.lax.cond(query.layer_index < self.ordered_layers, ordered, alike)
         _, best = jax.lax.top_k(jnp.where(tokens > 0, best, -jnp.inf), kept)
         return jnp.sort(jnp.take_along_axis(number, best, 2), axis=2)
+
+
+@dataclass(frozen=True)
+class _OneByOneHiP(HiP):
+    """The same where several tokens are read at once as decoding reads them."""
+
+    group = 1
+    searches_one_by_one = True
+
+
+@dataclass(frozen=True)
+class _OneByOneInfiniteHiP(InfiniteHiP):
+    """The same where several tokens are read at once as decoding reads them."""
+
+    group = 1
+    searches_one_by_one = True

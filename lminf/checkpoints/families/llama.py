@@ -39,12 +39,12 @@ def _llama_fields(spec: ModelSpec) -> dict[str, Any]:
     return llama_fields(spec) | {"mlp_bias": spec.mlp.bias}
 
 
-def _mistral(fields: Fields, family: str) -> ModelSpec:
+def _mistral(fields: Fields, family: str, **spec_fields: Any) -> ModelSpec:
     window, layers = fields.stated("sliding_window"), fields["num_hidden_layers"]
     fields.only("attention_bias", False)
     fields.only("mlp_bias", False)
     windows = by_type(fields, window) or (window,) * layers
-    return llama_like(fields, family, windows=windows)
+    return llama_like(fields, family, windows=windows, **spec_fields)
 
 
 def _mistral_fields(spec: ModelSpec) -> dict[str, Any]:
@@ -53,6 +53,18 @@ def _mistral_fields(spec: ModelSpec) -> dict[str, Any]:
 
 def _ministral_fields(spec: ModelSpec) -> dict[str, Any]:
     return llama_fields(spec) | window_fields(spec)
+
+
+def _ministral3(fields: Fields, family: str) -> ModelSpec:
+    return _mistral(fields, family, query_gain=hf_rotary.query_gain(fields))
+
+
+def _ministral3_fields(spec: ModelSpec) -> dict[str, Any]:
+    values = _mistral_fields(spec)
+    for name in ("rope_theta", "rope_scaling"):
+        values.pop(name, None)
+    assert isinstance(spec.encoding, rope.Rotary)
+    return values | hf_rotary.write_with_gain(spec.encoding, spec.query_gain)
 
 
 def _granite(fields: Fields, family: str) -> ModelSpec:
@@ -325,6 +337,7 @@ FAMILIES = {
     "llama": Family("LlamaForCausalLM", _llama, _llama_fields, LLAMA),
     "mistral": Family("MistralForCausalLM", _mistral, _mistral_fields, LLAMA),
     "ministral": Family("MinistralForCausalLM", _mistral, _ministral_fields, LLAMA),
+    "ministral3": Family("Ministral3ForCausalLM", _ministral3, _ministral3_fields, LLAMA),
     "granite": Family("GraniteForCausalLM", _granite, _granite_fields, LLAMA),
     "qwen2": Family("Qwen2ForCausalLM", qwen, qwen_fields, LLAMA),
     "qwen3": Family("Qwen3ForCausalLM", qwen, qwen_fields, LLAMA),

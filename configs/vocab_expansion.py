@@ -67,7 +67,7 @@ def get_config(arg: str = "") -> ConfigDict:
         c.documents, c.characters = 6, 600
     if arg == "tiny":
         c.model, c.text, c.other_text = "tiny", "code", "code"
-        c.tokens, c.replicates, c.sample_characters = (7, 31), 2, 50_000
+        c.tokens, c.replicates, c.sample_characters = (7,), 1, 50_000
         c.documents, c.characters = 3, 400
         c.steps, c.layers, c.mtp_rows, c.length = (2,), 1, ("mean",), 32
         c.schedule = "cosine:peak=5e-4,floor=5e-5,warmup=1"

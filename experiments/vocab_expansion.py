@@ -5,12 +5,14 @@ heads for the tokens after the next one.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
@@ -143,11 +145,17 @@ def train(
     with Progress(max(c.steps), label="training on plain text") as progress:
         frozen.fit(
             lambda step: loss, params, rest, data.batch,
-            optimizer=parse_choice(c.optimizer, OPTIMIZERS, what="optimizer").build(),
+            optimizer=optimizer_of(c.optimizer),
             schedule=parse_choice(c.schedule, SCHEDULES, what="schedule"), steps=max(c.steps),
             progress=progress.update, watch=watch,
         )  # fmt: skip
     return trained
+
+
+@functools.cache
+def optimizer_of(text: str) -> optax.GradientTransformation:
+    """The same one for the same text: a step is compiled for its optimizer."""
+    return parse_choice(text, OPTIMIZERS, what="optimizer").build()
 
 
 def measure(lm: LM, text: str) -> Row:

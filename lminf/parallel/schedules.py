@@ -222,8 +222,8 @@ def _greedy(schedule: Schedule) -> list[Pass]:
             return everywhere("S" if barriers == 1 else "T", i, tick)
         if kind == "T":
             return everywhere("S", i, tick)
-        before, where = {"B": ("F", stage), "W": ("B", stage), "S": ("F", s.last)}[kind]
-        return run.done(before, where, i, tick)
+        needed, where = {"B": ("F", stage), "W": ("B", stage), "S": ("F", s.last)}[kind]
+        return run.done(needed, where, i, tick)
 
     tick, total = 0, sum(len(queue) for each in queues for queue in each.values())
     while len(run.passes) < total:

@@ -174,6 +174,7 @@ def test_flags_of_a_pipeline_ask_for_its_step_and_hold_as_many_microbatches(sche
     asked = request.parse("train_lm", ["--config=train_lm:7b", *flags])
     assert asked is not None
     made = _training.program_of(asked.config, LARGE, absent=8)
+    assert made.pipeline is not None
     assert made.pipeline == one.of(program()).pipeline
     assert made.strategy == one.of(program()).strategy
     assert made.remat == "full"

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -24,7 +25,7 @@ from lminf.attention import cache
 from lminf.attention.parsing import parse_policy
 from lminf.attention.policy import PerLayer
 from lminf.attention.sparse import SparsePolicy
-from lminf.config import parse_choice
+from lminf.config import closest, parse_choice
 from lminf.errors import InputError
 from lminf.lm import generate
 from lminf.lm.generate import GREEDY, Sampling
@@ -34,6 +35,9 @@ from lminf.lm.retrieval import Retrieval
 from lminf.lm.speculative import Draft, Drafter, Proposal, Texts, read_prompts
 from lminf.models import heads
 from lminf.ranges import Range
+
+
+KINDS = ("prompt_lookup", "retrieved", "ngram", "policy", "layers")  # beside models
 
 
 def parse_draft(text: str, *, model: str, load: Callable[[str], LM]) -> Callable[[LM], Draft]:
@@ -57,6 +61,8 @@ def parse_draft(text: str, *, model: str, load: Callable[[str], LM]) -> Callable
         if not rest.isdecimal():
             raise InputError(f"the draft {text!r} has no number of layers; write layers:8")
         return lambda lm: ModelDraft(first_layers(lm, int(rest)))
+    if rest and not Path(text).exists():  # a model's name has no colon
+        raise InputError(f"there is no draft called {kind!r}; {closest(kind, KINDS)}")
 
     def loaded(lm: LM) -> Draft:
         draft = load(text)

@@ -181,8 +181,8 @@ def _written(out: Path, request: dict[str, Any]) -> list[dict[str, int]] | None:
 def _check_same(out: Path, earlier_request: Any, request: dict[str, Any], *, what: str) -> None:
     for name, value in json.loads(json.dumps(request)).items():
         if earlier_request.get(name) != value:
-            raise InputError(f"{out} holds {what}: its {name} differs; name another folder, or "
-                             f"give the command that it was begun with")  # fmt: skip
+            raise InputError(f"{out} holds {what}, which differs in its {name}; name another "
+                             f"folder, or give the command that it was begun with")  # fmt: skip
 
 
 def _write_json(path: Path, value: Any) -> None:

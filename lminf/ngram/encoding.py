@@ -29,6 +29,9 @@ class Encoding:
     width: int  # bytes of a token
     order: Order
 
+    def __str__(self) -> str:
+        return f"--width={self.width} --order={self.order}"
+
     def __post_init__(self):
         if self.width not in WIDTHS:
             raise InputError(f"tokens of {self.width} bytes are not stored; give 1, 2 or 4")

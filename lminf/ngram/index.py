@@ -242,8 +242,10 @@ def open_index(
     if facts is not None:
         stored = Encoding(facts.width, facts.order)
         if encoding not in (None, stored):
-            raise InputError(f"the index {path} is of {stored}, not of {encoding}; leave --width "
-                             f"and --order out")  # fmt: skip
+            raise InputError(
+                f"the index {path} was built with {stored}, not with {encoding}; leave --width and "
+                f"--order out"
+            )
         encoding = stored
         if tokenizer_digest not in (None, facts.tokenizer_digest):
             raise InputError(

@@ -156,7 +156,9 @@ class Shard:
             return None
         lines, offsets = self._metadata
         end = int(offsets[number + 1]) if number + 1 < len(offsets) else len(lines)
-        with refusing(f"metadata.{self.number}", kind="file of an index"):
+        with refusing(
+            f"metadata.{self.number}", kind="file of an index", advice="build the index again"
+        ):
             return json.loads(lines[int(offsets[number]) : end])
 
     def _open_metadata(self, folder: Path) -> tuple[Any, Shaped[np.ndarray, " D"]] | None:
@@ -165,6 +167,8 @@ class Shard:
             return None
         lines, offsets = mapped(paths[0]), mapped(paths[1])
         if len(offsets) != 8 * len(self.offsets):
-            raise InputError(f"{paths[1]} is of {len(offsets):,} bytes for {len(self.offsets):,} "
-                             f"documents: it is cut short; build the index again")  # fmt: skip
+            raise InputError(
+                f"{folder} has {len(self.offsets):,} documents by {OFFSETS}.{self.number} and "
+                f"{len(offsets) / 8:,g} by {paths[1].name}: one is cut short; build the index again"
+            )
         return lines, np.frombuffer(offsets, "<u8")

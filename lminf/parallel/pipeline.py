@@ -104,8 +104,9 @@ def check(pipeline: Pipeline, spec: ModelSpec, mesh: Mesh, objective: tuple[Term
     if spec.num_layers % (stages * chunks):
         each = f" with {chunks} chunks on each" if chunks > 1 else ""
         raise InputError(
-            f"{spec.num_layers} layers do not divide over mesh.stage={stages}{each}; choose a "
-            f"number of stages that divides them"
+            f"{spec.num_layers} layers do not divide over mesh.stage={stages}{each}; give a "
+            f"multiple of {stages * chunks} layers"
+            f"{', or a schedule with one chunk, such as 1f1b' if chunks > 1 else ''}"
         )
     if what := unsupported(spec):
         raise InputError(f"a model with {what} has no pipeline yet; leave the pipeline out")

@@ -25,7 +25,7 @@ def missing(devices: Devices) -> str | None:
             return f"slices of {devices.name} have 4, 8, 16, … chips, not {devices.count}"
         return None
     known = ", ".join(AXES)
-    return f"nobody has described {devices.name} to a compiler here; there are {known}"
+    return f"no compiler for {devices.name} can be run here; there are those of {known}"
 
 
 def devices(requested: Devices) -> Sequence[Any]:

@@ -18,6 +18,7 @@ INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
 TERMINATED = 143  # and for one ended by SIGTERM
 # Of a name that the user gave: too long, a loop of links, a place without rights.
 UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS)
+RAISED_AGAIN = 0.05  # seconds after which a stop comes again that Python ignored
 BROKEN_PIPE = 141  # and for one whose reader went away, as in `lminf list | head -1`
 
 
@@ -32,13 +33,25 @@ def _terminable() -> Iterator[None]:
     def terminate(number, frame):
         raise Terminated
 
+    def raised_again(unraisable):
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            report(unraisable)
+            return
+        # Python ignores what a callback of the garbage collector raises (jax has one), and would
+        # ignore it here too: the signal comes again once the callback is over.
+        terminated = issubclass(unraisable.exc_type, Terminated)
+        number = signal.SIGTERM if terminated else signal.SIGINT
+        threading.Timer(RAISED_AGAIN, os.kill, (os.getpid(), number)).start()
+
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, terminate)
+    previous, report = signal.signal(signal.SIGTERM, terminate), sys.unraisablehook
+    sys.unraisablehook = raised_again
     try:
         yield
     finally:
+        sys.unraisablehook = report
         signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 

@@ -299,6 +299,7 @@ def test_drafts_that_mean_nothing_are_refused_in_a_sentence(lm):
         "prompt_lookup:n=2": "prompt_lookup has no field 'n'",
         "layers:two": "the draft 'layers:two' has no number of layers; write layers:8",
         "layers:2": "layers:2: the model has 2 layers; give 1 to 1",
+        "retrived:tokens=64": "there is no draft called 'retrived'; did you mean 'retrieved'?",
         "policy:lm_infinit": "no policy is called 'lm_infinit'",
         "qwen": "the draft qwen has another tokenizer than smollm2",
     }.items():

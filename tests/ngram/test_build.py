@@ -117,7 +117,9 @@ def test_tokens_that_wait_for_another_index_are_kept(tmp_path):
             cases.corpus(repeats()), tmp_path / "index", **arguments, progress=stop_after(1)
         )
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(InputError, match="beginning of another index: its sources differs"):
+    with pytest.raises(
+        InputError, match="beginning of another index, which differs in its sources"
+    ):
         build.build(cases.corpus(repeats()[1:]), tmp_path / "index", **arguments)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -126,7 +128,7 @@ def test_an_index_that_is_there_is_kept(tmp_path):
     cases.made(tmp_path, repeats())
     before = content(tmp_path)
     cases.made(tmp_path, repeats())
-    with pytest.raises(InputError, match="holds another index: its sources differs"):
+    with pytest.raises(InputError, match="holds another index, which differs in its sources"):
         cases.made(tmp_path, repeats()[1:])
     assert content(tmp_path) == before
     (tmp_path / "other" / "index").mkdir(parents=True)

@@ -1,6 +1,9 @@
 """What files contain cannot act on a terminal: in errors and in tables it is shown escaped."""
 
+import gc
 import logging
+import signal
+import time
 import warnings
 
 import pytest
@@ -55,6 +58,29 @@ def test_remarks_of_libraries_follow_a_command_and_are_not_beside_its_failure(ca
     with pytest.raises(SystemExit), exits.orderly(debug=False):
         remark(error=InputError("no"))
     assert capsys.readouterr().err == "error: no\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, exits.TERMINATED), (signal.SIGINT, exits.INTERRUPTED)],
+)
+def test_a_stop_that_comes_while_garbage_is_collected_is_not_lost(number, status, capsys):
+    """Python ignores what a callback of the collector raises."""
+
+    def stop(phase, info):
+        if phase == "start":
+            gc.callbacks.remove(stop)
+            signal.raise_signal(number)
+
+    def work():
+        gc.callbacks.append(stop)
+        gc.collect()
+        time.sleep(20)
+
+    with pytest.raises(SystemExit) as ending, exits.orderly(debug=False):
+        work()
+    assert ending.value.code == status
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "loop"])

@@ -36,7 +36,6 @@ from lminf.lm.speculative import Draft, Drafter, Proposal, Texts, read_prompts
 from lminf.models import heads
 from lminf.ranges import Range
 
-
 KINDS = ("prompt_lookup", "retrieved", "ngram", "policy", "layers")  # beside models
 
 

@@ -117,7 +117,8 @@ def test_tokens_that_wait_for_another_index_are_kept(tmp_path):
             cases.corpus(repeats()), tmp_path / "index", **arguments, progress=stop_after(1)
         )
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(
+    message = "beginning of another index, which differs in its sources"
+    with pytest.raises(InputError, match=message):
         InputError, match="beginning of another index, which differs in its sources"
     ):
         build.build(cases.corpus(repeats()[1:]), tmp_path / "index", **arguments)

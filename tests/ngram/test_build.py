@@ -119,8 +119,6 @@ def test_tokens_that_wait_for_another_index_are_kept(tmp_path):
     before = sorted(tmp_path.rglob("*"))
     message = "beginning of another index, which differs in its sources"
     with pytest.raises(InputError, match=message):
-        InputError, match="beginning of another index, which differs in its sources"
-    ):
         build.build(cases.corpus(repeats()[1:]), tmp_path / "index", **arguments)
     assert sorted(tmp_path.rglob("*")) == before
 

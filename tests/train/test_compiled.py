@@ -49,4 +49,4 @@ def test_slices_of_chips_are_even_grids():
 
 
 def test_what_cannot_be_compiled_for_says_why():
-    assert "described" in topology.missing(hardware.parse("a100x8"))
+    assert "no compiler for a100" in topology.missing(hardware.parse("a100x8"))

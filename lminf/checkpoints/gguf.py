@@ -271,7 +271,7 @@ def _scaling(facts: Fields, file: GGUFFile, base: float, dim: int) -> Scaling:
         multiplier = facts.get("rope.scaling.attn_factor", 1.0)
         temperature = None if multiplier == 1 else usual * multiplier
         if bottom := facts.get("rope.scaling.yarn_log_multiplier"):  # mscale_all_dim; mscale is 1
-            temperature = multiplier * (1 + (usual - 1)) / (1 + bottom * (usual - 1))
+            temperature = multiplier * usual / (1 + bottom * (usual - 1))
         scaling = YaRN(factor, trained, fast, slow, temperature)
     elif kind in ("none", "linear"):
         facts.only("rope.scaling.yarn_ext_factor", 0.0)

@@ -63,7 +63,7 @@ def row_of(planned: Planned) -> dict[str, Any]:
         "strategy": layout.strategy,
         "rows": f"{layout.micro_batch} x {layout.accumulation}",
         "remat": layout.remat,
-        "schedule": layout.schedule or "-",
+        "schedule": layout.passes.pipeline or "-",
         "state_bytes": memory.params + memory.grads + memory.optimizer,
         "activation_bytes": memory.activations + memory.transient,
         "total_bytes": memory.total,

@@ -201,9 +201,8 @@ class Memory:
     grads: float
     optimizer: float  # with the float32 master parameters
     activations: float
-    transient: (
-        float  # planning.transient_bytes: gathered weights, gradients not yet added up or in slices
-    )
+    # planning.transient_bytes: gathered weights, gradients not yet added up or in slices
+    transient: float
 
     @property
     def total(self) -> float:

@@ -34,9 +34,10 @@ Training, LoRA and export need floating-point weights.
 
 Not read: DeepSeek's MLA, which stores one vector a token from which the keys and values of all
 heads are made, where caches and policies here hold keys by head; recurrent layers, which keep a
-state instead of keys; and models that read images, but for the text model of a `mistral3` folder
-(Mistral Small 3.1, Ministral 3). Quantised safetensors are not read either, GGUF is. [Adding a
-model](adding_a_model.md) shows how to add a family.
+state instead of keys; and models that read images, but for the text models of `mistral3` folders
+(Mistral Small 3.1, Ministral 3) and of `gemma3` folders (Gemma 3 of 4B and more). Quantised
+safetensors are not read either, GGUF is. [Adding a model](adding_a_model.md) shows how to add a
+family.
 """
 
 

@@ -109,7 +109,7 @@ def _text_model(
     folder: Path, shapes: dict[str, tuple[int, ...]], tensor: Callable[[str], np.ndarray]
 ) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]:
     """The tensors of the text model of one that reads images too, by the names it has alone."""
-    if read_json(folder / "config.json").get("model_type") != hf_config.WITH_IMAGES:
+    if read_json(folder / "config.json").get("model_type") not in hf_config.WITH_IMAGES:
         return shapes, tensor
     stored = {
         name.removeprefix("language_model.").replace("model.language_model.", "model.", 1): name

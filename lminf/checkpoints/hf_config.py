@@ -28,12 +28,23 @@ UNLIKE = {
         "its recurrent layers keep a state instead of keys",
     ),
     **dict.fromkeys(
-        ("gemma3", "mllama", "qwen2_vl", "qwen2_5_vl", "llama4"),
+        ("mllama", "qwen2_vl", "qwen2_5_vl", "llama4"),
         "it reads images too; give its text model: a folder of its own, or a GGUF file",
     ),
 }
 
-WITH_IMAGES = "mistral3"  # a model of texts and images whose text model is in a section of its own
+# Models of texts and images whose text model is in a section of its own; and what sections of
+# published files leave to the class of transformers that they name, all of it or its rotary bases.
+WITH_IMAGES: dict[str, dict[str, Any]] = {
+    "mistral3": {},
+    "gemma3": {
+        "attn_logit_softcapping": None, "final_logit_softcapping": None, "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 131_072,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-6, "vocab_size": 262_208,
+    },
+}  # fmt: skip
+GEMMA3_BASES = {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
 
 
 def to_spec(values: Mapping[str, Any], source: str) -> ModelSpec:
@@ -65,16 +76,20 @@ def to_spec(values: Mapping[str, Any], source: str) -> ModelSpec:
 
 def _text_model(values: Mapping[str, Any], source: str) -> Mapping[str, Any]:
     """The values of the text model alone."""
-    if values.get("model_type") != WITH_IMAGES:
+    family = values.get("model_type")
+    if family not in WITH_IMAGES:
         return values
     section = values.get("text_config")
     if not isinstance(section, Mapping):
         raise InputError(
             f"{source} has no text_config, the section of the text model; fetch the file again"
         )
+    left_out = WITH_IMAGES[family]
+    if family == "gemma3" and "rope_parameters" not in section:
+        left_out = left_out | GEMMA3_BASES
     # A head is tied, or the weights quantised, as the whole model's part of the file says.
     names = ("tie_word_embeddings", "quantization_config")
-    return {**section} | {name: values[name] for name in names if name in values}
+    return {**left_out, **section} | {name: values[name] for name in names if name in values}
 
 
 def _unknown(family: Any) -> str:

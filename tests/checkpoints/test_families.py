@@ -82,10 +82,13 @@ def test_a_mixture_is_read_with_the_names_of_both_versions():
         ("model.language_model.", "lm_head.", "model."),  # as transformers 5 writes it
     ],
 )
-def test_the_text_model_of_one_that_reads_images_is_read_alone(layers, head, images, tmp_path):
-    text = config_of("ministral3")
+@pytest.mark.parametrize(("case", "whole"), [("ministral3", "mistral3"), ("gemma3", "gemma3")])
+def test_the_text_model_of_one_that_reads_images_is_read_alone(
+    case, whole, layers, head, images, tmp_path
+):
+    text = config_of(case)
     tied = text.pop("tie_word_embeddings")
-    alone = safetensors.numpy.load_file(GOLDENS / "ministral3" / "model.safetensors")
+    alone = safetensors.numpy.load_file(GOLDENS / case / "model.safetensors")
     prefixes = {"model": layers, "lm_head": head}
     stored = {
         prefixes[first] + rest: x
@@ -95,15 +98,30 @@ def test_the_text_model_of_one_that_reads_images_is_read_alone(layers, head, ima
     for name in ("vision_tower.patch.weight", "multi_modal_projector.norm.weight"):
         stored[images + name] = np.zeros((2, 2), np.float32)
     safetensors.numpy.save_file(stored, tmp_path / "model.safetensors")
-    config = {"model_type": "mistral3", "text_config": text, "vision_config": {"image_size": 8}}
+    config = {"model_type": whole, "text_config": text, "vision_config": {"image_size": 8}}
     (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": tied}))
     spec, params, _ = hf.load(tmp_path)
-    alone, expected, _ = hf.load(GOLDENS / "ministral3")
+    alone, expected, _ = hf.load(GOLDENS / case)
     assert spec == alone
     making.assert_same(params, expected)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral3"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": whole}))
     with pytest.raises(InputError, match="no text_config"):
         hf.load(tmp_path)
+
+
+def test_what_the_section_of_a_text_model_leaves_out_is_what_its_class_says():
+    """The section as Gemma 3 of 4B has it, whose other values are those of Gemma3TextConfig."""
+    section = {
+        "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text",
+        "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }  # fmt: skip
+    spec = hf_config.to_spec({"model_type": "gemma3", "text_config": section}, "config.json")
+    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim) == (8, 4, 256)
+    assert (spec.vocab_size, spec.tied, spec.query_scale) == (262_208, True, 1 / 16)
+    assert spec.encoding == rope.Rotary(1e6, 256, scaling=rope.Linear(8.0))
+    assert spec.layer_encodings[0] == rope.Rotary(1e4, 256)
+    assert spec.windows[:7] == (1024,) * 5 + (None, 1024)
 
 
 def test_falcons_of_all_three_shapes():
@@ -157,7 +175,7 @@ def test_what_is_missing_or_not_supported_is_refused_by_name(case, changes, says
         ("gemma4_text", "did you mean 'gemma3_text'"),
         ("deepseek_v3", r"\(MLA\) stores one vector a token"),
         ("mamba2", "keep a state"),
-        ("gemma3", "reads images too"),
+        ("qwen2_vl", "reads images too"),
         ("olmo2_moe", r"docs/adding_a_model\.md shows how"),
     ],
 )

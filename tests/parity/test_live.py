@@ -3,6 +3,7 @@
 Run by `make parity`, which installs torch and transformers.
 """
 
+import json
 from functools import partial
 
 import jax
@@ -58,6 +59,42 @@ def test_new_weights_give_the_same_logits(peer, both, case):
     positions = np.tile(np.arange(peer.T), (2, 1))
     ours, _ = our_logits(lm, tokens, positions)
     assert abs(ours - peer.evaluate(theirs, tokens)["logits"]).max() <= LOGITS
+
+
+def test_the_text_model_of_a_gemma_3_that_reads_images_gives_the_same_logits(peer, tmp_path):
+    """Sparse as published: what its sections leave out is transformers' own."""
+    import transformers
+
+    text = {
+        "hidden_size": 48,
+        "intermediate_size": 32,
+        "num_hidden_layers": 7,
+        "head_dim": 8,
+        "vocab_size": 64,
+        "sliding_window": 5,
+        "num_attention_heads": 4,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    }
+    images = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "image_size": 28,
+              "num_attention_heads": 2, "patch_size": 14}  # fmt: skip
+    config = transformers.Gemma3Config(text_config=text, vision_config=images)
+    peer.torch.manual_seed(1)
+    theirs = transformers.Gemma3ForConditionalGeneration(config).eval()
+    theirs.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    for name in set(written["text_config"]) - set(text) - {"model_type"}:
+        del written["text_config"][name]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    loaded = checkpoints.load(str(tmp_path))
+    lm = LM(loaded.spec, jax.tree.map(jnp.asarray, loaded.params), loaded.tokenizer)
+    tokens = peer.draw_tokens(1, lm.spec.vocab_size)
+    ours, _ = our_logits(lm, tokens, np.tile(np.arange(peer.T), (2, 1)))
+    with peer.torch.no_grad():
+        expected = theirs(input_ids=peer.torch.from_numpy(tokens).long()).logits.numpy()
+    assert abs(ours - expected).max() <= LOGITS
 
 
 @pytest.mark.parametrize("case", FAMILIES)

@@ -3,6 +3,7 @@
 import warnings
 
 import jax
+import jax.experimental.compilation_cache.compilation_cache
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ def settings(monkeypatch):
     before = {f"jax_compilation_cache_{name}": None for name in names}
     before = {name: getattr(jax.config, name) for name in before}
     least = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.experimental.compilation_cache.compilation_cache.reset_cache()
     with warnings.catch_warnings():
         yield
     for name, value in before.items():

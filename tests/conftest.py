@@ -21,6 +21,18 @@ for flag in (DEVICES, EMITTER, MODULES):
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
+# A program that was compiled before is loaded, in a tenth of the time; processes that tests start
+# compile as tests do. Each worker has a folder of its own, because jax reads what another process
+# has only begun to write.
+PROGRAMS = tempfile.mkdtemp(prefix="lminf-programs-")
+atexit.register(shutil.rmtree, PROGRAMS, ignore_errors=True)
+os.environ |= {
+    "JAX_COMPILATION_CACHE_DIR": PROGRAMS,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+}
+
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
@@ -44,15 +56,6 @@ if importlib.util.find_spec("beartype"):
 # Compiling is slow and its time varies, so no deadline; the same examples on every machine.
 hypothesis.settings.register_profile("lminf", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("lminf")
-
-
-# A program that a test before compiled is loaded, in a tenth of the time. Each process has a folder
-# of its own, because jax reads what another one has only begun to write.
-PROGRAMS = tempfile.mkdtemp(prefix="lminf-programs-")
-atexit.register(shutil.rmtree, PROGRAMS, ignore_errors=True)
-jax.config.update("jax_compilation_cache_dir", PROGRAMS)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_collection_finish():

@@ -88,8 +88,10 @@ def test_every_block_says_what_it_is(page):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [line for line in lines("sh") if line != TINY])
-def test_a_command_prints_its_result(command, tmp_path):
+def test_a_command_prints_its_result(command, tmp_path, monkeypatch):
     assert command.startswith(("lminf ", "python -m "))
+    if "smollm2" in command:  # it computes more than it compiles
+        monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
     assert run(shlex.split(command), tmp_path).strip()
 
 

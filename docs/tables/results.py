@@ -176,9 +176,21 @@ def weights_nll() -> str:
     return markdown(lines)
 
 
-def beside_peers() -> str:
-    """Reading and decoding beside other libraries: benchmarks/results/compare.json."""
-    found = json.loads((ROOT / "benchmarks/results/compare.json").read_text())
+def beside_peers_on_epyc() -> str:
+    return beside_peers("epyc")
+
+
+def beside_peers_in_halves() -> str:
+    return beside_peers("epyc-full")
+
+
+def beside_peers_on_xeon() -> str:
+    return beside_peers("xeon")
+
+
+def beside_peers(processor: str) -> str:
+    """Reading and decoding beside other libraries: benchmarks/results/compare-PROCESSOR.json."""
+    found = json.loads((ROOT / f"benchmarks/results/compare-{processor}.json").read_text())
     lines = [["work", "lminf", "beside", "measured", "goal", "reached"]]
     for goal in found["goals"]:
         sides = [
@@ -384,22 +396,37 @@ model. A sweep on a laptop is in [studies](studies/step_sweep/report.md).
 ## Training speed
 
 `python -m experiments.train_throughput` ([report](results/train_throughput/report.md)): the median
-of three rounds, beside a plain torch loop of the same shape on the same machine.
+of three rounds on two cores of an AMD EPYC (Zen 5), beside a plain torch loop of the same shape. On
+an Intel Xeon with AMX lminf trained 0.85 times as fast as torch.
 
 {training}
 ## Speed beside transformers and llama.cpp
 
 `python -m benchmarks.compare --peer=PYTHON`, where PYTHON has the extra `benchmarks`: SmolLM2-135M
-reads 16,384 tokens and writes 32 after 4,096 on the same two cores of an Intel Xeon with AMX, in
-turns, one round. Times are of a token. transformers' weights are float32 unless it says otherwise;
-llama.cpp's are the 4 bits of the file, and it reads 8,190 tokens, its most, without their losses.
+reads 16,384 tokens and writes 32 after 4,096, in turns. Times are of a token. transformers' weights
+are float32 unless it says otherwise; llama.cpp's are the 4 bits of the file, and it reads 8,190
+tokens, its most, without their losses. On two cores of an AMD EPYC (Zen 5, with AVX-512 and
+products of bfloat16), three rounds: medians, and the range of the ratios.
 
-{beside_peers}
+{beside_peers_on_epyc}
+Full attention has read 1,024 tokens at a time since, half as many as then, which takes less memory;
+three rounds of `--work read --only transformers full`:
+
+{beside_peers_in_halves}
+Of its peak, 0.54 GB are weights, 0.76 GB the text's keys and values, which transformers does not
+keep when it reads at once, and 0.2 GB Python and JAX. Most of the rest are buffers of YNN, XLA's
+library for small products, held while a layer is read.
+
+On two cores of an Intel Xeon with AMX, which XLA's products do not use and torch's in bfloat16 do,
+an older version in one round:
+
+{beside_peers_on_xeon}
 `python -m benchmarks.products` shows what part of that is products with the weights, which no step
-can be faster than, on an Intel Xeon whose two cores other work shared: processor time of a token
-under full attention on one device, of its products alone, and of these with q, k and v, and gate
-and up, merged into one each; beside them their share of the whole step of the same turn, the median
-of seven and its range. Merged products gain less than turns differ by, so the weights stay apart.
+can be faster than, on the same EPYC: processor time of a token under full attention on one device,
+of its products alone, and of these with q, k and v, and gate and up, merged into one each; beside
+them their share of the whole step of the same turn, the median of seven and its range. So a token
+could be decoded in 0.55 of the time at best. Merged products gain less than turns differ by, so the
+weights stay apart.
 
 {products}
 {targets}"""
@@ -409,7 +436,8 @@ def page() -> str:
     """The page docs/results.md."""
     builders = (
         length_generalization, claims, retrieval, passkeys_by_depth, passkeys_by_length, decoding,
-        weights_speed, weights_nll, vocabularies, regrets, training, beside_peers, products,
+        weights_speed, weights_nll, vocabularies, regrets, training, beside_peers_on_epyc,
+        beside_peers_in_halves, beside_peers_on_xeon, products,
     )  # fmt: skip
     built = {builder.__name__: builder() for builder in builders}
     names = {label: name for name, label in LABELS.items()}

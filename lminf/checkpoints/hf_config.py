@@ -77,7 +77,7 @@ def to_spec(values: Mapping[str, Any], source: str) -> ModelSpec:
 def _text_model(values: Mapping[str, Any], source: str) -> Mapping[str, Any]:
     """The values of the text model alone."""
     family = values.get("model_type")
-    if family not in WITH_IMAGES:
+    if not isinstance(family, str) or family not in WITH_IMAGES:
         return values
     section = values.get("text_config")
     if not isinstance(section, Mapping):

@@ -204,6 +204,8 @@ def ntd(args: argparse.Namespace, *, longest_suffix: bool = False) -> None:
                  for token, count in tokens[:MOST_SHOWN]]  # fmt: skip
         about = "about " if followers.approx[i] else ""
         head = f"after {matched!r} ({about}{total:,} times)"
+        if len(tokens) > MOST_SHOWN:
+            head += f", the {MOST_SHOWN} most frequent of {len(tokens):,} next tokens"
         show(args, row, "\n".join([head, *lines]))
 
 

@@ -98,8 +98,7 @@ def test_the_lines_of_a_kept_figure_can_be_told_apart():
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_its_top(path, tiny_folder):
-    environment = {**os.environ, "LMINF_TINY": str(tiny_folder),
-                   "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # fmt: skip
+    environment = {**os.environ, "LMINF_TINY": str(tiny_folder)}
     # Eight devices that share two cores are no faster than one; 05_sharding asks for them itself.
     environment.pop("XLA_FLAGS")
     done = subprocess.run(

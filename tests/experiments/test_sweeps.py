@@ -284,8 +284,7 @@ def test_a_sweep_is_submitted_as_jobs(tmp_path):
         "--config.schedule=constant:peak=1", f"--out={out}", "--submit=local",
         "--jobs=2", "--minutes=10",
     ]  # fmt: skip
-    environment = {**os.environ, "LMINF_CACHE": str(tmp_path / "cache"),
-                   "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # fmt: skip
+    environment = {**os.environ, "LMINF_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "jobs " in done.stdout
     assert len(list((out / "jobs").glob("*_result.pkl"))) == 2

@@ -43,10 +43,8 @@ def command(out, *changes):
 
 
 def environment(devices=1):
-    """Of a process that compiles as tests do: it computes little."""
     flags = f"--xla_force_host_platform_device_count={devices} {EMITTER}"
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags,
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # fmt: skip
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 def finish(out, *changes, devices=1):

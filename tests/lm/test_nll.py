@@ -45,6 +45,16 @@ def test_losses_through_the_cache_are_those_of_the_whole_text(lm, one_shot, smal
     assert calls == [(16, 40), (32, 40), (40, 40)]
 
 
+@pytest.mark.parametrize(("policy", "first"), [("full", 8), ("lm_infinite:window=8,sinks=2", 16)])
+def test_a_text_that_is_kept_whole_is_read_in_smaller_chunks(
+    lm, small_steps, monkeypatch, policy, first
+):
+    monkeypatch.setattr("lminf.lm.nll.KEEPING_ALL", 8)
+    ids, calls = lm.tokenizer.encode(TEXT), []
+    lm.with_policy(policy).token_nll(ids, progress=lambda done, of: calls.append(done))
+    assert calls[0] == first
+
+
 def test_devices_that_read_together_never_hold_all_keys(lm):
     """Full has 32 slots, the window with its sinks 10."""
     caches = lm.with_devices(jax.devices()[:2]).init_caches(batch=1, capacity=32)

@@ -417,8 +417,7 @@ Of its peak, 0.54 GB are weights, 0.76 GB the text's keys and values, which tran
 keep when it reads at once, and 0.2 GB Python and JAX. Most of the rest are buffers of YNN, XLA's
 library for small products, held while a layer is read.
 
-On two cores of an Intel Xeon with AMX, which XLA's products do not use and torch's in bfloat16 do,
-an older version in one round:
+On two cores of an Intel Xeon with AMX, an older version in one round:
 
 {beside_peers_on_xeon}
 `python -m benchmarks.products` shows what part of that is products with the weights, which no step

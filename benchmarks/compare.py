@@ -44,7 +44,7 @@ OURS = {  # name -> arguments of ours.py
     "full bfloat16": (f"--policy={FULL}", "--dtype=bfloat16"),
     "full int8": (f"--policy={FULL}", "--weights=int8"),
     "lm_infinite bfloat16": (f"--policy={LAMBDA}", "--dtype=bfloat16"),
-    SHORT: (f"--policy={FULL}", "--length=8190"),  # as much as llama.cpp reads
+    SHORT: (f"--policy={FULL}",),  # as much as llama.cpp reads
 }
 
 
@@ -131,6 +131,8 @@ def peers_and_ours(args: argparse.Namespace, ids: Path) -> dict[tuple[str, str],
         for name, more in OURS.items():
             if name == SHORT and work == "decode":
                 continue
+            if name == SHORT:
+                more = (*more, f"--length={min(args.length, 8190)}")
             commands[work, name] = [sys.executable, str(HERE / "ours.py"), work, *sizes, *more]
     return {key: each for key, each in commands.items() if not args.only or key[1] in args.only}
 

@@ -180,7 +180,7 @@ def beside_peers_on_epyc() -> str:
     return beside_peers("epyc")
 
 
-def beside_peers_in_halves() -> str:
+def full_beside_transformers() -> str:
     return beside_peers("epyc-full")
 
 
@@ -397,7 +397,8 @@ model. A sweep on a laptop is in [studies](studies/step_sweep/report.md).
 
 `python -m experiments.train_throughput` ([report](results/train_throughput/report.md)): the median
 of three rounds on two cores of an AMD EPYC (Zen 5), beside a plain torch loop of the same shape. On
-an Intel Xeon with AMX lminf trained 0.85 times as fast as torch.
+an Intel Xeon with AMX lminf trained 0.85 times as fast as torch, in three rounds
+(`benchmarks/results/train-throughput-xeon.jsonl`).
 
 {training}
 ## Speed beside transformers and llama.cpp
@@ -409,13 +410,12 @@ tokens, its most, without their losses. On two cores of an AMD EPYC (Zen 5, with
 products of bfloat16), three rounds: medians, and the range of the ratios.
 
 {beside_peers_on_epyc}
-Full attention has read 1,024 tokens at a time since, half as many as then, which takes less memory;
-three rounds of `--work read --only transformers full`:
+Full attention read 2,048 tokens at a time there. On a CPU it reads 1,024 now, which takes less
+memory: three rounds of `--work read --only transformers full`.
 
-{beside_peers_in_halves}
-Of its peak, 0.54 GB are weights, 0.76 GB the text's keys and values, which transformers does not
-keep when it reads at once, and 0.2 GB Python and JAX. Most of the rest are buffers of YNN, XLA's
-library for small products, held while a layer is read.
+{full_beside_transformers}
+Of its peak, 0.54 GB are weights and 0.76 GB the text's keys and values (`lminf plan`), which
+transformers does not keep when it reads a text at once.
 
 On two cores of an Intel Xeon with AMX, an older version in one round:
 
@@ -436,7 +436,7 @@ def page() -> str:
     builders = (
         length_generalization, claims, retrieval, passkeys_by_depth, passkeys_by_length, decoding,
         weights_speed, weights_nll, vocabularies, regrets, training, beside_peers_on_epyc,
-        beside_peers_in_halves, beside_peers_on_xeon, products,
+        full_beside_transformers, beside_peers_on_xeon, products,
     )  # fmt: skip
     built = {builder.__name__: builder() for builder in builders}
     names = {label: name for name, label in LABELS.items()}

@@ -33,17 +33,17 @@ UNLIKE = {
     ),
 }
 
-# Models of texts and images whose text model is in a section of its own; and what sections of
-# published files leave to the class of transformers that they name, all of it or its rotary bases.
+# Models of texts and images whose text model is in a section of its own, and the values of
+# Gemma3TextConfig (transformers), which published sections leave out.
 WITH_IMAGES: dict[str, dict[str, Any]] = {
     "mistral3": {},
     "gemma3": {
-        "attn_logit_softcapping": None, "final_logit_softcapping": None, "head_dim": 256,
-        "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 131_072,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "query_pre_attn_scalar": 256,
-        "rms_norm_eps": 1e-6, "vocab_size": 262_208,
+        "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 131_072, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "vocab_size": 262_208,
     },
 }  # fmt: skip
+# Where the section has no rope_parameters, which files of transformers 5 have instead.
 GEMMA3_BASES = {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
 
 

@@ -49,7 +49,7 @@ def test_losses_through_the_cache_are_those_of_the_whole_text(lm, one_shot, smal
 def test_a_text_that_is_kept_whole_is_read_in_smaller_chunks(
     lm, small_steps, monkeypatch, policy, first
 ):
-    monkeypatch.setattr("lminf.lm.nll.KEEPING_ALL", 8)
+    monkeypatch.setattr("lminf.lm.nll.UNBOUNDED_CHUNK", 8)
     ids, calls = lm.tokenizer.encode(TEXT), []
     lm.with_policy(policy).token_nll(ids, progress=lambda done, of: calls.append(done))
     assert calls[0] == first

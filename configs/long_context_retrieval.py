@@ -24,39 +24,55 @@ from ml_collections import ConfigDict
 from lminf.configs import base
 
 VARIANTS = ("tiny", "short")
-# All but Full attend to 1,034 tokens or a few more. Bounded policies keep so many, the others every
-# token.
 FULL = "full"
 FORGETS = "lm_infinite:window=1024,sinks=10"
 SELECTS = "infllm:window=512,sinks=10,topk=8,block=64,exec_block=256"
+# Of bounded memory: they keep 1,034 tokens.
+KEEPS_SOME = (
+    FORGETS,
+    "streaming:window=1024,sinks=10",
+    "lambda:window=1024,sinks=10",
+    "window:window=1034",
+    "sirllm:capacity=1034,sinks=10,recent=512,turn=256",
+    "tova:capacity=1034,sinks=10,turn=256",
+    "h2o:capacity=1034,sinks=10,recent=512,turn=256",
+    "snapkv:capacity=1034",
+)
+# They keep every token and attend to 1,034 of them or a few fewer.
+SELECTS_SOME = (
+    SELECTS,
+    "topk:window=1004,sinks=10,topk=20,at=8",
+    "longheads:attended=1024",
+    "hip:window=512,sinks=10,topk=512",
+    "infinite_hip:topk=(2048,1024,512),window=512,sinks=10",
+    "moba:block=128,topk=8",
+)
+# They attend to every token.
+SEES_ALL = (
+    FULL,
+    "rerope:window=1024",
+    "leaky_rerope:window=1024,stretch=8",
+    "self_extend:window=1024,group=8",
+    "think:ratio=0.4",
+)
 
 
 def get_config(arg: str = "") -> ConfigDict:
     c = base.get_config(arg, variants=VARIANTS)
     c.model = "smollm2-135m-instruct"  # or a .gguf file, such as one of Qwen2.5
+    c.dtype = "bfloat16"  # of weights, activations and caches
     c.text = "/usr/share/doc/anarchism/markdown/sec*.md.gz"  # code, or files, a document each
-    c.lengths = (4096, 16_384, 32_768)  # tokens of a document
+    c.lengths = (4096, 16_384)  # tokens of a document
     c.documents = 12  # of each length; two are each other's control
     # Shares of the document before each sentence. Up to 16,384 tokens the last one is inside a
     # window of 1,024, to compare with.
     c.depths = (0.04, 0.13, 0.22, 0.31, 0.40, 0.49, 0.58, 0.67, 0.94)
-    c.beyond = 1024  # tokens: what is farther back is outside every window
-    c.policies = (
-        FORGETS,
-        SELECTS,
-        FULL,
-        "sirllm:capacity=1024,sinks=10,recent=512,turn=256",
-        "tova:capacity=1024,sinks=10,turn=256",
-        "streaming:window=1024,sinks=10",
-        "h2o:capacity=1024,sinks=10,recent=512,turn=256",
-        "topk:window=1024,sinks=10,topk=20,at=8",
-        "infinite_hip:topk=(2048,1024,512),window=512,sinks=10",
-        "longheads:attended=1024",
-    )
+    c.beyond = 1034  # tokens: what is farther back is outside every window
+    c.policies = KEEPS_SOME + SELECTS_SOME + SEES_ALL
     if arg == "short":
         c.lengths, c.policies = (4096,), (FORGETS, SELECTS, FULL)
     if arg == "tiny":
-        c.model, c.text = "tiny", "code"
+        c.model, c.text, c.dtype = "tiny", "code", "float32"
         c.lengths, c.documents, c.depths = (512,), 2, (0.1, 0.4, 0.8)
         c.beyond = 64
         c.policies = (

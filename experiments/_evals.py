@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from lminf.errors import InputError
@@ -13,7 +14,7 @@ from lminf.evals.runner import Cell, Subject
 from lminf.evals.task import Budget, Task
 from lminf.lm.lm import LM
 from lminf.lm.prefix import SharedPrefix
-from lminf.models import cost
+from lminf.models import cost, decoder
 from lminf.programs.segment_reading import SegmentReader
 from lminf.run import folder
 from lminf.run.folder import Row, RunFolder
@@ -55,6 +56,23 @@ def subject(c: ConfigDict, lm: LM, segments: SegmentReader | None = None) -> Sub
 
     name = segments.name if segments else lm.policy.name
     return Subject(segments or SharedPrefix(lm), {"model": c.model, "policy": name}, facts)
+
+
+def bytes_after(lm: LM, tokens: int) -> dict[str, int]:
+    """Bytes after a prompt of so many tokens with room for one more: of keys and values, and of
+    a policy's state.
+    """
+
+    def after_prompt():
+        caches = lm.init_caches(batch=1, capacity=tokens)
+        return decoder.prepare_decoding(lm.spec, lm.decoder.policies, caches, length=tokens, room=1)
+
+    sizes = {"cache_bytes": 0, "state_bytes": 0}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.eval_shape(after_prompt)):
+        is_kv = jax.tree_util.keystr(path[-1:]) in (".k", ".v", "['k']", "['v']")
+        kind = "cache_bytes" if is_kv else "state_bytes"
+        sizes[kind] += leaf.size * leaf.dtype.itemsize
+    return sizes
 
 
 def last_only(lm: LM) -> bool:

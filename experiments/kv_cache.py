@@ -9,7 +9,6 @@ import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-import jax
 import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
@@ -26,7 +25,6 @@ from lminf.experiments import _evals, _models
 from lminf.experiments._main import main
 from lminf.experiments._streams import Stream, step_times
 from lminf.lm.lm import LM
-from lminf.models import decoder
 from lminf.run import plots, tables
 from lminf.run.folder import Row, RunFolder
 from lminf.run.progress import Progress
@@ -62,7 +60,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
             "ms_per_token": median,
             "low": low,
             "high": high,
-            **bytes_after(stream.lm, stream.position),
+            **_evals.bytes_after(stream.lm, stream.position),
             "steps": c.steps,
         }
 
@@ -107,7 +105,7 @@ def losses(c: ConfigDict, out: RunFolder, models: Sequence[tuple[str, LM]]) -> I
                 "continuation": len(nll),
                 "nll": float(nll.mean(dtype=np.float64)),
                 "nll_error": float(nll.std(ddof=1) / np.sqrt(len(nll))),
-                **bytes_after(lm, c.prompt),
+                **_evals.bytes_after(lm, c.prompt),
                 "seconds": time.perf_counter() - started,
             }
             progress.update(count * tokens)
@@ -117,25 +115,8 @@ def retrieval(c: ConfigDict, family: str, lm: LM) -> Subject:
     """The model as it is asked for passkeys; its rows have the bytes of those of its losses."""
     return dataclasses.replace(
         _evals.subject(c, lm),
-        facts=lambda length, needles: {"family": family, **bytes_after(lm, c.prompt)},
+        facts=lambda length, needles: {"family": family, **_evals.bytes_after(lm, c.prompt)},
     )
-
-
-def bytes_after(lm: LM, tokens: int) -> dict[str, int]:
-    """Bytes after a prompt of so many tokens with room for one more: of keys and values, and of
-    a policy's state.
-    """
-
-    def after_prompt():
-        caches = lm.init_caches(batch=1, capacity=tokens)
-        return decoder.prepare_decoding(lm.spec, lm.decoder.policies, caches, length=tokens, room=1)
-
-    sizes = {"cache_bytes": 0, "state_bytes": 0}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.eval_shape(after_prompt)):
-        is_kv = jax.tree_util.keystr(path[-1:]) in (".k", ".v", "['k']", "['v']")
-        kind = "cache_bytes" if is_kv else "state_bytes"
-        sizes[kind] += leaf.size * leaf.dtype.itemsize
-    return sizes
 
 
 def plot(rows: list[Row]) -> Mapping[str, Figure]:

@@ -4,7 +4,6 @@ Two documents are read in turn: after each, its own passages and questions and t
 other one are scored. So every document has a control, and one reading serves all depths.
 """
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -58,7 +57,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
                 f"{policy.name} has a window of more than beyond={c.beyond} tokens, so what is "
                 f"farther back than these may be in it; raise beyond or lower the window"
             )
-    lm = _models.load(c.model, seed=c.seed)
+    lm = _models.load(c.model, seed=c.seed, dtype=c.dtype)
     models = [lm.with_policy(policy) for policy in parsed]
     done = {(row["length"], row["policy"], row["document"]) for row in out.rows()}
     pairs = [(length, number) for length in c.lengths for number in range(0, c.documents, 2)]
@@ -75,9 +74,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
             if length not in stacks:
                 stacks = {length: drawn(c, lm, length)}
             pair, digests = zip(*stacks[length][number : number + 2], strict=True)
-            started = time.perf_counter()
             measured = [measure(model, read, control) for read, control in (pair, pair[::-1])]
-            seconds = (time.perf_counter() - started) / 2
             for index, (mine, its) in enumerate(zip(measured, measured[::-1], strict=True)):
                 for row in rows_of(c, model, pair[index], mine, its.control):
                     yield {
@@ -88,7 +85,6 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
                         "text_digest": digests[index],
                         **row,
                         "trained_length": lm.spec.trained_length,
-                        "seconds": seconds,
                     }
             read += 2 * length
             progress.update(read)
@@ -156,14 +152,18 @@ def rows_of(
 
 
 def costs(lm: LM, length: int) -> dict[str, Any]:
-    """Tokens that a query attends to and bytes that are kept after a text of this length."""
-    seen = [cost.attended_tokens(part) for part in policies.head_policies(lm.policy)]
-    sizes = [length if each is None else min(each, length) for each in seen]
-    by_layer = lm.decoder.policies
+    """Tokens that a query attends to after a text of this length, and the bytes kept of it: keys,
+    values, and what else the policy remembers.
+    """
+    seen = [attended_after(part) for part in policies.head_policies(lm.policy)]
     return {
-        "attended": max(sizes),
-        "cache_bytes": cost.cache_bytes(lm.spec, by_layer, tokens=length, dtype=lm.dtype),
+        "attended": max(length if each is None else min(each, length) for each in seen),
+        "cache_bytes": sum(_evals.bytes_after(lm, length).values()),
     }
+
+
+def attended_after(policy: policies.LayerPolicy) -> int | None:
+    return policy.capacity if policy.needs_prompt else cost.attended_tokens(policy)
 
 
 # --- What is shown --------------------------------------------------------------------------------
@@ -183,7 +183,6 @@ def summary(rows: Sequence[Row], *, place: str = FAR) -> list[Row]:
             "cache_bytes": group[0]["cache_bytes"],
             "documents": len(group),
             "depths": group[0]["depths"],
-            "seconds": float(np.mean([row["seconds"] for row in group])),
             **{
                 name: score.over_documents([row[name] for row in group])
                 for name in MEASURES if group[0][name] is not None
@@ -212,7 +211,6 @@ def table(rows: list[Row]) -> list[Row]:
             },
             "copy gain above the first policy": gains.get((line["length"], line["policy"])),
             "needle margin inside": score.value_text(inside["needle_margin"]) if inside else None,
-            "seconds a document": line["seconds"],
         })  # fmt: skip
     return lines
 
@@ -258,4 +256,4 @@ def plot(rows: list[Row]) -> Mapping[str, Figure]:
 
 
 if __name__ == "__main__":
-    main(run, plot, table=table, resumes=True, may_change=("documents", "policies"))
+    main(run, plot, table=table, resumes=True, may_change=("documents", "lengths", "policies"))

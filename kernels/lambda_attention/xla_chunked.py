@@ -161,9 +161,7 @@ def _backward(rules: Rules, config: Config, saved, cotangents: Saved):
 
     def head(gradients, index):
         head = tiles.Head(plan, index)
-        branch_rows = [
-            BranchRows(s, head.rows(s.key), head.rows(s.key).T, head.rows(s.value)) for s in sides
-        ]
+        branch_rows = [BranchRows.of(head, side) for side in sides]
 
         def block(carry, index):
             program = tiles.Program(head, index)
@@ -217,6 +215,14 @@ class BranchRows(NamedTuple):
     key: Float[Array, "S H"]
     key_columns: Float[Array, "H S"]
     value: Float[Array, "S Hv"]
+
+    @classmethod
+    def of(cls, head: tiles.Head, side: tiles.Side) -> "BranchRows":
+        key = head.rows(side.key)
+        # Where one tile holds all keys, XLA would fold the transposition into the product, and its
+        # CPU backend has no such product of bfloat16: the program compiles and cannot be run.
+        columns = jax.lax.optimization_barrier(key.T)
+        return cls(side, key, columns, head.rows(side.value))
 
 
 def _backward_block(

@@ -178,12 +178,13 @@ def _ask(
     # Two equal prompts of a cell have one answer.
     unknown = {(each.cell, each.digest): each for each in questions
                if each.digest not in known[each.cell]}  # fmt: skip
-    written = []
+    choosing, written = [], []
     for question in unknown.values():
-        if choices := question.cell.task.choices(question.instance):
-            answered(question, _likeliest(subject, question, choices))
-        else:
-            written.append(question)
+        choices = question.cell.task.choices(question.instance)
+        (choosing if choices else written).append(question)
+    for alike in _that_begin_alike(choosing):
+        for question, choice in zip(alike, _likeliest(subject, alike), strict=True):
+            answered(question, choice)
     if written:
         task = written[0].cell.task
         subject.model.generate(
@@ -193,14 +194,37 @@ def _ask(
         )  # fmt: skip
 
 
-def _likeliest(subject: Subject, question: Question, choices: Sequence[str]) -> str:
+def _that_begin_alike(questions: Sequence[Question]) -> Iterator[list[Question]]:
+    """Neighbours whose prompts begin alike, to the half, as those of one text do."""
+    group: list[Question] = []
+    for question in questions:
+        half = question.prompt[: len(question.prompt) // 2]
+        if group and not group[0].prompt.startswith(half):
+            yield group
+            group = []
+        group.append(question)
+    if group:
+        yield group
+
+
+def _likeliest(subject: Subject, questions: Sequence[Question]) -> list[str]:
     if not isinstance(subject.model, LanguageModel):
         raise InputError(
-            f"{question.cell.task.name} compares the probabilities of answers, which "
+            f"{questions[0].cell.task.name} compares the probabilities of answers, which "
             f"{dict(subject.columns)} does not give; ask a model that has the verb score"
         )
-    scores = subject.model.score([question.prompt] * len(choices), choices)
-    return max(zip(choices, scores, strict=True), key=lambda pair: pair[1].log_prob)[0]
+    choices = [question.cell.task.choices(question.instance) for question in questions]
+    scores = iter(
+        subject.model.score(
+            [question.prompt for question, of in zip(questions, choices, strict=True) for _ in of],
+            list(itertools.chain(*choices)),
+        )
+    )
+    chosen = []
+    for options in choices:
+        log_probs = [score.log_prob for _, score in zip(options, scores, strict=False)]
+        chosen.append(max(zip(options, log_probs, strict=True), key=lambda pair: pair[1])[0])
+    return chosen
 
 
 def _row(

@@ -66,7 +66,7 @@ class ChatModel:
             tokens = self.encode(prompt, continuation)
             check_apart(encoded[prompt], tokens, prompt, continuation)
             pairs.append((tokens, len(encoded[prompt])))
-        return self.model.score_pairs(prompts, pairs)
+        return self.model.score_pairs(pairs)
 
     def next(self, prompts: Sequence[str]) -> Float32[np.ndarray, "B V"]:
         return self.model.next([self.encode(prompt) for prompt in prompts])

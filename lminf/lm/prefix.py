@@ -46,21 +46,29 @@ class SharedPrefix:
         return self.lm.count_tokens(text)
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[Score]:
-        """As `LM.score`; what all continuations of a prompt follow is read once.
+        """As `LM.score`; what all continuations of a prompt follow is read once, and what nearly
+        all of several prompts is, such as a text with different questions.
 
         Policies that act at the end of a prompt or of a call read each by itself. Where queries
         select in groups, the groups are those of a text that is read at once, without padding.
         """
         pairs = zip(prompts, continuations, strict=True)
-        return self.score_pairs(prompts, [self.lm.encode_continuation(*pair) for pair in pairs])
+        return self.score_pairs([self.lm.encode_continuation(*pair) for pair in pairs])
 
-    def score_pairs(self, prompts: Sequence[str], pairs: Sequence[Pair]) -> list[Score]:
-        """As `LM.score_tokens` of each pair; those of one prompt, whatever its tokens, together."""
+    def score_pairs(self, pairs: Sequence[Pair]) -> list[Score]:
+        """As `LM.score_tokens` of each pair."""
+        families: list[list[int]] = []
+        for index, pair in enumerate(pairs):
+            alike = (each for each in families if _nearly_all_shared(pair, pairs[each[0]]))
+            family = next(alike, None)
+            if family is None:
+                families.append(family := [])
+            family.append(index)
         scores: dict[int, Score] = {}
-        for prompt in dict.fromkeys(prompts):
-            members = [index for index, each in enumerate(prompts) if each == prompt]
-            scored = self.score_tokens([pairs[index] for index in members])
-            scores |= dict(zip(members, scored, strict=True))
+        for family in families:
+            scores |= dict(
+                zip(family, self.score_tokens([pairs[index] for index in family]), strict=True)
+            )
         return [scores[index] for index in range(len(pairs))]
 
     def score_tokens(self, pairs: Sequence[Pair]) -> list[Score]:
@@ -121,6 +129,16 @@ class SharedPrefix:
         return texts
 
 
+def _nearly_all_shared(one: Pair, other: Pair) -> bool:
+    """Whether the prompts agree but for a sixteenth of them, which each continuation reads again,
+    or but for a word at the end, which may be other tokens before another continuation.
+    """
+    shorter, longer = sorted((one[1], other[1]))
+    differ = np.flatnonzero(one[0][:shorter] != other[0][:shorter])
+    shared = int(differ[0]) if len(differ) else shorter
+    return longer - shared <= max(longer // 16, 2)
+
+
 def _shared_tokens(lm: LM, pairs: Sequence[Pair]) -> int:
     """How many tokens to read once for all of these, so that each reads as it would by itself."""
     policies = lm.decoder.policies
@@ -176,9 +194,11 @@ def log_probs_after(
     """Log-probabilities (nats) of what follows each of the last tokens of every tail, which stands
     directly after the prefix. The prefix is read once for all tails.
 
-    A policy that selects for the last query of a call alone does so for the last token of a tail.
+    A policy that selects for the last query of a call alone does so for the last token of a tail,
+    and for one that acts at the end of a prompt the prefix is the prompt.
     """
-    longest = len(prefix) + max(each.tokens.shape[1] for each in tails)
+    room = max(each.tokens.shape[1] for each in tails)
+    longest = len(prefix) + room
     lm.check_length(longest)
     evict_every = common_eviction(lm.decoder.policies)
     if len(prefix) % (evict_every or 1):
@@ -189,6 +209,8 @@ def log_probs_after(
     step = chunk_within(evict_every, decoding.STEP)
     caches = decoding.empty_caches(lm, rows=1, longest=longest, room=0)
     caches = _read_prefix(lm, np.asarray(prefix, np.int32), step, caches)
+    if any(policy.needs_prompt for policy in lm.decoder.policies):
+        caches = decoding.prepare_decoding(lm.decoder, caches, length=len(prefix), room=room)
     # Small caches fill the processor together; one that keeps every token does so by itself.
     rows = TAIL_ROWS if all(policy.bounded for policy in lm.decoder.policies) else 1
     for tokens, last in tails:

@@ -310,10 +310,13 @@ def test_who_reads_only_the_last_third_finds_the_late_needles():
 # --- The likeliest of the options -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["babilong", "many_shot", "tsort", "best_answer"])
+@pytest.mark.parametrize(
+    "name", ["babilong", "many_shot", "tsort", "best_answer", "niah_multikey", "common_words"]
+)
 def test_of_options_the_likeliest_is_the_answer(name, tasks_of, book):
     solver = solver_of(name, book)
-    tasks = [dataclasses.replace(task, answers="likeliest") for task in tasks_of(name)]
+    one = {"common": 1} if name == "common_words" else {}
+    tasks = [dataclasses.replace(task, answers="likeliest", **one) for task in tasks_of(name)]
     for row in rows_of(tasks, lambda prompt: f" {solver(prompt)}\n", length=4000, count=6):
         assert row["answers"] == "likeliest"
         assert row["score"] == 1
@@ -321,6 +324,11 @@ def test_of_options_the_likeliest_is_the_answer(name, tasks_of, book):
         right = [option for option in item.options
                  if tasks[0].score(tasks[0].parse(option), item) == 1]  # fmt: skip
         assert len(right) == 1
+
+
+def test_one_word_is_chosen_not_several():
+    with pytest.raises(InputError, match="answers=likeliest chooses one word, of common=5"):
+        catalog.parse("common_words:answers=likeliest,common=5")
 
 
 # --- Long writing ---------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ import pytest
 
 from lminf.attention.policies.eviction import SirLLM
 from lminf.attention.policies.infllm import InfLLM
-from lminf.attention.policies.prompt_compression import SnapKV
+from lminf.attention.policies.prompt_compression import SnapKV, ThinK
 from lminf.attention.policies.topk import TopK
-from lminf.attention.policy import LMInfinite
+from lminf.attention.policy import Full, LMInfinite
 from lminf.errors import InputError
 from lminf.lm import generate, layerwise, prefix
 from lminf.lm.prefix import SharedPrefix
@@ -122,6 +122,20 @@ def test_what_follows_a_prefix_is_as_likely_as_in_one_text(lm, small_steps, poli
     np.testing.assert_allclose(np.exp(second).sum(-1), 1, atol=1e-4)
 
 
+@pytest.mark.parametrize("policy", [SnapKV(40, window=8), ThinK(0.5, recent=8)], ids=str)
+def test_a_prefix_is_the_prompt_of_a_policy_that_needs_one(lm, small_steps, policy):
+    book = np.asarray(lm.tokenizer.encode(BOOK), np.int32)
+    tail, ways = book[64:72], {}
+    for name, of in {"compressed": policy, "full": Full()}.items():
+        model = lm.with_policy(of)
+        (found,) = prefix.log_probs_after(model, book[:64], [prefix.Tails(tail[None], 8)])
+        ways[name] = -found[0, np.arange(7), tail[1:]]
+        prompt = 64 if of.needs_prompt else None
+        losses = model.token_nll(book[:72], prompt=prompt)
+        np.testing.assert_allclose(ways[name], losses[64:], atol=2e-4)
+    assert np.abs(ways["compressed"] - ways["full"]).max() > 1e-3  # it would be a row of its base
+
+
 def test_a_prefix_ends_where_the_policy_evicts(lm, small_steps):
     lm = lm.with_policy(SirLLM(32, recent=8, turn=16))
     tails = [prefix.Tails(np.zeros((1, 4), np.int32), 1)]
@@ -179,6 +193,27 @@ def test_the_prompt_of_several_continuations_is_read_once(lm, small_steps, monke
     SharedPrefix(lm).score([BOOK] * 4, ENDS)
     # The book in five chunks, of which the first is filled up; the longest end has 43 bytes.
     assert sum(tokens) == 5 * 16 + 4 * 48
+
+
+def test_a_text_is_read_once_for_all_questions_about_it(lm, small_steps, monkeypatch):
+    tokens, forward = [], layerwise.LayerwiseDecoder.__call__
+
+    def counted(self, ids, *rest):
+        tokens.append(ids.size)
+        return forward(self, ids, *rest)
+
+    text, questions, ends = BOOK * 4, [" Who?", " Why?", " Who?"], [" He", " So", " I"]
+    prompts = [text + question for question in questions]
+    lm = lm.with_policy(LMInfinite(8, 2))
+    alone = [lm.score([prompt], [end])[0] for prompt, end in zip(prompts, ends, strict=True)]
+    monkeypatch.setattr(layerwise.LayerwiseDecoder, "__call__", counted)
+    together = SharedPrefix(lm).score(prompts, ends)
+    assert sum(tokens) < 2 * len(text)
+    for found, expected in zip(together, alone, strict=True):
+        assert found.log_prob == pytest.approx(expected.log_prob, abs=5e-4)
+    tokens.clear()
+    SharedPrefix(lm).score([text + BOOK[:40], text + BOOK[40:]], ends[:2])
+    assert sum(tokens) > 2 * len(text)  # they differ by more than is read again for nothing
 
 
 def test_options_that_differ_in_their_last_token_are_read_as_one(lm, small_steps, monkeypatch):

@@ -20,7 +20,7 @@ from lminf.errors import InputError
 from lminf.evals import metrics
 from lminf.evals.suites import prose
 from lminf.evals.suites.generated import GeneratedTask, SharedTextTask, fill
-from lminf.evals.suites.suite_task import Instance
+from lminf.evals.suites.suite_task import Answers, Instance
 from lminf.evals.task import Budget
 from lminf.ranges import Range
 
@@ -86,10 +86,13 @@ class Needles(SharedTextTask):
         filled = fill(budget, lambda count: TASK + body(count) + longest, part="sentence")
         shared = filled.prompt.removesuffix(longest)
         return [
-            Instance(prompt, [value for key, value in pairs if key in keys], budget.count(prompt))
+            Instance(
+                prompt, [value for key, value in pairs if key in keys], budget.count(prompt),
+                options=[f" {value}" for _, value in pairs],
+            )
             for keys, question in zip(queries, questions, strict=True)
             for prompt in [shared + question]
-        ]
+        ]  # fmt: skip
 
     def parse(self, completion: str) -> str:
         return completion
@@ -106,6 +109,7 @@ class MultiKey(Needles):
     keys: Several = 4
     questions: Several = 1  # asked of one text, each for another key
     text: str | None = None  # a file of prose; none: the interpreter's documentation
+    answers: Answers = "written"
 
     name = "niah_multikey"
     scope, diffusion = "low", "low"

@@ -19,9 +19,11 @@ from lminf.evals import metrics
 from lminf.evals.suites import prose
 from lminf.evals.suites.generated import GeneratedTask, fill, index_at_depth
 from lminf.evals.suites.ruler import Share, sample_words
-from lminf.evals.suites.suite_task import Instance
+from lminf.evals.suites.suite_task import Answers, Instance
 from lminf.evals.task import Budget
 from lminf.ranges import Range
+
+OTHERS = 7  # words of the list that a model chooses from beside the common one
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class CommonWords(GeneratedTask):
     times: Annotated[int, Range(min=2, max=1000)] = 12  # that each of them is listed
     other_times: Annotated[int, Range(min=1, max=999)] = 3  # that each other one is
     text: str | None = None  # a file to take words from; none: the interpreter's documentation
+    answers: Answers = "written"
 
     name = "common_words"
     scope, diffusion = "high", "high"
@@ -43,6 +46,11 @@ class CommonWords(GeneratedTask):
             raise InputError(
                 f"common_words lists common words times={self.times} times and others "
                 f"other_times={self.other_times} times; give other_times below times"
+            )
+        if self.answers == "likeliest" and self.common > 1:
+            raise InputError(
+                f"common_words:answers=likeliest chooses one word, of common={self.common}; give "
+                f"common=1"
             )
 
     @property
@@ -71,7 +79,10 @@ class CommonWords(GeneratedTask):
 
         filled = fill(budget, prompt, part="other word", min_parts=1, max_parts=len(rare))
         prose.check_filled(filled, len(rare), self.text, budget)
-        return Instance(filled.prompt, common, filled.tokens)
+        options = random.permutation([*common, *rare[: min(filled.parts, OTHERS)]])
+        return Instance(
+            filled.prompt, common, filled.tokens, options=[f" {word}" for word in options]
+        )
 
     def parse(self, completion: str) -> str:
         return completion

@@ -25,29 +25,31 @@ from lminf.configs import base
 def get_config(arg: str = "") -> ConfigDict:
     c = base.get_config(arg, variants=("tiny", "short"))
     c.model = "smollm2-135m-instruct"
-    c.dtype = "float32"  # of weights, activations and caches
+    c.dtype = "bfloat16"  # of weights, activations and caches
     c.chat = False  # True: prompts are messages of a user, in the model's chat template
-    # Names of `lminf eval --list`, one of each quarter of scope and diffusion.
+    # Names of `lminf eval --list`, one of each quarter of scope and diffusion. A model that cannot
+    # answer freely may choose: of 5 numbers, 6 places, 8 words.
     c.tasks = (
-        "niah_multikey:depth=0.5",
-        "babilong:facts=1",
-        "niah_multivalue:values=2",
-        "common_words:common=1",
+        "niah_multikey:depth=0.5,keys=5,questions=5,answers=likeliest",
+        "babilong:facts=1,questions=6,answers=likeliest",
+        "niah_multivalue:values=2,questions=5",
+        "common_words:common=1,answers=likeliest",
     )
-    c.lengths = (1024, 2048, 4096, 8192)  # tokens of the whole prompt
-    c.instances = 20  # of each task at each level and length
-    c.policies = (
+    c.lengths = (1024, 2048, 4096, 8192, 16_384, 32_768)  # tokens of the whole prompt
+    c.instances = 50  # of each task at each level and length
+    c.policies = (  # all but Full attend to 1,034 tokens or a few fewer
         "full",
-        "lm_infinite:window=4096,sinks=10",
-        "streaming:window=4096,sinks=10",
+        "lm_infinite:window=1024,sinks=10",
+        "infllm:window=512,sinks=10,topk=8,block=64,exec_block=256",
+        "streaming:window=1024,sinks=10",
+        "h2o:capacity=1034,sinks=10,recent=512,turn=256",
+        "longheads:attended=1024",
+        "infinite_hip:topk=(2048,1024,512),window=512,sinks=10",
     )
     if arg == "short":
-        c.dtype = "bfloat16"  # two thirds of the time of float32 on a CPU with AMX
-        c.tasks = ("niah_multikey:depth=0.5,keys=5,questions=5",)
-        c.lengths, c.instances = (1024, 2048, 4096), 50
-        c.policies = ("full", "lm_infinite:window=2048,sinks=10")
+        c.lengths, c.policies = c.lengths[:3], c.policies[:3]
     if arg == "tiny":
-        c.model = "tiny"
+        c.model, c.dtype = "tiny", "float32"
         c.tasks = ("single_needle:depth=0.0", "single_needle:depth=1.0", "m4le:ability=global")
         c.lengths, c.instances = (400, 800), 2
         c.policies = ("full", "lm_infinite:window=64,sinks=4")

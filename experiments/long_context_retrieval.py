@@ -33,6 +33,8 @@ MEASURES = {
     "key_value_margin": "key-value margin (nats)",
     "rank": "rank",
 }
+SHOWN = ("copy_gain", "key_value_margin")  # in figures
+KINDS = ("keeps what it attends to", "keeps all, attends to some", "attends to all")
 
 
 class Measured(NamedTuple):
@@ -152,12 +154,14 @@ def rows_of(
 
 
 def costs(lm: LM, length: int) -> dict[str, Any]:
-    """Tokens that a query attends to after a text of this length, and the bytes kept of it: keys,
-    values, and what else the policy remembers.
+    """Tokens that a query attends to after a text of this length, the mean over layers, and the
+    bytes kept of it: keys, values, and what else the policy remembers.
     """
     seen = [attended_after(part) for part in policies.head_policies(lm.policy)]
+    most = max(length if each is None else min(each, length) for each in seen)
+    dense = getattr(lm.policy, "dense_layers", 0)  # of HiP: they attend to all
     return {
-        "attended": max(length if each is None else min(each, length) for each in seen),
+        "attended": most + round(dense / lm.spec.num_layers * (length - most)),
         "cache_bytes": sum(_evals.bytes_after(lm, length).values()),
     }
 
@@ -232,27 +236,51 @@ def paired_gains(rows: Sequence[Row]) -> dict[tuple[int, str], str]:
 
 
 def plot(rows: list[Row]) -> Mapping[str, Figure]:
-    """What a policy keeps against the bytes that it keeps, a panel for each length and measure."""
+    """What policies keep: of one length a bar each, beside the memory that it takes; of several
+    lengths a line each, in a panel for each measure and kind of cost.
+    """
     lines = summary(rows)
     label = style.short_names(dict.fromkeys(row["policy"] for row in lines))
+    label = {name: text.replace("\n", ", ") for name, text in label.items()}
+    if len({line["length"] for line in lines}) == 1:
+        bars = [
+            {**row, "bar": f"{label[row['policy']]}, {row['cache_bytes'] / 1e6:.0f} MB"}
+            for row in rows if row["place"] == FAR
+        ]  # fmt: skip
+        return {
+            name: plots.bars(bars, x="bar", y=name, x_label="", y_label=MEASURES[name],
+                             center=np.mean)
+            for name in SHOWN
+        }  # fmt: skip
     points = [
         {
-            "policy": label[line["policy"]].replace("\n", ", "),
-            "panel": f"{MEASURES[name]}, {line['length']:,} tokens",
-            "megabytes": line["cache_bytes"] / 1e6,
+            "policy": label[line["policy"]],
+            "panel": f"{MEASURES[name]}\n{kind}",
+            "length": line["length"],
             "value": line[name].mean,
             **score.ends(line[name]),
         }
-        for name in ("copy_gain", "key_value_margin")
+        for name in SHOWN
+        for kind in KINDS
         for line in lines
-        if name in line
+        if name in line and kind_of(line, lines) == kind
     ]
     return {
         "long_context_retrieval": plots.curves(
-            points, x="megabytes", y="value", by="policy", panel="panel", log_x=True,
-            interval=("low", "high"), x_label="kept (MB)", y_label="kept (nats, nats/token)",
+            points, x="length", y="value", by="policy", panel="panel", log_x=True,
+            interval=("low", "high"), x_label="document (tokens)", y_label="kept",
+            mark=rows[0]["trained_length"],
         )
     }  # fmt: skip
+
+
+def kind_of(line: Row, lines: Sequence[Row]) -> str:
+    """Whether memory grows with the document, and time with its square."""
+    if line["attended"] >= line["length"]:
+        return KINDS[2]
+    least = min(each["cache_bytes"] / each["attended"] for each in lines)
+    keeps_more = line["cache_bytes"] / line["attended"] > 1.5 * least
+    return KINDS[1] if keeps_more else KINDS[0]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ OPTIONS = {"lengths": (512,), "documents": 2, "depths": (0.1, 0.8), "policies": 
 def row(document, gain, *, policy=WINDOW, place=experiment.FAR):
     return {"policy": policy, "length": 512, "document": document, "place": place, "depths": 2,
             "copy_gain": gain, "needle_margin": 0.5, "key_value_margin": 0.25,
-            "rank": 1.5, "attended": 68, "cache_bytes": 10_000, "seconds": 2.0}  # fmt: skip
+            "rank": 1.5, "attended": 68, "cache_bytes": 10_000, "trained_length": 64}  # fmt: skip
 
 
 def test_a_line_is_a_policy_with_n_and_intervals():
@@ -21,7 +21,21 @@ def test_a_line_is_a_policy_with_n_and_intervals():
     assert line["documents × depths"] == "4 × 2"
     assert line["copy gain (nats/token)"].startswith("1.00 (0.")
     assert line["needle margin (nats)"] == "0.50 (0.50 to 0.50)"
-    assert isinstance(experiment.plot(rows)["long_context_retrieval"], Figure)
+    assert isinstance(experiment.plot(rows)["copy_gain"], Figure)
+
+
+def test_policies_are_told_apart_by_what_they_cost():
+    rows = [
+        row(document, 1.0, policy=policy)
+        | {"attended": attended or length, "cache_bytes": 100 * (kept or length), "length": length}
+        for policy, attended, kept in ((WINDOW, 68, 68), (TOPK, 73, None), ("full", None, None))
+        for length in (512, 1024)
+        for document in range(4)
+    ]
+    lines = experiment.summary(rows)
+    kinds = {line["policy"]: experiment.kind_of(line, lines) for line in lines}
+    assert kinds == dict(zip((WINDOW, TOPK, "full"), experiment.KINDS, strict=True))
+    assert list(experiment.plot(rows)) == ["long_context_retrieval"]
 
 
 def test_policies_are_compared_document_by_document():

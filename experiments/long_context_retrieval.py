@@ -268,7 +268,7 @@ def plot(rows: list[Row]) -> Mapping[str, Figure]:
     return {
         "long_context_retrieval": plots.curves(
             points, x="length", y="value", by="policy", panel="panel", log_x=True,
-            interval=("low", "high"), x_label="document (tokens)", y_label="kept",
+            interval=("low", "high"), x_label="document (tokens)", y_label="kept (nats, nats/token)",
             mark=rows[0]["trained_length"],
         )
     }  # fmt: skip

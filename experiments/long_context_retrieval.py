@@ -268,8 +268,8 @@ def plot(rows: list[Row]) -> Mapping[str, Figure]:
     return {
         "long_context_retrieval": plots.curves(
             points, x="length", y="value", by="policy", panel="panel", log_x=True,
-            interval=("low", "high"), x_label="document (tokens)", y_label="kept (nats, nats/token)",
-            mark=rows[0]["trained_length"],
+            interval=("low", "high"), mark=rows[0]["trained_length"],
+            x_label="document (tokens)", y_label="kept (nats, nats/token)",
         )
     }  # fmt: skip
 

@@ -22,6 +22,8 @@ from lminf.errors import InputError
 from lminf.evals.task import Budget, Task
 from lminf.lm.protocol import LanguageModel, TextGenerator
 
+TOGETHER = 8  # questions of one text whose answers are chosen in one call of the model
+
 Row: TypeAlias = dict[str, Any]  # column -> str, int, float, bool or None
 
 
@@ -195,11 +197,13 @@ def _ask(
 
 
 def _that_begin_alike(questions: Sequence[Question]) -> Iterator[list[Question]]:
-    """Neighbours whose prompts begin alike, to the half, as those of one text do."""
+    """Neighbours whose prompts begin alike, to the half, as those of one text do: a few, for a run
+    that is stopped loses their answers.
+    """
     group: list[Question] = []
     for question in questions:
         half = question.prompt[: len(question.prompt) // 2]
-        if group and not group[0].prompt.startswith(half):
+        if group and (len(group) == TOGETHER or not group[0].prompt.startswith(half)):
             yield group
             group = []
         group.append(question)

@@ -173,6 +173,27 @@ def test_of_choices_the_likeliest_is_the_answer():
         measure({"m": Counting()}, cells=cells)
 
 
+def test_answers_are_recorded_every_few_questions():
+    """Prompts that all begin alike are no reason to lose the answers of a whole cell."""
+
+    class Batches(Scripted):
+        def score(self, prompts, continuations):
+            calls.append(len(set(prompts)))
+            return super().score(prompts, continuations)
+
+    @dataclasses.dataclass(frozen=True)
+    class Alike(Chosen):
+        def prompt(self, instance):
+            return "x" * 500 + super().prompt(instance)
+
+    calls = []
+    measure({"m": Batches(lambda prompt: oracle(prompt[500:]))}, cells=[Cell(Alike(0.5), 400, 20)])
+    assert calls == [8, 8, 4]
+    calls.clear()
+    measure({"m": Batches(oracle)}, cells=[Cell(Chosen(0.5), 400, 3)])
+    assert calls == [1, 1, 1]
+
+
 def test_rows_have_the_facts_of_their_subject():
     def facts(length, needles):
         return {"most": max(needle.tokens for needle in needles) / length}

@@ -357,7 +357,8 @@ def test_lists_of_positions_are_the_definition():
 @pytest.mark.parametrize(
     "implementation", ["xla", pytest.param("xla_chunked", marks=pytest.mark.slow)]
 )
-def test_positions_0_1_2_are_what_none_means(implementation):
+def test_positions_0_1_2_are_what_none_means(implementation, monkeypatch):
+    monkeypatch.setattr(xla, "KEYS", KEYS)
     given, options = CASES["every far key"]
     run = functools.partial(results, given(), implementation=implementation, **options())
     lists = jnp.broadcast_to(jnp.arange(KEYS), (BATCH, KEYS))

@@ -10,12 +10,12 @@ Time       not measured; it reads 36 million tokens, for a machine with more tha
            the same command with the same --out resumes
 Expected   not measured. `lminf eval` chooses tasks, model, policies and lengths
 Short      --config=:short asks SmolLM2-135M up to 4,096 tokens under full attention and LM-Infinite
-           with a window of 1,024, 50 questions a cell, in 50 minutes of a core of an AMD EPYC beside
-           other work. What has left the window is not answered: of five numbers the right one at
-           2,048 tokens 0.28 (0.17 to 0.42) and at 4,096 0.26 (0.16 to 0.40), which is chance, where
-           full attention has 0.48 (0.34 to 0.62) and 0.50 (0.37 to 0.63); all numbers of a key 0.08
-           (0.03 to 0.14) for 0.20 (0.13 to 0.26) at 4,096. On facts in prose (chance 0.17) and
-           common words (chance 0.13) the two are not told apart
+           with a window of 1,024, 50 questions a cell, in 50 minutes of one core of an AMD EPYC
+           beside other work. What has left the window is not answered: of five numbers the right
+           one at 2,048 tokens 0.28 (0.17 to 0.42) and at 4,096 0.26 (0.16 to 0.40), where chance is
+           0.2 and full attention has 0.48 (0.34 to 0.62) and 0.50 (0.37 to 0.63); all numbers of a
+           key 0.08 (0.03 to 0.14) for 0.20 (0.13 to 0.26) at 4,096. On facts in prose (chance 0.17)
+           and common words (chance 0.13) the two are not told apart
 Tiny       --config=:tiny trains a byte model at 64 tokens, which answers nothing: under 2 minutes
 """
 

@@ -80,7 +80,8 @@ def aggregated(module: Any, *runs: str) -> str:
 def retrieval() -> str:
     """What policies keep of what has left every window."""
     return "\n".join(
-        aggregated(long_context_retrieval, f"long_context_retrieval{run}") for run in ("", "_short", "_qwen")
+        aggregated(long_context_retrieval, f"long_context_retrieval{run}")
+        for run in ("", "_short", "_qwen")
     )
 
 

@@ -7,8 +7,9 @@ Paper      LM-Infinite (Han et al. 2024, arXiv:2308.16137); InfLLM (Xiao et al. 
            arXiv:2402.04617); RULER (Hsieh et al. 2024, arXiv:2404.06654), for the key-value needles
 Data       apt install anarchism, for prose; --config.text=code needs nothing
 Command    python -m experiments.long_context_retrieval
-Time       about three hours of processor time on an AMD EPYC (Zen 5), not measured as a whole. The
-           same command with the same --out resumes
+Time       two to three hours of processor time on an AMD EPYC (Zen 5), not measured as a whole: the
+           committed rows are of a process for each core, with some of the policies each, beside
+           other work. The same command with the same --out resumes
 Expected   copy gains in nats/token, n = 12 documents, after 4,096 and 16,384 tokens, twice the
            length at which SmolLM2 was trained. Full attention keeps 2.80 (2.63 to 2.97) and 0.11
            (-0.14 to 0.34); ReRoPE, which also sees all, 2.83 (2.71 to 2.94) and 2.15 (1.95 to
@@ -16,7 +17,7 @@ Expected   copy gains in nats/token, n = 12 documents, after 4,096 and 16,384 to
            and 1.14 (1.00 to 1.33), InfLLM 0.99 (0.83 to 1.17) and 0.62 (0.42 to 0.83); with memory
            for 1,034 LM-Infinite 0.17 (0.10 to 0.25), what its window tells of the topic, and 0.11
            (0.00 to 0.22), SirLLM 0.39 (0.28 to 0.49) and 0.13 (0.05 to 0.22)
-Short      --config=:short reads 4,096 tokens under 19 policies, in about an hour of processor time.
+Short      --config=:short reads 4,096 tokens under 19 policies, in under an hour of processor time.
            HiP, whose first three layers attend to all, keeps as much as full attention: 2.75 (2.55
            to 2.95). Top-k attention, placed 8 tokens away, loses what is inside its window: a
            needle margin of -0.06 (-1.14 to 1.13) nats there, where LM-Infinite has 10.66 (10.03 to

@@ -161,7 +161,12 @@ def _backward(rules: Rules, config: Config, saved, cotangents: Saved):
 
     def head(gradients, index):
         head = tiles.Head(plan, index)
-        branch_rows = [BranchRows.of(head, side) for side in sides]
+        # XLA would fold the transposition into a product, which its CPU backend lacks in bfloat16.
+        apart = jax.lax.optimization_barrier
+        branch_rows = [
+            BranchRows(s, head.rows(s.key), apart(head.rows(s.key).T), head.rows(s.value))
+            for s in sides
+        ]
 
         def block(carry, index):
             program = tiles.Program(head, index)
@@ -208,21 +213,12 @@ class Statistics(NamedTuple):
 
 
 class BranchRows(NamedTuple):
-    """One key head of a branch. Products read an array fast along its last axis only, so the keys
-    are there both ways."""
+    """A key head of a branch, its keys both ways: products read fast along the last axis only."""
 
     side: tiles.Side
     key: Float[Array, "S H"]
     key_columns: Float[Array, "H S"]
     value: Float[Array, "S Hv"]
-
-    @classmethod
-    def of(cls, head: tiles.Head, side: tiles.Side) -> "BranchRows":
-        key = head.rows(side.key)
-        # Where one tile holds all keys, XLA would fold the transposition into the product, and its
-        # CPU backend has no such product of bfloat16: the program compiles and cannot be run.
-        columns = jax.lax.optimization_barrier(key.T)
-        return cls(side, key, columns, head.rows(side.value))
 
 
 def _backward_block(

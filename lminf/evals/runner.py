@@ -226,8 +226,8 @@ def _likeliest(subject: Subject, questions: Sequence[Question]) -> list[str]:
     )
     chosen = []
     for options in choices:
-        log_probs = [score.log_prob for _, score in zip(options, scores, strict=False)]
-        chosen.append(max(zip(options, log_probs, strict=True), key=lambda pair: pair[1])[0])
+        scored = [(option, next(scores).log_prob) for option in options]
+        chosen.append(max(scored, key=lambda pair: pair[1])[0])
     return chosen
 
 

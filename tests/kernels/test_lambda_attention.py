@@ -528,7 +528,12 @@ def test_explain_and_refusals():
     assert short.chosen == "xla"
     (long,) = kernels.explain(attend, **big)
     assert long.chosen == "xla_chunked"
-    assert "4096 keys; it takes up to 64" in str(long)
+    assert "4096 keys, " in str(long)
+    assert "logits at once; up to 64 and 4194304" in str(long)
+    many = {name: jax.ShapeDtypeStruct((2**20, *x.shape[1:]), x.dtype)
+            for name, x in arrays.items()}  # fmt: skip
+    (rows,) = kernels.explain(attend, **many)
+    assert "logits at once" in str(rows)
     with pytest.raises(ExceptionGroup, match="no implementation") as refusal:
         attend(**arrays, implementation="reference", config=SMALL)
     assert "nothing to configure" in str(refusal.value.exceptions[0])

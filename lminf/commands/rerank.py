@@ -57,4 +57,6 @@ def line(measured: list[QueryScores]) -> dict[str, Any]:
         "p-MRR": score.value_text(result.p_mrr, digits=3),
         "MAP, original instruction": score.value_text(result.map_original, digits=3),
         "MAP, changed instruction": score.value_text(result.map_changed, digits=3),
+        "nDCG@5, original": score.value_text(result.ndcg_original, digits=3),
+        "nDCG@5, changed": score.value_text(result.ndcg_changed, digits=3),
     }

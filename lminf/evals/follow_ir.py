@@ -6,7 +6,8 @@ as relevant. A ranker that obeys moves them down:
     p-MRR   mean over queries of the mean over ruled-out documents of metrics.paired_mrr: -1 to 1
             and 0 for who ignores the instruction
     MAP     mean average precision of the first 1,000 documents, under either instruction, over the
-            queries that have a relevant one
+            queries that have a relevant one; what the release scores Robust04 and Core17 by
+    nDCG@5  over the same queries, with graded judgements for gains; what it scores News21 by
 
 Source: Weller et al. 2024, arXiv:2403.15246. The published data are folders, one a collection:
 corpus.jsonl (_id, title, text), queries.jsonl (_id, text, instruction_og, instruction_changed),
@@ -33,6 +34,7 @@ from lminf.evals.suites import published
 from lminf.lm.protocol import LanguageModel
 
 DEEPEST = 1000  # documents of a ranking that its average precision counts
+FIRST = 5  # documents of a ranking that its nDCG counts
 BENCHMARK = "FollowIR"
 
 
@@ -40,7 +42,11 @@ class Instruction(NamedTuple):
     """An instruction, and what it has as relevant."""
 
     text: str
-    relevant: frozenset[str]  # documents
+    gains: Mapping[str, float]  # of relevant documents: above 0
+
+    @property
+    def relevant(self) -> frozenset[str]:
+        return frozenset(self.gains)
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,10 @@ class Query:
     @property
     def digest(self) -> str:
         """A digest of the query, its instructions and its documents."""
-        fields = (self.text, *self.original, *self.changed, *self.documents.items())
-        parts = (sorted(each) if isinstance(each, frozenset) else each for each in fields)
-        return hashlib.sha256(repr(list(parts)).encode()).hexdigest()[:16]
+        instructions = ((each.text, sorted(each.gains.items()))
+                        for each in (self.original, self.changed))  # fmt: skip
+        parts = (self.text, *instructions, *self.documents.items())
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 # (query, instruction, documents by id) -> ids, the most relevant first
@@ -76,6 +83,8 @@ class QueryScores(NamedTuple):
     p_mrr: float | None
     ap_original: float | None  # average precision
     ap_changed: float | None
+    ndcg_original: float | None
+    ndcg_changed: float | None
 
 
 class Result(NamedTuple):
@@ -84,6 +93,8 @@ class Result(NamedTuple):
     p_mrr: Interval  # -1 to 1
     map_original: Interval
     map_changed: Interval
+    ndcg_original: Interval
+    ndcg_changed: Interval
     queries: int  # in which a document is ruled out
 
 
@@ -100,12 +111,16 @@ def measure(rank: Ranker, query: Query) -> QueryScores:
         metrics.paired_mrr(original.index(each) + 1, changed.index(each) + 1)
         for each in query.ruled_out
     ]
-    precisions = [
-        metrics.average_precision(ranking[:DEEPEST], instruction.relevant)
-        if instruction.relevant else None
+    judged = [
+        (ranking, instruction.gains)
         for ranking, instruction in zip((original, changed), instructions, strict=True)
-    ]  # fmt: skip
-    return QueryScores(sum(falls) / len(falls) if falls else None, *precisions)
+    ]
+    return QueryScores(
+        sum(falls) / len(falls) if falls else None,
+        *(metrics.average_precision(ranking[:DEEPEST], gains) if gains else None
+          for ranking, gains in judged),
+        *(metrics.ndcg(ranking, gains, at=FIRST) if gains else None for ranking, gains in judged),
+    )  # fmt: skip
 
 
 def summary(measured: Sequence[QueryScores]) -> Result:
@@ -115,8 +130,8 @@ def summary(measured: Sequence[QueryScores]) -> Result:
     ]
     if not measured or not columns[0]:
         raise InputError("no query has a document that its changed instruction rules out")
-    p_mrr, original, changed = (score.over_documents(column or [0.0]) for column in columns)
-    return Result(p_mrr, original, changed, len(columns[0]))
+    means = (score.over_documents(column or [0.0]) for column in columns)
+    return Result(*means, queries=len(columns[0]))
 
 
 def _ranking(rank: Ranker, query: Query, instruction: Instruction) -> list[str]:
@@ -164,9 +179,9 @@ def read(folder: str | Path) -> list[Query]:
     for each in _records(folder / "top_ranked.jsonl", ("qid", "pid")):
         candidates.setdefault(str(each["qid"]), []).append(str(each["pid"]))
     original, changed = (
-        _relevant(folder / name / "test.tsv") for name in ("qrels_og", "qrels_changed")
+        _gains(folder / name / "test.tsv") for name in ("qrels_og", "qrels_changed")
     )
-    fields, none = ("_id", "text", "instruction_og", "instruction_changed"), frozenset()
+    fields = ("_id", "text", "instruction_og", "instruction_changed")
     queries = []
     for each in _records(folder / "queries.jsonl", fields, texts=fields[1:]):
         name = str(each["_id"])
@@ -177,8 +192,8 @@ def read(folder: str | Path) -> list[Query]:
             raise InputError(f"{folder} {lacking} for the query {name}; fetch it again")
         queries.append(Query(
             each["text"],
-            Instruction(each["instruction_og"], original.get(name, none)),
-            Instruction(each["instruction_changed"], changed.get(name, none)),
+            Instruction(each["instruction_og"], original.get(name, {})),
+            Instruction(each["instruction_changed"], changed.get(name, {})),
             {document: corpus[document] for document in ids},
         ))  # fmt: skip
     if not any(query.ruled_out for query in queries):
@@ -203,16 +218,16 @@ def _records(path: Path, fields: Sequence[str], *, texts: Sequence[str] = ()) ->
     return records
 
 
-def _relevant(path: Path) -> dict[str, frozenset[str]]:
-    """The documents with a score above 0 of each query."""
+def _gains(path: Path) -> dict[str, dict[str, float]]:
+    """The documents with a score above 0 of each query, and their scores."""
     try:
         rows = list(csv.DictReader(read_bytes(path).decode().splitlines(), delimiter="\t"))
-        relevant: dict[str, set[str]] = {}
+        gains: dict[str, dict[str, float]] = {}
         for row in rows:
             if not math.isfinite(value := float(row["score"])):
                 raise ValueError(f"a score of {value}")
             if value > 0:
-                relevant.setdefault(row["query-id"], set()).add(row["corpus-id"])
+                gains.setdefault(row["query-id"], {})[row["corpus-id"]] = value
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, csv.Error) as error:
@@ -220,7 +235,7 @@ def _relevant(path: Path) -> dict[str, frozenset[str]]:
             f"{path} is no table of query-id, corpus-id and score between tabs ({error}); it is "
             f"not of {BENCHMARK}, or damaged"
         ) from error
-    return {query: frozenset(documents) for query, documents in relevant.items()}
+    return gains
 
 
 CITIES = ("Lima", "Oslo", "Dakar", "Hanoi", "Quito", "Riga")
@@ -242,10 +257,10 @@ def generate(*, count: int, documents: int, key: Sequence[int]) -> list[Query]:
         first = f"A relevant document says where {goods} were sent."
         queries.append(Query(
             f"Where were {goods} sent?",
-            Instruction(first, frozenset(map(str, about))),
+            Instruction(first, {str(index): 1.0 for index in about}),
             Instruction(
                 f"{first} Documents about {out} are not relevant.",
-                frozenset(str(index) for index in about if sent[index][1] != out),
+                {str(index): 1.0 for index in about if sent[index][1] != out},
             ),
             {str(index): f"Some {thing} were sent to {city}."
              for index, (thing, city) in enumerate(sent)},

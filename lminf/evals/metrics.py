@@ -7,12 +7,13 @@ arXiv:2308.14508) for F1, classes and edit similarity; Rouge-L of Lin 2004; RULE
 ranks.
 """
 
+import math
 import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Hashable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from lminf.errors import InputError
 
@@ -243,3 +244,15 @@ def average_precision(ranking: Sequence[Hashable], relevant: Collection[Hashable
             hits += 1
             total += hits / place
     return total / len(relevant) if relevant else 0.0
+
+
+def ndcg(ranking: Sequence[Hashable], gains: Mapping[Any, float], *, at: int) -> float:
+    """The gains of the first items, each divided by log2(1 + its place), as a share of the most
+    that a ranking can have. Gains are the judgements, as trec_eval has them, and positive.
+    """
+
+    def discounted(values: Sequence[float]) -> float:
+        return sum(value / math.log2(place + 1) for place, value in enumerate(values[:at], 1))
+
+    best = discounted(sorted(gains.values(), reverse=True))
+    return discounted([gains.get(item, 0) for item in ranking]) / best if best else 0.0

@@ -286,8 +286,8 @@ class LM:
 
     def score_tokens(self, tokens: Int[np.ndarray, " T"], start: int) -> Score:
         """The probability of the tokens from `start` on, after those before it."""
-        logits = self.logits([tokens[:-1]], last=len(tokens) - start)[0]
-        return Score.of(np.asarray(jax.nn.log_softmax(logits, axis=-1)), tokens[start:])
+        (log_probs,) = generate.continuation_log_probs(self, tokens[:start], [tokens[start:]])
+        return Score.of(log_probs, tokens[start:])
 
     def encode_continuation(
         self, prompt: str, continuation: str

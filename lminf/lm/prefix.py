@@ -49,8 +49,9 @@ class SharedPrefix:
         """As `LM.score`; what all continuations of a prompt follow is read once, and what nearly
         all of several prompts is, such as a text with different questions.
 
-        Policies that act at the end of a prompt or of a call read each by itself. Where queries
-        select in groups, the groups are those of a text that is read at once, without padding.
+        Policies that act at the end of a prompt read each prompt by itself, and those that act at
+        the end of a call each text. Where queries select in groups, the groups are those of a text
+        that is read at once, without padding.
         """
         pairs = zip(prompts, continuations, strict=True)
         return self.score_pairs([self.lm.encode_continuation(*pair) for pair in pairs])
@@ -73,11 +74,11 @@ class SharedPrefix:
 
     def score_tokens(self, pairs: Sequence[Pair]) -> list[Score]:
         """As `LM.score_tokens`, of texts that begin alike."""
-        if not (shared := _shared_tokens(self.lm, pairs)):
-            return [self.lm.score_tokens(*pair) for pair in pairs]
+        shared = _shared_tokens(self.lm, pairs)
+        found = _log_probs_of(self.lm, shared, pairs) if shared else _by_prompt(self.lm, pairs)
         scores = {
             index: Score.of(log_probs, pairs[index][0][pairs[index][1] :])
-            for index, log_probs in _log_probs_of(self.lm, shared, pairs)
+            for index, log_probs in found
         }
         return [scores[index] for index in range(len(pairs))]
 
@@ -179,6 +180,18 @@ def _log_probs_of(
             tokens, start = pairs[index]
             begin = start - 1 - shared - first
             yield index, log_probs[begin : begin + len(tokens) - start]
+
+
+def _by_prompt(lm: LM, pairs: Sequence[Pair]) -> Iterator[tuple[int, Float32[np.ndarray, "_ V"]]]:
+    """As `_log_probs_of`, of prompts that share nothing unless they are equal."""
+    members: dict[bytes, list[int]] = {}
+    for index, (tokens, start) in enumerate(pairs):
+        members.setdefault(tokens[:start].tobytes(), []).append(index)
+    for indices in members.values():
+        tokens, start = pairs[indices[0]]
+        continuations = [pairs[index][0][start:] for index in indices]
+        log_probs = decoding.continuation_log_probs(lm, tokens[:start], continuations)
+        yield from zip(indices, log_probs, strict=True)
 
 
 class Tails(NamedTuple):

@@ -1,6 +1,7 @@
 """FollowIR on generated queries: rankers that obey, ignore and defy an instruction; its files."""
 
 import json
+import math
 import re
 
 import pytest
@@ -40,16 +41,16 @@ def test_who_obeys_moves_documents_down_and_who_ignores_does_not():
 
 def test_p_mrr_is_the_mean_over_documents_of_a_query_and_then_over_queries():
     def query(gone):
-        every = frozenset("abcd")
+        left = dict.fromkeys(sorted(set("abcd") - gone), 1.0)
         return follow_ir.Query(
-            "q", follow_ir.Instruction("one", every), follow_ir.Instruction("two", every - gone),
-            dict.fromkeys("abcd", ""),
+            "q", follow_ir.Instruction("one", dict.fromkeys("abcd", 1.0)),
+            follow_ir.Instruction("two", left), dict.fromkeys("abcd", ""),
         )  # fmt: skip
 
     rank = {"one": "abcd", "two": "bcad"}
     found = follow_ir.evaluate(
         lambda _, instruction, __: list(rank[instruction]),
-        [query(frozenset("ab")), query(frozenset("d")), query(frozenset())],
+        [query(set("ab")), query(set("d")), query(set())],
     )
     # a falls from 1 to 3, b rises from 2 to 1, d stays.
     assert found.p_mrr.mean == pytest.approx(((1 - 1 / 3 + 1 / 2 - 1) / 2 + 0) / 2)
@@ -106,6 +107,24 @@ def test_the_published_files_are_read(folder):
     assert [query.text for query in queries] == [query.text for query in QUERIES]
     assert [len(query.ruled_out) for query in queries] == [len(q.ruled_out) for q in QUERIES]
     assert follow_ir.evaluate(obeying, queries) == follow_ir.evaluate(obeying, QUERIES)
+
+
+def test_graded_judgements_are_the_gains_of_ndcg(folder):
+    table = folder / "qrels_og/test.tsv"
+    lines = table.read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("q0\t") and line[-1] == "1")
+    lines[first] = lines[first][:-1] + "4"
+    table.write_text("\n".join(lines))
+    query = follow_ir.read(folder)[0]
+    gains = query.original.gains
+    assert sorted(gains.values())[-2:] == [1, 4]
+    best = max(gains, key=gains.__getitem__)
+    irrelevant = [name for name in query.documents if name not in gains]
+    ranking = [best, *irrelevant, *(name for name in gains if name != best)]
+    found = follow_ir.measure(lambda *_: ranking, query).ndcg_original
+    assert len(irrelevant) >= 4  # so that the first five have one gain
+    ideal = 4 + sum(1 / math.log2(place + 1) for place in range(2, min(len(gains), 5) + 1))
+    assert found == pytest.approx(4 / ideal)
 
 
 @pytest.mark.parametrize(

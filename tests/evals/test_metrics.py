@@ -170,3 +170,12 @@ def test_average_precision_is_the_mean_of_the_precisions_at_what_is_relevant():
     assert metrics.average_precision("abcd", {"a", "c"}) == pytest.approx((1 + 2 / 3) / 2)
     assert metrics.average_precision("abcd", {"d", "x"}) == pytest.approx((1 / 4 + 0) / 2)
     assert metrics.average_precision("abcd", set()) == 0
+
+
+def test_ndcg_of_a_ranking_of_six_documents_is_that_of_its_published_calculation():
+    # Wikipedia, "Discounted cumulative gain": DCG 6.861 of at most 8.740, nDCG 0.785.
+    gains = {1: 3, 2: 2, 3: 3, 5: 1, 6: 2, 7: 3, 8: 2}
+    assert metrics.ndcg([1, 2, 3, 4, 5, 6], gains, at=6) == pytest.approx(0.785, abs=5e-4)
+    assert metrics.ndcg([4, 1], gains, at=1) == 0
+    assert metrics.ndcg([7, 4], gains, at=1) == 1
+    assert metrics.ndcg([1], {}, at=5) == 0

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 from lminf.attention.policies.prompt_compression import SnapKV, ThinK
-from lminf.attention.policy import Full
+from lminf.attention.policy import Full, PerLayer
 from lminf.errors import InputError
+from lminf.lm import generate, layerwise
+from lminf.lm.prefix import SharedPrefix
 from tests.cases import compilations
 
 TEXT = "Straße: forty-one tokens, a few in bytes"
@@ -46,6 +48,43 @@ def test_what_is_written_is_the_same_in_company_and_compiled_once(lm, small_step
     with compilations() as compiled:
         policy.generate(PROMPTS[0][:17], max_new_tokens=6)
     assert "jit(run_layer)" not in compiled
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        SnapKV(20, window=4),
+        pytest.param(ThinK(0.5, recent=4), marks=pytest.mark.slow),
+        pytest.param(PerLayer((SnapKV(20, window=4), Full())), marks=pytest.mark.slow),
+    ],
+    ids=["snapkv", "think", "snapkv_and_full"],
+)
+def test_a_score_is_of_what_follows_the_compressed_prompt(lm, ids, policy, small_steps):
+    model, start = lm.with_policy(policy), 24
+    ends = [ids[start:], ids[start : start + 3], ids[start : start + 1]]
+    pairs = [(np.append(ids[:start], end), start) for end in ends]
+    found = [model.score_tokens(*pair) for pair in pairs]
+    losses = model.token_nll(ids, prompt=start)[start - 1 :]
+    for end, score in zip(ends, found, strict=True):
+        assert score.log_prob == pytest.approx(-losses[: len(end)].sum(), abs=1e-4)
+    assert SharedPrefix(model).score_tokens(pairs) == found
+    plain = lm.with_policy(Full()).score_tokens(*pairs[0])
+    assert abs(plain.log_prob - found[0].log_prob) > 1e-2  # it would be a score of full attention
+    kept = lm.with_policy(ThinK(0.0, recent=4)).score_tokens(*pairs[0])
+    assert kept.log_prob == pytest.approx(plain.log_prob, abs=1e-4)
+
+
+def test_the_prompt_of_several_continuations_is_read_once(lm, ids, small_steps, monkeypatch):
+    read, forward = [], layerwise.LayerwiseDecoder.__call__
+
+    def counted(self, tokens, *rest):
+        read.append(tokens.size)
+        return forward(self, tokens, *rest)
+
+    monkeypatch.setattr(layerwise.LayerwiseDecoder, "__call__", counted)
+    model = SharedPrefix(lm.with_policy(SnapKV(20, window=4)))
+    model.score_tokens([(ids[: 24 + more], 24) for more in (2, 4, 1)])
+    assert sum(read) == 2 * 16 + 2 * generate.ROUND  # one continuation of one token reads nothing
 
 
 def test_a_text_without_a_prompt_is_refused(lm, ids):

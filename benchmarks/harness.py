@@ -5,29 +5,33 @@
 
 Needs the extra `benchmarks`. Two of RULER's tasks, whose prompts the harness makes, and two on
 Python's documentation: which of four phrases goes on, and how likely texts are. Prints a table,
-and of every side the largest difference of its log-likelihoods from those of `hf`, in nats, and
-how many of its answers are those of `hf`, letter by letter.
+and of every side the largest difference of its log-likelihoods from those of `hf` in float32 and in
+float64, in nats, and how many of its answers are those of `hf`, letter by letter. What float32
+rounds away is the distance of `hf` from itself in float64. `--out` adds the lines to a .jsonl file.
 """
 
 import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
 import lm_eval
 import numpy as np
 from lm_eval.api import registry
+from rich.console import Console
 
 from lminf import checkpoints
 from lminf.data import sources
 from lminf.evals import harness  # noqa: F401  registers the model
-from lminf.run import environment
+from lminf.run import environment, folder, tables
 
 MODEL = "smollm2-135m-instruct"
 RULER = ("niah_single_1", "ruler_vt")
+EXACT = "hf in float64"
 CONTEXT, PHRASE, TEXT = 150, 8, 400  # words: before a phrase, of a phrase, of a text
 
 
@@ -74,34 +78,50 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=4, help="questions of each task (4)")
     parser.add_argument("--length", type=int, default=1000, help="tokens of RULER's prompts (1000)")
     parser.add_argument("--policy", default="lm_infinite:window=512,sinks=10", help="beside full")
+    parser.add_argument("--out", type=Path, help=".jsonl, a line for each task and side")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoints.save(f"{folder}/{MODEL}", checkpoints.load(MODEL))
+    with tempfile.TemporaryDirectory() as temporary:
+        checkpoints.save(f"{temporary}/{MODEL}", checkpoints.load(MODEL))
         asked = {
             "hf": {"dtype": "float32", "device": "cpu"},
+            EXACT: {"dtype": "float64", "device": "cpu"},
             "lminf full": {"policy": "full", "batch_size": "auto"},
             f"lminf {args.policy}": {"policy": args.policy, "batch_size": "auto"},
         }
         measured = {}
         for name, more in asked.items():
-            lm = registry.get_model(name.split()[0])(f"{folder}/{MODEL}", **more)
+            lm = registry.get_model(name.split()[0])(f"{temporary}/{MODEL}", **more)
             started = time.perf_counter()
-            measured[name] = measure(lm, f"{folder}/{MODEL}", args)
+            measured[name] = measure(lm, f"{temporary}/{MODEL}", args)
             print(f"{name}: {time.perf_counter() - started:.0f} s")
-    print(f"\nn = {args.limit} a task, {environment.cpu_model()}\n")
-    print("| task | model | score | nats from hf | answers as hf |")
-    print("| --- | --- | ---: | ---: | ---: |")
-    for name in measured["hf"]:
-        for side, found in measured.items():
-            print(line(name, side, found[name], measured["hf"][name]["responses"]))
+    facts = {
+        "questions": args.limit,
+        "ruler_tokens": args.length,
+        "processor": environment.cpu_model(),
+    }
+    rows = [
+        {"task": task, "model": side, "score": found[task]["score"],
+         **differences(found[task]["responses"],
+                       *(measured[name][task]["responses"] for name in ("hf", EXACT))),
+         **facts}
+        for task in measured["hf"] for side, found in measured.items()
+    ]  # fmt: skip
+    for row in rows if args.out else []:
+        folder.append_line(args.out, row)
+    shown = [
+        {name: f"{value:.1e}" if name.startswith("nats") and value is not None else value
+         for name, value in row.items()}
+        for row in rows
+    ]  # fmt: skip
+    Console(width=200).print(tables.rich_table(shown))
 
 
-def measure(lm: Any, folder: str, args: Any) -> dict[str, Any]:
+def measure(lm: Any, model: str, args: Any) -> dict[str, Any]:
     """Of each task its score and its responses."""
     results = lm_eval.simple_evaluate(
         model=lm, tasks=tasks(args.limit), limit=args.limit, bootstrap_iters=0,
-        metadata={"tokenizer": folder, "max_seq_lengths": [args.length]},
+        metadata={"tokenizer": model, "max_seq_lengths": [args.length]},
     )  # fmt: skip
     metrics = ("acc", "bits_per_byte", str(args.length))
     return {
@@ -113,14 +133,15 @@ def measure(lm: Any, folder: str, args: Any) -> dict[str, Any]:
     }
 
 
-def line(name: str, side: str, found: Mapping[str, Any], theirs: Sequence[Any]) -> str:
-    nats, same = "", ""
-    pairs = [(mine[0], other[0]) for mine, other in zip(found["responses"], theirs, strict=True)]
-    if isinstance(pairs[0][0], str):
-        same = f"{sum(mine == other for mine, other in pairs)} of {len(pairs)}"
-    else:
-        nats = f"{max(abs(np.ravel(mine)[0] - np.ravel(other)[0]) for mine, other in pairs):.1e}"
-    return f"| {name} | {side} | {found['score']:.3f} | {nats} | {same} |"
+def differences(mine: Sequence[Any], theirs: Sequence[Any], exact: Sequence[Any]) -> dict[str, Any]:
+    """Of log-likelihoods the largest distances in nats, or how many answers are the same."""
+    if isinstance(mine[0][0], str):
+        same = sum(one == other for one, other in zip(mine, theirs, strict=True))
+        return {"nats_from_hf": None, "nats_from_float64": None, "answers_as_hf": same}
+    values, *others = (np.array([np.ravel(each[0])[0] for each in of], np.float64)
+                       for of in (mine, theirs, exact))  # fmt: skip
+    far = [float(abs(values - other).max()) for other in others]
+    return {"nats_from_hf": far[0], "nats_from_float64": far[1], "answers_as_hf": None}
 
 
 if __name__ == "__main__":

@@ -22,34 +22,44 @@ Tiny       --config=:tiny trains a byte model at 64 tokens, which answers nothin
 from ml_collections import ConfigDict
 
 from lminf.configs import base
+from lminf.configs.long_context_retrieval import (
+    FORGETS,
+    INFINITE_HIP,
+    INFLLM,
+    KEEP_SOME,
+    SEE_ALL,
+    SELECT_SOME,
+)
+
+VARIANTS = ("tiny", "short", "policies", "qwen")
+MULTIKEY = "niah_multikey:depth=0.5,keys=5,questions=5,answers=likeliest"
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    c = base.get_config(arg, variants=("tiny", "short"))
+    c = base.get_config(arg, variants=VARIANTS)
     c.model = "smollm2-135m-instruct"
     c.dtype = "bfloat16"  # of weights, activations and caches
     c.chat = False  # True: prompts are messages of a user, in the model's chat template
-    # Names of `lminf eval --list`, one of each quarter of scope and diffusion. A model that cannot
-    # answer freely may choose: of 5 numbers, 6 places, 8 words.
-    c.tasks = (
-        "niah_multikey:depth=0.5,keys=5,questions=5,answers=likeliest",
-        "babilong:facts=1,questions=6,answers=likeliest",
-        "niah_multivalue:values=2,questions=5",
-        "common_words:common=1,answers=likeliest",
-    )
-    c.lengths = (1024, 2048, 4096, 8192, 16_384, 32_768)  # tokens of the whole prompt
+    # Names of `lminf eval --list`. A model that cannot answer freely may choose: of 5 numbers.
+    c.tasks = (MULTIKEY,)
+    c.lengths = (2048, 4096, 8192, 16_384)  # tokens of the whole prompt
     c.instances = 50  # of each task at each level and length
-    c.policies = (  # all but Full attend to 1,034 tokens or a few fewer
-        "full",
-        "lm_infinite:window=1024,sinks=10",
-        "infllm:window=512,sinks=10,topk=8,block=64,exec_block=256",
-        "streaming:window=1024,sinks=10",
-        "h2o:capacity=1034,sinks=10,recent=512,turn=256",
-        "longheads:attended=1024",
-        "infinite_hip:topk=(2048,1024,512),window=512,sinks=10",
-    )
-    if arg == "short":
-        c.lengths, c.policies = c.lengths[:3], c.policies[:2]
+    c.policies = ("full", "rerope:window=1024", INFINITE_HIP, INFLLM, FORGETS)
+    if arg == "short":  # one task of each quarter of scope and diffusion
+        c.tasks = (
+            MULTIKEY,
+            "babilong:facts=1,questions=6,answers=likeliest",
+            "niah_multivalue:values=2,questions=5",
+            "common_words:common=1,answers=likeliest",
+        )
+        c.lengths, c.policies = (1024, 2048, 4096), ("full", FORGETS)
+    if arg == "policies":
+        # Not MoBA, whose blocks are those of a whole call, so that each answer reads its text.
+        policies = SEE_ALL + SELECT_SOME[:-1] + KEEP_SOME
+        c.lengths, c.policies = (4096,), policies
+    if arg == "qwen":
+        c.model = "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"  # a file in the folder it is run in
+        c.lengths, c.policies = (1024, 4096), ("full", INFINITE_HIP, INFLLM, FORGETS)
     if arg == "tiny":
         c.model, c.dtype = "tiny", "float32"
         c.tasks = ("single_needle:depth=0.0", "single_needle:depth=1.0", "m4le:ability=global")

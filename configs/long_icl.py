@@ -32,6 +32,7 @@ VARIANTS = ("tiny", "short")
 def get_config(arg: str = "") -> ConfigDict:
     c = base.get_config(arg, variants=VARIANTS)
     c.model = "smollm2-135m-instruct"
+    c.dtype = "bfloat16"  # of weights, activations and caches
     c.text = None  # a file to take words from; None: the interpreter's documentation
     c.labels = 77
     c.rounds = (1, 2, 5)  # examples of each label
@@ -45,10 +46,11 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     if arg == "short":
         # 26 examples take 500 tokens, which one chunk of 512 holds.
+        c.dtype = "float32"
         c.labels, c.rounds, c.documents = 26, (1, 2, 4), 4
         c.policies = ("full", "lm_infinite:window=512,sinks=10")
     if arg == "tiny":
-        c.model = "tiny"
+        c.model, c.dtype = "tiny", "float32"
         c.labels, c.rounds, c.documents = 6, (1, 2), 2
         c.policies = ("full", "lm_infinite:window=64,sinks=4")
     return c

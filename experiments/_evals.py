@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from lminf.attention.policy import head_policies
 from lminf.errors import InputError
 from lminf.evals import runner
 from lminf.evals.needle import ANSWER_TOKENS, Needle
@@ -73,6 +74,22 @@ def bytes_after(lm: LM, tokens: int) -> dict[str, int]:
         kind = "cache_bytes" if is_kv else "state_bytes"
         sizes[kind] += leaf.size * leaf.dtype.itemsize
     return sizes
+
+
+def costs(lm: LM, length: int) -> dict[str, Any]:
+    """Tokens that a query attends to after a text of this length, the mean over layers, and the
+    bytes kept of it: keys, values, and what else the policy remembers.
+    """
+    seen = [
+        part.capacity if part.needs_prompt else cost.attended_tokens(part)
+        for part in head_policies(lm.policy)
+    ]
+    most = max(length if each is None else min(each, length) for each in seen)
+    dense = getattr(lm.policy, "dense_layers", 0)  # of HiP: they attend to all
+    return {
+        "attended": most + round(dense / lm.spec.num_layers * (length - most)),
+        "cache_bytes": sum(bytes_after(lm, length).values()),
+    }
 
 
 def last_only(lm: LM) -> bool:

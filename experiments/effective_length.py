@@ -1,6 +1,7 @@
 """Tasks of the evaluation suite by prompt length, level of difficulty and policy."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -12,6 +13,7 @@ from lminf.evals.suites import catalog, summary
 from lminf.experiments import _evals, _models
 from lminf.experiments._main import main
 from lminf.lm.chat import ChatModel
+from lminf.lm.lm import LM
 from lminf.lm.prefix import SharedPrefix
 from lminf.run import plots, style
 from lminf.run.folder import Row, RunFolder
@@ -27,9 +29,10 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     cells = _evals.cells(tasks, c.lengths, [c.instances] * len(c.lengths))
     lm = _models.load(c.model, seed=c.seed, dtype=c.dtype)
 
-    def facts(length: int, instances: Sequence[Any]) -> Mapping[str, Any]:
+    def facts(model: LM, length: int, instances: Sequence[Any]) -> Mapping[str, Any]:
         return {
             "trained_length": lm.spec.trained_length,
+            **_evals.costs(model, length),
             "mean_tokens": sum(each.tokens for each in instances) / len(instances),
             "cut_prompts": sum(getattr(each, "cut", 0) > 0 for each in instances),
         }
@@ -39,7 +42,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     subjects = [
         Subject(
             model, {"model": c.model, "policy": policy.name, **({"chat": True} if c.chat else {})},
-            facts, ends_answers=c.chat,
+            partial(facts, lm.with_policy(policy)), ends_answers=c.chat,
         )
         for model, policy in zip(chats or models, policies, strict=True)
     ]  # fmt: skip
@@ -64,10 +67,17 @@ def plot(rows: list[Row]) -> Mapping[str, Figure]:
             log_x=True, mark=rows[0]["trained_length"], y_limits=(-0.04, 1.04),
             x_label="prompt (tokens)", y_label="score (95 % interval)",
         )  # fmt: skip
-    else:
+    elif len({row["task"] for row in rows}) > 1:
         figures["scores"] = plots.heatmap(
             [{**row, "line": short[row["policy"]]} for row in pooled],
             x="task", y="line", value="score", limits=(0, 1), x_label="", y_label="",
+        )  # fmt: skip
+    else:
+        kept = {row["policy"]: f"{row['cache_bytes'] / 1e6:.0f} MB" for row in rows}
+        figures["scores"] = plots.bars(
+            [{**row, "bar": f"{short[row['policy']]}, {kept[row['policy']]}"} for row in pooled],
+            x="bar", y="score", interval=("low", "high"), x_label="",
+            y_label=f"score of {rows[0]['task']} at {rows[0]['length']:,} tokens (95 % interval)",
         )  # fmt: skip
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
@@ -85,9 +95,10 @@ def plot(rows: list[Row]) -> Mapping[str, Figure]:
 
 
 def table(rows: list[Row]) -> list[Row]:
-    """A task and policy a line, by scope and diffusion: scores by length, and the longest length
-    that is answered as well as the shortest. Where a task reports it, also the share of answers in
-    the form that was asked for.
+    """A task and policy a line, by scope and diffusion: what a query attends to and what is kept
+    after a prompt of the longest length, scores by length, and the longest length that is answered
+    as well as the shortest. Where a task reports it, also the share of answers in the form that was
+    asked for.
     """
     lines = []
     lengths = sorted({row["length"] for row in rows})
@@ -99,8 +110,11 @@ def table(rows: list[Row]) -> list[Row]:
                 scored = [row for row in quarter if (row["task"], row["policy"]) == (task, policy)]
                 cells = {row["length"]: row for row in over_levels(scored)}
                 if scored:
+                    longest = max(scored, key=lambda row: row["length"])
                     lines.append({
                         "scope": scope, "diffusion": diffusion, "task": task, "policy": policy,
+                        "attended": longest["attended"],
+                        "kept (MB)": round(longest["cache_bytes"] / 1e6, 1),
                         **{f"{length:,}": text_of(cells.get(length)) for length in lengths},
                         "instances": sum(row["instances"] for row in scored),
                         "effective length": summary.effective_length(scored),

@@ -5,14 +5,13 @@ other one are scored. So every document has a control, and one reading serves al
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from lminf.attention import policy as policies
 from lminf.attention.parsing import parse_policy
 from lminf.errors import InputError
 from lminf.evals import copy_gain, margin, score
@@ -21,7 +20,6 @@ from lminf.experiments import _evals, _models, _texts
 from lminf.experiments._main import main
 from lminf.lm.lm import LM
 from lminf.lm.prefix import Tails, log_probs_after
-from lminf.models import cost
 from lminf.run import plots, style
 from lminf.run.folder import Row, RunFolder
 from lminf.run.progress import Progress
@@ -149,25 +147,8 @@ def rows_of(
                 # One value has no others.
                 "key_value_margin": float(margins.key_value.mean()) if depths > 1 else None,
                 "rank": float(margins.rank.mean()) if depths > 1 else None,
-                **costs(lm, length),
+                **_evals.costs(lm, length),
             }
-
-
-def costs(lm: LM, length: int) -> dict[str, Any]:
-    """Tokens that a query attends to after a text of this length, the mean over layers, and the
-    bytes kept of it: keys, values, and what else the policy remembers.
-    """
-    seen = [attended_after(part) for part in policies.head_policies(lm.policy)]
-    most = max(length if each is None else min(each, length) for each in seen)
-    dense = getattr(lm.policy, "dense_layers", 0)  # of HiP: they attend to all
-    return {
-        "attended": most + round(dense / lm.spec.num_layers * (length - most)),
-        "cache_bytes": sum(_evals.bytes_after(lm, length).values()),
-    }
-
-
-def attended_after(policy: policies.LayerPolicy) -> int | None:
-    return policy.capacity if policy.needs_prompt else cost.attended_tokens(policy)
 
 
 # --- What is shown --------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
     for order in c.orders:
         if order not in (orders := get_args(many_shot.Order)):
             raise InputError(f"there is no order {order!r}; {closest(order, orders)}")
-    lm = _models.load(c.model, seed=c.seed)
+    lm = _models.load(c.model, seed=c.seed, dtype=c.dtype)
     models = [lm.with_policy(parse_policy(text)) for text in c.policies]
     done = {identity(row) for row in out.rows()}
     prompts = list(itertools.product(range(c.documents), c.rounds, c.orders, models))

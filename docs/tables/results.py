@@ -6,7 +6,7 @@ from typing import Any
 
 from docs.tables.rows import LABELS, ROOT, Rows, benchmark, markdown, with_table
 from lminf.evals import score
-from lminf.experiments import long_context_loss, long_context_retrieval
+from lminf.experiments import effective_length, long_context_loss, long_context_retrieval
 from lminf.run import tables
 
 WIDE = "lm_infinite:window=4096,sinks=10"
@@ -82,6 +82,14 @@ def retrieval() -> str:
     return "\n".join(
         aggregated(long_context_retrieval, f"long_context_retrieval{run}")
         for run in ("", "_short", "_qwen")
+    )
+
+
+def answers() -> str:
+    """How many questions each policy answers, by length."""
+    return "\n".join(
+        aggregated(effective_length, f"effective_length{run}")
+        for run in ("_qwen", "", "_policies", "_short")
     )
 
 
@@ -341,6 +349,20 @@ windows have to find too. Memory is what is kept of the document: rotated keys t
 for its far distances count, and SnapKV and ThinK count after their compression.
 
 {retrieval}
+## Which questions are answered
+
+`python -m experiments.effective_length --config=:qwen`
+([report](results/effective_length_qwen/report.md)), of Qwen2.5-Coder-0.5B-Instruct, trained at
+32,768 tokens; then SmolLM2 without an argument ([report](results/effective_length/report.md)), with
+`--config=:policies` ([report](results/effective_length_policies/report.md)) and with
+`--config=:short` ([report](results/effective_length_short/report.md)); all in bfloat16. A task is
+defined in [Evaluation](evaluation.md#tasks): `niah_multikey` has the likeliest of five numbers that
+stand in the prose, at any depth, so chance is 0.2; `babilong` that of six places, and
+`common_words` that of eight words. 50 questions a cell, in all but `common_words` several about a
+text, with 95 % intervals that account for it. Attended tokens and memory are those of the longest
+prompt.
+
+{answers}
 ## Passkeys by depth
 
 `python -m experiments.long_context_eval` and `--config=:long`
@@ -442,8 +464,8 @@ weights stay apart.
 def page() -> str:
     """The page docs/results.md."""
     builders = (
-        length_generalization, claims, retrieval, passkeys_by_depth, passkeys_by_length, decoding,
-        weights_speed, weights_nll, vocabularies, regrets, training, beside_peers_on_epyc,
+        length_generalization, claims, retrieval, answers, passkeys_by_depth, passkeys_by_length,
+        decoding, weights_speed, weights_nll, vocabularies, regrets, training, beside_peers_on_epyc,
         full_beside_transformers, beside_peers_on_xeon, products,
     )  # fmt: skip
     built = {builder.__name__: builder() for builder in builders}

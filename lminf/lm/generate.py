@@ -188,42 +188,6 @@ def next_logits(
     return np.asarray(_logits(lm.spec, lm.params, jnp.asarray(states, lm.dtype)))
 
 
-def continuation_log_probs(
-    lm: Any, prompt: Int[np.ndarray, " P"], continuations: Sequence[Int[np.ndarray, " _"]]
-) -> Iterator[Float32[np.ndarray, "_ V"]]:
-    """Log-probabilities (nats) at each token of every continuation of a prompt.
-
-    A policy that acts at the end of a prompt reads it once for all: the whole prompt predicts the
-    first tokens, and what is kept of it the others.
-    """
-    if not any(policy.needs_prompt for policy in lm.decoder.policies):
-        for tokens in continuations:
-            text = np.concatenate([prompt, tokens[:-1]])
-            logits = next_logits(lm, [text], last=len(tokens))[0]
-            yield np.asarray(jax.nn.log_softmax(logits, axis=-1))
-        return
-    longest = max(map(len, continuations))
-    lm.check_length(len(prompt) + longest)
-    room = -(-longest // ROUND) * ROUND
-    capacity = -(-(len(prompt) + room) // STEP) * STEP
-    caches = lm.on_one_device.init_caches(batch=1, capacity=capacity)
-    read: Any = None
-    for tokens, positions in pieces(lm, [prompt]):
-        read, caches = lm.on_one_device.forward(tokens, positions, caches)
-    caches = prepare_decoding(lm.decoder, caches, length=len(prompt), room=room)
-    for tokens in continuations:
-        states, after = [read[:, -1:]], jax.tree.map(jnp.copy, caches)  # reading uses them up
-        for start in range(0, len(tokens) - 1, ROUND):
-            piece = np.zeros((1, ROUND), np.int32)
-            piece[0, : len(tokens) - start] = tokens[start : start + ROUND]
-            places = np.arange(start, start + ROUND, dtype=np.int32)[None]
-            positions = np.where(places < len(tokens), len(prompt) + places, -1)
-            hidden, after = lm.on_one_device.forward(piece, positions, after)
-            states.append(hidden)
-        logits = _logits(lm.spec, lm.params, jnp.concatenate(states, axis=1)[:, : len(tokens)])
-        yield np.asarray(jax.nn.log_softmax(logits[0], axis=-1))
-
-
 def mean_hidden(lm: Any, prompts: Sequence[Int[np.ndarray, " _"]]) -> Float32[np.ndarray, "B D"]:
     """The mean over every prompt's tokens of the final hidden states. `lm` is an lminf.LM."""
     total = np.zeros((len(prompts), lm.spec.width), np.float64)

@@ -25,7 +25,7 @@ from lminf.attention.policy import FULL, AnyPolicy, LayerPolicy
 from lminf.config import closest
 from lminf.data.tokenizers import Special
 from lminf.errors import InputError
-from lminf.lm import generate, layerwise, speculative
+from lminf.lm import continuations, generate, layerwise, speculative
 from lminf.lm.generate import CONTEXT, GREEDY, Forward, Sampling, TextStream
 from lminf.lm.nll import NLL, stream_nll
 from lminf.lm.protocol import OnAnswer, Score, check_apart
@@ -286,7 +286,7 @@ class LM:
 
     def score_tokens(self, tokens: Int[np.ndarray, " T"], start: int) -> Score:
         """The probability of the tokens from `start` on, after those before it."""
-        (log_probs,) = generate.continuation_log_probs(self, tokens[:start], [tokens[start:]])
+        (log_probs,) = continuations.log_probs(self, tokens[:start], [tokens[start:]])
         return Score.of(log_probs, tokens[start:])
 
     def encode_continuation(

@@ -21,6 +21,7 @@ from jaxtyping import Float32, Int
 from lminf.attention import cache
 from lminf.attention.sparse import WHOLE_CALL, SparsePolicy
 from lminf.errors import InputError
+from lminf.lm import continuations
 from lminf.lm import generate as decoding
 from lminf.lm.generate import GREEDY
 from lminf.lm.lm import LM
@@ -49,9 +50,9 @@ class SharedPrefix:
         """As `LM.score`; what all continuations of a prompt follow is read once, and what nearly
         all of several prompts is, such as a text with different questions.
 
-        Policies that act at the end of a prompt read each prompt by itself, and those that act at
-        the end of a call each text. Where queries select in groups, the groups are those of a text
-        that is read at once, without padding.
+        Policies that act at the end of a prompt or of a call read each prompt by itself. Where
+        queries select in groups, those of a prompt are of a text that is read at once, and tokens
+        of a continuation select one by one, as where they are written.
         """
         pairs = zip(prompts, continuations, strict=True)
         return self.score_pairs([self.lm.encode_continuation(*pair) for pair in pairs])
@@ -75,7 +76,12 @@ class SharedPrefix:
     def score_tokens(self, pairs: Sequence[Pair]) -> list[Score]:
         """As `LM.score_tokens`, of texts that begin alike."""
         shared = _shared_tokens(self.lm, pairs)
-        found = _log_probs_of(self.lm, shared, pairs) if shared else _by_prompt(self.lm, pairs)
+        if not shared:
+            found = _by_prompt(self.lm, pairs)
+        elif any(isinstance(policy, SparsePolicy) for policy in self.lm.decoder.policies):
+            found = _after_prompts(self.lm, shared, pairs)
+        else:
+            found = _log_probs_of(self.lm, shared, pairs)
         scores = {
             index: Score.of(log_probs, pairs[index][0][pairs[index][1] :])
             for index, log_probs in found
@@ -144,7 +150,9 @@ def _shared_tokens(lm: LM, pairs: Sequence[Pair]) -> int:
     """How many tokens to read once for all of these, so that each reads as it would by itself."""
     policies = lm.decoder.policies
     groups = [policy.group for policy in policies if isinstance(policy, SparsePolicy)]
-    if len(pairs) < 2 or WHOLE_CALL in groups or any(policy.needs_prompt for policy in policies):
+    by_itself = any(policy.needs_prompt or getattr(policy, "last_only", False)
+                    for policy in policies)  # fmt: skip
+    if len(pairs) < 2 or WHOLE_CALL in groups or by_itself:
         return 0
     shortest = min(start for _, start in pairs) - 1  # its last token predicts the continuation
     alike = np.logical_and.reduce([pairs[0][0][:shortest] == ids[:shortest] for ids, _ in pairs])
@@ -184,14 +192,38 @@ def _log_probs_of(
 
 def _by_prompt(lm: LM, pairs: Sequence[Pair]) -> Iterator[tuple[int, Float32[np.ndarray, "_ V"]]]:
     """As `_log_probs_of`, of prompts that share nothing unless they are equal."""
+    for prompt, indices, after in _prompts(pairs):
+        yield from zip(indices, continuations.log_probs(lm, prompt, after), strict=True)
+
+
+def _after_prompts(
+    lm: LM, shared: int, pairs: Sequence[Pair]
+) -> Iterator[tuple[int, Float32[np.ndarray, "_ V"]]]:
+    """As `_log_probs_of`, where queries select: what follows a prompt is read as it is written."""
+    longest = max(len(tokens) for tokens, _ in pairs) + TAIL + continuations.PIECE
+    caches = decoding.empty_caches(lm, rows=1, longest=longest, room=0)
+    step = chunk_within(common_eviction(lm.decoder.policies), decoding.STEP)
+    caches = _read_prefix(lm, pairs[0][0][:shared], step, caches)
+    for prompt, indices, after in _prompts(pairs):
+        ends = len(prompt) - shared
+        tail = np.full((1, -(-ends // TAIL) * TAIL), -1, np.int32)
+        tail[0, :ends] = prompt[shared:]
+        states, read = _extended(lm, tail, shared, step, _copies(caches, 1))
+        last = jnp.concatenate(states, axis=1)[:, ends - 1 : ends]
+        log_probs = continuations.after_prompt(lm, last, read, len(prompt), after)
+        yield from zip(indices, log_probs, strict=True)
+
+
+def _prompts(
+    pairs: Sequence[Pair],
+) -> Iterator[tuple[Int[np.ndarray, " P"], list[int], list[Int[np.ndarray, " _"]]]]:
+    """Every prompt, which pairs have it, and their continuations."""
     members: dict[bytes, list[int]] = {}
     for index, (tokens, start) in enumerate(pairs):
         members.setdefault(tokens[:start].tobytes(), []).append(index)
     for indices in members.values():
         tokens, start = pairs[indices[0]]
-        continuations = [pairs[index][0][start:] for index in indices]
-        log_probs = decoding.continuation_log_probs(lm, tokens[:start], continuations)
-        yield from zip(indices, log_probs, strict=True)
+        yield tokens[:start], indices, [pairs[index][0][start:] for index in indices]
 
 
 class Tails(NamedTuple):

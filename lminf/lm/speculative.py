@@ -24,7 +24,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lminf import ranges
 from lminf.attention import cache, decode, rope
-from lminf.attention.policy import AnyPolicy, PerLayer
 from lminf.errors import InputError
 from lminf.lm import generate
 from lminf.lm.acceptance import RAPID, STANDARD, Rule, verify
@@ -179,7 +178,9 @@ class _Target:
 
     def __init__(self, lm, prompts, *, spare, room, sampling, key):
         self.lm, self.sampling, self.calls = lm, sampling, 0
-        self.together = lm.with_policy(_one_by_one(lm.policy))  # reads several tokens in a call
+        self.together = lm.with_policy(
+            layer_policies.one_by_one(lm.policy)
+        )  # reads several tokens in a call
         read = read_prompts(lm, prompts, room=room, spare=spare, sampling=sampling, key=key)
         self.next_token, self.caches = read.next_token, read.rewindable
         self.lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -347,12 +348,6 @@ def check_rule(rule: Rule, temperature: float) -> None:
         raise InputError(
             "RAPID shifts probabilities, but at temperature 0 nothing is drawn; give a temperature"
         )
-
-
-def _one_by_one(policy: AnyPolicy) -> AnyPolicy:
-    if isinstance(policy, PerLayer):
-        return PerLayer(tuple(each.one_by_one for each in policy.policies))
-    return policy.one_by_one
 
 
 @jax.jit

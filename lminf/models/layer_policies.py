@@ -54,6 +54,13 @@ def by_layer(
     )
 
 
+def one_by_one(policy: AnyPolicy) -> Any:
+    """The policy under which tokens that are read together attend as if each were read alone."""
+    if isinstance(policy, PerLayer):
+        return PerLayer(tuple(each.one_by_one for each in policy.policies))
+    return policy.one_by_one
+
+
 def check_trained(policy: AnyPolicy, trained_length: int) -> None:
     """Refuses a window that reaches past the distances the model was trained on."""
     for part in head_policies(policy):

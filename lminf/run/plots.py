@@ -115,10 +115,12 @@ def bars(
     y_label: str | None = None,
     title: str | None = None,
     center: Callable[[list[float]], Any] = np.median,
+    interval: tuple[str, str] | None = None,
 ) -> Figure:
     """Bars from left to right: a group per value of `x`, from above, in it one per value of `by`.
 
-    Several rows of one bar are draws: the bar ends at their `center`, and each is a dot.
+    Several rows of one bar are draws: the bar ends at their `center`, and each is a dot. Of one row
+    the columns `interval` are the ends of a line.
     """
     rows = [row for row in rows if _measured(row, x, y)]
     groups = list(dict.fromkeys(row[x] for row in rows))
@@ -134,9 +136,10 @@ def bars(
         ends, places = [], []
         for index, name in enumerate(names):
             for place, group in enumerate(groups):
-                values = [r[y] for r in rows if r[x] == group and (not by or str(r[by]) == name)]
-                if not values:
+                drawn = [r for r in rows if r[x] == group and (not by or str(r[by]) == name)]
+                if not drawn:
                     continue
+                values = [row[y] for row in drawn]
                 level, end = place + (index + 0.5) * height - 0.4, float(center(values))
                 label = looks[name].label if name else None
                 axes.barh(level, end, height * 0.9, color=looks[name].colour if name else
@@ -144,6 +147,9 @@ def bars(
                 if len(values) > 1:
                     axes.plot(values, [level] * len(values), "o", color="#333333", markersize=3.5,
                               markeredgecolor="white", markeredgewidth=0.5)  # fmt: skip
+                if interval:
+                    values = [drawn[0][column] for column in interval]
+                    axes.plot(values, [level] * 2, color="#333333", linewidth=1.2)
                 ends.append(end)
                 places.append((max(values), level))
         for shown, place in zip(tables.column(ends), places, strict=True):

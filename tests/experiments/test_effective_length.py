@@ -95,6 +95,12 @@ def test_the_figures_are_a_panel_a_task_and_a_map_where_there_are_levels(rows):
     assert all(isinstance(figure, Figure) for figure in figures.values())
     one = effective_length.plot([row for row in rows if row["length"] == 700][:2])
     assert set(one) == {"scores", "single_needle"}
+    shown = [text.get_text() for text in one["scores"].axes[0].get_yticklabels()]
+    assert [label.endswith(" MB") for label in shown] == [True]
+    several = effective_length.plot([row for row in rows if row["length"] == 700])
+    assert {text.get_text() for text in several["scores"].axes[0].get_xticklabels()} >= {
+        "multi_needle"
+    }
 
 
 def row_of(length, rate, count=50):

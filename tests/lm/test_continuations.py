@@ -1,0 +1,45 @@
+"""Scores of continuations: those of what is written, whatever a policy does while it reads."""
+
+import jax
+import numpy as np
+import pytest
+
+from lminf.attention.policies.block_topk import MoBA
+from lminf.attention.policies.hip import HiP, InfiniteHiP
+from lminf.attention.policies.infllm import InfLLM
+from lminf.attention.policies.prompt_compression import SnapKV
+from lminf.attention.policies.topk import TopK
+from lminf.attention.policy import PerLayer
+from lminf.lm import generate
+from lminf.lm.prefix import SharedPrefix
+
+TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom."
+WRITTEN = 7
+INFLLM = InfLLM(8, 2, topk=2, block=4, exec_block=8)
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        INFLLM,
+        pytest.param(TopK(8, 2, topk=2, from_layer=0), marks=slow),
+        pytest.param(HiP(8, 8, 2, query_block=8, dense_layers=0), marks=slow),
+        pytest.param(InfiniteHiP((16, 8, 4), (32, 16, 8), (4, 2, 1), 8, 2, 8),
+                     marks=slow),
+        pytest.param(MoBA(8, 2), marks=slow),
+        pytest.param(SnapKV(20, window=4), marks=slow),
+        pytest.param(PerLayer((SnapKV(20, window=4), INFLLM)), marks=slow),
+    ],
+    ids=lambda policy: policy.name.split(":")[0],
+)  # fmt: skip
+def test_what_is_written_is_the_likeliest_at_every_token(lm, policy, small_steps):
+    lm = lm.with_policy(policy)
+    prompt = np.asarray(lm.tokenizer.encode(TEXT), np.int32)
+    options = {"sampling": generate.GREEDY, "max_new_tokens": WRITTEN, "key": jax.random.key(0)}
+    written = np.concatenate(list(generate.generate_tokens(lm, [prompt], **options)))
+    assert lm.score_tokens(np.append(prompt, written), len(prompt)).greedy
+    other = np.append(written[:-1], written[-1] ^ 1)
+    found = SharedPrefix(lm).score_tokens([(np.append(prompt, end), len(prompt))
+                                           for end in (written[:3], other)])  # fmt: skip
+    assert [score.greedy for score in found] == [True, False]

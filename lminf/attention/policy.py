@@ -93,6 +93,7 @@ class LayerPolicy(Named):
     context_parallel = True  # whether a row's tokens may lie on several devices
     needs_rotary = False  # whether it places keys where they are not, by rotating them
     needs_prompt = False  # whether it acts at the end of a prompt, and a text needs one
+    last_alone = False  # whether the last token of a prompt is read alone
     # tuple[int, ...]: from which on, of the layers with this policy, it does otherwise.
     layer_thresholds: Any = ()
     needs_hidden = False  # whether `observe_hidden` wants to know what was read

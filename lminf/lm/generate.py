@@ -149,7 +149,7 @@ def check_new_tokens(max_new_tokens: int) -> None:
 
 def decode_loop(
     lm: Any,
-    chunks: Sequence[tuple[Int[np.ndarray, "B C"], Int[np.ndarray, "B C"]]],
+    chunks: Sequence[tuple[Int[np.ndarray, "B _"], Int[np.ndarray, "B _"]]],
     caches: tuple[Any, ...],
     *,
     lengths: Int[np.ndarray, " B"],
@@ -211,8 +211,9 @@ def _hidden_states(
 def pieces(
     lm: Any, prompts: Sequence[Int[np.ndarray, " _"]]
 ) -> Iterator[tuple[Int[np.ndarray, "B C"], Int[np.ndarray, "B C"]]]:
-    """(tokens, positions) of one chunk after another. All rows end together; where the policy
-    evicts every so many tokens, all begin with a chunk, and end within the last.
+    """(tokens, positions) of one chunk after another. All rows end together, and their last tokens
+    are a chunk of their own where the policy reads them alone. Where it evicts every so many
+    tokens, all begin with a chunk, and end within the last.
     """
     lengths = np.array([len(prompt) for prompt in prompts])
     if not len(prompts) or not lengths.min():
@@ -229,8 +230,14 @@ def pieces(
         padded[row, first[row] : first[row] + len(prompt)] = prompt
     positions = np.arange(width, dtype=np.int32)[None] - first[:, None].astype(np.int32)
     positions = np.where(positions < lengths[:, None], positions, -1).astype(np.int32)
+    last = positions[:, -1:].copy()
+    alone = evict_every is None and any(policy.last_alone for policy in lm.decoder.policies)
+    if alone:  # as wide as the others, so that no other shape is compiled
+        positions[:, -1] = -1
     for start in range(0, width, chunk):
         yield padded[:, start : start + chunk], positions[:, start : start + chunk]
+    if alone:
+        yield padded[:, -1:], last
 
 
 def empty_caches(lm: Any, *, rows: int, longest: int, room: int) -> tuple[cache.Cache, ...]:

@@ -32,7 +32,7 @@ from lminf.models.layer_policies import chunk_within, common_eviction
 BATCH_TOKENS = 8192  # prompt tokens read side by side: more of them is no faster on a CPU
 TAIL_ROWS = 16  # tails read side by side
 TAIL = 16  # tokens: continuations of a prompt are filled up to multiples of these
-Chunk = tuple[Int[np.ndarray, "P C"], Int[np.ndarray, "P C"]]  # tokens, positions
+Chunk = tuple[Int[np.ndarray, "P _"], Int[np.ndarray, "P _"]]  # tokens, positions
 Pair: TypeAlias = tuple[Int[np.ndarray, " T"], int]  # tokens, and where the continuation begins
 
 
@@ -204,12 +204,15 @@ def _after_prompts(
     caches = decoding.empty_caches(lm, rows=1, longest=longest, room=0)
     step = chunk_within(common_eviction(lm.decoder.policies), decoding.STEP)
     caches = _read_prefix(lm, pairs[0][0][:shared], step, caches)
+    alone = any(policy.last_alone for policy in lm.decoder.policies)
     for prompt, indices, after in _prompts(pairs):
-        ends = len(prompt) - shared
+        read, ends = _copies(caches, 1), len(prompt) - alone - shared
         tail = np.full((1, -(-ends // TAIL) * TAIL), -1, np.int32)
-        tail[0, :ends] = prompt[shared:]
-        states, read = _extended(lm, tail, shared, step, _copies(caches, 1))
-        last = jnp.concatenate(states, axis=1)[:, ends - 1 : ends]
+        tail[0, :ends] = prompt[shared : shared + ends]
+        states, read = _extended(lm, tail, shared, step, read)
+        if alone:
+            states, read = _extended(lm, prompt[None, -1:], len(prompt) - 1, step, read)
+        last = jnp.concatenate(states, axis=1)[:, 0 if alone else ends - 1][:, None]
         log_probs = continuations.after_prompt(lm, last, read, len(prompt), after)
         yield from zip(indices, log_probs, strict=True)
 

@@ -12,6 +12,7 @@ from lminf.attention.policies.topk import TopK
 from lminf.attention.policy import PerLayer
 from lminf.lm import generate
 from lminf.lm.prefix import SharedPrefix
+from lminf.models import heads
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom."
 WRITTEN = 7
@@ -43,3 +44,18 @@ def test_what_is_written_is_the_likeliest_at_every_token(lm, policy, small_steps
     found = SharedPrefix(lm).score_tokens([(np.append(prompt, end), len(prompt))
                                            for end in (written[:3], other)])  # fmt: skip
     assert [score.greedy for score in found] == [True, False]
+
+
+def test_infllm_looks_blocks_up_for_the_last_token_of_a_prompt_alone(lm, small_steps):
+    lm = lm.with_policy(INFLLM)
+    ids = np.asarray(lm.tokenizer.encode(TEXT), np.int32)[None, :64]  # whole chunks, and groups
+    positions, caches = np.arange(64, dtype=np.int32)[None], lm.init_caches(batch=1, capacity=64)
+    together, _ = lm.forward(ids, positions, caches)
+    _, caches = lm.forward(ids[:, :-1], positions[:, :-1], lm.init_caches(batch=1, capacity=64))
+    alone, _ = lm.forward(ids[:, -1:], positions[:, -1:], caches)
+    expected, otherwise = (
+        np.asarray(heads.lm(lm.spec, lm.params, hidden[:, -1:])) for hidden in (alone, together)
+    )
+    found = lm.logits([ids[0]])
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+    assert np.abs(found - otherwise).max() > 1e-2

@@ -34,6 +34,7 @@ class InfLLM(sparse.SparsePolicy):
     exec_block: Tokens = 512  # tokens that look up the same blocks, where they are read together
 
     needs_rotary = True
+    last_alone = True  # in the release too: what is written first is looked up for the prompt's end
     group = property(attrgetter("exec_block"))
     one_by_one = property(lambda self: dataclasses.replace(self, exec_block=1))
     accumulates = True

@@ -16,10 +16,10 @@ Expected   SmolLM2-135M names the right one of five numbers in prose (chance 0.2
            apart from chance from 4,096 on: InfiniteHiP has 0.42 (0.29 to 0.56) at 2,048 and 0.24
            (0.14 to 0.37) at 4,096, InfLLM 0.26 (0.16 to 0.40) and 0.20 (0.11 to 0.33), LM-Infinite
            0.28 (0.17 to 0.42) and 0.26 (0.16 to 0.40)
-Policies   --config=:policies asks SmolLM2 under 11 policies at 4,096 tokens, in 45 minutes of one core.
-           Those that attend to all answer 0.40 to 0.50 of the questions (0.28 to 0.63), as
-           Self-Extend does with 0.42 (0.29 to 0.56); those that attend to 1,034 tokens 0.20 to 0.26
-           (0.11 to 0.40), and HiP, whose first three layers attend to all, 0.28 (0.17 to 0.42)
+Policies   --config=:policies asks SmolLM2 under 11 policies at 4,096 tokens, in 45 minutes of one
+           core. Those that attend to all have 0.40 to 0.50 (0.28 to 0.63), those that attend to
+           1,034 tokens 0.20 to 0.26 (0.11 to 0.40), and HiP, whose first three layers attend to
+           all, 0.28 (0.17 to 0.42)
 Qwen       --config=:qwen asks Qwen2.5-Coder-0.5B-Instruct, trained at 32,768 tokens, from a file of
            4-bit weights in the current folder, in 26 minutes of one core. At 1,024 tokens all
            answers are right, 1.00 (0.72 to 1.00). At 4,096 they are under full attention; with

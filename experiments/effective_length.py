@@ -1,5 +1,6 @@
 """Tasks of the evaluation suite by prompt length, level of difficulty and policy."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -57,7 +58,7 @@ def run(c: ConfigDict, out: RunFolder) -> Iterator[Row]:
 
 def plot(rows: list[Row]) -> Mapping[str, Figure]:
     """Scores by length, a panel a task; for every task with levels, a map of length and level."""
-    figures = {}
+    figures, rows = {}, told_apart(rows)
     names = dict.fromkeys(row["policy"] for row in rows)
     short = {name: each.replace("\n", ", ") for name, each in style.short_names(names).items()}
     pooled = over_levels(rows)
@@ -100,7 +101,7 @@ def table(rows: list[Row]) -> list[Row]:
     as well as the shortest. Where a task reports it, also the share of answers in the form that was
     asked for.
     """
-    lines = []
+    lines, rows = [], told_apart(rows)
     lengths = sorted({row["length"] for row in rows})
     has_rate = any(RATE in row for row in rows)
     for scope, diffusion in QUARTERS:
@@ -146,9 +147,35 @@ def over_levels(rows: list[Row]) -> list[Row]:
     ]  # fmt: skip
 
 
+def told_apart(rows: list[Row]) -> list[Row]:
+    """The rows, in which tasks that were asked in several ways have the fields that differ in their
+    names: answers that are written and chosen are no instances of one score. Levels are none.
+    """
+    fields: dict[str, set[str]] = {}
+    for row in rows:
+        kind = catalog.TASKS.get(row["task"])
+        names = {field.name for field in dataclasses.fields(kind)} if kind else set()
+        fields.setdefault(row["task"], names - {level_of(row["task"])})
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(row["task"], row)
+    differ = {
+        task: sorted(name for name in names if any(
+            row["task"] == task and row.get(name) != first[task].get(name) for row in rows
+        ))
+        for task, names in fields.items()
+    }  # fmt: skip
+
+    def named(row: Row) -> str:
+        values = ",".join(f"{name}={row.get(name)}" for name in differ[row["task"]])
+        return f"{row['task']}:{values}" if values else row["task"]
+
+    return [{**row, "task": named(row)} for row in rows]
+
+
 def level_of(task: str) -> str | None:
     """The field of the task that says how hard it is."""
-    kind = catalog.TASKS.get(task)
+    kind = catalog.TASKS.get(task.split(":")[0])
     return kind.levels[0] if kind is not None and kind.levels else None
 
 

@@ -19,6 +19,7 @@ VARIANTS = (
     "Short",
     "Distance",
     "Copies",
+    "Policies",
     "Qwen",
 )
 OPENING = """\

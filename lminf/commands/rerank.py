@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> None:
     with Progress(len(queries), label=lm.policy.name, unit="queries") as progress:
         for count, query in enumerate(queries, 1):
             identity = {**columns, "query_digest": query.digest}
-            row = next((row for row in rows if identity.items() <= row.items()), None)
+            complete = (row for row in rows if row.keys() >= set(QueryScores._fields))
+            row = next((row for row in complete if identity.items() <= row.items()), None)
             if row is None:
                 row = {**identity, **follow_ir.measure(rank, query)._asdict()}
                 if args.out:

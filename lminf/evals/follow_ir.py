@@ -1,7 +1,7 @@
 """FollowIR: whether a ranking obeys an instruction that says what is not relevant.
 
 Every query has two instructions, of which the second one rules out documents that the first one has
-as relevant. A ranker that obeys moves them down:
+as relevant, or as more relevant. A ranker that obeys moves them down:
 
     p-MRR   mean over queries of the mean over ruled-out documents of metrics.paired_mrr: -1 to 1
             and 0 for who ignores the instruction
@@ -44,10 +44,6 @@ class Instruction(NamedTuple):
     text: str
     gains: Mapping[str, float]  # of relevant documents: above 0
 
-    @property
-    def relevant(self) -> frozenset[str]:
-        return frozenset(self.gains)
-
 
 @dataclass(frozen=True)
 class Query:
@@ -60,9 +56,9 @@ class Query:
 
     @property
     def ruled_out(self) -> list[str]:
-        """The documents that are relevant under the first instruction only."""
-        gone = self.original.relevant - self.changed.relevant
-        return [document for document in self.documents if document in gone]
+        """The documents that the first instruction has as more relevant than the second one."""
+        before, after = self.original.gains, self.changed.gains
+        return [each for each in self.documents if after.get(each, 0) < before.get(each, 0)]
 
     @property
     def digest(self) -> str:

@@ -24,6 +24,8 @@ from lminf.lm.protocol import LanguageModel, TextGenerator
 
 TOGETHER = 8  # questions of one text whose answers are chosen in one call of the model
 
+# Columns of an answer: a line that lacks one is asked anew.
+ANSWER = {"prompt_digest", "completion", "score", "seconds"}
 Row: TypeAlias = dict[str, Any]  # column -> str, int, float, bool or None
 
 
@@ -73,8 +75,9 @@ class Subject:
             identity = self.identity(cell).items()
             return [line for line in lines if all(line.get(k) == value for k, value in identity)]
 
+        complete = [line for line in answers if line.keys() >= ANSWER]
         return {
-            cell: {answer["prompt_digest"]: answer for answer in select(cell, answers)}
+            cell: {answer["prompt_digest"]: answer for answer in select(cell, complete)}
             for cell in cells
             if not select(cell, rows)
         }

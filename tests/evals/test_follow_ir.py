@@ -57,6 +57,14 @@ def test_p_mrr_is_the_mean_over_documents_of_a_query_and_then_over_queries():
     assert found.queries == 2
 
 
+def test_a_document_that_is_only_less_relevant_is_ruled_out_too():
+    query = follow_ir.Query(
+        "q", follow_ir.Instruction("one", {"a": 2.0, "b": 1.0}),
+        follow_ir.Instruction("two", {"a": 1.0, "b": 1.0, "c": 1.0}), dict.fromkeys("abc", ""),
+    )  # fmt: skip
+    assert query.ruled_out == ["a"]
+
+
 def test_a_language_model_ranks_by_how_likely_true_is():
     def answer(prompt):
         goods = re.search(r"Query: Where were (\w+) sent", prompt)[1]
@@ -96,7 +104,7 @@ def folder(tmp_path):
     lines("top_ranked.jsonl", [{"qid": name, "pid": f"{name}-{d}"} for name, d, _ in pairs])
     for kind, chosen in (("qrels_og", "original"), ("qrels_changed", "changed")):
         (tmp_path / kind).mkdir()
-        rows = [f"{name}\t{name}-{d}\t{int(d in getattr(named[name], chosen).relevant)}"
+        rows = [f"{name}\t{name}-{d}\t{int(d in getattr(named[name], chosen).gains)}"
                 for name, d, _ in pairs]  # fmt: skip
         (tmp_path / kind / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *rows]))
     return tmp_path

@@ -114,6 +114,17 @@ def test_a_stopped_run_asks_only_what_is_missing(limit):
     assert [without_time(row) for row in rows + rest] == [without_time(row) for row in expected]
 
 
+def test_an_answer_that_lacks_a_column_is_asked_for_again():
+    first, again, answers = Counting(), Counting(), []
+    options = {"cells": CELLS, "budget": Budget.characters, "seed": 0}
+    rows = list(runner.measure([Subject(first, {"model": "m"})], record=answers.append, **options))
+    damaged = [{k: v for k, v in answer.items() if k != "score" or n} for n, answer in
+               enumerate(answers)]  # fmt: skip
+    found = list(runner.measure([Subject(again, {"model": "m"})], answers=damaged, **options))
+    assert len(again.asked) == 1
+    assert [without_time(row) for row in found] == [without_time(row) for row in rows]
+
+
 def without_time(row):
     return {name: value for name, value in row.items() if name != "seconds"}
 

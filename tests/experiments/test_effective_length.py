@@ -80,6 +80,33 @@ def test_the_table_groups_by_scope_and_diffusion_and_says_how_far_a_policy_holds
     assert "instruction following" not in lines[0]
 
 
+def test_the_table_does_not_pool_answers_that_were_asked_for_in_two_ways():
+    row = {
+        "task": "babilong",
+        "policy": "full",
+        "length": 400,
+        "facts": 1,
+        "questions": 1,
+        "scope": "low",
+        "diffusion": "high",
+        "attended": 1,
+        "cache_bytes": 1,
+        "text": None,
+    }
+    high = score.success_rate(3, 3)
+    rows = [
+        {**row, "answers": "written", **row_of(400, 0.0, 3)},
+        {**row, "answers": "likeliest", **row_of(400, 1.0, 3)},
+        {**row, "answers": "likeliest", "facts": 2, **row_of(400, 1.0, 3)},
+    ]  # fmt: skip
+    lines = effective_length.table(rows)
+    assert [(line["task"], line["instances"]) for line in lines] == [
+        ("babilong:answers=written", 3), ("babilong:answers=likeliest", 6),
+    ]  # fmt: skip
+    assert lines[0]["400"] == f"0.00 (0.00–{1 - high.low:.2f})"
+    assert [line["task"] for line in effective_length.table(rows[1:])] == ["babilong"]
+
+
 def test_the_table_has_the_share_of_answers_in_the_form_asked_for(rows):
     rate = effective_length.RATE
     rated = [{**row, rate: 0.5 if row["length"] == 700 else 1.0} if row["task"] == "single_needle"

@@ -47,7 +47,7 @@ class BABILong(SharedTextTask):
         if self.questions > (most := len(PEOPLE) if self.facts == 1 else 1):
             raise InputError(
                 f"babilong: {self.questions} questions of a text with facts={self.facts}, which "
-                f"answers {most}; give at most questions={most}"
+                f"answers {most}; give at most questions={most}, or facts=1 for up to {len(PEOPLE)}"
             )
 
     def make_instances(self, budget: Budget, random: np.random.Generator) -> list[Instance]:

@@ -428,6 +428,17 @@ def test_super_gpqa_has_up_to_ten_options_and_disciplines(file_of):
         benchmark_files.SuperGPQA(task.path, discipline="Art").questions()
 
 
+def test_an_answer_that_is_none_of_the_options_is_refused(file_of):
+    options = {f"choice_{letter}": letter.lower() for letter in "ABCD"}
+    record = {"question": "Which?", "context": "Text.", "answer": "E", **options}
+    message = "holds 'E' as 'answer', which is none of the options A, B, C, D; it is damaged"
+    with pytest.raises(InputError, match=message):
+        longbench.LongBenchV2(file_of("v2.json", [record])).questions()
+    record = {"question": "Which?", "options": ["a", "b"], "answer_letter": "C", "discipline": "x"}
+    with pytest.raises(InputError, match="holds 'C' as 'answer_letter', which is none of the"):
+        benchmark_files.SuperGPQA(file_of("all.jsonl", [record])).questions()
+
+
 def test_long_icl_shows_rounds_of_all_labels_or_groups_of_them(file_of):
     shots = [{"text": f"text {n}", "label": n % 3} for n in range(9)]
     path, examples = file_of("test.json", [{"text": "new", "label": 1}]), file_of("s.json", shots)

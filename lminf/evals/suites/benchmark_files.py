@@ -239,11 +239,12 @@ class SuperGPQA(PublishedTask):
                 "Answer the question with the letter of the right option.\n\n",
                 record["question"],
                 f"{published.format_options(record['options'])}\nAnswer:",
-                (record["answer_letter"], len(record["options"])),
-                [f" {letter}" for letter in LETTERS[: len(record["options"])]],
+                (published.letter(record, "answer_letter", letters, self.path), len(letters)),
+                [f" {letter}" for letter in letters],
             )
             for record in records
             if self.discipline in (None, record["discipline"])
+            for letters in [LETTERS[: len(record["options"])]]
         ]
 
     def parse(self, completion: str) -> str:

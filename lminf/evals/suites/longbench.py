@@ -161,7 +161,7 @@ class LongBenchV2(PublishedTask):
                 f"\n\nQuestion: {record['question']}"
                 f"{published.format_options([record[choice] for choice in choices])}\n"
                 f"Answer with the letter of the right option.\nThe correct answer is (",
-                record["answer"], "ABCD",
+                published.letter(record, "answer", "ABCD", self.path), "ABCD",
             )
             for record in published.read_records(self.path, "LongBench v2", fields)
         ]  # fmt: skip

@@ -145,6 +145,16 @@ def text_list(record: Record, field: str, path: str) -> list[str]:
     return [str(each) for each in listed]
 
 
+def letter(record: Record, field: str, letters: str, path: str) -> str:
+    """The letter of the right option, of as many as there are."""
+    if record[field] not in tuple(letters):
+        raise InputError(
+            f"{path} holds {record[field]!r} as {field!r}, which is none of the options "
+            f"{', '.join(letters)}; it is damaged, or of another version"
+        )
+    return record[field]
+
+
 def lookup(name: str, known: Mapping[str, Any], path: str, benchmark: str) -> Any:
     """What the table says of a data set; a name that it lacks is refused."""
     if name not in known:

@@ -1,6 +1,7 @@
 """Tasks of the evaluation suite by prompt length, level of difficulty and policy."""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -88,7 +89,7 @@ def plot(rows: list[Row]) -> Mapping[str, Figure]:
         cells = [{**row, "line": f"{short[row['policy']]}, {level} {row[level]}",
                   "written": f"{row['score']:.2f}"} for row in of_task]  # fmt: skip
         cells.sort(key=lambda row: list(names).index(row["policy"]))
-        figures[task] = plots.heatmap(
+        figures[re.sub(r"\W+", "_", task)] = plots.heatmap(
             cells, x="length", y="line", value="score", limits=(0, 1), text="written",
             x_label="prompt (tokens)", y_label="", value_label="score", title=task,
         )  # fmt: skip
@@ -151,26 +152,25 @@ def told_apart(rows: list[Row]) -> list[Row]:
     """The rows, in which tasks that were asked in several ways have the fields that differ in their
     names: answers that are written and chosen are no instances of one score. Levels are none.
     """
-    fields: dict[str, set[str]] = {}
+    values: dict[tuple[str, str], set[Any]] = {}
     for row in rows:
-        kind = catalog.TASKS.get(row["task"])
-        names = {field.name for field in dataclasses.fields(kind)} if kind else set()
-        fields.setdefault(row["task"], names - {level_of(row["task"])})
-    first: dict[str, Row] = {}
-    for row in rows:
-        first.setdefault(row["task"], row)
-    differ = {
-        task: sorted(name for name in names if any(
-            row["task"] == task and row.get(name) != first[task].get(name) for row in rows
-        ))
-        for task, names in fields.items()
-    }  # fmt: skip
+        for name in asked_by(row["task"]):
+            values.setdefault((row["task"], name), set()).add(row.get(name))
 
     def named(row: Row) -> str:
-        values = ",".join(f"{name}={row.get(name)}" for name in differ[row["task"]])
-        return f"{row['task']}:{values}" if values else row["task"]
+        task = row["task"]
+        differ = [name for name in asked_by(task) if len(values[task, name]) > 1]
+        fields = ",".join(f"{name}={row.get(name)}" for name in differ)
+        return f"{task}:{fields}" if fields else task
 
     return [{**row, "task": named(row)} for row in rows]
+
+
+def asked_by(task: str) -> list[str]:
+    """The fields of the task that are no level."""
+    kind = catalog.TASKS.get(task)
+    fields = dataclasses.fields(kind) if kind else ()
+    return [field.name for field in fields if field.name != level_of(task)]
 
 
 def level_of(task: str) -> str | None:

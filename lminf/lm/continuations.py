@@ -35,10 +35,11 @@ def log_probs(
     lm.check_length(len(prompt) + longest)
     capacity = -(-(len(prompt) + longest + PIECE) // generate.STEP) * generate.STEP
     caches = lm.on_one_device.init_caches(batch=1, capacity=capacity)
-    read: Any = None
+    last: Any = None
     for tokens, positions in generate.pieces(lm, [prompt]):
         read, caches = lm.on_one_device.forward(tokens, positions, caches)
-    yield from after_prompt(lm, read[:, -1:], caches, len(prompt), continuations)
+        last = read[:, positions[0].argmax()][:, None]  # padding may follow
+    yield from after_prompt(lm, last, caches, len(prompt), continuations)
 
 
 def after_prompt(
@@ -58,8 +59,11 @@ def after_prompt(
         step = 1 if any(map(_selects, policies)) else PIECE
     else:
         reader = reader.with_policy(layer_policies.one_by_one(lm.policy))
+    if layer_policies.common_eviction(policies):  # no piece may cross a boundary
+        step = 1
     for tokens in continuations:
-        states, after = [last], jax.tree.map(jnp.copy, caches)
+        # The prompt predicts the first token, so one alone reads nothing.
+        states, after = [last], jax.tree.map(jnp.copy, caches) if len(tokens) > 1 else caches
         for start in range(0, len(tokens) - 1, step):
             piece = np.zeros((1, step), np.int32)
             piece[0, : len(tokens) - start] = tokens[start : start + step]

@@ -19,7 +19,7 @@ from lminf.attention.policy import LayerPolicy
 from lminf.attention.scores import ScoreConfig
 from lminf.errors import InputError
 from lminf.models import decoder, heads
-from lminf.models.layer_policies import chunk_within, common_eviction
+from lminf.models.layer_policies import chunk_within, common_eviction, last_alone
 from lminf.models.spec import ModelSpec
 from lminf.types import Params
 
@@ -231,7 +231,7 @@ def pieces(
     positions = np.arange(width, dtype=np.int32)[None] - first[:, None].astype(np.int32)
     positions = np.where(positions < lengths[:, None], positions, -1).astype(np.int32)
     last = positions[:, -1:].copy()
-    alone = evict_every is None and any(policy.last_alone for policy in lm.decoder.policies)
+    alone = last_alone(lm.decoder.policies)
     if alone:  # as wide as the others, so that no other shape is compiled
         positions[:, -1] = -1
     for start in range(0, width, chunk):

@@ -27,7 +27,7 @@ from lminf.lm.generate import GREEDY
 from lminf.lm.lm import LM
 from lminf.lm.protocol import OnAnswer, Score
 from lminf.models import heads
-from lminf.models.layer_policies import chunk_within, common_eviction
+from lminf.models.layer_policies import chunk_within, common_eviction, last_alone
 
 BATCH_TOKENS = 8192  # prompt tokens read side by side: more of them is no faster on a CPU
 TAIL_ROWS = 16  # tails read side by side
@@ -204,7 +204,7 @@ def _after_prompts(
     caches = decoding.empty_caches(lm, rows=1, longest=longest, room=0)
     step = chunk_within(common_eviction(lm.decoder.policies), decoding.STEP)
     caches = _read_prefix(lm, pairs[0][0][:shared], step, caches)
-    alone = any(policy.last_alone for policy in lm.decoder.policies)
+    alone = last_alone(lm.decoder.policies)
     for prompt, indices, after in _prompts(pairs):
         read, ends = _copies(caches, 1), len(prompt) - alone - shared
         tail = np.full((1, -(-ends // TAIL) * TAIL), -1, np.int32)

@@ -178,9 +178,8 @@ class _Target:
 
     def __init__(self, lm, prompts, *, spare, room, sampling, key):
         self.lm, self.sampling, self.calls = lm, sampling, 0
-        self.together = lm.with_policy(
-            layer_policies.one_by_one(lm.policy)
-        )  # reads several tokens in a call
+        # It reads several tokens in a call.
+        self.together = lm.with_policy(layer_policies.one_by_one(lm.policy))
         read = read_prompts(lm, prompts, room=room, spare=spare, sampling=sampling, key=key)
         self.next_token, self.caches = read.next_token, read.rewindable
         self.lengths = np.array([len(prompt) for prompt in prompts], np.int32)

@@ -61,6 +61,11 @@ def one_by_one(policy: AnyPolicy) -> Any:
     return policy.one_by_one
 
 
+def last_alone(policies: Sequence[LayerPolicy]) -> bool:
+    """Whether the last token of a prompt is read alone: not where rows end at other places."""
+    return common_eviction(policies) is None and any(policy.last_alone for policy in policies)
+
+
 def check_trained(policy: AnyPolicy, trained_length: int) -> None:
     """Refuses a window that reaches past the distances the model was trained on."""
     for part in head_policies(policy):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from lminf.attention.policies.block_topk import MoBA
+from lminf.attention.policies.eviction import H2O
 from lminf.attention.policies.hip import HiP, InfiniteHiP
 from lminf.attention.policies.infllm import InfLLM
 from lminf.attention.policies.prompt_compression import SnapKV
@@ -31,8 +32,10 @@ slow = pytest.mark.slow
         pytest.param(MoBA(8, 2), marks=slow),
         pytest.param(SnapKV(20, window=4), marks=slow),
         pytest.param(PerLayer((SnapKV(20, window=4), INFLLM)), marks=slow),
+        pytest.param(PerLayer((H2O(32, sinks=2, recent=8, turn=16), INFLLM)), marks=slow),
     ],
-    ids=lambda policy: policy.name.split(":")[0],
+    ids=["infllm", "topk", "hip", "infinite_hip", "moba", "snapkv", "snapkv_and_infllm",
+         "h2o_and_infllm"],
 )  # fmt: skip
 def test_what_is_written_is_the_likeliest_at_every_token(lm, policy, small_steps):
     lm = lm.with_policy(policy)
